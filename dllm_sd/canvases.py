@@ -1,0 +1,214 @@
+"""Which states of a rollout the student reads: the canvases that the decoder saw, random masks, or all masked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.randomness import fold, make_key, uniform
+from dllm_sd.trajectory import NEVER, Trajectory, is_any_of
+
+
+@dataclass(frozen=True)
+class Canvases:
+    """``n`` canvases read by the student: integer tensors only, no activations.
+
+    `rows` and `steps` say where each came from (``steps`` is -1 for a canvas that no decoder saw), `weight`
+    multiplies the loss of its sites (a random mask: ``1 / (t * answer positions)``, else 1).
+    """
+
+    rows: Tensor
+    """int64 ``[n]``, index of the rollout."""
+    steps: Tensor
+    """int64 ``[n]``, decoding step, or -1."""
+    ids: Tensor
+    """int64 ``[n s]``, prompt and completion side."""
+    mask: Tensor
+    """bool ``[n s]``, true where attention may look."""
+    masked: Tensor
+    """bool ``[n l]``, positions that the canvas hides and the rollout knows."""
+    active: Tensor
+    """bool ``[n l]``, the masked positions of the active block."""
+    revealed: Tensor
+    """bool ``[n l]``, what the student commits here; for a canvas that no decoder saw, everything masked."""
+    tokens: Tensor
+    """int64 ``[n l]``, the final completion."""
+    weight: Tensor
+    """float32 ``[n]``."""
+
+    @property
+    def size(self) -> int:
+        """``n``, the number of canvases."""
+        return self.ids.shape[0]
+
+
+class CanvasRule(Protocol):
+    """Which canvases one pass over a batch of rollouts reads."""
+
+    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        """Canvases of pass ``part`` out of ``parts`` over the same rollouts; ``keys [b]`` seed each rollout's draws."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderSteps:
+    """The canvases that the decoder really saw, one per decoding step (d-OPSD, arXiv 2606.18195, Eq. 7).
+
+    With the defaults every step up to the one that fixes the end token is used. The other fields are quirks of
+    the published code. Where rollouts serve several passes, each pass takes its own consecutive chunk of steps.
+    """
+
+    last_block: bool = True
+    """False leaves out the canvases of the last block."""
+    last_state: bool = True
+    """False leaves out the last usable canvas of each rollout."""
+    remainder: bool = True
+    """False makes all chunks of a rollout equally long and drops the steps that are left over."""
+    prompt_ends: bool = False
+    """True takes an end token inside the prompt for the end of the completion, so that nothing is left to train on."""
+    needs_steps: ClassVar[bool] = True
+
+    def usable(self, trajectory: Trajectory) -> Tensor:
+        """bool ``[b k]``: the steps whose canvases count, before chunking."""
+        reveal_step = trajectory.reveal_step
+        position = torch.arange(reveal_step.shape[1], device=reveal_step.device)
+        needed = reveal_step.masked_fill(position >= trajectory.length[:, None], NEVER).amax(1)
+        steps = torch.arange(int(trajectory.num_steps.max()), device=reveal_step.device)
+        slot = torch.where(reveal_step >= 0, reveal_step, steps.numel())
+        committed = torch.zeros((len(slot), steps.numel() + 1), dtype=torch.bool, device=slot.device)
+        usable = committed.scatter_(1, slot, True)[:, :-1] & (steps <= needed[:, None])
+        if not self.last_block:
+            final_block = position >= position.numel() - trajectory.block_length
+            first_final = torch.where(final_block & (reveal_step >= 0), reveal_step, steps.numel()).amin(1)
+            usable &= steps < first_final[:, None]
+        if self.prompt_ends:
+            ends = is_any_of(trajectory.prompt_ids, trajectory.end_ids) & trajectory.prompt_mask
+            usable &= ~ends.any(1, keepdim=True)
+        if not self.last_state:
+            order = usable.int().cumsum(1)
+            usable &= order < order[:, -1:]
+        return usable
+
+    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        usable = self.usable(trajectory)
+        order = usable.int().cumsum(1) - 1
+        count = usable.sum(1, keepdim=True)
+        if self.remainder:
+            first, last = count * part // parts, count * (part + 1) // parts
+        else:
+            first, last = count // parts * part, count // parts * (part + 1)
+        rows, steps = (usable & (order >= first) & (order < last)).nonzero(as_tuple=True)
+        masked = trajectory.masked(rows, steps)
+        block = torch.arange(masked.shape[1], device=masked.device) // trajectory.block_length
+        known = trajectory.reveal_step[rows] != NEVER
+        return Canvases(
+            rows=rows,
+            steps=steps,
+            ids=torch.cat([trajectory.prompt_ids[rows], trajectory.canvas(rows, steps)], 1),
+            mask=attention_mask(trajectory, rows),
+            masked=masked & known,
+            active=masked & known & (block == trajectory.active_block(rows, steps)[:, None]),
+            revealed=trajectory.revealed(rows, steps),
+            tokens=trajectory.tokens[rows],
+            weight=torch.ones(len(rows), device=rows.device),
+        )
+
+
+@dataclass(frozen=True)
+class RandomMasks:
+    """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
+
+    A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
+
+    Each draw masks every position of the completion independently with probability ``t``; the ``t`` of one
+    rollout's draws are spread evenly over ``[t_min, 1]`` with one random offset (low-variance sampling, as in MDLM,
+    arXiv 2406.07524).
+    """
+
+    draws: int = 1
+    """Masks per rollout and pass."""
+    t_min: float = 0.001
+    """Smallest masking probability; the weight ``1/t`` is bounded by its inverse."""
+    end_padding: bool = True
+    """Train on the padding behind the end token too, as LLaDA does; False leaves it masked and ungraded."""
+    needs_steps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or not 0 < self.t_min < 1:
+            raise InputError("random_masks needs draws >= 1 and t_min between 0 and 1; correct method.canvases")
+
+    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        rows = torch.arange(trajectory.size).repeat_interleave(self.draws)
+        draw = torch.arange(self.draws).repeat(trajectory.size)
+        base = torch.tensor([make_key(key, "random_masks", part) for key in keys], dtype=torch.int64)
+        offset = uniform(fold(base, -1), 1)[rows, 0]
+        t = self.t_min + (1 - self.t_min) * ((offset + draw / self.draws) % 1)
+        hidden = uniform(fold(base[rows], draw), trajectory.tokens.shape[1]) < t[:, None]
+        device = trajectory.tokens.device
+        if self.end_padding:
+            trajectory = replace(trajectory, length=torch.full_like(trajectory.length, trajectory.tokens.shape[1]))
+        weight = 1 / (t.to(device) * trajectory.length[rows.to(device)])
+        return _synthetic(trajectory, rows.to(device), hidden.to(device), weight)
+
+
+@dataclass(frozen=True)
+class AllMasked:
+    """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
+
+    Each pass over the same rollouts draws another prompt mask.
+    """
+
+    prompt_mask_ratio: float = 0.15
+    """Probability with which each prompt token is replaced by the mask token."""
+    needs_steps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prompt_mask_ratio < 1:
+            raise InputError("method.canvases.prompt_mask_ratio must be at least 0 and below 1")
+
+    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        device = trajectory.tokens.device
+        rows = torch.arange(trajectory.size, device=device)
+        canvases = _synthetic(trajectory, rows, torch.ones_like(trajectory.tokens, dtype=torch.bool), torch.ones(len(rows)))
+        base = torch.tensor([make_key(key, "prompt_mask", part) for key in keys], dtype=torch.int64)
+        width = trajectory.prompt_ids.shape[1]
+        noise = uniform(base, width).to(device)
+        index = (trajectory.prompt_mask.int().cumsum(1) - 1).clamp(min=0)  # independent of the padding
+        drop = (noise.gather(1, index) < self.prompt_mask_ratio) & trajectory.prompt_mask
+        ids = canvases.ids.clone()
+        ids[:, :width] = ids[:, :width].masked_fill(drop, trajectory.mask_id)
+        return replace(canvases, ids=ids)
+
+
+CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": RandomMasks, "all_masked": AllMasked}
+
+
+def attention_mask(trajectory: Trajectory, rows: Tensor) -> Tensor:
+    """bool ``[n s]``: prompt padding is hidden, the whole completion side is visible."""
+    completion = torch.ones((len(rows), trajectory.tokens.shape[1]), dtype=torch.bool, device=rows.device)
+    return torch.cat([trajectory.prompt_mask[rows], completion], 1)
+
+
+def _synthetic(trajectory: Trajectory, rows: Tensor, hidden: Tensor, weight: Tensor) -> Canvases:
+    """Canvases that no decoder saw: ``hidden [n l]`` of the answer is masked, and so is all that stands behind it."""
+    position = torch.arange(hidden.shape[1], device=hidden.device)
+    answer = position < trajectory.length[rows][:, None]
+    tokens = trajectory.tokens[rows]
+    masked = hidden & answer
+    canvas = tokens.masked_fill(masked | ~answer, trajectory.mask_id)
+    return Canvases(
+        rows=rows,
+        steps=torch.full_like(rows, -1),
+        ids=torch.cat([trajectory.prompt_ids[rows], canvas], 1),
+        mask=attention_mask(trajectory, rows),
+        masked=masked,
+        active=masked,
+        revealed=masked,
+        tokens=tokens,
+        weight=weight.to(torch.float32),
+    )
+
+

@@ -1,0 +1,230 @@
+"""The command line: ``dllm-sd train | eval | sample | show``.
+
+Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted after saving; 1 anything else.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dllm_sd.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        print(f"dllm-sd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dllm-sd: interrupted; the same command goes on from the last saved update", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"dllm-sd: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dllm-sd", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a config (a path or a shipped name); continues a stopped run")
+    train.add_argument("config")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="accuracy of a run or a model on a task")
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL")
+    evaluate.add_argument("--task", help="name of the task; default: the run's own")
+    evaluate.add_argument("--out", help="folder for report.json; default: the run, or eval/ for a model")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.set_defaults(command=_eval)
+
+    sample = commands.add_parser("sample", help="watch a prompt being denoised")
+    sample.add_argument("model", metavar="RUN_OR_MODEL")
+    sample.add_argument("prompt")
+    sample.add_argument("overrides", nargs="*", metavar="key=value")
+    sample.set_defaults(command=_sample)
+
+    show = commands.add_parser("show", help="the resolved config and what its method is made of")
+    show.add_argument("config")
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.set_defaults(command=_show)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dllm_sd.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from dllm_sd.training.trainer import Trainer
+
+    trainer = Trainer(config)
+    report = trainer.train()
+    if trainer.main:
+        _print_report(report, Path(config.run))
+    return 0
+
+
+def _print_report(report: dict[str, Any], run: Path) -> None:
+    console = Console()
+    if report["best"]:
+        table = Table(title=f"{report['task']}: accuracy on {report['n']} test problems")
+        table.add_column("decoding")
+        for name in ("before", "after", "best"):
+            table.add_column(name, justify="right")
+        for schedule, best in report["best"].items():
+            cells = [f"{100 * report[name][schedule]['accuracy']:.1f} %" for name in ("before", "after")]
+            low, high = best["ci95"]
+            table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+        console.print(table)
+        console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
+    words = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
+    best_dev = f"; best dev accuracy {100 * report['best_dev_accuracy']:.1f} % at update {report['best_update']}"
+    console.print(words + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
+    if report["stopped"]:
+        console.print(f"stopped early: {report['stopped']}")
+    console.print(f"run folder {run}: report.json, metrics.jsonl, samples.jsonl, config.yaml, checkpoints/")
+    console.print(f"curves, samples and trajectories: tensorboard --logdir {run / 'tb'}")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from dllm_sd.config import to_tree
+    from dllm_sd.evaluation import evaluate, first
+
+    config, policy = _load(options.model, options.overrides, options.task)
+    processes = PartialState()
+    problems = config.task.problems("test")
+    report, _ = evaluate(
+        policy,
+        config.task,
+        first(problems, config.eval.final_problems or len(problems)),
+        config.decode,
+        temperature=config.eval.temperature,
+        attempts=config.eval.attempts,
+        seed=config.seed,
+        max_prompt=config.max_prompt,
+        rank=processes.process_index,
+        world=processes.num_processes,
+    )
+    if processes.is_main_process:
+        tree = to_tree(config)
+        task = tree["task"]["name"]
+        out = Path(options.out or (options.model if Path(options.model).is_dir() else f"eval/{task}"))
+        settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "seed", "max_prompt")}
+        settings["evaluated"] = options.model
+        out.mkdir(parents=True, exist_ok=True)
+        name = "report.json" if options.out or not (out / "config.yaml").exists() else "eval_report.json"
+        content = {"task": task, **report.tree(), "settings": settings}
+        (out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        table = Table(title=f"{options.model} on {task}")
+        for column in ("problems", "accuracy", "95 % interval", "tokens", "tokens per step", "seconds"):
+            table.add_column(column, justify="right")
+        low, high = report.ci95
+        cells = (f"{100 * report.accuracy:.2f} %", f"{100 * low:.1f} to {100 * high:.1f}", f"{report.length:.1f}")
+        table.add_row(str(report.n), *cells, f"{report.tokens_per_step:.2f}", f"{report.seconds:.1f}")
+        Console().print(table)
+        Console().print(f"written to {out / name}")
+    return 0
+
+
+def _load(name: str, overrides: Sequence[str], task: str | None = None) -> tuple[Any, Any]:
+    """Config and policy of a run (its best weights) or of a model."""
+    import torch
+
+    from dllm_sd.config import apply_overrides, build_config
+    from dllm_sd.policies.loading import build_policy, model_folder
+    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights
+    from dllm_sd.training.folder import read_tree
+
+    run = Path(name)
+    is_run = (run / "checkpoints").is_dir() and (run / "config.yaml").is_file()
+    if is_run:
+        tree = read_tree(run)
+    else:
+        recipe = Path(model_folder(name)) / "recipe.yaml"
+        tree = read_tree(recipe.parent, recipe.name) if recipe.is_file() else {"task": {"name": task or "sudoku"}}
+        tree["model"] = {**tree.get("model", {}), "path": name}
+    if task is not None and tree["task"].get("name") != task:
+        tree["task"] = {"name": task}
+    config = build_config(apply_overrides(tree, overrides))
+    policy = build_policy(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    if is_run:
+        folder = best_checkpoint(run) or latest_checkpoint(run)
+        if folder is None:
+            raise InputError(f"run {name!r} has no checkpoint yet; train it further")
+        load_weights(policy, folder)
+    return config, policy
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from rich.live import Live
+    from rich.text import Text
+
+    from dllm_sd.randomness import make_key
+
+    config, policy = _load(options.model, options.overrides)
+    console = Console()
+    frames: list[list[int]] = []
+    settings = replace(config.decode, temperature=config.eval.temperature)
+    prompt = policy.encode([{"role": "user", "content": options.prompt}])
+    with Live(console=console, refresh_per_second=30, transient=True) as live:
+
+        def watch(canvas: Any) -> None:
+            frames.append(canvas[0].tolist())
+            live.update(_frame(policy, frames), refresh=True)
+
+        trajectory = policy.decode([prompt], settings, [make_key(config.seed, "sample")], watch)
+    tokens = trajectory.tokens[0, : int(trajectory.length)].tolist()
+    for step, frame in enumerate(frames):
+        console.print(Text(f"{step:>4} ", style="dim") + _frame(policy, [*frames[max(0, step - 1) : step], frame]))
+    console.print(Text(policy.text(tokens), style="bold"))
+    return 0
+
+
+def _frame(policy: Any, frames: Sequence[Sequence[int]]) -> Any:
+    """The last canvas: masks as dots, tokens committed since the one before it in colour."""
+    from rich.text import Text
+
+    last, before = frames[-1], frames[-2] if len(frames) > 1 else frames[-1]
+    text = Text()
+    for now, then in zip(last, before, strict=True):
+        if now == policy.mask_id:
+            text.append("\u00b7", style="dim")
+        else:
+            text.append(policy.text([now]) or "\u25a1", style="bold green" if now != then else "")
+    return text
+
+
+def _show(options: argparse.Namespace) -> int:
+    from dllm_sd.config import load_config, to_tree, to_yaml
+
+    config = load_config(options.config, options.overrides)
+    console = Console()
+    console.print(to_yaml(config), highlight=False, markup=False)
+    table = Table(title="method")
+    table.add_column("slot")
+    table.add_column("part")
+    for slot, part in to_tree(config)["method"].items():
+        parts = part if isinstance(part, list) else [part]
+        table.add_row(slot, "\n".join(_describe_part(item) for item in parts) or "none")
+    console.print(table)
+    return 0
+
+
+def _describe_part(part: Any) -> str:
+    if not isinstance(part, dict):
+        return str(part)
+    fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
+    return f"{part['name']} ({fields})" if fields else part["name"]

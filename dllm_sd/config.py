@@ -1,0 +1,328 @@
+"""The configuration: a dataclass schema, YAML in, overrides by dotted keys, every mistake named before anything loads.
+
+Parts (of a method, a task) are chosen by `name` from the tables beside them; their fields are the keys. Anything left
+out of a method keeps the value of the named method's row.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dllm_sd.errors import InputError
+from dllm_sd.methods import Method, get_method
+from dllm_sd.policies.loading import Model
+from dllm_sd.policies.masked_diffusion import Denoising
+from dllm_sd.tasks import TASKS
+from dllm_sd.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, its schedule, and how an update is cut into micro-batches."""
+
+    lr: float = 5e-6
+    betas: tuple[float, ...] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup: int = 0
+    """Updates of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up, down to `final_lr` of the peak at the last update."""
+    final_lr: float = 0.0
+    max_grad_norm: float | None = 0.2
+    tokens_per_batch: int = 16384
+    """Padded canvas tokens in one forward; memory only, it cannot change the update."""
+    autocast: Literal["bfloat16"] | None = None
+    """Compute type of training forwards; weights keep `model.dtype`."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or len(self.betas) != 2 or self.warmup < 0 or self.tokens_per_batch < 1:
+            raise InputError("optim needs lr above 0, two betas, warmup of 0 or more and tokens_per_batch above 0")
+        if not 0 <= self.final_lr <= 1:
+            raise InputError("optim.final_lr is a share of the peak; give a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out accuracy during and after training."""
+
+    every: int = 25
+    """Updates between evaluations on the dev split; 0 evaluates never."""
+    problems: int = 256
+    """Dev problems of each evaluation."""
+    final_problems: int = 0
+    """Test problems on which the initial and the best weights are compared at the end; 0 skips it."""
+    attempts: int = 1
+    temperature: float = 0.0
+    schedules: Mapping[str, Any] = field(default_factory=dict)
+    """Other decoding settings (name: overrides of `decode`) under which the end is compared too."""
+    patience: int = 0
+    """Stop after this many evaluations in a row without a new best; 0 never stops for that."""
+    collapse: float = 0.0
+    """Stop when accuracy falls this far below the best, such as 0.1; 0 never stops for that."""
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.final_problems, self.patience) < 0 or min(self.problems, self.attempts) < 1:
+            raise InputError("eval counts must not be negative, and eval.problems and eval.attempts at least 1")
+        if self.attempts > 1 and self.temperature == 0:
+            raise InputError("eval.attempts above 1 repeats the greedy answer; set eval.temperature above 0")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What is saved while training."""
+
+    every: int = 25
+    """Updates between checkpoints; one is also saved at the end and on Ctrl-C."""
+    keep: int = 2
+    """Latest checkpoints that stay on disk, beside the best weights."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise InputError("checkpoint.every and checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is shown and written."""
+
+    tensorboard: bool = True
+    progress: bool = True
+    samples: int = 2
+    """Rollouts written to samples.jsonl and TensorBoard at each update that logs them."""
+    samples_every: int = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    task: Task = field(metadata={"parts": TASKS})
+    run: str = "runs/unnamed"
+    """Folder of the run."""
+    seed: int = 0
+    updates: int = 500
+    model: Model = Model()
+    decode: Denoising = Denoising()
+    method: Method = Method()
+    optim: Optim = Optim()
+    eval: Evaluation = Evaluation()
+    checkpoint: Checkpoints = Checkpoints()
+    log: Log = Log()
+    max_prompt: int = 512
+    """Longest prompt in tokens; problems with longer prompts are left out and counted, never cut."""
+    resume: Literal["auto", "force", "fresh"] = "auto"
+    """`auto` continues a run of the same configuration and refuses another's folder, `force` continues in spite of
+    changed settings, `fresh` discards what the folder holds of a former run."""
+
+    def __post_init__(self) -> None:
+        if self.updates < 1 or self.max_prompt < 1:
+            raise InputError("updates and max_prompt must be at least 1")
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a config by path or shipped name and apply ``key=value`` overrides.
+
+    Raises:
+        InputError: naming the file or key, and the remedy.
+    """
+    path = find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"config {path} must hold keys such as model, task and method")
+    tree.setdefault("run", f"runs/{path.stem}")
+    return build_config(apply_overrides(tree, overrides))
+
+
+def find_config(name: str) -> Path:
+    """A config's path: the argument itself, or a shipped config of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    hint = difflib.get_close_matches(name, shipped, 1)
+    known = f"did you mean {hint[0]!r}?" if hint else f"shipped configs: {', '.join(sorted(shipped))}"
+    raise InputError(f"there is no config file {name!r}; {known}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configs that come with the program, by name."""
+    here = Path(__file__).resolve().parent
+    folders = [here / "configs", here.parent / "configs"]  # installed, or a source checkout
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` pairs with dotted keys over a plain tree; a replaced `method` or `task` starts from its defaults."""
+    config = OmegaConf.create(dict(tree))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"override {override!r} is not of the form key=value")
+        try:
+            value = yaml.safe_load(text) if text else ""
+            for parent in _parents(key):
+                if isinstance(OmegaConf.select(config, parent), str):  # `method: name` grows into a mapping
+                    OmegaConf.update(config, parent, {"name": OmegaConf.select(config, parent)}, merge=False)
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise InputError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"the config does not resolve: {' '.join(str(error).split())}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def build_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a plain tree and build the config."""
+    return _build(Config, tree, "", None)
+
+
+def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
+    """The plain tree of a config or part; building it again gives an equal object."""
+    if is_dataclass(value) and not isinstance(value, type):
+        tree = {f.name: to_tree(getattr(value, f.name), f.metadata.get("parts")) for f in fields(value)}
+        if table is not None:
+            name = next(name for name, part in table.items() if part is type(value))
+            tree = {"name": name, **tree}
+        return tree
+    if isinstance(value, tuple | list):
+        return [to_tree(item, table) for item in value]
+    if isinstance(value, Mapping):
+        return {key: to_tree(item) for key, item in value.items()}
+    return value
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
+    """An instance of dataclass ``cls`` from ``tree``; what the tree leaves out comes from ``base``, else the defaults."""
+    if cls is Method:
+        tree = {"name": tree} if isinstance(tree, str) else tree
+        if isinstance(tree, Mapping) and "name" in tree:
+            base = get_method(str(tree["name"]))
+            tree = {key: value for key, value in tree.items() if key != "name"}
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path or 'the config'} must be a mapping of keys, not {tree!r}")
+    known = {f.name: f for f in fields(cls) if f.init}
+    for key in tree:
+        if key not in known:
+            hint = difflib.get_close_matches(str(key), known, 1)
+            rest = f"did you mean {hint[0]!r}?" if hint else f"known keys: {', '.join(known)}"
+            raise InputError(f"unknown key {_join(path, str(key))!r}; {rest}")
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, f in known.items():
+        here = _join(path, name)
+        former = getattr(base, name) if base is not None else None
+        if name in tree:
+            parts = f.metadata.get("parts")
+            values[name] = (
+                _parts(hints[name], tree[name], here, former, parts) if parts else _value(hints[name], tree[name], here)
+            )
+        elif base is not None:
+            values[name] = former
+    if cls is Config and "task" not in values:
+        raise InputError(f"the config names no task; set task.name to one of {', '.join(TASKS)}")
+    return cls(**values)
+
+
+def _parts(hint: Any, tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
+    """A part of ``table``, or a tuple of parts where the field holds several."""
+    if get_origin(hint) is not tuple:
+        return _part(tree, path, base, table)
+    former = base if base is not None else ()
+    if isinstance(tree, Mapping) and tree and all(str(key).isdigit() for key in tree):  # contexts.0.ratio=0.5
+        given = {int(key): value for key, value in tree.items()}
+        size = max([*given, len(former) - 1]) + 1
+        if missing := [i for i in range(len(former), size) if i not in given]:
+            raise InputError(f"{path}.{missing[0]} is missing; list entries are numbered from 0 without gaps")
+        return tuple(
+            _part(given[i], f"{path}.{i}", former[i] if i < len(former) else None, table) if i in given else former[i]
+            for i in range(size)
+        )
+    items = tree if isinstance(tree, list) else [tree]
+    return tuple(
+        _part(item, f"{path}.{i}", former[i] if i < len(former) else None, table) for i, item in enumerate(items)
+    )
+
+
+def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
+    if isinstance(tree, str):
+        tree = {"name": tree}
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path} must name a part ({', '.join(table)}), not {tree!r}")
+    tree = dict(tree)
+    name = tree.pop("name", None)
+    if name is None and base is None:
+        raise InputError(f"{path}.name is missing; choose from {', '.join(table)}")
+    if name is not None and name not in table:
+        hint = difflib.get_close_matches(str(name), table, 1)
+        rest = f"did you mean {hint[0]!r}?" if hint else f"choose from {', '.join(table)}"
+        raise InputError(f"{path}.name {name!r} is unknown; {rest}")
+    if name is None or (base is not None and table[name] is type(base)):
+        return _build(type(base), tree, path, base)
+    return _build(table[name], tree, path, None)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as the type ``hint``, or one sentence why not."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        return _value(options[0] if len(options) == 1 else Union[tuple(options)], value, path)  # noqa: UP007
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise InputError(f"{path} is {value!r}; choose from {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{path} must be a list, not {value!r}")
+        return tuple(_value(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
+    if is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else _build(hint, value, path, None)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return dict(value)
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a mapping")
+    raise InputError(f"{path} must be {wanted}, not {value!r}")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+

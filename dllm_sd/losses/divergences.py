@@ -1,0 +1,218 @@
+"""Divergences: how far the student is from its target at every graded site.
+
+A divergence is called as ``divergence(student_logp [m u], target_logp [t m u], token [m]) -> [t m]``.
+It returns one value per target and site; the only sum inside is the one over the support ``u``. For the log, every
+divergence also has ``entries(student_logp, target_logp, token) -> [t m u]`` (the summands before any clip) and
+``clip_share(entries) -> [t m]``.
+
+Clips (field ``clip``, threshold ``clip_at``):
+
+- ``token``: ``min(sum_v d_v, clip_at)``. A bounded divergence; a site beyond the threshold has no gradient.
+- ``entry``: ``sum_v min(d_v, clip_at)``, as d-OPSD and OPSD v3 publish it. **This is not a divergence.** It cuts
+  only the large positive summands, whose gradient becomes 0; the negative ones stay. So it can be negative, its
+  minimum is not at the target (two tokens, teacher (.3, .7), reverse KL: minimum -0.2075 at student (.742, .258)),
+  and its gradient can point away from that of the true divergence. It is here to reproduce those papers.
+- ``none``.
+
+A probability of zero counts as ``exp(-10000)``: values and gradients stay finite, and ``0 log 0 = 0``.
+
+Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.losses.supports import floor_logp
+
+Clip = Literal["none", "token", "entry"]
+
+
+class Divergence(Protocol):
+    """What the objective calls."""
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m]``, with the part's clip applied."""
+        ...
+
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""
+        ...
+
+    def clip_share(self, entries: Tensor) -> Tensor:
+        """``[t m u] -> [t m]``: the share of each site's summands (or of its one sum) that the clip cuts."""
+        ...
+
+
+def kl_entries(p_logp: Tensor, q_logp: Tensor) -> Tensor:
+    """Summands of ``KL(P || Q)``: ``P (log P - log Q)``, ``[... u], [... u] -> [... u]`` (shapes broadcast)."""
+    p, q = floor_logp(p_logp), floor_logp(q_logp)
+    return p.exp() * (p - q)
+
+
+def jsd_entries(student_logp: Tensor, target_logp: Tensor, beta: float) -> Tensor:
+    """Summands of the generalised Jensen-Shannon divergence, ``[m u], [t m u] -> [t m u]`` (shapes broadcast).
+
+    ``beta T (log T - log M) + (1 - beta) S (log S - log M)`` with ``M = (1 - beta) S + beta T``. By convention
+    ``beta = 0`` means forward KL and ``beta = 1`` reverse KL: the limits of JSD / (beta (1 - beta)), since the
+    formula itself is 0 there. Source: GKD (arXiv 2306.13649), section 2, as used by OPSD and d-OPSD.
+    """
+    if beta == 0:
+        return kl_entries(target_logp, student_logp)
+    if beta == 1:
+        return kl_entries(student_logp, target_logp)
+    student, target = floor_logp(student_logp), floor_logp(target_logp)
+    mixture = torch.logaddexp(student + math.log1p(-beta), target + math.log(beta))
+    return beta * kl_entries(target, mixture) + (1 - beta) * kl_entries(student, mixture)
+
+
+def token_nll(student_logp: Tensor, token: Tensor) -> Tensor:
+    """Negative log-likelihood of ``token [m]`` (vocabulary ids) under ``student_logp [m v]``, ``-> [m]``."""
+    picked = student_logp.gather(-1, rearrange(token, "m -> m 1"))
+    return -rearrange(floor_logp(picked), "m 1 -> m")
+
+
+def clipped_sum(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
+    """Sum over the support, ``[... u] -> [...]``, clipped per entry, per token, or not at all."""
+    if clip == "entry":
+        return entries.clamp(max=clip_at).sum(-1)
+    total = entries.sum(-1)
+    return total.clamp(max=clip_at) if clip == "token" else total
+
+
+def clip_share(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
+    """What the clip cuts, ``[... u] -> [...]``: the share of entries above it, or 0 or 1 for the whole token."""
+    if clip == "entry":
+        return (entries > clip_at).to(entries.dtype).mean(-1)
+    total = entries.sum(-1)
+    return (total > clip_at).to(entries.dtype) if clip == "token" else torch.zeros_like(total)
+
+
+def _check_clip(clip: str, clip_at: float) -> None:
+    if clip not in ("none", "token", "entry"):
+        raise InputError(f"divergence.clip is {clip!r}: choose 'none', 'token' or 'entry'.")
+    if not clip_at > 0:
+        raise InputError(f"divergence.clip_at is {clip_at}: give a number above 0, or set divergence.clip to 'none'.")
+
+
+@dataclass(frozen=True)
+class ForwardKL:
+    """``KL(target || student)``: the student must cover what the target allows.
+
+    Fields:
+        clip: ``none``, ``token``, or ``entry`` (not a divergence; see the top of this file).
+        clip_at: the threshold.
+    """
+
+    clip: Clip = "none"
+    clip_at: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip, self.clip_at)
+
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m u]``: ``T (log T - log S)``."""
+        return kl_entries(target_logp, student_logp)
+
+    def clip_share(self, entries: Tensor) -> Tensor:
+        """``[t m u] -> [t m]``."""
+        return clip_share(entries, self.clip, self.clip_at)
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m]``."""
+        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """``KL(student || target)``: the student must avoid what the target forbids (d-OPSD, equation 12).
+
+    Fields:
+        clip: ``none``, ``token``, or ``entry`` (not a divergence; see the top of this file).
+        clip_at: the threshold.
+    """
+
+    clip: Clip = "none"
+    clip_at: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip, self.clip_at)
+
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m u]``: ``S (log S - log T)``."""
+        return kl_entries(student_logp, target_logp)
+
+    def clip_share(self, entries: Tensor) -> Tensor:
+        """``[t m u] -> [t m]``."""
+        return clip_share(entries, self.clip, self.clip_at)
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m]``."""
+        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
+
+
+@dataclass(frozen=True)
+class GeneralisedJSD:
+    """Generalised Jensen-Shannon divergence between student and target (see ``jsd_entries``).
+
+    For ``beta`` strictly between 0 and 1 it is at most log 2 at every site.
+
+    Fields:
+        beta: weight of the target in the mixture, from 0 (means forward KL) to 1 (means reverse KL).
+        clip: ``none``, ``token``, or ``entry`` (not a divergence; see the top of this file).
+        clip_at: the threshold.
+    """
+
+    beta: float = 0.5
+    clip: Clip = "none"
+    clip_at: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise InputError(f"divergence.beta is {self.beta}: give a number from 0 (forward KL) to 1 (reverse KL).")
+        _check_clip(self.clip, self.clip_at)
+
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m u]``."""
+        return jsd_entries(student_logp, target_logp, self.beta)
+
+    def clip_share(self, entries: Tensor) -> Tensor:
+        """``[t m u] -> [t m]``."""
+        return clip_share(entries, self.clip, self.clip_at)
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m]``."""
+        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
+
+
+@dataclass(frozen=True)
+class TokenNLL:
+    """Negative log-likelihood of the token that stands at the site in the rollout; the target is not read.
+
+    ``token`` is a vocabulary id, so the support must be ``full``. With trust ``group_advantage`` this is diffu-GRPO.
+    """
+
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m v], any, [m] -> [1 m 1]``."""
+        return rearrange(token_nll(student_logp, token), "m -> 1 m 1")
+
+    def clip_share(self, entries: Tensor) -> Tensor:
+        """``[1 m 1] -> [1 m]``: zeros, nothing is clipped."""
+        return torch.zeros_like(entries.sum(-1))
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m v], any, [m] -> [1 m]``."""
+        return rearrange(token_nll(student_logp, token), "m -> 1 m")
+
+
+DIVERGENCES: dict[str, type] = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "jsd": GeneralisedJSD,
+    "token_nll": TokenNLL,
+}

@@ -1,0 +1,92 @@
+"""Where a canvas is graded: what the student revealed, the teacher's most confident positions, everything masked.
+
+A rule names `candidates` and a `quota` from the canvas alone, so that the sites of a whole update are counted before
+any model runs; a rule that asks the teacher picks the quota out of the candidates by `score`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """The positions that the student commits at this step (the "student" row of arXiv 2606.18195, Table 7)."""
+
+    asks_teacher = False
+
+    def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates bool ``[n l]`` and quota int64 ``[n]`` from three bool ``[n l]`` maps of the canvases."""
+        return revealed, revealed.sum(1)
+
+
+@dataclass(frozen=True)
+class AllMasked:
+    """Every masked position, of the active block only if `block`."""
+
+    block: bool = False
+    asks_teacher = False
+
+    def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates bool ``[n l]`` and quota int64 ``[n]``."""
+        candidates = active if self.block else masked
+        return candidates, candidates.sum(1)
+
+
+@dataclass(frozen=True)
+class TeacherTop:
+    """The `count` masked positions of the active block of which the teacher is most confident (2606.18195, Sec. 3.2).
+
+    The teacher may choose a position again at the next step, so the choices do not partition the completion.
+    """
+
+    count: int | None = None
+    """How many; None takes as many as the student commits at this step."""
+    by: Literal["probability", "logit"] = "probability"
+    """Confidence: largest probability (paper), or largest raw logit (released code)."""
+    asks_teacher = True
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise InputError("method.sites.count must be at least 1, or null for as many as the student commits")
+
+    def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates bool ``[n l]`` and quota int64 ``[n]``."""
+        wanted = revealed.sum(1) if self.count is None else torch.full_like(active.sum(1), self.count)
+        return active, torch.minimum(wanted, active.sum(1))
+
+    def score(self, teacher_logits: Tensor) -> Tensor:
+        """Confidence ``[m]`` of raw teacher logits ``[m v]``."""
+        top = teacher_logits.amax(-1)
+        return top if self.by == "logit" else top - teacher_logits.logsumexp(-1)
+
+
+SITES: dict[str, type] = {"revealed": Revealed, "all_masked": AllMasked, "teacher_top": TeacherTop}
+
+
+def choose(candidates: Tensor, quota: Tensor, score: Tensor) -> Tensor:
+    """The best ``quota`` candidates of each canvas, ties from left to right.
+
+    Args:
+        candidates: bool ``[n l]``, ``m`` of them true.
+        quota: int64 ``[n]``, at most the number of candidates of the canvas.
+        score: ``[m]``, in the order of ``candidates``.
+
+    Returns:
+        bool ``[n l]``, a subset of the candidates.
+    """
+    table = torch.full(candidates.shape, -torch.inf, dtype=score.dtype, device=score.device)
+    table[candidates] = score
+    rank = rank_descending(table)
+    return candidates & (rank < quota[:, None])
+
+
+def rank_descending(values: Tensor) -> Tensor:
+    """int64, the rank (0 = largest, ties from left to right) of each entry of ``values [... l]`` in its row."""
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    position = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, position)

@@ -1,0 +1,131 @@
+"""Supports: on which vocabulary entries student and teacher are compared.
+
+A support is called as ``support(student_logp [m v], teacher_logp [c m v]) -> ([m u], [c m u])``. It reads
+log-probabilities over the vocabulary and returns log-probabilities over the entries that it keeps; these sum to one.
+
+Axes: ``m`` graded sites, ``c`` teacher contexts, ``v`` vocabulary, ``u`` support, ``k`` entries kept.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+
+#: A probability of zero counts as ``exp(LOG_ZERO)``: still exactly 0.0 as a number, but its logarithm is finite.
+LOG_ZERO = -1e4
+#: The tail bucket holds at least this much probability (SDPO's constant), so that its logarithm stays finite.
+MIN_TAIL = 1e-7
+
+
+class Support(Protocol):
+    """What the objective calls."""
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """``[m v], [c m v] -> [m u], [c m u]``."""
+        ...
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen ``[...]`` to float32 where its dtype is lower or an integer; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def floor_logp(logp: Tensor) -> Tensor:
+    """Log-probabilities ``[...]`` in float32 or float64 with -inf replaced by ``LOG_ZERO``, where the gradient is 0.
+
+    Products such as ``0 * log 0`` and differences such as ``log 0 - log 0`` are then 0 instead of NaN.
+    A NaN in the input stays a NaN.
+    """
+    return at_least_float32(logp).clamp(min=LOG_ZERO)
+
+
+def top_k_index(logp: Tensor, k: int) -> Tensor:
+    """Indices of the ``min(k, v)`` largest entries, ``[... v] -> [... k]`` (int64, no order promised)."""
+    return logp.detach().topk(min(k, logp.shape[-1]), dim=-1, sorted=False).indices
+
+
+def gather_top_k(logp: Tensor, index: Tensor) -> Tensor:
+    """The entries ``index [m k]`` of ``logp [... m v]``, as they are: ``[... m k]``, not renormalised."""
+    return logp.gather(-1, index.expand(*logp.shape[:-1], -1))
+
+
+def log_tail(kept_logp: Tensor) -> Tensor:
+    """Log of the probability outside the kept entries, ``[... u] -> [... 1]``.
+
+    ``log(1 - exp(min(logsumexp, -1e-7)))``, written with ``expm1``. Source: SDPO's top-k distillation with a tail.
+    Where the kept entries hold all but ``MIN_TAIL``, the tail is the constant ``log(MIN_TAIL)`` without gradient.
+    """
+    kept = floor_logp(kept_logp).logsumexp(-1, keepdim=True).clamp(max=-MIN_TAIL)
+    return (-kept.expm1()).log()
+
+
+def renormalise(kept_logp: Tensor) -> Tensor:
+    """The distribution given that one of the kept entries is drawn, ``[... u] -> [... u]``."""
+    return floor_logp(kept_logp).log_softmax(-1)
+
+
+def append_tail(kept_logp: Tensor) -> Tensor:
+    """The kept entries and one more that holds the rest of the probability, ``[... u] -> [... u+1]``."""
+    return torch.cat([at_least_float32(kept_logp), log_tail(kept_logp)], dim=-1)
+
+
+def top_k_overlap(student_logp: Tensor, teacher_logp: Tensor, k: int) -> Tensor:
+    """Share of the teacher's top-k entries that are among the student's top-k.
+
+    ``student_logp [m v]``, ``teacher_logp [m v] -> [m]``; with contexts, ``teacher_logp [c m v] -> [c m]``.
+    """
+    student, teacher = top_k_index(student_logp, k), top_k_index(teacher_logp, k)
+    shared = (teacher[..., :, None] == student[..., None, :]).any(-1)
+    return at_least_float32(shared).mean(-1)
+
+
+@dataclass(frozen=True)
+class FullVocabulary:
+    """Every vocabulary entry: both inputs, unchanged (``u = v``)."""
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """``[m v], [c m v] -> [m v], [c m v]`` in float32 or float64."""
+        return at_least_float32(student_logp), at_least_float32(teacher_logp)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The ``k`` most probable entries of one distribution, for all distributions alike.
+
+    Source: d-OPSD and OPSD (k = 20 of the teacher, renormalised); SDPO (of the student, with a tail bucket).
+    With ``k >= v`` this is the full vocabulary.
+
+    Fields:
+        k: entries kept.
+        of: whose entries: ``teacher`` (the first context) or ``student`` (as it is now, without gradient).
+        rest: what happens to the other entries: ``renormalise`` forgets them (``u = k``; a blind spot: a student
+            may move probability there unseen), ``bucket`` sums them up in one more entry (``u = k + 1``).
+    """
+
+    k: int = 20
+    of: Literal["teacher", "student"] = "teacher"
+    rest: Literal["renormalise", "bucket"] = "renormalise"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"support.k is {self.k}: keep at least 1 entry, or choose the support 'full'.")
+        if self.of not in ("teacher", "student"):
+            raise InputError(f"support.of is {self.of!r}: choose 'teacher' or 'student'.")
+        if self.rest not in ("renormalise", "bucket"):
+            raise InputError(f"support.rest is {self.rest!r}: choose 'renormalise' or 'bucket'.")
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """``[m v], [c m v] -> [m u], [c m u]``; ``c = 0`` (no teacher) is legal only for ``of = student``."""
+        if self.k >= student_logp.shape[-1]:
+            return at_least_float32(student_logp), at_least_float32(teacher_logp)
+        if self.of == "teacher" and len(teacher_logp) == 0:
+            raise InputError("support.of is 'teacher' but the method has no teacher: set it to 'student'.")
+        index = top_k_index(teacher_logp[0] if self.of == "teacher" else student_logp, self.k)
+        close = renormalise if self.rest == "renormalise" else append_tail
+        return close(gather_top_k(student_logp, index)), close(gather_top_k(teacher_logp, index))
+
+
+SUPPORTS: dict[str, type] = {"full": FullVocabulary, "top_k": TopK}

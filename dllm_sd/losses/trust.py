@@ -1,0 +1,141 @@
+"""Trust: how far every target and every rollout is believed.
+
+A trust has two methods. ``rollout_weight(reward [b], group [b]) -> [b]`` weighs whole rollouts; ``group`` is the id
+of the problem, and all rollouts of a problem must be in the same call. The weight is handed down to the rollout's
+sites as ``weight [m]``, and ``trust(student_logp [m u], target_logp [t m u], token [m], weight [m]) -> [t m]`` turns
+it into the factor of each divergence value. Factors are constants: no gradient flows through them.
+
+Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from einops import einsum, rearrange, repeat
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.losses.divergences import token_nll
+from dllm_sd.losses.supports import at_least_float32
+
+
+class Trust(Protocol):
+    """What the objective calls."""
+
+    def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
+        """``[b], [b] -> [b]``."""
+        ...
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, weight: Tensor) -> Tensor:
+        """``[m u], [t m u], [m], [m] -> [t m]``, detached."""
+        ...
+
+
+def group_advantage(reward: Tensor, group: Tensor, normalise: bool, epsilon: float) -> Tensor:
+    """Reward minus the mean of its group, ``[b], [b] -> [b]``; a rollout alone in its group gets 0.
+
+    ``normalise`` divides by (unbiased standard deviation of the group + ``epsilon``). Computed in float64 and
+    returned in the dtype of ``reward`` (float32 where that is an integer), so equal rewards give 0 up to 1e-12.
+    Source: GRPO (arXiv 2402.03300), section 4.1; without ``normalise`` Dr. GRPO and d1's released code.
+    """
+    same = (rearrange(group, "b -> b 1") == rearrange(group, "b -> 1 b")).double()
+    size = same.sum(-1)
+    mean = einsum(same, reward.double(), "b other, other -> b") / size
+    centred = reward.double() - mean
+    if normalise:
+        variance = einsum(same, centred.square(), "b other, other -> b") / (size - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + epsilon)
+    return centred.to(at_least_float32(reward).dtype)
+
+
+def surrogate_factor(logp: Tensor, old_logp: Tensor, advantage: Tensor, ratio_clip: float) -> Tensor:
+    """Factor of ``-logp`` whose gradient is that of PPO's clipped surrogate; all ``[m] -> [m]``.
+
+    With ``r = exp(logp - old_logp)``, ``d/dlogp [-min(r A, clip(r, 1 - e, 1 + e) A)]`` is ``-A r`` where the minimum
+    is the unclipped term (``r <= 1 + e`` for ``A > 0``, ``r >= 1 - e`` for ``A < 0``) and 0 elsewhere; the factor of
+    ``-logp`` is the negative of it. Source: PPO (arXiv 1707.06347), equation 7.
+    """
+    ratio = (logp - old_logp).exp()
+    inside = torch.where(advantage > 0, ratio <= 1 + ratio_clip, ratio >= 1 - ratio_clip)
+    return torch.where(inside, advantage * ratio, 0)
+
+
+def k3_factor(logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """Factor of ``-logp`` whose gradient is that of the k3 estimate of KL(student || reference); ``[m] -> [m]``.
+
+    ``k3 = exp(d) - d - 1`` with ``d = reference_logp - logp`` has ``d/dlogp k3 = 1 - exp(d)``; the factor of ``-logp``
+    is ``exp(d) - 1``. Source: Schulman, "Approximating KL divergence" (2020), as used by GRPO.
+    """
+    return (reference_logp - logp).expm1()
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Every rollout and every target counts the same: factor 1."""
+
+    def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
+        """``[b], [b] -> [b]``: ones."""
+        return torch.ones_like(at_least_float32(reward))
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, weight: Tensor) -> Tensor:
+        """``[m u], [t m u], [m], [m] -> [t m]``; without targets (``t = 0``) ``[1 m]``, for likelihood losses."""
+        weight = weight.detach().to(at_least_float32(student_logp).dtype)
+        return repeat(weight, "m -> t m", t=max(1, len(target_logp)))
+
+
+@dataclass(frozen=True)
+class GroupAdvantage:
+    """Group-relative advantage with PPO's clip and a KL penalty: diffu-GRPO (d1, arXiv 2504.12216) on ``token_nll``.
+
+    The factors are such that the *gradient* of factor x NLL is exactly that of
+    ``-min(r A, clip(r, 1 - ratio_clip, 1 + ratio_clip) A) + kl (exp(d) - d - 1)``, with ``r = exp(logp - old_logp)``
+    and ``d = reference_logp - logp`` at the sampled token; the *value* is not that of the surrogate.
+
+    The targets (target ``sampled``, support ``full``) are the other policies that the formula needs, in this order:
+    none (``r = 1``); one: the reference if ``kl > 0``, else the policy that made the rollouts;
+    two: the reference, then the policy that made the rollouts. Without the latter ``r = 1``, exact on-policy.
+
+    Fields:
+        normalise: divide advantages by the group's standard deviation.
+        epsilon: added to that standard deviation.
+        ratio_clip: how far the ratio may leave 1 before the gradient stops.
+        kl: weight of the penalty towards the reference, 0 for none.
+    """
+
+    normalise: bool = True
+    epsilon: float = 1e-4
+    ratio_clip: float = 0.5
+    kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise InputError(f"trust.epsilon is {self.epsilon}: give a number above 0, such as 1e-4.")
+        if not self.ratio_clip > 0:
+            raise InputError(f"trust.ratio_clip is {self.ratio_clip}: give a number above 0, such as 0.5.")
+        if not self.kl >= 0:
+            raise InputError(f"trust.kl is {self.kl}: give 0 (no penalty) or a number above 0, such as 0.04.")
+
+    def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
+        """``[b], [b] -> [b]``: the advantages."""
+        return group_advantage(reward, group, self.normalise, self.epsilon)
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, weight: Tensor) -> Tensor:
+        """``[m v], [t m v], [m], [m] -> [1 m]`` with ``t`` of 0, 1 or 2."""
+        self._check(len(target_logp))
+        logp = -token_nll(student_logp.detach(), token)
+        others = [-token_nll(policy.detach(), token) for policy in target_logp]
+        old = others[-1] if len(others) > (self.kl > 0) else logp
+        factor = surrogate_factor(logp, old, weight.detach().to(logp.dtype), self.ratio_clip)
+        if self.kl > 0:
+            factor = factor + self.kl * k3_factor(logp, others[0])
+        return rearrange(factor, "m -> 1 m")
+
+    def _check(self, targets: int) -> None:
+        if self.kl > 0 and targets == 0:
+            raise InputError("trust.kl is above 0 but there is no reference: add the base weights as a teacher.")
+        if targets > 2:
+            raise InputError(f"trust 'group_advantage' takes at most two teachers and got {targets}: remove some.")
+
+
+TRUSTS: dict[str, type] = {"equal": Equal, "group_advantage": GroupAdvantage}

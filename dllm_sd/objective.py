@@ -1,0 +1,208 @@
+"""Where the parts meet: the equation.
+
+``rollouts -> canvases and sites -> teacher views -> support -> target -> divergence [t m] x trust [t m] -> mean``
+
+`plan_update` lays out a whole update in integer tensors and counts its sites, before any model runs; `grade` computes
+the loss of some of its canvases. The sum over any partition of the canvases is the loss of the update, so that
+micro-batches and processes cannot change it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from dllm_sd.canvases import Canvases
+from dllm_sd.losses.sites import choose
+from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.methods import Average, Method
+from dllm_sd.policies.policy import View
+from dllm_sd.rollouts import Rollouts
+from dllm_sd.teachers import Reading, Scene
+
+SiteLogits = Callable[[View], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All canvases of one update, on the CPU."""
+
+    canvases: Canvases
+    readings: tuple[Reading, ...]
+    """One per teacher context."""
+    candidates: Tensor
+    """bool ``[n l]``: the sites, or what the teacher may choose them from."""
+    quota: Tensor
+    """int64 ``[n]``: sites of each canvas."""
+    coefficient: Tensor
+    """float64 ``[n]``: what a site's value is multiplied by; it holds the mean over the whole update."""
+    rollout_weight: Tensor
+    """float64 ``[n]``: the trust in the canvas's rollout."""
+
+    @property
+    def size(self) -> int:
+        """``n``."""
+        return self.canvases.size
+
+    @property
+    def num_sites(self) -> int:
+        """``m`` of the whole update."""
+        return int(self.quota.sum())
+
+    def select(self, index: Tensor) -> "Plan":
+        """Some of the canvases; coefficients stay those of the whole update."""
+        return self._map(lambda x: x[index])
+
+    def to(self, device: torch.device | str) -> "Plan":
+        """All tensors on ``device``."""
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Plan":
+        return Plan(
+            canvases=Canvases(**{name: change(value) for name, value in vars(self.canvases).items()}),
+            readings=tuple(Reading(change(r.ids), change(r.mask), change(r.shown)) for r in self.readings),
+            **{name: change(getattr(self, name)) for name in ("candidates", "quota", "coefficient", "rollout_weight")},
+        )
+
+
+@dataclass(frozen=True)
+class Graded:
+    """The loss of some canvases and what is logged about their sites."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    value: Tensor
+    """``[m]``: divergence before clip and trust, summed over targets."""
+    clip_share: Tensor
+    """``[m]``."""
+    student_entropy: Tensor
+    """``[m]``, nats, full vocabulary."""
+    teacher_entropy: Tensor
+    """``[m]`` of the first context's teacher; NaN without one."""
+    agreement: Tensor
+    """``[m]``: 1 where student and first teacher rank the same token first; NaN without a teacher."""
+    term: Tensor
+    """``[m]``: what each site adds to the loss."""
+    sites: Tensor
+    """bool ``[n l]``."""
+
+
+def plan_update(
+    method: Method,
+    rollouts: Rollouts,
+    keys: Sequence[int],
+    part: int = 0,
+    answer: Tensor | None = None,
+) -> Plan | None:
+    """Lay out one update.
+
+    Args:
+        method: the parts.
+        rollouts: the kept rollouts of all processes, in one order.
+        keys: one key a rollout, for the teachers' and masks' random choices.
+        part: which of the `method.rollout.passes` updates over these rollouts.
+        answer: bool ``[b l]``, tokens of the parsed answers, where a context asks for it.
+
+    Returns:
+        The plan, or None where there is nothing to learn from.
+    """
+    if rollouts.size == 0:
+        return None
+    trajectory = rollouts.trajectory
+    canvases = method.canvases(trajectory, keys, part, method.rollout.passes)
+    if canvases.size == 0:
+        return None
+    candidates, quota = method.sites(canvases.masked, canvases.active, canvases.revealed)
+    protected = torch.zeros_like(candidates) if method.sites.asks_teacher else candidates
+    scene = Scene(canvases, trajectory, protected, answer, keys)
+    readings = tuple(context(scene) for context in method.contexts)
+    for reading in readings:
+        candidates = candidates & ~reading.shown
+    quota = torch.minimum(quota, candidates.sum(1))
+    weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
+    counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
+    mean = _mean(method.average, canvases.rows, quota.double(), counted)
+    plan = Plan(canvases, readings, candidates, quota, canvases.weight.double() * mean, weight[canvases.rows])
+    plan = plan.select((quota > 0) & (plan.rollout_weight != 0))
+    return plan if plan.size else None
+
+
+def _mean(average: Average, rows: Tensor, quota: Tensor, rollouts: int) -> Tensor:
+    """float64 ``[n]``: the factor of each site that turns the sum over an update into the mean that is asked for."""
+    graded = (quota > 0).double()
+
+    def per_rollout(x: Tensor) -> Tensor:
+        return torch.zeros(int(rows.max()) + 1, dtype=torch.float64).index_add(0, rows, x)[rows]
+
+    match average:
+        case "sites":
+            mean = graded / quota.sum()
+        case "canvases":
+            mean = torch.full_like(quota, 1 / len(rows))
+        case "steps":
+            mean = graded / (quota * per_rollout(graded) * rollouts)
+        case "step_sums":
+            mean = graded / (per_rollout(graded) * rollouts)
+        case "rollouts":
+            mean = graded / (per_rollout(quota) * rollouts)
+    return mean.nan_to_num(0.0)  # 0 / 0 where a canvas or rollout has no site
+
+
+def grade(method: Method, plan: Plan, student: SiteLogits, teachers: Sequence[SiteLogits]) -> Graded:
+    """The equation, on the canvases of ``plan`` (a part of an update, on the device of the models).
+
+    Args:
+        method: the parts.
+        plan: what is read and where it is graded.
+        student: logits with gradient.
+        teachers: one per context, logits without gradient.
+    """
+    canvases, sites = plan.canvases, plan.candidates
+    teacher_logits = [
+        teacher(_view(reading.ids, reading.mask, sites)).detach()
+        for teacher, reading in zip(teachers, plan.readings, strict=True)
+    ]
+    if method.sites.asks_teacher:
+        sites = choose(plan.candidates, plan.quota, method.sites.score(teacher_logits[0]))
+        teacher_logits = [logits[sites[plan.candidates]] for logits in teacher_logits]
+    student_logp = at_least_float32(student(_view(canvases.ids, canvases.mask, sites))).log_softmax(-1)
+    teacher_logp = student_logp.new_zeros((0, *student_logp.shape))
+    if teacher_logits:
+        teacher_logp = at_least_float32(torch.stack(teacher_logits)).log_softmax(-1)
+
+    token, canvas = canvases.tokens[sites], sites.nonzero()[:, 0]
+    student_u, teacher_u = method.support(student_logp, teacher_logp)
+    target = method.target(teacher_u)
+    divergence = method.divergence(student_u, target, token)
+    trust = method.trust(student_u, target, token, plan.rollout_weight[canvas])
+    coefficient = plan.coefficient[canvas].to(divergence.dtype)
+    term = einsum(divergence, trust.to(divergence.dtype), coefficient, "t m, t m, m -> m")
+    return Graded(term.sum(), term=term.detach(), sites=sites, **_describe(method, student_logp, teacher_logp, student_u, target, token))
+
+
+@torch.no_grad()
+def _describe(
+    method: Method, student_logp: Tensor, teacher_logp: Tensor, student_u: Tensor, target: Tensor, token: Tensor
+) -> dict[str, Tensor]:
+    entries = method.divergence.entries(student_u, target, token)
+    unknown = torch.full_like(student_logp[:, 0], torch.nan)
+    has_teacher = len(teacher_logp) > 0
+    return {
+        "value": entries.sum((0, -1)),
+        "clip_share": method.divergence.clip_share(entries).mean(0),
+        "student_entropy": entropy(student_logp),
+        "teacher_entropy": entropy(teacher_logp[0]) if has_teacher else unknown,
+        "agreement": (student_logp.argmax(-1) == teacher_logp[0].argmax(-1)).to(unknown) if has_teacher else unknown,
+    }
+
+
+def entropy(logp: Tensor) -> Tensor:
+    """Entropy in nats of ``logp [... v]``, ``-> [...]``."""
+    return -torch.xlogy(logp.exp(), logp.exp()).sum(-1)
+
+
+def _view(ids: Tensor, mask: Tensor, sites: Tensor) -> View:
+    prompt = torch.zeros((len(ids), ids.shape[1] - sites.shape[1]), dtype=torch.bool, device=ids.device)
+    return View(ids, mask, torch.cat([prompt, sites], 1)).trimmed()

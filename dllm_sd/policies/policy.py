@@ -1,0 +1,61 @@
+"""What a policy is: it decodes to a trajectory, and it gives logits at the sites of a view."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dllm_sd.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model reads, and where it is graded.
+
+    Student and teacher views may differ in prompt and length, but list their sites in the same order: row by row,
+    from left to right. So row ``m`` of one always belongs to row ``m`` of the other.
+    """
+
+    ids: Tensor
+    """int64 ``[n s]``."""
+    mask: Tensor
+    """bool ``[n s]``, true where attention may look."""
+    sites: Tensor
+    """bool ``[n s]``, ``m`` of them true."""
+
+    def trimmed(self) -> "View":
+        """The same view without leading columns that are padding in every row."""
+        start = int(self.mask.any(0).int().argmax())
+        return View(self.ids[:, start:], self.mask[:, start:], self.sites[:, start:])
+
+
+class Policy(Protocol):
+    """A language model as the trainer sees it."""
+
+    module: nn.Module
+    """Called with ``(ids, mask, sites)`` of a view; returns logits ``[m v]``. This is what processes wrap."""
+
+    def decode(self, prompts: Sequence[Sequence[int]], settings: Any, keys: Sequence[int]) -> Trajectory:
+        """Complete tokenised prompts; ``keys[b]`` seed each row, so that batching cannot change a result."""
+        ...
+
+    def site_logits(self, view: View) -> Tensor:
+        """Logits ``[m v]``; row ``m`` speaks about the token at site ``m``."""
+        ...
+
+    def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Any) -> Trajectory:
+        """A given completion as a trajectory of one row."""
+        ...
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Chat messages as prompt tokens, the assistant's turn opened."""
+        ...
+
+    def encode_completion(self, text: str) -> list[int]:
+        """A completion as tokens, with the end token."""
+        ...
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Completion tokens as text, without end, padding and other special tokens."""
+        ...

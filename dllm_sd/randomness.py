@@ -1,0 +1,54 @@
+"""Keyed randomness: every random number is a pure function of what it is for.
+
+A key is a 63-bit integer made from (seed, update, problem, attempt, purpose). Numbers are drawn by hashing
+(key, counter), so they depend neither on rank, batch position, device nor on how many were drawn before:
+a run that is resumed, re-sharded or re-batched is the same run.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def make_key(*parts: int | str) -> int:
+    """Hash ``parts`` (any integers and strings, in order) to a key in ``[0, 2**63)``."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def key_tensor(keys: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Keys as int64 ``[n]``."""
+    return torch.tensor(keys, dtype=torch.int64, device=device)
+
+
+def fold(keys: Tensor, counter: Tensor | int) -> Tensor:
+    """Derive new keys from ``keys`` and an integer ``counter``; shapes broadcast (int64 in, int64 out)."""
+    return _mix(keys ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=keys.device)))
+
+
+def uniform(keys: Tensor, size: int) -> Tensor:
+    """Uniform numbers strictly between 0 and 1, float32 ``[*keys.shape, size]``; entry i hashes (key, i)."""
+    counters = torch.arange(size, dtype=torch.int64, device=keys.device)
+    bits = _shift_right(fold(keys[..., None], counters), 41)  # 23 bits: k + 1/2 is exact in float32
+    return (bits.to(torch.float32) + 0.5) * 2.0**-23
+
+
+def permutation(key: int, size: int) -> list[int]:
+    """A uniformly random order of ``range(size)``, a function of ``key`` alone."""
+    generator = torch.Generator().manual_seed(key)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) in wrapping int64 arithmetic."""
+    x = x + -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ _shift_right(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift_right(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shift_right(x, 31)

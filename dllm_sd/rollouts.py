@@ -1,0 +1,279 @@
+"""Rollouts: decode, grade, retry what is not solved yet, keep, gate.
+
+Decoding order never changes a result: attempt ``a`` of a problem is a function of (seed, update, problem, attempt).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.policies.masked_diffusion import Denoising
+from dllm_sd.policies.policy import Policy
+from dllm_sd.randomness import make_key
+from dllm_sd.tasks.task import Grade, Problem, Task
+from dllm_sd.trajectory import Trajectory, concatenate
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A problem with its prompt tokens."""
+
+    problem: Problem
+    prompt: tuple[int, ...]
+
+
+def prompt_tokens(policy: Policy, task: Task, problem: Problem, longest: int) -> Prompted | None:
+    """The problem with its prompt, or None where that is longer than ``longest`` tokens (never cut)."""
+    prompt = tuple(policy.encode(task.messages(problem)))
+    return Prompted(problem, prompt) if len(prompt) <= longest else None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One graded completion; its trajectory is a batch of one."""
+
+    problem: Problem
+    attempt: int
+    text: str
+    grade: Grade
+    trajectory: Trajectory
+    counted: bool = True
+    """False for an attempt that a serial retry loop would not have made: it came after the first correct one."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """``b`` kept rollouts of one update, and the counts over everything that was decoded for them."""
+
+    kept: tuple[Rollout, ...]
+    counts: Mapping[str, float]
+    """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, kept, rejected."""
+
+    @property
+    def size(self) -> int:
+        """``b``."""
+        return len(self.kept)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """All kept trajectories as one batch."""
+        return concatenate([rollout.trajectory for rollout in self.kept])
+
+    @property
+    def reward(self) -> Tensor:
+        """float64 ``[b]``, the score of each."""
+        return torch.tensor([rollout.grade.score for rollout in self.kept], dtype=torch.float64)
+
+    @property
+    def group(self) -> Tensor:
+        """int64 ``[b]``, equal for rollouts of one problem."""
+        number = {problem_id: i for i, problem_id in enumerate(dict.fromkeys(r.problem.id for r in self.kept))}
+        return torch.tensor([number[rollout.problem.id] for rollout in self.kept], dtype=torch.int64)
+
+    def keys(self, seed: int, update: int) -> list[int]:
+        """One key a rollout for the random choices of teachers and masks."""
+        return [make_key(seed, update, rollout.problem.id, rollout.attempt, "canvases") for rollout in self.kept]
+
+
+class RolloutRule(Protocol):
+    """How an update gets its rollouts."""
+
+    problems: int
+    """Problems per batch of rollouts."""
+    passes: int
+    """Updates that the same rollouts serve."""
+    decodes: ClassVar[bool]
+    """Whether the policy decodes (else the data set's references are used)."""
+
+    def __call__(
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Denoising, seed: int, update: int
+    ) -> list[list[Rollout]]:
+        """The kept rollouts of each problem, in the order of the problems, with every counted attempt graded."""
+        ...
+
+
+@dataclass(frozen=True)
+class PassAtK:
+    """Sample until solved, at most `attempts` times a problem (pass@k resampling, arXiv 2606.18195, Sec. 3.3).
+
+    Only problems not yet solved are tried again. Free rows of a decoding batch take the next attempts of the same
+    problems early; attempts after the first correct one are dropped, so the outcome is that of a serial loop.
+    """
+
+    problems: int = 16
+    attempts: int = 8
+    keep: Literal["first", "best", "all"] = "first"
+    """The first correct attempt (or the last one if none is), the best by score (the latest of equals), or all."""
+    until_solved: bool = True
+    """False makes every attempt, solved or not."""
+    temperature: float = 0.9
+    passes: int = 1
+    """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
+    decodes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if min(self.problems, self.attempts, self.passes) < 1:
+            raise InputError("method.rollout's problems, attempts and passes must be at least 1")
+        if self.keep == "all" and self.until_solved:
+            raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
+
+    def __call__(
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Denoising, seed: int, update: int
+    ) -> list[list[Rollout]]:
+        decode = replace(decode, temperature=self.temperature)
+        tried: list[list[Rollout]] = [[] for _ in prompted]
+        while wanted := self._next(tried, decode.batch_size):
+            keys = [make_key(seed, update, prompted[i].problem.id, attempt, "decode") for i, attempt in wanted]
+            trajectory = policy.decode([prompted[i].prompt for i, _ in wanted], decode, keys)
+            for row, (i, attempt) in enumerate(wanted):
+                one = trajectory.select(torch.tensor([row]))
+                text = policy.text(one.tokens[0, : int(one.length)].tolist())
+                grade = task.grade(prompted[i].problem, text)
+                tried[i].append(Rollout(prompted[i].problem, attempt, text, grade, one))
+        return [self._serial(attempts) for attempts in tried]
+
+    def _next(self, tried: Sequence[Sequence[Rollout]], room: int) -> list[tuple[int, int]]:
+        """The next (problem, attempt) pairs: one round for every open problem, then further rounds while rows are free."""
+        left = {i: len(done) for i, done in enumerate(tried) if not self._closed(done)}
+        wanted: list[tuple[int, int]] = []
+        while left and (not wanted or len(wanted) + len(left) <= room):
+            wanted += left.items()
+            left = {i: attempt + 1 for i, attempt in left.items() if attempt + 1 < self.attempts}
+        return wanted
+
+    def _closed(self, done: Sequence[Rollout]) -> bool:
+        solved = self.until_solved and any(rollout.grade.correct for rollout in done)
+        return solved or len(done) >= self.attempts
+
+    def _serial(self, attempts: list[Rollout]) -> list[Rollout]:
+        """Mark the attempts that a serial loop would not have made."""
+        if not self.until_solved:
+            return attempts
+        solved = [rollout.attempt for rollout in attempts if rollout.grade.correct]
+        last = min(solved, default=self.attempts)
+        return [replace(rollout, counted=rollout.attempt <= last) for rollout in attempts]
+
+    def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        """What is kept of one problem's counted attempts."""
+        if self.keep == "all":
+            return list(attempts)
+        if self.keep == "best":
+            return [max(attempts, key=lambda rollout: (rollout.grade.score, rollout.attempt))]
+        correct = [rollout for rollout in attempts if rollout.grade.correct]
+        return [correct[0] if correct else attempts[-1]]
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """The data set's reference completions instead of the policy's own (supervised fine-tuning)."""
+
+    problems: int = 32
+    passes: int = 1
+    decodes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if min(self.problems, self.passes) < 1:
+            raise InputError("method.rollout's problems and passes must be at least 1")
+
+    def __call__(
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Denoising, seed: int, update: int
+    ) -> list[list[Rollout]]:
+        return [self._one(policy, task, item, decode) for item in prompted]
+
+    def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        """Everything is kept."""
+        return list(attempts)
+
+    def _one(self, policy: Policy, task: Task, item: Prompted, decode: Denoising) -> list[Rollout]:
+        reference = task.reference(item.problem)
+        if reference is None:
+            raise InputError(f"problem {item.problem.id} has no reference to imitate; method.rollout needs one")
+        tokens = policy.encode_completion(reference)
+        if len(tokens) == decode.length + 1:
+            tokens.pop()  # the answer fills the canvas, which ends it
+        if len(tokens) > decode.length:
+            return []
+        trajectory = policy.demonstration(item.prompt, tokens, decode)
+        return [Rollout(item.problem, 0, reference, Grade(True, 1.0, None), trajectory)]
+
+
+ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrations}
+
+
+@dataclass(frozen=True)
+class All:
+    """Every rollout counts."""
+
+    count_rejected: ClassVar[bool] = False
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return list(attempts)
+
+
+@dataclass(frozen=True)
+class Correct:
+    """Correct rollouts only."""
+
+    count_rejected: bool = False
+    """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return [rollout for rollout in attempts if rollout.grade.correct]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Rollouts that score at least `at_least` (partial credit)."""
+
+    at_least: float = 0.25
+    count_rejected: bool = False
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return [rollout for rollout in attempts if rollout.grade.score >= self.at_least]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
+
+    count_rejected: bool = False
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return list(attempts) if len({rollout.grade.score for rollout in attempts}) > 1 else []
+
+
+GATES: dict[str, type] = {"all": All, "correct": Correct, "score": Score, "mixed": Mixed}
+Gate = All | Correct | Score | Mixed
+
+
+def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[Rollout]]) -> Rollouts:
+    """Keep and gate the attempts of each problem, and count.
+
+    Args:
+        rule: chooses what is kept of a problem.
+        gate: rejects what does not count; selection happens before any training compute.
+        tried: per problem, its attempts in order.
+    """
+    kept: list[Rollout] = []
+    counts = dict.fromkeys(
+        ("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "kept", "rejected"), 0.0
+    )
+    for attempts in tried:
+        counted = [rollout for rollout in attempts if rollout.counted]
+        counts["problems"] += 1
+        counts["attempts"] += len(counted)
+        counts["decoded"] += len(attempts)
+        counts["solved"] += any(rollout.grade.correct for rollout in counted)
+        counts["first_try"] += bool(counted) and counted[0].grade.correct
+        counts["tokens"] += sum(int(rollout.trajectory.length) for rollout in counted)
+        counts["steps"] += sum(int(rollout.trajectory.num_steps) for rollout in counted)
+        chosen = rule.choose(counted) if counted else []
+        passed = gate(chosen)
+        counts["kept"] += len(passed)
+        counts["rejected"] += len(chosen) - len(passed)
+        kept += passed
+    return Rollouts(tuple(kept), counts)

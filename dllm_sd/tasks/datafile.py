@@ -1,0 +1,224 @@
+"""Where problems come from: the rows of a file or hub dataset, the splits made of them, the templates they fill."""
+
+import csv
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any, BinaryIO, overload
+
+from dllm_sd.errors import InputError
+from dllm_sd.randomness import make_key, permutation
+from dllm_sd.tasks.task import Problem, Split
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of data: ``number`` counts from 0 in its source; ``where`` names the config key, file and line."""
+
+    where: str
+    number: int
+    fields: Mapping[str, Any]
+
+    def value(self, name: str) -> Any:
+        """The field ``name``; an InputError that names the line where it is absent."""
+        if name not in self.fields:
+            there = ", ".join(map(str, self.fields)) or "nothing"
+            raise InputError(f"{self.where} has no field {name!r} (it has {there}); add it or name another file.")
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        """The field ``name``, which must be a string."""
+        value = self.value(name)
+        if not isinstance(value, str):
+            raise InputError(f"{self.where}: field {name!r} must be a string, not {value!r:.80}; quote it.")
+        return value
+
+
+def read_rows(path: str, key: str) -> list[Row]:
+    """The rows of a UTF-8 file: CSV with a header line if the name ends in .csv, else JSON objects line by line.
+
+    ``key`` is the config key that named the file, for messages. Raises InputError for whatever is wrong with it.
+    """
+    where = f"{key}: {path}"
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            read = _csv_rows if path.lower().endswith(".csv") else _json_rows
+            rows = list(read(file, where))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"{where} cannot be read ({reason}); give the path of a readable file.") from None
+    if not rows:
+        raise InputError(f"{where} holds no problems; give a file with at least one.")
+    return rows
+
+
+def hub_rows(name: str, config: str | None, split: str, key: str) -> list[Row]:
+    """The rows of one split of a dataset on the Hugging Face hub (needs the network or its local cache)."""
+    where = f"{key}: hub dataset {name}, split {split}"
+    try:
+        # Imported here: it is slow, and of no use to whoever reads local files.
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+
+        dataset = load_dataset(name, config, split=split)
+        rows = [Row(f"{where}, row {number}", number, dict(row)) for number, row in enumerate(dataset)]
+    except Exception as error:  # whatever the hub client stumbles over, the remedy is the same
+        reason = type(error).__name__
+        raise InputError(f"{where} cannot be loaded ({reason}); set {key} to the path of a local file.") from error
+    if not rows:
+        raise InputError(f"{where} holds no problems; choose another dataset.")
+    return rows
+
+
+def _lines(file: BinaryIO, where: str) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{where}, line {number} is not UTF-8 text; save the file as UTF-8.") from None
+
+
+def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
+    count = 0
+    for number, line in enumerate(_lines(file, where), 1):
+        if not line.strip():
+            continue
+        here = f"{where}, line {number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{here} is not valid JSON; write one JSON object on each line.") from None
+        if not isinstance(fields, dict):
+            raise InputError(f'{here} is not a JSON object; write one as in {{"field": value}} on each line.')
+        yield Row(here, count, fields)
+        count += 1
+
+
+def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
+    reader = csv.reader(_lines(file, where), strict=True)
+    header: list[str] | None = None
+    count = 0
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                continue
+            here = f"{where}, line {reader.line_num}"
+            if len(cells) != len(header):
+                raise InputError(
+                    f"{here} has {len(cells)} cells, the header {len(header)}; give every line one per column."
+                )
+            yield Row(here, count, dict(zip(header, cells, strict=True)))
+            count += 1
+    except csv.Error as error:
+        raise InputError(f"{where}, line {reader.line_num} is not valid CSV ({error}); correct its quotes.") from None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row made into a problem's ``fields``; entries of the same ``identity`` never lie in two splits."""
+
+    number: int
+    identity: Hashable
+    fields: Mapping[str, Any]
+
+
+Splits = Mapping[Split, Sequence[Problem]]
+
+
+def divide(task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: int, key: int | None) -> Splits:
+    """Hold ``size_dev`` of the training entries out as the dev split and keep the three splits disjoint.
+
+    The held-out rows are the last ones where ``key`` is None, else chosen by a permutation with that key.
+    An entry that occurs in test is left out of train and dev, one that occurs in dev is left out of train.
+    """
+    tested = list(test)
+    seen = {entry.identity for entry in tested}
+    rest = [entry for entry in train if entry.identity not in seen]
+    order = permutation(key, len(rest)) if key is not None else list(range(len(rest)))
+    held = set(order[max(len(rest) - size_dev, 0) :])
+    dev = [entry for place, entry in enumerate(rest) if place in held]
+    seen = {entry.identity for entry in dev}
+    kept = [entry for place, entry in enumerate(rest) if place not in held and entry.identity not in seen]
+
+    def named(split: Split, entries: list[Entry]) -> tuple[Problem, ...]:
+        return tuple(Problem(f"{task}/{split}/{entry.number}", entry.fields) for entry in entries)
+
+    return {"train": named("train", kept), "dev": named("dev", dev), "test": named("test", tested)}
+
+
+def choose(splits: Splits, split: Split) -> Sequence[Problem]:
+    """One of the splits that files gave; an InputError that names the key to change where it is empty."""
+    if splits[split]:
+        return splits[split]
+    raise InputError(
+        {
+            "train": "The train split holds no problems; set task.data to a file with more rows than task.size_dev.",
+            "dev": "The dev split holds no problems; set task.data to a file and task.size_dev above 0.",
+            "test": "The test split holds no problems; set task.data_test to a file.",
+        }[split]
+    )
+
+
+@dataclass(frozen=True)
+class Generated(Sequence[Problem]):
+    """Problems that are made when they are looked at: ``make(i)`` for each i of ``places``. Nothing is stored."""
+
+    places: range
+    make: Callable[[int], Problem]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Generated": ...
+    def __getitem__(self, index: int | slice) -> "Problem | Generated":
+        if isinstance(index, slice):
+            return Generated(self.places[index], self.make)
+        return self.make(self.places[index])
+
+
+def split_of(*parts: int | str) -> Split:
+    """The one split that a generated problem belongs to, by a hash of what it is: 1/16 dev, 1/16 test, else train."""
+    remainder = make_key("split", *parts) % 16
+    return "dev" if remainder == 0 else "test" if remainder == 1 else "train"
+
+
+def render(template: str, fields: Mapping[str, Any], key: str) -> str:
+    """Fill ``{name}`` from ``fields``; ``{{`` and ``}}`` are literal braces; a list is joined with commas.
+
+    Only plain names are allowed (no attribute, index, conversion or format). ``key`` is the template's config key.
+    """
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"{key} is not a template ({error}); double the braces that are meant literally.") from None
+    text = ""
+    for literal, name, spec, conversion in pieces:
+        text += literal
+        if name is None:
+            continue
+        if name not in fields or spec or conversion:
+            there = ", ".join(f"{{{field}}}" for field in fields)
+            raise InputError(f"{key} asks for {{{name}}}; use plain fields only, of which there are: {there}.")
+        value = fields[name]
+        text += ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text
+
+
+def chat(system: str | None, prompt: str) -> list[dict[str, str]]:
+    """Chat messages: the system text, where there is one, then the prompt."""
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    return [*opening, {"role": "user", "content": prompt}]
+
+
+def needed(fields: Mapping[str, Any], name: str) -> Any:
+    """The field ``name`` of a problem that is to be graded; an InputError where it is absent."""
+    if name not in fields:
+        raise InputError(f"The problem has no field {name!r}, which its grader needs; add it.")
+    return fields[name]

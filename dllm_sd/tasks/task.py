@@ -1,0 +1,45 @@
+"""What a task is: problems, a prompt, a reference answer, a grader."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Split = Literal["train", "dev", "test"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. ``id`` is unique and stable over all splits; ``fields`` feed the prompt template and the grader."""
+
+    id: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Verdict on one completion: ``score`` in [0, 1] (partial credit where the task has it), what was ``parsed``."""
+
+    correct: bool
+    score: float
+    parsed: str | None
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A task is a frozen dataclass whose fields are its configuration; it loads nothing until asked for a split."""
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """The problems of a split, in a fixed order; splits are disjoint. May be lazy: length and indexing are cheap."""
+        ...
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The chat messages (``role``, ``content``) that ask the problem; a policy renders them with its template."""
+        ...
+
+    def reference(self, problem: Problem) -> str | None:
+        """The reference completion that supervised training imitates, or None where the data has none."""
+        ...
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        """Judge a completion. Never raises on model output, never evaluates it as code, bounded in time."""
+        ...

@@ -1,0 +1,134 @@
+"""Suffix-conditioned self-teachers: part of the student's own final answer stands on the canvas already."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.losses.sites import rank_descending
+from dllm_sd.policies.policy import Policy
+from dllm_sd.randomness import fold, key_tensor, make_key, uniform
+from dllm_sd.rollouts import Rollout
+from dllm_sd.teachers.context import Reading, Scene, show
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """Reveal a share of the positions still masked, with the rollout's final tokens (arXiv 2606.18195, Eq. 8).
+
+    Graded sites are never revealed. The paper draws from all masked positions, the released code from later blocks.
+    """
+
+    scope: Literal["later_blocks", "all_masked", "active_block"] = "later_blocks"
+    """Where to reveal: blocks after the active one, everything masked, or the rest of the active block."""
+    ratio: float = 0.25
+    """Share of the positions in scope; ``floor(ratio * count)`` are revealed."""
+    end_padding: bool = True
+    """Whether the padding behind the end token may be revealed too."""
+    nested: bool = False
+    """One fixed set for the whole trajectory, of which each step shows what is still masked; else a fresh draw per
+    step."""
+    answer_only: bool = False
+    """Reveal tokens of the parsed final answer only."""
+    stop_at_end: bool = False
+    """Reveal nothing once the scope starts at or behind the end token (a rule of the released code)."""
+    needs_steps: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise InputError("the suffix context's ratio must be between 0 and 1")
+        if self.stop_at_end and self.scope != "later_blocks":
+            raise InputError("stop_at_end is a rule of scope later_blocks; set it to false for other scopes")
+
+    @property
+    def needs_answer_span(self) -> bool:
+        """Only for `answer_only`."""
+        return self.answer_only
+
+    def __call__(self, scene: Scene) -> Reading:
+        return show(scene.canvases, self.positions(scene))
+
+    def positions(self, scene: Scene) -> Tensor:
+        """bool ``[n l]``: what this teacher sees revealed."""
+        trajectory, rows, steps = scene.trajectory, scene.canvases.rows, scene.canvases.steps
+        position = torch.arange(trajectory.tokens.shape[1], device=rows.device)
+        eligible = self._eligible(scene, position)
+        keys = key_tensor([make_key(key, "suffix") for key in scene.keys], rows.device)
+        scope = self._scope(scene, position)
+        if self.nested:
+            chosen = _draw(eligible, uniform(keys, position.numel()), self.ratio)[rows]
+            return chosen & scope & ~scene.protected
+        candidates = eligible[rows] & scope & ~scene.protected
+        return _draw(candidates, uniform(fold(keys[rows], steps), position.numel()), self.ratio)
+
+    def _eligible(self, scene: Scene, position: Tensor) -> Tensor:
+        """bool ``[b l]``: what may be revealed at some step."""
+        trajectory = scene.trajectory
+        eligible = torch.ones_like(trajectory.tokens, dtype=torch.bool)
+        if not self.end_padding:
+            eligible &= position < trajectory.length[:, None]
+        if self.answer_only:
+            assert scene.answer is not None
+            eligible &= scene.answer
+        return eligible
+
+    def _scope(self, scene: Scene, position: Tensor) -> Tensor:
+        """bool ``[n l]``: what may be revealed at this step."""
+        trajectory, rows, steps = scene.trajectory, scene.canvases.rows, scene.canvases.steps
+        masked = trajectory.masked(rows, steps)
+        if self.scope == "all_masked":
+            return masked
+        active = trajectory.active_block(rows, steps)[:, None]
+        block = position // trajectory.block_length
+        if self.scope == "active_block":
+            return masked & (block == active)
+        scope = masked & (block > active)
+        if self.stop_at_end:
+            end = torch.where(trajectory.ended, trajectory.length - 1, position.numel())[rows]
+            scope &= (active + 1) * trajectory.block_length < end[:, None]
+        return scope
+
+
+@dataclass(frozen=True)
+class LaterStep:
+    """The canvas of a later step of the same trajectory, graded sites masked again (after arXiv 2607.04428)."""
+
+    ahead: int | None = 8
+    """How many decoding steps later; None looks at the finished completion."""
+    needs_steps: ClassVar[bool] = True
+    needs_answer_span: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.ahead is not None and self.ahead < 0:
+            raise InputError("the later_step context's ahead must be 0 or more, or null for the end")
+
+    def __call__(self, scene: Scene) -> Reading:
+        canvases, trajectory = scene.canvases, scene.trajectory
+        later = trajectory.num_steps[canvases.rows] if self.ahead is None else canvases.steps + self.ahead
+        shown = canvases.masked & ~trajectory.masked(canvases.rows, later) & ~scene.protected
+        return show(canvases, shown)
+
+
+def answer_span(policy: Policy, rollout: Rollout) -> Tensor:
+    """bool ``[l]``: the tokens that spell the last occurrence of the rollout's parsed answer; none if it has none."""
+    tokens = rollout.trajectory.tokens[0].tolist()
+    span = torch.zeros(len(tokens), dtype=torch.bool)
+    parsed = rollout.grade.parsed
+    start = rollout.text.rfind(parsed) if parsed else -1
+    if parsed is None or start < 0:
+        return span
+    length = int(rollout.trajectory.length)
+    ends = [len(policy.text(tokens[:i])) for i in range(length + 1)]
+    for i in range(length):
+        span[i] = ends[i] < start + len(parsed) and ends[i + 1] > start
+    return span
+
+
+def _draw(candidates: Tensor, noise: Tensor, ratio: float) -> Tensor:
+    """A uniformly random ``floor(ratio * count)`` of each row's candidates, bool ``[n l]``."""
+    # The nudge keeps a product such as 0.29 * 100 = 28.999999999999996 from losing a position.
+    count = (candidates.sum(1).double() * ratio + 1e-9).floor()
+    rank = rank_descending(noise.masked_fill(~candidates, -1.0))
+    return candidates & (rank < count[:, None])

@@ -1,0 +1,237 @@
+"""Checkpoints: atomic folders of safetensors and JSON that hold everything a run needs to go on.
+
+``checkpoints/000025/`` holds the trained weights, the optimizer, the teachers' copies, `state.json`, and the rollouts
+if an update still has to use them. ``checkpoints/best/`` holds weights only. No pickle is written or read.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.weights import Teacher, trained
+from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.trajectory import Trajectory
+
+@dataclass
+class State:
+    """What a run knows besides tensors; all of it is in `state.json`."""
+
+    update: int = 0
+    """Finished updates."""
+    skipped: int = 0
+    """Updates that had nothing to learn from."""
+    cursor: int = 0
+    """Position in the stream of training problems."""
+    too_long: int = 0
+    """Problems left out for the length of their prompt."""
+    best_update: int = 0
+    best_accuracy: float = -1.0
+    since_best: int = 0
+    """Evaluations since the best one."""
+    stopped: str | None = None
+    """Why training ended before its last update."""
+    before: dict[str, Any] = field(default_factory=dict)
+    """Test reports of the initial weights, by decoding schedule."""
+    seconds: float = 0.0
+    """Time spent in updates."""
+
+
+WEIGHTS, OPTIMIZER, ROLLOUTS, STATE = "model.safetensors", "optimizer.safetensors", "rollouts.safetensors", "state.json"
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write ``tensors`` (file name: named tensors) and ``state`` so that ``folder`` appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, values in tensors.items():
+        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / name)
+    (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in partial.iterdir():
+        _flush(file)
+    if folder.exists():  # replacing `best`: the old one stays readable until the new one is complete
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(folder.with_name(f".{folder.name}.old"), ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint of the most updates, or None."""
+    found = [folder for folder in (run / "checkpoints").glob("[0-9]*") if (folder / STATE).is_file()]
+    return max(found, key=lambda folder: int(folder.name), default=None)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The best weights of a run; an interrupted replacement falls back to the former ones."""
+    for name in ("best", ".best.old"):
+        if (run / "checkpoints" / name / STATE).is_file():
+            return run / "checkpoints" / name
+    return None
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Remove all but the latest ``keep`` checkpoints and what interrupted writes left."""
+    folder = run / "checkpoints"
+    for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))[:-keep]:
+        shutil.rmtree(path)
+    for path in folder.glob(".*.partial"):
+        shutil.rmtree(path)
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"checkpoint {folder / name} is missing or damaged ({error}); remove {folder}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint {folder / STATE} is missing or damaged ({error}); remove {folder}") from error
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Put the trained weights of a checkpoint into a policy built from the same config."""
+    saved, live = read_tensors(folder, WEIGHTS), trained(policy)
+    if saved.keys() != live.keys():
+        name = sorted(saved.keys() ^ live.keys())[0]
+        raise InputError(f"checkpoint {folder} and the model differ in {name!r}; load it with the config of its run")
+    for name, value in live.items():
+        if value.shape != saved[name].shape:
+            raise InputError(f"checkpoint {folder} has another shape for {name!r}; load it with the config of its run")
+        value.copy_(saved[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, policy: Policy) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: ``{parameter}/{entry}``."""
+    names = {id(value): name for name, value in trained(policy).items()}
+    return {
+        f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
+        for parameter, entries in optimizer.state.items()
+        for key, value in entries.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, policy: Policy, saved: Mapping[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave."""
+    live = trained(policy)
+    for key, value in saved.items():
+        name, entry = key.rsplit("/", 1)
+        moved = value if entry == "step" else value.to(live[name].device)
+        optimizer.state[live[name]][entry] = moved
+
+
+def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Kept rollouts as tensors and JSON."""
+    tensors: dict[str, Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    layout: dict[str, Any] = {}
+    for i, rollout in enumerate(rollouts.kept):
+        for name, value in vars(rollout.trajectory).items():
+            if isinstance(value, Tensor):
+                tensors[f"{i}/{name}"] = value
+            else:
+                layout[name] = value
+        grade = rollout.grade
+        entries.append(
+            {
+                "problem": {"id": rollout.problem.id, "fields": dict(rollout.problem.fields)},
+                "attempt": rollout.attempt,
+                "text": rollout.text,
+                "grade": {"correct": grade.correct, "score": grade.score, "parsed": grade.parsed},
+            }
+        )
+    return tensors, {"kept": entries, "layout": layout, "counts": dict(rollouts.counts)}
+
+
+def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rollouts:
+    """Rebuild what `rollout_tensors` gave."""
+    layout = {**tree["layout"]}
+    if "end_ids" in layout:
+        layout["end_ids"] = tuple(layout["end_ids"])
+    names = ("prompt_ids", "prompt_mask", "tokens", "reveal_step", "length")
+    kept = [
+        Rollout(
+            problem=Problem(**entry["problem"]),
+            attempt=entry["attempt"],
+            text=entry["text"],
+            grade=Grade(**entry["grade"]),
+            trajectory=Trajectory(**{name: tensors[f"{i}/{name}"] for name in names}, **layout),
+        )
+        for i, entry in enumerate(tree["kept"])
+    ]
+    return Rollouts(tuple(kept), tree["counts"])
+
+
+def save_best(run: Path, policy: Policy, state: State) -> None:
+    """Keep the current weights as the best ones."""
+    write_checkpoint(run / "checkpoints" / "best", {WEIGHTS: trained(policy)}, vars(state))
+
+
+def save_run(
+    run: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    teachers: Sequence[Teacher],
+    state: State,
+    rollouts: Rollouts | None,
+    keep: int,
+) -> None:
+    """Save everything that the next update depends on; ``rollouts`` only if it still uses them."""
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        WEIGHTS: trained(policy),
+        OPTIMIZER: optimizer_tensors(optimizer, policy),
+    }
+    tensors |= {f"teacher{i}.safetensors": teacher.moving for i, teacher in enumerate(teachers)}
+    tree: dict[str, Any] = {**vars(state)}
+    if rollouts is not None:
+        tensors[ROLLOUTS], tree["rollouts"] = rollout_tensors(rollouts)
+    write_checkpoint(run / "checkpoints" / f"{state.update:06d}", tensors, tree)
+    prune_checkpoints(run, keep)
+
+
+def restore_run(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teachers: Sequence[Teacher]
+) -> tuple[State, Rollouts | None]:
+    """Put a checkpoint back into a freshly built run."""
+    tree = read_state(folder)
+    load_weights(policy, folder)
+    load_optimizer(optimizer, policy, read_tensors(folder, OPTIMIZER))
+    for i, teacher in enumerate(teachers):
+        teacher.load(read_tensors(folder, f"teacher{i}.safetensors"))
+    saved = tree.pop("rollouts", None)
+    rollouts = load_rollouts(read_tensors(folder, ROLLOUTS), saved) if saved else None
+    return State(**tree), rollouts

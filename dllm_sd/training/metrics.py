@@ -1,0 +1,188 @@
+"""What a run writes while it trains: metrics.jsonl, samples.jsonl, TensorBoard."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from dllm_sd.objective import Graded, Plan
+from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.trajectory import NEVER
+
+
+class MetricsLog:
+    """Appends one JSON object an update; a resumed run first drops what lies behind its checkpoint."""
+
+    def __init__(self, run: Path, update: int, tensorboard: bool) -> None:
+        """Continue after ``update`` finished updates (-1 starts anew)."""
+        self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
+        for file in (self.metrics, self.samples):
+            keep_until(file, update)
+        self.board = SummaryWriter(str(run / "tb"), purge_step=update + 1) if tensorboard else None
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append the metrics of an update; numbers also go to TensorBoard."""
+        _append(self.metrics, values)
+        if self.board is not None:
+            for name, value in values.items():
+                if name != "update" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, values["update"])
+            self.board.flush()
+
+    def write_sample(self, sample: Mapping[str, Any]) -> None:
+        """Append one rollout with its text."""
+        _append(self.samples, sample)
+        if self.board is not None:
+            text = "\n\n".join(f"**{key}**: {value}" for key, value in sample.items() if key != "update")
+            self.board.add_text(f"samples/{sample['problem']}", text, sample["update"])
+
+    def write_picture(self, name: str, picture: Tensor, update: int) -> None:
+        """Show an RGB picture ``[3 h w]`` in TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, picture, update)
+
+    def close(self) -> None:
+        """Flush and close TensorBoard."""
+        if self.board is not None:
+            self.board.close()
+
+
+SITE_MEANS = {
+    "divergence": "value",
+    "clip_share": "clip_share",
+    "student/entropy": "student_entropy",
+    "teacher/entropy": "teacher_entropy",
+    "teacher/agreement": "agreement",
+}
+"""Logged name: field of `Graded`, averaged over all sites of an update."""
+
+
+def site_sums(graded: Sequence[Graded], device: torch.device) -> Tensor:
+    """Sums to be added over processes, float64: loss, sites, then the fields of `SITE_MEANS`."""
+    total = torch.zeros(2 + len(SITE_MEANS), dtype=torch.float64, device=device)
+    for part in graded:
+        fields = [getattr(part, name).double().sum() for name in SITE_MEANS.values()]
+        total += torch.stack([part.loss.detach().double(), part.value.new_tensor(part.value.numel()).double(), *fields])
+    return total
+
+
+def site_metrics(sums: Tensor) -> dict[str, float]:
+    """Metrics from the added sums; a mean that is not defined (no teacher) is left out."""
+    loss, sites, *rest = sums.tolist()
+    means = {name: value / sites for name, value in zip(SITE_MEANS, rest, strict=True)}
+    return {"loss": loss, "sites": int(sites), **{name: v for name, v in means.items() if not math.isnan(v)}}
+
+
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """What the rollouts of an update looked like; shares are over problems."""
+    counts = rollouts.counts
+    problems, attempts = max(1.0, counts["problems"]), max(1.0, counts["attempts"])
+    return {
+        "rollouts/problems": int(counts["problems"]),
+        "rollouts/attempts": int(counts["attempts"]),
+        "rollouts/decoded": int(counts["decoded"]),
+        "rollouts/pass_rate": counts["solved"] / problems,
+        "rollouts/first_try": counts["first_try"] / problems,
+        "rollouts/kept": int(counts["kept"]),
+        "rollouts/rejected": int(counts["rejected"]),
+        "rollouts/length": counts["tokens"] / attempts,
+        "rollouts/steps": counts["steps"] / attempts,
+    }
+
+
+def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
+    """One line of samples.jsonl; `dllm-sd grade` can read it back."""
+    grade = rollout.grade
+    return {
+        **rollout.problem.fields,
+        "update": update,
+        "problem": rollout.problem.id,
+        "attempt": rollout.attempt,
+        "correct": grade.correct,
+        "score": grade.score,
+        "parsed": grade.parsed,
+        "generation": rollout.text,
+    }
+
+
+def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[str, Any]]:
+    """The sites whose loss is not finite, with the rollout that each belongs to."""
+    canvas, position = graded.sites.nonzero(as_tuple=True)
+    found = []
+    for i in (~torch.isfinite(graded.term)).nonzero()[:, 0].tolist():
+        rollout = rollouts.kept[int(plan.canvases.rows[canvas[i]])]
+        found.append(
+            {
+                "problem": rollout.problem.id,
+                "attempt": rollout.attempt,
+                "step": int(plan.canvases.steps[canvas[i]]),
+                "position": int(position[i]),
+                "loss": str(float(graded.term[i])),
+            }
+        )
+    return found
+
+
+def divergence_table(parts: Sequence[tuple[Plan, Graded]], rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
+    """`reveal_step` int64 ``[l]`` of the first rollout and its divergence ``[k l]`` (NaN where not graded here)."""
+    trajectory = rollouts.kept[0].trajectory
+    table = torch.full((int(trajectory.num_steps), trajectory.tokens.shape[1]), torch.nan)
+    for plan, graded in parts:
+        canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
+        rows, steps = plan.canvases.rows[canvas].cpu(), plan.canvases.steps[canvas].cpu()
+        mine = (rows == 0) & (steps >= 0)
+        table[steps[mine], position[mine]] = graded.value.float().cpu()[mine]
+    return None if bool(table.isnan().all()) else (trajectory.reveal_step[0], table)
+
+
+def keep_until(file: Path, update: int) -> None:
+    """Cut a JSON-lines file after the last line of ``update``; a half-written line is cut too."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith("\n") or entry["update"] > update:
+            break
+        kept.append(line)
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(file)
+
+
+def _append(file: Path, values: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def trajectory_picture(reveal_step: Tensor, value: Tensor, cell: int = 8) -> Tensor:
+    """One trajectory as a picture: steps downwards, positions to the right.
+
+    Args:
+        reveal_step: int64 ``[l]``.
+        value: float ``[k l]``, the divergence at graded sites, NaN elsewhere.
+        cell: pixels of a cell.
+
+    Returns:
+        float32 ``[3 k*cell l*cell]`` in [0, 1]: grey where masked, white where revealed, blue where revealed at this
+        very step, and red over both where graded, the stronger the larger the divergence.
+    """
+    steps = torch.arange(value.shape[0])[:, None]
+    masked = (reveal_step == NEVER) | (reveal_step > steps)
+    picture = torch.where(masked, 0.75, 1.0).expand(3, -1, -1).clone()
+    now = reveal_step == steps
+    picture[:, now] = torch.tensor([0.55, 0.7, 1.0])[:, None]
+    graded = ~value.isnan()
+    if bool(graded.any()):
+        strength = (value[graded] / value[graded].max().clamp(min=1e-12)).clamp(0, 1).float()
+        red = torch.stack([torch.full_like(strength, 0.9), 0.1 * (1 - strength), 0.1 * (1 - strength)])
+        picture[:, graded] = picture[:, graded] * (1 - strength) + red * strength
+    return picture.repeat_interleave(cell, 1).repeat_interleave(cell, 2)

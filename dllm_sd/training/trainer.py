@@ -1,0 +1,317 @@
+"""The loop, top to bottom: roll out, plan, grade, step, log, evaluate, save."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from dllm_sd.config import Config, to_tree
+from dllm_sd.errors import InputError
+from dllm_sd.evaluation import Report, evaluate, first
+from dllm_sd.objective import Graded, Plan, grade, plan_update
+from dllm_sd.policies.loading import build_policy
+from dllm_sd.policies.policy import View
+from dllm_sd.policies.weights import Teacher, trained
+from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import Rollouts, gather
+from dllm_sd.tasks.task import Problem
+from dllm_sd.teachers.suffix import answer_span
+from dllm_sd.training.checkpoint import (
+    State,
+    best_checkpoint,
+    latest_checkpoint,
+    load_weights,
+    restore_run,
+    save_best,
+    save_run,
+)
+from dllm_sd.training.feed import Feed
+from dllm_sd.training.folder import prepare_folder
+from dllm_sd.training.metrics import (
+    MetricsLog,
+    broken_sites,
+    divergence_table,
+    rollout_metrics,
+    sample_entry,
+    site_metrics,
+    site_sums,
+    trajectory_picture,
+)
+from dllm_sd.training.optim import build_optimizer, learning_rate
+from dllm_sd.training.progress import Interrupt, Progress
+
+Parts = list[tuple[Plan, Graded]]
+
+
+class Trainer:
+    """Trains one configuration; one per process."""
+
+    def __init__(self, config: Config) -> None:
+        """Prepare data, folder and model, in this order: what is cheap to refuse is refused first."""
+        self.config, self.method, self.run = config, config.method, Path(config.run)
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        problems = config.task.problems("train")
+        self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
+        self.test = first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
+        self._alone(lambda: prepare_folder(config))
+        self.policy = build_policy(config.model, self.accelerator.device)
+        self.feed = Feed(problems, self.policy, config.task, config.seed, config.max_prompt)
+        shared = {weights: Teacher(weights, self.policy) for weights in self.method.weights()}
+        self.teachers = [shared[weights] for weights in self.method.weights()]
+        self.optimizer = build_optimizer(trained(self.policy).values(), config.optim)
+        self.lr = learning_rate(self.optimizer, config.optim, config.updates)
+        self.module = self.accelerator.prepare_model(self.policy.module)
+        self.state, self.rollouts = State(), None
+        checkpoint = latest_checkpoint(self.run)
+        self.resumed = checkpoint is not None
+        if checkpoint is not None:
+            self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, self.teachers)
+        self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
+        done = self.state.update if self.resumed else -1
+        self.log = MetricsLog(self.run, done, config.log.tensorboard) if self.main else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no update is left to do."""
+        return self.state.update >= self.config.updates or self.state.stopped is not None
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end and return the report.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, with the last update saved.
+            FloatingPointError: at a non-finite loss or gradient, before it is applied.
+        """
+        written = self.run / "report.json"
+        if self.resumed and self.finished and written.is_file():
+            return json.loads(written.read_text(encoding="utf-8"))
+        state = self.state
+        with self.progress, Interrupt(self.progress) as interrupt:
+            if not self.resumed:
+                state.before = self._test("testing the initial weights")
+                self._evaluate({"update": 0})
+            while not self.finished:
+                started = time.perf_counter()
+                metrics = self._update(state.update + 1)
+                state.update += 1
+                state.seconds += time.perf_counter() - started
+                self._evaluate(metrics)
+                self.progress.finished(state.update)
+                interrupted = self._anywhere(interrupt.asked)
+                if interrupted or self.finished or state.update % self.config.checkpoint.every == 0:
+                    self._alone(self._save)
+                if interrupted and not self.finished:
+                    raise KeyboardInterrupt
+            report = self._report()
+        if self.log is not None:
+            self.log.close()
+        return report
+
+    def _update(self, update: int) -> dict[str, Any]:
+        """One update, from rollouts to metrics; ``update`` counts from 1."""
+        batch, part = divmod(update - 1, self.method.rollout.passes)
+        start = time.perf_counter()
+        if part == 0 or self.rollouts is None:
+            self.progress.phase("rolling out")
+            self.rollouts = self._roll_out(batch)
+        rolled = time.perf_counter()
+        self.progress.phase("learning")
+        keys = self.rollouts.keys(self.config.seed, batch)
+        plan = plan_update(self.method, self.rollouts, keys, part, self._answers(self.rollouts))
+        lr = self.lr(update)
+        metrics: dict[str, Any] = {"update": update, "loss": None, "sites": 0, "lr": lr}
+        if plan is None:
+            self.state.skipped += 1
+        else:
+            parts, norm = self._learn(plan, self.rollouts, update, lr)
+            sums = self.accelerator.reduce(site_sums([g for _, g in parts], self.accelerator.device), "sum")
+            metrics |= site_metrics(sums) | {"canvases": plan.size, "grad_norm": norm}
+            self._show(update, parts, self.rollouts)
+        for teacher in dict.fromkeys(self.teachers):
+            teacher.after_update(update)
+        metrics |= rollout_metrics(self.rollouts)
+        metrics |= {"rollouts/too_long": self.state.too_long, "updates_skipped": self.state.skipped}
+        return metrics | {"time/rollouts": rolled - start, "time/learning": time.perf_counter() - rolled}
+
+    def _roll_out(self, batch: int) -> Rollouts:
+        """Problems are dealt to the processes; every process gets all rollouts, in the order of the problems."""
+        config, rule = self.config, self.method.rollout
+        prompted, self.state.cursor, dropped = self.feed.take(self.state.cursor, rule.problems)
+        self.state.too_long += dropped
+        mine = prompted[self.rank :: self.world]
+        tried = rule(self.policy, config.task, mine, config.decode, config.seed, batch) if mine else []
+        if self.world > 1:
+            dealt = sorted(gather_object(list(enumerate(tried))), key=lambda pair: pair[0])
+            tried = [attempts for _, attempts in dealt]
+        return gather(rule, self.method.gate, tried)
+
+    def _learn(self, plan: Plan, rollouts: Rollouts, update: int, lr: float) -> tuple[Parts, float]:
+        """The gradient of the whole update, in micro-batches over all processes, then one optimizer step."""
+        self.module.train()
+        torch.manual_seed(make_key(self.config.seed, update, self.rank, "dropout"))
+        order = plan.canvases.mask.sum(1).argsort(stable=True)
+        mine = order[self.rank :: self.world]
+        idle = len(mine) == 0  # fewer canvases than processes: join the collectives, add nothing
+        size = max(1, self.config.optim.tokens_per_batch // plan.canvases.ids.shape[1])
+        batches = (order[:1] if idle else mine).split(size)
+        parts: Parts = []
+        for i, index in enumerate(batches):
+            piece = plan.select(index).to(self.accelerator.device)
+            with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
+                graded = grade(self.method, piece, self._student, self.teachers)
+                self.accelerator.backward(graded.loss * (0 if idle else self.world))  # DDP averages over processes
+            if not idle:
+                parts.append((piece, graded))
+        limit = self.config.optim.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
+        assert norm is not None
+        self._refuse_non_finite(update, norm, parts, rollouts)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return parts, float(norm)
+
+    def _student(self, view: View) -> Tensor:
+        return self.module(view.ids, view.mask, view.sites)
+
+    def _answers(self, rollouts: Rollouts) -> Tensor | None:
+        if not rollouts.size or not any(context.needs_answer_span for context in self.method.contexts):
+            return None
+        return torch.stack([answer_span(self.policy, rollout) for rollout in rollouts.kept])
+
+    def _refuse_non_finite(self, update: int, norm: Tensor, parts: Parts, rollouts: Rollouts) -> None:
+        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(graded.loss)) for _, graded in parts)
+        if not self._anywhere(not finite):
+            return
+        broken = [site for plan, graded in parts for site in broken_sites(plan, graded, rollouts)]
+        broken = gather_object(broken) if self.world > 1 else broken
+        file = self.run / "nonfinite.json"
+        if self.main:
+            kept = [{"problem": rollout.problem.id, "attempt": rollout.attempt} for rollout in rollouts.kept]
+            file.write_text(json.dumps({"update": update, "sites": broken, "rollouts": kept}, indent=1), encoding="utf-8")
+        names = sorted({site["problem"] for site in broken} or {rollout.problem.id for rollout in rollouts.kept})
+        raise FloatingPointError(
+            f"the loss or gradient of update {update} is not finite; the step was not taken. Rollouts of problem "
+            f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} caused it; details in {file}"
+        )
+
+    def _show(self, update: int, parts: Parts, rollouts: Rollouts) -> None:
+        """Samples and the picture of one trajectory."""
+        log = self.config.log
+        if self.log is None or (update > 1 and update % log.samples_every):
+            return
+        for rollout in rollouts.kept[: log.samples]:
+            self.log.write_sample(sample_entry(update, rollout))
+        table = divergence_table(parts, rollouts)
+        if table is not None:
+            self.log.write_picture("trajectory", trajectory_picture(*table), update)
+
+    # Evaluation
+
+    def _evaluate(self, metrics: dict[str, Any]) -> None:
+        """Evaluate when due, keep the best weights, decide whether to stop; then write the update's metrics."""
+        settings, state = self.config.eval, self.state
+        if settings.every and (state.update % settings.every == 0 or state.update == self.config.updates):
+            self.progress.phase("evaluating")
+            report = self._accuracy(self.dev, {})
+            metrics |= {"eval/accuracy": report.accuracy, "eval/score": report.score, "eval/length": report.length}
+            metrics |= {"time/eval": report.seconds}
+            state.since_best += 1
+            if report.accuracy > state.best_accuracy:
+                state.best_accuracy, state.best_update, state.since_best = report.accuracy, state.update, 0
+                self._alone(lambda: save_best(self.run, self.policy, state))
+            if settings.patience and state.since_best >= settings.patience:
+                state.stopped = f"no better dev accuracy in {state.since_best} evaluations"
+            if settings.collapse and report.accuracy < state.best_accuracy - settings.collapse:
+                state.stopped = f"dev accuracy fell from {state.best_accuracy:.3f} to {report.accuracy:.3f}"
+            self.progress.line(metrics)
+        if self.log is not None:
+            self.log.write(metrics)
+
+    def _accuracy(self, problems: Sequence[Problem], overrides: Mapping[str, Any]) -> Report:
+        config = self.config
+        report, _ = evaluate(
+            self.policy,
+            config.task,
+            problems,
+            replace(config.decode, **overrides),
+            temperature=config.eval.temperature,
+            attempts=config.eval.attempts,
+            seed=config.seed,
+            max_prompt=config.max_prompt,
+            rank=self.rank,
+            world=self.world,
+        )
+        return report
+
+    def _test(self, phase: str) -> dict[str, Any]:
+        """Test reports by decoding schedule; `trained` is the schedule of the run."""
+        if not self.test:
+            return {}
+        self.progress.phase(phase)
+        schedules = {"trained": {}, **self.config.eval.schedules}
+        return {name: self._accuracy(self.test, overrides).tree() for name, overrides in schedules.items()}
+
+    def _report(self) -> dict[str, Any]:
+        """Compare initial, last and best weights on the test split and write report.json; the best weights stay."""
+        state, best = self.state, best_checkpoint(self.run)
+        after = self._test("testing the last weights")
+        chosen = after
+        if best is not None and state.best_update != state.update:
+            load_weights(self.policy, best)
+            chosen = self._test("testing the best weights")
+        final = chosen.get("trained", {})
+        report = {
+            "task": to_tree(self.config)["task"]["name"],
+            **{key: final[key] for key in ("n", "accuracy", "ci95", "pass_at_k") if key in final},
+            "updates": state.update,
+            "updates_skipped": state.skipped,
+            "too_long": state.too_long,
+            "stopped": state.stopped,
+            "best_update": state.best_update,
+            "best_dev_accuracy": state.best_accuracy,
+            "before": state.before,
+            "after": after,
+            "best": chosen,
+            "time/updates": state.seconds,
+            "settings": to_tree(self.config),
+        }
+        if self.main:
+            (self.run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return report
+
+    # Saving, and acting together
+
+    def _save(self) -> None:
+        rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
+        save_run(self.run, self.policy, self.optimizer, self.teachers, self.state, rollouts, self.config.checkpoint.keep)
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.world == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.accelerator.device), "sum") > 0)
+
+    def _alone(self, action: Callable[[], None]) -> None:
+        """The main process acts while the others wait; what it refuses is refused by all."""
+        refusal: list[str | None] = [None]
+        if self.main:
+            try:
+                action()
+            except InputError as error:
+                refusal[0] = str(error)
+        if self.world > 1:
+            broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise InputError(refusal[0])

@@ -1,0 +1,177 @@
+"""Trajectory = tokens + the order in which they were revealed.
+
+Unmasking is monotone, so `tokens` and `reveal_step` hold a whole decoding without loss: the canvas that the
+decoder saw before any step, what it committed there, its active block, a shorter horizon. Nothing here stores
+``[k l]``. An autoregressive sequence is the case ``reveal_step = 0, 1, 2, ...``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+
+NEVER = -1
+"""`reveal_step` of a position that the decoder did not reveal: it stopped early, or the horizon cut it off."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """``b`` completions of ``l`` positions with the step at which each position was committed.
+
+    Length and padding rules: `length` counts tokens up to and including the first end token, or is ``l`` where
+    there is none. A position that was never revealed has `reveal_step` `NEVER` and holds `pad_id`; if it stands
+    behind the end token it is end padding, and every canvas shows it masked.
+    """
+
+    prompt_ids: Tensor
+    """int64 ``[b p]``, padded on the left with `pad_id`."""
+    prompt_mask: Tensor
+    """bool ``[b p]``, true at real prompt tokens."""
+    tokens: Tensor
+    """int64 ``[b l]``, the final completion."""
+    reveal_step: Tensor
+    """int64 ``[b l]``: step ``k`` committed this position, that is, the canvas before step ``k`` shows it masked."""
+    length: Tensor
+    """int64 ``[b]``, tokens up to and including the first end token."""
+    block_length: int
+    mask_id: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def size(self) -> int:
+        """``b``, the number of completions."""
+        return self.tokens.shape[0]
+
+    @property
+    def num_steps(self) -> Tensor:
+        """int64 ``[b]``: decoding steps up to the last one that committed something."""
+        return self.reveal_step.amax(1) + 1
+
+    @property
+    def ended(self) -> Tensor:
+        """bool ``[b]``: whether the completion holds an end token."""
+        last = self.tokens.gather(1, (self.length - 1).clamp(min=0)[:, None])[:, 0]
+        return is_any_of(last, self.end_ids) & (self.length > 0)
+
+    def masked(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """bool ``[n l]``: positions still masked before step ``steps[n]`` of completion ``rows[n]``."""
+        reveal_step = self.reveal_step[rows]
+        return (reveal_step == NEVER) | (reveal_step >= steps[:, None])
+
+    def canvas(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """int64 ``[n l]``: what the decoder saw on the completion side before step ``steps[n]``."""
+        return self.tokens[rows].masked_fill(self.masked(rows, steps), self.mask_id)
+
+    def revealed(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """bool ``[n l]``: positions that step ``steps[n]`` committed."""
+        return self.reveal_step[rows] == steps[:, None]
+
+    def active_block(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """int64 ``[n]``: index of the block that holds the first masked position (0 if nothing is masked)."""
+        return self.masked(rows, steps).int().argmax(1) // self.block_length
+
+    def first_steps(self, steps: int) -> "Trajectory":
+        """The horizon of the first ``steps`` decoding steps: what they did not reveal was never revealed."""
+        return self._cut((self.reveal_step >= 0) & (self.reveal_step < steps))
+
+    def first_blocks(self, blocks: int) -> "Trajectory":
+        """The horizon of the first ``blocks`` blocks."""
+        inside = torch.arange(self.tokens.shape[1], device=self.tokens.device) < blocks * self.block_length
+        return self._cut((self.reveal_step >= 0) & inside)
+
+    def _cut(self, keep: Tensor) -> "Trajectory":
+        tokens = self.tokens.masked_fill(~keep, self.pad_id)
+        length = completion_length(tokens, self.end_ids, keep)
+        return replace(self, tokens=tokens, reveal_step=self.reveal_step.masked_fill(~keep, NEVER), length=length)
+
+    def select(self, rows: Tensor) -> "Trajectory":
+        """The completions ``rows`` (indices or bool ``[b]``), prompts trimmed to the longest that is left."""
+        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.type in (Tensor, "Tensor")}
+        width = int(picked["prompt_mask"].sum(1).max()) if len(picked["tokens"]) else 0
+        start = self.prompt_ids.shape[1] - width
+        picked |= {name: picked[name][:, start:] for name in ("prompt_ids", "prompt_mask")}
+        return replace(self, **picked)
+
+    def to(self, device: torch.device | str) -> "Trajectory":
+        """All tensors on ``device``."""
+        return replace(
+            self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type in (Tensor, "Tensor")}
+        )
+
+
+def is_any_of(ids: Tensor, wanted: Sequence[int]) -> Tensor:
+    """bool, the shape of ``ids``: whether each id is one of ``wanted``."""
+    return torch.isin(ids, torch.tensor(list(wanted), dtype=ids.dtype, device=ids.device))
+
+
+def completion_length(tokens: Tensor, end_ids: Sequence[int], revealed: Tensor | None = None) -> Tensor:
+    """int64 ``[b]``: tokens up to and including the first (revealed) end token of ``tokens [b l]``, else ``l``."""
+    is_end = is_any_of(tokens, end_ids)
+    if revealed is not None:
+        is_end &= revealed
+    first = is_end.int().argmax(1) + 1
+    return torch.where(is_end.any(1), first, tokens.shape[1])
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts of unequal length as ``(ids int64 [b p], mask bool [b p])``, padded on the left."""
+    width = max((len(prompt) for prompt in prompts), default=0)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        if prompt:
+            ids[row, -len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+            mask[row, -len(prompt) :] = True
+    return ids, mask
+
+
+def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
+    """Stack trajectories of one policy and one canvas layout; prompts are padded to the longest.
+
+    Raises:
+        ValueError: if there is nothing to stack or the layouts (``l``, blocks, token ids) differ.
+    """
+    if not parts:
+        raise ValueError("nothing to concatenate")
+    layouts = {(t.tokens.shape[1], t.block_length, t.mask_id, t.end_ids, t.pad_id) for t in parts}
+    if len(layouts) > 1:
+        raise ValueError(f"trajectories of different layouts cannot be stacked: {sorted(layouts)}")
+    width = max(t.prompt_ids.shape[1] for t in parts)
+
+    def padded(x: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x, (width - x.shape[1], 0), value=value)
+
+    return replace(
+        parts[0],
+        prompt_ids=torch.cat([padded(t.prompt_ids, t.pad_id) for t in parts]),
+        prompt_mask=torch.cat([padded(t.prompt_mask, 0) for t in parts]),
+        **{name: torch.cat([getattr(t, name) for t in parts]) for name in ("tokens", "reveal_step", "length")},
+    )
+
+
+def reveal_steps(canvases: Tensor, mask_id: int) -> Tensor:
+    """Recover `reveal_step` from the canvases of another decoder.
+
+    Args:
+        canvases: int64 ``[k+1 b l]``, the completion side before each step, then the final one.
+        mask_id: id of the mask token.
+
+    Returns:
+        int64 ``[b l]``.
+
+    Raises:
+        InputError: if a revealed position was masked again or changed: such a decoder has no trajectory.
+    """
+    masked = canvases == mask_id
+    kept = masked[:-1] | (canvases[1:] == canvases[:-1])
+    if not bool(kept.all()):
+        step, row, position = (~kept).nonzero()[0].tolist()
+        raise InputError(
+            f"the decoder changed position {position} of completion {row} at step {step} after revealing it; "
+            "use a decoder that neither re-masks nor edits"
+        )
+    return masked.sum(0).sub(1).masked_fill(masked[-1], NEVER)

@@ -1,0 +1,28 @@
+"""Where the golden numbers of published reference implementations are, and how to read them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def fixture_folder() -> Path:
+    """The folder named by ``DLLM_SD_FIXTURES``, by default ``tests/fixtures``."""
+    return Path(os.environ.get("DLLM_SD_FIXTURES") or Path(__file__).parents[1] / "fixtures")
+
+
+def fixture_path(name: str) -> Path:
+    """The file ``name`` in ``<folder>/golden/`` or in ``<folder>/`` itself."""
+    candidates = [fixture_folder() / "golden" / name, fixture_folder() / name]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no fixture {name}: looked at {', '.join(map(str, candidates))}")
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of the fixture ``name`` (without an ending)."""
+    return load_file(fixture_path(f"{name}.safetensors")), json.loads(fixture_path(f"{name}.json").read_text())

@@ -1,0 +1,195 @@
+"""Generated Countdown problems can be solved, belong to one split, and are graded by exact arithmetic."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dllm_sd.errors import InputError
+from dllm_sd.tasks import Countdown, Problem, Split, Task
+from dllm_sd.tasks.grading import evaluate
+
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+PROBLEM = Problem("x", {"numbers": [44, 19, 35], "target": 98, "solution": None})
+
+
+def test_countdown_is_a_task():
+    assert isinstance(Countdown(), Task)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_generated_problem_is_solved_by_its_solution(split: Split):
+    task = Countdown()
+    for problem in task.problems(split)[:50]:
+        numbers, target, solution = (problem.fields[name] for name in ("numbers", "target", "solution"))
+        value = evaluate(solution)
+        assert value is not None
+        assert value[0] == target
+        assert sorted(value[1]) == sorted(numbers)
+        assert len(numbers) in (3, 4)
+        assert all(1 <= number <= 99 for number in numbers)
+        assert 10 <= target <= 100
+        reference = task.reference(problem)
+        assert reference == f"\\boxed{{{solution}}}"
+        assert task.grade(problem, reference or "").correct
+
+
+def test_no_problem_is_in_two_splits_even_under_different_seeds():
+    few = [
+        {
+            (*sorted(problem.fields["numbers"]), problem.fields["target"])
+            for problem in Countdown(numbers_min=2, numbers_max=2, number_max=20, seed=seed).problems(split)[:100]
+        }
+        for seed, split in enumerate(SPLITS)
+    ]
+    assert sum(map(len, few)) == len(set.union(*few))
+
+
+def test_problems_are_functions_of_seed_split_and_index():
+    first = Countdown(seed=1).problems("train")
+    assert len(first) == 1_000_000
+    assert first[17] == Countdown(seed=1).problems("train")[17]
+    assert first[17].id == "countdown/train/17"
+    assert first[17].fields != Countdown(seed=2).problems("train")[17].fields
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [
+        (r"\boxed{44 + 19 + 35}", True),
+        (r"\boxed{35+44+19}", True),
+        (r"\boxed{(44 + 19) + 35 = 98}", True),
+        (r"\boxed{44 - -19 + 35}", True),
+        (r"First \boxed{44}. Then \boxed{44 + 19 + 35}", True),
+        ("<answer>44 + 19 + 35</answer>", True),
+        ("44 + 19 + 35", True),
+        ("44 + 19 + 35 = 98", True),
+        (r"\boxed{98}", False),
+        (r"\boxed{44 + 19 + 35 + 0}", False),
+        (r"\boxed{44 + 44 + 19 + 35 - 44}", False),
+        (r"\boxed{44 + 19}", False),
+        (r"\boxed{4 4 + 19 + 35}", False),
+        (r"\boxed{4\,4 + 19 + 35}", False),
+        (r"\boxed{44 + 19 * 35}", False),
+        (r"\boxed{44 + 19 + 35", False),
+        (r"<answer>44 + 19 + 35</answer> \boxed{1}", False),
+        (r"\boxed{44.0 + 19 + 35}", False),
+        ("\\boxed{\u0664\u0664 + 19 + 35}", False),
+        (r"\boxed{9**9**9}", False),
+        (r"\boxed{44/(19-19)+35}", False),
+        ("the answer is 44 + 19 + 35", False),
+        ("", False),
+    ],
+)
+def test_verdicts(text: str, correct: bool):
+    grade = Countdown().grade(PROBLEM, text)
+    assert (grade.correct, grade.score) == (correct, float(correct))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "text", "correct"),
+    [
+        ([6, 4, 2], 12, r"\boxed{6 \times 4 \div 2}", True),
+        ([6, 4, 2], 12, "\\boxed{6 \u00d7 4 \u00f7 2}", True),
+        ([6, 4, 2], 48, r"\boxed{$6 \cdot \left(4 \cdot 2\right)$}", True),
+        ([1, 3, 3], 1, r"\boxed{1 / 3 * 3}", True),
+        ([9, 7, 3, 7], 30, r"\boxed{7 * (3 + 9/7)}", True),
+    ],
+)
+def test_operators_are_mapped_and_fractions_are_exact(numbers: list[int], target: int, text: str, correct: bool):
+    assert Countdown().grade(Problem("x", {"numbers": numbers, "target": target}), text).correct is correct
+
+
+def test_fractions_are_not_rounded():
+    problem = Problem("x", {"numbers": [1, 3, 1], "target": 1})
+    assert not Countdown().grade(problem, r"\boxed{1/3*1}").correct
+
+
+def test_what_was_read_is_reported():
+    assert Countdown().grade(PROBLEM, r"\boxed{44 \times 2 = 88}").parsed == "44 * 2"
+    assert Countdown().grade(PROBLEM, "words " * 100).parsed is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"numbers": "1,2", "target": 3},
+        {"numbers": [], "target": 3},
+        {"numbers": [1, True], "target": 3},
+        {"numbers": [1, 2.0], "target": 3},
+        {"numbers": [1, 2], "target": "3"},
+        {"numbers": [1, 2]},
+    ],
+)
+def test_a_malformed_problem_is_the_users_mistake(fields: dict):
+    with pytest.raises(InputError, match=r"numbers|target"):
+        Countdown().grade(Problem("x", fields), "1 + 2")
+
+
+def test_the_prompt_lists_numbers_and_target():
+    content = Countdown().messages(PROBLEM)[0]["content"]
+    assert "44, 19, 35" in content
+    assert "98" in content
+    assert r"\boxed{}" in content
+    assert Countdown().reference(PROBLEM) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"numbers_min": 1}, r"task\.numbers_min \(1\)"),
+        ({"numbers_max": 7}, r"task\.numbers_max \(7\)"),
+        ({"number_min": 100}, r"task\.number_min \(100\)"),
+        ({"target_min": 0}, r"task\.target_min \(0\)"),
+        ({"size_test": -1}, r"task\.size_test must not be negative"),
+        ({"prompt": "{puzzle}"}, r"task\.prompt asks for \{puzzle\}"),
+        ({"answer": "{solution.real}"}, r"task\.answer asks for"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        Countdown(**fields)
+
+
+def test_ranges_that_allow_no_problem_are_refused_after_a_bounded_search():
+    task = Countdown(numbers_min=2, numbers_max=2, number_max=1, target_min=50)
+    with pytest.raises(InputError, match=r"No Countdown problem was found in \d+ draws; widen task\.target_min"):
+        task.problems("train")[0]
+
+
+def jsonl_file(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_both_forms_of_data_lines_are_read_and_splits_ignore_the_order_of_numbers(tmp_path: Path):
+    data = jsonl_file(
+        tmp_path / "train.jsonl",
+        [
+            {"numbers": [1, 2, 3], "target": 6},
+            {"numbers": [4, 5], "target": 9},
+            {"input": "7, 8", "output": "15"},
+            {"numbers": [3, 2, 1], "target": 6},
+        ],
+    )
+    data_test = jsonl_file(tmp_path / "test.jsonl", [{"input": "5,4", "output": "9"}])
+    task = Countdown(data=data, data_test=data_test, size_dev=1)
+    assert [problem.fields["numbers"] for problem in task.problems("train")] == [[7, 8]]
+    assert [problem.fields["numbers"] for problem in task.problems("dev")] == [[3, 2, 1]]
+    assert task.problems("test")[0].fields == {"numbers": [5, 4], "target": 9, "solution": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"numbers": [1, 2]}, r"line 1 has no field 'target'"),
+        ({"numbers": "1,2", "target": 3}, r"line 1: numbers must be a list of whole numbers"),
+        ({"input": "1,x", "output": "3"}, r"line 1: numbers must be a list of whole numbers"),
+        ({"input": "1,2", "output": "1+2=3"}, r"line 1: target must be a whole number"),
+        ({"input": "1,\u0662", "output": "3"}, r"line 1: numbers must be a list of whole numbers"),
+        ({"input": [1, 2], "output": "3"}, r"line 1: field 'input' must be a string"),
+    ],
+)
+def test_malformed_lines_are_refused(tmp_path: Path, row: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        Countdown(data=jsonl_file(tmp_path / "a.jsonl", [row])).problems("dev")
