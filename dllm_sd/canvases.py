@@ -172,7 +172,9 @@ class AllMasked:
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
         device = trajectory.tokens.device
         rows = torch.arange(trajectory.size, device=device)
-        canvases = _synthetic(trajectory, rows, torch.ones_like(trajectory.tokens, dtype=torch.bool), torch.ones(len(rows)))
+        canvases = _synthetic(
+            trajectory, rows, torch.ones_like(trajectory.tokens, dtype=torch.bool), torch.ones(len(rows))
+        )
         base = torch.tensor([make_key(key, "prompt_mask", part) for key in keys], dtype=torch.int64)
         width = trajectory.prompt_ids.shape[1]
         noise = uniform(base, width).to(device)
@@ -210,5 +212,3 @@ def _synthetic(trajectory: Trajectory, rows: Tensor, hidden: Tensor, weight: Ten
         tokens=tokens,
         weight=weight.to(torch.float32),
     )
-
-

@@ -167,7 +167,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` pairs with dotted keys over a plain tree; a replaced `method` or `task` starts from its defaults."""
+    """Apply ``key=value`` pairs with dotted keys to a plain tree; a replaced `method` starts from its defaults."""
     config = OmegaConf.create(dict(tree))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -220,7 +220,7 @@ def _parents(key: str) -> list[str]:
 
 
 def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
-    """An instance of dataclass ``cls`` from ``tree``; what the tree leaves out comes from ``base``, else the defaults."""
+    """A ``cls`` from ``tree``; what the tree leaves out comes from ``base``, else from the defaults."""
     if cls is Method:
         tree = {"name": tree} if isinstance(tree, str) else tree
         if isinstance(tree, Mapping) and "name" in tree:
@@ -324,5 +324,3 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-

@@ -150,4 +150,3 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
 def first(problems: Sequence[Problem], count: int) -> list[Problem]:
     """The first ``count`` problems of a split (all of them if there are fewer)."""
     return [problems[i] for i in range(min(count, len(problems)))]
-

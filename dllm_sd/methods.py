@@ -59,11 +59,11 @@ class Method:
             for context in self.contexts:
                 if context.needs_steps:
                     raise InputError(
-                        "method.contexts needs canvases of the decoder's own steps; set method.canvases to decoder_steps"
+                        "method.contexts needs canvases that the decoder saw; set method.canvases to decoder_steps"
                     )
         if isinstance(self.canvases, DecoderSteps) and isinstance(self.rollout, Demonstrations):
             raise InputError("demonstrations were never decoded step by step; set method.canvases to random_masks")
-        if self.sites.asks_teacher and not self.contexts:
+        if self.sites.score is not None and not self.contexts:
             raise InputError("method.sites asks a teacher, but method.contexts is empty; add a context or use revealed")
         if isinstance(self.target, Plain) and len(self.contexts) != 1:
             raise InputError(
@@ -71,9 +71,13 @@ class Method:
                 "use target each, or sampled for likelihood losses"
             )
         if isinstance(self.divergence, TokenNLL) and not isinstance(self.support, FullVocabulary):
-            raise InputError("method.divergence token_nll reads one token of the vocabulary; set method.support to full")
+            raise InputError(
+                "method.divergence token_nll reads one token of the vocabulary; set method.support to full"
+            )
         if isinstance(self.divergence, TokenNLL) != isinstance(self.target, Sampled):
-            raise InputError("method.target sampled and method.divergence token_nll belong together; set both or neither")
+            raise InputError(
+                "method.target sampled and method.divergence token_nll belong together; set both or neither"
+            )
         if isinstance(self.target, Sampled) and isinstance(self.trust, Equal) and self.contexts:
             raise InputError("method.target sampled with equal trust asks no teacher; set method.contexts to []")
         if isinstance(self.trust, GroupAdvantage):
@@ -84,12 +88,12 @@ class Method:
             wanted = (self.trust.kl > 0) + (self.rollout.passes > 1)
             if len(self.contexts) != wanted:
                 raise InputError(
-                    f"method.trust group_advantage needs {wanted} contexts here (base weights if kl > 0, then a snapshot "
+                    f"method.trust group_advantage needs {wanted} contexts here (base weights if kl > 0, a snapshot "
                     f"every {self.rollout.passes} updates if rollouts serve several passes), not {len(self.contexts)}"
                 )
         for context in self.contexts:
             everything = isinstance(context, Suffix) and context.scope != "later_blocks" and context.ratio == 1
-            if everything and self.sites.asks_teacher:
+            if everything and self.sites.score is not None:
                 raise InputError("a suffix of ratio 1 in the active block leaves the teacher no site; lower its ratio")
 
     def weights(self) -> tuple[Live | Base | Ema | Snapshot, ...]:
@@ -121,8 +125,8 @@ METHODS: dict[str, Row] = {
             average="steps",
         ),
         "arXiv 2606.18195, Eq. 8 and 12, App. C",
-        "Suffix drawn from all masked positions, sites chosen by the teacher's probability, pointwise clip 0.05 read as "
-        "a bound on each site's divergence.",
+        "Suffix drawn from all masked positions, sites chosen by the teacher's probability, pointwise clip 0.05 read "
+        "as a bound on each site's divergence.",
     ),
     "d_opsd_reference": Row(
         Method(
@@ -136,9 +140,9 @@ METHODS: dict[str, Row] = {
             average="step_sums",
         ),
         "github.com/xingzhejun/d-OPSD, commit 1b55cf3",
-        "The released code with its quirks: teacher's top-20 renormalised, clip per vocabulary entry (not a divergence), "
-        "two sites by raw logit, later blocks with the end rule, last block never graded, temporal chunks as separate "
-        "updates, failures in the denominator.",
+        "The released code with its quirks: teacher's top-20 renormalised, clip per vocabulary entry (not a "
+        "divergence), two sites by raw logit, later blocks with the end rule, last block never graded, temporal "
+        "chunks as separate updates, failures in the denominator.",
     ),
     "later_step": Row(
         Method(gate=All(), rollout=PassAtK(attempts=1), contexts=(LaterStep(),)),

@@ -115,7 +115,7 @@ def plan_update(
     if canvases.size == 0:
         return None
     candidates, quota = method.sites(canvases.masked, canvases.active, canvases.revealed)
-    protected = torch.zeros_like(candidates) if method.sites.asks_teacher else candidates
+    protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
     scene = Scene(canvases, trajectory, protected, answer, keys)
     readings = tuple(context(scene) for context in method.contexts)
     for reading in readings:
@@ -164,7 +164,7 @@ def grade(method: Method, plan: Plan, student: SiteLogits, teachers: Sequence[Si
         teacher(_view(reading.ids, reading.mask, sites)).detach()
         for teacher, reading in zip(teachers, plan.readings, strict=True)
     ]
-    if method.sites.asks_teacher:
+    if method.sites.score is not None:
         sites = choose(plan.candidates, plan.quota, method.sites.score(teacher_logits[0]))
         teacher_logits = [logits[sites[plan.candidates]] for logits in teacher_logits]
     student_logp = at_least_float32(student(_view(canvases.ids, canvases.mask, sites))).log_softmax(-1)
@@ -179,7 +179,12 @@ def grade(method: Method, plan: Plan, student: SiteLogits, teachers: Sequence[Si
     trust = method.trust(student_u, target, token, plan.rollout_weight[canvas])
     coefficient = plan.coefficient[canvas].to(divergence.dtype)
     term = einsum(divergence, trust.to(divergence.dtype), coefficient, "t m, t m, m -> m")
-    return Graded(term.sum(), term=term.detach(), sites=sites, **_describe(method, student_logp, teacher_logp, student_u, target, token))
+    return Graded(
+        term.sum(),
+        term=term.detach(),
+        sites=sites,
+        **_describe(method, student_logp, teacher_logp, student_u, target, token),
+    )
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ class PassAtK:
         return [self._serial(attempts) for attempts in tried]
 
     def _next(self, tried: Sequence[Sequence[Rollout]], room: int) -> list[tuple[int, int]]:
-        """The next (problem, attempt) pairs: one round for every open problem, then further rounds while rows are free."""
+        """The next (problem, attempt) pairs: a round over the open problems, and more while rows are free."""
         left = {i: len(done) for i, done in enumerate(tried) if not self._closed(done)}
         wanted: list[tuple[int, int]] = []
         while left and (not wanted or len(wanted) + len(left) <= room):
@@ -259,9 +259,8 @@ def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[
         tried: per problem, its attempts in order.
     """
     kept: list[Rollout] = []
-    counts = dict.fromkeys(
-        ("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "kept", "rejected"), 0.0
-    )
+    names = ("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "kept", "rejected")
+    counts: dict[str, float] = dict.fromkeys(names, 0.0)
     for attempts in tried:
         counted = [rollout for rollout in attempts if rollout.counted]
         counts["problems"] += 1

@@ -1,6 +1,6 @@
 """Make the tokenizer of the tiny model: one token for each character that its tasks use, and the special tokens.
 
-    python tools/make_tiny_tokenizer.py dllm_sd/assets/tiny
+python tools/make_tiny_tokenizer.py dllm_sd/assets/tiny
 """
 
 import sys

@@ -1,11 +1,11 @@
 """Where a canvas is graded: what the student revealed, the teacher's most confident positions, everything masked.
 
 A rule names `candidates` and a `quota` from the canvas alone, so that the sites of a whole update are counted before
-any model runs; a rule that asks the teacher picks the quota out of the candidates by `score`.
+any model runs; a rule that asks the teacher picks the quota out of the candidates by its `score` (None in the others).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from dllm_sd.errors import InputError
 class Revealed:
     """The positions that the student commits at this step (the "student" row of arXiv 2606.18195, Table 7)."""
 
-    asks_teacher = False
+    score: ClassVar[None] = None
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]`` from three bool ``[n l]`` maps of the canvases."""
@@ -29,7 +29,7 @@ class AllMasked:
     """Every masked position, of the active block only if `block`."""
 
     block: bool = False
-    asks_teacher = False
+    score: ClassVar[None] = None
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]``."""
@@ -48,7 +48,6 @@ class TeacherTop:
     """How many; None takes as many as the student commits at this step."""
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
-    asks_teacher = True
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:

@@ -88,19 +88,20 @@ def build_policy(model: Model, device: str | torch.device = "cpu") -> MaskedDiff
     """The policy that `model` describes, on ``device``."""
     tokenizer = load_tokenizer(model)
     mask_id = find_mask(model, tokenizer)
-    network = _network(model, tokenizer)
+    network: Any = _network(model, tokenizer)
     width = network.get_input_embeddings().weight.shape[0]
     if max(mask_id, len(tokenizer) - 1) >= width:
         raise InputError(
             f"the tokenizer of model.path knows {len(tokenizer)} tokens (mask id {mask_id}) but the embedding has "
             f"{width} rows; use the tokenizer that belongs to the model"
         )
-    network.to(device)  # pyright: ignore[reportArgumentType]
+    network.to(device)
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = _with_lora(network, model.lora) if model.lora else network
-    end_id = tokenizer.eos_token_id
-    pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    end_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(end_id, int)
+    pad_id = pad_id if isinstance(pad_id, int) else end_id
     policy = MaskedDiffusion(
         adapted,
         tokenizer,
@@ -162,7 +163,7 @@ def _network(model: Model, tokenizer: Tokenizer) -> PreTrainedModel:
     config = _read_config(model.path)
     config.is_causal = False
     try:
-        network, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_folder(model.path),
             config=config,
             dtype=dtype,
@@ -173,6 +174,7 @@ def _network(model: Model, tokenizer: Tokenizer) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"no usable checkpoint at {model.path!r} (model.path): {_first_line(error)}") from error
+    network, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             name = sorted(map(str, report[kind]))[0]
@@ -209,8 +211,7 @@ def _llada_shape(shape: Shape, tokenizer: Tokenizer) -> LlamaConfig:
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=None,
     )
 
 

@@ -8,7 +8,7 @@ every random number is keyed, so that a row's result depends neither on its batc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -98,11 +98,11 @@ class SiteHead(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor, sites: Tensor) -> Tensor:
         """Logits ``[m v]`` from ids int64 ``[n s]``, attention mask and sites bool ``[n s]``."""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        body = getattr(model, model.base_model_prefix)
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        body, head = model.base_model, model.get_output_embeddings()
         position = (mask.long().cumsum(1) - 1).clamp(min=0)  # counted from the first real token, whatever the padding
         hidden = body(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
-        return model.get_output_embeddings()(hidden[sites])
+        return head(hidden[sites])
 
 
 class MaskedDiffusion:
@@ -186,7 +186,9 @@ class MaskedDiffusion:
         """Chat messages as prompt tokens: the tokenizer's chat template, or the bare contents where it has none."""
         if self.tokenizer.chat_template is None:
             return self._tokens("\n\n".join(message["content"] for message in messages))
-        rendered = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        rendered = self.tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+        )
         return self._tokens(str(rendered))
 
     def encode_completion(self, text: str) -> list[int]:
@@ -315,9 +317,7 @@ def _guided(
     return without + (1 + guidance) * (logits - without)
 
 
-def _propose(
-    logits: Tensor, active: Tensor, settings: Denoising, keys: Tensor, mask_id: int
-) -> tuple[Tensor, Tensor]:
+def _propose(logits: Tensor, active: Tensor, settings: Denoising, keys: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     """The token that each active position would take ``[b l]`` and how early it wants to be committed ``[b l]``.
 
     Scores are the model's own (before temperature and suppression), as in LLaDA; inactive positions have -inf.

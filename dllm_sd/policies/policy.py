@@ -33,8 +33,10 @@ class View:
 class Policy(Protocol):
     """A language model as the trainer sees it."""
 
-    module: nn.Module
-    """Called with ``(ids, mask, sites)`` of a view; returns logits ``[m v]``. This is what processes wrap."""
+    @property
+    def module(self) -> nn.Module:
+        """Called with ``(ids, mask, sites)`` of a view; returns logits ``[m v]``. This is what processes wrap."""
+        ...
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Any, keys: Sequence[int]) -> Trajectory:
         """Complete tokenised prompts; ``keys[b]`` seed each row, so that batching cannot change a result."""

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import Parameter
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import evaluating
@@ -112,6 +113,6 @@ class Teacher:
             value.copy_(copy[name])
 
 
-def trained(policy: Policy) -> dict[str, Tensor]:
+def trained(policy: Policy) -> dict[str, Parameter]:
     """The trained parameters by name."""
     return {name: value for name, value in policy.module.named_parameters() if value.requires_grad}

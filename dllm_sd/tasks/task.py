@@ -29,7 +29,7 @@ class Task(Protocol):
     """A task is a frozen dataclass whose fields are its configuration; it loads nothing until asked for a split."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The problems of a split, in a fixed order; splits are disjoint. May be lazy: length and indexing are cheap."""
+        """The problems of a split, in a fixed order; splits are disjoint. May be lazy: cheap to count and index."""
         ...
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:

@@ -24,6 +24,7 @@ from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory
 
+
 @dataclass
 class State:
     """What a run knows besides tensors; all of it is in `state.json`."""

@@ -44,7 +44,9 @@ def prepare_folder(config: Config) -> None:
         partial.write_text(to_yaml(config), encoding="utf-8")
         partial.replace(written)
     except OSError as error:
-        raise InputError(f"cannot write to run folder {config.run!r}: {error.strerror}; give another run=...") from error
+        raise InputError(
+            f"cannot write to run folder {config.run!r}: {error.strerror}; give another run=..."
+        ) from error
 
 
 def read_tree(run: Path, name: str = "config.yaml") -> dict[str, Any]:

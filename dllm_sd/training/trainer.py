@@ -62,7 +62,9 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         problems = config.task.problems("train")
         self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
-        self.test = first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
+        self.test = (
+            first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
+        )
         self._alone(lambda: prepare_folder(config))
         self.policy = build_policy(config.model, self.accelerator.device)
         self.feed = Feed(problems, self.policy, config.task, config.seed, config.max_prompt)
@@ -134,7 +136,7 @@ class Trainer:
             self.state.skipped += 1
         else:
             parts, norm = self._learn(plan, self.rollouts, update, lr)
-            sums = self.accelerator.reduce(site_sums([g for _, g in parts], self.accelerator.device), "sum")
+            sums = self._sum(site_sums([graded for _, graded in parts], self.accelerator.device))
             metrics |= site_metrics(sums) | {"canvases": plan.size, "grad_norm": norm}
             self._show(update, parts, self.rollouts)
         for teacher in dict.fromkeys(self.teachers):
@@ -199,7 +201,9 @@ class Trainer:
         file = self.run / "nonfinite.json"
         if self.main:
             kept = [{"problem": rollout.problem.id, "attempt": rollout.attempt} for rollout in rollouts.kept]
-            file.write_text(json.dumps({"update": update, "sites": broken, "rollouts": kept}, indent=1), encoding="utf-8")
+            file.write_text(
+                json.dumps({"update": update, "sites": broken, "rollouts": kept}, indent=1), encoding="utf-8"
+            )
         names = sorted({site["problem"] for site in broken} or {rollout.problem.id for rollout in rollouts.kept})
         raise FloatingPointError(
             f"the loss or gradient of update {update} is not finite; the step was not taken. Rollouts of problem "
@@ -295,13 +299,21 @@ class Trainer:
 
     def _save(self) -> None:
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
-        save_run(self.run, self.policy, self.optimizer, self.teachers, self.state, rollouts, self.config.checkpoint.keep)
+        save_run(
+            self.run, self.policy, self.optimizer, self.teachers, self.state, rollouts, self.config.checkpoint.keep
+        )
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether any process says so."""
         if self.world == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.accelerator.device), "sum") > 0)
+        return bool(self._sum(torch.tensor(int(flag), device=self.accelerator.device)) > 0)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        total = self.accelerator.reduce(value, "sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def _alone(self, action: Callable[[], None]) -> None:
         """The main process acts while the others wait; what it refuses is refused by all."""
