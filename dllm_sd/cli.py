@@ -5,6 +5,7 @@ Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interru
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dllm_sd.errors import InputError
 
@@ -20,6 +22,9 @@ from dllm_sd.errors import InputError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
     options = _parser().parse_args(arguments)
+    disable_progress_bar()
+    set_verbosity_error()  # what is wrong with a checkpoint is said once, by an InputError
+    _warn_of_lone_process()
     try:
         return options.command(options)
     except InputError as error:
@@ -31,6 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"dllm-sd: {error}", file=sys.stderr)
         return 1
+
+
+def _warn_of_lone_process() -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing; so this does."""
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+        print(
+            "dllm-sd: accelerate launch --cpu started a single process; for several on the CPU use "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N",
+            file=sys.stderr,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +119,14 @@ def _eval(options: argparse.Namespace) -> int:
     from dllm_sd.evaluation import evaluate, first
 
     config, policy = _load(options.model, options.overrides, options.task)
+    tree = to_tree(config)
+    task = tree["task"]["name"]
+    is_run = (Path(options.model) / "config.yaml").is_file()
+    out = Path(options.out or (options.model if is_run else f"eval/{task}"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; give another --out") from error
     processes = PartialState()
     problems = config.task.problems("test")
     report, _ = evaluate(
@@ -119,13 +142,9 @@ def _eval(options: argparse.Namespace) -> int:
         world=processes.num_processes,
     )
     if processes.is_main_process:
-        tree = to_tree(config)
-        task = tree["task"]["name"]
-        out = Path(options.out or (options.model if Path(options.model).is_dir() else f"eval/{task}"))
         settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "seed", "max_prompt")}
         settings["evaluated"] = options.model
-        out.mkdir(parents=True, exist_ok=True)
-        name = "report.json" if options.out or not (out / "config.yaml").exists() else "eval_report.json"
+        name = "eval_report.json" if is_run and not options.out else "report.json"
         content = {"task": task, **report.tree(), "settings": settings}
         (out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         table = Table(title=f"{options.model} on {task}")
@@ -155,7 +174,7 @@ def _load(name: str, overrides: Sequence[str], task: str | None = None) -> tuple
     else:
         recipe = Path(model_folder(name)) / "recipe.yaml"
         tree = read_tree(recipe.parent, recipe.name) if recipe.is_file() else {"task": {"name": task or "sudoku"}}
-        tree["model"] = {**tree.get("model", {}), "path": name}
+        tree["model"] = {"path": name}
     if task is not None and tree["task"].get("name") != task:
         tree["task"] = {"name": task}
     config = build_config(apply_overrides(tree, overrides))

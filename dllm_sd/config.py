@@ -7,8 +7,8 @@ out of a method keeps the value of the named method's row.
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dllm_sd.errors import InputError
-from dllm_sd.methods import Method, get_method
+from dllm_sd.methods import METHODS, Method
 from dllm_sd.policies.loading import Model
 from dllm_sd.policies.masked_diffusion import Denoising
 from dllm_sd.tasks import TASKS
@@ -48,6 +48,10 @@ class Optim:
             raise InputError("optim needs lr above 0, two betas, warmup of 0 or more and tokens_per_batch above 0")
         if not 0 <= self.final_lr <= 1:
             raise InputError("optim.final_lr is a share of the peak; give a number from 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas) or not min(self.eps, self.weight_decay) >= 0:
+            raise InputError("optim needs betas from 0 to below 1, and eps and weight_decay of 0 or more")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise InputError("optim.max_grad_norm must be above 0, or null for no limit")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Evaluation:
             raise InputError("eval counts must not be negative, and eval.problems and eval.attempts at least 1")
         if self.attempts > 1 and self.temperature == 0:
             raise InputError("eval.attempts above 1 repeats the greedy answer; set eval.temperature above 0")
+        if not self.temperature >= 0 or not 0 <= self.collapse <= 1:
+            raise InputError("eval needs a temperature of 0 or more, and a collapse from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,10 @@ class Log:
     samples: int = 2
     """Rollouts written to samples.jsonl and TensorBoard at each update that logs them."""
     samples_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.samples_every < 1:
+            raise InputError("log.samples must not be negative, and log.samples_every at least 1")
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.updates < 1 or self.max_prompt < 1:
             raise InputError("updates and max_prompt must be at least 1")
+        if not self.run:
+            raise InputError("run is empty; name the folder of the run")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -154,9 +166,7 @@ def find_config(name: str) -> Path:
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
-    hint = difflib.get_close_matches(name, shipped, 1)
-    known = f"did you mean {hint[0]!r}?" if hint else f"shipped configs: {', '.join(sorted(shipped))}"
-    raise InputError(f"there is no config file {name!r}; {known}")
+    raise InputError(f"there is no config file {name!r}; {_hint(name, shipped, 'shipped configs:')}")
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -168,7 +178,10 @@ def shipped_configs() -> dict[str, Path]:
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply ``key=value`` pairs with dotted keys to a plain tree; a replaced `method` starts from its defaults."""
-    config = OmegaConf.create(dict(tree))
+    try:
+        config = OmegaConf.create(dict(tree))
+    except OmegaConfBaseException as error:
+        raise InputError(f"the config cannot be read: {' '.join(str(error).split())}") from error
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -191,7 +204,12 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 def build_config(tree: Mapping[str, Any]) -> Config:
     """Validate a plain tree and build the config."""
-    return _build(Config, tree, "", None)
+    config = _build(Config, tree, "", None)
+    schedules: dict[str, dict[str, Any]] = {}
+    for name, overrides in config.eval.schedules.items():
+        decode = _build(Denoising, overrides, f"eval.schedules.{name}", config.decode)
+        schedules[str(name)] = {key: getattr(decode, key) for key in overrides}
+    return replace(config, eval=replace(config.eval, schedules=schedules))
 
 
 def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
@@ -224,16 +242,17 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
     if cls is Method:
         tree = {"name": tree} if isinstance(tree, str) else tree
         if isinstance(tree, Mapping) and "name" in tree:
-            base = get_method(str(tree["name"]))
+            name = str(tree["name"])
+            if name not in METHODS:
+                raise InputError(f"method {name!r} is unknown; {_hint(name, METHODS, 'choose from')}")
+            base = METHODS[name].method
             tree = {key: value for key, value in tree.items() if key != "name"}
     if not isinstance(tree, Mapping):
         raise InputError(f"{path or 'the config'} must be a mapping of keys, not {tree!r}")
     known = {f.name: f for f in fields(cls) if f.init}
     for key in tree:
         if key not in known:
-            hint = difflib.get_close_matches(str(key), known, 1)
-            rest = f"did you mean {hint[0]!r}?" if hint else f"known keys: {', '.join(known)}"
-            raise InputError(f"unknown key {_join(path, str(key))!r}; {rest}")
+            raise InputError(f"unknown key {_join(path, str(key))!r}; {_hint(key, known, 'known keys:')}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, f in known.items():
@@ -280,10 +299,8 @@ def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
     name = tree.pop("name", None)
     if name is None and base is None:
         raise InputError(f"{path}.name is missing; choose from {', '.join(table)}")
-    if name is not None and name not in table:
-        hint = difflib.get_close_matches(str(name), table, 1)
-        rest = f"did you mean {hint[0]!r}?" if hint else f"choose from {', '.join(table)}"
-        raise InputError(f"{path}.name {name!r} is unknown; {rest}")
+    if name is not None and str(name) not in table:
+        raise InputError(f"{path}.name {name!r} is unknown; {_hint(name, table, 'choose from')}")
     if name is None or (base is not None and table[name] is type(base)):
         return _build(type(base), tree, path, base)
     return _build(table[name], tree, path, None)
@@ -320,6 +337,13 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return dict(value)
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a mapping")
     raise InputError(f"{path} must be {wanted}, not {value!r}")
+
+
+def _hint(name: Any, known: Iterable[str], otherwise: str) -> str:
+    """The remedy for an unknown name: the known one that it is close to, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, 1)
+    return f"did you mean {close[0]!r}?" if close else f"{otherwise} {', '.join(names) or 'none'}"
 
 
 def _join(path: str, key: str) -> str:

@@ -52,6 +52,8 @@ class Rollouts:
     kept: tuple[Rollout, ...]
     counts: Mapping[str, float]
     """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, kept, rejected."""
+    chosen: tuple[Rollout, ...] = ()
+    """The kept rollouts and those that the gate rejected, for people to look at."""
 
     @property
     def size(self) -> int:
@@ -259,6 +261,7 @@ def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[
         tried: per problem, its attempts in order.
     """
     kept: list[Rollout] = []
+    seen: list[Rollout] = []
     names = ("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "kept", "rejected")
     counts: dict[str, float] = dict.fromkeys(names, 0.0)
     for attempts in tried:
@@ -275,4 +278,5 @@ def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[
         counts["kept"] += len(passed)
         counts["rejected"] += len(chosen) - len(passed)
         kept += passed
-    return Rollouts(tuple(kept), counts)
+        seen += chosen
+    return Rollouts(tuple(kept), counts, tuple(seen))

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,10 @@ class Lora:
     dropout: float = 0.0
     targets: tuple[str, ...] = LINEARS
 
+    def __post_init__(self) -> None:
+        if min(self.rank, self.alpha) < 1 or not 0 <= self.dropout < 1 or not self.targets:
+            raise InputError("model.lora needs rank and alpha of 1 or more, dropout from 0 to below 1, and targets")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -44,6 +49,12 @@ class Shape:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size) < 1:
+            raise InputError("model.shape needs sizes and numbers of 1 or more")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise InputError("model.shape.hidden_size must be a multiple of twice model.shape.num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def build_policy(model: Model, device: str | torch.device = "cpu") -> MaskedDiff
     network.to(device)
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = _with_lora(network, model.lora) if model.lora else network
+    adapted = _with_lora(network, model.lora, model.seed) if model.lora else network
     end_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     assert isinstance(end_id, int)
     pad_id = pad_id if isinstance(pad_id, int) else end_id
@@ -129,10 +140,11 @@ def load_tokenizer(model: Model) -> Tokenizer:
     source = model.tokenizer or model.path
     if source is None:
         raise InputError("model.tokenizer is missing; name the folder or hub name of a tokenizer")
+    folder = model_folder(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no usable tokenizer at {source!r} (model.tokenizer): {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged JSON can make transformers stumble over anything
+        raise InputError(f"no usable tokenizer at {source!r} (model.tokenizer): {_brief(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer at {source!r} has no end token; set eos_token in its tokenizer_config.json")
     return tokenizer
@@ -151,29 +163,27 @@ def find_mask(model: Model, tokenizer: Tokenizer) -> int:
 
 
 def _network(model: Model, tokenizer: Tokenizer) -> PreTrainedModel:
-    dtype = DTYPES[model.dtype]
-    if model.random_init:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(model.seed)
-            config = _read_config(model.path) if model.path else _llada_shape(model.shape, tokenizer)
-            config.is_causal = False
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attention)
-    if model.path is None:
+    if model.path is None and not model.random_init:
         raise InputError("model.path is missing; name a checkpoint, or set model.random_init to true")
-    config = _read_config(model.path)
+    config = _read_config(model.path) if model.path else _llada_shape(model.shape, tokenizer)
     config.is_causal = False
+    options = {"dtype": DTYPES[model.dtype], "attn_implementation": model.attention}
     try:
+        if model.random_init:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(model.seed)
+                return AutoModelForCausalLM.from_config(config, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder(model.path),
+            model_folder(str(model.path)),
+            **options,
             config=config,
-            dtype=dtype,
-            attn_implementation=model.attention,
+            ignore_mismatched_sizes=True,  # so that the report names them
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"no usable checkpoint at {model.path!r} (model.path): {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise InputError(f"no usable model at {model.path or model.shape!r} (model.path): {_brief(error)}") from error
     network, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
@@ -190,12 +200,12 @@ def _read_config(path: str) -> Any:
             written = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{file} is not JSON ({error}); restore the checkpoint's config.json") from error
-        if "model_type" not in written:
+        if not isinstance(written, dict) or "model_type" not in written:
             raise InputError(f"{file} names no model_type; restore the checkpoint's config.json")
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no usable config.json at {path!r} (model.path): {_first_line(error)}") from error
+    except Exception as error:  # a damaged value can make transformers stumble over anything
+        raise InputError(f"no usable config.json at {path!r} (model.path): {_brief(error)}") from error
 
 
 def _llada_shape(shape: Shape, tokenizer: Tokenizer) -> LlamaConfig:
@@ -215,14 +225,16 @@ def _llada_shape(shape: Shape, tokenizer: Tokenizer) -> LlamaConfig:
     )
 
 
-def _with_lora(network: PreTrainedModel, lora: Lora) -> PeftModel:
+def _with_lora(network: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     names = [name.rsplit(".", 1)[-1] for name, _ in network.named_modules()]
     if absent := [target for target in lora.targets if target not in names]:
         raise InputError(f"model.lora.targets names {absent[0]!r}, which this model does not have")
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
     )
-    adapted = get_peft_model(network, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(network, settings)
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -241,5 +253,5 @@ def _check(policy: MaskedDiffusion) -> None:
         raise InputError("the model ignores later positions; it still attends causally and cannot denoise")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _brief(error: BaseException) -> str:
+    return shorten(str(error) or type(error).__name__, 240, placeholder=" ...")

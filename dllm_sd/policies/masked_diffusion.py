@@ -322,7 +322,7 @@ def _propose(logits: Tensor, active: Tensor, settings: Denoising, keys: Tensor, 
 
     Scores are the model's own (before temperature and suppression), as in LLaDA; inactive positions have -inf.
     """
-    logp = logits.log_softmax(-1)
+    normaliser = logits.logsumexp(-1)
     allowed = logits.index_fill(-1, torch.tensor([mask_id, *settings.suppress], device=logits.device), -torch.inf)
     if settings.temperature == 0:
         token = allowed.argmax(-1)
@@ -331,12 +331,13 @@ def _propose(logits: Tensor, active: Tensor, settings: Denoising, keys: Tensor, 
         token = sample(allowed / settings.temperature, u)
     match settings.order:
         case "confidence":
-            score = logp.gather(-1, token[:, None])[:, 0]
+            score = logits.gather(-1, token[:, None])[:, 0] - normaliser
         case "margin":
-            top = logp.topk(2, -1).values.exp()
+            top = (logits.topk(2, -1).values - normaliser[:, None]).exp()
             score = top[:, 0] - top[:, 1]
         case "entropy":
-            score = torch.xlogy(logp.exp(), logp.exp()).sum(-1)
+            logp = logits - normaliser[:, None]
+            score = (logp.exp() * logp).sum(-1)
         case "random":
             score = uniform(fold(keys, make_key("order")), active.shape[1])[active]
         case "left_to_right":

@@ -10,7 +10,10 @@ import yaml
 from dllm_sd.config import Config, to_tree, to_yaml
 from dllm_sd.errors import InputError
 
-CONTENTS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "nonfinite.json", "checkpoints", "tb")
+CONTENTS = (
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "eval_report.json", "nonfinite.json"),
+    *("checkpoints", "tb"),
+)
 FREE = ("run", "resume", "log", "checkpoint")
 """Keys that may differ between a run and its continuation."""
 
@@ -24,25 +27,26 @@ def prepare_folder(config: Config) -> None:
     run = Path(config.run)
     if run.exists() and not run.is_dir():
         raise InputError(f"run {config.run!r} is a file; name a folder")
+    former = read_tree(run) if (run / "config.yaml").exists() else {}
+    if run.is_dir() and any(run.iterdir()) and not {"task", "method"} <= former.keys():
+        raise InputError(f"run folder {config.run!r} is not empty and holds no run; give another run=...")
     if config.resume == "fresh":
         for name in CONTENTS:
             path = run / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    written = run / "config.yaml"
-    if written.exists() and config.resume == "auto":
-        key = _first_difference(read_tree(run), to_tree(config))
+    begun = (run / "metrics.jsonl").exists()  # else it was refused before its first line, and holds nothing to keep
+    if begun and config.resume == "auto":
+        key = _first_difference(former, to_tree(config))
         if key is not None:
             raise InputError(
                 f"run folder {config.run!r} holds a run with another {key}; give another run=..., "
                 "resume=force to continue it all the same, or resume=fresh to discard it"
             )
-    elif not written.exists() and run.is_dir() and any(run.iterdir()):
-        raise InputError(f"run folder {config.run!r} is not empty and holds no run; give another run=...")
     try:
         run.mkdir(parents=True, exist_ok=True)
         partial = run / ".config.partial"
         partial.write_text(to_yaml(config), encoding="utf-8")
-        partial.replace(written)
+        partial.replace(run / "config.yaml")
     except OSError as error:
         raise InputError(
             f"cannot write to run folder {config.run!r}: {error.strerror}; give another run=..."
@@ -54,7 +58,7 @@ def read_tree(run: Path, name: str = "config.yaml") -> dict[str, Any]:
     try:
         tree = yaml.safe_load((run / name).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{run / name} cannot be read ({error}); give another folder") from error
+        raise InputError(f"{run / name} cannot be read ({' '.join(str(error).split())}); give another folder") from error
     if not isinstance(tree, dict):
         raise InputError(f"{run / name} is not the config of a run; give another folder")
     return tree

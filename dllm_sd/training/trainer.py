@@ -126,6 +126,8 @@ class Trainer:
         if part == 0 or self.rollouts is None:
             self.progress.phase("rolling out")
             self.rollouts = self._roll_out(batch)
+            if self._due(update):
+                self._write_samples(update, self.rollouts)
         rolled = time.perf_counter()
         self.progress.phase("learning")
         keys = self.rollouts.keys(self.config.seed, batch)
@@ -138,7 +140,9 @@ class Trainer:
             parts, norm = self._learn(plan, self.rollouts, update, lr)
             sums = self._sum(site_sums([graded for _, graded in parts], self.accelerator.device))
             metrics |= site_metrics(sums) | {"canvases": plan.size, "grad_norm": norm}
-            self._show(update, parts, self.rollouts)
+            table = divergence_table(parts, self.rollouts) if self._due(update) else None
+            if self.log is not None and table is not None:
+                self.log.write_picture("trajectory", trajectory_picture(*table), update)
         for teacher in dict.fromkeys(self.teachers):
             teacher.after_update(update)
         metrics |= rollout_metrics(self.rollouts)
@@ -210,16 +214,15 @@ class Trainer:
             f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} caused it; details in {file}"
         )
 
-    def _show(self, update: int, parts: Parts, rollouts: Rollouts) -> None:
-        """Samples and the picture of one trajectory."""
-        log = self.config.log
-        if self.log is None or (update > 1 and update % log.samples_every):
-            return
-        for rollout in rollouts.kept[: log.samples]:
-            self.log.write_sample(sample_entry(update, rollout))
-        table = divergence_table(parts, rollouts)
-        if table is not None:
-            self.log.write_picture("trajectory", trajectory_picture(*table), update)
+    def _due(self, update: int) -> bool:
+        """Whether this update makes rollouts to write down: the first, and one about every `samples_every` updates."""
+        batch, part = divmod(update - 1, self.method.rollout.passes)
+        return part == 0 and batch % max(1, self.config.log.samples_every // self.method.rollout.passes) == 0
+
+    def _write_samples(self, update: int, rollouts: Rollouts) -> None:
+        if self.log is not None:
+            for rollout in rollouts.chosen[: self.config.log.samples]:
+                self.log.write_sample(sample_entry(update, rollout))
 
     # Evaluation
 

@@ -1,0 +1,192 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dllm_sd.errors import InputError
+from dllm_sd.policies.loading import Lora
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.policy import View
+from dllm_sd.policies.weights import WEIGHTS, Base, Ema, Live, Snapshot, Teacher, trained
+
+IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])
+VIEW = View(IDS, torch.ones_like(IDS, dtype=torch.bool), IDS == 0)
+LORA = {"lora": Lora(rank=4, alpha=8)}
+KINDS = pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+
+
+def move(policy: MaskedDiffusion, seed: int) -> None:
+    """Something like an optimizer step: every trained tensor changes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in trained(policy).values():
+            value.add_(0.05 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+
+
+def student(policy: MaskedDiffusion) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.site_logits(VIEW)
+
+
+def copies(policy: MaskedDiffusion) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trained(policy).items()}
+
+
+def with_weights(policy: MaskedDiffusion, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The student's logits if it had these weights."""
+    now = copies(policy)
+    with torch.no_grad():
+        for name, value in trained(policy).items():
+            value.copy_(weights[name])
+        logits = policy.site_logits(VIEW)
+        for name, value in trained(policy).items():
+            value.copy_(now[name])
+    return logits
+
+
+def test_the_table_names_all_weights():
+    assert {"live": Live, "base": Base, "ema": Ema, "snapshot": Snapshot} == WEIGHTS
+
+
+@KINDS
+def test_live_weights_are_the_students(make_policy, options):
+    policy = make_policy(**options)
+    teacher = Teacher(Live(), policy)
+    for update in (1, 2):
+        move(policy, update)
+        teacher.after_update(update)
+        assert torch.equal(teacher(VIEW), student(policy))
+
+
+@KINDS
+def test_base_weights_are_the_initial_ones_after_any_number_of_updates(make_policy, options):
+    policy = make_policy(**options)
+    before, teacher = student(policy), Teacher(Base(), policy)
+    for update in (1, 2, 3):
+        move(policy, update)
+        teacher.after_update(update)
+    assert not torch.allclose(student(policy), before)
+    torch.testing.assert_close(teacher(VIEW), before, atol=1e-13, rtol=0)
+    assert teacher.moving == {}
+
+
+def test_the_base_of_an_adapter_is_not_stored_but_switched_off_for_the_teacher_only(make_policy):
+    policy = make_policy(**LORA)
+    teacher = Teacher(Base(), policy)
+    assert teacher.copy == {}
+    move(policy, 1)
+    moved = student(policy)
+    teacher(VIEW)
+    assert torch.equal(student(policy), moved)
+    assert all(value.requires_grad for value in trained(policy).values())
+    assert set(trained(policy)) == set(copies(make_policy(**LORA)))
+
+
+@KINDS
+def test_the_moving_average_follows_its_formula(make_policy, options):
+    policy = make_policy(**options)
+    teacher, expected = Teacher(Ema(decay=0.9), policy), copies(policy)
+    for update in (1, 2, 3):
+        move(policy, update)
+        teacher.after_update(update)
+        expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in copies(policy).items()}
+    assert teacher.moving.keys() == expected.keys()
+    for name, value in teacher.moving.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-14, rtol=1e-12)
+    torch.testing.assert_close(teacher(VIEW), with_weights(policy, expected), atol=1e-12, rtol=1e-12)
+    assert not torch.allclose(teacher(VIEW), student(policy))
+
+
+@pytest.mark.parametrize(("decay", "like"), [(0.0, Live()), (1.0, Base())])
+def test_the_moving_averages_at_the_ends_are_live_and_base(make_policy, decay, like):
+    policy = make_policy()
+    average, other = Teacher(Ema(decay=decay), policy), Teacher(like, policy)
+    move(policy, 1)
+    average.after_update(1)
+    torch.testing.assert_close(average(VIEW), other(VIEW), atol=1e-13, rtol=0)
+
+
+@KINDS
+def test_a_snapshot_is_renewed_every_so_many_updates(make_policy, options):
+    policy = make_policy(**options)
+    teacher, renewed = Teacher(Snapshot(every=2), policy), student(policy)
+    for update in range(1, 6):
+        move(policy, update)
+        teacher.after_update(update)
+        if update in (2, 4):
+            renewed = student(policy)
+        assert torch.equal(teacher(VIEW), renewed), update
+
+
+@KINDS
+@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+def test_a_teacher_has_no_gradient_and_leaves_the_student_alone(make_policy, weights, options):
+    policy = make_policy(**options)
+    teacher, before = Teacher(weights, policy), copies(policy)
+    logits = teacher(VIEW)
+    assert not logits.requires_grad
+    policy.site_logits(VIEW).square().mean().backward()
+    assert not any(value.requires_grad for value in teacher.copy.values())
+    assert all(torch.equal(value, before[name]) for name, value in trained(policy).items())
+    assert all(value.grad is not None for value in trained(policy).values())
+
+
+@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+def test_teachers_see_no_dropout_and_leave_the_mode_as_it_was(make_policy, weights):
+    policy = make_policy(lora=Lora(rank=4, alpha=8, dropout=0.5))
+    move(policy, 1)
+    teacher = Teacher(weights, policy)
+    policy.module.eval()
+    quiet = teacher(VIEW)
+    assert not policy.module.training
+    policy.module.train()
+    assert torch.equal(teacher(VIEW), quiet)
+    assert torch.equal(teacher(VIEW), quiet)
+    assert all(module.training for module in policy.module.modules())
+    assert not torch.equal(student(policy), student(policy))  # the student does see it
+
+
+@pytest.mark.parametrize("weights", [Live(), Base(), Ema()], ids=repr)
+def test_gradient_checkpointing_changes_neither_teacher_nor_gradient(make_policy, weights):
+    results = []
+    for gradient_checkpointing in (False, True):
+        policy = make_policy(gradient_checkpointing=gradient_checkpointing)
+        policy.module.train()
+        teacher = Teacher(weights, policy)
+        move(policy, 1)
+        gap = policy.site_logits(VIEW) - teacher(VIEW).detach()
+        (gap + policy.site_logits(VIEW)).square().sum().backward()
+        results.append((teacher(VIEW), {name: value.grad for name, value in trained(policy).items()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("weights", [Ema(decay=0.5), Snapshot(every=1)], ids=repr)
+@KINDS
+def test_a_moving_teacher_can_be_saved_and_restored(make_policy, weights, options):
+    policy = make_policy(**options)
+    teacher = Teacher(weights, policy)
+    move(policy, 1)
+    teacher.after_update(1)
+    saved = {name: value.clone() for name, value in teacher.moving.items()}
+    assert saved.keys() == trained(policy).keys()  # nothing frozen is stored
+    again = Teacher(weights, policy)
+    move(policy, 2)
+    again.load(saved)
+    assert torch.equal(again(VIEW), teacher(VIEW))
+
+
+@pytest.mark.parametrize("build", [lambda: Ema(decay=1.1), lambda: Ema(decay=-0.1), lambda: Snapshot(every=0)])
+def test_impossible_weights_are_refused(build):
+    with pytest.raises(InputError, match=r"method\.teacher"):
+        build()
+
+
+def test_teachers_of_a_policy_share_nothing_but_the_module(make_policy):
+    policy = make_policy()
+    slow, fast = Teacher(Ema(decay=0.99), policy), Teacher(replace(Ema(), decay=0.5), policy)
+    move(policy, 1)
+    for teacher in (slow, fast):
+        teacher.after_update(1)
+    assert not torch.equal(slow(VIEW), fast(VIEW))
