@@ -41,7 +41,7 @@ class Optim:
     tokens_per_batch: int = 16384
     """Padded canvas tokens in one forward; memory only, it cannot change the update."""
     autocast: Literal["bfloat16"] | None = None
-    """Compute type of training forwards; weights keep `model.dtype`."""
+    """Compute type of all forwards (student, teachers, decoding, evaluation); weights keep `model.dtype`."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or len(self.betas) != 2 or self.warmup < 0 or self.tokens_per_batch < 1:

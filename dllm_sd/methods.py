@@ -80,6 +80,11 @@ class Method:
             )
         if isinstance(self.target, Sampled) and isinstance(self.trust, Equal) and self.contexts:
             raise InputError("method.target sampled with equal trust asks no teacher; set method.contexts to []")
+        if self.gate.count_rejected and self.average in ("sites", "canvases"):
+            raise InputError(
+                f"method.gate.count_rejected has no meaning under average {self.average}, which counts no rollouts; "
+                "set method.average to steps, step_sums or rollouts"
+            )
         if isinstance(self.trust, GroupAdvantage):
             if not isinstance(self.divergence, TokenNLL):
                 raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")

@@ -73,7 +73,7 @@ def test_chunks_are_consecutive_and_disjoint(noise, remainder, parts):
         usable = rule.usable(trajectory)[row].nonzero()[:, 0].tolist()
         steps = [chunk.steps[chunk.rows == row].tolist() for chunk in chunks]
         each = len(usable) // parts
-        assert sum(steps, []) == (usable if remainder else usable[: each * parts])
+        assert [step for chunk in steps for step in chunk] == (usable if remainder else usable[: each * parts])
         assert all(len(chunk) in ((each, each + 1) if remainder else (each,)) for chunk in steps)
 
 

@@ -118,8 +118,7 @@ def test_only_problems_not_yet_solved_are_tried_again():
     assert len(asked) == len(set(asked))
     solved: set[int] = set()
     for call in policy.calls:
-        for prompt, key in zip(call["prompts"], call["keys"], strict=True):
-            assert len(prompt) not in solved
+        assert not solved & {len(prompt) for prompt in call["prompts"]}
         for prompt, key in zip(call["prompts"], call["keys"], strict=True):
             if StubPolicy.number(key) >= PROBLEMS[len(prompt) - 1].problem.fields["bar"]:
                 solved.add(len(prompt))
@@ -129,7 +128,7 @@ def test_only_problems_not_yet_solved_are_tried_again():
 def test_no_wave_is_larger_than_the_batch_unless_there_are_more_open_problems():
     policy = StubPolicy()
     roll(PassAtK(attempts=8), room=4, policy=policy)
-    assert [len(call["keys"]) for call in policy.calls][0] == len(PROBLEMS)
+    assert len(policy.calls[0]["keys"]) == len(PROBLEMS)
     small = StubPolicy()
     roll(PassAtK(attempts=8), room=24, policy=small)
     assert all(len(call["keys"]) <= 24 for call in small.calls)
@@ -159,7 +158,7 @@ def test_keeping_the_best_takes_the_highest_score_and_the_latest_of_equals():
 def test_keeping_all_keeps_every_attempt_in_order():
     rule = PassAtK(attempts=4, keep="all", until_solved=False)
     rollouts = gather(rule, All(), roll(rule))
-    assert [int(r.text) for r in rollouts.kept] == sum((serial(4, item, False) for item in PROBLEMS), [])
+    assert [int(r.text) for r in rollouts.kept] == [n for item in PROBLEMS for n in serial(4, item, False)]
     assert rollouts.group.tolist() == [i for i in range(len(PROBLEMS)) for _ in range(4)]
     assert rollouts.reward.tolist() == [rollout.grade.score for rollout in rollouts.kept]
     assert rollouts.size == rollouts.trajectory.size == 40

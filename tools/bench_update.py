@@ -3,8 +3,8 @@
     python tools/bench_update.py [--vocabulary 126464] [--tokens 456] [--canvases 16] [--sites 2]
 
 Both forms run the same body on the same canvases with the same loss (reverse KL, full vocabulary), each in a process
-of its own so that the peaks do not mix. Printed: seconds (median of the repeats), peak memory above the weights, ratios,
-and how far loss and gradient differ. Times on shared machines are noisy: compare the ratios.
+of its own so that the peaks do not mix. Printed: seconds (median of the repeats), peak memory above the weights and
+their gradient, ratios, and how far loss and gradient differ. Times on shared machines are noisy: compare the ratios.
 """
 
 import argparse

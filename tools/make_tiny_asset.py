@@ -5,7 +5,6 @@
     python tools/make_tiny_asset.py model runs/tiny_sft     # the best weights of that run, with its recipe
 """
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,18 @@ def make_tokenizer() -> None:
 
 def make_model(run: Path) -> None:
     """Write the best weights of ``run`` and the config that made them."""
-    from dllm_sd.config import build_config
+    from dllm_sd.config import build_config, to_yaml
     from dllm_sd.policies.loading import build_policy
     from dllm_sd.training.checkpoint import best_checkpoint, load_weights
     from dllm_sd.training.folder import read_tree
 
     folder = best_checkpoint(run)
     assert folder is not None, f"{run} has no best checkpoint"
-    policy = build_policy(build_config(read_tree(run)).model)
+    config = build_config({**read_tree(run), "run": "runs/tiny_sft"})
+    policy = build_policy(config.model)
     load_weights(policy, folder)
     policy.module.model.save_pretrained(ASSET)
-    shutil.copy(run / "config.yaml", ASSET / "recipe.yaml")
+    (ASSET / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class TeacherTop:
     """
 
     count: int | None = None
-    """How many; None takes as many as the student commits at this step."""
+    """How many; None takes as many as the student commits at this step (on canvases that no decoder saw: all)."""
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
 

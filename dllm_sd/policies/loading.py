@@ -1,6 +1,7 @@
 """Load a policy: native transformers classes, safetensors only, no remote code."""
 
 import json
+import warnings
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -108,7 +109,7 @@ def build_policy(model: Model, device: str | torch.device = "cpu") -> MaskedDiff
         )
     network.to(device)
     if model.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.activation_checkpointing_enable()
     adapted = _with_lora(network, model.lora, model.seed) if model.lora else network
     end_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     assert isinstance(end_id, int)
@@ -232,7 +233,8 @@ def _with_lora(network: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own use
         torch.manual_seed(seed)
         adapted = get_peft_model(network, settings)
     assert isinstance(adapted, PeftModel)

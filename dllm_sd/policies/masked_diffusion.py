@@ -35,7 +35,7 @@ class Denoising:
     tokens_per_step: int = 2
     """Tokens committed at each step."""
     steps: int | None = None
-    """Total number of steps instead of `tokens_per_step`, shared evenly by the blocks, as LLaDA counts."""
+    """Total steps instead of `tokens_per_step`, as LLaDA counts: each block takes ``steps // blocks`` of them."""
     temperature: float = 0.0
     """0 is greedy; else tokens are sampled from the exact softmax of logits / temperature."""
     order: Order = "confidence"

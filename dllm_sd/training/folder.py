@@ -58,7 +58,7 @@ def read_tree(run: Path, name: str = "config.yaml") -> dict[str, Any]:
     try:
         tree = yaml.safe_load((run / name).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{run / name} cannot be read ({' '.join(str(error).split())}); give another folder") from error
+        raise InputError(f"{run / name} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise InputError(f"{run / name} is not the config of a run; give another folder")
     return tree

@@ -96,7 +96,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
 
 
 def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
-    """One line of samples.jsonl; `dllm-sd grade` can read it back."""
+    """One line of samples.jsonl: the problem's fields, the generation and its grade."""
     grade = rollout.grade
     return {
         **rollout.problem.fields,

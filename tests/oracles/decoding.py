@@ -94,7 +94,7 @@ def decode_one(
             for _, i, token in accepted:
                 tokens[i], reveal[i] = token, step
             step, within = step + 1, within + 1
-            for i, token in enumerate(tokens):
+            for token in tokens:
                 if token is None:
                     break
                 if token in end_ids:

@@ -1,4 +1,4 @@
-"""The toy denoiser of the golden decodings: two tables make the logits of a whole canvas."""
+"""Toy denoisers: that of the golden decodings (two tables make the logits of a canvas), and one made of noise."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.policies.policy import View
-from dllm_sd.randomness import make_key
+from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import Trajectory
 from tests.oracles.fixtures import golden
 
@@ -28,13 +28,25 @@ class ToyDenoiser:
         return torch.cat(rows)
 
 
+class Recorder:
+    """A denoiser that notes what it was asked; its logits depend on the row's own tokens only."""
+
+    def __init__(self, v: int = 12) -> None:
+        self.v = v
+        self.asked: list[View] = []
+
+    def __call__(self, view: View) -> Tensor:
+        self.asked.append(view)
+        keys = key_tensor([make_key(*row.tolist()) for row in view.ids])
+        table = uniform(keys, view.ids.shape[1] * self.v).view(*view.ids.shape, self.v)
+        return 6 * table[view.sites]
+
+
 def decoding_cases() -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
     """Every case of ``diffusion_decode`` with its tensors and the token ids that all cases share."""
     tensors, settings = golden("diffusion_decode")
     ids = {name: settings[name] for name in ("mask_id", "eos_id")}
-    return [
-        (case | ids, {name: tensors[f"{case['id']}/{name}"] for name in NAMES}) for case in settings["cases"]
-    ]
+    return [(case | ids, {name: tensors[f"{case['id']}/{name}"] for name in NAMES}) for case in settings["cases"]]
 
 
 NAMES = ("A", "B", "prompt_ids", "canvas", "final_ids", "commit_step")

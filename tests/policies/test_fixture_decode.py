@@ -85,7 +85,7 @@ def test_lengths_count_the_end_token_and_the_published_ones_do_not():
 
 
 def test_the_reference_records_the_canvases_of_the_usable_steps():
-    """Upstream decides by row 0 of the batch, and also records idle steps (more steps than tokens): they grade nothing."""
+    """Upstream decides by row 0 of the batch, and also records idle steps, which commit nothing."""
     for case, stored, trajectory, _ in decoded():
         usable = DecoderSteps(last_block=False, prompt_ends=True).usable(trajectory)[0]
         steps = usable.nonzero()[:, 0]

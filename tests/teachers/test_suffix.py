@@ -236,5 +236,7 @@ def test_impossible_contexts_are_refused(build, says):
 )
 def test_the_answer_span_is_the_last_occurrence_of_the_parsed_answer(policy, text, parsed, spelt):
     trajectory = policy.demonstration([4], policy.encode_completion(text), Denoising(length=12, block_length=12))
-    rollout = Rollout(Problem("0", {}), 0, policy.text(trajectory.tokens[0].tolist()), Grade(True, 1, parsed), trajectory)
+    rollout = Rollout(
+        Problem("0", {}), 0, policy.text(trajectory.tokens[0].tolist()), Grade(True, 1, parsed), trajectory
+    )
     assert answer_span(policy, rollout).nonzero()[:, 0].tolist() == spelt

@@ -84,9 +84,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, config: Any, update: int) -> Non
         if metrics["update"] == update:
             raise RuntimeError("power cut")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_evaluate", dying)
-        Trainer(config).train()
+        trainer = Trainer(config)
+        with pytest.raises(RuntimeError, match="power cut"):
+            trainer.train()
 
 
 @pytest.mark.parametrize("tokens", [32, 96, 10**6])

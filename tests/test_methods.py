@@ -1,0 +1,214 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.errors import InputError
+from dllm_sd.losses import (
+    Each,
+    Equal,
+    ForwardKL,
+    FullVocabulary,
+    GeneralisedJSD,
+    GroupAdvantage,
+    Plain,
+    ReverseKL,
+    Sampled,
+    TokenNLL,
+    TopK,
+)
+from dllm_sd.losses.sites import Revealed, TeacherTop
+from dllm_sd.methods import METHODS, Method, get_method
+from dllm_sd.objective import Graded, grade, plan_update
+from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
+from dllm_sd.policies.policy import View
+from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.rollouts import All, Demonstrations, PassAtK, Prompted, gather
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.teachers import LaterStep, Nothing, Suffix
+
+NAMES = pytest.mark.parametrize("name", METHODS)
+
+
+def likelihood(**parts: Any) -> Method:
+    """A method without a teacher."""
+    return Method(**{"target": Sampled(), "divergence": TokenNLL(), "contexts": ()} | parts)
+
+
+def group(**parts: Any) -> Method:
+    """A method with group advantages."""
+    rollout = PassAtK(keep="all", until_solved=False)
+    return likelihood(**{"rollout": rollout, "gate": All(), "trust": GroupAdvantage()} | parts)
+
+
+PROMPTED = [Prompted(Problem(f"p{i}", {}), tuple(range(4, 6 + i))) for i in range(4)]
+
+
+class StubTask:
+    """Judges by the last character, so that a random policy is right half of the time."""
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        correct = bool(completion) and ord(completion[-1]) % 2 == 0
+        return Grade(correct, float(correct), None)
+
+    def reference(self, problem: Problem) -> str:
+        return "12+3=15"
+
+
+class Run:
+    """One update of a method, up to the gradient."""
+
+    def __init__(self, method: Method, policy: MaskedDiffusion) -> None:
+        self.policy = policy
+        decode = Denoising(length=16, block_length=4, tokens_per_step=1)
+        tried = method.rollout(policy, StubTask(), PROMPTED, decode, 0, 0)  # pyright: ignore[reportArgumentType]
+        self.rollouts = gather(method.rollout, method.gate, tried)
+        self.teachers = [Teacher(weights, policy) for weights in method.weights()] if method.contexts else []
+        plan = plan_update(method, self.rollouts, self.rollouts.keys(0, 0))
+        assert plan is not None
+        self.views: list[View] = []
+        self.graded: Graded = grade(method, plan, self.student, self.teachers)
+        names, values = zip(*trained(policy).items(), strict=True)
+        self.gradient = dict(zip(names, torch.autograd.grad(self.graded.loss, values, allow_unused=True), strict=True))
+
+    def student(self, view: View) -> Tensor:
+        self.views.append(view)
+        return self.policy.module(view.ids, view.mask, view.sites)
+
+
+@NAMES
+def test_a_named_method_is_found_by_its_name_and_says_where_it_comes_from(name):
+    row = METHODS[name]
+    assert get_method(name) is row.method
+    assert row.source
+    assert row.note
+    assert len(row.method.weights()) in (len(row.method.contexts), 1)
+    assert replace(row.method) == row.method  # builds again: nothing that it refuses
+
+
+def test_unknown_methods_are_refused_with_the_choices():
+    with pytest.raises(InputError, match=r"no method 'opsdd'; choose from d_opsd, d_opsd_paper"):
+        get_method("opsdd")
+
+
+@NAMES
+def test_every_method_gives_a_finite_loss_whose_gradient_reaches_the_student(make_policy, name):
+    run = Run(METHODS[name].method, make_policy())
+    assert torch.isfinite(run.graded.loss)
+    assert run.graded.loss.dtype == torch.float64
+    assert torch.isfinite(run.graded.value).all()
+    for parameter, gradient in run.gradient.items():
+        assert gradient is not None, parameter
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().max() > 0, parameter
+
+
+@NAMES
+@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+def test_no_gradient_and_no_change_reaches_a_teacher(make_policy, name, weights):
+    policy = make_policy()
+    before = {key: value.detach().clone() for key, value in trained(policy).items()}
+    run = Run(replace(METHODS[name].method, teacher=(weights,)), policy)
+    assert run.graded.loss.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in trained(policy).items())
+    for teacher in run.teachers:
+        assert not any(value.requires_grad or value.grad is not None for value in teacher.copy.values())
+        assert all(torch.equal(value, before[key]) for key, value in teacher.copy.items())
+
+
+@NAMES
+def test_a_hint_never_reaches_the_students_view(policy, name):
+    run = Run(METHODS[name].method, policy)
+    for view in run.views:
+        assert (view.ids[view.sites] == policy.mask_id).all()
+        if METHODS[name].method.contexts and isinstance(METHODS[name].method.canvases, DecoderSteps):
+            # What the decoder saw: blocks behind the first mask's are all masked.
+            for completion in (view.ids[:, -16:] == policy.mask_id).tolist():
+                block = completion.index(True) // 4
+                assert all(completion[4 * (block + 1) :])
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), GeneralisedJSD(0.5), GeneralisedJSD(0.1)], ids=repr)
+@pytest.mark.parametrize("support", [FullVocabulary(), TopK(5), TopK(5, rest="bucket")], ids=repr)
+def test_a_teacher_that_knows_nothing_more_teaches_nothing(policy, divergence, support):
+    method = Method(gate=All(), contexts=(Nothing(),), teacher=(Live(),), divergence=divergence, support=support)
+    run = Run(method, policy)
+    assert run.graded.value.abs().max() < 1e-15
+    assert abs(run.graded.loss) < 1e-15
+    assert max(float(gradient.abs().max()) for gradient in run.gradient.values()) < 1e-14
+    assert (run.graded.agreement == 1).all()
+
+
+def test_methods_read_only_the_rollouts_that_their_gate_lets_pass(policy):
+    run = Run(METHODS["d_opsd"].method, policy)
+    assert 0 < run.rollouts.size < len(PROMPTED) or run.rollouts.counts["solved"] == len(PROMPTED)
+    assert all(rollout.grade.correct for rollout in run.rollouts.kept)
+
+
+def test_contexts_share_one_set_of_weights_or_have_one_each():
+    contexts = (Suffix(), Nothing())
+    assert Method(contexts=contexts, target=Each()).weights() == (Base(), Base())
+    assert Method(contexts=contexts, target=Each(), teacher=(Ema(), Live())).weights() == (Ema(), Live())
+
+
+REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
+    "weights for other contexts": (lambda: Method(teacher=(Base(), Live(), Ema())), "3 weights for 1 contexts"),
+    "a suffix on random masks": (lambda: Method(canvases=RandomMasks()), "decoder_steps"),
+    "a later step on masks of everything": (
+        lambda: Method(canvases=AllMasked(), contexts=(LaterStep(),)),
+        "decoder_steps",
+    ),
+    "decoding steps of demonstrations": (lambda: Method(rollout=Demonstrations()), "random_masks"),
+    "a teacher's choice without a teacher": (lambda: likelihood(sites=TeacherTop()), "contexts is empty"),
+    "one target of two teachers": (lambda: Method(contexts=(Suffix(), Nothing())), "lists 2"),
+    "one target of no teacher": (lambda: Method(contexts=()), "lists 0"),
+    "a likelihood on part of the vocabulary": (lambda: likelihood(support=TopK()), "support to full"),
+    "a likelihood with a teacher's target": (lambda: Method(divergence=TokenNLL()), "belong together"),
+    "the sampled token with a divergence": (lambda: Method(target=Sampled()), "belong together"),
+    "a teacher that nobody asks": (lambda: likelihood(contexts=(Suffix(),)), "asks no teacher"),
+    "an advantage on a divergence": (lambda: Method(trust=GroupAdvantage()), "token_nll"),
+    "an advantage without a group": (lambda: group(rollout=PassAtK()), "compares a group"),
+    "an advantage in a group of one": (
+        lambda: group(rollout=PassAtK(keep="all", until_solved=False, attempts=1)),
+        "attempts 2 or more",
+    ),
+    "an advantage of demonstrations": (
+        lambda: group(rollout=Demonstrations(), canvases=RandomMasks()),
+        "compares a group",
+    ),
+    "a penalty without a reference": (lambda: group(trust=GroupAdvantage(kl=0.1)), "needs 1 contexts"),
+    "reused rollouts without a snapshot": (
+        lambda: group(rollout=PassAtK(keep="all", until_solved=False, passes=4)),
+        "needs 1 contexts",
+    ),
+    "a reference without a penalty": (lambda: group(contexts=(Nothing(),)), "needs 0 contexts"),
+    "a suffix that leaves the teacher no site": (
+        lambda: Method(contexts=(Suffix(scope="active_block", ratio=1.0),), sites=TeacherTop()),
+        "no site",
+    ),
+    # Accepted, these fail at the first update or skip all of them.
+    "each of no teachers": (lambda: Method(contexts=(), target=Each()), "context"),
+    "the end of the trajectory with a teacher's choice": (
+        lambda: Method(contexts=(LaterStep(ahead=None),), sites=TeacherTop()),
+        "site",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_combinations_without_a_meaning_are_refused_in_a_sentence(name):
+    build, says = REFUSED[name]
+    with pytest.raises(InputError, match=says) as refusal:
+        build()
+    assert "method." in str(refusal.value) or "suffix" in str(refusal.value)
+
+
+def test_unpublished_combinations_are_one_line():
+    Method(contexts=(LaterStep(), Suffix(scope="all_masked")), target=Each(), teacher=(Ema(), Base()))
+    Method(canvases=RandomMasks(), contexts=(Nothing(),), divergence=GeneralisedJSD(), sites=Revealed())
+    Method(rollout=Demonstrations(), canvases=AllMasked(), contexts=(Nothing(),), trust=Equal(), target=Plain())
+    group(canvases=DecoderSteps())

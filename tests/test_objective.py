@@ -1,0 +1,265 @@
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllm_sd.canvases import DecoderSteps
+from dllm_sd.losses import GroupAdvantage, TopK
+from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.methods import METHODS, Method
+from dllm_sd.objective import Plan, entropy, grade, plan_update
+from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
+from dllm_sd.policies.policy import View
+from dllm_sd.policies.weights import Base, Teacher, trained
+from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import Correct, PassAtK, Rollout, Rollouts
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.teachers import LaterStep, Nothing, Scene, Suffix
+from dllm_sd.trajectory import Trajectory, left_pad
+from tests.oracles import d_opsd
+from tests.oracles.decoding import full_logits
+from tests.oracles.divergences import surrogate
+
+PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10], [11, 12]]
+
+
+def rollouts_of(trajectory: Trajectory, reward: Sequence[float] | None = None, rejected: int = 0) -> Rollouts:
+    """Each row is a rollout of a problem of its own, or two in a row of one where they are rewarded."""
+    kept = []
+    for row in range(trajectory.size):
+        problem = Problem(f"p{row // 2 if reward else row}", {})
+        one = trajectory.select(torch.tensor([row]))
+        score = reward[row] if reward else 1.0
+        kept.append(Rollout(problem, row, "", Grade(score == 1, score, None), one))
+    return Rollouts(tuple(kept), {"rejected": float(rejected)})
+
+
+def keys(rollouts: Rollouts) -> list[int]:
+    return rollouts.keys(0, 0)
+
+
+class Pair:
+    """A policy that has moved away from its initial weights, and rollouts of it."""
+
+    def __init__(self, policy: MaskedDiffusion) -> None:
+        self.policy, self.teacher = policy, Teacher(Base(), policy)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in trained(self.policy).values():
+                value.add_(0.02 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+        settings = Denoising(length=12, block_length=4, tokens_per_step=2, temperature=2.0)
+        self.trajectory = self.policy.decode(PROMPTS, settings, [make_key("rollout", i) for i in range(4)])
+
+    def student(self, view: View) -> Tensor:
+        return self.policy.module(view.ids, view.mask, view.sites)
+
+    def gradient(self, loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, list(trained(self.policy).values()), allow_unused=True))
+
+    def loss(self, method: Method, plan: Plan) -> Tensor:
+        return grade(method, plan, self.student, [self.teacher] * len(method.contexts)).loss
+
+
+@pytest.fixture(scope="module")
+def pair(make_policy) -> Pair:
+    return Pair(make_policy())
+
+
+def planned(method: Method, rollouts: Rollouts) -> Plan:
+    plan = plan_update(method, rollouts, keys(rollouts))
+    assert plan is not None
+    return plan
+
+
+def assert_same_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> None:
+    assert max(float(gradient.abs().max()) for gradient in theirs) > 1e-5
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["d_opsd", "d_opsd_paper"])
+@pytest.mark.parametrize("rejected", [0, 5])
+def test_the_objective_is_that_of_plain_loops(pair, make_policy, name, rejected):
+    method = replace(METHODS[name].method, gate=Correct(count_rejected=True))
+    rollouts, paper = rollouts_of(pair.trajectory, rejected=rejected), name == "d_opsd_paper"
+
+    def student(ids: Sequence[int]) -> Tensor:
+        everywhere = torch.ones((1, len(ids)), dtype=torch.bool)
+        return pair.policy.site_logits(View(torch.tensor([list(ids)]), everywhere, everywhere))
+
+    steps = d_opsd.graded_steps(
+        rollouts.trajectory,
+        shown_to_teacher(method, rollouts),
+        student,
+        full_logits(make_policy()),
+        by_teacher=paper,
+        clip_at=0.05 if paper else None,
+    )
+    expected = d_opsd.mean_over_steps(steps, 4 + rejected) if paper else d_opsd.mean_over_sites(steps)
+    plan = planned(method, rollouts)
+    assert plan.num_sites == sum(len(step.values) for step in steps) > 0
+    loss = pair.loss(method, plan)
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-10)
+    assert_same_gradients(pair.gradient(loss), pair.gradient(expected), 1e-10)
+
+
+def shown_to_teacher(method: Method, rollouts: Rollouts) -> Callable[[int, int], list[bool]]:
+    """What the method's teacher sees revealed at a step of a rollout (tested with the contexts, so given here)."""
+    trajectory = rollouts.trajectory
+    canvases = method.canvases(trajectory, keys(rollouts), 0, 1)
+    sites, _ = method.sites(canvases.masked, canvases.active, canvases.revealed)
+    protected = sites if method.sites.score is None else torch.zeros_like(sites)
+    shown = method.contexts[0](Scene(canvases, trajectory, protected, None, keys(rollouts))).shown
+    at = {pair: i for i, pair in enumerate(zip(canvases.rows.tolist(), canvases.steps.tolist(), strict=True))}
+    return lambda row, step: shown[at[row, step]].tolist()
+
+
+PARTITIONED = {
+    "d_opsd": METHODS["d_opsd"].method,
+    "d_opsd_paper": METHODS["d_opsd_paper"].method,
+    "d_opsd_reference": replace(METHODS["d_opsd_reference"].method, rollout=PassAtK()),
+    "later_step": replace(METHODS["later_step"].method, support=TopK(k=5, rest="bucket"), average="rollouts"),
+    "rft": METHODS["rft"].method,
+    "diffu_grpo": METHODS["diffu_grpo"].method,
+}
+
+
+@pytest.mark.parametrize("name", PARTITIONED)
+def test_any_partition_of_the_canvases_sums_to_the_same_loss_and_gradient(pair, name):
+    method = PARTITIONED[name]
+    whole = planned(method, rollouts_of(pair.trajectory, [1.0, 0.0, 0.25, 1.0]))
+    n = whole.size
+    loss = pair.loss(method, whole)
+    gradient = pair.gradient(loss)
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    partitions = [list(torch.arange(n).split(1)), [torch.arange(n)], [torch.arange(n)[:3], torch.arange(n)[3:]]]
+    for partition in [*partitions, list(shuffled.split(3))]:
+        losses = [pair.loss(method, whole.select(part)) for part in partition if len(part)]
+        torch.testing.assert_close(torch.stack(losses).sum(), loss, atol=1e-12, rtol=1e-12)
+        assert_same_gradients(pair.gradient(torch.stack(losses).sum()), gradient, 1e-12)
+
+
+def by_hand() -> Trajectory:
+    """Rollout 0 commits 2, 1 and 1 tokens in three steps, rollout 1 commits 3 and 1 in two."""
+    prompt_ids, prompt_mask = left_pad([[1], [2, 3]], 9)
+    return Trajectory(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        tokens=torch.tensor([[4, 5, 6, 7], [7, 6, 5, 4]]),
+        reveal_step=torch.tensor([[0, 2, 0, 1], [0, 0, 1, 0]]),
+        length=torch.tensor([4, 4]),
+        block_length=4,
+        mask_id=11,
+        end_ids=(10,),
+        pad_id=9,
+    )
+
+
+@pytest.mark.parametrize(
+    ("average", "coefficients", "with_rejected"),
+    [
+        ("sites", [1 / 8] * 5, [1 / 8] * 5),
+        ("canvases", [1 / 5] * 5, [1 / 5] * 5),
+        ("steps", [1 / 12, 1 / 6, 1 / 6, 1 / 12, 1 / 4], [1 / 24, 1 / 12, 1 / 12, 1 / 24, 1 / 8]),
+        ("step_sums", [1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4], [1 / 12, 1 / 12, 1 / 12, 1 / 8, 1 / 8]),
+        ("rollouts", [1 / 8] * 5, [1 / 16] * 5),
+    ],
+)
+def test_averages_by_hand(average, coefficients, with_rejected):
+    method = Method(contexts=(Nothing(),), average=average)
+    for gate, rejected, expected in [
+        (Correct(), 2, coefficients),
+        (Correct(count_rejected=True), 0, coefficients),
+        (Correct(count_rejected=True), 2, with_rejected),
+    ]:
+        plan = planned(replace(method, gate=gate), rollouts_of(by_hand(), rejected=rejected))
+        assert plan.quota.tolist() == [2, 1, 1, 3, 1]
+        assert plan.canvases.rows.tolist() == [0, 0, 0, 1, 1]
+        assert plan.coefficient.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_step_without_a_site_is_no_step(noise):
+    """Where the teacher was shown all that could be chosen, nothing is graded and the means are over the rest."""
+    method = Method(
+        contexts=(Suffix(scope="all_masked", ratio=0.6),), sites=METHODS["d_opsd_paper"].method.sites, average="steps"
+    )
+    rollouts = rollouts_of(noise(b=12, tokens_per_step=1, block_length=3))
+    plan = planned(method, rollouts)
+    everything = DecoderSteps()(rollouts.trajectory, keys(rollouts), 0, 1)
+    assert plan.size < everything.size
+    assert (plan.quota > 0).all()
+    per_rollout = torch.zeros(12, dtype=torch.float64).index_add(
+        0, plan.canvases.rows, plan.coefficient * plan.quota.double()
+    )
+    torch.testing.assert_close(per_rollout, torch.full((12,), 1 / 12, dtype=torch.float64))
+
+
+def test_a_teacher_is_never_asked_about_what_it_was_shown(noise):
+    rollouts = rollouts_of(noise(b=6))
+    for name in ("d_opsd", "d_opsd_paper", "d_opsd_reference", "later_step"):
+        plan = planned(replace(METHODS[name].method, rollout=PassAtK()), rollouts)
+        for reading in plan.readings:
+            assert not (reading.shown & plan.candidates).any()
+            assert (reading.ids[:, -24:][plan.candidates] == 11).all()
+        assert (plan.canvases.ids[:, -24:][plan.candidates] == 11).all()
+
+
+def test_nothing_to_learn_from_is_no_plan(noise):
+    rollouts = rollouts_of(noise(b=4))
+    assert plan_update(Method(), Rollouts((), {"rejected": 4.0}), []) is None
+    assert plan_update(Method(), rollouts_of(noise(b=4, early_end=False).first_steps(0)), keys(rollouts)) is None
+    group = replace(METHODS["diffu_grpo"].method, contexts=(), trust=GroupAdvantage(kl=0.0))
+    assert plan_update(group, rollouts_of(noise(b=4), [1.0, 1.0, 0.5, 0.5]), keys(rollouts)) is None
+
+
+@pytest.mark.parametrize("reward", [[1.0, 0.0, 0.25, 0.75], [1.0, 0.0, 1.0, 1.0]], ids=["mixed", "one equal group"])
+def test_diffu_grpo_has_the_gradient_of_d1s_loss(pair, make_policy, reward):
+    method = METHODS["diffu_grpo"].method
+    rollouts = rollouts_of(pair.trajectory, reward)
+    canvases = method.canvases(rollouts.trajectory, keys(rollouts), 0, 1)
+    sites = torch.cat([torch.zeros_like(canvases.mask[:, :-12]), canvases.masked], 1)
+    view = View(canvases.ids, canvases.mask, sites)
+    token, row = canvases.tokens[canvases.masked], canvases.masked.nonzero()[:, 0]
+
+    def logp(logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+
+    now, base = logp(pair.student(view)), logp(make_policy().site_logits(view).detach())
+    advantage = torch.tensor(reward, dtype=torch.float64).view(2, 2)
+    advantage = (advantage - advantage.mean(1, keepdim=True)).flatten()[row]
+    expected = surrogate(now, now.detach(), base, advantage, 0.5, 0.04).mean()
+    plan = plan_update(method, rollouts, keys(rollouts))
+    assert plan is not None
+    ours = grade(method, plan, pair.student, [pair.teacher]).loss
+    assert_same_gradients(pair.gradient(ours), pair.gradient(expected), 1e-10)
+
+
+def test_what_is_logged_describes_the_sites(pair):
+    method = replace(METHODS["d_opsd"].method, contexts=(LaterStep(2),))
+    plan = planned(method, rollouts_of(pair.trajectory))
+    graded = grade(method, plan, pair.student, [pair.teacher])
+    assert len(graded.value) == plan.num_sites == int(graded.sites.sum())
+    torch.testing.assert_close(graded.term.sum(), graded.loss.detach())
+    torch.testing.assert_close(graded.value.mean(), graded.loss.detach())
+    assert not graded.clip_share.any()
+    assert ((graded.agreement == 0) | (graded.agreement == 1)).all()
+    assert graded.teacher_entropy.isfinite().all()
+    likelihood = METHODS["rft_trajectory"].method
+    alone = grade(likelihood, planned(likelihood, rollouts_of(pair.trajectory)), pair.student, [])
+    assert alone.teacher_entropy.isnan().all()
+    assert alone.agreement.isnan().all()
+
+
+def test_entropy_is_that_of_the_distribution():
+    logp = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64).log()
+    expected = torch.tensor([0.5, 1 / 3], dtype=torch.float64).log().neg()
+    torch.testing.assert_close(entropy(logp), torch.stack([expected[0], torch.zeros(()).double(), expected[1]]))
+
+
+def test_all_masked_sites_grade_every_canvas_at_all_its_masks(pair):
+    method = replace(METHODS["d_opsd"].method, contexts=(Nothing(),), sites=AllMaskedSites())
+    plan = planned(method, rollouts_of(pair.trajectory))
+    assert torch.equal(plan.quota, plan.canvases.masked.sum(1))
+    assert pair.loss(method, plan) > 0
