@@ -21,7 +21,11 @@ from dllm_sd.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest  # key=value pairs that stand behind an option
     disable_progress_bar()
     set_verbosity_error()  # what is wrong with a checkpoint is said once, by an InputError
     _warn_of_lone_process()

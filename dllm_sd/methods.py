@@ -65,6 +65,8 @@ class Method:
             raise InputError("demonstrations were never decoded step by step; set method.canvases to random_masks")
         if self.sites.score is not None and not self.contexts:
             raise InputError("method.sites asks a teacher, but method.contexts is empty; add a context or use revealed")
+        if isinstance(self.target, Each) and not self.contexts:
+            raise InputError("method.target each distils every teacher, but method.contexts is empty; add a context")
         if isinstance(self.target, Plain) and len(self.contexts) != 1:
             raise InputError(
                 f"method.target plain distils one teacher, but method.contexts lists {len(self.contexts)}; "
@@ -90,6 +92,8 @@ class Method:
                 raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")
             if not isinstance(self.rollout, PassAtK) or self.rollout.keep != "all" or self.rollout.attempts < 2:
                 raise InputError("method.trust group_advantage compares a group: rollout.keep all, attempts 2 or more")
+            if isinstance(self.gate, Correct | Score):
+                raise InputError("method.trust group_advantage compares good and bad rollouts; use gate all or mixed")
             wanted = (self.trust.kl > 0) + (self.rollout.passes > 1)
             if len(self.contexts) != wanted:
                 raise InputError(
@@ -98,8 +102,11 @@ class Method:
                 )
         for context in self.contexts:
             everything = isinstance(context, Suffix) and context.scope != "later_blocks" and context.ratio == 1
+            everything |= isinstance(context, LaterStep) and context.ahead is None
             if everything and self.sites.score is not None:
-                raise InputError("a suffix of ratio 1 in the active block leaves the teacher no site; lower its ratio")
+                raise InputError(
+                    "method.contexts reveals the whole active block, so the teacher can choose no site there"
+                )
 
     def weights(self) -> tuple[Live | Base | Ema | Snapshot, ...]:
         """One set of teacher weights for each context."""

@@ -125,7 +125,7 @@ def plan_update(
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
     mean = _mean(method.average, canvases.rows, quota.double(), counted)
     plan = Plan(canvases, readings, candidates, quota, canvases.weight.double() * mean, weight[canvases.rows])
-    plan = plan.select((quota > 0) & (plan.rollout_weight != 0))
+    plan = plan.select((quota > 0) & ((plan.rollout_weight != 0) | method.trust.always_counts))
     return plan if plan.size else None
 
 

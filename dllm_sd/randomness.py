@@ -14,7 +14,8 @@ from torch import Tensor
 
 def make_key(*parts: int | str) -> int:
     """Hash ``parts`` (any integers and strings, in order) to a key in ``[0, 2**63)``."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    escaped = (str(part).replace("\\", "\\\\").replace("\x1f", "\\x1f") for part in parts)
+    text = "\x1f".join(f"{type(part).__name__}:{word}" for part, word in zip(parts, escaped, strict=True))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

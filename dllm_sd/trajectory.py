@@ -54,8 +54,9 @@ class Trajectory:
     @property
     def ended(self) -> Tensor:
         """bool ``[b]``: whether the completion holds an end token."""
-        last = self.tokens.gather(1, (self.length - 1).clamp(min=0)[:, None])[:, 0]
-        return is_any_of(last, self.end_ids) & (self.length > 0)
+        last = (self.length - 1).clamp(min=0)[:, None]
+        known = self.reveal_step.gather(1, last) != NEVER
+        return (is_any_of(self.tokens.gather(1, last), self.end_ids) & known)[:, 0]
 
     def masked(self, rows: Tensor, steps: Tensor) -> Tensor:
         """bool ``[n l]``: positions still masked before step ``steps[n]`` of completion ``rows[n]``."""
@@ -164,9 +165,13 @@ def reveal_steps(canvases: Tensor, mask_id: int) -> Tensor:
         int64 ``[b l]``.
 
     Raises:
-        InputError: if a revealed position was masked again or changed: such a decoder has no trajectory.
+        InputError: if a revealed position was masked again or changed, or a position was known from the start: such a
+            decoder has no trajectory.
     """
     masked = canvases == mask_id
+    if not bool(masked[0].all()):
+        row, position = (~masked[0]).nonzero()[0].tolist()
+        raise InputError(f"position {position} of completion {row} was never masked; start from an empty canvas")
     kept = masked[:-1] | (canvases[1:] == canvases[:-1])
     if not bool(kept.all()):
         step, row, position = (~kept).nonzero()[0].tolist()

@@ -27,7 +27,7 @@ from dllm_sd.objective import Graded, grade, plan_update
 from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
-from dllm_sd.rollouts import All, Demonstrations, PassAtK, Prompted, gather
+from dllm_sd.rollouts import All, Correct, Demonstrations, PassAtK, Prompted, gather
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import LaterStep, Nothing, Suffix
 
@@ -166,6 +166,10 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
     "a teacher's choice without a teacher": (lambda: likelihood(sites=TeacherTop()), "contexts is empty"),
     "one target of two teachers": (lambda: Method(contexts=(Suffix(), Nothing())), "lists 2"),
     "one target of no teacher": (lambda: Method(contexts=()), "lists 0"),
+    "counting rejected rollouts in a mean over sites": (
+        lambda: Method(gate=Correct(count_rejected=True)),
+        "set method.average to steps",
+    ),
     "a likelihood on part of the vocabulary": (lambda: likelihood(support=TopK()), "support to full"),
     "a likelihood with a teacher's target": (lambda: Method(divergence=TokenNLL()), "belong together"),
     "the sampled token with a divergence": (lambda: Method(target=Sampled()), "belong together"),

@@ -1,8 +1,8 @@
 """Make the shipped tiny model.
 
-    python tools/make_tiny_asset.py tokenizer               # one token a character, and the special tokens
-    dllm-sd train configs/tiny_sft.yaml                     # about two minutes on two cores
-    python tools/make_tiny_asset.py model runs/tiny_sft     # the best weights of that run, with its recipe
+python tools/make_tiny_asset.py tokenizer               # one token a character, and the special tokens
+dllm-sd train configs/tiny_sft.yaml                     # about two minutes on two cores
+python tools/make_tiny_asset.py model runs/tiny_sft     # the best weights of that run, with its recipe
 """
 
 import sys

@@ -9,7 +9,7 @@ Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vo
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -22,6 +22,11 @@ from dllm_sd.losses.supports import at_least_float32
 
 class Trust(Protocol):
     """What the objective calls."""
+
+    @property
+    def always_counts(self) -> bool:
+        """Whether a rollout of weight 0 still adds to the loss, so that its canvases must be read."""
+        ...
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``."""
@@ -74,6 +79,8 @@ def k3_factor(logp: Tensor, reference_logp: Tensor) -> Tensor:
 class Equal:
     """Every rollout and every target counts the same: factor 1."""
 
+    always_counts: ClassVar[bool] = False
+
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: ones."""
         return torch.ones_like(at_least_float32(reward))
@@ -115,6 +122,11 @@ class GroupAdvantage:
             raise InputError(f"trust.ratio_clip is {self.ratio_clip}: give a number above 0, such as 0.5.")
         if not self.kl >= 0:
             raise InputError(f"trust.kl is {self.kl}: give 0 (no penalty) or a number above 0, such as 0.04.")
+
+    @property
+    def always_counts(self) -> bool:
+        """True with a penalty: the KL holds for rollouts without an advantage too."""
+        return self.kl > 0
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: the advantages."""

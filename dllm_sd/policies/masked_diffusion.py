@@ -205,13 +205,14 @@ class MaskedDiffusion:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the former mode after."""
-    training = module.training
+    """Eval mode inside; after it, every sub-module has its former mode again."""
+    training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part in training:
+            part.training = True
 
 
 @torch.no_grad()
@@ -336,8 +337,8 @@ def _propose(logits: Tensor, active: Tensor, settings: Denoising, keys: Tensor, 
             top = (logits.topk(2, -1).values - normaliser[:, None]).exp()
             score = top[:, 0] - top[:, 1]
         case "entropy":
-            logp = logits - normaliser[:, None]
-            score = (logp.exp() * logp).sum(-1)
+            probability = (logits - normaliser[:, None]).exp()
+            score = torch.xlogy(probability, probability).sum(-1)
         case "random":
             score = uniform(fold(keys, make_key("order")), active.shape[1])[active]
         case "left_to_right":

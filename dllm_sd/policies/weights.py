@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import Parameter
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.policies.masked_diffusion import evaluating
 from dllm_sd.policies.policy import Policy, View
 
@@ -86,6 +87,8 @@ class Teacher:
         self.copy: dict[str, Tensor] = {}
         if weights.stored and self._adapter is None:
             self.copy = {name: value.detach().clone() for name, value in trained(policy).items()}
+        if isinstance(weights, Ema):  # in bfloat16 the small steps of an average would round to nothing
+            self.copy = {name: at_least_float32(value) for name, value in self.copy.items()}
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
@@ -94,7 +97,9 @@ class Teacher:
         with evaluating(module), self._adapter.disable_adapter() if self._adapter else nullcontext():
             if not self.copy:
                 return module(view.ids, view.mask, view.sites)
-            return functional_call(module, self.copy, (view.ids, view.mask, view.sites))
+            live = trained(self.policy)
+            weights = {name: value.to(live[name].dtype) for name, value in self.copy.items()}
+            return functional_call(module, weights, (view.ids, view.mask, view.sites))
 
     @torch.no_grad()
     def after_update(self, update: int) -> None:

@@ -12,6 +12,7 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.rollouts import Rollout
 from dllm_sd.teachers.context import Reading, Scene, show
+from dllm_sd.trajectory import NEVER
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class Suffix:
     def _eligible(self, scene: Scene, position: Tensor) -> Tensor:
         """bool ``[b l]``: what may be revealed at some step."""
         trajectory = scene.trajectory
-        eligible = torch.ones_like(trajectory.tokens, dtype=torch.bool)
-        if not self.end_padding:
+        eligible = trajectory.reveal_step != NEVER
+        if self.end_padding:
+            eligible |= trajectory.ended[:, None] & (position >= trajectory.length[:, None])
+        else:
             eligible &= position < trajectory.length[:, None]
         if self.answer_only:
             assert scene.answer is not None

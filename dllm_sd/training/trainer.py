@@ -66,7 +66,9 @@ class Trainer:
             first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
         )
         if not self.method.rollout.decodes and len(problems) and config.task.reference(problems[0]) is None:
-            raise InputError("method.rollout demonstrations needs references, but the task's data has none; name others")
+            raise InputError(
+                "method.rollout demonstrations needs references, but the task's data has none; name others"
+            )
         self._alone(lambda: prepare_folder(config))
         self.policy = build_policy(config.model, self.accelerator.device)
         self.feed = Feed(problems, self.policy, config.task, config.seed, config.max_prompt)

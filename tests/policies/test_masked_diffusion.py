@@ -207,15 +207,11 @@ def assert_frequencies(drawn: Tensor, expected: Tensor) -> None:
 
 
 def test_a_position_that_was_not_committed_draws_anew_at_the_next_step():
-    logits = torch.tensor(
-        [0.7, 0.3, 0.0]
-    ).log()  # one token a step: the rarer one only where all that is masked drew it
+    logits = torch.tensor([0.7, 0.3, 0.0]).log()
     settings = Denoising(length=8, block_length=8, tokens_per_step=1, temperature=1.0, early_end=False)
-    prompts, keys = [[0]] * 2000, [make_key("anew", i) for i in range(2000)]
-    drawn = denoise(
-        lambda view: logits.expand(int(view.sites.sum()), 3), prompts, settings, keys, **TOY | {"mask_id": 2}
-    )
-    chance = 0.3 ** torch.arange(1, 9).double()
+    keys, ids = [make_key("anew", i) for i in range(2000)], {**TOY, "mask_id": 2}
+    drawn = denoise(lambda view: logits.expand(int(view.sites.sum()), 3), [[0]] * 2000, settings, keys, **ids)
+    chance = 0.3 ** torch.arange(1, 9).double()  # the rarer token is committed only where all that is masked drew it
     deviation = (2000 * chance * (1 - chance)).sum().sqrt()
     assert abs((drawn.tokens == 1).sum() - 2000 * chance.sum()) < 5 * deviation
 

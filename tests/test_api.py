@@ -1,0 +1,50 @@
+"""The public names: adding or removing one is a decision, so it shows here."""
+
+import dllm_sd
+from dllm_sd import Denoising
+
+
+def test_the_public_names_are_frozen():
+    assert sorted(dllm_sd.__all__) == [
+        "Denoising",
+        "InputError",
+        "METHODS",
+        "Policy",
+        "TASKS",
+        "Trajectory",
+        "View",
+        "grade",
+        "load_policy",
+    ]
+
+
+def test_every_public_name_can_be_imported():
+    for name in dllm_sd.__all__:
+        assert getattr(dllm_sd, name) is not None
+
+
+def test_the_named_methods_are_frozen():
+    assert sorted(dllm_sd.METHODS) == [
+        "d_opsd",
+        "d_opsd_paper",
+        "d_opsd_reference",
+        "diffu_grpo",
+        "later_step",
+        "rft",
+        "rft_trajectory",
+        "sft",
+    ]
+
+
+def test_the_version_is_a_release_number():
+    assert all(part.isdigit() for part in dllm_sd.__version__.split("."))
+
+
+def test_the_shipped_model_decodes_and_is_graded_through_the_public_names():
+    policy = dllm_sd.load_policy("tiny")
+    problem = dllm_sd.TASKS["sudoku"](prompt="{puzzle}").problems("dev")[0]
+    prompt = policy.encode([{"role": "user", "content": problem.fields["puzzle"]}])
+    trajectory = policy.decode([prompt], Denoising(length=16, block_length=4, tokens_per_step=1), [0])
+    text = policy.text(trajectory.tokens[0].tolist())
+    assert len(text) == 16
+    assert 0 <= dllm_sd.grade("sudoku", problem, text).score <= 1
