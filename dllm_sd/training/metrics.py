@@ -34,12 +34,12 @@ class MetricsLog:
                     self.board.add_scalar(name, value, values["update"])
             self.board.flush()
 
-    def write_sample(self, sample: Mapping[str, Any]) -> None:
-        """Append one rollout with its text."""
+    def write_sample(self, sample: Mapping[str, Any], slot: int) -> None:
+        """Append one rollout with its text; TensorBoard shows it in the row ``slot``."""
         _append(self.samples, sample)
         if self.board is not None:
             text = "\n\n".join(f"**{key}**: {value}" for key, value in sample.items() if key != "update")
-            self.board.add_text(f"samples/{sample['problem']}", text, sample["update"])
+            self.board.add_text(f"samples/{slot}", text, sample["update"])
 
     def write_picture(self, name: str, picture: Tensor, update: int) -> None:
         """Show an RGB picture ``[3 h w]`` in TensorBoard."""

@@ -225,8 +225,8 @@ class Trainer:
 
     def _write_samples(self, update: int, rollouts: Rollouts) -> None:
         if self.log is not None:
-            for rollout in rollouts.chosen[: self.config.log.samples]:
-                self.log.write_sample(sample_entry(update, rollout))
+            for slot, rollout in enumerate(rollouts.chosen[: self.config.log.samples]):
+                self.log.write_sample(sample_entry(update, rollout), slot)
 
     # Evaluation
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dllm_sd.config import build_config
@@ -95,6 +96,26 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, config: Any, update: int) -> Non
 def test_micro_batches_do_not_change_an_update(whole: Path, tmp_path: Path, tokens: int) -> None:
     Trainer(config_at(tmp_path / "run", optim__tokens_per_batch=tokens)).train()
     assert_same_run(whole, tmp_path / "run", 1e-9)
+
+
+def test_gradient_checkpointing_does_not_change_an_update(whole: Path, tmp_path: Path) -> None:
+    model = {**TREE["model"], "gradient_checkpointing": True}
+    Trainer(config_at(tmp_path / "run", model=model)).train()
+    assert_same_run(whole, tmp_path / "run", 1e-9)
+
+
+@pytest.mark.parametrize(
+    "model", [{"path": "tiny", "dtype": "bfloat16"}, {"path": "tiny", "lora": {"rank": 4}}], ids=["weights", "autocast"]
+)
+def test_bfloat16_trains_to_finite_losses(tmp_path: Path, model: dict[str, Any]) -> None:
+    autocast = None if "dtype" in model else "bfloat16"
+    config = config_at(tmp_path / "run", model=model, updates=2, optim__autocast=autocast, eval__every=0)
+    AcceleratorState._reset_state()  # a process has one precision; a test session has several
+    Trainer(config).train()
+    AcceleratorState._reset_state()
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run") if line["update"]]
+    assert len(losses) == 2
+    assert all(loss is not None and 0 < loss < 10 for loss in losses)
 
 
 def test_decoding_batches_do_not_change_a_run(whole: Path, tmp_path: Path) -> None:
