@@ -64,13 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="accuracy of a run or a model on a task")
     evaluate.add_argument("model", metavar="RUN_OR_MODEL")
     evaluate.add_argument("--task", help="name of the task; default: the run's own")
-    evaluate.add_argument("--out", help="folder for report.json; default: the run, or eval/ for a model")
+    evaluate.add_argument("--out", help="folder for report.json; default: eval/TASK, in the run folder if it is a run")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(command=_eval)
 
     sample = commands.add_parser("sample", help="watch a prompt being denoised")
     sample.add_argument("model", metavar="RUN_OR_MODEL")
     sample.add_argument("prompt")
+    sample.add_argument("--task", help="name of the task, for a model without a recipe")
     sample.add_argument("overrides", nargs="*", metavar="key=value")
     sample.set_defaults(command=_sample)
 
@@ -125,8 +126,7 @@ def _eval(options: argparse.Namespace) -> int:
     config, policy = _load(options.model, options.overrides, options.task)
     tree = to_tree(config)
     task = tree["task"]["name"]
-    is_run = (Path(options.model) / "config.yaml").is_file()
-    out = Path(options.out or (options.model if is_run else f"eval/{task}"))
+    out = Path(options.out or Path(options.model if _is_run(options.model) else "") / "eval" / task)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -148,9 +148,8 @@ def _eval(options: argparse.Namespace) -> int:
     if processes.is_main_process:
         settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "seed", "max_prompt")}
         settings["evaluated"] = options.model
-        name = "eval_report.json" if is_run and not options.out else "report.json"
         content = {"task": task, **report.tree(), "settings": settings}
-        (out / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (out / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         table = Table(title=f"{options.model} on {task}")
         for column in ("problems", "accuracy", "95 % interval", "tokens", "tokens per step", "seconds"):
             table.add_column(column, justify="right")
@@ -158,37 +157,44 @@ def _eval(options: argparse.Namespace) -> int:
         cells = (f"{100 * report.accuracy:.2f} %", f"{100 * low:.1f} to {100 * high:.1f}", f"{report.length:.1f}")
         table.add_row(str(report.n), *cells, f"{report.tokens_per_step:.2f}", f"{report.seconds:.1f}")
         Console().print(table)
-        Console().print(f"written to {out / name}")
+        Console().print(f"written to {out / 'report.json'}")
     return 0
 
 
 def _load(name: str, overrides: Sequence[str], task: str | None = None) -> tuple[Any, Any]:
-    """Config and policy of a run (its best weights) or of a model."""
-    import torch
+    """Config and policy of a run (its best weights) or of a model, with the precision that the run trained in."""
+    from accelerate import Accelerator
 
     from dllm_sd.config import apply_overrides, build_config
     from dllm_sd.policies.loading import build_policy, model_folder
     from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights
     from dllm_sd.training.folder import read_tree
 
-    run = Path(name)
-    is_run = (run / "checkpoints").is_dir() and (run / "config.yaml").is_file()
-    if is_run:
+    run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
+    if _is_run(name):
         tree = read_tree(run)
+    elif recipe.is_file():
+        tree = {**read_tree(recipe.parent, recipe.name), "model": {"path": name}}
+    elif task is not None:
+        tree = {"task": {"name": task}, "model": {"path": name}}
     else:
-        recipe = Path(model_folder(name)) / "recipe.yaml"
-        tree = read_tree(recipe.parent, recipe.name) if recipe.is_file() else {"task": {"name": task or "sudoku"}}
-        tree["model"] = {"path": name}
+        raise InputError(f"{name!r} is neither a run nor a model with a recipe; name a task with --task")
     if task is not None and tree["task"].get("name") != task:
         tree["task"] = {"name": task}
     config = build_config(apply_overrides(tree, overrides))
-    policy = build_policy(config.model, "cuda" if torch.cuda.is_available() else "cpu")
-    if is_run:
+    accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
+    policy = build_policy(config.model, accelerator.device)
+    accelerator.prepare_model(policy.module, evaluation_mode=True)
+    if _is_run(name):
         folder = best_checkpoint(run) or latest_checkpoint(run)
         if folder is None:
             raise InputError(f"run {name!r} has no checkpoint yet; train it further")
         load_weights(policy, folder)
     return config, policy
+
+
+def _is_run(name: str) -> bool:
+    return (Path(name) / "checkpoints").is_dir() and (Path(name) / "config.yaml").is_file()
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -197,7 +203,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     from dllm_sd.randomness import make_key
 
-    config, policy = _load(options.model, options.overrides)
+    config, policy = _load(options.model, options.overrides, options.task)
     console = Console()
     frames: list[list[int]] = []
     settings = replace(config.decode, temperature=config.eval.temperature)

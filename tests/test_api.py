@@ -42,7 +42,7 @@ def test_the_version_is_a_release_number():
 
 def test_the_shipped_model_decodes_and_is_graded_through_the_public_names():
     policy = dllm_sd.load_policy("tiny")
-    problem = dllm_sd.TASKS["sudoku"](prompt="{puzzle}").problems("dev")[0]
+    problem = dllm_sd.TASKS["sudoku"]().problems("dev")[0]
     prompt = policy.encode([{"role": "user", "content": problem.fields["puzzle"]}])
     trajectory = policy.decode([prompt], Denoising(length=16, block_length=4, tokens_per_step=1), [0])
     text = policy.text(trajectory.tokens[0].tolist())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dllm_sd.policies.masked_diffusion import SiteHead
+from dllm_sd.policies.site_head import SiteHead
 
 
 def problem(options: argparse.Namespace) -> tuple[LlamaForCausalLM, Tensor, Tensor, Tensor]:

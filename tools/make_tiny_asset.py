@@ -31,7 +31,7 @@ def make_tokenizer() -> None:
         pad_token="<|pad|>",
         unk_token="<|unk|>",
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(ASSET)
+    ).save_pretrained(str(ASSET))
 
 
 def make_model(run: Path) -> None:
@@ -46,7 +46,7 @@ def make_model(run: Path) -> None:
     config = build_config({**read_tree(run), "run": "runs/tiny_sft"})
     policy = build_policy(config.model)
     load_weights(policy, folder)
-    policy.module.model.save_pretrained(ASSET)
+    policy.module.model.save_pretrained(str(ASSET))
     (ASSET / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 

@@ -5,19 +5,19 @@ unequal prompts is decoded together, the output head runs only on the masked pos
 every random number is keyed, so that a row's result depends neither on its batch nor on its place in it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.sites import rank_descending
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import SiteHead, evaluating
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory, completion_length, concatenate, is_any_of, left_pad
 
@@ -84,25 +84,6 @@ class Denoising:
         steps = self.steps // self.num_blocks
         full, rest = divmod(self.block_length, steps)
         return [full + (step < rest) for step in range(steps)]
-
-
-class SiteHead(nn.Module):
-    """A causal-LM class of transformers, run without its causal mask, that computes logits at the sites only.
-
-    The gather stands before the output head and inside ``forward``, so that DDP and FSDP wrap it correctly.
-    """
-
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor, sites: Tensor) -> Tensor:
-        """Logits ``[m v]`` from ids int64 ``[n s]``, attention mask and sites bool ``[n s]``."""
-        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        body, head = model.base_model, model.get_output_embeddings()
-        position = (mask.long().cumsum(1) - 1).clamp(min=0)  # counted from the first real token, whatever the padding
-        hidden = body(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
-        return head(hidden[sites])
 
 
 class MaskedDiffusion:
@@ -201,18 +182,6 @@ class MaskedDiffusion:
     def text(self, tokens: Sequence[int]) -> str:
         """Completion tokens as text, without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; after it, every sub-module has its former mode again."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.supports import at_least_float32
-from dllm_sd.policies.masked_diffusion import evaluating
 from dllm_sd.policies.policy import Policy, View
+from dllm_sd.policies.site_head import evaluating
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Feed:
             cursor += 1
             if prompted is None:
                 dropped, barren = dropped + 1, barren + 1
-                if barren >= len(self.problems):
+                if barren == 2 * len(self.problems) - 1:  # so many in a row contain a whole epoch
                     raise InputError(f"every training prompt is longer than max_prompt {self.max_prompt}; raise it")
             else:
                 taken.append(prompted)

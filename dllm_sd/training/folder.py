@@ -11,8 +11,8 @@ from dllm_sd.config import Config, to_tree, to_yaml
 from dllm_sd.errors import InputError
 
 CONTENTS = (
-    *("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "eval_report.json", "nonfinite.json"),
-    *("checkpoints", "tb"),
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "nonfinite.json"),
+    *("checkpoints", "tb", "eval"),
 )
 FREE = ("run", "resume", "log", "checkpoint")
 """Keys that may differ between a run and its continuation."""
@@ -58,7 +58,8 @@ def read_tree(run: Path, name: str = "config.yaml") -> dict[str, Any]:
     try:
         tree = yaml.safe_load((run / name).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{run / name} cannot be read ({' '.join(str(error).split())})") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{run / name} cannot be read ({reason}); give another folder") from error
     if not isinstance(tree, dict):
         raise InputError(f"{run / name} is not the config of a run; give another folder")
     return tree

@@ -1,0 +1,247 @@
+"""Whatever is wrong with the input: status 2, one line on stderr, no traceback, and nothing left behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+from dllm_sd.cli import main
+from dllm_sd.policies.loading import Model, Shape, build_policy
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TREE: dict[str, Any] = {
+    "run": "run",
+    "updates": 1,
+    "model": {"random_init": True, "tokenizer": "tiny", "shape": SHAPE},
+    "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
+    "decode": {"length": 16, "block_length": 4, "tokens_per_step": 4},
+    "method": {"name": "sft", "rollout": {"problems": 4}},
+    "eval": {"every": 0},
+    "log": {"progress": False, "tensorboard": False},
+}
+GSM8K = {"name": "gsm8k", "prompt": "{question}", "answer": "{answer}", "size_dev": 1}
+GOOD = '{"question": "12", "answer": "1 #### 3"}'
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Trains in an empty working folder; returns the exit status."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def train(*overrides: str, **changes: Any) -> int:
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump({**TREE, **changes}), encoding="utf-8")
+        return main(["train", str(tmp_path / "small.yaml"), *overrides])
+
+    return train
+
+
+@pytest.fixture
+def refuse(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Trains, expects a refusal and returns its line; what the working folder holds stays as it was."""
+
+    def refuse(*overrides: str, leaves: set[str] | None = None, **changes: Any) -> str:
+        before = {path.name for path in Path().iterdir()}
+        capsys.readouterr()
+        assert train(*overrides, **changes) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("dllm-sd: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        assert {path.name for path in Path().iterdir()} == before | (leaves or set())
+        return err.removeprefix("dllm-sd: ").removesuffix("\n")
+
+    return refuse
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], str]:
+    """Writes a data file outside the working folder and returns its path."""
+
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("updates=[1]", "updates must be a whole number, not [1]"),
+        ("method.gate=corect", "method.gate.name 'corect' is unknown; did you mean 'correct'?"),
+        ("decode.block_length=5", "decode.block_length 5 does not divide decode.length 16; choose a divisor"),
+        ("eval.schedules.fast.block_length=5", "decode.block_length 5 does not divide decode.length 16"),
+        ("seed", "override 'seed' is not of the form key=value"),
+    ],
+)
+def test_a_mistake_in_the_config_is_refused_before_anything_is_made(refuse: Refuse, override: str, message: str):
+    assert refuse(override).startswith(message)
+
+
+def test_an_unknown_config_is_refused(capsys: pytest.CaptureFixture[str]):
+    for command in ("train", "show"):
+        assert main([command, "quikstart"]) == 2
+        assert capsys.readouterr().err == ("dllm-sd: there is no config file 'quikstart'; did you mean 'quickstart'?\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f'{GOOD}\n{{"question": "1\n', ", line 2 is not valid JSON; write one JSON object on each line."),
+        (f'{GOOD}\n{{"question": "1"}}\n', ", line 2 has no field 'answer' (it has question); add it"),
+        (f'{GOOD}\n\n{{"question": "1", "answer": "3"}}\n', ", line 3: answer has no '#### N' at its end; add it"),
+        (f'{GOOD}\n{{"question": 1, "answer": "#### 3"}}\n', ", line 2: field 'question' must be a string, not 1"),
+        ("", " holds no problems; give a file with at least one."),
+        (f"{GOOD}\n", "The train split holds no problems; set task.data to a file with more rows"),
+    ],
+)
+def test_a_bad_line_of_data_is_refused_with_file_and_line(
+    refuse: Refuse, write: Callable[[str, str], str], text: str, message: str
+):
+    refused = refuse(task={**GSM8K, "data": write("train.jsonl", text)})
+    assert message in refused
+    assert "train.jsonl" in refused or "task.data" in refused
+
+
+def test_a_missing_data_file_is_refused(refuse: Refuse):
+    refused = refuse(task={**GSM8K, "data": "no/where.jsonl"})
+    assert refused.startswith("task.data: no/where.jsonl cannot be read (No such file or directory)")
+
+
+def test_a_run_of_which_every_prompt_is_too_long_is_refused(refuse: Refuse):
+    task = {**TREE["task"], "size_train": 8}
+    refused = refuse("max_prompt=15", task=task, leaves={"run"})
+    assert refused == "every training prompt is longer than max_prompt 15; raise it"
+    refused = refuse("max_prompt=15", "eval.every=1", "run=other", task=task, leaves={"other"})
+    assert refused.startswith("no problem is left to evaluate (256 prompts exceed max_prompt 15)")
+
+
+def test_long_prompts_are_left_out_and_counted_but_never_cut(
+    train: Callable[..., int], write: Callable[[str, str], str]
+):
+    rows = [{"question": "1" * (8 + 8 * (i % 2)), "answer": f"#### {i}"} for i in range(9)]
+    data = write("train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert train("max_prompt=8", "updates=4", task={**GSM8K, "size_dev": 0, "data": data}) == 0
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()][1:]
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    dropped = [line["rollouts/too_long"] for line in lines]
+    assert dropped == sorted(dropped)
+    assert dropped[-1] > 0
+    assert {sample["question"] for sample in samples} == {"1" * 8}
+    assert json.loads(Path("run/report.json").read_text())["too_long"] == dropped[-1]
+
+
+def save_tokenizer(folder: Path, **special: str) -> str:
+    """A tokenizer of single digits."""
+    words = ["<unk>", "</s>", "<pad>", "[MASK]", *"0123456789"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_without_a_mask_or_end_token_is_refused_until_it_is_named(
+    refuse: Refuse, train: Callable[..., int], tmp_path: Path
+):
+    ends = save_tokenizer(tmp_path / "ends", eos_token="</s>")
+    masks = save_tokenizer(tmp_path / "masks", mask_token="[MASK]")
+    refused = refuse(f"model.tokenizer={ends}", leaves={"run"})
+    assert refused.endswith("has no mask token; name it in model.mask_token")
+    refused = refuse(f"model.tokenizer={ends}", "model.mask_token='<m>'", leaves={"run"})
+    assert refused.endswith("has no mask token '<m>'; name it in model.mask_token")
+    assert "has no end token; set eos_token" in refuse(f"model.tokenizer={masks}", leaves={"run"})
+    assert train(f"model.tokenizer={ends}", "model.mask_token='[MASK]'") == 0
+
+
+def damage(file: Path, change: Callable[[bytes], bytes]) -> None:
+    file.write_bytes(change(file.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", lambda content: content[:40], r"config.json is not JSON"),
+        ("model.safetensors", lambda content: content[:-100], "no usable model at"),
+        ("model.safetensors", lambda content: b"", "no usable model at"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    refuse: Refuse, tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str
+):
+    policy = build_policy(Model(random_init=True, tokenizer="tiny", shape=Shape(**SHAPE)))
+    model: Any = policy.module.model
+    model.save_pretrained(tmp_path / "model")
+    damage(tmp_path / "model" / name, change)
+    refused = refuse(model={"path": str(tmp_path / "model"), "tokenizer": "tiny"}, leaves={"run"})
+    assert message in refused
+
+
+@pytest.mark.parametrize("arguments", [["eval", "./nowhere"], ["sample", "./nowhere", "0123"]])
+def test_a_model_that_does_not_exist_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error == "dllm-sd: model.path './nowhere' is not a folder; give a checkpoint folder or a hub name\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_run_can_be_started_again_with_the_mistake_corrected(refuse: Refuse, train: Callable[..., int]):
+    assert "is not a folder" in refuse("model={path: ./nowhere}", leaves={"run"})
+    assert train() == 0
+
+
+def test_the_folder_of_another_run_is_refused_until_told_what_to_do(refuse: Refuse, train: Callable[..., int]):
+    assert train() == 0
+    refused = refuse("seed=9", leaves={"run"})
+    assert refused == (
+        "run folder 'run' holds a run with another seed (0, not 9); give another run=..., "
+        "resume=force to continue it all the same, or resume=fresh to discard it"
+    )
+    assert "another method.rollout.problems (4, not 5)" in refuse("method.rollout.problems=5", leaves={"run"})
+    assert train("updates=2", "seed=9", "resume=force") == 0
+    assert Path("run/metrics.jsonl").read_text().count("\n") == 3
+    assert train("seed=9", "resume=fresh") == 0
+    assert Path("run/metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_damaged_checkpoint_of_the_run_is_refused(refuse: Refuse, train: Callable[..., int]):
+    assert train() == 0
+    damage(Path("run/checkpoints/000001/optimizer.safetensors"), lambda content: content[:50])
+    refused = refuse("updates=2", "resume=force", leaves={"run"})
+    assert refused.startswith("checkpoint run/checkpoints/000001/optimizer.safetensors is missing or damaged")
+    assert refused.endswith("remove run/checkpoints/000001")
+
+
+def test_a_run_folder_that_holds_something_else_is_refused_and_left_alone(refuse: Refuse):
+    Path("file").write_text("mine")
+    assert refuse("run=file") == "run 'file' is a file; name a folder"
+    assert refuse("run=file/below").startswith("cannot write to run folder 'file/below'")
+    Path("folder/checkpoints").mkdir(parents=True)
+    Path("folder/config.yaml").write_text("site_name: mine")
+    for resume in ("auto", "force", "fresh"):
+        assert refuse("run=folder", f"resume={resume}").startswith("run folder 'folder' is not empty and holds no run")
+    assert Path("folder/config.yaml").read_text() == "site_name: mine"
+    assert Path("folder/checkpoints").is_dir()
+
+
+def test_a_report_folder_that_is_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("out").write_text("mine")
+    assert main(["eval", "tiny", "--task", "sudoku", "--out", "out"]) == 2
+    assert capsys.readouterr().err == "dllm-sd: cannot write to 'out': File exists; give another --out\n"

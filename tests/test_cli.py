@@ -1,0 +1,202 @@
+"""The command line: a tiny run from beginning to end, what it leaves behind, and how it ends."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dllm_sd.cli import main
+from dllm_sd.config import load_config
+from dllm_sd.training.trainer import Trainer
+
+TREE: dict[str, Any] = {
+    "run": "run",
+    "updates": 2,
+    "model": {
+        "random_init": True,
+        "tokenizer": "tiny",
+        "shape": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    },
+    "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
+    "decode": {"length": 16, "block_length": 4, "tokens_per_step": 4},
+    "method": {"name": "sft", "rollout": {"problems": 4}},
+    "optim": {"lr": 1e-3},
+    "eval": {
+        "every": 1,
+        "problems": 4,
+        "final_problems": 4,
+        "schedules": {"one step": {"block_length": 16, "tokens_per_step": 16}},
+    },
+    "checkpoint": {"every": 1},
+    "log": {"progress": False, "samples_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder that holds a config and the finished run of it."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "small.yaml").write_text(yaml.safe_dump(TREE), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert main(["train", "small.yaml"]) == 0
+    return home
+
+
+@pytest.fixture(autouse=True)
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_writes_its_folder_and_nothing_else(home: Path):
+    assert {path.name for path in home.iterdir()} == {"small.yaml", "run"}
+    names = {path.name for path in (home / "run").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "checkpoints", "tb"}
+    assert {path.name for path in (home / "run" / "checkpoints").iterdir()} == {"000001", "000002", "best"}
+    assert len(list((home / "run" / "tb").iterdir())) == 1
+
+
+def test_the_written_config_is_the_resolved_one(home: Path):
+    assert load_config(str(home / "run" / "config.yaml")) == load_config(str(home / "small.yaml"))
+
+
+def test_the_metrics_hold_one_line_an_update(home: Path):
+    lines = lines_of(home / "run" / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [0, 1, 2]
+    for line in lines[1:]:
+        assert math.isfinite(line["loss"])
+        assert line["sites"] > 0
+        assert {"lr", "grad_norm", "divergence", "student/entropy", "updates_skipped"} <= line.keys()
+        assert {"rollouts/kept", "rollouts/pass_rate", "rollouts/too_long"} <= line.keys()
+        assert {"time/rollouts", "time/learning", "time/eval", "eval/accuracy"} <= line.keys()
+
+
+def test_the_samples_are_rollouts_with_their_verdict(home: Path):
+    samples = lines_of(home / "run" / "samples.jsonl")
+    assert [sample["update"] for sample in samples] == [1, 1, 2, 2]
+    for sample in samples:
+        assert sample["problem"].startswith("sudoku/train/")
+        assert sample["generation"] == sample["solution"]
+        assert sample["correct"] is True
+
+
+def test_the_report_compares_before_after_and_best(home: Path):
+    report = json.loads((home / "run" / "report.json").read_text())
+    assert {"task", "n", "accuracy", "ci95", "pass_at_k", "settings"} <= report.keys()
+    assert (report["task"], report["n"], report["updates"]) == ("sudoku", 4, 2)
+    for name in ("before", "after", "best"):
+        assert report[name].keys() == {"trained", "one step"}
+        assert report[name]["one step"]["tokens_per_step"] == 16
+
+
+def test_a_finished_run_is_reported_again_and_not_trained_again(home: Path, capsys: pytest.CaptureFixture[str]):
+    weights = home / "run" / "checkpoints" / "000002" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert main(["train", "small.yaml"]) == 0
+    assert "2 updates" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == before
+    assert len(lines_of(home / "run" / "metrics.jsonl")) == 3
+
+
+def test_training_changes_the_weights(home: Path):
+    first, second = (load_file(home / f"run/checkpoints/00000{i}/model.safetensors") for i in (1, 2))
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_eval_reports_beside_the_run_and_keeps_the_report_of_training(home: Path, capsys: pytest.CaptureFixture[str]):
+    trained = (home / "run" / "report.json").read_bytes()
+    assert main(["eval", "run", "eval.final_problems=3"]) == 0
+    report = json.loads((home / "run" / "eval" / "sudoku" / "report.json").read_text())
+    assert {"task", "n", "accuracy", "ci95", "pass_at_k", "settings"} <= report.keys()
+    assert (report["task"], report["n"], report["settings"]["evaluated"]) == ("sudoku", 3, "run")
+    assert "run/eval/sudoku/report.json" in capsys.readouterr().out
+    assert (home / "run" / "report.json").read_bytes() == trained
+
+
+def test_eval_of_the_run_agrees_with_the_report_of_training(home: Path, tmp_path: Path):
+    assert main(["eval", "run", "--out", str(tmp_path / "new")]) == 0
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    trained = json.loads((home / "run" / "report.json").read_text())["best"]["trained"]
+    assert {key: report[key] for key in trained if key != "time/seconds"} == {
+        key: value for key, value in trained.items() if key != "time/seconds"
+    }
+
+
+def test_eval_of_a_model_writes_to_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "tiny", "--task", "sudoku", "eval.final_problems=2"]) == 0
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
+        "eval/sudoku/report.json"
+    ]
+
+
+def test_sample_shows_every_step_and_the_text(capsys: pytest.CaptureFixture[str]):
+    assert main(["sample", "run", "0123012301230123"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["0", "1", "2", "3", "4"]
+    assert lines[0].split()[1] == "\u00b7" * 16
+
+
+def test_show_prints_the_config_and_the_parts_of_the_method(capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "small.yaml", "method=d_opsd_paper", "seed=7"]) == 0
+    out = capsys.readouterr().out
+    assert "seed: 7" in out
+    assert all(part in out for part in ("pass_at_k", "teacher_top", "all_masked", "reverse_kl", "average"))
+
+
+def test_training_goes_on_where_an_override_asks_for_more(home: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    assert main(["train", "small.yaml", f"run={run}", "updates=1", "eval.every=0"]) == 0
+    assert main(["train", "small.yaml", f"run={run}", "updates=3", "eval.every=0", "resume=force"]) == 0
+    assert [line["update"] for line in lines_of(run / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def interrupted(self: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    assert main(["train", "small.yaml", f"run={tmp_path / 'run'}"]) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def broken(self: Trainer) -> None:
+        raise FloatingPointError("the loss of update 1 is not finite")
+
+    monkeypatch.setattr(Trainer, "train", broken)
+    assert main(["train", "small.yaml", f"run={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err == "dllm-sd: the loss of update 1 is not finite\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nonsense"], "there is no config file 'nonsense'"),
+        (["train", "small.yaml", "updates=no"], "updates must be a whole number"),
+    ],
+)
+def test_bad_input_ends_a_process_with_2_and_one_line(tmp_path: Path, arguments: list[str], message: str):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(TREE))
+    done = subprocess.run(
+        [sys.executable, "-m", "dllm_sd", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"dllm-sd: {message}")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]

@@ -1,0 +1,262 @@
+"""Configs: what is shipped is right, overrides reach every key, every mistake is one sentence that names the key."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dllm_sd import METHODS
+from dllm_sd.config import apply_overrides, build_config, load_config, shipped_configs, to_tree, to_yaml
+from dllm_sd.errors import InputError
+from dllm_sd.losses.divergences import ReverseKL
+from dllm_sd.losses.sites import TeacherTop
+from dllm_sd.policies.weights import Base, Ema
+from dllm_sd.rollouts import PassAtK
+from dllm_sd.teachers import LaterStep, Suffix
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+TREE: dict[str, Any] = {
+    "task": {"name": "sudoku"},
+    "decode": {"length": 16, "block_length": 4},
+    "method": "d_opsd",
+}
+
+
+def build(*overrides: str, **changes: Any) -> Any:
+    return build_config(apply_overrides(copy.deepcopy({**TREE, **changes}), overrides))
+
+
+def refusal(*overrides: str, **changes: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        build(*overrides, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_shipped_config_says_how_it_is_run_and_whether_it_was_measured(file: Path):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert header[0].startswith("# dllm-sd train ")
+    assert file.stem in header[0]
+    assert any("measured" in line.lower() or "not yet reproduced" in line.lower() for line in header)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_shipped_config_is_valid_and_comes_back_from_its_own_yaml(file: Path):
+    config = load_config(str(file))
+    assert build_config(yaml.safe_load(to_yaml(config))) == config
+    assert load_config(file.stem) == config
+
+
+def test_every_shipped_config_is_found_by_name():
+    assert set(shipped_configs()) == {file.stem for file in CONFIGS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_named_method_comes_back_from_its_own_yaml(name: str):
+    config = build(f"method={name}")
+    assert config.method == METHODS[name].method
+    assert build_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_what_a_config_leaves_out_of_a_method_is_that_of_the_method():
+    method = build(method={"name": "d_opsd_paper", "rollout": {"problems": 3}}).method
+    assert method.rollout == PassAtK(problems=3)
+    assert method.sites == METHODS["d_opsd_paper"].method.sites
+
+
+def test_the_run_folder_is_named_after_the_config_unless_it_names_one(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("task: sudoku\ndecode: {length: 16, block_length: 4}")
+    assert load_config(str(tmp_path / "mine.yaml")).run == "runs/mine"
+    assert load_config(str(tmp_path / "mine.yaml"), ["run=elsewhere"]).run == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("seed=5", "seed", 5),
+        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("optim.lr=1", "optim.lr", 1.0),
+        ("optim.max_grad_norm=null", "optim.max_grad_norm", None),
+        ("optim.betas=[0.9, 0.95]", "optim.betas", (0.9, 0.95)),
+        ("log.progress=false", "log.progress", False),
+        ("run=some where", "run", "some where"),
+        ("model.lora.rank=8", "model.lora.rank", 8),
+        ("model.lora.targets=[q_proj]", "model.lora.targets", ("q_proj",)),
+        ("decode.threshold=9e-1", "decode.threshold", 0.9),
+        ("method=rft", "method", METHODS["rft"].method),
+        ("method.rollout.problems=4", "method.rollout", PassAtK(problems=4)),
+        ("method.contexts.0.ratio=0.5", "method.contexts", (Suffix(ratio=0.5),)),
+        ("method.contexts=later_step", "method.contexts", (LaterStep(),)),
+        ("method.contexts=[{name: later_step, ahead: 2}]", "method.contexts", (LaterStep(ahead=2),)),
+        ("method.teacher.0.name=ema", "method.teacher", (Ema(),)),
+        ("method.sites=teacher_top", "method.sites", TeacherTop()),
+        ("method.sites.name=teacher_top", "method.sites", TeacherTop()),
+        ("method.sites={name: teacher_top, count: 2}", "method.sites", TeacherTop(count=2)),
+        ("task.empties_max=8", "task.empties_max", 8),
+        ("eval.schedules.fast.tokens_per_step=4", "eval.schedules", {"fast": {"tokens_per_step": 4}}),
+        ("eval.schedules.warm.temperature=1e-1", "eval.schedules", {"warm": {"temperature": 0.1}}),
+    ],
+)
+def test_an_override_reaches_its_key(override: str, path: str, value: Any):
+    config = build(override)
+    found = config
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+    assert build_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_a_method_written_as_a_name_grows_into_a_mapping_under_an_override():
+    method = build("method.sites.name=teacher_top", "method.sites.count=3", "method.teacher=base").method
+    assert (method.sites, method.teacher, method.divergence) == (TeacherTop(count=3), (Base(),), ReverseKL())
+
+
+def test_a_replaced_method_forgets_the_changes_to_the_former_one():
+    assert build("method=rft", method={"name": "d_opsd", "rollout": {"problems": 3}}).method == METHODS["rft"].method
+
+
+def test_overrides_apply_in_their_order():
+    assert build("seed=5", "seed=6").seed == 6
+
+
+def test_a_part_of_another_name_starts_from_its_own_defaults():
+    tree = to_tree(build("method.sites.name=teacher_top", method={"name": "d_opsd", "sites": {"name": "revealed"}}))
+    assert tree["method"]["sites"] == {"name": "teacher_top", "count": None, "by": "probability"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=1", "unknown key 'sed'; did you mean 'seed'?"),
+        ("optim.warm_up=1", "unknown key 'optim.warm_up'; did you mean 'warmup'?"),
+        ("model.shape.hiden_size=8", "unknown key 'model.shape.hiden_size'; did you mean 'hidden_size'?"),
+        ("method.divergance=jsd", "unknown key 'method.divergance'; did you mean 'divergence'?"),
+        ("method.contexts.0.ration=1", "unknown key 'method.contexts.0.ration'; did you mean 'ratio'?"),
+        ("method.teacher.0.decay=0.9", "unknown key 'method.teacher.0.decay'; known keys: none"),
+        ("method.gate=corect", "method.gate.name 'corect' is unknown; did you mean 'correct'?"),
+        ("method.gate.name=[1]", "method.gate.name [1] is unknown; choose from all, correct, score, mixed"),
+        ("method=d_opds", "method 'd_opds' is unknown; did you mean 'd_opsd'?"),
+        ("method.name=d_opds", "method 'd_opds' is unknown; did you mean 'd_opsd'?"),
+        ("task=sudoky", "task.name 'sudoky' is unknown; did you mean 'sudoku'?"),
+        ("task.name=gsm8", "task.name 'gsm8' is unknown; did you mean 'gsm8k'?"),
+        ("eval.schedules.fast.block=8", "unknown key 'eval.schedules.fast.block'; known keys: length, "),
+        ("zzz=1", "unknown key 'zzz'; known keys: task, run, seed, "),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_closest_known_one(override: str, message: str):
+    assert refusal(override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("updates=ten", "updates must be a whole number, not 'ten'"),
+        ("updates=true", "updates must be a whole number, not True"),
+        ("updates=1.5", "updates must be a whole number, not 1.5"),
+        ("updates=null", "updates must be a whole number, not None"),
+        ("optim.lr=high", "optim.lr must be a number, not 'high'"),
+        ("optim.lr=true", "optim.lr must be a number, not True"),
+        ("optim.betas=0.9", "optim.betas must be a list, not 0.9"),
+        ("optim.betas=[0.9, b]", "optim.betas.1 must be a number, not 'b'"),
+        ("optim.schedule=sine", "optim.schedule is 'sine'; choose from constant, linear, cosine"),
+        ("log.progress=1", "log.progress must be true or false, not 1"),
+        ("run=3", "run must be text, not 3"),
+        ("model=[1]", "model must be a mapping of keys, not [1]"),
+        ("model=tiny", "model must be a mapping of keys, not 'tiny'"),
+        ("seed.x=1", "seed must be a whole number, not {'x': 1}"),
+        ("method=[]", "method must be a mapping of keys, not []"),
+        ("method.gate=3", "method.gate must name a part (all, correct, score, mixed), not 3"),
+        ("method.contexts.2.name=suffix", "method.contexts.1 is missing; list entries are numbered from 0"),
+        ("task={empties_min: 7}", "task.name is missing; choose from sudoku, "),
+        ("task=null", "task must name a part (sudoku, "),
+        ("eval.schedules=[1]", "eval.schedules must be a mapping, not [1]"),
+        ("eval.schedules.fast=3", "eval.schedules.fast must be a mapping of keys, not 3"),
+        ("seed", "override 'seed' is not of the form key=value"),
+        ("=3", "override '=3' is not of the form key=value"),
+        ("seed=[1", "override 'seed=[1' cannot be applied: while parsing"),
+        ("seed=!!python/name:os.system", "override 'seed=!!python/name:os.system' cannot be applied: could not"),
+        ("run=${nowhere}", "the config does not resolve: Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_key(override: str, message: str):
+    assert refusal(override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("decode.block_length=5", "decode.block_length 5 does not divide decode.length 16"),
+        ("decode.steps=2", "decode.steps must be at least the number of blocks, 4"),
+        ("decode.temperature=-1", "decode.temperature must be 0 (greedy) or larger"),
+        ("decode={length: 16, block_length: 4, threshold: 0.9, steps: 8}", "set decode.steps to null"),
+        ("decode={length: 16, block_length: 4, threshold: 0.9, order: random}", "set decode.order to confidence"),
+        ("eval.schedules.fast.block_length=5", "decode.block_length 5 does not divide decode.length 16"),
+        ("method.contexts.0.ratio=1.5", "ratio must be between 0 and 1"),
+        ("method.rollout.attempts=0", "attempts and passes must be at least 1"),
+        ("method.rollout.keep=all", "set method.rollout.until_solved to false"),
+        ("method.contexts=[]", "method.target plain distils one teacher"),
+        ("method.target=sampled", "set both or neither"),
+        ("method.canvases=random_masks", "set method.canvases to decoder_steps"),
+        ("method.teacher=[base, live]", "method.teacher lists 2 weights for 1 contexts"),
+        ("method.sites={name: teacher_top, count: 0}", "method.sites.count must be at least 1"),
+        ("method.support={name: top_k, k: 0}", "support.k is 0"),
+        ("task.empties_min=0", "task.empties_min (0)"),
+        ("task.prompt='{nothing}'", "task.prompt asks for {nothing}"),
+        ("updates=0", "updates and max_prompt must be at least 1"),
+        ("run=", "run is empty"),
+        ("optim.lr=0", "lr above 0"),
+        ("optim.betas=[0.9]", "two betas"),
+        ("optim.betas=[0.9, 1.5]", "betas from 0 to below 1"),
+        ("optim.weight_decay=-1", "weight_decay of 0 or more"),
+        ("optim.max_grad_norm=0", "optim.max_grad_norm must be above 0, or null"),
+        ("optim.final_lr=2", "optim.final_lr is a share of the peak"),
+        ("eval.attempts=4", "set eval.temperature above 0"),
+        ("eval.temperature=-1", "temperature of 0 or more"),
+        ("eval.collapse=10", "collapse from 0 to 1"),
+        ("checkpoint.every=0", "checkpoint.every and checkpoint.keep must be at least 1"),
+        ("log.samples_every=0", "log.samples_every at least 1"),
+        ("model.lora.rank=0", "model.lora needs rank and alpha of 1 or more"),
+        ("model.shape.num_attention_heads=3", "model.shape.hidden_size must be a multiple"),
+        ("model.shape.hidden_size=0", "model.shape needs sizes and numbers of 1 or more"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_the_part_itself(override: str, words: str):
+    assert words in refusal(override)
+
+
+def test_a_config_without_a_task_is_refused():
+    with pytest.raises(InputError, match=r"^the config names no task; set task\.name to one of sudoku, "):
+        build_config({"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"task: [1", "is not valid YAML: while parsing"),
+        (b"- task\n- seed\n", "must hold keys such as model, task and method"),
+        (b"", "must hold keys such as model, task and method"),
+        (b"task: \xff\n", "cannot read config"),
+        (b"task: sudoku\nseed: !!python/name:os.system\n", "is not valid YAML: could not determine a constructor"),
+        (b"task: sudoku\nrun: 2024-01-01\n", "the config cannot be read: Value 'date' is not a supported"),
+        (b"task: sudoku\nsede: 3\n", "unknown key 'sede'; did you mean 'seed'?"),
+    ],
+)
+def test_an_unreadable_config_is_refused_in_one_sentence(tmp_path: Path, content: bytes, message: str):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_config(str(file))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_config_is_refused_with_a_hint():
+    with pytest.raises(InputError, match=r"^there is no config file 'quikstart'; did you mean 'quickstart'\?$"):
+        load_config("quikstart")
+    with pytest.raises(InputError, match=r"^there is no config file 'zzz'; shipped configs: .*quickstart"):
+        load_config("zzz")

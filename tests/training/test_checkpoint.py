@@ -1,0 +1,276 @@
+"""Checkpoints: whole or absent, bit-equal when they come back, refused when they are damaged."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.policies.loading import Lora
+from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
+from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
+from dllm_sd.rollouts import All, PassAtK, Prompted, Rollouts, gather
+from dllm_sd.tasks import Problem, Sudoku
+from dllm_sd.training import checkpoint
+from dllm_sd.training.checkpoint import (
+    State,
+    best_checkpoint,
+    latest_checkpoint,
+    load_optimizer,
+    load_rollouts,
+    load_weights,
+    optimizer_tensors,
+    prune_checkpoints,
+    read_state,
+    read_tensors,
+    restore_run,
+    rollout_tensors,
+    save_best,
+    save_run,
+    write_checkpoint,
+)
+
+Build = Callable[..., MaskedDiffusion]
+TASK: Any = Sudoku(prompt="{puzzle}")
+
+
+def start(make_policy: Build, **options: Any) -> tuple[MaskedDiffusion, torch.optim.AdamW]:
+    policy = make_policy(**options)
+    return policy, torch.optim.AdamW(trained(policy).values(), lr=1e-2)
+
+
+def steps(policy: MaskedDiffusion, optimizer: torch.optim.Optimizer, count: int, seed: int = 0) -> None:
+    """Optimizer steps with gradients that only depend on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for value in trained(policy).values():
+            value.grad = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        optimizer.step()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items()
+    )
+
+
+def weights(policy: MaskedDiffusion) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trained(policy).items()}
+
+
+def roll_out(policy: MaskedDiffusion) -> Rollouts:
+    prompted = [Prompted(Problem(f"p{i}", {"puzzle": "0" * 16, "n": i}), (5,) * i) for i in (1, 3, 2)]
+    rule = PassAtK(attempts=2, keep="all", until_solved=False)
+    decode = Denoising(length=8, block_length=4, tokens_per_step=1)
+    return gather(rule, All(), rule(policy, TASK, prompted, decode, 0, 0))
+
+
+def folders(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "float32", "lora": Lora(rank=2)}])
+def test_weights_and_optimizer_come_back_bit_equal(make_policy: Build, tmp_path: Path, options: dict[str, Any]):
+    policy, optimizer = start(make_policy, **options)
+    steps(policy, optimizer, 3)
+    save_run(tmp_path, policy, optimizer, [], State(update=3), None, keep=2)
+    again, fresh = start(make_policy, **options)
+    state, rollouts = restore_run(tmp_path / "checkpoints" / "000003", again, fresh, [])
+    assert (state, rollouts) == (State(update=3), None)
+    assert same(weights(policy), weights(again))
+    assert same(optimizer_tensors(optimizer, policy), optimizer_tensors(fresh, again))
+    steps(policy, optimizer, 2, seed=1)
+    steps(again, fresh, 2, seed=1)
+    assert same(weights(policy), weights(again))
+
+
+def test_an_optimizer_that_never_stepped_comes_back_empty(make_policy: Build):
+    policy, optimizer = start(make_policy)
+    assert optimizer_tensors(optimizer, policy) == {}
+    load_optimizer(optimizer, policy, {})
+    steps(policy, optimizer, 1)
+
+
+def test_teachers_that_move_come_back_and_the_base_is_not_stored(make_policy: Build, tmp_path: Path):
+    policy, optimizer = start(make_policy)
+    teachers = [Teacher(weights, policy) for weights in (Ema(0.5), Snapshot(2), Base())]
+    steps(policy, optimizer, 3)
+    for teacher in teachers:
+        teacher.after_update(2)
+    steps(policy, optimizer, 1)
+    save_run(tmp_path, policy, optimizer, teachers, State(update=3), None, keep=1)
+    again, fresh = start(make_policy)
+    others = [Teacher(weights, again) for weights in (Ema(0.5), Snapshot(2), Base())]
+    restore_run(tmp_path / "checkpoints" / "000003", again, fresh, others)
+    for one, other in zip(teachers, others, strict=True):
+        assert same(one.copy, other.copy)
+    assert read_tensors(tmp_path / "checkpoints" / "000003", "teacher2.safetensors") == {}
+
+
+def test_rollouts_come_back_bit_equal(policy: MaskedDiffusion, tmp_path: Path):
+    rollouts = roll_out(policy)
+    tensors, tree = rollout_tensors(rollouts)
+    write_checkpoint(tmp_path / "000001", {"rollouts.safetensors": tensors}, tree)
+    again = load_rollouts(read_tensors(tmp_path / "000001", "rollouts.safetensors"), read_state(tmp_path / "000001"))
+    assert again.counts == rollouts.counts
+    assert len(again.kept) == 6
+    for one, other in zip(rollouts.kept, again.kept, strict=True):
+        assert (one.problem, one.attempt, one.text, one.grade) == (
+            other.problem,
+            other.attempt,
+            other.text,
+            other.grade,
+        )
+        fields, others = vars(one.trajectory), vars(other.trajectory)
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                assert value.dtype == others[name].dtype
+                assert torch.equal(value, others[name])
+            else:
+                assert value == others[name]
+    assert again.keys(1, 2) == rollouts.keys(1, 2)
+
+
+def test_every_field_of_the_state_comes_back(make_policy: Build, tmp_path: Path):
+    policy, optimizer = start(make_policy)
+    state = State(3, 1, 40, 2, 2, 0.25, 1, "collapse", {"trained": {"accuracy": 0.5, "ci95": [0.0, 1.0]}}, 1.5)
+    rollouts = roll_out(policy)
+    save_run(tmp_path, policy, optimizer, [], state, rollouts, keep=1)
+    found, kept = restore_run(tmp_path / "checkpoints" / "000003", policy, optimizer, [])
+    assert found == state
+    assert kept is not None
+    assert kept.counts == rollouts.counts
+
+
+@pytest.mark.parametrize("broken", ["save_file", "_flush", "rename"])
+def test_a_write_that_fails_leaves_the_former_checkpoint(
+    make_policy: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+):
+    policy, optimizer = start(make_policy)
+    save_run(tmp_path, policy, optimizer, [], State(update=1), None, keep=2)
+    save_best(tmp_path, policy, State(update=1))
+    before = weights(policy)
+    steps(policy, optimizer, 1)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        target = Path if broken == "rename" else checkpoint
+        patch.setattr(target, broken, fail)
+        for save in (
+            lambda: save_run(tmp_path, policy, optimizer, [], State(update=2), None, keep=2),
+            lambda: save_best(tmp_path, policy, State(update=2)),
+        ):
+            with pytest.raises(OSError, match="No space left"):
+                save()
+    latest, best = latest_checkpoint(tmp_path), best_checkpoint(tmp_path)
+    assert latest is not None
+    assert best is not None
+    assert latest.name == "000001"
+    assert same(read_tensors(latest, "model.safetensors"), before)
+    assert same(read_tensors(best, "model.safetensors"), before)
+    save_run(tmp_path, policy, optimizer, [], State(update=2), None, keep=2)
+    save_best(tmp_path, policy, State(update=2))
+    assert folders(tmp_path) == {"000001", "000002", "best"}
+    assert same(read_tensors(tmp_path / "checkpoints" / "best", "model.safetensors"), weights(policy))
+
+
+def test_the_best_weights_are_found_wherever_their_replacement_stops(
+    make_policy: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    policy, _ = start(make_policy)
+    save_best(tmp_path, policy, State(update=1))
+    rename, calls = Path.rename, []
+
+    def fail_the_second(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:  # the former one has been moved aside, the new one is not in its place yet
+            raise OSError("power cut")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_the_second)
+        with pytest.raises(OSError, match="power cut"):
+            save_best(tmp_path, policy, State(update=2))
+    best = best_checkpoint(tmp_path)
+    assert best is not None
+    assert read_state(best)["update"] == 1
+    save_best(tmp_path, policy, State(update=3))
+    assert folders(tmp_path) == {"best"}
+    assert read_state(tmp_path / "checkpoints" / "best")["update"] == 3
+
+
+def test_the_latest_checkpoint_is_the_complete_one_of_the_most_updates(tmp_path: Path):
+    assert latest_checkpoint(tmp_path) is None
+    for name in ("000002", "000010", "best"):
+        write_checkpoint(tmp_path / "checkpoints" / name, {}, {})
+    (tmp_path / "checkpoints" / "000011").mkdir()
+    (tmp_path / "checkpoints" / ".000012.partial").mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "000010"
+
+
+def test_only_the_latest_checkpoints_and_the_best_stay(tmp_path: Path):
+    for name in ("000002", "000004", "000006", "000010", "best"):
+        write_checkpoint(tmp_path / "checkpoints" / name, {}, {})
+    (tmp_path / "checkpoints" / ".000012.partial").mkdir()
+    prune_checkpoints(tmp_path, 2)
+    assert folders(tmp_path) == {"000006", "000010", "best"}
+
+
+@pytest.fixture
+def saved(make_policy: Build, tmp_path: Path) -> tuple[Path, MaskedDiffusion, torch.optim.AdamW]:
+    policy, optimizer = start(make_policy)
+    steps(policy, optimizer, 1)
+    save_run(tmp_path, policy, optimizer, [Teacher(Ema(), policy)], State(update=1), roll_out(policy), keep=1)
+    return tmp_path / "checkpoints" / "000001", policy, optimizer
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.safetensors", "teacher0.safetensors", "rollouts.safetensors", "state.json"],
+)
+@pytest.mark.parametrize("size", [None, 0, 30, -5])
+def test_a_damaged_file_is_refused_by_name(
+    saved: tuple[Path, MaskedDiffusion, torch.optim.AdamW], name: str, size: int | None
+):
+    folder, policy, optimizer = saved
+    file = folder / name
+    content = file.read_bytes()
+    file.unlink()
+    if size is not None:
+        file.write_bytes(content[:size])
+    with pytest.raises(InputError) as caught:
+        restore_run(folder, policy, optimizer, [Teacher(Ema(), policy)])
+    assert str(caught.value).startswith(f"checkpoint {file} is missing or damaged (")
+    assert str(caught.value).endswith(f"; remove {folder}")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_refused(
+    saved: tuple[Path, MaskedDiffusion, torch.optim.AdamW], make_policy: Build, policy_shape: Any
+):
+    folder = saved[0]
+    for changes, words in (({"num_hidden_layers": 3}, "differ in"), ({"intermediate_size": 48}, "another shape for")):
+        other = make_policy(shape=type(policy_shape)(**{**vars(policy_shape), **changes}))
+        with pytest.raises(InputError, match=f"^checkpoint .*{words} 'model.*; load it with the config of its run$"):
+            load_weights(other, folder)
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only(saved: tuple[Path, MaskedDiffusion, torch.optim.AdamW]):
+    assert {file.suffix for file in saved[0].iterdir()} == {".safetensors", ".json"}
+    json.loads((saved[0] / "state.json").read_text())
+
+
+def test_a_copied_checkpoint_is_as_good_as_the_original(
+    saved: tuple[Path, MaskedDiffusion, torch.optim.AdamW], make_policy: Build, tmp_path: Path
+):
+    folder, policy, _ = saved
+    again, fresh = start(make_policy)
+    restore_run(Path(shutil.copytree(folder, tmp_path / "copy")), again, fresh, [Teacher(Ema(), again)])
+    assert same(weights(policy), weights(again))

@@ -1,0 +1,184 @@
+"""What is written while training: cut where a run goes on, counted over all sites, drawn as it happened."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nan
+
+from dllm_sd.objective import Graded
+from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.tasks import Grade, Problem
+from dllm_sd.training.metrics import (
+    MetricsLog,
+    keep_until,
+    rollout_metrics,
+    sample_entry,
+    site_metrics,
+    site_sums,
+    trajectory_picture,
+)
+from dllm_sd.trajectory import NEVER
+
+
+def write_lines(file: Path, updates: list[int], tail: str = "") -> Path:
+    file.write_text("".join(json.dumps({"update": update}) + "\n" for update in updates) + tail, encoding="utf-8")
+    return file
+
+
+def updates_in(file: Path) -> list[int]:
+    return [json.loads(line)["update"] for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("written", "update", "kept"),
+    [
+        ([0, 1, 2, 3], 2, [0, 1, 2]),
+        ([0, 1, 2, 3], 3, [0, 1, 2, 3]),
+        ([0, 1, 2, 3], 9, [0, 1, 2, 3]),
+        ([0, 1, 1, 2, 2, 3], 2, [0, 1, 1, 2, 2]),  # several samples an update
+        ([0, 1, 2], -1, []),
+        ([], 3, []),
+    ],
+)
+def test_a_log_is_cut_after_an_update(tmp_path: Path, written: list[int], update: int, kept: list[int]):
+    file = write_lines(tmp_path / "metrics.jsonl", written)
+    keep_until(file, update)
+    assert updates_in(file) == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("tail", ['{"upd', '{"update": 2}', '{"update": 2, "loss": 0.', "\x00\x00"])
+def test_a_half_written_line_is_dropped(tmp_path: Path, tail: str):
+    file = write_lines(tmp_path / "metrics.jsonl", [0, 1], tail)
+    keep_until(file, 5)
+    assert file.read_text(encoding="utf-8") == '{"update": 0}\n{"update": 1}\n'
+
+
+def test_a_log_that_does_not_exist_is_not_made(tmp_path: Path):
+    keep_until(tmp_path / "metrics.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(strict=True, reason="keep_until splits at every Unicode line break, not only at newlines")
+def test_a_log_is_cut_at_newlines_only(tmp_path: Path):
+    log = MetricsLog(tmp_path, -1, tensorboard=False)
+    for update in (1, 2):
+        log.write_sample({"update": update, "generation": "a\u2028b\u0085c"}, 0)
+    keep_until(log.samples, 2)
+    assert updates_in(log.samples) == [1, 2]
+
+
+def test_a_log_goes_on_after_the_checkpoint(tmp_path: Path):
+    first = MetricsLog(tmp_path, -1, tensorboard=False)
+    for update in range(5):
+        first.write({"update": update, "loss": None})
+        first.write_sample({"update": update, "problem": "p"}, 0)
+    second = MetricsLog(tmp_path, 2, tensorboard=False)
+    second.write({"update": 3, "loss": 1.5})
+    assert updates_in(tmp_path / "metrics.jsonl") == [0, 1, 2, 3]
+    assert updates_in(tmp_path / "samples.jsonl") == [0, 1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "samples.jsonl"}
+
+
+def test_tensorboard_gets_the_numbers_the_samples_and_the_picture(tmp_path: Path):
+    log = MetricsLog(tmp_path, -1, tensorboard=True)
+    log.write({"update": 1, "loss": 0.5, "sites": 3, "note": "text", "empty": None})
+    log.write_sample({"update": 1, "problem": "p", "generation": "12"}, 0)
+    log.write_picture("trajectory", torch.zeros(3, 8, 8), 1)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    tags: Any = events.Tags()
+    assert set(tags["scalars"]) == {"loss", "sites"}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5)]
+    assert tags["images"] == ["trajectory"]
+    assert tags["tensors"] == ["samples/0/text_summary"]
+
+
+def graded(value: list[float], loss: float, **fields: list[float]) -> Graded:
+    m = len(value)
+    tensors = {name: torch.tensor(fields.get(name, [0.0] * m)) for name in ("clip_share", "student_entropy")}
+    tensors |= {name: torch.tensor(fields.get(name, [nan] * m)) for name in ("teacher_entropy", "agreement")}
+    sites = torch.ones(1, m, dtype=torch.bool)
+    return Graded(torch.tensor(loss), torch.tensor(value), term=torch.zeros(m), sites=sites, **tensors)
+
+
+def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
+    parts = [
+        graded([1.0, 2.0, 3.0], 0.25, agreement=[1.0, 1.0, 0.0], teacher_entropy=[0.0, 1.0, 2.0]),
+        graded([10.0], 0.5, agreement=[1.0], teacher_entropy=[1.0], student_entropy=[4.0], clip_share=[1.0]),
+    ]
+    metrics = site_metrics(site_sums(parts, torch.device("cpu")))
+    assert metrics == {
+        "loss": 0.75,
+        "sites": 4,
+        "divergence": 4.0,
+        "clip_share": 0.25,
+        "student/entropy": 1.0,
+        "teacher/entropy": 1.0,
+        "teacher/agreement": 0.75,
+    }
+    assert isinstance(metrics["sites"], int)
+
+
+def test_without_a_teacher_nothing_is_said_about_it():
+    metrics = site_metrics(site_sums([graded([1.0, 2.0], 0.5)], torch.device("cpu")))
+    assert metrics.keys() == {"loss", "sites", "divergence", "clip_share", "student/entropy"}
+    assert not any(math.isnan(value) for value in metrics.values())
+
+
+def test_cutting_an_update_into_parts_does_not_change_its_metrics():
+    whole = graded([1.0, 2.0, 4.0], 0.75, agreement=[1.0, 0.0, 1.0])
+    parts = [graded([1.0, 2.0], 0.5, agreement=[1.0, 0.0]), graded([4.0], 0.25, agreement=[1.0])]
+    device = torch.device("cpu")
+    assert site_metrics(site_sums(parts, device)) == site_metrics(site_sums([whole], device))
+
+
+def test_rollout_metrics_are_shares_of_problems_and_means_over_attempts():
+    counts = {"problems": 4, "attempts": 10, "decoded": 12, "solved": 3, "first_try": 1, "tokens": 50, "steps": 20}
+    metrics = rollout_metrics(Rollouts((), {**counts, "kept": 3, "rejected": 1}))
+    assert metrics == {
+        **{"rollouts/problems": 4, "rollouts/attempts": 10, "rollouts/decoded": 12, "rollouts/kept": 3},
+        **{"rollouts/rejected": 1, "rollouts/pass_rate": 0.75, "rollouts/first_try": 0.25},
+        **{"rollouts/length": 5.0, "rollouts/steps": 2.0},
+    }
+
+
+def test_a_sample_holds_the_fields_of_its_problem_and_the_verdict(noise: Any):
+    problem = Problem("sudoku/train/3", {"puzzle": "12", "solution": "34"})
+    rollout = Rollout(problem, 2, "56", Grade(False, 0.5, "5"), noise(b=1))
+    assert sample_entry(7, rollout) == {
+        **{"puzzle": "12", "solution": "34", "update": 7, "problem": "sudoku/train/3", "attempt": 2},
+        **{"correct": False, "score": 0.5, "parsed": "5", "generation": "56"},
+    }
+
+
+def test_the_picture_of_a_trajectory_shows_what_was_masked_revealed_and_graded():
+    reveal_step = torch.tensor([0, 1, NEVER])
+    value = torch.tensor([[4.0, nan, nan], [nan, 2.0, 0.0]])
+    picture = trajectory_picture(reveal_step, value, cell=1)
+    grey, white, blue, red = [0.75] * 3, [1.0] * 3, [0.55, 0.7, 1.0], [0.9, 0.0, 0.0]
+    half = [(a + b) / 2 for a, b in zip(blue, [0.9, 0.05, 0.05], strict=True)]
+    expected = torch.tensor([[red, grey, grey], [white, half, grey]]).permute(2, 0, 1)
+    assert torch.allclose(picture, expected, atol=1e-6)
+
+
+def test_the_picture_has_square_cells_and_legal_colours():
+    reveal_step = torch.tensor([1, 0, 2, 2])
+    value = torch.full((3, 4), nan)
+    value[2] = torch.tensor([nan, nan, 1e-20, 7.0])
+    picture = trajectory_picture(reveal_step, value, cell=4)
+    assert picture.shape == (3, 12, 16)
+    assert picture.dtype == torch.float32
+    assert bool(((picture >= 0) & (picture <= 1)).all())
+    assert torch.equal(picture[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2), picture)
+
+
+def test_a_trajectory_that_was_not_graded_still_has_a_picture():
+    picture = trajectory_picture(torch.tensor([0]), torch.full((1, 1), nan), cell=1)
+    assert picture[:, 0, 0].tolist() == pytest.approx([0.55, 0.7, 1.0])

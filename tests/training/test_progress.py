@@ -1,0 +1,68 @@
+"""What a person sees, and what Ctrl-C does."""
+
+import os
+import signal
+
+import pytest
+
+from dllm_sd.training.progress import Interrupt, Progress
+
+
+def silent() -> Progress:
+    return Progress("run", 10, 0, shown=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals):
+    with Interrupt(silent()) as interrupt:
+        assert not interrupt.asked
+        os.kill(os.getpid(), number)
+        assert interrupt.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_the_former_handlers_come_back():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with Interrupt(silent()):
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
+    with pytest.raises(RuntimeError), Interrupt(silent()):
+        raise RuntimeError
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_run_without_a_signal_is_not_asked_to_stop():
+    with Interrupt(silent()) as interrupt:
+        pass
+    assert not interrupt.asked
+
+
+def test_the_first_signal_says_what_happens_next(capsys: pytest.CaptureFixture[str]):
+    with Progress("run", 10, 0, shown=True) as progress, Interrupt(progress):
+        os.kill(os.getpid(), signal.SIGINT)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "finishing this update, then saving; press Ctrl-C again to stop at once" in " ".join(captured.err.split())
+
+
+def test_an_evaluation_stays_on_the_screen_as_a_line(capsys: pytest.CaptureFixture[str]):
+    with Progress("run", 10, 3, shown=True) as progress:
+        progress.phase("learning")
+        progress.finished(4)
+        progress.line({"update": 4, "loss": None, "eval/accuracy": 0.5, "rollouts/pass_rate": 0.25, "lr": 1.0})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "update    4/10  dev accuracy 0.5000  pass rate 0.2500" in captured.err
+    assert "loss" not in captured.err
+
+
+def test_nothing_is_shown_unless_asked_for(capsys: pytest.CaptureFixture[str]):
+    with silent() as progress:
+        progress.phase("learning")
+        progress.finished(4)
+        progress.line({"update": 4, "loss": 1.0})
+        progress.say("something")
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
