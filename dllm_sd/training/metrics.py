@@ -145,16 +145,13 @@ def keep_until(file: Path, update: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
+    *lines, _ = file.read_bytes().split(b"\n")  # what follows the last newline was cut off while it was written
+    for line in lines:
+        if json.loads(line)["update"] > update:
             break
-        if not line.endswith("\n") or entry["update"] > update:
-            break
-        kept.append(line)
+        kept.append(line + b"\n")
     partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     partial.replace(file)
 
 

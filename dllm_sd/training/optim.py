@@ -28,7 +28,7 @@ def learning_rate(optimizer: torch.optim.Optimizer, settings: Optim, updates: in
     Update `warmup` is the first at the full rate, the last update is the one closest to `final_lr`.
     """
     name, options = "constant_with_warmup", dict[str, Any]()
-    if settings.schedule == "linear":
+    if settings.schedule == "linear" and settings.final_lr < 1:
         name, options = "polynomial", {"power": 1.0, "lr_end": max(settings.final_lr * settings.lr, 1e-30)}
     if settings.schedule == "cosine":
         name, options = "cosine_with_min_lr", {"min_lr_rate": settings.final_lr}

@@ -45,7 +45,6 @@ def test_the_learning_rate_is_that_of_the_formula(updates: int, settings: dict[s
     assert rates(updates, **settings) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="optim.py: lr_end must be smaller than the peak")
 def test_a_linear_schedule_may_end_where_it_began():
     assert rates(3, schedule="linear", final_lr=1.0) == [1, 1, 1]
 
