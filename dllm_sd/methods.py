@@ -208,14 +208,3 @@ METHODS: dict[str, Row] = {
         "masked, KL to the base. Set rollout.passes above 1 for d1's reuse of rollouts (add a snapshot context).",
     ),
 }
-
-
-def get_method(name: str) -> Method:
-    """The parts of a named method.
-
-    Raises:
-        InputError: if there is no such method.
-    """
-    if name not in METHODS:
-        raise InputError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
-    return METHODS[name].method

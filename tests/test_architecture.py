@@ -15,7 +15,7 @@ PACKAGE = Path(dllm_sd.__file__).resolve().parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     *("errors", "randomness", "losses", "trajectory", "canvases", "tasks", "policies", "rollouts", "teachers"),
-    *("methods", "objective", "config", "evaluation", "training", "", "cli", "__main__"),
+    *("methods", "objective", "settings", "config", "evaluation", "training", "", "cli", "__main__"),
 ]
 """From the lowest to the highest; the empty name is ``dllm_sd/__init__.py``, the public API."""
 

@@ -65,6 +65,8 @@ class Denoising:
             raise InputError(f"decode.steps must be at least the number of blocks, {self.num_blocks}")
         if self.temperature < 0:
             raise InputError("decode.temperature must be 0 (greedy) or larger")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise InputError("decode.threshold is a probability; give a number above 0 and at most 1, or null")
         if self.threshold is not None and self.order != "confidence":
             raise InputError("decode.threshold compares probabilities; set decode.order to confidence")
         if self.threshold is not None and self.steps is not None:

@@ -82,8 +82,15 @@ def _flush(path: Path) -> None:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the most updates, or None."""
-    found = [folder for folder in (run / "checkpoints").glob("[0-9]*") if (folder / STATE).is_file()]
-    return max(found, key=lambda folder: int(folder.name), default=None)
+    return max((folder for folder in _numbered(run) if (folder / STATE).is_file()), key=_update, default=None)
+
+
+def _numbered(run: Path) -> list[Path]:
+    return [folder for folder in (run / "checkpoints").glob("*") if folder.name.isascii() and folder.name.isdigit()]
+
+
+def _update(folder: Path) -> int:
+    return int(folder.name)
 
 
 def best_checkpoint(run: Path) -> Path | None:
@@ -96,10 +103,9 @@ def best_checkpoint(run: Path) -> Path | None:
 
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the latest ``keep`` checkpoints and what interrupted writes left."""
-    folder = run / "checkpoints"
-    for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))[:-keep]:
+    for path in sorted(_numbered(run), key=_update)[:-keep]:
         shutil.rmtree(path)
-    for path in folder.glob(".*.partial"):
+    for path in (run / "checkpoints").glob(".*.partial"):
         shutil.rmtree(path)
 
 
@@ -235,4 +241,6 @@ def restore_run(
         teacher.load(read_tensors(folder, f"teacher{i}.safetensors"))
     saved = tree.pop("rollouts", None)
     rollouts = load_rollouts(read_tensors(folder, ROLLOUTS), saved) if saved else None
+    if unknown := sorted(tree.keys() - State.__dataclass_fields__.keys()):
+        raise InputError(f"checkpoint {folder} is of another version (it holds {unknown[0]!r}); use resume=fresh")
     return State(**tree), rollouts

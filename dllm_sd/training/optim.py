@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from dllm_sd.config import Optim
+from dllm_sd.settings import Optim
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optim) -> torch.optim.AdamW:
