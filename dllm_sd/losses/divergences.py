@@ -20,6 +20,7 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -93,101 +94,70 @@ def clip_share(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
     return (total > clip_at).to(entries.dtype) if clip == "token" else torch.zeros_like(total)
 
 
-def _check_clip(clip: str, clip_at: float) -> None:
-    if clip not in ("none", "token", "entry"):
-        raise InputError(f"divergence.clip is {clip!r}: choose 'none', 'token' or 'entry'.")
-    if not clip_at > 0:
-        raise InputError(f"divergence.clip_at is {clip_at}: give a number above 0, or set divergence.clip to 'none'.")
+@dataclass(frozen=True, kw_only=True)
+class _Clipped(ABC):
+    """What the divergences between distributions share: the fields of the clip, and the sum over the support."""
+
+    clip: Clip = "none"
+    """``none``, ``token``, or ``entry`` (not a divergence; see the top of this file)."""
+    clip_at: float = 0.05
+    """The threshold."""
+
+    def __post_init__(self) -> None:
+        if self.clip not in ("none", "token", "entry"):
+            raise InputError(f"divergence.clip is {self.clip!r}: choose 'none', 'token' or 'entry'.")
+        if not self.clip_at > 0:
+            raise InputError(f"divergence.clip_at is {self.clip_at}: give a number above 0, or set clip to 'none'.")
+
+    @abstractmethod
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""
+
+    def clip_share(self, entries: Tensor) -> Tensor:
+        """``[t m u] -> [t m]``."""
+        return clip_share(entries, self.clip, self.clip_at)
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m]``."""
+        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
 
 
 @dataclass(frozen=True)
-class ForwardKL:
-    """``KL(target || student)``: the student must cover what the target allows.
-
-    Fields:
-        clip: ``none``, ``token``, or ``entry`` (not a divergence; see the top of this file).
-        clip_at: the threshold.
-    """
-
-    clip: Clip = "none"
-    clip_at: float = 0.05
-
-    def __post_init__(self) -> None:
-        _check_clip(self.clip, self.clip_at)
+class ForwardKL(_Clipped):
+    """``KL(target || student)``: the student must cover what the target allows."""
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``: ``T (log T - log S)``."""
         return kl_entries(target_logp, student_logp)
 
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[t m u] -> [t m]``."""
-        return clip_share(entries, self.clip, self.clip_at)
-
-    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [t m]``."""
-        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
-
 
 @dataclass(frozen=True)
-class ReverseKL:
-    """``KL(student || target)``: the student must avoid what the target forbids (d-OPSD, equation 12).
-
-    Fields:
-        clip: ``none``, ``token``, or ``entry`` (not a divergence; see the top of this file).
-        clip_at: the threshold.
-    """
-
-    clip: Clip = "none"
-    clip_at: float = 0.05
-
-    def __post_init__(self) -> None:
-        _check_clip(self.clip, self.clip_at)
+class ReverseKL(_Clipped):
+    """``KL(student || target)``: the student must avoid what the target forbids (d-OPSD, equation 12)."""
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``: ``S (log S - log T)``."""
         return kl_entries(student_logp, target_logp)
 
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[t m u] -> [t m]``."""
-        return clip_share(entries, self.clip, self.clip_at)
-
-    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [t m]``."""
-        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
-
 
 @dataclass(frozen=True)
-class GeneralisedJSD:
+class GeneralisedJSD(_Clipped):
     """Generalised Jensen-Shannon divergence between student and target (see ``jsd_entries``).
 
     For ``beta`` strictly between 0 and 1 it is at most log 2 at every site.
-
-    Fields:
-        beta: weight of the target in the mixture, from 0 (means forward KL) to 1 (means reverse KL).
-        clip: ``none``, ``token``, or ``entry`` (not a divergence; see the top of this file).
-        clip_at: the threshold.
     """
 
     beta: float = 0.5
-    clip: Clip = "none"
-    clip_at: float = 0.05
+    """Weight of the target in the mixture, from 0 (means forward KL) to 1 (means reverse KL)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.beta <= 1:
             raise InputError(f"divergence.beta is {self.beta}: give a number from 0 (forward KL) to 1 (reverse KL).")
-        _check_clip(self.clip, self.clip_at)
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``."""
         return jsd_entries(student_logp, target_logp, self.beta)
-
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[t m u] -> [t m]``."""
-        return clip_share(entries, self.clip, self.clip_at)
-
-    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [t m]``."""
-        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
 
 
 @dataclass(frozen=True)

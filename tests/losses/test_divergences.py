@@ -80,8 +80,8 @@ def test_values_and_gradients_equal_the_oracle(beta, clip):
 def test_beta_zero_is_forward_kl_and_beta_one_is_reverse_kl():
     given = logp(5, 20), logp(2, 5, 20, seed=1), NO_TOKEN
     for clip in CLIPS:
-        assert torch.equal(GeneralisedJSD(0, clip)(*given), ForwardKL(clip)(*given))
-        assert torch.equal(GeneralisedJSD(1, clip)(*given), ReverseKL(clip)(*given))
+        assert torch.equal(GeneralisedJSD(0, clip=clip)(*given), ForwardKL(clip=clip)(*given))
+        assert torch.equal(GeneralisedJSD(1, clip=clip)(*given), ReverseKL(clip=clip)(*given))
 
 
 def test_the_scaled_jsd_tends_to_both_kls():
