@@ -96,7 +96,7 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, with the last update saved.
-            FloatingPointError: at a non-finite loss or gradient, before it is applied.
+            FloatingPointError: at a non-finite loss or gradient, before it is applied, with the last update saved.
         """
         written = self.run / "report.json"
         if self.resumed and self.finished and written.is_file():
@@ -107,8 +107,13 @@ class Trainer:
                 state.before = self._test("testing the initial weights")
                 self._evaluate({"update": 0})
             while not self.finished:
-                started = time.perf_counter()
-                metrics = self._update(state.update + 1)
+                started, fed = time.perf_counter(), (state.cursor, state.too_long)
+                try:
+                    metrics = self._update(state.update + 1)
+                except FloatingPointError:  # no step was taken: what was learnt before is worth keeping
+                    state.cursor, state.too_long = fed
+                    self._alone(self._save)
+                    raise
                 state.update += 1
                 state.seconds += time.perf_counter() - started
                 self._evaluate(metrics)

@@ -210,6 +210,29 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rollouts(
     assert written["sites"][0].keys() == {"problem", "attempt", "step", "position", "loss"}
 
 
+@pytest.mark.parametrize("method", [TREE["method"], {"name": "d_opsd_reference", "rollout": {"passes": 3}}])
+def test_what_was_learnt_before_a_non_finite_loss_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Mapping[str, Any]
+) -> None:
+    Trainer(config_at(tmp_path / "whole", method=method)).train()
+    learn = Trainer._learn
+
+    def broken(self: Trainer, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
+        if update == 4:
+            raise FloatingPointError("not finite")
+        return learn(self, plan, rollouts, update, lr)
+
+    config = config_at(tmp_path / "run", method=method, checkpoint__every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_learn", broken)
+        trainer = Trainer(config)
+        with pytest.raises(FloatingPointError):
+            trainer.train()
+    assert (tmp_path / "run" / "checkpoints" / "000003" / "state.json").is_file()
+    Trainer(config).train()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_training_ends_when_accuracy_collapses_and_the_best_weights_stay(tmp_path: Path) -> None:
     config = config_at(
         tmp_path / "run",
