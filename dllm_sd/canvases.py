@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,7 +69,6 @@ class DecoderSteps:
     """False makes all chunks of a rollout equally long and drops the steps that are left over."""
     prompt_ends: bool = False
     """True takes an end token inside the prompt for the end of the completion, so that nothing is left to train on."""
-    needs_steps: ClassVar[bool] = True
 
     def usable(self, trajectory: Trajectory) -> Tensor:
         """bool ``[b k]``: the steps whose canvases count, before chunking."""
@@ -134,7 +133,6 @@ class RandomMasks:
     """Smallest masking probability; the weight ``1/t`` is bounded by its inverse."""
     end_padding: bool = True
     """Train on the padding behind the end token too, as LLaDA does; False leaves it masked and ungraded."""
-    needs_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.draws < 1 or not 0 < self.t_min < 1:
@@ -163,7 +161,6 @@ class AllMasked:
 
     prompt_mask_ratio: float = 0.15
     """Probability with which each prompt token is replaced by the mask token."""
-    needs_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_mask_ratio < 1:

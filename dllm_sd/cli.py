@@ -121,7 +121,7 @@ def _eval(options: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from dllm_sd.config import to_tree
-    from dllm_sd.evaluation import evaluate, first
+    from dllm_sd.evaluation import evaluate_run, first
 
     config, policy = _load(options.model, options.overrides, options.task)
     tree = to_tree(config)
@@ -133,18 +133,8 @@ def _eval(options: argparse.Namespace) -> int:
         raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; give another --out") from error
     processes = PartialState()
     problems = config.task.problems("test")
-    report, _ = evaluate(
-        policy,
-        config.task,
-        first(problems, config.eval.final_problems or len(problems)),
-        config.decode,
-        temperature=config.eval.temperature,
-        attempts=config.eval.attempts,
-        seed=config.seed,
-        max_prompt=config.max_prompt,
-        rank=processes.process_index,
-        world=processes.num_processes,
-    )
+    wanted = first(problems, config.eval.final_problems or len(problems))
+    report = evaluate_run(policy, config, wanted, processes.process_index, processes.num_processes)
     if processes.is_main_process:
         settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "seed", "max_prompt")}
         settings["evaluated"] = options.model

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.methods import METHODS, Method
 from dllm_sd.policies.loading import Model
 from dllm_sd.policies.masked_diffusion import Denoising
@@ -66,7 +66,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read config {path}: {error}") from error
     except yaml.YAMLError as error:
-        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"config {path} is not valid YAML: {on_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise InputError(f"config {path} must hold keys such as model, task and method")
     tree.setdefault("run", f"runs/{path.stem}")
@@ -95,7 +95,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     try:
         config = OmegaConf.create(dict(tree))
     except OmegaConfBaseException as error:
-        raise InputError(f"the config cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"the config cannot be read: {on_one_line(error)}") from error
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -107,11 +107,11 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
                     OmegaConf.update(config, parent, {"name": OmegaConf.select(config, parent)}, merge=False)
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise InputError(f"override {override!r} cannot be applied: {' '.join(str(error).split())}") from error
+            raise InputError(f"override {override!r} cannot be applied: {on_one_line(error)}") from error
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise InputError(f"the config does not resolve: {' '.join(str(error).split())}") from error
+        raise InputError(f"the config does not resolve: {on_one_line(error)}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -188,20 +188,17 @@ def _parts(hint: Any, tree: Any, path: str, base: Any, table: Mapping[str, type]
     """A part of ``table``, or a tuple of parts where the field holds several."""
     if get_origin(hint) is not tuple:
         return _part(tree, path, base, table)
-    former = base if base is not None else ()
+    former = list(base or ())
     if isinstance(tree, Mapping) and tree and all(str(key).isdigit() for key in tree):  # contexts.0.ratio=0.5
         given = {int(key): value for key, value in tree.items()}
         size = max([*given, len(former) - 1]) + 1
         if missing := [i for i in range(len(former), size) if i not in given]:
             raise InputError(f"{path}.{missing[0]} is missing; list entries are numbered from 0 without gaps")
-        return tuple(
-            _part(given[i], f"{path}.{i}", former[i] if i < len(former) else None, table) if i in given else former[i]
-            for i in range(size)
-        )
-    items = tree if isinstance(tree, list) else [tree]
-    return tuple(
-        _part(item, f"{path}.{i}", former[i] if i < len(former) else None, table) for i, item in enumerate(items)
-    )
+    else:
+        given = dict(enumerate(tree if isinstance(tree, list) else [tree]))
+        size = len(given)
+    bases = [*former, *[None] * size]
+    return tuple(_part(given[i], f"{path}.{i}", bases[i], table) if i in given else bases[i] for i in range(size))
 
 
 def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:

@@ -7,3 +7,8 @@ class InputError(ValueError):
     The message is one sentence that names the key or the line and the remedy.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def on_one_line(error: BaseException) -> str:
+    """What an exception says, its line breaks folded, to stand inside an `InputError`'s sentence."""
+    return " ".join(str(error).split())

@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate.utils import gather_object
 
+from dllm_sd.config import Config
 from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import Denoising
 from dllm_sd.policies.policy import Policy
@@ -86,6 +87,33 @@ def evaluate(
     if not items:
         raise InputError(f"no problem is left to evaluate ({dropped} prompts exceed max_prompt {max_prompt}); raise it")
     return _report(items, dropped, time.perf_counter() - start), items
+
+
+def evaluate_run(
+    policy: Policy,
+    config: Config,
+    problems: Sequence[Problem],
+    rank: int,
+    world: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> Report:
+    """Evaluate with the settings of a run: in training and by ``dllm-sd eval`` alike.
+
+    ``overrides`` replace fields of `decode` (another schedule).
+    """
+    report, _ = evaluate(
+        policy,
+        config.task,
+        problems,
+        replace(config.decode, **(overrides or {})),
+        temperature=config.eval.temperature,
+        attempts=config.eval.attempts,
+        seed=config.seed,
+        max_prompt=config.max_prompt,
+        rank=rank,
+        world=world,
+    )
+    return report
 
 
 def _attempts(

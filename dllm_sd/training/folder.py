@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dllm_sd.config import Config, to_tree, to_yaml
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, on_one_line
 
 CONTENTS = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "nonfinite.json"),
@@ -58,8 +58,7 @@ def read_tree(run: Path, name: str = "config.yaml") -> dict[str, Any]:
     try:
         tree = yaml.safe_load((run / name).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{run / name} cannot be read ({reason}); give another folder") from error
+        raise InputError(f"{run / name} cannot be read ({on_one_line(error)}); give another folder") from error
     if not isinstance(tree, dict):
         raise InputError(f"{run / name} is not the config of a run; give another folder")
     return tree

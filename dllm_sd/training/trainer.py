@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation import Report, evaluate, first
+from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.objective import Graded, Plan, grade, plan_update
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.policy import View
@@ -256,20 +255,7 @@ class Trainer:
             self.log.write(metrics)
 
     def _accuracy(self, problems: Sequence[Problem], overrides: Mapping[str, Any]) -> Report:
-        config = self.config
-        report, _ = evaluate(
-            self.policy,
-            config.task,
-            problems,
-            replace(config.decode, **overrides),
-            temperature=config.eval.temperature,
-            attempts=config.eval.attempts,
-            seed=config.seed,
-            max_prompt=config.max_prompt,
-            rank=self.rank,
-            world=self.world,
-        )
-        return report
+        return evaluate_run(self.policy, self.config, problems, self.rank, self.world, overrides)
 
     def _test(self, phase: str) -> dict[str, Any]:
         """Test reports by decoding schedule; `trained` is the schedule of the run."""
