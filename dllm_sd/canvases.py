@@ -80,7 +80,7 @@ class DecoderSteps:
         committed = torch.zeros((len(slot), steps.numel() + 1), dtype=torch.bool, device=slot.device)
         usable = committed.scatter_(1, slot, True)[:, :-1] & (steps <= needed[:, None])
         if not self.last_block:
-            final_block = position >= position.numel() - trajectory.block_length
+            final_block = trajectory.block == trajectory.block[:, -1:]
             first_final = torch.where(final_block & (reveal_step >= 0), reveal_step, steps.numel()).amin(1)
             usable &= steps < first_final[:, None]
         if self.prompt_ends:
@@ -101,7 +101,6 @@ class DecoderSteps:
             first, last = count // parts * part, count // parts * (part + 1)
         rows, steps = (usable & (order >= first) & (order < last)).nonzero(as_tuple=True)
         masked = trajectory.masked(rows, steps)
-        block = torch.arange(masked.shape[1], device=masked.device) // trajectory.block_length
         known = trajectory.reveal_step[rows] != NEVER
         return Canvases(
             rows=rows,
@@ -109,7 +108,7 @@ class DecoderSteps:
             ids=torch.cat([trajectory.prompt_ids[rows], trajectory.canvas(rows, steps)], 1),
             mask=attention_mask(trajectory, rows),
             masked=masked & known,
-            active=masked & known & (block == trajectory.active_block(rows, steps)[:, None]),
+            active=masked & known & (trajectory.block[rows] == trajectory.active_block(rows, steps)[:, None]),
             revealed=trajectory.revealed(rows, steps),
             tokens=trajectory.tokens[rows],
             weight=torch.ones(len(rows), device=rows.device),
@@ -125,6 +124,10 @@ class RandomMasks:
     Each draw masks every position of the completion independently with probability ``t``; the ``t`` of one
     rollout's draws are spread evenly over ``[t_min, 1]`` with one random offset (low-variance sampling, as in MDLM,
     arXiv 2406.07524).
+
+    A block-causal model never meets noise in earlier blocks: each draw then masks positions of one block, drawn
+    uniformly, and weighs as many times more as there are blocks (BD3-LM's bound, arXiv 2503.09573, Eq. 8, one of its
+    terms at a time).
     """
 
     draws: int = 1
@@ -148,8 +151,15 @@ class RandomMasks:
         device = trajectory.tokens.device
         if self.end_padding:
             trajectory = replace(trajectory, length=torch.full_like(trajectory.length, trajectory.tokens.shape[1]))
-        weight = 1 / (t.to(device) * trajectory.length[rows.to(device)])
-        return _synthetic(trajectory, rows.to(device), hidden.to(device), weight)
+        rows, hidden = rows.to(device), hidden.to(device)
+        weight = 1 / (t.to(device) * trajectory.length[rows])
+        if trajectory.blocks_of_prompt:
+            last = trajectory.block.gather(1, trajectory.length[:, None] - 1)[rows, 0]
+            place = (uniform(fold(base, -2), 1)[rows.cpu(), 0] + draw / self.draws) % 1
+            block = (place.to(device) * (last + 1)).long()
+            hidden &= trajectory.block[rows] == block[:, None]
+            weight *= last + 1
+        return _synthetic(trajectory, rows, hidden, weight)
 
 
 @dataclass(frozen=True)

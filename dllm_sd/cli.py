@@ -1,4 +1,4 @@
-"""The command line: ``dllm-sd train | eval | sample | show``.
+"""The command line: ``dllm-sd train | eval | sample | show | export``.
 
 Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted after saving; 1 anything else.
 """
@@ -75,10 +75,23 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("overrides", nargs="*", metavar="key=value")
     sample.set_defaults(command=_sample)
 
-    show = commands.add_parser("show", help="the resolved config and what its method is made of")
+    show = commands.add_parser("show", help="the resolved config, its method, the memory it needs, a prompt")
     show.add_argument("config")
     show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.add_argument("--processes", type=int, default=1, help="processes for the memory estimate")
+    show.add_argument("--sharded", action="store_true", help="estimate for FSDP2 instead of DDP")
     show.set_defaults(command=_show)
+
+    export = commands.add_parser(
+        "export", help="a run's weights for other programs: adapter, native or original format"
+    )
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--to", required=True, choices=("peft", "merged", "original"))
+    export.add_argument("folder", metavar="DIR", help="must be empty or not exist")
+    export.add_argument("--weights", choices=("best", "last"), default="best", help="default: best on the dev split")
+    export.add_argument("--push", metavar="REPO", help="also upload DIR to this repository of the Hugging Face hub")
+    export.add_argument("overrides", nargs="*", metavar="key=value")
+    export.set_defaults(command=_export)
     return parser
 
 
@@ -156,7 +169,8 @@ def _load(name: str, overrides: Sequence[str], task: str | None = None) -> tuple
     from accelerate import Accelerator
 
     from dllm_sd.config import apply_overrides, build_config
-    from dllm_sd.policies.loading import build_policy, model_folder
+    from dllm_sd.policies.blueprint import model_folder
+    from dllm_sd.policies.loading import build_policy
     from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights
     from dllm_sd.training.folder import read_tree
 
@@ -227,18 +241,34 @@ def _frame(policy: Any, frames: Sequence[Sequence[int]]) -> Any:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from dllm_sd.config import load_config, to_tree, to_yaml
+    import torch
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from dllm_sd.config import check_model, load_config, to_tree, to_yaml
+    from dllm_sd.evaluation import first
+    from dllm_sd.memory import estimate, table
+    from dllm_sd.policies.loading import skeleton
 
     config = load_config(options.config, options.overrides)
     console = Console()
     console.print(to_yaml(config), highlight=False, markup=False)
-    table = Table(title="method")
-    table.add_column("slot")
-    table.add_column("part")
+    method = Table(title="method")
+    method.add_column("slot")
+    method.add_column("part")
     for slot, part in to_tree(config)["method"].items():
         parts = part if isinstance(part, list) else [part]
-        table.add_row(slot, "\n".join(_describe_part(item) for item in parts) or "none")
-    console.print(table)
+        method.add_row(slot, "\n".join(_describe_part(item) for item in parts) or "none")
+    console.print(method)
+    blueprint = check_model(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = estimate(skeleton(blueprint), config, processes=options.processes, sharded=options.sharded, device=device)
+    console.print(table(memory))
+    problem = first(config.task.problems("train"), 1) or first(config.task.problems("test"), 1)
+    if problem and blueprint.chat is not None:
+        prompt = blueprint.chat.render(config.task.messages(problem[0]))
+        tokens = len(blueprint.chat.encode(config.task.messages(problem[0])))
+        console.print(Panel(Text(prompt), title=f"a prompt, {tokens} tokens"))
     return 0
 
 
@@ -247,3 +277,36 @@ def _describe_part(part: Any) -> str:
         return str(part)
     fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
     return f"{part['name']} ({fields})" if fields else part["name"]
+
+
+def _export(options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+    from huggingface_hub.utils import validate_repo_id
+
+    from dllm_sd.exporting import check_folder, export_policy, push_folder
+    from dllm_sd.model_card import Trained
+    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights
+
+    run, folder = Path(options.run), Path(options.folder)
+    if not _is_run(options.run):
+        raise InputError(f"{options.run!r} is not a run; give the folder that dllm-sd train wrote")
+    if PartialState().num_processes > 1:
+        raise InputError("export runs on one process; start it without accelerate launch")
+    check_folder(folder)
+    if options.push:
+        try:
+            validate_repo_id(options.push)
+        except ValueError as error:
+            raise InputError(f"--push {options.push!r} is no name of a repository: {error}") from error
+    config, policy = _load(options.run, options.overrides)
+    last = latest_checkpoint(run)
+    checkpoint = last if options.weights == "last" else best_checkpoint(run) or last
+    if checkpoint is None:
+        raise InputError(f"run {options.run!r} has no last weights; export --weights best")
+    load_weights(policy, checkpoint)
+    export_policy(policy, config.model, options.to, folder, Trained(run, checkpoint), options.push)
+    Console().print(f"written to {folder}", highlight=False, soft_wrap=True)
+    if options.push:
+        push_folder(folder, options.push)
+        Console().print(f"uploaded to {options.push}", highlight=False, soft_wrap=True)
+    return 0

@@ -8,7 +8,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.methods import METHODS, Method
-from dllm_sd.policies.loading import Model
-from dllm_sd.policies.masked_diffusion import Denoising
+from dllm_sd.policies.blueprint import Blueprint, Model, read_blueprint
+from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.masked_diffusion import check_blocks
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.task import Task
@@ -71,6 +72,24 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"config {path} must hold keys such as model, task and method")
     tree.setdefault("run", f"runs/{path.stem}")
     return build_config(apply_overrides(tree, overrides))
+
+
+def check_model(config: Config) -> Blueprint:
+    """Read what the checkpoint says without its weights, and refuse what this model cannot do.
+
+    Raises:
+        InputError: naming the key, and the remedy.
+    """
+    blueprint = read_blueprint(config.model)
+    for schedule in ({}, *config.eval.schedules.values()):
+        check_blocks(blueprint.block_length, replace(config.decode, **schedule))
+    for context in config.method.contexts if blueprint.block_length is not None else ():
+        if context.shows_later_blocks:
+            raise InputError(
+                "method.contexts reveals later blocks, which a block-causal model never sees, so the teacher would "
+                "know no more than the student; set the suffix context's scope to active_block"
+            )
+    return blueprint
 
 
 def find_config(name: str) -> Path:
@@ -129,7 +148,7 @@ def build_config(tree: Mapping[str, Any]) -> Config:
 def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
     """The plain tree of a config or part; building it again gives an equal object."""
     if is_dataclass(value) and not isinstance(value, type):
-        tree = {f.name: to_tree(getattr(value, f.name), f.metadata.get("parts")) for f in fields(value)}
+        tree = {_key(f): to_tree(getattr(value, f.name), f.metadata.get("parts")) for f in fields(value)}
         if table is not None:
             name = next(name for name, part in table.items() if part is type(value))
             tree = {"name": name, **tree}
@@ -144,6 +163,11 @@ def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _key(f: Field[Any]) -> str:
+    """The config key of a field; they differ where the key is a word of Python."""
+    return f.metadata.get("key", f.name)
 
 
 def _parents(key: str) -> list[str]:
@@ -163,22 +187,20 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
             tree = {key: value for key, value in tree.items() if key != "name"}
     if not isinstance(tree, Mapping):
         raise InputError(f"{path or 'the config'} must be a mapping of keys, not {tree!r}")
-    known = {f.name: f for f in fields(cls) if f.init}
+    known = {_key(f): f for f in fields(cls) if f.init}
     for key in tree:
         if key not in known:
             raise InputError(f"unknown key {_join(path, str(key))!r}; {_hint(key, known, 'known keys:')}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for name, f in known.items():
-        here = _join(path, name)
-        former = getattr(base, name) if base is not None else None
-        if name in tree:
+    for key, f in known.items():
+        here, hint = _join(path, key), hints[f.name]
+        former = getattr(base, f.name) if base is not None else None
+        if key in tree:
             parts = f.metadata.get("parts")
-            values[name] = (
-                _parts(hints[name], tree[name], here, former, parts) if parts else _value(hints[name], tree[name], here)
-            )
+            values[f.name] = _parts(hint, tree[key], here, former, parts) if parts else _value(hint, tree[key], here)
         elif base is not None:
-            values[name] = former
+            values[f.name] = former
     if cls is Config and "task" not in values:
         raise InputError(f"the config names no task; set task.name to one of {', '.join(TASKS)}")
     return cls(**values)
@@ -224,7 +246,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         options = [option for option in arguments if option is not type(None)]
-        return _value(options[0] if len(options) == 1 else Union[tuple(options)], value, path)  # noqa: UP007
+        return _value(next((option for option in options if type(value) is option), options[0]), value, path)
     if origin is Literal:
         if value in arguments:
             return value

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
-from dllm_sd.policies.masked_diffusion import Denoising
+from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Prompted, prompt_tokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.masked_diffusion import Denoising
+from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Grade, Problem, Task

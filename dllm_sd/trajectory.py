@@ -40,6 +40,9 @@ class Trajectory:
     mask_id: int
     end_ids: tuple[int, ...]
     pad_id: int
+    blocks_of_prompt: bool = False
+    """Whether blocks are counted from the first prompt token (block-causal models: the first block of the completion
+    may hold the end of the prompt too), else from the first completion position."""
 
     @property
     def size(self) -> int:
@@ -58,6 +61,11 @@ class Trajectory:
         known = self.reveal_step.gather(1, last) != NEVER
         return (is_any_of(self.tokens.gather(1, last), self.end_ids) & known)[:, 0]
 
+    @property
+    def block(self) -> Tensor:
+        """int64 ``[b l]``: the block of each position; the one in which the completion begins is 0."""
+        return block_index(self.prompt_mask, self.tokens.shape[1], self.block_length, self.blocks_of_prompt)
+
     def masked(self, rows: Tensor, steps: Tensor) -> Tensor:
         """bool ``[n l]``: positions still masked before step ``steps[n]`` of completion ``rows[n]``."""
         reveal_step = self.reveal_step[rows]
@@ -73,7 +81,8 @@ class Trajectory:
 
     def active_block(self, rows: Tensor, steps: Tensor) -> Tensor:
         """int64 ``[n]``: index of the block that holds the first masked position (0 if nothing is masked)."""
-        return self.masked(rows, steps).int().argmax(1) // self.block_length
+        first = self.masked(rows, steps).int().argmax(1)
+        return self.block[rows].gather(1, first[:, None])[:, 0]
 
     def first_steps(self, steps: int) -> "Trajectory":
         """The horizon of the first ``steps`` decoding steps: what they did not reveal was never revealed."""
@@ -81,8 +90,7 @@ class Trajectory:
 
     def first_blocks(self, blocks: int) -> "Trajectory":
         """The horizon of the first ``blocks`` blocks."""
-        inside = torch.arange(self.tokens.shape[1], device=self.tokens.device) < blocks * self.block_length
-        return self._cut((self.reveal_step >= 0) & inside)
+        return self._cut((self.reveal_step >= 0) & (self.block < blocks))
 
     def _cut(self, keep: Tensor) -> "Trajectory":
         tokens = self.tokens.masked_fill(~keep, self.pad_id)
@@ -102,6 +110,14 @@ class Trajectory:
         return replace(
             self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type in (Tensor, "Tensor")}
         )
+
+
+def block_index(prompt_mask: Tensor, length: int, block_length: int, blocks_of_prompt: bool) -> Tensor:
+    """int64 ``[b l]``: `Trajectory.block` of ``length`` completion positions behind prompts ``prompt_mask [b p]``."""
+    position = torch.arange(length, device=prompt_mask.device).expand(len(prompt_mask), -1)
+    if blocks_of_prompt:
+        position = position + prompt_mask.sum(1, keepdim=True) % block_length
+    return position // block_length
 
 
 def is_any_of(ids: Tensor, wanted: Sequence[int]) -> Tensor:
@@ -138,7 +154,7 @@ def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
     """
     if not parts:
         raise ValueError("nothing to concatenate")
-    layouts = {(t.tokens.shape[1], t.block_length, t.mask_id, t.end_ids, t.pad_id) for t in parts}
+    layouts = {(t.tokens.shape[1], t.block_length, t.mask_id, t.end_ids, t.pad_id, t.blocks_of_prompt) for t in parts}
     if len(layouts) > 1:
         raise ValueError(f"trajectories of different layouts cannot be stacked: {sorted(layouts)}")
     width = max(t.prompt_ids.shape[1] for t in parts)

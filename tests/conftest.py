@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.policies.loading import Model, Shape, build_policy
-from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion, denoise
+from dllm_sd.policies.blueprint import Model, Shape
+from dllm_sd.policies.denoising import Denoising, denoise
+from dllm_sd.policies.loading import build_policy
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 
@@ -47,7 +49,9 @@ def noise() -> Callable[..., Trajectory]:
     Mask 11, end 10, padding 9; tokens 0 to 10 are drawn; positions are committed in random order.
     """
 
-    def decode(b: int = 6, seed: int = 0, early_end: bool = True, **settings: Any) -> Trajectory:
+    def decode(
+        b: int = 6, seed: int = 0, early_end: bool = True, blocks_of_prompt: bool = False, **settings: Any
+    ) -> Trajectory:
         rng = random.Random(seed)
         prompts = [[rng.randrange(9) for _ in range(rng.randrange(1, 6))] for _ in range(b)]
         settings = {"length": 24, "block_length": 8, "temperature": 1.0, "order": "random"} | settings
@@ -59,6 +63,7 @@ def noise() -> Callable[..., Trajectory]:
             mask_id=11,
             end_ids=(10,),
             pad_id=9,
+            blocks_of_prompt=blocks_of_prompt,
         )
 
     return decode

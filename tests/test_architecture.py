@@ -15,7 +15,20 @@ PACKAGE = Path(dllm_sd.__file__).resolve().parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     *("errors", "randomness", "losses", "trajectory", "canvases", "tasks", "policies", "rollouts", "teachers"),
-    *("methods", "objective", "settings", "config", "evaluation", "training", "", "cli", "__main__"),
+    *(
+        "methods",
+        "objective",
+        "settings",
+        "config",
+        "evaluation",
+        "training",
+        "memory",
+        "model_card",
+        "exporting",
+        "",
+        "cli",
+        "__main__",
+    ),
 ]
 """From the lowest to the highest; the empty name is ``dllm_sd/__init__.py``, the public API."""
 
@@ -116,5 +129,5 @@ def test_nothing_is_evaluated_and_nothing_is_unpickled(name: str):
 def test_the_module_can_be_run():
     done = subprocess.run([sys.executable, "-m", "dllm_sd", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "eval", "sample", "show"):
+    for command in ("train", "eval", "sample", "show", "export"):
         assert command in done.stdout

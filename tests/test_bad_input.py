@@ -10,12 +10,13 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dllm_sd.cli import main
-from dllm_sd.policies.loading import Model, Shape, build_policy
+from dllm_sd.policies.blueprint import Model, Shape
+from dllm_sd.policies.loading import build_policy
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TREE: dict[str, Any] = {
     "run": "run",
     "updates": 1,
@@ -84,6 +85,7 @@ def write(tmp_path: Path) -> Callable[[str, str], str]:
         ("decode.block_length=5", "decode.block_length 5 does not divide decode.length 16; choose a divisor"),
         ("eval.schedules.fast.block_length=5", "decode.block_length 5 does not divide decode.length 16"),
         ("seed", "override 'seed' is not of the form key=value"),
+        ("model.quantization=4bit", "model.quantization cannot be trained itself; set model.lora as well"),
     ],
 )
 def test_a_mistake_in_the_config_is_refused_before_anything_is_made(refuse: Refuse, override: str, message: str):
@@ -157,12 +159,73 @@ def test_a_tokenizer_without_a_mask_or_end_token_is_refused_until_it_is_named(
 ):
     ends = save_tokenizer(tmp_path / "ends", eos_token="</s>")
     masks = save_tokenizer(tmp_path / "masks", mask_token="[MASK]")
-    refused = refuse(f"model.tokenizer={ends}", leaves={"run"})
+    refused = refuse(f"model.tokenizer={ends}")
     assert refused.endswith("has no mask token; name it in model.mask_token")
-    refused = refuse(f"model.tokenizer={ends}", "model.mask_token='<m>'", leaves={"run"})
+    refused = refuse(f"model.tokenizer={ends}", "model.mask_token='<m>'")
     assert refused.endswith("has no mask token '<m>'; name it in model.mask_token")
-    assert "has no end token; set eos_token" in refuse(f"model.tokenizer={masks}", leaves={"run"})
+    assert "has no end token; set eos_token" in refuse(f"model.tokenizer={masks}")
     assert train(f"model.tokenizer={ends}", "model.mask_token='[MASK]'") == 0
+
+
+LATER = "method.contexts reveals later blocks, which a block-causal model never sees, so the teacher would know no more"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.block_length=8"], "decode.block_length is 4, but this model is block-causal with blocks of 8"),
+        (
+            ["model.block_length=4", "eval.schedules.wide.block_length=8"],
+            "decode.block_length is 8, but this model is block-causal with blocks of 4",
+        ),
+        (["model.block_length=4", "method=d_opsd"], LATER),
+        (["model.block_length=4", "method=d_opsd_paper"], LATER),
+        (["model.block_length=0"], "the attention block length must be at least 1, not 0; set model.block_length"),
+        (["model.thinking=false"], "model.thinking is set, but the chat template has no thinking switch; leave it out"),
+        (["model.mask_token=25"], "model.shape has 25 embedding rows, but the tokenizer knows 25 tokens and the mask"),
+        (["model.end_tokens=['<end>']"], "the tokenizer of model.shape has no token '<end>'; mend model.end_tokens"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("command", ["show", "train"])
+def test_what_the_model_cannot_do_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    overrides: list[str],
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(yaml.safe_dump(TREE), encoding="utf-8")
+    assert main([command, "small.yaml", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" or command == "show"  # which shows the config first
+    assert err.startswith(f"dllm-sd: {message}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_block_causal_model_trains_with_a_suffix_of_the_active_block(train: Callable[..., int]):
+    contexts = [{"name": "suffix", "scope": "active_block", "ratio": 0.5}]
+    method = {"name": "d_opsd", "gate": "all", "contexts": contexts, "rollout": {"problems": 2, "attempts": 1}}
+    assert train("model.block_length=4", "decode.tokens_per_step=1", method=method) == 0
+    line = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["sites"] > 0
+    assert line["loss"] > 0
+
+
+def test_a_model_that_writes_from_left_to_right_is_refused_until_it_is_to_become_a_diffusion_model(
+    refuse: Refuse, train: Callable[..., int], tmp_path: Path
+):
+    folder = save_tokenizer(tmp_path / "model", eos_token="</s>")
+    config: Any = LlamaConfig(vocab_size=14, bos_token_id=None, eos_token_id=None, **SHAPE)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    refused = refuse(model={"path": folder})
+    assert refused.endswith(
+        "is an autoregressive model (llama); set model.as=diffusion to make it a bidirectional model with a mask token"
+    )
+    assert train(model={"path": folder, "as": "diffusion"}) == 0
 
 
 def damage(file: Path, change: Callable[[bytes], bytes]) -> None:
@@ -184,7 +247,8 @@ def test_a_damaged_checkpoint_is_refused(
     model: Any = policy.module.model
     model.save_pretrained(tmp_path / "model")
     damage(tmp_path / "model" / name, change)
-    refused = refuse(model={"path": str(tmp_path / "model"), "tokenizer": "tiny"}, leaves={"run"})
+    left = set() if name == "config.json" else {"run"}  # weights are read last
+    refused = refuse(model={"path": str(tmp_path / "model"), "tokenizer": "tiny"}, leaves=left)
     assert message in refused
 
 
@@ -200,7 +264,7 @@ def test_a_model_that_does_not_exist_is_refused(
 
 
 def test_a_refused_run_can_be_started_again_with_the_mistake_corrected(refuse: Refuse, train: Callable[..., int]):
-    assert "is not a folder" in refuse("model={path: ./nowhere}", leaves={"run"})
+    assert "is not a folder" in refuse("model={path: ./nowhere}")
     assert train() == 0
 
 

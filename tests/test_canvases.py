@@ -142,6 +142,70 @@ def test_the_weights_of_random_masks_make_every_answer_token_count_the_same(nois
     assert (abs(scaled[answer] - 1) < 6 * (2.2 / 1200) ** 0.5).all()
 
 
+def blocks_by_hand(trajectory: Trajectory) -> list[list[int]]:
+    """The block of every completion position, counted over the whole row from its first prompt token."""
+    lengths, size = trajectory.prompt_mask.sum(1).tolist(), trajectory.block_length
+    return [[(p + i) // size - p // size for i in range(trajectory.tokens.shape[1])] for p in lengths]
+
+
+def test_the_active_block_of_a_block_causal_model_may_begin_in_the_prompt(noise):
+    trajectory = noise(b=12, blocks_of_prompt=True)
+    canvases, blocks = DecoderSteps()(trajectory, keys(trajectory), 0, 1), blocks_by_hand(trajectory)
+    for i in range(canvases.size):
+        row, step = int(canvases.rows[i]), int(canvases.steps[i])
+        reveal = trajectory.reveal_step[row].tolist()
+        first = next(j for j in range(24) if not 0 <= reveal[j] < step)
+        expected = [reveal[j] >= step and blocks[row][j] == blocks[row][first] for j in range(24)]
+        assert canvases.active[i].tolist() == expected
+        assert not bool((canvases.revealed[i] & ~canvases.active[i]).any())
+
+
+def test_the_last_block_of_a_block_causal_model_may_be_shorter(noise):
+    trajectory = noise(b=20, early_end=False, blocks_of_prompt=True)
+    everything, without = DecoderSteps().usable(trajectory), DecoderSteps(last_block=False).usable(trajectory)
+    for row, blocks in enumerate(blocks_by_hand(trajectory)):
+        reveal = trajectory.reveal_step[row].tolist()
+        first = min(step for step, block in zip(reveal, blocks, strict=True) if block == blocks[-1])
+        steps = everything[row].nonzero()[:, 0].tolist()
+        assert without[row].nonzero()[:, 0].tolist() == [step for step in steps if step < first]
+
+
+def test_random_masks_of_a_block_causal_model_hide_some_of_one_block_only(noise):
+    trajectory = noise(b=60, blocks_of_prompt=True)
+    blocks = blocks_by_hand(trajectory)
+    for end_padding, t_min in ((True, 0.001), (False, 0.001), (False, 0.999)):
+        rule = RandomMasks(draws=3, end_padding=end_padding, t_min=t_min)
+        canvases = rule(trajectory, keys(trajectory), 0, 1)
+        met = set()
+        for i in range(canvases.size):
+            row = int(canvases.rows[i])
+            end = 24 if end_padding else int(trajectory.length[row])
+            hidden = [j for j in range(24) if canvases.masked[i, j]]
+            touched = {blocks[row][j] for j in hidden}
+            assert len(touched) <= 1
+            assert len(touched) == 1 or t_min < 0.5  # no draw is spent on a block behind the end
+            assert all(j < end for j in hidden)
+            met |= touched
+            shown = [t if j not in hidden and j < end else MASK for j, t in enumerate(trajectory.tokens[row].tolist())]
+            assert canvases.ids[i, -24:].tolist() == shown
+        assert met == {block for row in blocks for block in row}
+
+
+@pytest.mark.parametrize("end_padding", [True, False])
+def test_one_block_at_a_time_has_the_mean_over_all_blocks_as_its_expectation(noise, end_padding):
+    trajectory = noise(b=400, blocks_of_prompt=True)
+    mean = mean_over_draws(trajectory, RandomMasks(draws=4, t_min=0.05, end_padding=end_padding), 30)
+    length = torch.full((400,), 24) if end_padding else trajectory.length
+    answer = torch.arange(24) < length[:, None]
+    assert not mean[~answer].any()
+    # Var(blocks * mask / t) = blocks * E[1 / t] - 1, at most 4 * 3.2 - 1
+    scaled, blocks = mean * length[:, None], torch.tensor(blocks_by_hand(trajectory))
+    for block in range(4):
+        here = answer & (blocks == block)
+        assert abs(scaled[here].mean() - 1) < 6 * (11.8 / (120 * int(here.any(1).sum()))) ** 0.5, block
+    assert abs(scaled[answer].mean() - 1) < 6 * (11.8 / (120 * 400)) ** 0.5
+
+
 def test_random_masks_hide_about_t_of_the_answer_and_everything_behind_it(noise):
     trajectory = noise(b=300)
     canvases = RandomMasks(draws=4, end_padding=False)(trajectory, keys(trajectory), 0, 1)

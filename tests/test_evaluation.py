@@ -12,7 +12,8 @@ import torch
 
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation import Item, Report, evaluate, first, pass_at_k, wilson_interval
-from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
+from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.rollouts import PassAtK, prompt_tokens
 from dllm_sd.tasks import Grade, Problem, Sudoku
 

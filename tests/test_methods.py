@@ -24,7 +24,8 @@ from dllm_sd.losses import (
 from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.methods import METHODS, Method
 from dllm_sd.objective import Graded, grade, plan_update
-from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
+from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, Correct, Demonstrations, PassAtK, Prompted, gather

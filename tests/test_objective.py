@@ -10,7 +10,8 @@ from dllm_sd.losses import GroupAdvantage, TopK
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.methods import METHODS, Method
 from dllm_sd.objective import Plan, entropy, grade, plan_update
-from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
+from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Base, Teacher, trained
 from dllm_sd.randomness import make_key

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.masked_diffusion import Denoising
+from dllm_sd.policies.denoising import Denoising
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.rollouts import (
     All,

@@ -94,6 +94,41 @@ def test_the_horizon_of_blocks_forgets_the_blocks_behind():
     assert whole.length.tolist() == [5, 6]
 
 
+def blocks_by_hand(trajectory: Trajectory) -> list[list[int]]:
+    """The block of every completion position, counted over the whole row from its first prompt token."""
+    lengths, size = trajectory.prompt_mask.sum(1).tolist(), trajectory.block_length
+    return [[(p + i) // size - p // size for i in range(trajectory.tokens.shape[1])] for p in lengths]
+
+
+def test_blocks_of_the_prompt_go_on_into_the_completion(noise):
+    trajectory = noise(b=12, block_length=4, blocks_of_prompt=True)
+    assert set(trajectory.prompt_mask.sum(1).tolist()) == {1, 2, 3, 4, 5}
+    assert trajectory.block.tolist() == blocks_by_hand(trajectory)
+    assert torch.equal(trajectory.select(torch.tensor([3])).block, trajectory.block[3:4])
+    assert torch.equal(replace(trajectory, blocks_of_prompt=False).block, (torch.arange(24) // 4).expand(12, -1))
+
+
+def test_a_decoder_finishes_one_block_of_the_prompt_before_the_next(noise):
+    trajectory = noise(b=12, block_length=4, tokens_per_step=3, blocks_of_prompt=True, early_end=False)
+    for row, blocks in enumerate(blocks_by_hand(trajectory)):
+        reveal = trajectory.reveal_step[row].tolist()
+        for step in sorted(set(reveal)):
+            (active,) = {blocks[i] for i in range(24) if reveal[i] == step}
+            assert blocks[next(i for i in range(24) if reveal[i] >= step)] == active
+            assert trajectory.active_block(torch.tensor([row]), torch.tensor([step])).tolist() == [active]
+
+
+def test_the_horizon_of_blocks_counts_the_block_in_which_the_completion_begins(noise):
+    whole = noise(b=12, block_length=4, blocks_of_prompt=True, early_end=False)
+    cut, blocks = whole.first_blocks(2), blocks_by_hand(whole)
+    for row in range(12):
+        kept = [block < 2 for block in blocks[row]]
+        assert sum(kept) == 8 - int(whole.prompt_mask[row].sum()) % 4
+        expected = [token if keep else PAD for token, keep in zip(whole.tokens[row].tolist(), kept, strict=True)]
+        assert cut.tokens[row].tolist() == expected
+        assert (cut.reveal_step[row] != NEVER).tolist() == kept
+
+
 def test_a_horizon_shows_the_same_canvases_up_to_its_end(noise):
     whole = noise(early_end=False)
     rows = torch.arange(whole.size)
@@ -132,6 +167,8 @@ def test_concatenating_what_was_selected_gives_the_whole_back(noise):
 def test_concatenating_refuses_other_layouts_and_nothing(noise):
     with pytest.raises(ValueError, match="layouts"):
         concatenate([noise(), noise(block_length=12)])
+    with pytest.raises(ValueError, match="layouts"):
+        concatenate([noise(), noise(blocks_of_prompt=True)])
     with pytest.raises(ValueError, match="nothing"):
         concatenate([])
 

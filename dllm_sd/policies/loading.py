@@ -1,89 +1,37 @@
-"""Load a policy: native transformers classes, safetensors only, no remote code."""
+"""Load a policy: native transformers classes, safetensors only, no remote code, one copy in memory."""
 
-import json
 import warnings
-from dataclasses import dataclass, fields
-from importlib.resources import files
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dllm_sd.errors import InputError
+from dllm_sd.policies.blueprint import Blueprint, Lora, Model, brief, find_file, read_blueprint
+from dllm_sd.policies.families import LINEARS
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on all seven kinds of linear layers (PEFT)."""
-
-    rank: int = 128
-    alpha: int = 64
-    dropout: float = 0.0
-    targets: tuple[str, ...] = LINEARS
-
-    def __post_init__(self) -> None:
-        if min(self.rank, self.alpha) < 1 or not 0 <= self.dropout < 1 or not self.targets:
-            raise InputError("model.lora needs rank and alpha of 1 or more, dropout from 0 to below 1, and targets")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of a randomly initialised model in LLaDA's architecture (bidirectional Llama, untied)."""
-
-    hidden_size: int = 64
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 2
-    intermediate_size: int = 192
-    vocab_size: int | None = None
-    """Rows of embedding and head; None takes what the tokenizer needs."""
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size) < 1:
-            raise InputError("model.shape needs sizes and numbers of 1 or more")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise InputError("model.shape.hidden_size must be a multiple of twice model.shape.num_attention_heads")
-
-
-@dataclass(frozen=True)
-class Model:
-    """Which model is trained (the keys of `model`)."""
-
-    path: str | None = None
-    """A folder, a hub name, or `tiny` for the shipped model. None with `random_init` builds `shape`."""
-    tokenizer: str | None = None
-    """Folder or hub name of the tokenizer where it is not beside the model."""
-    mask_token: str | None = None
-    """The mask token where the tokenizer does not name it."""
-    random_init: bool = False
-    """Random weights (seeded by `seed`) in the architecture of `path`, or of `shape` without a path."""
-    shape: Shape = Shape()
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    lora: Lora | None = None
-    """None trains all weights."""
-    gradient_checkpointing: bool = False
+_UNUSABLE = (
+    *(OSError, ValueError, RuntimeError, ImportError, SafetensorError),
+    *(KeyError, TypeError, ArithmeticError),  # damaged values of a config or index
+)
 
 
 def load_policy(name_or_path: str | None, *, device: str | torch.device = "cpu", **options: Any) -> MaskedDiffusion:
     """Load a masked-diffusion model and its tokenizer.
 
     Args:
-        name_or_path: a folder in a native transformers format, a hub name, or ``"tiny"``.
+        name_or_path: a checkpoint folder in its family's original or in a native format, a hub name, or ``"tiny"``.
+            Without a tokenizer beside it the policy reads and writes token ids only.
         device: where the weights go.
         **options: fields of `Model`, such as ``dtype="bfloat16"`` or ``lora=Lora(rank=8)``.
 
@@ -93,167 +41,196 @@ def load_policy(name_or_path: str | None, *, device: str | torch.device = "cpu",
     known = {f.name for f in fields(Model)} - {"path"}
     if unknown := set(options) - known:
         raise InputError(f"unknown model option {sorted(unknown)[0]!r}; choose from {', '.join(sorted(known))}")
-    return build_policy(Model(path=name_or_path, **options), device)
+    return build_policy(read_blueprint(Model(path=name_or_path, **options), text=False), device)
 
 
-def build_policy(model: Model, device: str | torch.device = "cpu") -> MaskedDiffusion:
-    """The policy that `model` describes, on ``device``."""
-    tokenizer = load_tokenizer(model)
-    mask_id = find_mask(model, tokenizer)
-    network: Any = _network(model, tokenizer)
-    width = network.get_input_embeddings().weight.shape[0]
-    if max(mask_id, len(tokenizer) - 1) >= width:
-        raise InputError(
-            f"the tokenizer of model.path knows {len(tokenizer)} tokens (mask id {mask_id}) but the embedding has "
-            f"{width} rows; use the tokenizer that belongs to the model"
-        )
-    network.to(device)
+def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") -> MaskedDiffusion:
+    """The policy that a blueprint (or the keys of `model`) describes, on ``device``."""
+    blueprint = read_blueprint(source) if isinstance(source, Model) else source
+    model = blueprint.model
+    network = load_network(blueprint, device)
     if model.gradient_checkpointing:
         network.activation_checkpointing_enable()
-    adapted = _with_lora(network, model.lora, model.seed) if model.lora else network
-    end_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert isinstance(end_id, int)
-    pad_id = pad_id if isinstance(pad_id, int) else end_id
+    adapted = _with_lora(network, model.lora, blueprint.family.lora_targets, model.seed) if model.lora else network
+    rows = network.get_input_embeddings().weight.shape[0]
+    known = len(blueprint.chat.tokenizer) if blueprint.chat else rows
     policy = MaskedDiffusion(
         adapted,
-        tokenizer,
-        mask_id=mask_id,
-        end_ids=(end_id,),
-        pad_id=pad_id,
-        suppress=tuple(range(len(tokenizer), width)),
+        blueprint.chat,
+        mask_id=blueprint.mask_id,
+        end_ids=blueprint.end_ids,
+        pad_id=blueprint.pad_id,
+        suppress=tuple(range(known, rows)),
+        block_length=blueprint.block_length,
+        shift=blueprint.family.shift,
+        merge_rollouts=model.lora is not None and model.lora.merge_rollouts,
     )
     _check(policy)
     return policy
 
 
-def model_folder(name_or_path: str) -> str:
-    """The folder of a shipped asset (``tiny``), else the argument itself (a folder or hub name)."""
-    asset = Path(str(files("dllm_sd") / "assets" / name_or_path))
-    if asset.is_dir() and not Path(name_or_path).exists():
-        return str(asset)
-    if ("/" in name_or_path or "." in name_or_path) and name_or_path[0] in "./~" and not Path(name_or_path).is_dir():
-        raise InputError(f"model.path {name_or_path!r} is not a folder; give a checkpoint folder or a hub name")
-    return name_or_path
+def skeleton(blueprint: Blueprint) -> PreTrainedModel:
+    """The network without memory for its weights (meta device), to count them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(blueprint.config)
 
 
-def load_tokenizer(model: Model) -> Tokenizer:
-    """The tokenizer of a model, without remote code."""
-    source = model.tokenizer or model.path
-    if source is None:
-        raise InputError("model.tokenizer is missing; name the folder or hub name of a tokenizer")
-    folder = model_folder(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # damaged JSON can make transformers stumble over anything
-        raise InputError(f"no usable tokenizer at {source!r} (model.tokenizer): {_brief(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer at {source!r} has no end token; set eos_token in its tokenizer_config.json")
-    return tokenizer
+def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> Any:
+    """The native network of a blueprint, whole and with sound buffers, in eval mode.
 
-
-def find_mask(model: Model, tokenizer: Tokenizer) -> int:
-    """Id of the mask token, from `model.mask_token` or from the tokenizer."""
-    token = model.mask_token or tokenizer.mask_token
-    known = tokenizer.get_vocab()
-    if token is None or token not in known:
-        raise InputError(
-            f"the tokenizer at {model.tokenizer or model.path!r} has no mask token"
-            f"{f' {token!r}' if token else ''}; name it in model.mask_token"
-        )
-    return known[token]
-
-
-def _network(model: Model, tokenizer: Tokenizer) -> PreTrainedModel:
-    if model.path is None and not model.random_init:
-        raise InputError("model.path is missing; name a checkpoint, or set model.random_init to true")
-    config = _read_config(model.path) if model.path else _llada_shape(model.shape, tokenizer)
-    config.is_causal = False
-    options = {"dtype": DTYPES[model.dtype], "attn_implementation": model.attention}
+    Raises:
+        InputError: naming the file or tensor that is missing, misshaped, unexpected or damaged.
+    """
+    model, config = blueprint.model, blueprint.config
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": model.attention}
+    rows = len(blueprint.chat.tokenizer) if blueprint.chat else 0
     try:
         if model.random_init:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(model.seed)
-                return AutoModelForCausalLM.from_config(config, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder(str(model.path)),
-            **options,
-            config=config,
-            ignore_mismatched_sizes=True,  # so that the report names them
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"no usable model at {model.path or model.shape!r} (model.path): {_brief(error)}") from error
-    network, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            name = sorted(map(str, report[kind]))[0]
-            raise InputError(f"the checkpoint at {model.path!r} has {kind.replace('_', ' ')}, first {name}")
+            with _seeded(model.seed):
+                network: Any = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            network = _read_weights(blueprint, device, options)
+        if rows > network.get_input_embeddings().weight.shape[0]:  # the row of an added mask token
+            with _seeded(model.seed):
+                network.resize_token_embeddings(rows)
+    except _UNUSABLE as error:
+        if isinstance(error, InputError):
+            raise
+        where = repr(model.path or model.shape)
+        damaged = _damaged_file(blueprint.folder) if model.path else ""
+        raise InputError(f"no usable model at {where} (model.path): {damaged}{brief(error)}") from error
+    network.to(device)
+    network.eval()
+    network.generate = _refuse_generate
+    for part in network.modules():
+        if hasattr(part, "is_causal"):
+            part.is_causal = False
+    _check_rotary(network, str(model.path))
     return network
 
 
-def _read_config(path: str) -> Any:
-    folder = Path(model_folder(path))
-    file = folder / "config.json"
-    if file.is_file():
+def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dict[str, Any]) -> Any:
+    path = str(blueprint.model.path)
+    _check_files(path)
+    if blueprint.model.quantization:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    if blueprint.model.quantization or torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}  # shard by shard, straight to where it stays
+    network_class: Any = blueprint.family.network or AutoModelForCausalLM
+    network, report = network_class.from_pretrained(
+        blueprint.folder,
+        **options,
+        config=blueprint.config,
+        ignore_mismatched_sizes=True,  # so that the report names them
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
+        if report.get(kind):
+            name = sorted(map(str, report[kind]))[0]
+            raise InputError(
+                f"the checkpoint at {path!r} has {kind.replace('_', ' ')}, first {name}; download it again, or use "
+                "the config.json that belongs to it"
+            )
+    if network.get_input_embeddings().weight is not network.get_output_embeddings().weight:
+        network.config.tie_word_embeddings = False  # a head of its own, whatever the config says
+    return network
+
+
+def _damaged_file(folder: str) -> str:
+    """The first file of weights that cannot be opened, with a colon; safetensors does not name it."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
         try:
-            written = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is not JSON ({error}); restore the checkpoint's config.json") from error
-        if not isinstance(written, dict) or "model_type" not in written:
-            raise InputError(f"{file} names no model_type; restore the checkpoint's config.json")
-    try:
-        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False)
-    except Exception as error:  # a damaged value can make transformers stumble over anything
-        raise InputError(f"no usable config.json at {path!r} (model.path): {_brief(error)}") from error
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{file.name}: "
+    return ""
 
 
-def _llada_shape(shape: Shape, tokenizer: Tokenizer) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocab_size or len(tokenizer),
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        intermediate_size=shape.intermediate_size,
-        max_position_embeddings=shape.max_position_embeddings,
-        rms_norm_eps=shape.rms_norm_eps,
-        initializer_range=shape.initializer_range,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+def _check_files(path: str) -> None:
+    """Refuse a checkpoint without safetensors, in particular one that holds pickles only."""
+    if any(find_file(path, name) for name in ("model.safetensors", "model.safetensors.index.json")):
+        return
+    pickled = any(find_file(path, name) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+    kind = "holds pickled weights, which can run code" if pickled else "holds no model.safetensors"
+    raise InputError(f"the checkpoint at {path!r} {kind}; convert or download it in the safetensors format")
 
 
-def _with_lora(network: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    names = [name.rsplit(".", 1)[-1] for name, _ in network.named_modules()]
-    if absent := [target for target in lora.targets if target not in names]:
-        raise InputError(f"model.lora.targets names {absent[0]!r}, which this model does not have")
-    settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own use
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        yield
+
+
+def _refuse_generate(*_: Any, **__: Any) -> NoReturn:
+    raise InputError(
+        "generate() writes from left to right and this model denoises, so its text would be nonsense; use decode()"
+    )
+
+
+def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], seed: int) -> PeftModel:
+    names = {name.rsplit(".", 1)[-1] for name, part in network.named_modules() if isinstance(part, nn.Linear)}
+    wanted = targets if lora.targets is None else lora.targets
+    if absent := [target for target in wanted if target not in names]:
+        raise InputError(
+            f"model.lora.targets names {absent[0]!r}; linear layers of this model: {', '.join(sorted(names))}"
+        )
+    stacked = any(name.endswith("gate_up_proj") for name, _ in network.named_parameters())
+    if stacked and set(wanted) & set(LINEARS[4:]):
+        raise InputError(
+            f"model.lora.targets names {', '.join(LINEARS[4:])}, which PEFT would take for the stacked experts; set it "
+            f"to [{', '.join(LINEARS[:4])}]"
+        )
+    modules = {name.rsplit(".", 1)[-1] for name, _ in network.named_modules()}
+    if absent := [name for name in lora.modules_to_save if name not in modules]:
+        raise InputError(f"model.lora.modules_to_save names {absent[0]!r}, which this model does not have")
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(wanted),
+        modules_to_save=list(lora.modules_to_save) or None,
+    )
+    with _seeded(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own use
         adapted = get_peft_model(network, settings)
     assert isinstance(adapted, PeftModel)
     return adapted
 
 
+def _check_rotary(network: nn.Module, where: str) -> None:
+    """Rotary frequencies live in buffers that no checkpoint holds; a class may leave them unset without a word."""
+    for name, part in network.named_modules():
+        found: Any = getattr(part, "inv_freq", None)
+        if not isinstance(found, torch.Tensor):
+            continue
+        build: Any = type(part)
+        right: Any = build(part.config)
+        if not torch.allclose(found.float().cpu(), right.inv_freq.float(), rtol=1e-3, atol=0):
+            raise InputError(f"the rotary frequencies of {name} at {where!r} are wrong after loading; report this")
+
+
 def _check(policy: MaskedDiffusion) -> None:
-    """What can silently go wrong: a causal mask left on, non-finite buffers or weights."""
-    ids = torch.full((2, 4), policy.mask_id)
-    ids[1, -1] = policy.end_ids[0]
+    """What can silently go wrong: an attention mask of the wrong kind, non-finite weights."""
+    length = 2 * (policy.block_length or 2)
+    ids = torch.full((3, length), policy.mask_id)
+    ids[1, length // 2 - 1] = ids[2, -1] = policy.end_ids[0]  # inside the first block, and behind it
     sites = torch.zeros_like(ids, dtype=torch.bool)
     sites[:, 0] = True
     with torch.no_grad():
-        first, second = policy.site_logits(View(ids, torch.ones_like(sites), sites))
-    if not bool(torch.isfinite(first).all()):
+        plain, near, far = policy.site_logits(View(ids, torch.ones_like(sites), sites))
+    if not bool(torch.isfinite(plain).all()):
         raise InputError("the model's logits are not finite after loading; the checkpoint is damaged")
-    if bool((first == second).all()):
+    blind = bool((plain == near).all()) and policy.block_length != 1
+    if blind or (policy.block_length is None and bool((plain == far).all())):
         raise InputError("the model ignores later positions; it still attends causally and cannot denoise")
-
-
-def _brief(error: BaseException) -> str:
-    return shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
+    if policy.block_length is not None and not torch.allclose(plain, far, rtol=1e-2, atol=1e-2):
+        raise InputError("the model sees blocks that come later; its attention is not block-causal")

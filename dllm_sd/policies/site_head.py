@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from dllm_sd.policies.prefix_cache import Window, block_causal
 
 
 class SiteHead(nn.Module):
@@ -15,17 +18,56 @@ class SiteHead(nn.Module):
     The gather stands before the output head and inside ``forward``, so that DDP and FSDP wrap it correctly.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, block_length: int | None = None, shift: bool = False
+    ) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: the network.
+            block_length: positions of an attention block; None lets every position see all others.
+            shift: whether the network's logits at position i speak about position i + 1.
+        """
         super().__init__()
         self.model = model
+        self.block_length, self.shift = block_length, shift
 
-    def forward(self, ids: Tensor, mask: Tensor, sites: Tensor) -> Tensor:
-        """Logits ``[m v]`` from ids int64 ``[n s]``, attention mask and sites bool ``[n s]``."""
-        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        body, head = model.base_model, model.get_output_embeddings()
-        position = (mask.long().cumsum(1) - 1).clamp(min=0)  # counted from the first real token, whatever the padding
-        hidden = body(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
-        return head(hidden[sites])
+    @property
+    def _no_split_modules(self) -> Any:
+        """Kinds of layers that stay whole when the module is sharded (read by accelerate)."""
+        return self._network._no_split_modules
+
+    @property
+    def _network(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def forward(self, ids: Tensor, mask: Tensor, sites: Tensor, window: Window | None = None) -> Tensor:
+        """Logits ``[m v]`` from ids int64 ``[n s]``, attention mask and sites bool ``[n s]``.
+
+        With a ``window`` the ids are some positions of longer sequences, whose finished blocks it remembers; ``mask``
+        then tells which of them are real.
+        """
+        network = self._network
+        body, head = network.base_model, network.get_output_embeddings()
+        if window is not None:
+            position, attention = window.position, window.attention(mask)
+        else:
+            position = (mask.long().cumsum(1) - 1).clamp(min=0)  # counted from the first real token
+            attention = mask if self.block_length is None else block_causal(position, mask, self.block_length)
+        if attention.dim() == 4 and network.config._attn_implementation == "eager":  # it adds what it is given
+            attention = torch.zeros_like(attention, dtype=torch.float32).masked_fill(~attention, -1e30)
+        hidden = body(
+            input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=window, use_cache=False
+        ).last_hidden_state
+        return head(hidden[self._spoken_from(sites, mask)])
+
+    def _spoken_from(self, sites: Tensor, mask: Tensor) -> Any:
+        """Where the logits of each site stand: at the site, or one real token before it."""
+        if not self.shift:
+            return sites
+        rows, columns = sites.nonzero(as_tuple=True)
+        before = (columns - 1).clamp(min=0)
+        return rows, torch.where(mask[rows, before], before, columns)
 
 
 @contextmanager

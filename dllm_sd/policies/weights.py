@@ -1,14 +1,19 @@
 """Whose weights a teacher runs with: live, base, an exponential moving average, or a periodic snapshot."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from torch.func import functional_call
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from dllm_sd.errors import InputError
@@ -77,34 +82,51 @@ WEIGHTS: dict[str, type] = {"live": Live, "base": Base, "ema": Ema, "snapshot": 
 
 
 class Teacher:
-    """The policy's module run with a teacher's weights: eval mode, no gradient, only trained tensors copied."""
+    """The policy's module run with a teacher's weights: eval mode, no gradient, only trained tensors copied.
 
-    def __init__(self, weights: Weights, policy: Policy) -> None:
-        self.weights = weights
-        self.policy = policy
-        adapter = getattr(policy.module, "model", None)
-        self._adapter = adapter if isinstance(weights, Base) and isinstance(adapter, PeftModel) else None
+    Under LoRA the base is the model without its adapter, and a copy is a second, frozen adapter of the same model.
+    Under full fine-tuning a copy takes the place of the parameters for the time of a call.
+    """
+
+    def __init__(self, weights: Weights, policy: Policy, adapter: str | None = None) -> None:
+        """Copy the student as it is now.
+
+        Args:
+            weights: whose weights.
+            policy: the student.
+            adapter: what `add_adapter` gave; to be called first, and by hand, where the parameters are sharded.
+        """
+        self.weights, self.policy = weights, policy
+        self._adapter = adapter or add_adapter(weights, policy)
+        self._slots: dict[str, Tensor] = {}
         self.copy: dict[str, Tensor] = {}
-        if weights.stored and self._adapter is None:
-            self.copy = {name: value.detach().clone() for name, value in trained(policy).items()}
-        if isinstance(weights, Ema):  # in bfloat16 the small steps of an average would round to nothing
-            self.copy = {name: at_least_float32(value) for name, value in self.copy.items()}
+        live = trained(policy)
+        if self._adapter is not None:
+            self._slots = _slots(policy, self._adapter)
+            self.copy = {name: _precise(weights, value) for name, value in self._slots.items()}
+            self.load(live)
+        elif weights.stored and not (isinstance(weights, Base) and _peft(policy)):
+            self.copy = {name: _precise(weights, value.detach().clone()) for name, value in live.items()}
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
         """Logits ``[m v]``."""
         module = self.policy.module
-        with evaluating(module), self._adapter.disable_adapter() if self._adapter else nullcontext():
-            if not self.copy:
-                return module(view.ids, view.mask, view.sites)
-            live = trained(self.policy)
-            weights = {name: value.to(live[name].dtype) for name, value in self.copy.items()}
-            return functional_call(module, weights, (view.ids, view.mask, view.sites))
+        with evaluating(module), self._present():
+            return module(view.ids, view.mask, view.sites)
+
+    def _present(self) -> AbstractContextManager[None]:
+        """The teacher's weights in the student's place."""
+        model = _peft(self.policy)
+        if model is not None and self.weights.stored:
+            return switched(model, self._adapter)
+        return swapped(self.policy.module, self.copy) if self.copy else nullcontext()
 
     @torch.no_grad()
     def after_update(self, update: int) -> None:
         """Let the weights follow the student; call once after each update, counted from 1."""
         self.weights.after_update(self.copy, trained(self.policy), update)
+        self._fill_slots()
 
     @property
     def moving(self) -> dict[str, Tensor]:
@@ -116,8 +138,116 @@ class Teacher:
         """Restore `moving` from a checkpoint."""
         for name, value in self.moving.items():
             value.copy_(copy[name])
+        self._fill_slots()
+
+    def _fill_slots(self) -> None:
+        for name, slot in self._slots.items():
+            if slot is not self.copy[name]:  # an average in more digits than the adapter has
+                slot.copy_(self.copy[name])
 
 
 def trained(policy: Policy) -> dict[str, Parameter]:
     """The trained parameters by name."""
     return {name: value for name, value in policy.module.named_parameters() if value.requires_grad}
+
+
+def add_adapter(weights: Weights, policy: Policy) -> str | None:
+    """Make room for a teacher's copy in an adapted model; the name of the new adapter, None where none is needed.
+
+    It has parameters, so it must exist before the model is sharded over processes.
+    """
+    model = _peft(policy)
+    if model is None or not weights.stored or isinstance(weights, Base):
+        return None
+    name = f"teacher{len(model.peft_config)}"
+    live, known = {id(value) for value in trained(policy).values()}, {id(part) for part in model.modules()}
+    settings = deepcopy(model.peft_config[model.active_adapters[0]])
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own use
+        model.add_adapter(name, settings)
+    for value in model.parameters():
+        value.requires_grad_(id(value) in live)
+    for part in model.modules():  # new ones start in training mode
+        part.training = policy.module.training if id(part) not in known else part.training
+    return name
+
+
+@contextmanager
+def switched(model: PeftModel, adapter: str | None) -> Iterator[None]:
+    """Another adapter inside, or none; for calls without gradient.
+
+    PEFT's own switches also set `requires_grad`, on the sharded or on the gathered parameters, whichever are in
+    place at that moment; here the flags stay as they are.
+    """
+    layers: list[Any] = [
+        part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    former = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, former, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@contextmanager
+def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights inside, the former ones after it bit by bit; sharded parameters take sharded weights.
+
+    Only data is exchanged, so that a graph that was recorded before is still good for a backward pass.
+    """
+    reshard(module)
+    live = {name: value for name, value in module.named_parameters() if name in weights}
+    former: dict[str, Tensor] = {}
+    try:
+        for name, value in live.items():
+            if isinstance(value, DTensor):  # FSDP2 gathers from this very memory
+                local, other = value.to_local(), weights[name]
+                assert isinstance(other, DTensor)
+                former[name] = local.clone()
+                local.copy_(other.to_local())
+            else:
+                former[name] = value.data
+                value.data = weights[name].to(value.dtype)
+        yield
+    finally:
+        for name, data in former.items():
+            value = live[name]
+            if isinstance(value, DTensor):
+                value.to_local().copy_(data)
+            else:
+                value.data = data
+        reshard(module)
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop the full parameters that FSDP2 keeps after a forward pass without gradient; nothing for other modules."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _peft(policy: Policy) -> PeftModel | None:
+    model = getattr(policy.module, "model", None)
+    return model if isinstance(model, PeftModel) else None
+
+
+def _slots(policy: Policy, adapter: str) -> dict[str, Tensor]:
+    """The parameters of another adapter by the names of the live one's."""
+    model, every = _peft(policy), dict(policy.module.named_parameters())
+    assert model is not None
+    live = model.active_adapters[0]
+
+    def twin(name: str) -> str:
+        return ".".join(adapter if part == live else part for part in name.split("."))
+
+    return {name: every[twin(name)].detach() for name in trained(policy)}
+
+
+def _precise(weights: Weights, value: Tensor) -> Tensor:
+    """In bfloat16 the small steps of an average would round to nothing."""
+    return at_least_float32(value) if isinstance(weights, Ema) else value

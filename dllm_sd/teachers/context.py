@@ -44,6 +44,8 @@ class Context(Protocol):
     """Whether it needs canvases that the decoder really saw."""
     needs_answer_span: bool
     """Whether it needs `Scene.answer`."""
+    shows_later_blocks: bool
+    """Whether what it reveals may stand behind the active block, where a block-causal model cannot look."""
 
     def __call__(self, scene: Scene) -> Reading:
         """The teacher's reading of every canvas."""
@@ -56,6 +58,7 @@ class Nothing:
 
     needs_steps: ClassVar[bool] = False
     needs_answer_span: ClassVar[bool] = False
+    shows_later_blocks: ClassVar[bool] = False
 
     def __call__(self, scene: Scene) -> Reading:
         return show(scene.canvases, torch.zeros_like(scene.protected))

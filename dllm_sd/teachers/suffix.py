@@ -48,6 +48,11 @@ class Suffix:
         """Only for `answer_only`."""
         return self.answer_only
 
+    @property
+    def shows_later_blocks(self) -> bool:
+        """Unless it keeps to the active block."""
+        return self.scope != "active_block"
+
     def __call__(self, scene: Scene) -> Reading:
         return show(scene.canvases, self.positions(scene))
 
@@ -84,7 +89,7 @@ class Suffix:
         if self.scope == "all_masked":
             return masked
         active = trajectory.active_block(rows, steps)[:, None]
-        block = position // trajectory.block_length
+        block = trajectory.block[rows]
         if self.scope == "active_block":
             return masked & (block == active)
         scope = masked & (block > active)
@@ -102,6 +107,8 @@ class LaterStep:
     """How many decoding steps later; None looks at the finished completion."""
     needs_steps: ClassVar[bool] = True
     needs_answer_span: ClassVar[bool] = False
+    shows_later_blocks: ClassVar[bool] = False
+    """It shows the active block too."""
 
     def __post_init__(self) -> None:
         if self.ahead is not None and self.ahead < 0:

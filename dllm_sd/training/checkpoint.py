@@ -22,6 +22,7 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import Teacher, trained
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.training.sharding import gather_tensors, placed_like
 from dllm_sd.trajectory import Trajectory
 
 
@@ -139,7 +140,7 @@ def load_weights(policy: Policy, folder: Path) -> None:
     for name, value in live.items():
         if value.shape != saved[name].shape:
             raise InputError(f"checkpoint {folder} has another shape for {name!r}; load it with the config of its run")
-        value.copy_(saved[name])
+        value.copy_(placed_like(saved[name], value))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, policy: Policy) -> dict[str, Tensor]:
@@ -157,8 +158,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, policy: Policy, saved: Mapp
     live = trained(policy)
     for key, value in saved.items():
         name, entry = key.rsplit("/", 1)
-        moved = value if entry == "step" else value.to(live[name].device)
-        optimizer.state[live[name]][entry] = moved
+        optimizer.state[live[name]][entry] = value if entry == "step" else placed_like(value, live[name])
 
 
 def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -203,30 +203,28 @@ def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rol
     return Rollouts(tuple(kept), tree["counts"])
 
 
-def save_best(run: Path, policy: Policy, state: State) -> None:
-    """Keep the current weights as the best ones."""
-    write_checkpoint(run / "checkpoints" / "best", {WEIGHTS: trained(policy)}, vars(state))
+def save_best(run: Path, weights: Mapping[str, Tensor], state: State) -> None:
+    """Keep these weights as the best ones."""
+    write_checkpoint(run / "checkpoints" / "best", {WEIGHTS: weights}, vars(state))
+
+
+def run_tensors(
+    policy: Policy, optimizer: torch.optim.Optimizer, teachers: Sequence[Teacher]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by file; under FSDP2 all processes must call it, and the first gets them whole."""
+    tensors = {WEIGHTS: trained(policy), OPTIMIZER: optimizer_tensors(optimizer, policy)}
+    tensors |= {f"teacher{i}.safetensors": teacher.moving for i, teacher in enumerate(teachers)}
+    return {name: gather_tensors(values) for name, values in tensors.items()}
 
 
 def save_run(
-    run: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    teachers: Sequence[Teacher],
-    state: State,
-    rollouts: Rollouts | None,
-    keep: int,
+    run: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State, rollouts: Rollouts | None, keep: int
 ) -> None:
     """Save everything that the next update depends on; ``rollouts`` only if it still uses them."""
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        WEIGHTS: trained(policy),
-        OPTIMIZER: optimizer_tensors(optimizer, policy),
-    }
-    tensors |= {f"teacher{i}.safetensors": teacher.moving for i, teacher in enumerate(teachers)}
-    tree: dict[str, Any] = {**vars(state)}
+    files, tree = dict(tensors), {**vars(state)}
     if rollouts is not None:
-        tensors[ROLLOUTS], tree["rollouts"] = rollout_tensors(rollouts)
-    write_checkpoint(run / "checkpoints" / f"{state.update:06d}", tensors, tree)
+        files[ROLLOUTS], tree["rollouts"] = rollout_tensors(rollouts)
+    write_checkpoint(run / "checkpoints" / f"{state.update:06d}", files, tree)
     prune_checkpoints(run, keep)
 
 
@@ -238,9 +236,10 @@ def restore_run(
     load_weights(policy, folder)
     load_optimizer(optimizer, policy, read_tensors(folder, OPTIMIZER))
     for i, teacher in enumerate(teachers):
-        teacher.load(read_tensors(folder, f"teacher{i}.safetensors"))
-    saved = tree.pop("rollouts", None)
-    rollouts = load_rollouts(read_tensors(folder, ROLLOUTS), saved) if saved else None
+        saved = read_tensors(folder, f"teacher{i}.safetensors")
+        teacher.load({name: placed_like(saved[name], value) for name, value in teacher.moving.items()})
+    kept = tree.pop("rollouts", None)
+    rollouts = load_rollouts(read_tensors(folder, ROLLOUTS), kept) if kept else None
     if unknown := sorted(tree.keys() - State.__dataclass_fields__.keys()):
         raise InputError(f"checkpoint {folder} is of another version (it holds {unknown[0]!r}); use resume=fresh")
     return State(**tree), rollouts

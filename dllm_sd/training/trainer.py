@@ -4,21 +4,21 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
-from dllm_sd.config import Config, to_tree
+from dllm_sd.config import Config, check_model, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.objective import Graded, Plan, grade, plan_update
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.weights import Teacher, trained
+from dllm_sd.policies.weights import Teacher, add_adapter, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollouts, gather
 from dllm_sd.tasks.task import Problem
@@ -29,6 +29,7 @@ from dllm_sd.training.checkpoint import (
     latest_checkpoint,
     load_weights,
     restore_run,
+    run_tensors,
     save_best,
     save_run,
 )
@@ -46,6 +47,7 @@ from dllm_sd.training.metrics import (
 )
 from dllm_sd.training.optim import build_optimizer, learning_rate
 from dllm_sd.training.progress import Interrupt, Progress
+from dllm_sd.training.sharding import gather_tensors, gathered, start_accelerator, whole
 
 Parts = list[tuple[Plan, Graded]]
 
@@ -56,7 +58,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         """Prepare data, folder and model, in this order: what is cheap to refuse is refused first."""
         self.config, self.method, self.run = config, config.method, Path(config.run)
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
+        self.accelerator = start_accelerator(config.optim.autocast is not None)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         problems = config.task.problems("train")
@@ -68,20 +70,23 @@ class Trainer:
             raise InputError(
                 "method.rollout demonstrations needs references, but the task's data has none; name others"
             )
+        blueprint = check_model(config)
         self._alone(lambda: prepare_folder(config))
-        self.policy = build_policy(config.model, self.accelerator.device)
+        self.policy = build_policy(blueprint, self.accelerator.device)
         self.feed = Feed(problems, self.policy, config.task, config.seed, config.max_prompt)
-        shared = {weights: Teacher(weights, self.policy) for weights in self.method.weights()}
-        self.teachers = [shared[weights] for weights in self.method.weights()]
+        adapters = {weights: add_adapter(weights, self.policy) for weights in self.method.weights()}
         self.optimizer = build_optimizer(trained(self.policy).values(), config.optim)
         self.lr = learning_rate(self.optimizer, config.optim, config.updates)
-        self.module = self.accelerator.prepare_model(self.policy.module)
+        self.module, _ = self.accelerator.prepare(self.policy.module, self.optimizer)  # FSDP2 shards both in place
+        shared = {weights: Teacher(weights, self.policy, adapter) for weights, adapter in adapters.items()}
+        self.teachers = [shared[weights] for weights in self.method.weights()]
         self.state, self.rollouts = State(), None
         checkpoint = latest_checkpoint(self.run)
         self.resumed = checkpoint is not None
         if checkpoint is not None:
             self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, self.teachers)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
+        self.progress.say(_counts(self.policy.module))
         done = self.state.update if self.resumed else -1
         self.log = MetricsLog(self.run, done, config.log.tensorboard) if self.main else None
 
@@ -111,7 +116,7 @@ class Trainer:
                     metrics = self._update(state.update + 1)
                 except FloatingPointError:  # no step was taken: what was learnt before is worth keeping
                     state.cursor, state.too_long = fed
-                    self._alone(self._save)
+                    self._save()
                     raise
                 state.update += 1
                 state.seconds += time.perf_counter() - started
@@ -119,7 +124,7 @@ class Trainer:
                 self.progress.finished(state.update)
                 interrupted = self._anywhere(interrupt.asked)
                 if interrupted or self.finished or state.update % self.config.checkpoint.every == 0:
-                    self._alone(self._save)
+                    self._save()
                 if interrupted and not self.finished:
                     raise KeyboardInterrupt
             report = self._report()
@@ -163,7 +168,8 @@ class Trainer:
         prompted, self.state.cursor, dropped = self.feed.take(self.state.cursor, rule.problems)
         self.state.too_long += dropped
         mine = prompted[self.rank :: self.world]
-        tried = rule(self.policy, config.task, mine, config.decode, config.seed, batch) if mine else []
+        with gathered(self.accelerator, self.module):
+            tried = rule(self.policy, config.task, mine, config.decode, config.seed, batch) if mine else []
         if self.world > 1:
             dealt = sorted(gather_object(list(enumerate(tried))), key=lambda pair: pair[0])
             tried = [attempts for _, attempts in dealt]
@@ -175,20 +181,22 @@ class Trainer:
         torch.manual_seed(make_key(self.config.seed, update, self.rank, "dropout"))
         order = plan.canvases.mask.sum(1).argsort(stable=True)
         mine = order[self.rank :: self.world]
-        idle = len(mine) == 0  # fewer canvases than processes: join the collectives, add nothing
         size = max(1, self.config.optim.tokens_per_batch // plan.canvases.ids.shape[1])
-        batches = (order[:1] if idle else mine).split(size)
+        count = ceil(ceil(len(order) / self.world) / size)  # the same on every process, as collectives must be
         parts: Parts = []
-        for i, index in enumerate(batches):
-            piece = plan.select(index).to(self.accelerator.device)
-            with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
+        for i in range(count):
+            index = mine[i * size : (i + 1) * size]
+            idle = len(index) == 0  # nothing left for this process: join the collectives, add nothing
+            piece = plan.select(order[:1] if idle else index).to(self.accelerator.device)
+            with nullcontext() if i == count - 1 else self.accelerator.no_sync(self.module):
                 graded = grade(self.method, piece, self._student, self.teachers)
-                self.accelerator.backward(graded.loss * (0 if idle else self.world))  # DDP averages over processes
+                self.accelerator.backward(graded.loss * (0 if idle else self.world))  # averaged over processes
             if not idle:
                 parts.append((piece, graded))
         limit = self.config.optim.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
         assert norm is not None
+        norm = whole(norm)
         self._refuse_non_finite(update, norm, parts, rollouts)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -245,7 +253,8 @@ class Trainer:
             state.since_best += 1
             if report.accuracy > state.best_accuracy:
                 state.best_accuracy, state.best_update, state.since_best = report.accuracy, state.update, 0
-                self._alone(lambda: save_best(self.run, self.policy, state))
+                weights = gather_tensors(trained(self.policy))
+                self._alone(lambda: save_best(self.run, weights, state))
             if settings.patience and state.since_best >= settings.patience:
                 state.stopped = f"no better dev accuracy in {state.since_best} evaluations"
             if settings.collapse and report.accuracy < state.best_accuracy - settings.collapse:
@@ -255,7 +264,8 @@ class Trainer:
             self.log.write(metrics)
 
     def _accuracy(self, problems: Sequence[Problem], overrides: Mapping[str, Any]) -> Report:
-        return evaluate_run(self.policy, self.config, problems, self.rank, self.world, overrides)
+        with gathered(self.accelerator, self.module):
+            return evaluate_run(self.policy, self.config, problems, self.rank, self.world, overrides)
 
     def _test(self, phase: str) -> dict[str, Any]:
         """Test reports by decoding schedule; `trained` is the schedule of the run."""
@@ -297,9 +307,8 @@ class Trainer:
 
     def _save(self) -> None:
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
-        save_run(
-            self.run, self.policy, self.optimizer, self.teachers, self.state, rollouts, self.config.checkpoint.keep
-        )
+        tensors = run_tensors(self.policy, self.optimizer, self.teachers)
+        self._alone(lambda: save_run(self.run, tensors, self.state, rollouts, self.config.checkpoint.keep))
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -325,3 +334,9 @@ class Trainer:
             broadcast_object_list(refusal)
         if refusal[0] is not None:
             raise InputError(refusal[0])
+
+
+def _counts(module: nn.Module) -> str:
+    sizes = [(value.numel(), value.requires_grad) for value in module.parameters()]
+    total, ours = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    return f"{total:,} parameters, {ours:,} of them trained ({ours / total:.1%})"

@@ -26,3 +26,11 @@ def fixture_path(name: str) -> Path:
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and settings of the fixture ``name`` (without an ending)."""
     return load_file(fixture_path(f"{name}.safetensors")), json.loads(fixture_path(f"{name}.json").read_text())
+
+
+def checkpoints() -> list[Path]:
+    """Folders of the reference checkpoints, one per family, in ``<folder>/checkpoints/`` or in ``<folder>/`` itself."""
+    for folder in (fixture_folder() / "checkpoints", fixture_folder()):
+        if found := sorted(facts.parent for facts in folder.glob("*/fixture.json")):
+            return found
+    return []

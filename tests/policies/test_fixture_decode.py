@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.canvases import DecoderSteps
-from dllm_sd.policies.masked_diffusion import Denoising, denoise
+from dllm_sd.policies.denoising import Denoising, denoise
 from dllm_sd.trajectory import Trajectory
 from tests.oracles.toy_denoiser import ToyDenoiser, decoding_cases, no_keys
 

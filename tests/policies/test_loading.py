@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,31 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import dllm_sd
 from dllm_sd import load_policy
 from dllm_sd.errors import InputError
-from dllm_sd.policies.loading import Lora, Model, Shape, build_policy
+from dllm_sd.policies import blueprint
+from dllm_sd.policies.blueprint import Lora, Model, Shape
+from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 
+ORIGINAL = Path(__file__).parents[1] / "fixtures" / "checkpoints"
+"""Checkpoints in the layouts that the families publish."""
 SHAPE = Shape(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 SIZES: dict[str, Any] = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
@@ -62,6 +78,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
     """A copy of it, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Callable[..., Path]:
+    """Copies of checkpoints in a family's own layout, to be damaged."""
+    return lambda name, layout="single": Path(shutil.copytree(ORIGINAL / name / layout, tmp_path / name / layout))
+
+
+def refused_original(folder: Path, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_policy(str(folder), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -112,7 +141,7 @@ def test_a_truncated_checkpoint_is_refused(checkpoint: Path, size: int):
 def test_a_pickled_checkpoint_is_refused(checkpoint: Path):
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
-    assert "no file named model.safetensors" in refusal(path=str(checkpoint))
+    assert "holds pickled weights, which can run code" in refusal(path=str(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -121,9 +150,13 @@ def test_a_pickled_checkpoint_is_refused(checkpoint: Path):
         ('{"model_type": "lla', "config.json is not JSON (Unterminated string"),
         ("{}", "config.json names no model_type; restore"),
         ("3", "config.json names no model_type; restore"),
-        ('{"model_type": "nothing"}', "model type `nothing` but Transformers does not recognize"),
-        ('{"model_type": "llama", "hidden_size": "big"}', "Field 'hidden_size' expected int, got str"),
-        ('{"model_type": "llama", "num_attention_heads": 0}', "no usable config.json at"),
+        ('{"model_type": "nothing"}', "model_type 'nothing' of '"),
+        ('{"model_type": "llama"}', "is an autoregressive model (llama); set model.as=diffusion"),
+        (
+            '{"model_type": "llama", "is_causal": false, "hidden_size": "big"}',
+            "Field 'hidden_size' expected int, got str",
+        ),
+        ('{"model_type": "llama", "is_causal": false, "num_attention_heads": 0}', "no usable config.json at"),
     ],
 )
 def test_a_damaged_config_is_refused(checkpoint: Path, content: str, message: str):
@@ -133,7 +166,7 @@ def test_a_damaged_config_is_refused(checkpoint: Path, content: str, message: st
 
 def test_a_checkpoint_without_a_config_is_refused(checkpoint: Path):
     (checkpoint / "config.json").unlink()
-    assert refusal(path=str(checkpoint)).startswith("no usable config.json at")
+    assert refusal(path=str(checkpoint)).startswith("there is no config.json at")
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -145,11 +178,11 @@ def test_a_config_of_another_depth_than_the_checkpoint_is_refused(checkpoint: Pa
 def test_code_that_comes_with_a_checkpoint_is_never_run(checkpoint: Path):
     (checkpoint / "configuration_mine.py").write_text("raise SystemExit('run')")
     change_config(checkpoint, model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"})
-    assert "contains custom code" in refusal(path=str(checkpoint))
+    assert "would run code that comes with the checkpoint, which dllm-sd never does" in refusal(path=str(checkpoint))
 
 
 def test_an_embedding_smaller_than_the_tokenizer_is_refused():
-    message = "the tokenizer of model.path knows 25 tokens (mask id 0) but the embedding has 20 rows"
+    message = "model.shape has 20 embedding rows, but the tokenizer knows 25 tokens and the mask id is 0"
     assert refusal(random_init=True, shape=Shape(**{**vars(SHAPE), "vocab_size": 20})).startswith(message)
 
 
@@ -160,13 +193,13 @@ def test_rows_that_the_tokenizer_does_not_know_are_never_sampled():
 def test_a_missing_folder_or_name_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert refusal(path="./nowhere") == "model.path './nowhere' is not a folder; give a checkpoint folder or a hub name"
     assert refusal() == "model.path is missing; name a checkpoint, or set model.random_init to true"
-    assert refusal(tokenizer=None).startswith("model.tokenizer is missing")
+    assert refusal(random_init=True, tokenizer=None).startswith("model.tokenizer is missing")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert refusal(path="nobody/nothing").startswith("no usable config.json at 'nobody/nothing' (model.path): ")
+    assert refusal(path="nobody/nothing").startswith("there is no config.json at 'nobody/nothing'")
 
 
 def test_an_unknown_option_of_load_policy_is_refused():
-    with pytest.raises(InputError, match=r"^unknown model option 'device_map'; choose from attention, dtype, "):
+    with pytest.raises(InputError, match=r"^unknown model option 'device_map'; choose from as_, attention, "):
         load_policy("tiny", device_map="auto")
 
 
@@ -177,7 +210,6 @@ def test_an_unknown_option_of_load_policy_is_refused():
         ("tokenizer.json", "[]", "no usable tokenizer at"),
         ("tokenizer_config.json", "{", "no usable tokenizer at"),
         ("tokenizer_config.json", "{}", "has no end token; set eos_token in its tokenizer_config.json"),
-        ("tokenizer_config.json", '{"eos_token": "<|end|>"}', "has no mask token; name it in model.mask_token"),
     ],
 )
 def test_an_unusable_tokenizer_is_refused(tmp_path: Path, name: str, content: str, message: str):
@@ -253,3 +285,210 @@ def test_adapters_train_and_the_base_does_not():
     assert len(trained) == 2 * 7 * 2  # two matrices for each of seven linear layers in each of two blocks
     assert all("lora_" in name for name in trained)
     assert "model.lora.targets names 'c_attn'" in refusal(random_init=True, shape=SHAPE, lora=Lora(targets=("c_attn",)))
+
+
+REQUIRED = {
+    "llada": "n_heads d_model n_layers max_sequence_length rms_norm_eps rope_theta weight_tying",
+    "dream": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "rms_norm_eps tie_word_embeddings rope_theta",
+    "llada2": "num_experts partial_rotary_factor n_group topk_group routed_scaling_factor first_k_dense_replace",
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in REQUIRED.items() for key in keys.split()])
+def test_an_original_config_that_lacks_a_key_is_refused(original: Callable[..., Path], name: str, key: str):
+    folder = original(name)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k != key}))
+    refused = refused_original(folder, mask_token=157)
+    assert refused == f"config.json of {str(folder)!r} lacks {key!r}; restore the checkpoint's file"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("llada", {"alibi": True}, "sets alibi to True; dllm-sd loads llada checkpoints with False only"),
+        ("llada", {"rope": False}, "sets rope to False; dllm-sd loads llada checkpoints with True only"),
+        (
+            "dream",
+            {"use_sliding_window": True},
+            "sets use_sliding_window to True; dllm-sd loads dream checkpoints with",
+        ),
+        ("sdar", {"rope_scaling": {"factor": 4}}, "sets rope_scaling to {'factor': 4}; dllm-sd loads sdar checkpoints"),
+        (
+            "llada2",
+            {"use_qk_norm": False},
+            "sets use_qk_norm to False; dllm-sd loads llada2 checkpoints with True only",
+        ),
+        ("dream", {"hidden_size": "big"}, "is unusable: Validation error for field 'hidden_size'"),
+        ("dream", {"num_attention_heads": 0}, "no usable model at"),
+        ("llada", {"n_heads": 5}, "The hidden size (32) is not a multiple of the number of attention heads (5)"),
+        ("llada", {"rope_theta": "big"}, "no usable model at"),
+        ("llada", {"n_layers": 3}, "has missing keys, first model.layers.2.input_layernorm.weight"),
+        ("sdar", {"head_dim": 8}, "has mismatched keys, first ('model.layers.0.self_attn.k_norm.weight', "),
+        ("sdar", {"block_size": 0}, "the attention block length must be at least 1, not 0; set model.block_length"),
+        ("dream", {"mask_token_id": None}, "has no mask token; name it in model.mask_token"),
+        ("dream", {"mask_token_id": 160}, "has 160 embedding rows, but there is no tokenizer and the mask id is 160"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_an_original_config_with_another_value_is_refused(
+    original: Callable[..., Path], name: str, values: dict[str, Any], message: str
+):
+    folder = original(name)
+    change_config(folder, **values)
+    options = {} if "mask" in next(iter(values)) else {"mask_token": 157}
+    assert message in refused_original(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "llada",
+            lambda tensors: tensors.update({"model.transformer.blocks.1.ff_out.weight": torch.zeros(3, 4)}),
+            "has mismatched keys, first ('model.layers.1.mlp.down_proj.weight', torch.Size([3, 4]), ",
+        ),
+        (
+            "llada",
+            lambda tensors: tensors.pop("model.transformer.blocks.1.ff_out.weight"),
+            "has missing keys, first model.layers.1.mlp.down_proj.weight",
+        ),
+        (
+            "llada2",
+            lambda tensors: tensors.pop("model.layers.1.mlp.gate.expert_bias"),
+            "has missing keys, first model.layers.1.mlp.gate.e_score_correction_bias",
+        ),
+        (
+            "llada2",
+            lambda tensors: tensors.pop("model.layers.1.attention.query_key_value.weight"),
+            "has missing keys, first model.layers.1.self_attn.k_proj.weight",
+        ),
+        ("llada2", lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "no usable model at"),
+        ("dream", lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.bias"), "has missing keys, first model"),
+        ("sdar", lambda tensors: tensors.pop("lm_head.weight"), "has missing keys, first lm_head.weight"),
+    ],
+    ids=["shape", "missing", "router bias", "fused attention", "expert", "bias", "head"],
+)
+def test_an_original_checkpoint_whose_tensors_do_not_fit_is_refused(
+    original: Callable[..., Path], name: str, change: Callable[[dict[str, torch.Tensor]], Any], message: str
+):
+    folder = original(name)
+    change_tensors(folder, change)
+    assert message in refused_original(folder, mask_token=157)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model-00002-of-00002.safetensors", None, "model-00002-of-00002.safetensors"),
+        (
+            "model-00002-of-00002.safetensors",
+            5000,
+            "model-00002-of-00002.safetensors: Error while deserializing header",
+        ),
+        ("model.safetensors.index.json", 0, "Expecting value"),
+        ("model.safetensors.index.json", None, "holds no model.safetensors; convert or download it"),
+    ],
+)
+def test_a_sharded_checkpoint_that_is_not_whole_is_refused(
+    original: Callable[..., Path], file: str, content: int | None, message: str
+):
+    path = original("llada", "sharded") / file
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[:content])
+    assert message in refused_original(path.parent)
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_config_says_of_tying(original: Callable[..., Path]):
+    expected = load_policy(str(original("llada"))).module.state_dict()
+    change_config(folder := original("llada", "sharded"), weight_tying=True)
+    found = load_policy(str(folder)).module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mask_token": -1},
+            "there is no tokenizer and the mask id is -1; use the tokenizer that belongs to the model",
+        ),
+        ({"end_tokens": ("<end>",)}, "has no token '<end>'; mend model.end_tokens"),
+        ({"attention": "flash_attention_2"}, "flash_attention_2 has no block-causal mask; set model.attention to sdpa"),
+        ({"block_length": 0}, "the attention block length must be at least 1, not 0; set model.block_length"),
+    ],
+    ids=str,
+)
+def test_options_that_the_checkpoint_cannot_bear_are_refused(
+    original: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+):
+    monkeypatch.setattr(blueprint, "find_spec", lambda name: name)  # as if every package were installed
+    assert message in refused_original(original("sdar"), **options)
+
+
+def plain_llama(folder: Path, rows: int, tie: bool) -> int:
+    """An autoregressive model as transformers saves it, and a tokenizer without a mask; returns how many tokens it has.
+
+    More tokens than the model is wide: only then does transformers draw new rows at random.
+    """
+    words = ["<unk>", "<end>", *"0123456789+=?", *map(chr, range(97, 123))]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(5)
+    config = LlamaConfig(**{**SIZES, "vocab_size": rows, "eos_token_id": 1}, tie_word_embeddings=tie)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return len(words)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("room", [0, 1, 9])
+def test_an_autoregressive_model_gets_a_mask_token_and_a_row_only_where_it_has_no_room(
+    tmp_path: Path, room: int, tie: bool
+):
+    tokens = plain_llama(tmp_path, 41 + room, tie)
+    assert tokens == 41
+    before = load_file(tmp_path / "model.safetensors")
+    policy, again, other = (build_policy(Model(path=str(tmp_path), as_="diffusion", seed=seed)) for seed in (0, 0, 1))
+    rows = max(41 + room, 42)
+    assert policy.mask_id == 41
+    assert policy.end_ids == (1,)
+    assert policy.suppress == tuple(range(42, rows))
+    network: Any = policy.module.model
+    assert network.config.vocab_size == rows
+    assert (network.model.embed_tokens.weight is network.lm_head.weight) == tie
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(policy).items())
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        stored, found = before["model.embed_tokens.weight" if tie else name], weights(policy)[f"model.{name}"]
+        assert found.shape == (rows, 32)
+        assert torch.equal(found[: 41 + room], stored)
+        if room == 0:  # the row that is made: about the mean of the others, drawn with the seed
+            torch.testing.assert_close(found[41], stored.mean(0), atol=1e-4, rtol=0)
+            assert not torch.equal(found[41], weights(other)[f"model.{name}"][41])
+
+
+def test_an_autoregressive_model_decodes_as_a_diffusion_model_and_no_longer_generates(tmp_path: Path):
+    plain_llama(tmp_path, 41, False)
+    policy = build_policy(Model(path=str(tmp_path), as_="diffusion"))
+    done = policy.decode([policy.encode([{"content": "1+1="}])], Denoising(length=8, block_length=8), [1])
+    assert done.prompt_ids.tolist() == [[3, 12, 3, 13]]
+    assert not (done.tokens == policy.mask_id).any()
+    assert (done.reveal_step >= 0).sum() >= int(done.length)
+    network: Any = policy.module.model
+    with pytest.raises(InputError, match=r"^generate\(\) writes from left to right and this model denoises"):
+        network.generate(torch.tensor([[3]]))
+    assert "is an autoregressive model (llama); set model.as=diffusion" in refusal(path=str(tmp_path), tokenizer=None)
+
+
+def test_a_familys_thinking_switch_is_left_alone_by_templates_without_one(tmp_path: Path):
+    plain_llama(tmp_path, 41, False)
+    model = Model(path=str(ORIGINAL / "a2d_qwen3" / "single"), tokenizer=str(tmp_path), mask_token="?")
+    with_switch = replace(model, chat_template="{{ enable_thinking is defined }}")
+    for given, rendered in ((replace(model, chat_template="{{ 1 }}"), "1"), (with_switch, "True"), (model, "1+1=")):
+        chat = blueprint.read_blueprint(given).chat
+        assert chat
+        assert chat.render([{"content": "1+1="}]) == rendered

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.masked_diffusion import Denoising, denoise, sample
+from dllm_sd.policies.denoising import Denoising, denoise, sample
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory

@@ -1,13 +1,16 @@
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.loading import Lora
+from dllm_sd.policies.blueprint import Lora
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.weights import WEIGHTS, Base, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.policies.site_head import SiteHead
+from dllm_sd.policies.weights import WEIGHTS, Base, Ema, Live, Snapshot, Teacher, add_adapter, trained
 
 IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])
 VIEW = View(IDS, torch.ones_like(IDS, dtype=torch.bool), IDS == 0)
@@ -190,3 +193,135 @@ def test_teachers_of_a_policy_share_nothing_but_the_module(make_policy):
     for teacher in (slow, fast):
         teacher.after_update(1)
     assert not torch.equal(slow(VIEW), fast(VIEW))
+
+
+def grown(policy: MaskedDiffusion) -> MaskedDiffusion:
+    """The policy with an adapter that trains a copy of the output head as well (`modules_to_save`)."""
+    model = policy.module.model
+    assert isinstance(model, PeftModel)
+    network = model.unload()
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        policy.module = SiteHead(get_peft_model(network, settings))  # pyright: ignore[reportArgumentType]
+    return policy
+
+
+def flags(policy: MaskedDiffusion) -> dict[str, bool]:
+    return {name: value.requires_grad for name, value in policy.module.named_parameters()}
+
+
+@pytest.mark.parametrize("weights", [Ema(decay=0.75), Snapshot(every=1)], ids=repr)
+def test_a_copy_beside_an_adapter_is_a_second_adapter_with_saved_modules(make_policy, weights):
+    policy = grown(make_policy(**LORA))
+    move(policy, 0)
+    names, expected = set(trained(policy)), copies(policy)
+    teacher = Teacher(weights, policy)
+    assert set(trained(policy)) == names
+    assert any("modules_to_save" in name for name in names)
+    slots = {name for name, value in flags(policy).items() if "teacher1" in name}
+    assert len(slots) == len(names)
+    assert not any(flags(policy)[name] for name in slots)
+    assert torch.equal(teacher(VIEW), student(policy))
+    share = 0.75 if isinstance(weights, Ema) else 0.0
+    for update in (1, 2, 3):
+        move(policy, update)
+        teacher.after_update(update)
+        expected = {name: share * expected[name] + (1 - share) * value for name, value in copies(policy).items()}
+    torch.testing.assert_close(teacher(VIEW), with_weights(policy, expected), atol=1e-12, rtol=1e-12)
+    move(policy, 4)
+    torch.testing.assert_close(teacher(VIEW), with_weights(policy, expected), atol=1e-12, rtol=1e-12)
+
+
+def test_an_average_keeps_more_digits_than_a_saved_module_has(make_policy):
+    policy = grown(make_policy(dtype="bfloat16", **LORA))
+    head = next(name for name in trained(policy) if "modules_to_save" in name)
+    live = trained(policy)[head]
+    with torch.no_grad():
+        live.fill_(1.0)
+    teacher = Teacher(Ema(decay=0.999), policy)
+    with torch.no_grad():
+        live.fill_(2.0)
+    for update in range(1, 21):
+        teacher.after_update(update)
+    average = 2 - 0.999**20
+    assert live.dtype == torch.bfloat16
+    torch.testing.assert_close(teacher.moving[head], torch.full(live.shape, average), atol=1e-6, rtol=0)
+    slot = dict(policy.module.named_parameters())[head.replace("default", "teacher1")]
+    torch.testing.assert_close(slot, torch.full(live.shape, average, dtype=torch.bfloat16), atol=0, rtol=0)
+    assert torch.isfinite(teacher(VIEW)).all()
+
+
+@pytest.mark.parametrize("options", [{}, LORA, {"dtype": "bfloat16"}], ids=["full", "lora", "bfloat16"])
+@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+def test_a_call_leaves_weights_flags_and_modes_as_they_were_even_if_it_fails(
+    make_policy, weights, options, monkeypatch
+):
+    policy = make_policy(**options)
+    teacher = Teacher(weights, policy)
+    move(policy, 1)
+    policy.module.train()
+    frozen = next(name for name, value in flags(policy).items() if value)
+    dict(policy.module.named_parameters())[frozen].requires_grad_(False)  # somebody froze a part of the student
+    before, logits = flags(policy), student(policy)
+    values = {name: value.detach().clone() for name, value in policy.module.named_parameters()}
+    teacher(VIEW)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(policy.module), "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            teacher(VIEW)
+    assert flags(policy) == before
+    for name, value in policy.module.named_parameters():
+        assert torch.equal(value, values[name]), name
+    assert torch.equal(student(policy), logits)
+    assert all(module.training for module in policy.module.modules())
+
+
+@KINDS
+def test_teachers_of_all_kinds_work_side_by_side(make_policy, options):
+    policy = make_policy(**options)
+    kinds = (Live(), Base(), Ema(decay=0.9), Ema(decay=0.5), Snapshot(every=1), Snapshot(every=2))
+    teachers = [Teacher(weights, policy) for weights in kinds]
+    start = copies(policy)
+    slow, fast, second = start, start, start
+    for update in (1, 2, 3):
+        move(policy, update)
+        live = copies(policy)
+        for teacher in teachers:
+            teacher.after_update(update)
+        slow = {name: 0.9 * slow[name] + 0.1 * live[name] for name in live}
+        fast = {name: 0.5 * fast[name] + 0.5 * live[name] for name in live}
+        second = live if update == 2 else second
+    live = copies(policy)
+    for _ in range(2):  # none of them disturbs another
+        for teacher, weights in zip(teachers, (live, start, slow, fast, live, second), strict=True):
+            torch.testing.assert_close(teacher(VIEW), with_weights(policy, weights), atol=1e-12, rtol=1e-12)
+
+
+def test_a_graph_that_was_recorded_before_a_teachers_call_is_still_good(make_policy):
+    gradients = []
+    for teaches in (False, True):
+        policy = make_policy()
+        teacher = Teacher(Ema(), policy)
+        move(policy, 1)
+        loss = policy.site_logits(VIEW).square().mean()
+        if teaches:
+            teacher(VIEW)
+        loss.backward()
+        gradients.append({name: value.grad for name, value in trained(policy).items()})
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+
+
+def test_a_second_adapter_draws_no_random_numbers(make_policy):
+    policy = make_policy(**LORA)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert add_adapter(Ema(), policy) == "teacher1"
+    assert torch.equal(torch.rand(3), expected)
+    assert [add_adapter(weights, policy) for weights in (Live(), Base())] == [None, None]
+    assert add_adapter(Ema(), make_policy()) is None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_sd.canvases import DecoderSteps
 from dllm_sd.errors import InputError
-from dllm_sd.policies.masked_diffusion import Denoising
+from dllm_sd.policies.denoising import Denoising
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout
 from dllm_sd.tasks.task import Grade, Problem
@@ -35,9 +35,12 @@ def in_scope(scene: Scene, scope: str) -> Tensor:
     """bool ``[n l]``, by loops over canvases."""
     out = torch.zeros_like(scene.protected)
     for i, masked in enumerate(hidden(scene).tolist()):
-        active = masked.index(True) // 8
+        prompt = int(scene.trajectory.prompt_mask[scene.canvases.rows[i]].sum())
+        start = prompt % 8 if scene.trajectory.blocks_of_prompt else 0
+        active = (start + masked.index(True)) // 8
         for j in range(24):
-            where = {"later_blocks": j // 8 > active, "all_masked": True, "active_block": j // 8 == active}[scope]
+            block = (start + j) // 8
+            where = {"later_blocks": block > active, "all_masked": True, "active_block": block == active}[scope]
             out[i, j] = masked[j] and where and not scene.protected[i, j]
     return out
 
@@ -56,8 +59,9 @@ def test_nothing_reads_the_students_own_canvas(noise):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.5, 1.0])
-def test_the_floor_of_the_ratio_is_revealed_within_the_scope(noise, scope, ratio):
-    scene = scene_of(noise(b=12, tokens_per_step=3))
+@pytest.mark.parametrize("blocks_of_prompt", [False, True])
+def test_the_floor_of_the_ratio_is_revealed_within_the_scope(noise, scope, ratio, blocks_of_prompt):
+    scene = scene_of(noise(b=12, tokens_per_step=3, blocks_of_prompt=blocks_of_prompt))
     candidates = in_scope(scene, scope)
     shown = Suffix(scope=scope, ratio=ratio).positions(scene)
     assert not (shown & ~candidates).any()

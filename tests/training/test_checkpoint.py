@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.loading import Lora
-from dllm_sd.policies.masked_diffusion import Denoising, MaskedDiffusion
+from dllm_sd.policies.blueprint import Lora
+from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, PassAtK, Prompted, Rollouts, gather
 from dllm_sd.tasks import Problem, Sudoku
@@ -30,6 +31,7 @@ from dllm_sd.training.checkpoint import (
     read_tensors,
     restore_run,
     rollout_tensors,
+    run_tensors,
     save_best,
     save_run,
     write_checkpoint,
@@ -78,7 +80,7 @@ def folders(run: Path) -> set[str]:
 def test_weights_and_optimizer_come_back_bit_equal(make_policy: Build, tmp_path: Path, options: dict[str, Any]):
     policy, optimizer = start(make_policy, **options)
     steps(policy, optimizer, 3)
-    save_run(tmp_path, policy, optimizer, [], State(update=3), None, keep=2)
+    save_run(tmp_path, run_tensors(policy, optimizer, []), State(update=3), None, keep=2)
     again, fresh = start(make_policy, **options)
     state, rollouts = restore_run(tmp_path / "checkpoints" / "000003", again, fresh, [])
     assert (state, rollouts) == (State(update=3), None)
@@ -103,7 +105,7 @@ def test_teachers_that_move_come_back_and_the_base_is_not_stored(make_policy: Bu
     for teacher in teachers:
         teacher.after_update(2)
     steps(policy, optimizer, 1)
-    save_run(tmp_path, policy, optimizer, teachers, State(update=3), None, keep=1)
+    save_run(tmp_path, run_tensors(policy, optimizer, teachers), State(update=3), None, keep=1)
     again, fresh = start(make_policy)
     others = [Teacher(weights, again) for weights in (Ema(0.5), Snapshot(2), Base())]
     restore_run(tmp_path / "checkpoints" / "000003", again, fresh, others)
@@ -140,7 +142,7 @@ def test_every_field_of_the_state_comes_back(make_policy: Build, tmp_path: Path)
     policy, optimizer = start(make_policy)
     state = State(3, 1, 40, 2, 2, 0.25, 1, "collapse", {"trained": {"accuracy": 0.5, "ci95": [0.0, 1.0]}}, 1.5)
     rollouts = roll_out(policy)
-    save_run(tmp_path, policy, optimizer, [], state, rollouts, keep=1)
+    save_run(tmp_path, run_tensors(policy, optimizer, []), state, rollouts, keep=1)
     found, kept = restore_run(tmp_path / "checkpoints" / "000003", policy, optimizer, [])
     assert found == state
     assert kept is not None
@@ -152,8 +154,8 @@ def test_a_write_that_fails_leaves_the_former_checkpoint(
     make_policy: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ):
     policy, optimizer = start(make_policy)
-    save_run(tmp_path, policy, optimizer, [], State(update=1), None, keep=2)
-    save_best(tmp_path, policy, State(update=1))
+    save_run(tmp_path, run_tensors(policy, optimizer, []), State(update=1), None, keep=2)
+    save_best(tmp_path, trained(policy), State(update=1))
     before = weights(policy)
     steps(policy, optimizer, 1)
 
@@ -164,8 +166,8 @@ def test_a_write_that_fails_leaves_the_former_checkpoint(
         target = Path if broken == "rename" else checkpoint
         patch.setattr(target, broken, fail)
         for save in (
-            lambda: save_run(tmp_path, policy, optimizer, [], State(update=2), None, keep=2),
-            lambda: save_best(tmp_path, policy, State(update=2)),
+            lambda: save_run(tmp_path, run_tensors(policy, optimizer, []), State(update=2), None, keep=2),
+            lambda: save_best(tmp_path, trained(policy), State(update=2)),
         ):
             with pytest.raises(OSError, match="No space left"):
                 save()
@@ -175,8 +177,8 @@ def test_a_write_that_fails_leaves_the_former_checkpoint(
     assert latest.name == "000001"
     assert same(read_tensors(latest, "model.safetensors"), before)
     assert same(read_tensors(best, "model.safetensors"), before)
-    save_run(tmp_path, policy, optimizer, [], State(update=2), None, keep=2)
-    save_best(tmp_path, policy, State(update=2))
+    save_run(tmp_path, run_tensors(policy, optimizer, []), State(update=2), None, keep=2)
+    save_best(tmp_path, trained(policy), State(update=2))
     assert folders(tmp_path) == {"000001", "000002", "best"}
     assert same(read_tensors(tmp_path / "checkpoints" / "best", "model.safetensors"), weights(policy))
 
@@ -185,7 +187,7 @@ def test_the_best_weights_are_found_wherever_their_replacement_stops(
     make_policy: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     policy, _ = start(make_policy)
-    save_best(tmp_path, policy, State(update=1))
+    save_best(tmp_path, trained(policy), State(update=1))
     rename, calls = Path.rename, []
 
     def fail_the_second(self: Path, target: Path) -> Path:
@@ -197,11 +199,11 @@ def test_the_best_weights_are_found_wherever_their_replacement_stops(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail_the_second)
         with pytest.raises(OSError, match="power cut"):
-            save_best(tmp_path, policy, State(update=2))
+            save_best(tmp_path, trained(policy), State(update=2))
     best = best_checkpoint(tmp_path)
     assert best is not None
     assert read_state(best)["update"] == 1
-    save_best(tmp_path, policy, State(update=3))
+    save_best(tmp_path, trained(policy), State(update=3))
     assert folders(tmp_path) == {"best"}
     assert read_state(tmp_path / "checkpoints" / "best")["update"] == 3
 
@@ -227,7 +229,8 @@ def test_only_the_latest_checkpoints_and_the_best_stay(tmp_path: Path):
 def saved(make_policy: Build, tmp_path: Path) -> tuple[Path, MaskedDiffusion, torch.optim.AdamW]:
     policy, optimizer = start(make_policy)
     steps(policy, optimizer, 1)
-    save_run(tmp_path, policy, optimizer, [Teacher(Ema(), policy)], State(update=1), roll_out(policy), keep=1)
+    tensors = run_tensors(policy, optimizer, [Teacher(Ema(), policy)])
+    save_run(tmp_path, tensors, State(update=1), roll_out(policy), keep=1)
     return tmp_path / "checkpoints" / "000001", policy, optimizer
 
 

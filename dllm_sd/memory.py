@@ -1,0 +1,349 @@
+"""How much memory a run will need, from the model's shape and the config, before anything is loaded.
+
+Counted is what PyTorch allocates on one process's device, in bytes: no CUDA context (about 0.5 GB), no fragmentation
+and no data. The formulas say what autograd keeps for transformers' decoder layers (RMSNorm in float32, rotary
+embedding, sdpa or flash attention, SwiGLU) and PEFT's adapters; `tools/check_memory.py` compares them with what is
+measured. Assumed is the worst of an update: prompts of `max_prompt` tokens, of unequal lengths, so that attention has
+a mask and repeats grouped keys and values; micro-batches that are full, and at least two, so that gradients are there.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor, nn
+
+from dllm_sd.canvases import AllMasked, DecoderSteps
+from dllm_sd.config import Config
+from dllm_sd.losses.divergences import ForwardKL, GeneralisedJSD, TokenNLL
+from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.sites import TeacherTop
+from dllm_sd.losses.supports import TopK
+from dllm_sd.policies.families import CAUSAL, FAMILIES, MARK
+from dllm_sd.policies.loading import DTYPES
+from dllm_sd.policies.weights import Base, Ema
+
+SECOND_READERS = ("k_proj", "v_proj", "up_proj")
+"""Linear layers that read the same tensor as another one, which autograd keeps once."""
+BITS = 4.127
+"""Bits of a 4-bit weight: NF4 and its doubly quantised constants (QLoRA, arXiv 2305.14314, Sec. 3)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process holds; counts, and bytes of everything else."""
+
+    parameters: int
+    """Number of parameters, adapters included."""
+    trainable: int
+    """Number of trained parameters."""
+    tokens: int
+    """Tokens of a micro-batch."""
+    sites: int
+    """Graded sites of a micro-batch, at most."""
+    weights: int
+    """Bytes of all weights, adapters included; always there."""
+    optimizer: int
+    """Bytes of AdamW's two states; always there."""
+    copies: int
+    """Bytes of the teachers' own weights; always there."""
+    gradients: int
+    """Bytes of gradients, with DDP's buckets; there while learning."""
+    gathered: int
+    """Bytes of weights that FSDP has gathered while learning."""
+    teacher: int
+    """Bytes that a teacher's forward adds: its activations, then its logits at the candidates."""
+    activations: int
+    """Bytes that autograd keeps of the student's forward."""
+    losses: int
+    """Bytes of logits and losses, added to the activations: copies of sites x vocabulary in float32."""
+    backward: int
+    """Bytes that backward adds to the activations after the losses: a layer's gradients, or that of the head; under
+    gradient checkpointing also the activations of one layer."""
+    step: int
+    """Bytes that the optimizer's step adds to the gradients."""
+    held: int
+    """Bytes that decoding holds: all weights, gathered (FSDP2); weights set aside (`merge_rollouts`); prefix cache."""
+    rollouts: int
+    """Bytes of the activations of a decoding batch."""
+    rollout_logits: int
+    """Bytes of the logits of its active positions and of the copies that sampling makes, after the activations."""
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are always there."""
+        return self.weights + self.optimizer + self.copies
+
+    @property
+    def learning(self) -> int:
+        """Highest bytes of a micro-batch or optimizer step, beside what is resident."""
+        student = self.activations + max(self.losses, self.backward)
+        return self.gradients + self.gathered + max(self.teacher, student, self.step)
+
+    @property
+    def decoding(self) -> int:
+        """Highest bytes of rollouts and evaluation, beside what is resident."""
+        return self.held + max(self.rollouts, self.rollout_logits)
+
+    @property
+    def peak(self) -> int:
+        """Highest bytes of all."""
+        return self.resident + max(self.learning, self.decoding)
+
+
+def estimate(
+    network: nn.Module, config: Config, *, processes: int = 1, sharded: bool = False, device: str = "cuda"
+) -> Memory:
+    """What a run of `config` will need on each process.
+
+    Args:
+        network: the native transformers model without adapters; only shapes are read (`loading.skeleton`).
+        config: the run.
+        processes: how many there are; each has its own rollouts and micro-batches.
+        sharded: FSDP2 (weights, gradients, optimizer and copies are divided) instead of DDP. Not measured yet.
+        device: ``cpu``, or ``cuda``, where AdamW makes one temporary of all trained weights at once.
+    """
+    shape = _Shape(network, config)
+    share = processes if sharded else 1
+    canvas = config.max_prompt + config.decode.length
+    canvases = max(1, config.optim.tokens_per_batch // canvas)
+    decode, tokens, decoded = config.decode, canvases * canvas, config.decode.batch_size * canvas
+    candidates, sites = (x * shape.vocabulary for x in _sites(config, canvases))
+    saved, again = shape.saved(tokens, canvas)
+    transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
+    head_gradient = 0 if shape.rank else shape.head * shape.trained_bytes
+    copies, cast = _copies(config, shape, sharded)
+    contexts, asks = len(config.method.contexts), config.method.sites.score is not None
+    scored = candidates * shape.logit * (contexts + asks)
+    outside = shape.weights - sum(shape.of_layers)
+    gathered, whole = outside + 2 * max(shape.of_layers), shape.weights
+    if shape.autocast:  # FSDP2 gathers in the type that computes
+        gathered, whole = (size * shape.compute // shape.residual for size in (gathered, whole))
+    logits = decode.batch_size * decode.block_length * shape.vocabulary * shape.wide
+    samples = max(getattr(config.method.rollout, "temperature", 0.0), config.eval.temperature) > 0
+    read = decode.batch_size * max(config.max_prompt, decode.block_length) if shape.remembered else decoded
+    return Memory(
+        parameters=shape.parameters,
+        trainable=shape.trainable,
+        tokens=tokens,
+        sites=sites // shape.vocabulary,
+        weights=shape.weights // share,
+        optimizer=2 * shape.bytes_trained // share,
+        copies=copies // share,
+        gradients=shape.bytes_trained // share * (2 if processes > 1 and not sharded else 1),
+        gathered=gathered if sharded else 0,
+        teacher=cast // share + max(shape.forward(tokens, canvas), scored) if contexts else 0,
+        activations=saved,
+        losses=int(sites * shape.wide * _loss_copies(config, shape)),
+        backward=max(again + transient + shape.dequantised, head_gradient + sites * shape.wide),
+        step=shape.bytes_trained // share if device != "cpu" else 2 * shape.largest * shape.trained_bytes,
+        held=(whole if sharded else 0) + shape.merged + decoded * shape.remembered,
+        rollouts=shape.forward(read, canvas, decoding=True),
+        rollout_logits=read * shape.hidden * shape.residual
+        + logits * (5 if samples or decode.guidance or decode.order == "entropy" else 2),
+    )
+
+
+def table(memory: Memory) -> Table:
+    """The estimate as a table for people."""
+    shown = Table(title="memory of one process (estimate)")
+    shown.add_column("what")
+    shown.add_column("size", justify="right")
+    shown.add_row("parameters", f"{memory.parameters:,}")
+    shown.add_row("trainable parameters", f"{memory.trainable:,}")
+    shown.add_row("tokens, sites of a micro-batch", f"{memory.tokens:,}, {memory.sites:,}", end_section=True)
+    decoding = {"held": "held weights, cache", "rollouts": "rollouts", "rollout_logits": "their logits, after that"}
+    groups = {
+        "always": (memory.resident, {"weights": "weights", "optimizer": "optimizer state", "copies": "teacher copies"}),
+        "learning, at most": (
+            memory.learning,
+            {
+                "gradients": "gradients",
+                "gathered": "gathered weights",
+                "teacher": "teacher's pass, before",
+                "activations": "activations",
+                "losses": "logits and losses, with them",
+                "backward": "backward, after these",
+                "step": "optimizer step, at the end",
+            },
+        ),
+        "decoding, at most": (memory.decoding, decoding),
+    }
+    for name, (total, rows) in groups.items():
+        for field, words in rows.items():
+            shown.add_row(f"  {words}", _gigabytes(getattr(memory, field)))
+        shown.add_row(name, _gigabytes(total), end_section=True)
+    shown.add_row("peak: always + the larger of learning and decoding", _gigabytes(memory.peak), style="bold")
+    return shown
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size else "0"
+
+
+class _Shape:
+    """Sizes of a network as `config` trains it."""
+
+    def __init__(self, network: Any, config: Config) -> None:
+        model, lora, self.config = config.model, config.model.lora, network.config
+        itemsize, self.autocast = DTYPES[model.dtype].itemsize, config.optim.autocast is not None
+        family = FAMILIES.get(str((getattr(self.config, MARK, None) or {}).get("family")), CAUSAL)
+        self.rank, self.targets = (lora.rank, lora.targets or family.lora_targets) if lora else (0, ())
+        self.dropout = lora is not None and lora.dropout > 0
+        self.checkpointed, self.eager = model.gradient_checkpointing, model.attention == "eager"
+        # Bytes of a number inside the layers, between them, in adapters and losses and RMSNorm, in logits.
+        self.compute, self.residual, self.wide = 2 if self.autocast else itemsize, itemsize, max(4, itemsize)
+        self.trained_bytes, self.logit = self.wide if lora else itemsize, 4 if self.autocast else itemsize
+        self.layers = list(network.base_model.layers)
+        self.vocabulary, self.hidden = network.get_output_embeddings().weight.shape
+        self.head = self.vocabulary * self.hidden
+        self.heads, self.experts = self.config.num_attention_heads, getattr(self.config, "num_experts_per_tok", 0) or 0
+        linears = [pair for layer in self.layers for pair in _linears(layer)]
+        self.queries = max((x.out_features for name, x in linears if name == "q_proj"), default=self.hidden)
+        stacked = [self.experts * x.gate_up_proj.shape[1] for layer in self.layers for x in _mixtures(layer)]
+        self.widest = max([max(x.weight.shape) for _, x in linears] + stacked)
+        self.widest_adapter = max((max(x.weight.shape) for name, x in linears if name in self.targets), default=0)
+
+        names = set(lora.modules_to_save) if lora else set()
+        every, inside = list(network.parameters()), [list(layer.parameters()) for layer in self.layers]
+        saved = [x for n, part in network.named_modules() if n.rpartition(".")[2] in names for x in part.parameters()]
+        pairs = [[x for name, x in _linears(layer) if name in self.targets] for layer in self.layers]
+        adapters = [self.rank * sum(sum(x.weight.shape) for x in of_layer) for of_layer in pairs]
+        self.parameters = _count(every) + sum(adapters) + _count(saved)
+        self.trainable = sum(adapters) + _count(saved) if lora else self.parameters
+        self.bytes_trained = sum(adapters) * self.wide + _count(saved) * itemsize if lora else _count(every) * itemsize
+        self.largest = max([x.numel() for x in (saved if lora else every)], default=self.rank * self.widest_adapter)
+        self.of_layers = [_count(x) * itemsize + n * self.wide for x, n in zip(inside, adapters, strict=True)]
+        self.dequantised = 0
+        if model.quantization == "4bit":
+            for i, layer in enumerate(self.layers):
+                self.of_layers[i] -= int(_count(x.weight for _, x in _linears(layer)) * (itemsize - BITS / 8))
+            self.dequantised = max(x.weight.numel() for _, x in linears) * self.compute
+        outside = _count(every) - sum(map(_count, inside)) + _count(saved)
+        self.weights = outside * itemsize + sum(self.of_layers)
+        # Set aside while decoding with folded adapters; keys and values per token that a block-causal model remembers.
+        self.merged = itemsize * sum(_count(x.weight for x in y) for y in pairs) if lora and lora.merge_rollouts else 0
+        block_causal = (getattr(self.config, MARK, None) or {}).get("block_length") and config.decode.prefix_cache
+        self.remembered = self.compute * sum(x.out_features for n, x in linears if n in ("k_proj", "v_proj"))
+        self.remembered *= bool(block_causal)
+        # Autocast keeps bfloat16 copies of trained weights for a forward, and autograd keeps those of all.
+        used = _count(x.weight for _, x in linears) + self.head
+        self.casts = 2 * (sum(adapters) if lora else used) * self.autocast
+        self.casts_saved = 2 * (sum(adapters) + used) * self.autocast
+
+    def saved(self, tokens: int, canvas: int) -> tuple[int, int]:
+        """Bytes that autograd keeps of ``tokens``, and those that backward computes again (one layer, or none)."""
+        final = self._norm(self.hidden)
+        layers = [self._layer(layer, canvas) for layer in self.layers]
+        if self.checkpointed:
+            return tokens * (final + len(layers) * self.hidden * self.residual), tokens * max(layers) + self.casts
+        return tokens * (final + sum(layers)) + self.casts_saved, 0
+
+    def _norm(self, width: int) -> int:
+        """Per token: the input in float32, its root mean square, and what a trained weight multiplies."""
+        return width * (self.wide + (0 if self.rank else self.residual)) + 4
+
+    def _layer(self, layer: nn.Module, canvas: int) -> int:
+        """Bytes per token that autograd keeps of a layer; what is the same tensor is counted once."""
+        total = self.compute * 4 * self.queries + 4 * self.heads  # q, k and v of every head, result; normaliser
+        if self.eager:  # probabilities in float32, and in the type of the layers
+            total += self.heads * canvas * (4 + self.compute * (self.compute != 4))
+        for name, module in layer.named_modules():
+            if "norm" in type(module).__name__.lower():
+                of_heads = name.endswith(("q_norm", "k_norm"))
+                total += self._norm(self.queries if of_heads else _count(module.parameters()))
+        for name, linear in _linears(layer):
+            total += self._input(name, linear)
+            if name == "gate_proj":
+                total += 3 * self.compute * linear.out_features  # gate, silu(gate), up
+        for module in _mixtures(layer):  # also what the experts return and, where they are trained, read
+            numbers = self.hidden + 3 * module.down_proj.shape[-1]
+            numbers += 0 if self.rank else self.hidden + module.down_proj.shape[-1]
+            total += self.experts * self.compute * numbers
+        return total
+
+    def _input(self, name: str, linear: nn.Linear) -> int:
+        """Bytes per token that autograd keeps for a linear layer and its adapter, beside what other layers keep."""
+        if self.rank and name not in self.targets:
+            return 0
+        width, alone = linear.in_features, name not in (*SECOND_READERS, "o_proj")
+        if not self.rank:
+            return self.compute * width * ((self.autocast and name != "o_proj") or alone)
+        low = self.compute if self.autocast else self.wide  # of what the adapter reads
+        if self.dropout:
+            return low * (self.rank + width) + self.wide * width
+        return low * (self.rank + width * (self.autocast or self.compute < self.wide or alone))
+
+    def forward(self, tokens: int, canvas: int, decoding: bool = False) -> int:
+        """Highest bytes of a forward without gradient, its logits left out."""
+        scores = self.heads * canvas * (2 * self.compute + 4) * self.eager
+        inside = max(3 * self.widest * self.compute, 7 * self.queries * self.compute + scores)
+        if self.rank and not (decoding and self.merged):
+            low = self.compute if self.autocast else self.wide  # of the adapter's branch, which adds two or three
+            branch = (2 * self.compute + (2 if low == self.compute else 3) * low) * self.widest_adapter
+            inside = max(inside, branch + self.hidden * self.wide * (self.compute < self.wide))
+        stream = 3 * self.hidden * self.residual + self.hidden * 2 * self.autocast
+        mask = canvas * (1 + self.compute) + 2 * self.residual * self.queries // self.heads
+        return tokens * (stream + inside + mask) + self.casts + self.dequantised
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name.rpartition(".")[2], module
+
+
+def _mixtures(layer: nn.Module) -> Iterator[Any]:
+    """Modules that hold the weights of many experts in one tensor; adapters pass them over."""
+    return (x for x in layer.modules() if getattr(getattr(x, "gate_up_proj", None), "ndim", 0) == 3)
+
+
+def _sites(config: Config, canvases: int) -> tuple[int, int]:
+    """Candidates and graded sites of a micro-batch, at most.
+
+    Random masks hide a share of the completion that is uniform on (0, 1): mean and two standard deviations of it.
+    """
+    decode, method = config.decode, config.method
+    steps = isinstance(method.canvases, DecoderSteps)
+    if steps:
+        masked, active = decode.length, decode.block_length
+        revealed = max(decode.schedule) if decode.threshold is None else decode.block_length
+    else:
+        hidden = 1.0 if isinstance(method.canvases, AllMasked) else min(1, 0.5 + 2 / math.sqrt(12 * canvases))
+        masked = active = revealed = math.ceil(decode.length * hidden)
+    if isinstance(method.sites, AllMaskedSites):
+        candidates = sites = active if method.sites.block else masked
+    elif isinstance(method.sites, TeacherTop):
+        candidates, sites = active, min(active, method.sites.count or revealed)
+    else:
+        candidates = sites = revealed
+    return canvases * candidates, canvases * sites
+
+
+def _loss_copies(config: Config, shape: _Shape) -> float:
+    """How many tensors of sites x vocabulary are alive at the worst moment: when a site is described for the log."""
+    method, c = config.method, len(config.method.contexts)
+    raw = c * (shape.logit / shape.wide)  # the teachers' logits
+    if isinstance(method.divergence, TokenNLL) or isinstance(method.support, TopK):
+        return 4 + c + raw
+    clipped = c * (method.divergence.clip == "entry")
+    if isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1:
+        return 3 + 15 * c + raw + clipped
+    if isinstance(method.divergence, ForwardKL):
+        return 2 + 6 * c + raw + clipped
+    return 4 + 5 * c + raw + clipped
+
+
+def _copies(config: Config, shape: _Shape, sharded: bool) -> tuple[int, int]:
+    """Bytes of all teachers' own weights, and of the copy that is made while one of them reads."""
+    own = [w for w in set(config.method.weights()) if w.stored and not (isinstance(w, Base) and shape.rank)]
+    averages = any(isinstance(w, Ema) for w in own)
+    cast = not shape.rank and (sharded or (averages and shape.trained_bytes < 4))
+    total = sum(shape.trainable * shape.wide if isinstance(w, Ema) else shape.bytes_trained for w in own)
+    return total, shape.bytes_trained if own and cast else 0

@@ -1,0 +1,198 @@
+"""The model card of an exported policy: what it is, how to use it, how it was trained, what was measured."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard, try_to_load_from_cache
+
+from dllm_sd.config import build_config, to_tree
+from dllm_sd.methods import METHODS, Method
+from dllm_sd.policies.blueprint import Blueprint, Model, model_folder
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.training.checkpoint import read_state
+from dllm_sd.training.folder import read_tree
+
+Layout = Literal["peft", "merged", "original"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where the weights come from."""
+
+    run: Path
+    checkpoint: Path
+
+
+CARD = """---
+{front}
+---
+
+# {name}
+
+{what} of {base}, a masked diffusion language model (family `{family}`), written by `dllm-sd export`.
+{notes}
+
+## Use
+
+{use}
+
+Do not call `generate()`: it writes from left to right, and this model fills in masks, so the text would be nonsense.
+
+## Training
+
+{training}
+
+## Results
+
+{results}
+"""
+
+
+def model_card(
+    policy: MaskedDiffusion,
+    blueprint: Blueprint,
+    to: Layout,
+    name: str,
+    trained: Trained | None = None,
+    stored: str | None = None,
+    grown: int | None = None,
+) -> str:
+    """README.md of an exported policy, with front matter for the hub.
+
+    Args:
+        policy: the policy.
+        blueprint: what it was built from.
+        to: the format that was written.
+        name: what the reader calls the model: its name on the hub, or a folder.
+        trained: the run; None for weights that were not trained here.
+        stored: floating types of the files where the run computed in another one.
+        grown: rows of the embedding where the base has fewer.
+    """
+    model, path = blueprint.model, blueprint.model.path
+    on_hub = path is not None and not Path(model_folder(path)).is_dir()
+    front = {"library_name": "peft" if to == "peft" else "transformers", "pipeline_tag": "text-generation"}
+    front |= {"base_model": path} if on_hub else {}  # a folder of this machine would mean nothing, or another model
+    front |= {"license": found} if (found := _license(path)) else {}
+    tags = ["dllm-sd", "diffusion-language-model", "self-distillation", *(["lora"] if to == "peft" else [])]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()] + [f"tags: [{', '.join(tags)}]"]
+    notes = []
+    if stored:
+        notes.append(f"Tensors are stored in the types of the original ({stored}); the run computed in {model.dtype}.")
+    if to == "original":
+        notes.append("Tensor names and config.json are those of the original; its `*.py` files are not copied.")
+    if to == "peft" and grown:
+        notes.append(f"The base needs `resize_token_embeddings({grown})` first.")
+    what = {"peft": "A LoRA adapter", "merged": "Trained weights (native transformers format)"}
+    return CARD.format(
+        front="\n".join(lines),
+        name=name,
+        what=what.get(to, "Trained weights (original format)"),
+        base=f"`{path}`" if path else "a randomly initialised model",
+        family=blueprint.family.name,
+        notes=" ".join(notes),
+        use=_use(policy, model, to, name, trained),
+        training=_training(trained),
+        results=_results(trained),
+    )
+
+
+def settings_of(run: Path) -> str:
+    """The resolved config of a run as YAML, without its folder."""
+    return re.sub(r"^run: .*\n", "", (run / "config.yaml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def _license(path: str | None) -> str | None:
+    """The license that the base model's card names, if it lies on this machine."""
+    if path is None:
+        return None
+    folder = Path(model_folder(path))
+    card = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(path, "README.md")
+    try:
+        return ModelCard.load(card).data.get("license") if isinstance(card, str | Path) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _use(policy: MaskedDiffusion, model: Model, to: Layout, name: str, trained: Trained | None) -> str:
+    options: dict[str, Any] = {}
+    if to != "merged":  # what the base does not say itself
+        for key in ("as_", "mask_token", "end_tokens", "chat_template", "thinking", "tokenizer"):
+            if getattr(model, key) is not None and (to, key) != ("original", "tokenizer"):
+                options[key] = getattr(model, key)
+        options |= {"block_length": policy.block_length} if policy.block_length else {}
+    path = model.path if to == "peft" else name
+    python = f"load_policy({', '.join([json.dumps(path), *(f'{key}={value!r}' for key, value in options.items())])})"
+    if to == "peft":
+        return (
+            "```python\nfrom dllm_sd import load_policy\nfrom peft import PeftModel\n\n"
+            f"policy = {python}\n"
+            f"policy.module.model = PeftModel.from_pretrained(policy.module.model, {json.dumps(name)})\n```"
+        )
+    tree = read_tree(trained.run) if trained else {}
+    words = [f"--task {tree['task']['name']}" if tree else "--task NAME"]
+    words += [f"decode.{key}={tree['decode'][key]}" for key in ("length", "block_length") if tree]
+    words += [f"model.{key}={value}" for key, value in options.items() if isinstance(value, int)]
+    return (
+        f'```bash\ndllm-sd sample {name} "your prompt" {" ".join(words)}\n```\n\n'
+        f"```python\nfrom dllm_sd import load_policy\n\npolicy = {python}\n```"
+    )
+
+
+def _training(trained: Trained | None) -> str:
+    if trained is None:
+        return "These weights were not trained by dllm-sd; only their format was changed."
+    tree = read_tree(trained.run)
+    method = build_config(tree).method
+    slots = {slot: part if isinstance(part, list) else [part] for slot, part in to_tree(method).items()}
+    words = {slot: "+".join(part["name"] for part in group if isinstance(part, dict)) for slot, group in slots.items()}
+    made = ", ".join(f"{slot} {word}" for slot, word in words.items() if word)
+    update = read_state(trained.checkpoint)["update"]
+    kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
+    return (
+        f"Method: {_method_name(method)}({made}). Task: `{tree['task']['name']}`. "
+        f"Weights: {kind}, after update {update} of {tree['updates']}.\n\n"
+        "To train it again, save these settings as `config.yaml` and run `dllm-sd train config.yaml`.\n\n"
+        f"<details><summary>Settings</summary>\n\n```yaml\n{settings_of(trained.run)}```\n\n</details>"
+    )
+
+
+def _method_name(method: Method) -> str:
+    """The row of the table of methods that is made of the same parts and has most settings in common."""
+
+    def parts(other: Method) -> list[Any]:
+        return [
+            [type(part) for part in (slot if isinstance(slot, tuple) else (slot,))] for slot in vars(other).values()
+        ]
+
+    alike = {name: row.method for name, row in METHODS.items() if parts(row.method) == parts(method)}
+    if not alike:
+        return ""
+    name = max(alike, key=lambda name: sum(vars(alike[name])[slot] == part for slot, part in vars(method).items()))
+    return f"`{name}` " if alike[name] == method else f"`{name}` with settings of its own "
+
+
+def _results(trained: Trained | None) -> str:
+    file = trained.run / "report.json" if trained else None
+    report = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    if not report.get("best"):
+        if report.get("best_dev_accuracy", -1.0) < 0:
+            return "No results were measured."
+        best, update = f"{100 * report['best_dev_accuracy']:.1f} %", report["best_update"]
+        n = report["settings"]["eval"]["problems"]
+        return f"Best accuracy on up to {n} dev problems: {best}, after update {update}; no test problems were decoded."
+    settings = report["settings"]
+    rows = ["| decoding | weights | n | accuracy | 95 % interval |", "|---|---|---|---|---|"]
+    for schedule in report["best"]:
+        changed = settings["decode"] | settings["eval"]["schedules"].get(schedule, {})
+        keys = ("length", "block_length", "tokens_per_step", "steps", "threshold", "order")
+        decoding = ", ".join(f"{key} {changed[key]}" for key in keys if changed.get(key) is not None)
+        for weights in ("before", "after", "best"):
+            found = report[weights][schedule]
+            low, high = (f"{100 * end:.1f}" for end in found["ci95"])
+            cells = (f"{schedule} ({decoding})", weights, found["n"], f"{100 * found['accuracy']:.1f} %")
+            rows.append(f"| {' | '.join(map(str, cells))} | {low} to {high} |")
+    words = f"Accuracy on test problems of `{report['task']}` at temperature {settings['eval']['temperature']}."
+    return f"{words} Before: initial weights; after: last; best: best on the dev split.\n\n" + "\n".join(rows)

@@ -1,0 +1,348 @@
+"""What a model is before its weights are read: the keys of `model`, and what the checkpoint's small files say."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Literal
+
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.hub import cached_file
+
+from dllm_sd.errors import InputError
+from dllm_sd.policies.chat import Chat
+from dllm_sd.policies.families import CAUSAL, MARK, Family, recognise
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (PEFT)."""
+
+    rank: int = 128
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    """Kinds of linear layers; None takes the family's, all seven."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapters, such as ``embed_tokens`` for a new mask token."""
+    merge_rollouts: bool = False
+    """Fold the adapters into the weights while decoding, and put the weights back bit for bit. Faster where the
+    adapters cost much; needs a second copy of the adapted weights, and in bfloat16 rounds the sum."""
+
+    def __post_init__(self) -> None:
+        if min(self.rank, self.alpha) < 1 or not 0 <= self.dropout < 1 or self.targets == ():
+            raise InputError("model.lora needs rank and alpha of 1 or more, dropout from 0 to below 1, and targets")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a randomly initialised model in LLaDA's architecture (bidirectional Llama, untied)."""
+
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 2
+    intermediate_size: int = 192
+    vocab_size: int | None = None
+    """Rows of embedding and head; None takes what the tokenizer needs."""
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size) < 1:
+            raise InputError("model.shape needs sizes and numbers of 1 or more")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise InputError("model.shape.hidden_size must be a multiple of twice model.shape.num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model is trained (the keys of `model`)."""
+
+    path: str | None = None
+    """A folder, a hub name, or `tiny` for the shipped model. None with `random_init` builds `shape`."""
+    as_: Literal["diffusion"] | None = field(default=None, metadata={"key": "as"})
+    """`as: diffusion` turns any causal language model of transformers bidirectional and gives it a mask token; it
+    then has to learn denoising (method `sft`)."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer where it is not beside the model."""
+    mask_token: str | int | None = None
+    """The mask token, or its id, where neither the checkpoint nor its tokenizer names it."""
+    end_tokens: tuple[str, ...] | None = None
+    """Tokens that end a completion, the one that ends a turn first; None takes the checkpoint's."""
+    block_length: int | None = None
+    """Positions of an attention block (block-causal checkpoints); None takes the checkpoint's."""
+    chat_template: str | None = None
+    """Jinja text of a chat template instead of the checkpoint's."""
+    thinking: bool | None = None
+    """The thinking switch of templates that have one; None takes the family's."""
+    random_init: bool = False
+    """Random weights (seeded by `seed`) in the architecture of `path`, or of `shape` without a path."""
+    shape: Shape = Shape()
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantization: Literal["4bit"] | None = None
+    """`4bit` stores the linear layers in NF4 (extra `quant`) under LoRA."""
+    lora: Lora | None = None
+    """None trains all weights."""
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantization and not self.lora:
+            raise InputError("model.quantization cannot be trained itself; set model.lora as well")
+        if self.quantization and self.random_init:
+            raise InputError("model.quantization needs a checkpoint; set model.random_init to false")
+        if self.quantization and self.lora and self.lora.merge_rollouts:
+            raise InputError("model.lora.merge_rollouts cannot fold adapters into 4-bit weights; set it to false")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model without its weights: cheap to read, and enough to refuse what cannot work."""
+
+    model: Model
+    family: Family
+    config: PreTrainedConfig
+    """The native config."""
+    chat: Chat | None
+    """None without a tokenizer; such a model reads and writes token ids only."""
+    mask_id: int
+    end_ids: tuple[int, ...]
+    """The first one ends a turn."""
+    pad_id: int
+    block_length: int | None
+    """Positions of an attention block; None where every position sees all others."""
+
+    @property
+    def folder(self) -> str:
+        """Folder or hub name of the checkpoint."""
+        assert self.model.path is not None
+        return model_folder(self.model.path)
+
+
+def read_blueprint(model: Model, text: bool = True) -> Blueprint:
+    """Read config, generation config and tokenizer of a checkpoint, and nothing else.
+
+    Args:
+        model: the keys of `model`.
+        text: whether a tokenizer is needed.
+
+    Raises:
+        InputError: if the files are unusable, do not fit together, or leave open what must be known.
+    """
+    if model.path is None and not model.random_init:
+        raise InputError("model.path is missing; name a checkpoint, or set model.random_init to true")
+    needs = {"model.quantization": ("bitsandbytes", model.quantization == "4bit")}
+    needs["model.attention"] = ("flash_attn", model.attention == "flash_attention_2")
+    for key, (package, used) in needs.items():
+        if used and find_spec(package) is None:
+            raise InputError(
+                f"{key} needs the package {package}, which is not installed; install it, or leave {key} out"
+            )
+    where = repr(model.path) if model.path else "model.shape"
+    written = _read_json(model.path, "config.json") if model.path else {}
+    family = recognise(written, where) if model.path else CAUSAL
+    if family is CAUSAL and model.as_ is None and written.get("is_causal", not model.random_init):
+        raise InputError(
+            f"{where} is an autoregressive model ({written['model_type']}); set model.as=diffusion to make it a "
+            "bidirectional model with a mask token"
+        )
+    tokenizer = _read_tokenizer(model, family, text)
+    if tokenizer is not None and model.as_ and tokenizer.mask_token is None and model.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": str(CAUSAL.mask_token)})
+    config = _native_config(model, family, written, where, tokenizer)
+    mask_id = _mask_id(model, family, written, tokenizer, where)
+    generation = _read_json(model.path, "generation_config.json", needed=False) if model.path else {}
+    end_ids = _end_ids(model, family, [generation, written], tokenizer, where)
+    pad_ids = [generation.get("pad_token_id"), written.get("pad_token_id")]
+    pad_ids = [tokenizer.pad_token_id if tokenizer else None, *pad_ids, end_ids[-1]]
+    rows = config.vocab_size
+    _check_rows(rows, mask_id, tokenizer, where, grows=model.as_ is not None)
+    if outside := [end_id for end_id in end_ids if not 0 <= end_id < max(rows, len(tokenizer or ()))]:
+        raise InputError(
+            f"{where} has {rows} embedding rows, but calls {outside[0]} an end token; mend eos_token_id in its "
+            "config.json and generation_config.json"
+        )
+    chat = None
+    if tokenizer is not None:
+        template, thinking = model.chat_template or family.template, model.thinking
+        if thinking is None and "enable_thinking" in str(template or tokenizer.chat_template):
+            thinking = family.thinking
+        chat = Chat(tokenizer, end_ids[0], template, thinking)
+    return Blueprint(
+        model=model,
+        family=family,
+        config=config,
+        chat=chat,
+        mask_id=mask_id,
+        end_ids=end_ids,
+        pad_id=next(pad_id for pad_id in pad_ids if isinstance(pad_id, int) and 0 <= pad_id < rows),
+        block_length=_block_length(model, family, written),
+    )
+
+
+def model_folder(name_or_path: str) -> str:
+    """The folder of a shipped asset (``tiny``), else the argument itself (a folder or hub name)."""
+    asset = Path(str(files("dllm_sd") / "assets" / name_or_path))
+    if asset.is_dir() and not Path(name_or_path).exists():
+        return str(asset)
+    if ("/" in name_or_path or "." in name_or_path) and name_or_path[0] in "./~" and not Path(name_or_path).is_dir():
+        raise InputError(f"model.path {name_or_path!r} is not a folder; give a checkpoint folder or a hub name")
+    return name_or_path
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A file of a checkpoint, fetched from the hub if need be; None if it has none of that name."""
+    folder = Path(model_folder(path))
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise InputError(f"no model at {path!r} (model.path): {brief(error)}") from error
+    return Path(found) if found else None
+
+
+def brief(error: BaseException) -> str:
+    """An exception on one short line."""
+    return shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
+
+
+def _read_json(path: str, name: str, needed: bool = True) -> dict[str, Any]:
+    file = find_file(path, name)
+    if file is None:
+        if needed:
+            raise InputError(f"there is no {name} at {path!r} (model.path); give a checkpoint folder or a hub name")
+        return {}
+    try:
+        written = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}); restore the checkpoint's {name}") from error
+    if not isinstance(written, dict) or (needed and "model_type" not in written):
+        raise InputError(f"{file} names no model_type; restore the checkpoint's {name}")
+    return written
+
+
+def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | None:
+    source = model.tokenizer or model.path
+    if source is None:
+        raise InputError("model.tokenizer is missing; name the folder or hub name of a tokenizer")
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+    if not needed and not any(find_file(source, name) for name in names):
+        return None
+    load: Any = family.tokenizer or AutoTokenizer
+    try:
+        return load.from_pretrained(model_folder(source), trust_remote_code=False)
+    except Exception as error:  # damaged JSON can make transformers stumble over anything
+        raise InputError(f"no usable tokenizer at {source!r} (model.tokenizer): {brief(error)}") from error
+
+
+def _native_config(
+    model: Model, family: Family, written: Mapping[str, Any], where: str, tokenizer: Tokenizer | None
+) -> PreTrainedConfig:
+    if model.path is None:
+        assert tokenizer is not None
+        config: PreTrainedConfig = _shaped(model.shape, tokenizer)
+    elif family.config is not None:
+        config = family.native_config(written, where)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(model_folder(model.path), trust_remote_code=False)
+        except Exception as error:  # a damaged value can make transformers stumble over anything
+            raise InputError(f"no usable config.json at {where} (model.path): {brief(error)}") from error
+    config.is_causal = False
+    setattr(config, MARK, {"family": family.name, "block_length": _block_length(model, family, written)})
+    return config
+
+
+def _shaped(shape: Shape, tokenizer: Tokenizer) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=shape.vocab_size or len(tokenizer),
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        rms_norm_eps=shape.rms_norm_eps,
+        initializer_range=shape.initializer_range,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def _block_length(model: Model, family: Family, written: Mapping[str, Any]) -> int | None:
+    """Positions of an attention block; a family without blocks has them only where the user asks for them."""
+    length = model.block_length
+    if length is None and family.block_causal:
+        length = written.get("block_size", family.block_length)
+    if length is not None and (not isinstance(length, int) or length < 1):
+        raise InputError(f"the attention block length must be at least 1, not {length!r}; set model.block_length")
+    if length is not None and model.attention == "flash_attention_2":
+        raise InputError("flash_attention_2 has no block-causal mask; set model.attention to sdpa")
+    return length
+
+
+def _mask_id(model: Model, family: Family, written: Mapping[str, Any], tokenizer: Tokenizer | None, where: str) -> int:
+    known: dict[Any, int] = tokenizer.get_vocab() if tokenizer else {}
+    named = model.mask_token
+    if isinstance(named, int):
+        return named
+    if named is not None:
+        if named not in known:
+            raise InputError(f"the tokenizer of {where} has no mask token {named!r}; name it in model.mask_token")
+        return known[named]
+    own = tokenizer.mask_token if tokenizer else None
+    candidates = (written.get("mask_token_id"), known.get(family.mask_token), known.get(own), family.mask_id)
+    found = next((mask_id for mask_id in candidates if isinstance(mask_id, int)), None)
+    if found is None:
+        raise InputError(f"the tokenizer of {where} has no mask token; name it in model.mask_token")
+    return found
+
+
+def _end_ids(
+    model: Model, family: Family, written: Iterable[Mapping[str, Any]], tokenizer: Tokenizer | None, where: str
+) -> tuple[int, ...]:
+    """The end of a turn first, then whatever the checkpoint calls an end."""
+    known: dict[Any, int] = tokenizer.get_vocab() if tokenizer else {}
+    if model.end_tokens is not None:
+        if unknown := [token for token in model.end_tokens if token not in known]:
+            raise InputError(f"the tokenizer of {where} has no token {unknown[0]!r}; mend model.end_tokens")
+        found: list[Any] = [known[token] for token in model.end_tokens]
+    elif marks := [mark for source in written if isinstance(mark := source.get(MARK), Mapping) and "end_ids" in mark]:
+        found = list(marks[0]["end_ids"])
+    else:
+        found = [known.get(family.turn_end)]
+        for source in written:
+            ids = source.get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+        found.append(tokenizer.eos_token_id if tokenizer else None)
+        if not any(isinstance(i, int) for i in found):
+            found = [source.get("pad_token_id") for source in written]
+    ids = tuple(dict.fromkeys(i for i in found if isinstance(i, int)))
+    if not ids:
+        raise InputError(
+            f"the tokenizer of {where} has no end token; set eos_token in its tokenizer_config.json, "
+            "or name it in model.end_tokens"
+        )
+    return ids
+
+
+def _check_rows(rows: int, mask_id: int, tokenizer: Tokenizer | None, where: str, grows: bool) -> None:
+    """Every token needs a row of the embedding; an added mask token may still get one."""
+    last = max(mask_id, len(tokenizer) - 1) if tokenizer else mask_id
+    if tokenizer and grows and last == len(tokenizer) - 1 == rows:
+        return
+    if last >= rows or mask_id < 0:
+        known = f"the tokenizer knows {len(tokenizer)} tokens" if tokenizer else "there is no tokenizer"
+        raise InputError(
+            f"{where} has {rows} embedding rows, but {known} and the mask id is {mask_id}; use the tokenizer that "
+            "belongs to the model, or mend model.mask_token"
+        )

@@ -1,0 +1,69 @@
+"""Text and tokens: the only renderer of chat templates, for students and teachers, in training and evaluation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dllm_sd.errors import InputError, on_one_line
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer and the way in which conversations are written for one checkpoint."""
+
+    tokenizer: Tokenizer
+    end_id: int
+    """Token that ends the assistant's turn."""
+    template: str | None = None
+    """Jinja chat template instead of the tokenizer's own; without either, contents are joined by blank lines."""
+    thinking: bool | None = None
+    """Value of the template's thinking switch (`enable_thinking`); None leaves it to the template."""
+
+    def __post_init__(self) -> None:
+        if self.thinking is not None and "enable_thinking" not in (self._template or ""):
+            raise InputError("model.thinking is set, but the chat template has no thinking switch; leave it out")
+
+    @property
+    def _template(self) -> str | None:
+        own = self.tokenizer.chat_template
+        return self.template or (own if isinstance(own, str) else None)
+
+    def render(self, messages: Sequence[Mapping[str, str]], open_turn: bool = True) -> str:
+        """A conversation as text; ``open_turn`` adds what makes the assistant speak next.
+
+        Raises:
+            InputError: if the template refuses the messages.
+        """
+        template = self._template
+        if template is None:
+            return "\n\n".join(message["content"] for message in messages)
+        switch: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=open_turn,
+                **switch,
+            )
+        except (TemplateError, TypeError) as error:
+            raise InputError(f"the chat template cannot render the prompt: {on_one_line(error)}") from error
+        return str(rendered)
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Chat messages as prompt tokens, the assistant's turn opened."""
+        return self._tokens(self.render(messages))
+
+    def encode_completion(self, text: str) -> list[int]:
+        """A completion as tokens, with the token that ends the turn."""
+        return [*self._tokens(text), self.end_id]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Completion tokens as text, without special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
