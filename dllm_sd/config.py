@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dllm_sd.canvases import AllMasked
 from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.methods import METHODS, Method
 from dllm_sd.policies.blueprint import Blueprint, Model, read_blueprint
@@ -81,9 +82,16 @@ def check_model(config: Config) -> Blueprint:
         InputError: naming the key, and the remedy.
     """
     blueprint = read_blueprint(config.model)
-    for schedule in ({}, *config.eval.schedules.values()):
-        check_blocks(blueprint.block_length, replace(config.decode, **schedule))
-    for context in config.method.contexts if blueprint.block_length is not None else ():
+    schedules = {f"eval.schedules.{name}": overrides for name, overrides in config.eval.schedules.items()}
+    for key, overrides in {"decode": {}, **schedules}.items():
+        check_blocks(blueprint.block_length, replace(config.decode, **overrides), key)
+    if blueprint.block_length is None:
+        return blueprint
+    if isinstance(config.method.canvases, AllMasked):
+        raise InputError(
+            "method.canvases all_masked hides blocks that a block-causal model always sees finished; use random_masks"
+        )
+    for context in config.method.contexts:
         if context.shows_later_blocks:
             raise InputError(
                 "method.contexts reveals later blocks, which a block-causal model never sees, so the teacher would "

@@ -24,8 +24,9 @@ from dllm_sd.model_card import Layout, Trained, model_card, settings_of
 from dllm_sd.policies.blueprint import Blueprint, Model, brief, find_file, read_blueprint
 from dllm_sd.policies.families import MARK
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.weight_files import INDEX, stored_tensors
 
-WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "5GB"
+SHARD = "5GB"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
@@ -223,8 +224,8 @@ def _write_adapter(policy: MaskedDiffusion, blueprint: Blueprint, folder: Path) 
 def _write_original(policy: MaskedDiffusion, blueprint: Blueprint, folder: Path) -> str | None:
     """Also copies the small files of the source; returns its floating types if the run computed in another one."""
     path = str(blueprint.model.path)
-    source = _headers(path)
-    types = {dtype for dtype, _, _ in source.values()} & STORED.keys()
+    source = stored_tensors(path)
+    types = {stored.dtype for stored in source.values()} & STORED.keys()
     dtype = STORED[types.pop()] if len(types) == 1 else torch.float32  # mixed: rounded below, tensor by tensor
     state = revert_weight_conversion(_network(policy.module.model), fold(policy.module.model, dtype))
     extra = state.keys() - source.keys()
@@ -234,37 +235,21 @@ def _write_original(policy: MaskedDiffusion, blueprint: Blueprint, folder: Path)
         raise InputError(f"the original format of {path!r} has no place for {alone[0]}; use --to merged")
     state = {name: value for name, value in state.items() if name not in extra}
     lost: set[str] = set()
-    for name, (stored, shape, file) in source.items():
+    for name, stored in source.items():
         if name not in state:  # what the native class does not use
-            with safe_open(file, "pt") as tensors:
+            with safe_open(stored.file, "pt") as tensors:
                 state[name] = tensors.get_tensor(name)
-        elif list(state[name].shape) != shape:
+        elif tuple(state[name].shape) != stored.shape:
             raise InputError(f"the original format of {path!r} has another shape for {name}; use --to merged")
-        elif state[name].is_floating_point() and stored in STORED:
-            lost |= {stored} if STORED[stored] != getattr(torch, blueprint.model.dtype) else set()
-            state[name] = state[name].to(STORED[stored])
+        elif state[name].is_floating_point() and stored.dtype in STORED:
+            lost |= {stored.dtype} if STORED[stored.dtype] != getattr(torch, blueprint.model.dtype) else set()
+            state[name] = state[name].to(STORED[stored.dtype])
     _write_weights({name: state[name] for name in source}, folder)
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         file = find_file(blueprint.model.tokenizer or path if name in TOKENIZER_FILES else path, name)
         if file is not None:
             shutil.copyfile(file, folder / name)
     return ", ".join(sorted(str(STORED[name]).removeprefix("torch.") for name in lost)) or None
-
-
-def _headers(path: str) -> dict[str, tuple[str, list[int], Path]]:
-    """Type, shape and file of every tensor of a checkpoint, by name."""
-    files = {find_file(path, WEIGHTS)}
-    if None in files:
-        index = find_file(path, INDEX)
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
-        files = {find_file(path, name) for name in shards}
-    found = {}
-    for file in sorted(file for file in files if file):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                part = tensors.get_slice(name)
-                found[name] = (part.get_dtype(), part.get_shape(), file)
-    return found
 
 
 def _network(model: Any) -> Any:

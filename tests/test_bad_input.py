@@ -176,10 +176,11 @@ LATER = "method.contexts reveals later blocks, which a block-causal model never 
         (["model.block_length=8"], "decode.block_length is 4, but this model is block-causal with blocks of 8"),
         (
             ["model.block_length=4", "eval.schedules.wide.block_length=8"],
-            "decode.block_length is 8, but this model is block-causal with blocks of 4",
+            "eval.schedules.wide.block_length is 8, but this model is block-causal with blocks of 4",
         ),
         (["model.block_length=4", "method=d_opsd"], LATER),
         (["model.block_length=4", "method=d_opsd_paper"], LATER),
+        (["model.block_length=4", "method=diffu_grpo"], "method.canvases all_masked hides blocks that a block-causal"),
         (["model.block_length=0"], "the attention block length must be at least 1, not 0; set model.block_length"),
         (["model.thinking=false"], "model.thinking is set, but the chat template has no thinking switch; leave it out"),
         (["model.mask_token=25"], "model.shape has 25 embedding rows, but the tokenizer knows 25 tokens and the mask"),
@@ -236,8 +237,8 @@ def damage(file: Path, change: Callable[[bytes], bytes]) -> None:
     ("name", "change", "message"),
     [
         ("config.json", lambda content: content[:40], r"config.json is not JSON"),
-        ("model.safetensors", lambda content: content[:-100], "no usable model at"),
-        ("model.safetensors", lambda content: b"", "no usable model at"),
+        ("model.safetensors", lambda content: content[:-100], "model.safetensors of the checkpoint"),
+        ("model.safetensors", lambda content: b"", "is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(

@@ -1,6 +1,6 @@
 """Decoding side by side: adapters as they are and folded in, and the prefix cache of a block-causal model on and off.
 
-python tools/bench_decode.py [--hidden 512 --layers 8 --vocab 32000 --rank 128 --prompts 16 --length 128 --device cpu]
+python tools/bench_decode.py [--hidden 256 --layers 4 --vocab 32000 --rank 64 --prompts 8 --length 64 --device cpu]
 
 Prints seconds and ratios; the tokens of both sides are compared.
 """
@@ -35,9 +35,9 @@ def timed(policy: MaskedDiffusion, settings: Denoising, prompts: int) -> tuple[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("hidden", 512), ("layers", 8), ("vocab", 32000), ("rank", 128)):
+    for name, default in (("hidden", 256), ("layers", 4), ("vocab", 32000), ("rank", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("prompts", 16), ("length", 128), ("block", 16)):
+    for name, default in (("prompts", 8), ("length", 64), ("block", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")

@@ -151,10 +151,10 @@ def denoise(
         commit = _commit(active, score, settings, schedule[within])
         tokens = torch.where(commit, chosen, tokens)
         reveal_step = torch.where(commit, step[:, None], reveal_step)
-        # Next step; a full block moves on, past the steps that would commit nothing.
+        # Next step; a full block moves on, past the steps of the schedule that would commit nothing.
         full = ~(active & ~commit).any(1)
-        jump = schedule.numel() - within if settings.threshold is None else torch.ones_like(step)
-        step = step + torch.where(full, jump, 1)
+        counted = settings.threshold is None and not blocks_of_prompt
+        step = step + torch.where(full & counted, schedule.numel() - within, 1)
         within = torch.where(full | (settings.threshold is not None), 0, within + 1)
         block = block + full.long()
         done = block > blocks[rows, -1]

@@ -324,7 +324,8 @@ def recognise(written: Mapping[str, Any], where: str) -> Family:
     """
     model_type = written.get("model_type")
     if family := _BY_TYPE.get(str(model_type)):
-        if "bd3lm" in where.lower() and family.name.startswith("a2d"):  # its config.json does not say so
+        if family.name.startswith("a2d") and "bd3lm" in where.rpartition("/")[2].lower():
+            # Its config.json does not say so.
             return replace(family, block_causal=True, block_length=32)
         return family
     if model_type in CONFIG_MAPPING and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

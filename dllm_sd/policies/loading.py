@@ -1,23 +1,24 @@
 """Load a policy: native transformers classes, safetensors only, no remote code, one copy in memory."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.blueprint import Blueprint, Lora, Model, brief, find_file, read_blueprint
+from dllm_sd.policies.blueprint import Blueprint, Lora, Model, brief, read_blueprint
 from dllm_sd.policies.families import LINEARS
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.weight_files import stored_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _UNUSABLE = (
@@ -72,7 +73,8 @@ def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") 
 def skeleton(blueprint: Blueprint) -> PreTrainedModel:
     """The network without memory for its weights (meta device), to count them."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(blueprint.config)
+        network_class: Any = blueprint.family.network
+        return network_class(blueprint.config) if network_class else AutoModelForCausalLM.from_config(blueprint.config)
 
 
 def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> Any:
@@ -86,20 +88,18 @@ def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> An
     rows = len(blueprint.chat.tokenizer) if blueprint.chat else 0
     try:
         if model.random_init:
-            with _seeded(model.seed):
+            with _seeded(model.seed, device), torch.device(device):
                 network: Any = AutoModelForCausalLM.from_config(config, **options)
         else:
             network = _read_weights(blueprint, device, options)
         if rows > network.get_input_embeddings().weight.shape[0]:  # the row of an added mask token
-            with _seeded(model.seed):
+            with _seeded(model.seed, device):
                 network.resize_token_embeddings(rows)
     except _UNUSABLE as error:
         if isinstance(error, InputError):
             raise
         where = repr(model.path or model.shape)
-        damaged = _damaged_file(blueprint.folder) if model.path else ""
-        raise InputError(f"no usable model at {where} (model.path): {damaged}{brief(error)}") from error
-    network.to(device)
+        raise InputError(f"no usable model at {where} (model.path): {brief(error)}") from error
     network.eval()
     network.generate = _refuse_generate
     for part in network.modules():
@@ -111,7 +111,9 @@ def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> An
 
 def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dict[str, Any]) -> Any:
     path = str(blueprint.model.path)
-    _check_files(path)
+    stored = stored_tensors(path)
+    if blueprint.family.network is not None:
+        _check_tensors(skeleton(blueprint), {name: tensor.shape for name, tensor in stored.items()}, path)
     if blueprint.model.quantization:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -143,29 +145,24 @@ def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dic
     return network
 
 
-def _damaged_file(folder: str) -> str:
-    """The first file of weights that cannot be opened, with a colon; safetensors does not name it."""
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError):
-            return f"{file.name}: "
-    return ""
-
-
-def _check_files(path: str) -> None:
-    """Refuse a checkpoint without safetensors, in particular one that holds pickles only."""
-    if any(find_file(path, name) for name in ("model.safetensors", "model.safetensors.index.json")):
-        return
-    pickled = any(find_file(path, name) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-    kind = "holds pickled weights, which can run code" if pickled else "holds no model.safetensors"
-    raise InputError(f"the checkpoint at {path!r} {kind}; convert or download it in the safetensors format")
+def _check_tensors(network: PreTrainedModel, found: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Compare the names and shapes in the files with what the network asks for, in the names of its family."""
+    tied = set(network.all_tied_weights_keys)
+    whole = network.state_dict()
+    known = revert_weight_conversion(network, whole)
+    needed = revert_weight_conversion(network, {name: whole[name] for name in whole.keys() - tied})
+    for name in sorted(needed.keys() | found.keys()):
+        asked = tuple(known[name].shape) if name in known else None
+        if asked != found.get(name):
+            raise InputError(
+                f"tensor {name} of the checkpoint at {path!r} does not fit: the files have {found.get(name)}, its "
+                f"config.json asks for {asked}; download it again, or use the config.json that belongs to it"
+            )
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
+def _seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

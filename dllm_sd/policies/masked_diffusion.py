@@ -126,7 +126,7 @@ class MaskedDiffusion:
         return self.chat
 
 
-def check_blocks(block_length: int | None, settings: Denoising) -> None:
+def check_blocks(block_length: int | None, settings: Denoising, key: str = "decode") -> None:
     """Refuse to decode a block-causal model in other blocks than those it sees.
 
     Raises:
@@ -134,6 +134,6 @@ def check_blocks(block_length: int | None, settings: Denoising) -> None:
     """
     if block_length is not None and settings.block_length != block_length:
         raise InputError(
-            f"decode.block_length is {settings.block_length}, but this model is block-causal with blocks of "
-            f"{block_length}: a position cannot see later blocks; set decode.block_length={block_length}"
+            f"{key}.block_length is {settings.block_length}, but this model is block-causal with blocks of "
+            f"{block_length}: a position cannot see later blocks; set {key}.block_length to {block_length}"
         )

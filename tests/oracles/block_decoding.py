@@ -48,19 +48,13 @@ def decode_blocks(
     tokens_per_step: int = 1,
     threshold: float | None = None,
 ) -> tuple[list[int | None], list[int | None]]:
-    """Tokens and the step that committed each, None where the decoder stopped before.
-
-    With a fixed number of tokens per step, each block begins at a multiple of the steps that a whole block takes.
-    """
+    """Tokens and the step that committed each, None where the decoder stopped before."""
     ids = [*prompt, *[mask_id] * length]
     reveal: list[int | None] = [None] * len(ids)
     known = len(prompt)
-    steps_per_block = -(-block_length // tokens_per_step)
     step = 0
-    for number, block in enumerate(range(known // block_length, -(-len(ids) // block_length))):
+    for block in range(known // block_length, -(-len(ids) // block_length)):
         start, stop = block * block_length, min((block + 1) * block_length, len(ids))
-        if threshold is None:
-            step = number * steps_per_block
         while missing := [i for i in range(max(start, known), stop) if reveal[i] is None]:
             rows = logits(ids[:stop])
             proposals = []

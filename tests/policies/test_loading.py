@@ -135,7 +135,9 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(
 def test_a_truncated_checkpoint_is_refused(checkpoint: Path, size: int):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    assert refusal(path=str(checkpoint)).startswith(f"no usable model at {str(checkpoint)!r} (model.path): ")
+    assert refusal(path=str(checkpoint)).startswith(
+        f"model.safetensors of the checkpoint at {str(checkpoint)!r} is damaged"
+    )
 
 
 def test_a_pickled_checkpoint_is_refused(checkpoint: Path):
@@ -324,8 +326,8 @@ def test_an_original_config_that_lacks_a_key_is_refused(original: Callable[..., 
         ("dream", {"num_attention_heads": 0}, "no usable model at"),
         ("llada", {"n_heads": 5}, "The hidden size (32) is not a multiple of the number of attention heads (5)"),
         ("llada", {"rope_theta": "big"}, "no usable model at"),
-        ("llada", {"n_layers": 3}, "has missing keys, first model.layers.2.input_layernorm.weight"),
-        ("sdar", {"head_dim": 8}, "has mismatched keys, first ('model.layers.0.self_attn.k_norm.weight', "),
+        ("llada", {"n_layers": 3}, "tensor model.transformer.blocks.2.attn_norm.weight of"),
+        ("sdar", {"head_dim": 8}, "k_norm.weight of the checkpoint"),
         ("sdar", {"block_size": 0}, "the attention block length must be at least 1, not 0; set model.block_length"),
         ("dream", {"mask_token_id": None}, "has no mask token; name it in model.mask_token"),
         ("dream", {"mask_token_id": 160}, "has 160 embedding rows, but there is no tokenizer and the mask id is 160"),
@@ -347,26 +349,30 @@ def test_an_original_config_with_another_value_is_refused(
         (
             "llada",
             lambda tensors: tensors.update({"model.transformer.blocks.1.ff_out.weight": torch.zeros(3, 4)}),
-            "has mismatched keys, first ('model.layers.1.mlp.down_proj.weight', torch.Size([3, 4]), ",
+            "does not fit: the files have (3, 4), its config.json asks for (32, 64); download it again",
         ),
         (
             "llada",
             lambda tensors: tensors.pop("model.transformer.blocks.1.ff_out.weight"),
-            "has missing keys, first model.layers.1.mlp.down_proj.weight",
+            "tensor model.transformer.blocks.1.ff_out.weight of the checkpoint",
         ),
         (
             "llada2",
             lambda tensors: tensors.pop("model.layers.1.mlp.gate.expert_bias"),
-            "has missing keys, first model.layers.1.mlp.gate.e_score_correction_bias",
+            "tensor model.layers.1.mlp.gate.expert_bias of the checkpoint",
         ),
         (
             "llada2",
             lambda tensors: tensors.pop("model.layers.1.attention.query_key_value.weight"),
-            "has missing keys, first model.layers.1.self_attn.k_proj.weight",
+            "the files have None, its config.json asks for (128, 32)",
         ),
-        ("llada2", lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "no usable model at"),
-        ("dream", lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.bias"), "has missing keys, first model"),
-        ("sdar", lambda tensors: tensors.pop("lm_head.weight"), "has missing keys, first lm_head.weight"),
+        (
+            "llada2",
+            lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"),
+            "experts.3.up_proj.weight of",
+        ),
+        ("dream", lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.bias"), "q_proj.bias of the checkpoint"),
+        ("sdar", lambda tensors: tensors.pop("lm_head.weight"), "tensor lm_head.weight of the checkpoint"),
     ],
     ids=["shape", "missing", "router bias", "fused attention", "expert", "bias", "head"],
 )
@@ -385,7 +391,7 @@ def test_an_original_checkpoint_whose_tensors_do_not_fit_is_refused(
         (
             "model-00002-of-00002.safetensors",
             5000,
-            "model-00002-of-00002.safetensors: Error while deserializing header",
+            "is damaged (Error while deserializing header",
         ),
         ("model.safetensors.index.json", 0, "Expecting value"),
         ("model.safetensors.index.json", None, "holds no model.safetensors; convert or download it"),
