@@ -498,3 +498,41 @@ def test_a_familys_thinking_switch_is_left_alone_by_templates_without_one(tmp_pa
         chat = blueprint.read_blueprint(given).chat
         assert chat
         assert chat.render([{"content": "1+1="}]) == rendered
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes at import, and of its CPU kernels
+def test_four_bit_weights_give_the_logits_of_their_dequantised_values_and_train_adapters(tmp_path: Path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    sizes: Any = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=40, is_causal=False, mask_token_id=39, eos_token_id=38, initializer_range=0.1, **sizes
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), quantization="4bit", lora=Lora(rank=4))
+    plain = load_policy(str(tmp_path))
+    ids = torch.full((2, 12), 39)
+    ids[:, :5] = torch.arange(10).view(2, 5)
+    view = View(ids, torch.ones_like(ids, dtype=torch.bool), ids == 39)
+    exact = plain.site_logits(view).detach()
+    quantised = LlamaForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+        device_map={"": "cpu"},
+    )
+    with torch.no_grad():
+        for name, part in quantised.named_modules():
+            if isinstance(part, bitsandbytes.nn.Linear4bit):
+                weight: Any = part.weight
+                value = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+                plain.module.model.get_submodule(name).weight.copy_(value)
+    policy.module.train()
+    logits = policy.site_logits(view)
+    expected = plain.site_logits(view).detach()
+    assert (logits - expected).abs().max() < 0.05 * expected.std()
+    assert (exact - expected).abs().max() > 0.1 * expected.std()  # what four bits cost
+    logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None for p in policy.module.parameters() if p.requires_grad)
