@@ -1,10 +1,9 @@
-"""The command line: ``dllm-sd train | eval | sample | show | export``.
+"""The command line: ``dllm-sd train | eval | grade | sample | show | export``.
 
 Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted after saving; 1 anything else.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -62,11 +61,24 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="accuracy of a run or a model on a task")
-    evaluate.add_argument("model", metavar="RUN_OR_MODEL")
+    evaluate.add_argument("model", nargs="?", metavar="RUN_OR_MODEL")
+    evaluate.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="instead: compare two evaluations (folders or .jsonl files)"
+    )
     evaluate.add_argument("--task", help="name of the task; default: the run's own")
+    evaluate.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to put on the model")
+    evaluate.add_argument("--attempts", type=int, metavar="K", help="attempts at each problem, for pass@k and maj@k")
     evaluate.add_argument("--out", help="folder for report.json; default: eval/TASK, in the run folder if it is a run")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(command=_eval)
+
+    grade = commands.add_parser("grade", help="grade generations made elsewhere")
+    grade.add_argument("file", metavar="FILE", help="a .jsonl or .jsonl.gz; each line: generation, the task's fields")
+    grade.add_argument("--task", required=True, help="name of the task")
+    grade.add_argument("--mode", help="default, or compatible: the verdicts of the published parsers, quirks included")
+    grade.add_argument("--out", metavar="DIR", help="for report.json and graded.jsonl; default: FILE_graded beside it")
+    grade.add_argument("overrides", nargs="*", metavar="task.key=value")
+    grade.set_defaults(command=_grade)
 
     sample = commands.add_parser("sample", help="watch a prompt being denoised")
     sample.add_argument("model", metavar="RUN_OR_MODEL")
@@ -99,79 +111,64 @@ def _train(options: argparse.Namespace) -> int:
     from dllm_sd.config import load_config
 
     config = load_config(options.config, options.overrides)
+    from dllm_sd.tables import print_training
     from dllm_sd.training.trainer import Trainer
 
     trainer = Trainer(config)
     report = trainer.train()
     if trainer.main:
-        _print_report(report, Path(config.run))
+        print_training(report, Path(config.run))
     return 0
 
 
-def _print_report(report: dict[str, Any], run: Path) -> None:
-    console = Console()
-    if report["best"]:
-        table = Table(title=f"{report['task']}: accuracy on {report['n']} test problems")
-        table.add_column("decoding")
-        for name in ("before", "after", "best"):
-            table.add_column(name, justify="right")
-        for schedule, best in report["best"].items():
-            cells = [f"{100 * report[name][schedule]['accuracy']:.1f} %" for name in ("before", "after")]
-            low, high = best["ci95"]
-            table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
-        console.print(table)
-        console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
-    words = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
-    best_dev = f"; best dev accuracy {100 * report['best_dev_accuracy']:.1f} % at update {report['best_update']}"
-    console.print(words + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
-    if report["stopped"]:
-        console.print(f"stopped early: {report['stopped']}")
-    console.print(f"run folder {run}: report.json, metrics.jsonl, samples.jsonl, config.yaml, checkpoints/")
-    console.print(f"curves, samples and trajectories: tensorboard --logdir {run / 'tb'}")
+def _grade(options: argparse.Namespace) -> int:
+    from dllm_sd.commands import grade
+
+    return grade(options)
 
 
 def _eval(options: argparse.Namespace) -> int:
+    if options.compare is not None:
+        from dllm_sd.commands import compare
+
+        return compare(options)
+    if options.model is None:
+        raise InputError("eval needs a RUN_OR_MODEL, or --compare A B with two finished evaluations")
     from accelerate import PartialState
 
     from dllm_sd.config import to_tree
-    from dllm_sd.evaluation import evaluate_run, first
+    from dllm_sd.evaluation import evaluate_into
+    from dllm_sd.tables import print_evaluation
 
-    config, policy = _load(options.model, options.overrides, options.task)
+    attempts = [f"eval.attempts={options.attempts}"] if options.attempts else []
+    config, policy, weights = _load(options.model, [*options.overrides, *attempts], options.task, options.adapter)
     tree = to_tree(config)
     task = tree["task"]["name"]
     out = Path(options.out or Path(options.model if _is_run(options.model) else "") / "eval" / task)
+    settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
     except OSError as error:
         raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; give another --out") from error
-    processes = PartialState()
-    problems = config.task.problems("test")
-    wanted = first(problems, config.eval.final_problems or len(problems))
-    report = evaluate_run(policy, config, wanted, processes.process_index, processes.num_processes)
-    if processes.is_main_process:
-        settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "seed", "max_prompt")}
-        settings["evaluated"] = options.model
-        content = {"task": task, **report.tree(), "settings": settings}
-        (out / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        table = Table(title=f"{options.model} on {task}")
-        for column in ("problems", "accuracy", "95 % interval", "tokens", "tokens per step", "seconds"):
-            table.add_column(column, justify="right")
-        low, high = report.ci95
-        cells = (f"{100 * report.accuracy:.2f} %", f"{100 * low:.1f} to {100 * high:.1f}", f"{report.length:.1f}")
-        table.add_row(str(report.n), *cells, f"{report.tokens_per_step:.2f}", f"{report.seconds:.1f}")
-        Console().print(table)
-        Console().print(f"written to {out / 'report.json'}")
+    if PartialState().is_main_process:
+        print_evaluation(f"{options.model} on {task}", report)
+        Console().print(f"written to {out}: report.json, generations.jsonl")
     return 0
 
 
-def _load(name: str, overrides: Sequence[str], task: str | None = None) -> tuple[Any, Any]:
-    """Config and policy of a run (its best weights) or of a model, with the precision that the run trained in."""
+def _load(
+    name: str, overrides: Sequence[str], task: str | None = None, adapter: str | None = None
+) -> tuple[Any, Any, str]:
+    """Config and policy of a run (its best weights) or of a model, in the precision that the run trained in.
+
+    Also says which weights these are.
+    """
     from accelerate import Accelerator
 
     from dllm_sd.config import apply_overrides, build_config
     from dllm_sd.policies.blueprint import model_folder
-    from dllm_sd.policies.loading import build_policy
-    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights
+    from dllm_sd.policies.loading import build_policy, put_on
+    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights, read_state
     from dllm_sd.training.folder import read_tree
 
     run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
@@ -188,13 +185,18 @@ def _load(name: str, overrides: Sequence[str], task: str | None = None) -> tuple
     config = build_config(apply_overrides(tree, overrides))
     accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
     policy = build_policy(config.model, accelerator.device)
+    weights = name
+    if adapter is not None:
+        put_on(policy, adapter)
+        weights = f"{name} with {adapter}"
     accelerator.prepare_model(policy.module, evaluation_mode=True)
     if _is_run(name):
         folder = best_checkpoint(run) or latest_checkpoint(run)
         if folder is None:
             raise InputError(f"run {name!r} has no checkpoint yet; train it further")
         load_weights(policy, folder)
-    return config, policy
+        weights = f"{folder.name}, update {read_state(folder)['update']}"
+    return config, policy, weights
 
 
 def _is_run(name: str) -> bool:
@@ -207,7 +209,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     from dllm_sd.randomness import make_key
 
-    config, policy = _load(options.model, options.overrides, options.task)
+    config, policy, _ = _load(options.model, options.overrides, options.task)
     console = Console()
     frames: list[list[int]] = []
     settings = replace(config.decode, temperature=config.eval.temperature)
@@ -298,7 +300,7 @@ def _export(options: argparse.Namespace) -> int:
             validate_repo_id(options.push)
         except ValueError as error:
             raise InputError(f"--push {options.push!r} is no name of a repository: {error}") from error
-    config, policy = _load(options.run, options.overrides)
+    config, policy, _ = _load(options.run, options.overrides)
     last = latest_checkpoint(run)
     checkpoint = last if options.weights == "last" else best_checkpoint(run) or last
     if checkpoint is None:

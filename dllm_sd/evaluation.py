@@ -1,20 +1,27 @@
 """Evaluation: decode held-out problems with the training sampler, grade them with the training grader, report."""
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.estimates import majority, pass_at_k, wilson_interval
+from dllm_sd.policies.denoising import Denoising, Meter
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Prompted, prompt_tokens
+from dllm_sd.recording import Line, Record, begin, digest, finish
+from dllm_sd.rollouts import prompt_tokens
 from dllm_sd.tasks.task import Problem, Task
+from dllm_sd.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Item:
     texts: tuple[str, ...]
     correct: tuple[bool, ...]
     scores: tuple[float, ...]
+    parsed: tuple[str | None, ...]
     lengths: tuple[int, ...]
     steps: tuple[int, ...]
 
@@ -38,20 +46,33 @@ class Report:
     ci95: tuple[float, float]
     score: float
     pass_at_k: dict[int, float]
+    maj_at_k: dict[int, float]
+    """Accuracy of the answer that most of the attempts agree on."""
     length: float
+    """Tokens of a completion, up to and including its end."""
     tokens_per_step: float
+    """Tokens per forward of a row."""
+    tokens_per_second: float
+    """Over the time of this call; resumed attempts count neither in tokens nor in time."""
+    occupancy: float
+    """Share of the decoder's slots that was busy; 0 where nothing was decoded."""
     too_long: int
     seconds: float
+    extra: Mapping[str, float]
+    """What the task measures beside accuracy, and its chance level."""
 
     def tree(self) -> dict[str, Any]:
         """For report.json."""
-        return {
-            **{name: getattr(self, name) for name in ("n", "accuracy", "score", "length", "tokens_per_step")},
-            "ci95": list(self.ci95),
+        plain = ("n", "accuracy", "score", "length", "tokens_per_step", "occupancy", "too_long")
+        tree = {
+            **{name: getattr(self, name) for name in plain},
             "pass_at_k": {str(k): value for k, value in self.pass_at_k.items()},
-            "too_long": self.too_long,
+            "maj_at_k": {str(k): value for k, value in self.maj_at_k.items()},
+            **self.extra,
             "time/seconds": self.seconds,
+            "time/tokens_per_second": self.tokens_per_second,
         }
+        return tree | {"ci95": list(wilson_interval(tree["accuracy"], self.n))}  # of the task's own accuracy, if any
 
 
 def evaluate(
@@ -66,11 +87,13 @@ def evaluate(
     max_prompt: int = 512,
     rank: int = 0,
     world: int = 1,
+    record: Record | None = None,
 ) -> tuple[Report, list[Item]]:
     """Decode and grade every problem.
 
     Randomness is keyed by (seed, problem, attempt) and the model's mode is restored, so that an evaluation leaves no
-    trace in training. Problems are dealt to ``world`` processes; all of them get the whole result.
+    trace in training. Problems are dealt to ``world`` processes; all of them get the whole result. With a ``record``
+    each attempt is written down as it ends, and what is written there already is not decoded again.
 
     Raises:
         InputError: if no problem is left to evaluate.
@@ -78,15 +101,41 @@ def evaluate(
     start = time.perf_counter()
     prompted = [prompt_tokens(policy, task, problem, max_prompt) for problem in problems[rank::world]]
     mine = [item for item in prompted if item is not None]
-    items = _attempts(policy, task, mine, replace(decode, temperature=temperature), attempts, seed) if mine else []
-    dropped = len(prompted) - len(mine)
+    lines = dict(record.lines) if record else {}
+    jobs = [(item, i) for item in mine for i in range(attempts) if (item.problem.id, i) not in lines]
+    meter, fresh = Meter(), 0
+
+    def write(rows: Tensor, trajectory: Trajectory) -> None:
+        nonlocal fresh
+        lengths, steps = trajectory.length.tolist(), trajectory.num_steps.tolist()
+        for place, row in enumerate(rows.tolist()):
+            item, attempt = jobs[row]
+            text = policy.text(trajectory.tokens[place, : lengths[place]].tolist())
+            grade = task.grade(item.problem, text)
+            verdict = (grade.correct, grade.score, grade.parsed)
+            line = Line(item.problem.id, digest(item.problem), attempt, text, *verdict, lengths[place], steps[place])
+            lines[line.id, attempt], fresh = line, fresh + lengths[place]
+            if record is not None:
+                record.append(line)
+
+    if jobs:
+        keys = [make_key(seed, item.problem.id, attempt, "evaluate") for item, attempt in jobs]
+        settings = replace(decode, temperature=temperature)
+        policy.decode([item.prompt for item, _ in jobs], settings, keys, finished=write, meter=meter)
+    own = [[lines[item.problem.id, i] for i in range(attempts)] for item in mine]
+    dropped, counts = len(prompted) - len(mine), [meter.rows, meter.slots, fresh]
     if world > 1:
-        items = sorted(gather_object(list(enumerate(items))), key=lambda pair: pair[0])
-        items = [item for _, item in items]
+        own = [line for _, line in sorted(gather_object(list(enumerate(own))), key=lambda pair: pair[0])]
         dropped = sum(gather_object([dropped]))
-    if not items:
+        counts = [sum(column) for column in zip(*gather_object([counts]), strict=True)]
+    if not own:
         raise InputError(f"no problem is left to evaluate ({dropped} prompts exceed max_prompt {max_prompt}); raise it")
-    return _report(items, dropped, time.perf_counter() - start), items
+    seconds = time.perf_counter() - start
+    by_id = {problem.id: problem for problem in problems}
+    graded = [(by_id[group[0].id], line.grade) for group in own for line in group]
+    chance = task.chance([by_id[group[0].id] for group in own])
+    extra = {**task.summary(graded), **({} if chance is None else {"chance": chance})}
+    return _report(own, dropped, counts, seconds, extra), [_item(group) for group in own]
 
 
 def evaluate_run(
@@ -96,6 +145,7 @@ def evaluate_run(
     rank: int,
     world: int,
     overrides: Mapping[str, Any] | None = None,
+    record: Record | None = None,
 ) -> Report:
     """Evaluate with the settings of a run: in training and by ``dllm-sd eval`` alike.
 
@@ -112,67 +162,77 @@ def evaluate_run(
         max_prompt=config.max_prompt,
         rank=rank,
         world=world,
+        record=record,
     )
     return report
 
 
-def _attempts(
-    policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Denoising, attempts: int, seed: int
-) -> list[Item]:
-    rows = [item for item in prompted for _ in range(attempts)]
-    keys = [make_key(seed, item.problem.id, attempt, "evaluate") for item in prompted for attempt in range(attempts)]
-    trajectory = policy.decode([item.prompt for item in rows], decode, keys)
-    lengths, steps = trajectory.length.tolist(), trajectory.num_steps.tolist()
-    texts = [policy.text(tokens[:length].tolist()) for tokens, length in zip(trajectory.tokens, lengths, strict=True)]
-    grades = [task.grade(item.problem, text) for item, text in zip(rows, texts, strict=True)]
+def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluate on the test split under the run's own decoding and under each of `eval.schedules`; go on if stopped.
 
-    def of(values: Sequence[Any], i: int) -> tuple[Any, ...]:
-        return tuple(values[i * attempts : (i + 1) * attempts])
+    Args:
+        folder: gets generations.jsonl and report.json. What it holds of an evaluation with the same settings is kept
+            and completed; anything else is replaced.
+        policy: the model.
+        config: task, decoding and evaluation settings.
+        settings: all that it takes to repeat the evaluation; written into the report.
 
-    return [
-        Item(
-            problem=item.problem.id,
-            texts=of(texts, i),
-            correct=of([grade.correct for grade in grades], i),
-            scores=of([grade.score for grade in grades], i),
-            lengths=of(lengths, i),
-            steps=of(steps, i),
+    Returns:
+        The report: that of the run's own decoding, and all of them under ``schedules``.
+    """
+    processes = PartialState()
+    problems = config.task.problems("test")
+    wanted = first(problems, config.eval.final_problems or len(problems))
+    if processes.is_main_process:
+        begin(folder, settings)
+    processes.wait_for_everyone()
+    reports: dict[str, Any] = {}
+    for name, overrides in {"trained": {}, **config.eval.schedules}.items():
+        record = Record(folder, name, processes.process_index)
+        report = evaluate_run(
+            policy, config, wanted, processes.process_index, processes.num_processes, overrides, record
         )
-        for i, item in enumerate(prompted)
-    ]
+        reports[name] = report.tree()
+    tree = {"task": settings["task"]["name"], **reports["trained"], "schedules": reports, "settings": settings}
+    if processes.is_main_process:
+        finish(folder, [problem.id for problem in wanted])
+        (folder / "report.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    return tree
 
 
-def _report(items: Sequence[Item], dropped: int, seconds: float) -> Report:
-    attempts = len(items[0].correct)
-    share = [sum(item.correct) / attempts for item in items]
-    accuracy = math.fsum(share) / len(items)
-    tokens = sum(sum(item.lengths) for item in items)
+def _item(group: Sequence[Line]) -> Item:
+    names = ("generation", "correct", "score", "parsed", "length", "steps")
+    return Item(group[0].id, *(tuple(getattr(line, name) for line in group) for name in names))
+
+
+def _majority(group: Sequence[Line]) -> bool:
+    return majority([line.parsed for line in group], [line.correct for line in group])
+
+
+def _report(
+    groups: Sequence[Sequence[Line]], dropped: int, counts: Sequence[int], seconds: float, extra: Mapping[str, float]
+) -> Report:
+    attempts, n = len(groups[0]), len(groups)
+    right = [sum(line.correct for line in group) for group in groups]
+    accuracy = math.fsum(count / attempts for count in right) / n
+    lines = [line for group in groups for line in group]
+    tokens, (rows, slots, fresh) = sum(line.length for line in lines), counts
+    ks = sorted({1, attempts, *(2**i for i in range(attempts.bit_length()))})
     return Report(
-        n=len(items),
+        n=n,
         accuracy=accuracy,
-        ci95=wilson_interval(accuracy, len(items)),
-        score=math.fsum(sum(item.scores) / attempts for item in items) / len(items),
-        pass_at_k={
-            k: math.fsum(pass_at_k(attempts, sum(item.correct), k) for item in items) / len(items)
-            for k in sorted({1, attempts})
-        },
-        length=tokens / (len(items) * attempts),
-        tokens_per_step=tokens / max(1, sum(sum(item.steps) for item in items)),
+        ci95=wilson_interval(accuracy, n),
+        score=math.fsum(line.score for line in lines) / len(lines),
+        pass_at_k={k: math.fsum(pass_at_k(attempts, count, k) for count in right) / n for k in ks},
+        maj_at_k={attempts: sum(_majority(group) for group in groups) / n} if attempts > 1 else {},
+        length=tokens / len(lines),
+        tokens_per_step=tokens / max(1, sum(line.steps for line in lines)),
+        tokens_per_second=fresh / seconds,
+        occupancy=rows / max(1, slots),
         too_long=dropped,
         seconds=seconds,
+        extra=extra,
     )
-
-
-def pass_at_k(attempts: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of ``k`` attempts is correct (arXiv 2107.03374, Eq. 1)."""
-    return 1.0 - math.comb(attempts - correct, k) / math.comb(attempts, k)
-
-
-def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % confidence interval of a share observed over ``n`` independent problems (Wilson, 1927)."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def first(problems: Sequence[Problem], count: int) -> list[Problem]:

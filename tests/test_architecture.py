@@ -14,18 +14,23 @@ import dllm_sd
 PACKAGE = Path(dllm_sd.__file__).resolve().parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    *("errors", "randomness", "losses", "trajectory", "canvases", "tasks", "policies", "rollouts", "teachers"),
+    *("errors", "randomness", "estimates", "losses", "trajectory", "canvases", "tasks", "generations", "comparison"),
+    *("policies", "likelihood", "rollouts", "teachers"),
     *(
         "methods",
         "objective",
         "settings",
         "config",
+        "recording",
         "evaluation",
+        "harness",
         "training",
         "memory",
         "model_card",
         "exporting",
         "",
+        "tables",
+        "commands",
         "cli",
         "__main__",
     ),
@@ -129,5 +134,5 @@ def test_nothing_is_evaluated_and_nothing_is_unpickled(name: str):
 def test_the_module_can_be_run():
     done = subprocess.run([sys.executable, "-m", "dllm_sd", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "eval", "sample", "show", "export"):
+    for command in ("train", "eval", "grade", "sample", "show", "export"):
         assert command in done.stdout

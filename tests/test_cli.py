@@ -121,7 +121,7 @@ def test_eval_reports_beside_the_run_and_keeps_the_report_of_training(home: Path
     report = json.loads((home / "run" / "eval" / "sudoku" / "report.json").read_text())
     assert {"task", "n", "accuracy", "ci95", "pass_at_k", "settings"} <= report.keys()
     assert (report["task"], report["n"], report["settings"]["evaluated"]) == ("sudoku", 3, "run")
-    assert "run/eval/sudoku/report.json" in capsys.readouterr().out
+    assert "written to run/eval/sudoku: report.json, generations.jsonl" in capsys.readouterr().out
     assert (home / "run" / "report.json").read_bytes() == trained
 
 
@@ -129,17 +129,20 @@ def test_eval_of_the_run_agrees_with_the_report_of_training(home: Path, tmp_path
     assert main(["eval", "run", "--out", str(tmp_path / "new")]) == 0
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     trained = json.loads((home / "run" / "report.json").read_text())["best"]["trained"]
-    assert {key: report[key] for key in trained if key != "time/seconds"} == {
-        key: value for key, value in trained.items() if key != "time/seconds"
-    }
+    for key, value in trained.items():
+        assert key.startswith("time/") or report[key] == value
+    assert report["schedules"]["trained"]["accuracy"] == report["accuracy"]
+    lines = [json.loads(line) for line in (tmp_path / "new" / "generations.jsonl").read_text().splitlines()]
+    mine = [line["correct"] for line in lines if line["schedule"] == "trained"]
+    assert sum(mine) / len(mine) == report["accuracy"]
+    assert {line["schedule"] for line in lines} == report["schedules"].keys()
 
 
 def test_eval_of_a_model_writes_to_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert main(["eval", "tiny", "--task", "sudoku", "eval.final_problems=2"]) == 0
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
-        "eval/sudoku/report.json"
-    ]
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {f"eval/sudoku/{name}" for name in ("report.json", "generations.jsonl", "settings.json")}
 
 
 def test_sample_shows_every_step_and_the_text(capsys: pytest.CaptureFixture[str]):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dllm_sd"
 README, CONCEPTS, ADDING = ROOT / "README.md", ROOT / "docs" / "concepts.md", ROOT / "docs" / "adding_a_part.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
-COMMANDS = ("train", "eval", "sample", "show", "export")
+COMMANDS = ("train", "eval", "grade", "sample", "show", "export")
 
 
 def blocks(document: Path, language: str) -> list[str]:

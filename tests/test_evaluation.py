@@ -1,27 +1,35 @@
 """Evaluation: the estimators are right, batches do not matter, and training does not notice it."""
 
 import itertools
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation import Item, Report, evaluate, first, pass_at_k, wilson_interval
+from dllm_sd.estimates import pass_at_k, wilson_interval
+from dllm_sd.evaluation import Item, Report, evaluate, first
 from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.recording import Line, Record, begin, digest, finish
 from dllm_sd.rollouts import PassAtK, prompt_tokens
 from dllm_sd.tasks import Grade, Problem, Sudoku
+from dllm_sd.tasks.task import Unguessable
 
 TASK = Sudoku(prompt="{puzzle}", answer="{solution}")
 DECODE = Denoising(length=16, block_length=4, tokens_per_step=2)
 
 
-class Parity:
+class Parity(Unguessable):
     """Counts a completion as correct if its first character is an even digit; prompts are as long as they say."""
 
     def problems(self, split: str) -> Sequence[Problem]:
@@ -89,7 +97,11 @@ def test_a_report_follows_from_its_items(policy: MaskedDiffusion):
     assert 0 < sum(map(sum, correct)) < 40
     assert (report.n, report.too_long) == (10, 0)
     assert report.accuracy == report.score == pytest.approx(sum(map(sum, correct)) / 40)
-    assert report.pass_at_k == {1: pytest.approx(report.accuracy), 4: sum(map(any, correct)) / 10}
+    assert report.pass_at_k == {
+        1: pytest.approx(report.accuracy),
+        2: pytest.approx(sum(pass_at_k(4, sum(row), 2) for row in correct) / 10),
+        4: sum(map(any, correct)) / 10,
+    }
     assert report.ci95 == wilson_interval(report.accuracy, 10)
     lengths, steps = ([sum(getattr(item, name)) for item in items] for name in ("lengths", "steps"))
     assert report.length == sum(lengths) / 40
@@ -99,7 +111,7 @@ def test_a_report_follows_from_its_items(policy: MaskedDiffusion):
 def test_a_report_is_plain_data(policy: MaskedDiffusion):
     tree = run(policy)[0].tree()
     assert {"n", "accuracy", "ci95", "pass_at_k", "score", "length", "tokens_per_step", "too_long"} <= tree.keys()
-    assert tree["pass_at_k"].keys() == {"1", "4"}
+    assert tree["pass_at_k"].keys() == {"1", "2", "4"}
     assert isinstance(tree["ci95"], list)
 
 
@@ -164,3 +176,100 @@ def test_the_first_problems_of_a_split_are_taken():
     split = TASK.problems("dev")
     assert [problem.id for problem in first(split, 3)] == ["sudoku/dev/0", "sudoku/dev/1", "sudoku/dev/2"]
     assert len(first(split, math.comb(30, 5))) == len(split)
+
+
+class Stop(Exception):
+    """The program dies."""
+
+
+def test_a_stopped_evaluation_goes_on_where_it_stopped(
+    policy: MaskedDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = run(policy)
+    begin(tmp_path, {"seed": 0})
+    written: list[Line] = []
+    assert digest(Problem("a", {"x": 1})) == digest(Problem("b", {"x": 1})) != digest(Problem("a", {"x": 2}))
+
+    def append(self: Record, line: Line) -> None:
+        if len(written) == 17:
+            raise Stop
+        written.append(line)
+        keep(self, line)
+
+    keep = Record.append
+    monkeypatch.setattr(Record, "append", append)
+    with pytest.raises(Stop):
+        run(policy, record=Record(tmp_path, "trained", 0))
+    monkeypatch.undo()
+    with (tmp_path / ".generations.0.jsonl").open("a") as file:
+        file.write('{"schedule": "trained", "id": "parity/3", "att')  # cut off by the crash
+    begin(tmp_path, {"seed": 0})
+    record = Record(tmp_path, "trained", 1)  # another number of processes, another file
+    assert list(record.lines.values()) == written
+    decoded: list[int] = []
+    decode = MaskedDiffusion.decode
+    monkeypatch.setattr(
+        MaskedDiffusion,
+        "decode",
+        lambda self, prompts, *rest, **more: (decoded.append(len(prompts)), decode(self, prompts, *rest, **more))[1],
+    )
+    items = run(policy, record=record)[1]
+    assert decoded == [40 - 17]
+    assert items == whole[1]
+    finish(tmp_path, [f"parity/{i}" for i in range(10)])
+    lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["attempt"]) for line in lines] == [
+        (f"parity/{i}", k) for i in range(10) for k in range(4)
+    ]
+    assert [line["generation"] for line in lines] == [text for item in items for text in item.texts]
+    assert {path.name for path in tmp_path.iterdir()} == {"generations.jsonl", "settings.json"}
+    run(policy, record=Record(tmp_path, "trained", 0))
+    assert decoded == [40 - 17]  # nothing was left to do
+    begin(tmp_path, {"seed": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json"}
+
+
+def test_the_majority_of_attempts_is_reported(policy: MaskedDiffusion):
+    report, items = run(policy, attempts=5)
+    shares = []
+    for item in items:
+        votes = [answer for answer in item.parsed if answer is not None]
+        chosen = max(dict.fromkeys(votes), key=votes.count)
+        shares.append(chosen in tuple("02468"))
+    assert report.maj_at_k == {5: sum(shares) / 10}
+    assert report.pass_at_k.keys() == {1, 2, 4, 5}
+
+
+def test_slots_stay_busy_when_completions_end_early(make_policy: Callable[..., MaskedDiffusion]):
+    class Many(Parity):
+        def problems(self, split: str) -> Sequence[Problem]:
+            return [Problem(f"parity/{i}", {"prompt": "1" * (1 + i % 5)}) for i in range(200)]
+
+    decode = Denoising(length=32, block_length=4, tokens_per_step=2, batch_size=8)
+    report, items = run(make_policy(), task=Many(), attempts=1, decode=decode)
+    assert len({item.steps for item in items}) > 4  # unequal ends
+    assert 0.9 < report.occupancy < 1
+
+
+def test_separators_inside_a_generation_do_not_break_its_line(tmp_path: Path):
+    record = Record(tmp_path, "trained", 0)
+    line = Line("a", "0", 0, "one\u2028two\x85three\rfour\nfive", True, 1.0, None, 3, 2)
+    record.append(line)
+    finish(tmp_path, ["a"])
+    assert list(Record(tmp_path, "trained", 0).lines.values()) == [line]
+
+
+def test_two_processes_report_what_one_reports(tmp_path: Path):
+    reports = []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    for prefix in ([sys.executable], [*launcher, "--main_process_port", "0"]):
+        out = tmp_path / str(len(reports))
+        command = ["-m", "dllm_sd", "eval", "tiny", "--out", str(out), "eval.final_problems=31", "decode.batch_size=8"]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run([*prefix, *command], check=True, env=environment, capture_output=True)
+        report = json.loads((out / "report.json").read_text())
+        lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().split("\n") if line]
+        reports.append(({key: report[key] for key in ("n", "accuracy", "score", "length", "cells")}, lines))
+        assert {path.name for path in out.iterdir()} == {"report.json", "generations.jsonl", "settings.json"}
+    assert reports[0] == reports[1]
+    assert len(reports[0][1]) == 31

@@ -7,7 +7,7 @@ every random number is keyed, so that a row's result depends neither on its batc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -89,6 +89,23 @@ class Denoising:
         return [full + (step < rest) for step in range(steps)]
 
 
+@dataclass
+class Meter:
+    """What a decoding cost."""
+
+    forwards: int = 0
+    """Passes of the network (with guidance, pairs of passes)."""
+    rows: int = 0
+    """Rows in them, summed."""
+    slots: int = 0
+    """Rows that there was room for, summed."""
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots that was busy."""
+        return self.rows / max(1, self.slots)
+
+
 @torch.no_grad()
 def denoise(
     site_logits: Callable[[View], Tensor],
@@ -101,10 +118,12 @@ def denoise(
     pad_id: int,
     device: torch.device | str = "cpu",
     watch: Callable[[Tensor], None] | None = None,
+    finished: Callable[[Tensor, Trajectory], None] | None = None,
+    meter: Meter | None = None,
     blocks_of_prompt: bool = False,
     cached: SiteHead | None = None,
 ) -> Trajectory:
-    """Denoise one batch of prompts.
+    """Denoise any number of prompts, `settings.batch_size` of them at a time: the next one takes a slot that is free.
 
     Args:
         site_logits: the denoiser, from a view to logits ``[m v]``.
@@ -117,6 +136,8 @@ def denoise(
         device: where to work.
         watch: called with the completion side int64 ``[b l]`` before every forward and at the end; rows that ended
             early keep their last canvas.
+        finished: called with the rows int64 ``[r]`` that have just ended, and their trajectory.
+        meter: counts what it costs.
         blocks_of_prompt: count blocks from the first prompt token, as block-causal models do.
         cached: the module of a block-causal model, to reuse the keys and values of finished blocks.
 
@@ -124,30 +145,38 @@ def denoise(
         The trajectory, on `device`.
     """
     prompt_ids, prompt_mask = (x.to(device) for x in left_pad(prompts, pad_id))
-    b, length = len(prompts), settings.length
+    b, length, slots = len(prompts), settings.length, min(len(prompts), settings.batch_size)
     blocks = block_index(prompt_mask, length, settings.block_length, blocks_of_prompt)
     cache = None
     if cached is not None and not cached.shift:  # with a shift, a block's first logits stand in the block before it
-        cache = PrefixCache(cached, prompt_ids, prompt_mask, length, settings.block_length)
+        cache = PrefixCache(cached, prompt_ids, prompt_mask, length, settings.block_length, slots)
     schedule = torch.tensor(settings.schedule, device=device)
     final = torch.full((b, length), mask_id, device=device)
     reveal = torch.full((b, length), NEVER, device=device)
-    keys_left = key_tensor(keys, device)
-    rows = torch.arange(b, device=device)  # rows still decoding; everything below is indexed like `rows`
-    tokens, reveal_step = final.clone(), reveal.clone()
+    all_keys = key_tensor(keys, device)
+    rows = slot = torch.arange(slots, device=device)  # rows being decoded; all below is indexed like `rows`
+    begun = slots
+    tokens, reveal_step = final[rows], reveal[rows]
     block, within, step = (torch.zeros_like(rows) for _ in range(3))
+
+    def trajectory(some: Tensor) -> Trajectory:
+        known = (prompt_ids[some], prompt_mask[some], final[some], reveal[some])
+        return _trajectory(*known, settings.block_length, mask_id, end_ids, pad_id, blocks_of_prompt)
+
     while len(rows):
         if watch is not None:
             final[rows] = tokens
             watch(final.clone())
+        if meter is not None:
+            meter.forwards, meter.rows, meter.slots = meter.forwards + 1, meter.rows + len(rows), meter.slots + slots
         masked = reveal_step == NEVER
         active = masked & (blocks[rows] == block[:, None])
         if cache is not None and settings.guidance == 0:
-            logits = cache(rows, tokens, active, block).float()
+            logits = cache(rows, slot, tokens, active, block).float()
         else:
             view = _view(prompt_ids[rows], prompt_mask[rows], tokens, active)
             logits = _guided(site_logits, view, settings.guidance, mask_id, prompt_ids.shape[1]).float()
-        chosen, score = _propose(logits, active, settings, fold(keys_left, step), mask_id)
+        chosen, score = _propose(logits, active, settings, fold(all_keys[rows], step), mask_id)
         commit = _commit(active, score, settings, schedule[within])
         tokens = torch.where(commit, chosen, tokens)
         reveal_step = torch.where(commit, step[:, None], reveal_step)
@@ -163,23 +192,32 @@ def denoise(
             done |= ends.any(1)
         if bool(done.any()):
             final[rows], reveal[rows] = tokens, reveal_step
-            keep = ~done
-            rows, tokens, reveal_step, block = rows[keep], tokens[keep], reveal_step[keep], block[keep]
-            within, step, keys_left = within[keep], step[keep], keys_left[keep]
+            if finished is not None:
+                finished(rows[done].cpu(), trajectory(rows[done]))
+            # The next prompts take the slots that are free.
+            new = torch.arange(begun, min(b, begun + int(done.sum())), device=device)
+            begun += len(new)
+            fresh, keep = torch.zeros_like(new), ~done
+            slot = torch.cat([slot[keep], slot[done][: len(new)]])
+            rows = torch.cat([rows[keep], new])
+            tokens, reveal_step = (torch.cat([x[keep], y[new]]) for x, y in ((tokens, final), (reveal_step, reveal)))
+            block, within, step = (torch.cat([x[keep], fresh]) for x in (block, within, step))
+            if cache is not None:
+                cache.begin(slot[-len(new) :] if len(new) else slot[:0])
     if watch is not None:
         watch(final.clone())
-    final = final.masked_fill(reveal == NEVER, pad_id)
+    return trajectory(torch.arange(b, device=device))
+
+
+def _trajectory(
+    prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, reveal_step: Tensor, block_length: int, *layout: Any
+) -> Trajectory:
+    mask_id, end_ids, pad_id, blocks_of_prompt = layout
+    known = reveal_step != NEVER
+    tokens = tokens.masked_fill(~known, pad_id)
+    length = completion_length(tokens, end_ids, known)
     return Trajectory(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        tokens=final,
-        reveal_step=reveal,
-        length=completion_length(final, end_ids, reveal != NEVER),
-        block_length=settings.block_length,
-        mask_id=mask_id,
-        end_ids=end_ids,
-        pad_id=pad_id,
-        blocks_of_prompt=blocks_of_prompt,
+        prompt_ids, prompt_mask, tokens, reveal_step, length, block_length, mask_id, end_ids, pad_id, blocks_of_prompt
     )
 
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -201,6 +202,23 @@ def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], s
         adapted = get_peft_model(network, settings)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def put_on(policy: MaskedDiffusion, adapter: str) -> None:
+    """Let a policy run with a PEFT adapter, frozen (a folder, such as one that ``dllm-sd export --to peft`` wrote).
+
+    Raises:
+        InputError: if the adapter is unusable or does not fit, or the policy has one already.
+    """
+    network = policy.module.model
+    if isinstance(network, PeftModel):
+        raise InputError("this model has an adapter already; give --adapter with the model that it was made for")
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise InputError(f"there is no adapter_config.json in {adapter!r}; give the folder of a PEFT adapter")
+    try:
+        policy.module.model = PeftModel.from_pretrained(network, adapter).eval()
+    except _UNUSABLE as error:
+        raise InputError(f"the adapter at {adapter!r} does not fit the model: {brief(error)}") from error
 
 
 def _check_rotary(network: nn.Module, where: str) -> None:

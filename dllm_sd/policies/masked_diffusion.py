@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.chat import Chat
-from dllm_sd.policies.denoising import Denoising, denoise
+from dllm_sd.policies.denoising import Denoising, Meter, denoise
 from dllm_sd.policies.merging import merged
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.site_head import SiteHead, evaluating
-from dllm_sd.trajectory import NEVER, Trajectory, concatenate, left_pad
+from dllm_sd.trajectory import NEVER, Trajectory, left_pad
 
 
 class MaskedDiffusion:
@@ -59,8 +59,10 @@ class MaskedDiffusion:
         settings: Denoising,
         keys: Sequence[int],
         watch: Callable[[Tensor], None] | None = None,
+        finished: Callable[[Tensor, Trajectory], None] | None = None,
+        meter: Meter | None = None,
     ) -> Trajectory:
-        """Denoise any number of prompts in batches of `settings.batch_size`, in eval mode.
+        """Denoise any number of prompts, `settings.batch_size` of them at a time, in eval mode (see `denoise`).
 
         Returns the trajectory on the CPU, in the order of the prompts.
         """
@@ -68,25 +70,22 @@ class MaskedDiffusion:
         settings = replace(settings, suppress=tuple(sorted({*settings.suppress, *self.suppress})))
         model = self.module.model
         folded = merged(model) if self.merge_rollouts and isinstance(model, PeftModel) else nullcontext()
-        parts = []
         with evaluating(self.module), folded:
-            for start in range(0, len(prompts), settings.batch_size):
-                rows = slice(start, start + settings.batch_size)
-                part = denoise(
-                    self.site_logits,
-                    prompts[rows],
-                    settings,
-                    keys[rows],
-                    mask_id=self.mask_id,
-                    end_ids=self.end_ids,
-                    pad_id=self.pad_id,
-                    device=self.device,
-                    watch=watch,
-                    blocks_of_prompt=self.block_length is not None,
-                    cached=self.module if self.block_length and settings.prefix_cache else None,
-                )
-                parts.append(part.to("cpu"))
-        return concatenate(parts)
+            return denoise(
+                self.site_logits,
+                prompts,
+                settings,
+                keys,
+                mask_id=self.mask_id,
+                end_ids=self.end_ids,
+                pad_id=self.pad_id,
+                device=self.device,
+                watch=watch,
+                finished=finished,
+                meter=meter,
+                blocks_of_prompt=self.block_length is not None,
+                cached=self.module if self.block_length and settings.prefix_cache else None,
+            ).to("cpu")
 
     def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Denoising) -> Trajectory:
         """A given completion as a trajectory of one row, revealed from left to right."""

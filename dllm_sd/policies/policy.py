@@ -1,6 +1,6 @@
 """What a policy is: it decodes to a trajectory, and it gives logits at the sites of a view."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,8 +38,19 @@ class Policy(Protocol):
         """Called with ``(ids, mask, sites)`` of a view; returns logits ``[m v]``. This is what processes wrap."""
         ...
 
-    def decode(self, prompts: Sequence[Sequence[int]], settings: Any, keys: Sequence[int]) -> Trajectory:
-        """Complete tokenised prompts; ``keys[b]`` seed each row, so that batching cannot change a result."""
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Any,
+        keys: Sequence[int],
+        *,
+        finished: Callable[[Tensor, Trajectory], None] | None = None,
+        meter: Any = None,
+    ) -> Trajectory:
+        """Complete tokenised prompts; ``keys[b]`` seed each row, so that batching cannot change a result.
+
+        ``finished`` is called with the rows that have just ended and their trajectory, ``meter`` counts the cost.
+        """
         ...
 
     def site_logits(self, view: View) -> Tensor:

@@ -4,15 +4,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_sd.errors import InputError
+from dllm_sd.tasks.choice import Choice
 from dllm_sd.tasks.countdown import Countdown
 from dllm_sd.tasks.gsm8k import Gsm8k
 from dllm_sd.tasks.jsonl import Jsonl
+from dllm_sd.tasks.math import Math
 from dllm_sd.tasks.sudoku import Sudoku
-from dllm_sd.tasks.task import Grade, Problem, Split, Task
+from dllm_sd.tasks.task import Grade, Mode, Problem, Split, Task
 
-__all__ = ["TASKS", "Countdown", "Grade", "Gsm8k", "Jsonl", "Problem", "Split", "Sudoku", "Task", "grade"]
+__all__ = [
+    "TASKS",
+    "Choice",
+    "Countdown",
+    "Grade",
+    "Gsm8k",
+    "Jsonl",
+    "Math",
+    "Mode",
+    "Problem",
+    "Split",
+    "Sudoku",
+    "Task",
+    "grade",
+]
 
-TASKS: dict[str, type[Task]] = {"sudoku": Sudoku, "countdown": Countdown, "gsm8k": Gsm8k, "jsonl": Jsonl}
+TASKS: dict[str, type[Task]] = {
+    "sudoku": Sudoku,
+    "countdown": Countdown,
+    "gsm8k": Gsm8k,
+    "math": Math,
+    "choice": Choice,
+    "jsonl": Jsonl,
+}
 
 
 def grade(task: Task | str, problem: Problem | Mapping[str, Any], text: str) -> Grade:

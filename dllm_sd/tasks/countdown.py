@@ -2,28 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from itertools import combinations
+from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.tasks.datafile import (
-    Entry,
-    Generated,
-    Row,
-    Splits,
-    chat,
-    choose,
-    divide,
-    needed,
-    read_rows,
-    render,
-    split_of,
-)
+from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import evaluate, marked_expression
-from dllm_sd.tasks.task import Grade, Problem, Split
+from dllm_sd.tasks.published import countdown_expression, python_value, reaches, uses
+from dllm_sd.tasks.sources import Draws, Sized
+from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 
 _ATTEMPTS = 20_000  # draws before a generated problem is given up
+_BLIND = 4  # numbers up to which all blind expressions are counted
 
 _PROMPT = """\
 Numbers: {numbers}
@@ -34,7 +25,7 @@ and parentheses. Put the expression, without an equals sign, inside \\boxed{{}}.
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(Sized):
     """Countdown. Problem fields: ``numbers`` (list), ``target``, ``solution`` (an expression, or None in file data).
 
     Without ``data`` and ``data_test`` problems are generated, solvable with whole positive steps: problem i of a split
@@ -42,6 +33,9 @@ class Countdown:
     With them, problems are the lines of JSONL files, ``{"numbers": [3, 4], "target": 7}`` or
     ``{"input": "3,4", "output": "7"}``: the last ``size_dev`` rows of ``data`` are the dev split, ``data_test`` is the
     test split, and the other sizes say how many rows to use at most.
+
+    ``mode`` compatible judges as d-OPSD's published evaluation does, oddities included (powers and whole division are
+    allowed, ``3.2`` uses the numbers 3 and 2, values may differ by 1e-5); see ``published``.
     """
 
     numbers_min: int = 3
@@ -59,6 +53,9 @@ class Countdown:
     answer: str = "\\boxed{{{solution}}}"
     data: str | None = None
     data_test: str | None = None
+    mode: Mode = "default"
+    title: ClassVar[str] = "countdown"
+    answered_by: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
         for low, high, floor, ceiling in (
@@ -71,39 +68,41 @@ class Countdown:
                     f"task.{low} ({getattr(self, low)}) and task.{high} ({getattr(self, high)}) must be ordered and "
                     f"lie in {floor}..{ceiling}; correct them."
                 )
-        for name in ("size_train", "size_dev", "size_test"):
-            if getattr(self, name) < 0:
-                raise InputError(f"task.{name} must not be negative; it counts problems.")
-        render(self.prompt, {"numbers": "", "target": ""}, "task.prompt")
-        render(self.answer, {"numbers": "", "target": "", "solution": ""}, "task.answer")
-
-    def problems(self, split: Split) -> Sequence[Problem]:
-        size = {"train": self.size_train, "dev": self.size_dev, "test": self.size_test}[split]
-        if not size:
-            raise InputError(f"task.size_{split} is 0, so the {split} split holds no problems; raise it.")
-        if self.data is not None or self.data_test is not None:
-            return choose(self._files, split)[:size]
-        return Generated(range(size), partial(self._generate, split))
-
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        return chat(self.system, render(self.prompt, problem.fields, "task.prompt"))
-
-    def reference(self, problem: Problem) -> str | None:
-        if problem.fields.get("solution") is None:
-            return None
-        return render(self.answer, problem.fields, "task.answer")
+        self.check_sizes()
+        check_mode(self.mode)
+        self.check_templates(("numbers", "target"), ("solution",))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
+        """By exact arithmetic: the target must be reached, and every number be used once."""
+        if self.mode == "compatible":
+            return _grade_published(problem.fields, completion)
         numbers, target = _instance(problem.fields, "The problem")
         expression = marked_expression(completion)
         read = None if expression is None else evaluate(expression)
         correct = read is not None and read[0] == target and sorted(read[1]) == sorted(numbers)
         return Grade(correct, float(correct), expression)
 
-    def _generate(self, split: Split, index: int) -> Problem:
+    def chance(self, problems: Sequence[Problem]) -> float | None:
+        """The share of blind expressions that reach the target, as in ``blind_share``; None where none was counted."""
+        shares = [
+            blind_share(numbers, target)
+            for numbers, target in (_instance(problem.fields, "The problem") for problem in problems)
+            if len(numbers) <= _BLIND
+        ]
+        return mean(shares) if shares else None
+
+    def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
+        """``solved``, and as ``random_fill`` the share that blind expressions solve (up to four numbers)."""
+        if not graded:
+            return {}
+        chance = self.chance([problem for problem, _ in graded])
+        solved = {"solved": mean([float(grade.correct) for _, grade in graded])}
+        return solved if chance is None else {**solved, "random_fill": chance}
+
+    def generate(self, split: Split, index: int) -> Problem:
         """Draw numbers, join two at random until one value is left, and keep it if it is a target of this split."""
         for attempt in range(_ATTEMPTS):
-            draws = _Draws(make_key(self.seed, "countdown", split, index, attempt))
+            draws = Draws(make_key(self.seed, "countdown", split, index, attempt))
             size = self.numbers_min + draws.below(self.numbers_max - self.numbers_min + 1)
             numbers = [self.number_min + draws.below(self.number_max - self.number_min + 1) for _ in range(size)]
             solved = _join([(number, str(number)) for number in numbers], draws)
@@ -119,29 +118,49 @@ class Countdown:
             "task.number_min..task.number_max."
         )
 
-    @cached_property
-    def _files(self) -> Splits:
-        train = read_rows(self.data, "task.data") if self.data is not None else []
-        test = read_rows(self.data_test, "task.data_test") if self.data_test is not None else []
-        return divide("countdown", map(_entry, train), map(_entry, test), self.size_dev, key=None)
+    def entry(self, row: Row) -> Entry:
+        """A line in either of the two forms."""
+        if "input" in row.fields:
+            given = {"numbers": list(map(_whole, row.text("input").split(","))), "target": _whole(row.text("output"))}
+        else:
+            given = {"numbers": row.value("numbers"), "target": row.value("target")}
+        numbers, target = _instance(given, row.where)
+        fields = {"numbers": numbers, "target": target, "solution": None}
+        return Entry(row.number, (tuple(sorted(numbers)), target), fields)
 
 
-class _Draws:
-    """Integers drawn one after another, a function of ``key`` alone; many small ones are cut from one hash."""
+def blind_share(numbers: Sequence[float], target: float) -> float:
+    """How likely an expression made blindly reaches ``target``.
 
-    def __init__(self, key: int) -> None:
-        self.key, self.count, self.pool, self.span = key, 0, 0, 0
+    It is made by joining two parts, drawn at random in random order, with one of ``+ - * /``, until one part is left;
+    fractions and negative values may occur on the way. Division by zero reaches nothing.
+    """
+    if len(numbers) == 1:
+        return float(abs(numbers[0] - target) < 1e-9)
+    total, pairs = 0.0, 0
+    for i, j in combinations(range(len(numbers)), 2):
+        a, b = numbers[i], numbers[j]
+        rest = [number for place, number in enumerate(numbers) if place not in (i, j)]
+        pairs += 1
+        total += 2 * blind_share([*rest, a + b], target) + 2 * blind_share([*rest, a * b], target)
+        total += blind_share([*rest, a - b], target) + blind_share([*rest, b - a], target)
+        total += blind_share([*rest, a / b], target) if b else 0.0
+        total += blind_share([*rest, b / a], target) if a else 0.0
+    return total / (8 * pairs)
 
-    def below(self, bound: int) -> int:
-        """An integer in ``[0, bound)``, uniform to one part in a million."""
-        if self.span < bound << 20:
-            self.pool, self.span, self.count = make_key(self.key, self.count), 1 << 63, self.count + 1
-        self.pool, drawn = divmod(self.pool, bound)
-        self.span //= bound
-        return drawn
+
+def _grade_published(fields: Mapping[str, Any], completion: str) -> Grade:
+    numbers, target = needed(fields, "numbers"), needed(fields, "target")
+    if isinstance(target, bool) or not isinstance(target, int | float):
+        raise InputError(f"The problem: target must be a number, not {target!r:.60}; correct it.")
+    numbers, _ = _instance({"numbers": numbers, "target": 0}, "The problem")
+    expression = countdown_expression(completion)
+    value = python_value(expression) if uses(expression, numbers) else None
+    correct = value is not None and reaches(value, target)
+    return Grade(correct, float(correct), expression)
 
 
-def _join(parts: list[tuple[int, str]], draws: _Draws) -> tuple[int, str] | None:
+def _join(parts: list[tuple[int, str]], draws: Draws) -> tuple[int, str] | None:
     """Join pairs of (value, expression) by random operators until one is left; None if a value is not whole and > 0."""
     while True:
         (a, left), (b, right) = (parts.pop(draws.below(len(parts))) for _ in range(2))
@@ -168,13 +187,3 @@ def _instance(fields: Mapping[str, Any], where: str) -> tuple[list[int], int]:
 def _whole(text: str) -> int | str:
     text = text.strip()
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text
-
-
-def _entry(row: Row) -> Entry:
-    if "input" in row.fields:
-        given = {"numbers": list(map(_whole, row.text("input").split(","))), "target": _whole(row.text("output"))}
-    else:
-        given = {"numbers": row.value("numbers"), "target": row.value("target")}
-    numbers, target = _instance(given, row.where)
-    fields = {"numbers": numbers, "target": target, "solution": None}
-    return Entry(row.number, (tuple(sorted(numbers)), target), fields)

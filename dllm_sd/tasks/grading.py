@@ -23,6 +23,8 @@ _FRACTION = re.compile(
     r"\\[dt]?frac\s{0,8}(?:\{\s{0,8}(-?[0-9]+)\s{0,8}\}\s{0,8}\{\s{0,8}([0-9]+)\s{0,8}\}|([0-9])([0-9]))"
 )
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s{0,8}\{[^{}]*\}(?:\^\{?[0-9]\}?)?")
+_ALL_WORDS = re.compile(r"\s*\\(?:text|mathrm|mbox)\s{0,8}\{([^{}]*)\}\s*")
+_POWER_OF_TEN = re.compile(r"[-+]?[0-9]{1,20}(?:\.[0-9]{1,20})?[eE][-+]?[0-9]{1,2}")
 _TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+)|([-+*/()]))")
 _THOUSANDS = re.compile(r"(?<=[0-9,])(?:\\[,!]|\{,\})(?=[0-9]{3})")
 _BLANK = ("$", "%", "\\,", "\\!", "\\;", "\\left", "\\right")  # become spaces, which never join two numbers
@@ -76,9 +78,15 @@ def final_number(text: str) -> Fraction | None:
 def only_number(text: str) -> Fraction | None:
     """The one number of ``text`` (right of its last ``=``), whatever words and signs stand around it.
 
-    Reads ``1,200``, ``$-5``, ``12.5%``, ``3/4``, ``\\frac{3}{4}``. None where there is none, or several that differ.
+    Reads ``1,200``, ``$-5``, ``12.5%``, ``1e3``, ``3/4``, ``\\frac{3}{4}``. None where there is none, or
+    several that differ.
     """
-    text = _UNIT.sub(" ", _plain(text[-MAX_TEXT:].rpartition("=")[2])).strip()
+    text = text[-MAX_TEXT:].rpartition("=")[2]
+    if words := _ALL_WORDS.fullmatch(text):
+        text = words.group(1)
+    text = _UNIT.sub(" ", _plain(text)).strip()
+    if _POWER_OF_TEN.fullmatch(text):
+        return Fraction(text)
     text = re.sub(r"\\[A-Za-z]+", " ", text).strip()
     text = re.sub(r"^([-+])\s+(?=[0-9.])", r"\1", text)
     values = {_fraction(match.group()) for match in _NUMBER.finditer(text)}

@@ -1,16 +1,17 @@
 """GSM8K: grade-school word problems with a whole number as the answer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from typing import ClassVar
 
 from dllm_sd.errors import InputError
-from dllm_sd.randomness import make_key
-from dllm_sd.tasks.datafile import Entry, Row, Splits, chat, choose, divide, hub_rows, needed, read_rows, render
+from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.grading import final_number, gold_number
-from dllm_sd.tasks.task import Grade, Problem, Split
+from dllm_sd.tasks.published import gsm8k_gold, gsm8k_number
+from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.task import Grade, Mode, Problem, check_mode
 
 _MARK = re.compile(r"<<[^<>]*>>")  # the data's own calculator notes, as in 2+3 = <<2+3=5>>5
 
@@ -21,12 +22,15 @@ Work towards the answer in short steps. Then give the final number, by itself, i
 
 
 @dataclass(frozen=True)
-class Gsm8k:
+class Gsm8k(Sourced):
     """GSM8K. Problem fields: ``question``, ``answer`` (the number, as text), ``solution`` (the worked steps).
 
     ``data`` and ``data_test`` are local JSONL files with the fields question and answer (which ends ``#### N``); with
     neither, openai/gsm8k is loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen by a
     permutation that never changes.
+
+    ``mode`` compatible reads completions as d-OPSD's published evaluation does, oddities included (the first box wins,
+    a sign of the gold answer is not read); see ``published``. Where ``answer`` is None no completion is correct.
     """
 
     data: str | None = None
@@ -35,43 +39,43 @@ class Gsm8k:
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "{solution}\n\\boxed{{{answer}}}"
+    mode: Mode = "default"
+    title: ClassVar[str] = "gsm8k"
+    answered_by: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
-        if self.size_dev < 0:
-            raise InputError("task.size_dev must not be negative; it counts problems.")
-        render(self.prompt, {"question": ""}, "task.prompt")
-        render(self.answer, {"question": "", "answer": "", "solution": ""}, "task.answer")
-
-    def problems(self, split: Split) -> Sequence[Problem]:
-        return choose(self._splits, split)
-
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        return chat(self.system, render(self.prompt, problem.fields, "task.prompt"))
-
-    def reference(self, problem: Problem) -> str | None:
-        if "solution" not in problem.fields:
-            return None
-        return render(self.answer, problem.fields, "task.answer")
+        self.check_size()
+        check_mode(self.mode)
+        self.check_templates(("question",), ("answer", "solution"))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        gold = gold_number(needed(problem.fields, "answer"), "The problem")
-        return grade_number(gold, completion)
+        """By the number that the completion gives, which must equal the gold one exactly."""
+        answer = needed(problem.fields, "answer")
+        if self.mode == "compatible":
+            number, gold = gsm8k_number(completion), gsm8k_gold(answer)
+            correct = number is not None and number == gold
+            return Grade(correct, float(correct), None if number is None else str(number))
+        return grade_number(None if answer is None else gold_number(answer, "The problem"), completion)
 
-    @cached_property
-    def _splits(self) -> Splits:
+    def load(self) -> tuple[list[Row], list[Row]]:
+        """The files, or the hub where there are none."""
         if self.data is None and self.data_test is None:
-            train = hub_rows("openai/gsm8k", "main", "train", "task.data")
-            test = hub_rows("openai/gsm8k", "main", "test", "task.data_test")
-        else:
-            train = read_rows(self.data, "task.data") if self.data is not None else []
-            test = read_rows(self.data_test, "task.data_test") if self.data_test is not None else []
-        return divide("gsm8k", map(_entry, train), map(_entry, test), self.size_dev, make_key("gsm8k", "dev"))
+            return (
+                hub_rows("openai/gsm8k", "main", "train", "task.data"),
+                hub_rows("openai/gsm8k", "main", "test", "task.data_test"),
+            )
+        return super().load()
+
+    def entries(self, rows: list[Row]) -> Iterable[Entry]:
+        """The number behind ``####``, and the steps before it without their marks."""
+        return map(_entry, rows)
 
 
-def grade_number(gold: Fraction, completion: str) -> Grade:
+def grade_number(gold: Fraction | None, completion: str) -> Grade:
     """Grade by the number that a completion ends with, which must equal ``gold`` exactly."""
     number = final_number(completion)
-    return Grade(number == gold, float(number == gold), None if number is None else str(number))
+    correct = number is not None and number == gold
+    return Grade(correct, float(correct), None if number is None else str(number))
 
 
 def _entry(row: Row) -> Entry:

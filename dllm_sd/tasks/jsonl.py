@@ -1,20 +1,22 @@
-"""Any questions with answers: a local file or a hub dataset, a prompt template, and one of three graders."""
+"""Any questions with answers: a local file or a hub dataset, a prompt template, and one of five graders."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
-from dllm_sd.randomness import make_key
-from dllm_sd.tasks.datafile import Entry, Row, Splits, chat, choose, divide, hub_rows, needed, read_rows, render
+from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of
+from dllm_sd.tasks.datafile import Entry, Row, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
-from dllm_sd.tasks.task import Grade, Problem, Split
+from dllm_sd.tasks.math import gold_answer, grade_answer
+from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.task import Grade, Problem
+
+_GRADERS = ("exact", "number", "expression", "math", "choice")
 
 
 @dataclass(frozen=True)
-class Jsonl:
+class Jsonl(Sourced):
     """Your own data. Problem fields: whatever the rows have.
 
     ``data`` (train and dev) and ``data_test`` (test) are paths of .jsonl or .csv files, or hub datasets as
@@ -24,7 +26,7 @@ class Jsonl:
 
     ``grader``: "exact" compares the last ``<answer>``, or the whole text if there is none, with ``answer_field`` up to
     white space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
-    expressions.
+    expressions; "math" compares LaTeX answers as the task math does; "choice" compares letters as the task choice does.
     """
 
     data: str | None = None
@@ -33,26 +35,26 @@ class Jsonl:
     system: str | None = None
     answer_field: str = "answer"
     reference_field: str | None = None
-    grader: Literal["exact", "number", "expression"] = "exact"
+    grader: Literal["exact", "number", "expression", "math", "choice"] = "exact"
     size_dev: int = 500
+    title: ClassVar[str] = "jsonl"
 
     def __post_init__(self) -> None:
-        if self.size_dev < 0:
-            raise InputError("task.size_dev must not be negative; it counts problems.")
-        if self.grader not in ("exact", "number", "expression"):
-            raise InputError(f"task.grader is {self.grader!r}; choose exact, number or expression.")
-
-    def problems(self, split: Split) -> Sequence[Problem]:
-        return choose(self._splits, split)
-
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        return chat(self.system, render(self.prompt, problem.fields, "task.prompt"))
+        self.check_size()
+        if self.grader not in _GRADERS:
+            raise InputError(f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}.")
 
     def reference(self, problem: Problem) -> str | None:
+        """The text of ``reference_field``."""
         return None if self.reference_field is None else str(needed(problem.fields, self.reference_field))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
+        """By the grader that was named."""
         gold = needed(problem.fields, self.answer_field)
+        if self.grader == "choice":
+            return grade_letter(problem.fields, gold, completion)
+        if self.grader == "math":
+            return grade_answer(gold_answer(gold, "The problem"), completion)
         parsed: str | None
         if self.grader == "exact":
             marked = last_answer(completion)
@@ -71,33 +73,25 @@ class Jsonl:
             correct = found is not None and found[0] == expected[0]
         return Grade(correct, float(correct), parsed)
 
-    @cached_property
-    def _splits(self) -> Splits:
-        train = _load(self.data, "train", "task.data")
-        test = _load(self.data_test, "test", "task.data_test")
-        return divide("jsonl", self._entries(train), self._entries(test), self.size_dev, make_key("jsonl", "dev"))
-
-    def _entries(self, rows: list[Row]) -> Iterator[Entry]:
+    def entries(self, rows: list[Row]) -> Iterable[Entry]:
         """Check what every row must have, so that a gap is found before the model is loaded."""
+        return self._checked(rows)
+
+    def _checked(self, rows: list[Row]) -> Iterator[Entry]:
         for row in rows:
             gold = _answer(row.value(self.answer_field), row.where)
             if self.grader == "number":
                 gold_number(gold, row.where)
+            elif self.grader == "math":
+                gold_answer(gold, row.where)
+            elif self.grader == "choice":
+                options = row.fields.get("options")
+                gold_letter(row.value(self.answer_field), letters_of(row.fields), options, row.where)
             elif self.grader == "expression" and evaluate(gold) is None:
                 raise InputError(f"{row.where}: answer {gold!r:.60} is no arithmetic expression; correct it.")
             if self.reference_field is not None:
                 row.text(self.reference_field)
             yield Entry(row.number, render(self.prompt, row.fields, f"task.prompt (for {row.where})"), row.fields)
-
-
-def _load(source: str | None, split: str, key: str) -> list[Row]:
-    if source is None:
-        return []
-    is_file = Path(source).suffix.lower() in (".jsonl", ".json", ".csv") or source.count("/") != 1
-    if is_file or Path(source).expanduser().exists():
-        return read_rows(source, key)
-    name, _, config = source.partition(":")
-    return hub_rows(name, config or None, split, key)
 
 
 def _answer(value: Any, where: str) -> str:

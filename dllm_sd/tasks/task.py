@@ -1,10 +1,13 @@
-"""What a task is: problems, a prompt, a reference answer, a grader."""
+"""What a task is: problems, a prompt, a reference answer, a grader, and what the grades add up to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from dllm_sd.errors import InputError
+
 Split = Literal["train", "dev", "test"]
+Mode = Literal["default", "compatible"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,34 @@ class Task(Protocol):
     def grade(self, problem: Problem, completion: str) -> Grade:
         """Judge a completion. Never raises on model output, never evaluates it as code, bounded in time."""
         ...
+
+    def chance(self, problems: Sequence[Problem]) -> float | None:
+        """The expected share of ``problems`` that blind guessing solves, or None where guessing has no meaning."""
+        ...
+
+    def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
+        """Measures beyond the accuracy, by name; empty where the task has none."""
+        ...
+
+
+class Unguessable:
+    """What most tasks say of their grades: there is no chance level, and nothing beside the accuracy."""
+
+    def chance(self, problems: Sequence[Problem]) -> float | None:
+        """None."""
+        return None
+
+    def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a ``task.mode`` that there is not."""
+    if mode not in ("default", "compatible"):
+        raise InputError(f"task.mode is {mode!r}; choose default or compatible.")

@@ -506,10 +506,8 @@ def test_four_bit_weights_give_the_logits_of_their_dequantised_values_and_train_
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
     sizes: Any = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=40, is_causal=False, mask_token_id=39, eos_token_id=38, initializer_range=0.1, **sizes
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    sizes |= {"vocab_size": 40, "is_causal": False, "mask_token_id": 39, "eos_token_id": 38, "initializer_range": 0.1}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
     policy = load_policy(str(tmp_path), quantization="4bit", lora=Lora(rank=4))
     plain = load_policy(str(tmp_path))
     ids = torch.full((2, 12), 39)
@@ -528,7 +526,8 @@ def test_four_bit_weights_give_the_logits_of_their_dequantised_values_and_train_
             if isinstance(part, bitsandbytes.nn.Linear4bit):
                 weight: Any = part.weight
                 value = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-                plain.module.model.get_submodule(name).weight.copy_(value)
+                linear: Any = plain.module.model.get_submodule(name)
+                linear.weight.copy_(value)
     policy.module.train()
     logits = policy.site_logits(view)
     expected = plain.site_logits(view).detach()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.denoising import Denoising, denoise, sample
+from dllm_sd.policies.denoising import Denoising, Meter, denoise, sample
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
@@ -90,6 +90,28 @@ def test_a_row_depends_neither_on_its_batch_nor_on_its_place_in_it(policy, order
         alone = policy.decode([prompt], settings, [KEYS[row]])
         assert_same(alone, together.select(torch.tensor([row])))
         assert alone.prompt_ids.tolist() == [prompt]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
+def test_every_row_is_reported_once_when_it_ends_and_slots_are_refilled(policy, batch_size):
+    settings = replace(SHORT, temperature=1.0, batch_size=batch_size)
+    prompts, keys = PROMPTS * 4, [make_key("refill", i) for i in range(4 * len(PROMPTS))]
+    reported, meter = {}, Meter()
+
+    def finished(rows: Tensor, trajectory: Trajectory) -> None:
+        for place, row in enumerate(rows.tolist()):
+            assert row not in reported
+            reported[row] = trajectory.select(torch.tensor([place]))
+
+    together = policy.decode(prompts, settings, keys, finished=finished, meter=meter)
+    assert sorted(reported) == list(range(len(prompts)))
+    for row, one in reported.items():
+        assert_same(one, together.select(torch.tensor([row])))
+    ends = [0] * min(batch_size, len(prompts))  # when each slot is free again, by hand
+    for count in together.num_steps.tolist():
+        ends[ends.index(min(ends))] += count
+    assert (meter.rows, meter.forwards) == (sum(together.num_steps.tolist()), max(ends))
+    assert meter.occupancy == meter.rows / (max(ends) * len(ends))
 
 
 @pytest.mark.parametrize("settings", [{"guidance": 1.5}, {"threshold": 0.4}], ids=str)

@@ -139,7 +139,8 @@ def test_decoding_equals_the_plain_decoder_of_one_row_at_a_time(policies: dict[i
 def test_a_row_depends_neither_on_its_batch_nor_on_its_place_in_it(policies: dict[int, MaskedDiffusion], changes: Any):
     policy, settings = policies[4], settings_of(4, changes)
     together = policy.decode(PROMPTS, settings, KEYS)
-    assert_same(policy.decode(PROMPTS, replace(settings, batch_size=1), KEYS), together)
+    for batch_size in (1, 2):  # two slots, which the next prompts take over
+        assert_same(policy.decode(PROMPTS, replace(settings, batch_size=batch_size), KEYS), together)
     turned = policy.decode(PROMPTS[::-1], settings, KEYS[::-1])
     assert_same(turned.select(torch.arange(len(PROMPTS)).flip(0)), together)
 

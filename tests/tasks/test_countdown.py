@@ -7,7 +7,9 @@ import pytest
 
 from dllm_sd.errors import InputError
 from dllm_sd.tasks import Countdown, Problem, Split, Task
+from dllm_sd.tasks.countdown import blind_share
 from dllm_sd.tasks.grading import evaluate
+from dllm_sd.tasks.published import python_value
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 PROBLEM = Problem("x", {"numbers": [44, 19, 35], "target": 98, "solution": None})
@@ -193,3 +195,68 @@ def test_both_forms_of_data_lines_are_read_and_splits_ignore_the_order_of_number
 def test_malformed_lines_are_refused(tmp_path: Path, row: dict, message: str):
     with pytest.raises(InputError, match=message):
         Countdown(data=jsonl_file(tmp_path / "a.jsonl", [row])).problems("dev")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "text", "default", "compatible"),
+    [
+        ([44, 19, 35], 98, r"\boxed{44+19+35}", True, True),
+        ([44, 19, 35], 98, "<answer>44+19+35</answer>", True, False),
+        ([99, 19, 35], 175, r"\boxed{99//19*35}", False, True),
+        ([2, 3, 2], 512, r"\boxed{2**3**2}", False, True),
+        ([90, 50, 4], 5, r"\boxed{90**50**4}", False, False),
+        ([90, 80, 5], 5, r"\boxed{90**80**5}", False, False),
+        ([44, 19, 35], 98, r"\boxed{044+19+35}", True, False),
+        ([4, 2, 2], 1, r"\boxed{4/(2-2)}", False, False),
+        ([1, 3, 3], 1, r"\boxed{1/3*3.}", False, True),
+        ([5, 2], 5, r"\boxed{5+0*-2**0}", False, False),
+    ],
+)
+def test_modes_differ_where_the_published_reader_is_lax_or_strict(
+    numbers: list[int], target: int, text: str, default: bool, compatible: bool
+):
+    problem = Problem("x", {"numbers": numbers, "target": target})
+    assert Countdown().grade(problem, text).correct is default
+    assert Countdown(mode="compatible").grade(problem, text).correct is compatible
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("-2**2", -4),
+        ("2**-1", 0.5),
+        ("2**-3**2", 2**-9),
+        ("7//2*2", 6),
+        ("-7//2", -4),
+        ("(1\n+2)", 3),
+        ("1\n+2", None),
+        ("1.5.2", None),
+        ("01", None),
+        ("00", 0),
+        (".5+1.", 1.5),
+        ("+-+-3", 3),
+        ("(-8)**.5*0", 0),
+        ("()", None),
+        ("3(4)", None),
+        ("1 2", None),
+        ("2**99999", None),
+        ("\u0663", None),
+        ("(" * 201 + "1" + ")" * 201, None),
+    ],
+)
+def test_arithmetic_has_the_values_of_python_within_limits(text: str, value: float | None):
+    assert python_value(text) == value
+
+
+def test_blind_expressions_give_the_chance_level():
+    assert blind_share([1, 2], 3) == 1 / 4
+    assert blind_share([5, 5], 0) == 1 / 4
+    assert blind_share([1, 0], 0) == pytest.approx(3 / 8)  # 1 * 0 twice and 0 / 1 once, of 8
+    two = Problem("x", {"numbers": [1, 2], "target": 3})
+    six = Problem("y", {"numbers": [1, 2, 3, 4, 5, 6], "target": 3})
+    task = Countdown()
+    assert task.chance([two, six]) == 1 / 4
+    assert task.chance([six]) is None
+    graded = [(two, task.grade(two, text)) for text in (r"\boxed{1+2}", r"\boxed{1*2}")]
+    assert task.summary(graded) == {"solved": 1 / 2, "random_fill": 1 / 4}
+    assert task.summary([]) == {}

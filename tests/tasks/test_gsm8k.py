@@ -167,3 +167,31 @@ def test_a_hub_that_cannot_be_reached_points_to_the_local_file(monkeypatch: pyte
         InputError, match=r"cannot be loaded \(ConnectionError\); set task\.data to the path of a local"
     ):
         Gsm8k().problems("train")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "default", "compatible"),
+    [
+        ("18", r"\boxed{3} then \boxed{18}", True, False),
+        ("1200", "<answer>1,200</answer>", True, False),
+        ("1200", r"\boxed{1,200}", True, True),
+        ("-3", r"\boxed{-3}", True, False),
+        (-3, r"\boxed{-3}", True, True),
+        (0.5, r"\boxed{\frac{1}{2}}", True, False),
+        ("18", r"\boxed{\text{18 eggs}}", True, True),
+        ("1000", r"\boxed{1e3}", True, True),
+        ("so\n#### 1,200", r"\boxed{1200}", True, True),
+        (None, r"\boxed{1}", False, False),
+        (None, "", False, False),
+        (3, r"\boxed{nan}", False, False),
+    ],
+)
+def test_modes_differ_in_named_ways(answer: object, text: str, default: bool, compatible: bool):
+    problem = Problem("x", {"answer": answer})
+    assert Gsm8k().grade(problem, text).correct is default
+    assert Gsm8k(mode="compatible").grade(problem, text).correct is compatible
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(InputError, match=r"^task\.mode is 'loose'; choose default or compatible\.$"):
+        Gsm8k(mode="loose")  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,8 @@ import pytest
 
 from dllm_sd.errors import InputError
 from dllm_sd.tasks import Problem, Split, Sudoku, Task
-from dllm_sd.tasks.sudoku import completions, grids, parse_grid
+from dllm_sd.tasks.grids import completions, grids
+from dllm_sd.tasks.sudoku import parse_grid
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 SOLUTION = "1234341221434321"
@@ -221,3 +222,80 @@ def test_files_that_do_not_serve_are_refused(tmp_path: Path):
     short = csv_file(tmp_path / "short.csv", [("123", SOLUTION)])
     with pytest.raises(InputError, match=r"short\.csv, line 2: Puzzle must be a string of 16 digits"):
         Sudoku(data=short).problems("train")
+
+
+LARGE = "497581263518263947236947158749815632623479581851632479362794815974158326185326794"
+
+
+def solutions_of(puzzle: str, most: int = 2) -> int:
+    """How many completions a 9x9 puzzle has, up to ``most``, by plain search."""
+    if "0" not in puzzle:
+        return 1
+    free = {}
+    for cell in (cell for cell in range(81) if puzzle[cell] == "0"):
+        row, column = divmod(cell, 9)
+        seen = set(puzzle[9 * row : 9 * row + 9]) | set(puzzle[column::9])
+        corner = 27 * (row // 3) + 3 * (column // 3)
+        for line in range(3):
+            seen |= set(puzzle[corner + 9 * line : corner + 9 * line + 3])
+        free[cell] = [digit for digit in "123456789" if digit not in seen]
+    cell = min(free, key=lambda cell: len(free[cell]))
+    count = 0
+    for digit in free[cell]:
+        count += solutions_of(puzzle[:cell] + digit + puzzle[cell + 1 :], most - count)
+        if count >= most:
+            break
+    return count
+
+
+@pytest.mark.parametrize("empties", [6, 30, 50])
+def test_large_puzzles_have_one_solution_and_come_quickly(empties: int):
+    task = Sudoku(size=9, empties_min=empties, empties_max=empties)
+    start = time.process_time()
+    problems = [task.problems(split)[index] for split in SPLITS for index in range(5)]
+    assert time.process_time() - start < 10
+    for problem in problems:
+        puzzle, solution = problem.fields["puzzle"], problem.fields["solution"]
+        assert puzzle.count("0") == empties
+        assert solutions_of(puzzle) == 1
+        assert all(given in ("0", cell) for given, cell in zip(puzzle, solution, strict=True))
+        assert task.grade(problem, task.reference(problem) or "").correct
+        assert "9x9" in task.messages(problem)[0]["content"]
+    assert problems[0] == task.problems("train")[0]
+    assert len({problem.fields["solution"] for problem in problems}) == len(problems)
+
+
+def test_large_puzzles_are_graded_by_the_rules():
+    task, problem = Sudoku(size=9), Problem("x", {"puzzle": "00" + LARGE[2:], "solution": LARGE})
+    assert task.grade(problem, "\n".join(LARGE[i : i + 9] for i in range(0, 81, 9))).correct
+    assert task.grade(problem, "94" + LARGE[2:]).score == 0
+    assert task.grade(problem, "41" + LARGE[2:]).score == 0.5
+    assert task.chance([problem]) == 1 / 81
+
+
+def test_the_compatible_mode_compares_with_the_listed_solution():
+    listed, other, *_ = solve("1234" + "0" * 12)
+    problem = Problem("x", {"puzzle": "1234" + "0" * 12, "solution": listed})
+    published = Sudoku(mode="compatible")
+    assert published.grade(problem, f"<answer>{listed}</answer>").correct
+    assert not published.grade(problem, f"<answer>{other}</answer>").correct
+    assert published.grade(PROBLEM, f"<answer>[{SOLUTION}]</answer>").score < 1
+    with pytest.raises(InputError, match=r"task\.mode compatible knows 4x4 puzzles only"):
+        Sudoku(mode="compatible", size=9)
+    with pytest.raises(InputError, match=r"task\.size is 5; choose 4 or 9"):
+        Sudoku(size=5)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_summary_counts_puzzles_and_cells():
+    task, half = Sudoku(), "2234341221434321"
+    graded = [(PROBLEM, task.grade(PROBLEM, text)) for text in (SOLUTION, half, "nothing", PUZZLE)]
+    empty = PUZZLE.count("0")
+    wrong = sum(grade.score < 1 for _, grade in graded)
+    summary = task.summary(graded)
+    assert wrong == 3
+    assert summary["solved"] == 1 / 4
+    assert summary["cells"] == pytest.approx(sum(grade.score for _, grade in graded) * empty / (4 * empty))
+    assert summary["random_fill"] == 1 / 4
+    assert task.summary([]) == {}
+    assert task.chance([PROBLEM]) == pytest.approx(4.0**-empty)
+    assert task.chance([]) is None

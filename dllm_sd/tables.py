@@ -1,0 +1,56 @@
+"""Reports as tables for people."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_training(report: Mapping[str, Any], run: Path) -> None:
+    """Before and after training, and where the run lies."""
+    console = Console()
+    if report["best"]:
+        table = Table(title=f"{report['task']}: accuracy on {report['n']} test problems")
+        table.add_column("decoding")
+        for name in ("before", "after", "best"):
+            table.add_column(name, justify="right")
+        for schedule, best in report["best"].items():
+            cells = [f"{100 * report[name][schedule]['accuracy']:.1f} %" for name in ("before", "after")]
+            low, high = best["ci95"]
+            table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+        console.print(table)
+        console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
+    words = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
+    best_dev = f"; best dev accuracy {100 * report['best_dev_accuracy']:.1f} % at update {report['best_update']}"
+    console.print(words + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
+    if report["stopped"]:
+        console.print(f"stopped early: {report['stopped']}")
+    console.print(f"run folder {run}: report.json, metrics.jsonl, samples.jsonl, config.yaml, checkpoints/")
+    console.print(f"curves, samples and trajectories: tensorboard --logdir {run / 'tb'}")
+
+
+def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
+    """A column for each decoding schedule."""
+    table = Table(title=title)
+    table.add_column("decoding")
+    rows: dict[str, list[str]] = {}
+    for name, tree in report["schedules"].items():
+        table.add_column(name, justify="right")
+        low, high = tree["ci95"]
+        cells = {"problems": str(tree["n"]), "accuracy": f"{100 * tree['accuracy']:.2f} %"}
+        cells["95 % interval"] = f"{100 * low:.1f} to {100 * high:.1f}"
+        for key, words in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
+            cells |= {f"{words}@{k}": f"{100 * share:.2f} %" for k, share in tree[key].items() if k != "1"}
+        cells |= {"tokens": f"{tree['length']:.1f}", "tokens per forward": f"{tree['tokens_per_step']:.2f}"}
+        cells |= {"tokens per second": f"{tree['time/tokens_per_second']:.0f}"}
+        cells |= {"slots busy": f"{tree['occupancy']:.0%}"}
+        known = {"n", "accuracy", "score", "length", "tokens_per_step", "occupancy", "too_long"}
+        extra = {key: value for key, value in tree.items() if isinstance(value, float) and key not in known}
+        cells |= {key: f"{value:.4g}" for key, value in extra.items() if not key.startswith("time/")}
+        for label, cell in {**cells, "seconds": f"{tree['time/seconds']:.1f}"}.items():
+            rows.setdefault(label, []).append(cell)
+    for label, values in rows.items():
+        table.add_row(label, *values)
+    Console().print(table)

@@ -1,0 +1,160 @@
+"""Multiple choice: SciKnowEval, GPQA and files of the same form; graded by the letter."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any, ClassVar
+
+from dllm_sd.errors import InputError
+from dllm_sd.tasks.datafile import Entry, Row, needed
+from dllm_sd.tasks.grading import MAX_TEXT, last_answer, last_boxed
+from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.task import Grade, Problem, mean
+
+_UNKNOWN = "ABCD"  # the letters of a problem that does not say which it has
+_OPTION = re.compile(r"(?:^|\n)[ \t]{0,8}[(*]{0,2}([A-Z])[*]{0,2}[:.)]")
+_INLINE_OPTION = re.compile(r"(?<!\w)\(([A-Z])\)")
+_WRAP = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s{0,8}\{([^{}]{0,400})\}")
+_STATED = re.compile(
+    r"(?i:\b(?:answer|choice|option)(?:\s{1,4}is)?)\s{0,4}:?\s{0,4}(?i:option\s{1,4})?[$*(\[]{0,4}([A-Z])(?![\w'])"
+)
+_ALONE = re.compile(r"(?i:option\s{1,4})?[*(\[]{0,4}([A-Za-z])[*)\]]{0,4}\.?")
+_LED = re.compile(r"[*(\[]{0,4}([A-Z])(?:[*)\]]{1,4}|[:.])(?=[\s*:.]|$)")
+
+_PROMPT = """\
+{question}
+
+Work towards the answer in short steps. Then put the letter of the right option, by itself, inside \\boxed{{}}."""
+
+
+@dataclass(frozen=True)
+class Choice(Sourced):
+    """Multiple choice. Problem fields: ``question`` (options included), ``letters`` (such as ABCD), ``answer``.
+
+    ``data`` and ``data_test`` are JSONL files (or hub datasets) of rows with ``prompt``, the question and its lettered
+    options in one text, and ``answer``, the letter; or with ``question``, ``options`` (a list) and ``answer``: the
+    letter, the place counted from 0, or the text of an option. ``size_dev`` training rows are held out as the dev
+    split, chosen by a permutation that never changes.
+
+    A completion is graded by the letter in its last box, else in its last closed answer tag, else by the last "answer
+    is X", else by a letter that is all of it or of its last line.
+    """
+
+    data: str | None = None
+    data_test: str | None = None
+    size_dev: int = 50
+    system: str | None = None
+    prompt: str = _PROMPT
+    answer: str = "\\boxed{{{answer}}}"
+    title: ClassVar[str] = "choice"
+    answered_by: ClassVar[str] = "answer"
+
+    def __post_init__(self) -> None:
+        self.check_size()
+        self.check_templates(("question", "letters"), ("answer",))
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        """By the letter that the completion gives."""
+        return grade_letter(problem.fields, needed(problem.fields, "answer"), completion)
+
+    def chance(self, problems: Sequence[Problem]) -> float | None:
+        """The mean of one over the number of options."""
+        return mean([1 / len(letters_of(problem.fields)) for problem in problems]) if problems else None
+
+    def entries(self, rows: list[Row]) -> Iterable[Entry]:
+        """Question and options as one text, the letters, and the letter that is right."""
+        return _entries(rows)
+
+
+def grade_letter(fields: Mapping[str, Any], answer: Any, completion: str) -> Grade:
+    """Grade by the letter that a completion gives; ``answer`` is a letter, a place or the text of an option."""
+    letters = letters_of(fields)
+    gold = gold_letter(answer, letters, fields.get("options"), "The problem")
+    found = read_letter(completion, letters if gold in letters else letters + gold, fields.get("options"))
+    return Grade(found == gold, float(found == gold), found)
+
+
+def letters_of(fields: Mapping[str, Any]) -> str:
+    """The letters of a problem: its own, one per option, or those that its text lists; ABCD where nothing says."""
+    letters = fields.get("letters")
+    if isinstance(letters, str) and letters and set(letters) <= set(ascii_uppercase):
+        return letters
+    options = fields.get("options")
+    if isinstance(options, list | tuple) and 0 < len(options) <= len(ascii_uppercase):
+        return ascii_uppercase[: len(options)]
+    text = next((fields[name] for name in ("prompt", "question") if isinstance(fields.get(name), str)), "")
+    return listed_letters(text) or _UNKNOWN
+
+
+def listed_letters(text: str) -> str:
+    """The letters A, B, ... of the last list of options in a text; empty where there are not two."""
+    best = ""
+    for pattern in (_OPTION, _INLINE_OPTION):
+        run = ""
+        for letter in pattern.findall(text):
+            if letter == "A":
+                best, run = (run if len(run) > 1 else best), "A"
+            elif run and len(run) < len(ascii_uppercase) and letter == ascii_uppercase[len(run)]:
+                run += letter
+        best = run if len(run) > 1 else best
+        if best:
+            return best
+    return ""
+
+
+def gold_letter(answer: Any, letters: str, options: Any, where: str) -> str:
+    """The letter of the right option; ``answer`` is that letter, a place counted from 0, or the text of an option."""
+    texts = [str(option).strip() for option in options] if isinstance(options, list | tuple) else []
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
+        return letters[answer]
+    if isinstance(answer, str):
+        bare = answer.strip().strip("()").upper()
+        if len(bare) == 1 and (bare in letters or (not texts and bare in ascii_uppercase)):
+            return bare
+        if texts.count(answer.strip()) == 1:
+            return letters[texts.index(answer.strip())]
+    raise InputError(f"{where}: the answer {answer!r:.60} is none of the options {', '.join(letters)}; correct it.")
+
+
+def read_letter(text: str, letters: str, options: Any = None) -> str | None:
+    """The letter among ``letters`` that a completion gives, or None."""
+    for read in (last_boxed, last_answer):
+        marked = read(text)
+        if marked is not None and marked.strip():
+            return _letter(marked, letters, options)
+    text = text[-MAX_TEXT:].strip()
+    if stated := _STATED.findall(text):
+        return stated[-1] if stated[-1] in letters else None
+    lines = text.splitlines()
+    return _letter(lines[-1], letters, None) if lines else None
+
+
+def _letter(content: str, letters: str, options: Any) -> str | None:
+    """The letter that a marked answer is, or that it begins with, or whose option it repeats."""
+    content = _WRAP.sub(r"\1", content[:MAX_TEXT].replace("$", " ")).strip()
+    if isinstance(options, list | tuple):
+        texts = [str(option).strip() for option in options]
+        if texts.count(content) == 1 and texts.index(content) < len(letters):
+            return letters[texts.index(content)]
+    match = _ALONE.fullmatch(content) or _LED.match(content)
+    found = match.group(1) if match else next(iter(_STATED.findall(content)[-1:]), "")
+    return found.upper() if found and found.upper() in letters else None
+
+
+def _entries(rows: list[Row]) -> Iterator[Entry]:
+    for row in rows:
+        options = row.fields.get("options")
+        if options is None:
+            text = row.text("prompt" if "prompt" in row.fields else "question")
+            letters = listed_letters(text)
+            if not letters:
+                raise InputError(f"{row.where} lists no options such as A: and B:; add them, or a list named options.")
+        else:
+            if not isinstance(options, list | tuple) or not 2 <= len(options) <= len(ascii_uppercase):
+                raise InputError(f"{row.where}: options must be a list of 2 to 26 texts, not {options!r:.60}.")
+            letters = ascii_uppercase[: len(options)]
+            lines = [f"{letter}: {option}" for letter, option in zip(letters, options, strict=True)]
+            text = "\n".join([row.text("question").strip(), "", *lines])
+        answer = gold_letter(row.value("answer"), letters, options, row.where)
+        yield Entry(row.number, text.strip(), {"question": text, "letters": letters, "answer": answer})

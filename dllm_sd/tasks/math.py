@@ -1,0 +1,117 @@
+"""Competition mathematics with answers in LaTeX: MATH, MATH-500, AIME, HMMT and files of the same form."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from dllm_sd.errors import InputError
+from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
+from dllm_sd.tasks.equality import marked_answer, need_algebra, same, same_published, same_value
+from dllm_sd.tasks.grading import last_boxed
+from dllm_sd.tasks.published import math_answer
+from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.task import Grade, Mode, Problem, check_mode
+
+Equality = Literal["text", "symbolic"]
+
+_PROMPT = """\
+{problem}
+
+Work towards the answer in short steps. Then give the final answer, in LaTeX and by itself, inside \\boxed{{}}."""
+
+
+@dataclass(frozen=True)
+class Math(Sourced):
+    """Competition mathematics. Problem fields: ``problem``, ``answer`` (LaTeX), ``solution`` (worked, or None).
+
+    ``data`` and ``data_test`` are JSONL files (or hub datasets) with ``problem`` and either ``answer``, text or a whole
+    number, or a ``solution`` whose last ``\\boxed{}`` is the answer; with neither, ankner/math-500 and
+    HuggingFaceH4/MATH-500 are loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen by
+    a permutation that never changes. A solution without a box gets one in the reference.
+
+    ``equality``: "text" compares after string rules and as exact numbers, "symbolic" also by math-verify, within bounds
+    of size and time. ``mode`` compatible reads and compares as d-OPSD's published evaluation does; see ``published``.
+    Where ``answer`` is None no completion is correct.
+    """
+
+    data: str | None = None
+    data_test: str | None = None
+    size_dev: int = 500
+    system: str | None = None
+    prompt: str = _PROMPT
+    answer: str = "{solution}"
+    equality: Equality = "text"
+    mode: Mode = "default"
+    title: ClassVar[str] = "math"
+    answered_by: ClassVar[str] = "solution"
+
+    def __post_init__(self) -> None:
+        self.check_size()
+        check_mode(self.mode)
+        check_equality(self.equality)
+        if self.mode == "compatible" and self.equality != "text":
+            raise InputError("task.mode compatible compares text; set task.equality to text or task.mode to default.")
+        self.check_templates(("problem",), ("answer", "solution"))
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        """By the marked answer, which must equal the gold one."""
+        gold = needed(problem.fields, "answer")
+        gold = None if gold is None else gold_answer(gold, "The problem")
+        if self.mode == "compatible":
+            found = math_answer(completion)
+            correct = gold is not None and found is not None and same_published(found, gold)
+            return Grade(correct, float(correct), found)
+        return grade_answer(gold, completion, self.equality)
+
+    def load(self) -> tuple[list[Row], list[Row]]:
+        """The files, or the hub where there are none."""
+        if self.data is None and self.data_test is None:
+            return (
+                hub_rows("ankner/math-500", None, "train", "task.data"),
+                hub_rows("HuggingFaceH4/MATH-500", None, "test", "task.data_test"),
+            )
+        return super().load()
+
+    def entries(self, rows: list[Row]) -> Iterable[Entry]:
+        """The answer, from its own field or out of the solution."""
+        return _entries(rows)
+
+
+def check_equality(equality: str) -> None:
+    """Refuse a ``task.equality`` that there is not, or that needs what is not installed."""
+    if equality not in ("text", "symbolic"):
+        raise InputError(f"task.equality is {equality!r}; choose text or symbolic.")
+    if equality == "symbolic":
+        need_algebra()
+
+
+def gold_answer(value: Any, where: str) -> str:
+    """The gold answer as text; a data row may hold a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise InputError(f"{where}: the answer must be text or a number, not {value!r:.60}; correct it.")
+    return str(value)
+
+
+def grade_answer(gold: str | None, completion: str, equality: Equality = "text") -> Grade:
+    """Grade by the answer that a completion marks."""
+    found = marked_answer(completion)
+    correct = gold is not None and found is not None and same(gold, found)
+    if not correct and gold is not None and found is not None and equality == "symbolic":
+        correct = same_value(gold, found)
+    return Grade(correct, float(correct), found)
+
+
+def _entries(rows: list[Row]) -> Iterator[Entry]:
+    for row in rows:
+        problem = row.text("problem")
+        solution = row.text("solution") if row.fields.get("solution") is not None else None
+        box = last_boxed(solution) if solution is not None else None
+        if row.fields.get("answer") is not None:
+            answer = gold_answer(row.value("answer"), row.where)
+        elif box is not None and box.strip():
+            answer = box
+        else:
+            raise InputError(f"{row.where} has neither an answer nor a solution with a \\boxed{{}} one; add one.")
+        if solution is not None and box is None:
+            solution = f"{solution}\n\\boxed{{{answer}}}"
+        yield Entry(row.number, problem.strip(), {"problem": problem, "answer": answer, "solution": solution})

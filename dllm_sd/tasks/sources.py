@@ -1,0 +1,150 @@
+"""What tasks share: problems asked by one template that come from files, from the hub, or out of a generator."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import ClassVar
+
+from dllm_sd.errors import InputError
+from dllm_sd.randomness import make_key
+from dllm_sd.tasks.datafile import (
+    Entry,
+    Generated,
+    Row,
+    Splits,
+    chat,
+    choose,
+    divide,
+    hub_rows,
+    read_rows,
+    render,
+)
+from dllm_sd.tasks.task import Problem, Split, Unguessable
+
+
+class Asked(Unguessable):
+    """Asks by the template ``prompt`` and answers by the template ``answer``, which needs the field ``answered_by``."""
+
+    system: str | None
+    prompt: str
+    answer: str
+    answered_by: ClassVar[str]
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The system text, where there is one, and the prompt."""
+        return chat(self.system, render(self.prompt, problem.fields, "task.prompt"))
+
+    def reference(self, problem: Problem) -> str | None:
+        """The answer template filled, or None where the problem has no answer to fill it with."""
+        if problem.fields.get(self.answered_by) is None:
+            return None
+        return render(self.answer, problem.fields, "task.answer")
+
+    def check_templates(self, asked: Iterable[str], answered: Iterable[str]) -> None:
+        """Refuse templates that ask for fields that the problems will not have."""
+        render(self.prompt, dict.fromkeys(asked, ""), "task.prompt")
+        render(self.answer, dict.fromkeys((*asked, *answered), ""), "task.answer")
+
+
+class Sized(Asked):
+    """Generated without end, or read from ``data`` and ``data_test``; the three sizes say how many problems to use."""
+
+    size_train: int
+    size_dev: int
+    size_test: int
+    data: str | None
+    data_test: str | None
+    title: ClassVar[str]  # the name of the task, in the ids of its problems
+
+    @abstractmethod
+    def generate(self, split: Split, index: int) -> Problem:
+        """Problem ``index`` of ``split``."""
+
+    @abstractmethod
+    def entry(self, row: Row) -> Entry:
+        """A row of a file, checked and made into fields."""
+
+    def check_sizes(self) -> None:
+        """Refuse sizes below zero."""
+        for name in ("size_train", "size_dev", "size_test"):
+            if getattr(self, name) < 0:
+                raise InputError(f"task.{name} must not be negative; it counts problems.")
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """The first problems of a split, as many as its size says; an InputError where it is 0."""
+        size = {"train": self.size_train, "dev": self.size_dev, "test": self.size_test}[split]
+        if not size:
+            raise InputError(f"task.size_{split} is 0, so the {split} split holds no problems; raise it.")
+        if self.data is not None or self.data_test is not None:
+            return choose(self._files, split)[:size]
+        return Generated(range(size), partial(self.generate, split))
+
+    @cached_property
+    def _files(self) -> Splits:
+        train = read_rows(self.data, "task.data") if self.data is not None else []
+        test = read_rows(self.data_test, "task.data_test") if self.data_test is not None else []
+        return divide(self.title, map(self.entry, train), map(self.entry, test), self.size_dev, key=None)
+
+
+class Sourced(Asked):
+    """Read from files or hub datasets; ``size_dev`` training rows are held out by a permutation that never changes."""
+
+    size_dev: int
+    data: str | None
+    data_test: str | None
+    title: ClassVar[str]  # the name of the task, in the ids of its problems
+
+    @abstractmethod
+    def entries(self, rows: list[Row]) -> Iterable[Entry]:
+        """Rows checked and made into fields."""
+
+    def check_size(self) -> None:
+        """Refuse a dev split of less than nothing."""
+        if self.size_dev < 0:
+            raise InputError("task.size_dev must not be negative; it counts problems.")
+
+    def load(self) -> tuple[list[Row], list[Row]]:
+        """The rows to train on and those to test on."""
+        return rows_of(self.data, "train", "task.data"), rows_of(self.data_test, "test", "task.data_test")
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """The problems of a split; the first call reads the data."""
+        return choose(self._splits, split)
+
+    @cached_property
+    def _splits(self) -> Splits:
+        train, test = self.load()
+        key = make_key(self.title, "dev")
+        return divide(self.title, self.entries(train), self.entries(test), self.size_dev, key)
+
+
+class Draws:
+    """Integers drawn one after another, a function of ``key`` alone; many small ones are cut from one hash."""
+
+    def __init__(self, key: int) -> None:
+        self.key, self.count, self.pool, self.span = key, 0, 0, 0
+
+    def below(self, bound: int) -> int:
+        """An integer in ``[0, bound)``, uniform to one part in a million."""
+        if self.span < bound << 20:
+            self.pool, self.span, self.count = make_key(self.key, self.count), 1 << 63, self.count + 1
+        self.pool, drawn = divmod(self.pool, bound)
+        self.span //= bound
+        return drawn
+
+    def shuffled(self, count: int) -> list[int]:
+        """The numbers below ``count`` in random order."""
+        left = list(range(count))
+        return [left.pop(self.below(len(left))) for _ in range(count)]
+
+
+def rows_of(source: str | None, split: str, key: str) -> list[Row]:
+    """The rows of a file, or of one split of the hub dataset ``owner/name`` or ``owner/name:config``; none for None."""
+    if source is None:
+        return []
+    is_file = Path(source).suffix.lower() in (".jsonl", ".json", ".csv") or source.count("/") != 1
+    if is_file or Path(source).expanduser().exists():
+        return read_rows(source, key)
+    name, _, config = source.partition(":")
+    return hub_rows(name, config or None, split, key)
