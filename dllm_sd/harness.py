@@ -5,7 +5,6 @@ Texts are written by the sampler of training, likelihoods are those of `likeliho
 
 import logging
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -16,16 +15,15 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError
 from dllm_sd.likelihood import batches, log_likelihoods, written_greedily
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.denoising import Denoising
-from dllm_sd.policies.loading import DTYPES, load_policy
+from dllm_sd.policies.loading import DTYPES, load_policy, put_on
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion, check_blocks
 from dllm_sd.randomness import make_key
 
@@ -67,7 +65,7 @@ class HarnessModel(_LM):
         Args:
             pretrained: a checkpoint folder, a hub name, or ``tiny``.
             policy: instead of it, a policy that is loaded already.
-            adapter: folder of a PEFT adapter to fold into the weights.
+            adapter: folder of a PEFT adapter to put on the model.
             device: where to work. The harness says cuda where nobody chose; without CUDA another is taken.
             batch_size: prompts decoded, or canvases read, together. It changes no result.
             max_batch_size: without effect; the harness passes it on.
@@ -104,7 +102,7 @@ class HarnessModel(_LM):
         self.policy = policy or load_policy(pretrained, device=where, **options)
         self.name = str(pretrained or "policy")
         if adapter is not None:
-            self.policy.module.model = _folded(self.policy.module.model, adapter)
+            put_on(self.policy, adapter)
         decode.setdefault("block_length", self.policy.block_length or Denoising.block_length)
         self.decode, self.batch_size, self.mc_samples = decode, int(batch_size), mc_samples
         self.check_greedy, self.add_bos_token, self.seed = check_greedy, add_bos_token, seed
@@ -260,17 +258,6 @@ class HarnessModel(_LM):
 
     def _watched(self, batches: Sequence[T], what: str, hidden: bool) -> Iterable[T]:
         return track(batches, what, console=Console(stderr=True), disable=hidden or self._rank > 0)
-
-
-def _folded(model: Any, adapter: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-            )  # peft's own use
-            return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"no usable adapter at {adapter!r} (model arg adapter): {on_one_line(error)}") from error
 
 
 def main() -> int:

@@ -417,8 +417,10 @@ def test_a_run_is_exported_and_evaluated(to: str, run: Path, tmp_path: Path, cap
     assert "Method: `sft` with settings of its own (rollout demonstrations, " in card
     assert "Do not call `generate()`" in card
     assert (out / "tokenizer.json").is_file()
-    if to == "merged":
-        assert main(["eval", str(out), "--out", str(tmp_path / "eval")]) == 0
+    if to != "original":
+        schedule = ["decode.block_length=4", "decode.length=16", "decode.tokens_per_step=4", "eval.final_problems=8"]
+        model = [str(out)] if to == "merged" else ["tiny", "--adapter", str(out), *schedule]
+        assert main(["eval", *model, "--out", str(tmp_path / "eval")]) == 0
         measured, stored = read(tmp_path / "eval" / "report.json"), read(run / "report.json")
         assert measured["accuracy"] == stored["best"]["trained"]["accuracy"]
 

@@ -179,7 +179,7 @@ def test_model_args_reach_the_loader_and_go_before_options_of_the_command_line()
     assert model.get_model_info()["decode"]["block_length"] == 32
 
 
-def test_an_adapter_is_folded_in(tmp_path: Path):
+def test_an_adapter_is_put_on(tmp_path: Path):
     trained = load_policy("tiny", lora=Lora(rank=4, alpha=8))
     with torch.no_grad():
         for name, weight in trained.module.named_parameters():

@@ -216,7 +216,9 @@ def put_on(policy: MaskedDiffusion, adapter: str) -> None:
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise InputError(f"there is no adapter_config.json in {adapter!r}; give the folder of a PEFT adapter")
     try:
-        policy.module.model = PeftModel.from_pretrained(network, adapter).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            policy.module.model = PeftModel.from_pretrained(network, adapter).eval()
     except _UNUSABLE as error:
         raise InputError(f"the adapter at {adapter!r} does not fit the model: {brief(error)}") from error
 
