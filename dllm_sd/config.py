@@ -19,9 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from dllm_sd.canvases import AllMasked
 from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.methods import METHODS, Method
-from dllm_sd.policies.blueprint import Blueprint, Model, read_blueprint
+from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.masked_diffusion import check_blocks
+from dllm_sd.policies.model import Model
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.task import Task

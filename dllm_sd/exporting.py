@@ -21,9 +21,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from dllm_sd.errors import InputError
 from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.model_card import Layout, Trained, model_card, settings_of
-from dllm_sd.policies.blueprint import Blueprint, Model, brief, find_file, read_blueprint
+from dllm_sd.policies.blueprint import Blueprint, brief, find_file, read_blueprint
 from dllm_sd.policies.families import MARK
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Model
 from dllm_sd.policies.weight_files import INDEX, stored_tensors
 
 SHARD = "5GB"

@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from dllm_sd.config import build_config, to_tree
 from dllm_sd.methods import METHODS, Method
-from dllm_sd.policies.blueprint import Blueprint, Model, model_folder
+from dllm_sd.policies.blueprint import Blueprint, model_folder
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Model
 from dllm_sd.training.checkpoint import read_state
 from dllm_sd.training.folder import read_tree
 

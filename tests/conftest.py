@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.policies.blueprint import Model, Shape
 from dllm_sd.policies.denoising import Denoising, denoise
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 

@@ -23,10 +23,11 @@ from dllm_sd import InputError, exporting, load_policy
 from dllm_sd.cli import main
 from dllm_sd.exporting import Layout, export_policy, fold, push_folder
 from dllm_sd.model_card import model_card
-from dllm_sd.policies.blueprint import Lora, Model, read_blueprint
+from dllm_sd.policies.blueprint import read_blueprint
 from dllm_sd.policies.families import MARK
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.prefix_cache import block_causal
 from tests.oracles.fixtures import checkpoints

@@ -16,9 +16,9 @@ from dllm_sd import load_policy
 from dllm_sd.errors import InputError
 from dllm_sd.harness import HarnessModel, cut, main, register
 from dllm_sd.likelihood import log_likelihoods, written_greedily
-from dllm_sd.policies.blueprint import Lora
 from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Lora
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import make_key
 from tests.test_docs import ROOT, section

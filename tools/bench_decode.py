@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from dllm_sd.policies.blueprint import Lora, Model, Shape
 from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 

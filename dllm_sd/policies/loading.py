@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.blueprint import Blueprint, Lora, Model, brief, read_blueprint
+from dllm_sd.policies.blueprint import Blueprint, brief, read_blueprint
 from dllm_sd.policies.families import LINEARS
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weight_files import stored_tensors
 

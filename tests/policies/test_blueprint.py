@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.blueprint import Blueprint, Lora, Model, Shape, read_blueprint
+from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.families import FAMILIES, MARK, recognise
+from dllm_sd.policies.model import Lora, Model, Shape
 
 ORIGINAL = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 

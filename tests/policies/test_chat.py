@@ -17,10 +17,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from dllm_sd.cli import main
 from dllm_sd.errors import InputError
-from dllm_sd.policies.blueprint import Blueprint, Model, read_blueprint
+from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.families import LLADA_TEMPLATE
 from dllm_sd.policies.loading import build_policy
+from dllm_sd.policies.model import Model
 
 MESSAGES = [
     {"role": "system", "content": "Be brief. "},

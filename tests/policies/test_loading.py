@@ -28,10 +28,10 @@ import dllm_sd
 from dllm_sd import load_policy
 from dllm_sd.errors import InputError
 from dllm_sd.policies import blueprint
-from dllm_sd.policies.blueprint import Lora, Model, Shape
 from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.policies.policy import View
 
 ORIGINAL = Path(__file__).parents[1] / "fixtures" / "checkpoints"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_sd.policies.blueprint import Lora
 from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.merging import merged
+from dllm_sd.policies.model import Lora
 from dllm_sd.policies.policy import View
 
 IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])

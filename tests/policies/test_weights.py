@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.blueprint import Lora
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Lora
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.site_head import SiteHead
 from dllm_sd.policies.weights import WEIGHTS, Base, Ema, Live, Snapshot, Teacher, add_adapter, trained

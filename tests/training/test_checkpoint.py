@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.blueprint import Lora
 from dllm_sd.policies.denoising import Denoising
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.model import Lora
 from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, PassAtK, Prompted, Rollouts, gather
 from dllm_sd.tasks import Problem, Sudoku
