@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_verbosity_error()  # what is wrong with a checkpoint is said once, by an InputError
     _warn_of_lone_process()
     try:
-        return options.command(options)
+        status = options.command(options)
+        _leave_together()
+        return status
     except InputError as error:
         print(f"dllm-sd: {error}", file=sys.stderr)
         return 2
@@ -39,6 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"dllm-sd: {error}", file=sys.stderr)
         return 1
+
+
+def _leave_together() -> None:
+    """End what joined the processes; a process that exits with its threads running is aborted, now and then."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def _warn_of_lone_process() -> None:
@@ -157,9 +168,9 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _load(
-    name: str, overrides: Sequence[str], task: str | None = None, adapter: str | None = None
+    name: str, overrides: Sequence[str], task: str | None = None, adapter: str | None = None, last: bool = False
 ) -> tuple[Any, Any, str]:
-    """Config and policy of a run (its best weights) or of a model, in the precision that the run trained in.
+    """Config and policy of a run (its best or last weights) or of a model, in the precision that the run trained in.
 
     Also says which weights these are.
     """
@@ -168,7 +179,7 @@ def _load(
     from dllm_sd.config import apply_overrides, build_config
     from dllm_sd.policies.blueprint import model_folder
     from dllm_sd.policies.loading import build_policy, put_on
-    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights, read_state
+    from dllm_sd.training.checkpoint import load_weights, read_state
     from dllm_sd.training.folder import read_tree
 
     run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
@@ -191,12 +202,23 @@ def _load(
         weights = f"{name} with {adapter}"
     accelerator.prepare_model(policy.module, evaluation_mode=True)
     if _is_run(name):
-        folder = best_checkpoint(run) or latest_checkpoint(run)
-        if folder is None:
-            raise InputError(f"run {name!r} has no checkpoint yet; train it further")
+        folder = _checkpoint(run, last)
         load_weights(policy, folder)
         weights = f"{folder.name}, update {read_state(folder)['update']}"
     return config, policy, weights
+
+
+def _checkpoint(run: Path, last: bool) -> Path:
+    """The last weights of a run, or its best ones, which are the last where none were found to be better."""
+    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint
+
+    best, latest = best_checkpoint(run), latest_checkpoint(run)
+    if best is None and latest is None:
+        raise InputError(f"run {str(run)!r} has no checkpoint yet; train it further")
+    found = latest if last else best or latest
+    if found is None:
+        raise InputError(f"run {str(run)!r} has no last weights; export --weights best")
+    return found
 
 
 def _is_run(name: str) -> bool:
@@ -287,7 +309,6 @@ def _export(options: argparse.Namespace) -> int:
 
     from dllm_sd.exporting import check_folder, export_policy, push_folder
     from dllm_sd.model_card import Trained
-    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint, load_weights
 
     run, folder = Path(options.run), Path(options.folder)
     if not _is_run(options.run):
@@ -300,13 +321,10 @@ def _export(options: argparse.Namespace) -> int:
             validate_repo_id(options.push)
         except ValueError as error:
             raise InputError(f"--push {options.push!r} is no name of a repository: {error}") from error
-    config, policy, _ = _load(options.run, options.overrides)
-    last = latest_checkpoint(run)
-    checkpoint = last if options.weights == "last" else best_checkpoint(run) or last
-    if checkpoint is None:
-        raise InputError(f"run {options.run!r} has no last weights; export --weights best")
-    load_weights(policy, checkpoint)
-    export_policy(policy, config.model, options.to, folder, Trained(run, checkpoint), options.push)
+    last = options.weights == "last"
+    config, policy, _ = _load(options.run, options.overrides, last=last)
+    trained = Trained(run, _checkpoint(run, last))
+    export_policy(policy, config.model, options.to, folder, trained, options.push)
     Console().print(f"written to {folder}", highlight=False, soft_wrap=True)
     if options.push:
         push_folder(folder, options.push)

@@ -1,7 +1,6 @@
 """Evaluation: decode held-out problems with the training sampler, grade them with the training grader, report."""
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
-from dllm_sd.estimates import majority, pass_at_k, wilson_interval
+from dllm_sd.estimates import wilson_interval
+from dllm_sd.generations import measures, summarise
 from dllm_sd.policies.denoising import Denoising, Meter
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
@@ -133,9 +133,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     by_id = {problem.id: problem for problem in problems}
     graded = [(by_id[group[0].id], line.grade) for group in own for line in group]
-    chance = task.chance([by_id[group[0].id] for group in own])
-    extra = {**task.summary(graded), **({} if chance is None else {"chance": chance})}
-    return _report(own, dropped, counts, seconds, extra), [_item(group) for group in own]
+    return _report(own, dropped, counts, seconds, measures(task, graded)), [_item(group) for group in own]
 
 
 def evaluate_run(
@@ -205,26 +203,20 @@ def _item(group: Sequence[Line]) -> Item:
     return Item(group[0].id, *(tuple(getattr(line, name) for line in group) for name in names))
 
 
-def _majority(group: Sequence[Line]) -> bool:
-    return majority([line.parsed for line in group], [line.correct for line in group])
-
-
 def _report(
     groups: Sequence[Sequence[Line]], dropped: int, counts: Sequence[int], seconds: float, extra: Mapping[str, float]
 ) -> Report:
-    attempts, n = len(groups[0]), len(groups)
-    right = [sum(line.correct for line in group) for group in groups]
-    accuracy = math.fsum(count / attempts for count in right) / n
+    figures = summarise([[line.grade for line in group] for group in groups])
     lines = [line for group in groups for line in group]
     tokens, (rows, slots, fresh) = sum(line.length for line in lines), counts
-    ks = sorted({1, attempts, *(2**i for i in range(attempts.bit_length()))})
+    low, high = figures["ci95"]
     return Report(
-        n=n,
-        accuracy=accuracy,
-        ci95=wilson_interval(accuracy, n),
-        score=math.fsum(line.score for line in lines) / len(lines),
-        pass_at_k={k: math.fsum(pass_at_k(attempts, count, k) for count in right) / n for k in ks},
-        maj_at_k={attempts: sum(_majority(group) for group in groups) / n} if attempts > 1 else {},
+        n=figures["n"],
+        accuracy=figures["accuracy"],
+        ci95=(low, high),
+        score=figures["score"],
+        pass_at_k={int(k): share for k, share in figures["pass_at_k"].items()},
+        maj_at_k={int(k): share for k, share in figures.get("maj_at_k", {}).items()},
         length=tokens / len(lines),
         tokens_per_step=tokens / max(1, sum(line.steps for line in lines)),
         tokens_per_second=fresh / seconds,

@@ -259,10 +259,14 @@ def _summary(task: Task, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, A
     problems: dict[str, list[Grade]] = {}
     for problem, grade in graded:
         problems.setdefault(problem.id, []).append(grade)
-    chance = task.chance(list({problem.id: problem for problem, _ in graded}.values()))
-    own = task.summary(graded) if chance is None else {**task.summary(graded), "chance": chance}
-    tree = {**summarise(problems.values()), **own}
+    tree = {**summarise(problems.values()), **measures(task, graded)}
     return tree | {"ci95": list(wilson_interval(tree["accuracy"], tree["n"]))}  # of the task's own accuracy, if any
+
+
+def measures(task: Task, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
+    """What a task measures beside the accuracy, and its chance level where it has one."""
+    chance = task.chance(list({problem.id: problem for problem, _ in graded}.values()))
+    return task.summary(graded) if chance is None else {**task.summary(graded), "chance": chance}
 
 
 def summarise(problems: Collection[Sequence[Grade]]) -> dict[str, Any]:

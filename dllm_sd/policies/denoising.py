@@ -203,7 +203,7 @@ def denoise(
             tokens, reveal_step = (torch.cat([x[keep], y[new]]) for x, y in ((tokens, final), (reveal_step, reveal)))
             block, within, step = (torch.cat([x[keep], fresh]) for x in (block, within, step))
             if cache is not None:
-                cache.begin(slot[-len(new) :] if len(new) else slot[:0])
+                cache.begin(slot[len(slot) - len(new) :])
     if watch is not None:
         watch(final.clone())
     return trajectory(torch.arange(b, device=device))

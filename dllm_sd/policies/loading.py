@@ -1,6 +1,5 @@
 """Load a policy: native transformers classes, safetensors only, no remote code, one copy in memory."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,6 +20,7 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weight_files import stored_tensors
+from dllm_sd.policies.weights import without_peft_warning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _UNUSABLE = (
@@ -198,8 +198,7 @@ def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], s
         target_modules=list(wanted),
         modules_to_save=list(lora.modules_to_save) or None,
     )
-    with _seeded(seed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own use
+    with _seeded(seed), without_peft_warning():
         adapted = get_peft_model(network, settings)
     assert isinstance(adapted, PeftModel)
     return adapted
@@ -217,8 +216,7 @@ def put_on(policy: MaskedDiffusion, adapter: str) -> None:
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise InputError(f"there is no adapter_config.json in {adapter!r}; give the folder of a PEFT adapter")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with without_peft_warning():
             policy.module.model = PeftModel.from_pretrained(network, adapter).eval()
     except _UNUSABLE as error:
         raise InputError(f"the adapter at {adapter!r} does not fit the model: {brief(error)}") from error

@@ -162,14 +162,21 @@ def add_adapter(weights: Weights, policy: Policy) -> str | None:
     name = f"teacher{len(model.peft_config)}"
     live, known = {id(value) for value in trained(policy).values()}, {id(part) for part in model.modules()}
     settings = deepcopy(model.peft_config[model.active_adapters[0]])
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own use
+    with torch.random.fork_rng(devices=[]), without_peft_warning():
         model.add_adapter(name, settings)
     for value in model.parameters():
         value.requires_grad_(id(value) in live)
     for part in model.modules():  # new ones start in training mode
         part.training = policy.module.training if id(part) not in known else part.training
     return name
+
+
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """PEFT 0.21 reads an attribute that transformers has deprecated, whenever it makes an adapter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager
