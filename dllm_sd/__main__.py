@@ -1,6 +1,11 @@
-"""``python -m dllm_sd`` and ``accelerate launch -m dllm_sd``: the same as ``dllm-sd``."""
+"""``python -m dllm_sd``, also under ``accelerate launch``."""
 
-from dllm_sd.cli import main
+import sys
+
+from dllm_sd.cli import leave_together, main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    if status == 0:
+        leave_together()
+    sys.exit(status)

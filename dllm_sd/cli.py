@@ -29,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_verbosity_error()  # what is wrong with a checkpoint is said once, by an InputError
     _warn_of_lone_process()
     try:
-        status = options.command(options)
-        _leave_together()
-        return status
+        return options.command(options)
     except InputError as error:
         print(f"dllm-sd: {error}", file=sys.stderr)
         return 2
@@ -43,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _leave_together() -> None:
+def leave_together() -> None:
     """End what joined the processes; a process that exits with its threads running is aborted, now and then."""
     from torch import distributed
 
