@@ -38,6 +38,8 @@ class Canvases:
     """int64 ``[n l]``, the final completion."""
     weight: Tensor
     """float32 ``[n]``."""
+    old_logp: Tensor
+    """float ``[n l]``: `Trajectory.logp`, NaN where nobody knows it or the decoder saw another canvas."""
 
     @property
     def size(self) -> int:
@@ -46,7 +48,11 @@ class Canvases:
 
 
 class CanvasRule(Protocol):
-    """Which canvases one pass over a batch of rollouts reads."""
+    """Which canvases one pass over a batch of rollouts reads.
+
+    Of an autoregressive rollout every rule makes the same one: the sequence, in which each position sees what it saw
+    when it was written. So its likelihood is exact, and there is nothing to mask (`whole_sequence`).
+    """
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
         """Canvases of pass ``part`` out of ``parts`` over the same rollouts; ``keys [b]`` seed each rollout's draws."""
@@ -92,6 +98,8 @@ class DecoderSteps:
         return usable
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        if trajectory.causal:
+            return whole_sequence(trajectory)
         usable = self.usable(trajectory)
         order = usable.int().cumsum(1) - 1
         count = usable.sum(1, keepdim=True)
@@ -112,6 +120,7 @@ class DecoderSteps:
             revealed=trajectory.revealed(rows, steps),
             tokens=trajectory.tokens[rows],
             weight=torch.ones(len(rows), device=rows.device),
+            old_logp=known_logp(trajectory)[rows],
         )
 
 
@@ -142,6 +151,9 @@ class RandomMasks:
             raise InputError("random_masks needs draws >= 1 and t_min between 0 and 1; correct method.canvases")
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        if trajectory.causal:
+            canvases = whole_sequence(trajectory)
+            return replace(canvases, weight=1 / canvases.masked.sum(1).clamp(min=1).float())
         rows = torch.arange(trajectory.size).repeat_interleave(self.draws)
         draw = torch.arange(self.draws).repeat(trajectory.size)
         base = torch.tensor([make_key(key, "random_masks", part) for key in keys], dtype=torch.int64)
@@ -177,6 +189,8 @@ class AllMasked:
             raise InputError("method.canvases.prompt_mask_ratio must be at least 0 and below 1")
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        if trajectory.causal:
+            return whole_sequence(trajectory)
         device = trajectory.tokens.device
         rows = torch.arange(trajectory.size, device=device)
         canvases = _synthetic(
@@ -193,6 +207,32 @@ class AllMasked:
 
 
 CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": RandomMasks, "all_masked": AllMasked}
+
+
+def whole_sequence(trajectory: Trajectory) -> Canvases:
+    """One canvas for each autoregressive rollout: what was written, with all of it to be graded."""
+    rows = torch.arange(trajectory.size, device=trajectory.tokens.device)
+    position = torch.arange(trajectory.tokens.shape[1], device=rows.device)
+    written = (trajectory.reveal_step != NEVER) & (position < trajectory.length[:, None])
+    return Canvases(
+        rows=rows,
+        steps=torch.zeros_like(rows),
+        ids=torch.cat([trajectory.prompt_ids, trajectory.tokens], 1),
+        mask=torch.cat([trajectory.prompt_mask, written], 1),
+        masked=written,
+        active=written,
+        revealed=written,
+        tokens=trajectory.tokens,
+        weight=torch.ones(len(rows), device=rows.device),
+        old_logp=known_logp(trajectory),
+    )
+
+
+def known_logp(trajectory: Trajectory) -> Tensor:
+    """`Trajectory.logp`, or NaN everywhere."""
+    if trajectory.logp is not None:
+        return trajectory.logp
+    return torch.full(trajectory.tokens.shape, torch.nan, device=trajectory.tokens.device)
 
 
 def attention_mask(trajectory: Trajectory, rows: Tensor) -> Tensor:
@@ -218,4 +258,5 @@ def _synthetic(trajectory: Trajectory, rows: Tensor, hidden: Tensor, weight: Ten
         revealed=masked,
         tokens=tokens,
         weight=weight.to(torch.float32),
+        old_logp=torch.full(tokens.shape, torch.nan, device=tokens.device),
     )

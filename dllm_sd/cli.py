@@ -143,7 +143,7 @@ def _eval(options: argparse.Namespace) -> int:
         return compare(options)
     if options.model is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --compare A B with two finished evaluations")
-    from accelerate import PartialState
+    from accelerate import Accelerator, PartialState
 
     from dllm_sd.config import to_tree
     from dllm_sd.evaluation import evaluate_into
@@ -156,7 +156,8 @@ def _eval(options: argparse.Namespace) -> int:
     out = Path(options.out or Path(options.model if _is_run(options.model) else "") / "eval" / task)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
     try:
-        report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
+        with Accelerator().autocast():
+            report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
     except OSError as error:
         raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; give another --out") from error
     if PartialState().is_main_process:
@@ -267,9 +268,10 @@ def _show(options: argparse.Namespace) -> int:
     from rich.panel import Panel
     from rich.text import Text
 
-    from dllm_sd.config import check_model, load_config, to_tree, to_yaml
+    from dllm_sd.config import load_config, to_tree, to_yaml
     from dllm_sd.evaluation import first
     from dllm_sd.memory import estimate, table
+    from dllm_sd.pairing import check_model
     from dllm_sd.policies.loading import skeleton
 
     config = load_config(options.config, options.overrides)

@@ -16,12 +16,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dllm_sd.canvases import AllMasked
 from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.methods import METHODS, Method
-from dllm_sd.policies.blueprint import Blueprint, read_blueprint
-from dllm_sd.policies.denoising import Denoising
-from dllm_sd.policies.masked_diffusion import check_blocks
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.model import Model
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim
 from dllm_sd.tasks import TASKS
@@ -38,7 +36,7 @@ class Config:
     seed: int = 0
     updates: int = 500
     model: Model = Model()
-    decode: Denoising = Denoising()
+    decode: Decoding = Decoding()
     method: Method = Method()
     optim: Optim = Optim()
     eval: Evaluation = Evaluation()
@@ -74,31 +72,6 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"config {path} must hold keys such as model, task and method")
     tree.setdefault("run", f"runs/{path.stem}")
     return build_config(apply_overrides(tree, overrides))
-
-
-def check_model(config: Config) -> Blueprint:
-    """Read what the checkpoint says without its weights, and refuse what this model cannot do.
-
-    Raises:
-        InputError: naming the key, and the remedy.
-    """
-    blueprint = read_blueprint(config.model)
-    schedules = {f"eval.schedules.{name}": overrides for name, overrides in config.eval.schedules.items()}
-    for key, overrides in {"decode": {}, **schedules}.items():
-        check_blocks(blueprint.block_length, replace(config.decode, **overrides), key)
-    if blueprint.block_length is None:
-        return blueprint
-    if isinstance(config.method.canvases, AllMasked):
-        raise InputError(
-            "method.canvases all_masked hides blocks that a block-causal model always sees finished; use random_masks"
-        )
-    for context in config.method.contexts:
-        if context.shows_later_blocks:
-            raise InputError(
-                "method.contexts reveals later blocks, which a block-causal model never sees, so the teacher would "
-                "know no more than the student; set the suffix context's scope to active_block"
-            )
-    return blueprint
 
 
 def find_config(name: str) -> Path:
@@ -149,7 +122,7 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     config = _build(Config, tree, "", None)
     schedules: dict[str, dict[str, Any]] = {}
     for name, overrides in config.eval.schedules.items():
-        decode = _build(Denoising, overrides, f"eval.schedules.{name}", config.decode)
+        decode = _build(Decoding, overrides, f"eval.schedules.{name}", config.decode)
         schedules[str(name)] = {key: getattr(decode, key) for key in overrides}
     return replace(config, eval=replace(config.eval, schedules=schedules))
 
@@ -217,6 +190,8 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
 
 def _parts(hint: Any, tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
     """A part of ``table``, or a tuple of parts where the field holds several."""
+    if tree is None and type(None) in get_args(hint):
+        return None
     if get_origin(hint) is not tuple:
         return _part(tree, path, base, table)
     former = list(base or ())

@@ -15,7 +15,7 @@ from dllm_sd.config import Config
 from dllm_sd.errors import InputError
 from dllm_sd.estimates import wilson_interval
 from dllm_sd.generations import measures, summarise
-from dllm_sd.policies.denoising import Denoising, Meter
+from dllm_sd.policies.decoding import Decoding, Meter
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.recording import Line, Record, begin, digest, finish
@@ -79,7 +79,7 @@ def evaluate(
     policy: Policy,
     task: Task,
     problems: Sequence[Problem],
-    decode: Denoising,
+    decode: Decoding,
     *,
     temperature: float = 0.0,
     attempts: int = 1,

@@ -22,8 +22,8 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.likelihood import batches, log_likelihoods, written_greedily
 from dllm_sd.policies.chat import Chat
-from dllm_sd.policies.denoising import Denoising
-from dllm_sd.policies.loading import DTYPES, load_policy, put_on
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.loading import DTYPES, AnyPolicy, load_policy, put_on
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion, check_blocks
 from dllm_sd.randomness import make_key
 
@@ -74,7 +74,7 @@ class HarnessModel(_LM):
             add_bos_token: put the BOS token before texts that do not begin with it.
             seed: of all random numbers, which are keyed by the texts and, in generation, the number of times that the
                 same prompt came before.
-            **options: keys of `decode` (`Denoising`) and of `model` (`Model`, whose own block length is
+            **options: keys of `decode` (`Decoding`) and of `model` (`Model`, whose own block length is
                 ``model_block_length``). Without ``length`` a task's `max_gen_toks` counts, filled up to whole blocks,
                 else 256; without ``temperature`` the task's (`do_sample` and `temperature`), else 0.
 
@@ -86,7 +86,7 @@ class HarnessModel(_LM):
             raise InputError("--batch_size and the model arg mc_samples must be whole numbers of 1 or more")
         if options.get("dtype", "float32") not in DTYPES:
             raise InputError(f"the model arg dtype must be one of {', '.join(DTYPES)}")
-        known = {f.name for f in fields(Denoising)} - {"batch_size"}
+        known = {f.name for f in fields(Decoding)} - {"batch_size"}
         decode = {name: options.pop(name) for name in known & options.keys()}
         if "model_block_length" in options:
             options["block_length"] = options.pop("model_block_length")
@@ -99,11 +99,11 @@ class HarnessModel(_LM):
         self._device = where
         if policy is None and pretrained is None:
             raise InputError("the model arg pretrained is missing; name a checkpoint folder, a hub name, or tiny")
-        self.policy = policy or load_policy(pretrained, device=where, **options)
+        self.policy = policy or _denoiser(load_policy(pretrained, device=where, **options))
         self.name = str(pretrained or "policy")
         if adapter is not None:
             put_on(self.policy, adapter)
-        decode.setdefault("block_length", self.policy.block_length or Denoising.block_length)
+        decode.setdefault("block_length", self.policy.block_length or Decoding.block_length)
         self.decode, self.batch_size, self.mc_samples = decode, int(batch_size), mc_samples
         self.check_greedy, self.add_bos_token, self.seed = check_greedy, add_bos_token, seed
         self._settings({})  # wrong ones are refused before anything is read
@@ -122,7 +122,7 @@ class HarnessModel(_LM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts in answer to ``(prompt, settings)`` requests, cut before the first stop string of `until`."""
         seen, texts = Counter[str](), [""] * len(requests)
-        groups: dict[Denoising, list[tuple[int, list[int], int]]] = {}
+        groups: dict[Decoding, list[tuple[int, list[int], int]]] = {}
         for i, request in enumerate(requests):
             context, wanted = request.args
             settings = self._settings(wanted)
@@ -206,16 +206,16 @@ class HarnessModel(_LM):
             raise InputError("the model has no tokenizer; name one in the model arg tokenizer")
         return self.policy.chat
 
-    def _settings(self, wanted: Mapping[str, Any]) -> Denoising:
+    def _settings(self, wanted: Mapping[str, Any]) -> Decoding:
         """How to decode a request: what the user said, then what the task asks for."""
         decode = dict(self.decode)
         if decode.get("length") is None:
-            blocks = -(-int(wanted.get("max_gen_toks") or Denoising.length) // decode["block_length"])
+            blocks = -(-int(wanted.get("max_gen_toks") or Decoding.length) // decode["block_length"])
             decode["length"] = blocks * decode["block_length"]
         if decode.get("temperature") is None:
             sampled = wanted.get("do_sample", "temperature" in wanted)
             decode["temperature"] = float(wanted.get("temperature", 1.0) or 0.0) if sampled else 0.0
-        settings = Denoising(batch_size=self.batch_size, **decode)
+        settings = Decoding(batch_size=self.batch_size, **decode)
         check_blocks(self.policy.block_length, settings)
         return settings
 
@@ -258,6 +258,12 @@ class HarnessModel(_LM):
 
     def _watched(self, batches: Sequence[T], what: str, hidden: bool) -> Iterable[T]:
         return track(batches, what, console=Console(stderr=True), disable=hidden or self._rank > 0)
+
+
+def _denoiser(policy: AnyPolicy) -> MaskedDiffusion:
+    if not isinstance(policy, MaskedDiffusion):
+        raise InputError("this model is autoregressive; evaluate it with the harness's own model, --model hf")
+    return policy
 
 
 def main() -> int:

@@ -86,7 +86,7 @@ def log_likelihoods(
         keys: one a pair; they seed the masks, so that batching cannot change a result.
         samples: masks drawn for each answer (block-causal models: for each block); fewer are read where some are equal.
         batch_size: canvases read together.
-        guidance: classifier-free guidance scale, as in `Denoising`.
+        guidance: classifier-free guidance scale, as in `Decoding`.
     """
     sums = [0.0] * len(pairs)
 

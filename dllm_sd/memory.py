@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dllm_sd.canvases import AllMasked, DecoderSteps
 from dllm_sd.config import Config
-from dllm_sd.losses.divergences import ForwardKL, GeneralisedJSD, TokenNLL
+from dllm_sd.losses.divergences import ForwardKL, GeneralisedJSD, PolicyGradient, TokenNLL
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import TeacherTop
 from dllm_sd.losses.supports import TopK
@@ -330,7 +330,7 @@ def _loss_copies(config: Config, shape: _Shape) -> float:
     """How many tensors of sites x vocabulary are alive at the worst moment: when a site is described for the log."""
     method, c = config.method, len(config.method.contexts)
     raw = c * (shape.logit / shape.wide)  # the teachers' logits
-    if isinstance(method.divergence, TokenNLL) or isinstance(method.support, TopK):
+    if isinstance(method.divergence, TokenNLL | PolicyGradient) or isinstance(method.support, TopK):
         return 4 + c + raw
     clipped = c * (method.divergence.clip == "entry")
     if isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1:

@@ -3,114 +3,20 @@
 A new paper is a new part and a new row. The trainer never sees a name.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
-from dllm_sd.canvases import CANVASES, AllMasked, DecoderSteps, RandomMasks
-from dllm_sd.errors import InputError
-from dllm_sd.losses.divergences import DIVERGENCES, ForwardKL, GeneralisedJSD, ReverseKL, TokenNLL
-from dllm_sd.losses.sites import SITES, Revealed, TeacherTop
+from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.horizons import Progressive, Truncated
+from dllm_sd.losses.divergences import ForwardKL, GeneralisedJSD, PolicyGradient, ReverseKL, TokenNLL
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
-from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, TopK
-from dllm_sd.losses.targets import TARGETS, Each, Plain, Sampled
-from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage
-from dllm_sd.policies.weights import WEIGHTS, Base, Ema, Live, Snapshot
-from dllm_sd.rollouts import GATES, ROLLOUTS, All, Correct, Demonstrations, Mixed, PassAtK, Score
-from dllm_sd.teachers import CONTEXTS, LaterStep, Nothing, Suffix
-
-Average = Literal["sites", "canvases", "steps", "step_sums", "rollouts"]
-
-
-def _slot(table: Mapping[str, type], default: Callable[[], Any]) -> Any:
-    """A field whose value is a part of ``table`` (or a tuple of such parts)."""
-    return field(default_factory=default, metadata={"parts": table})
-
-
-@dataclass(frozen=True)
-class Method:
-    """One part per slot (see docs/concepts.md for the question that each slot answers)."""
-
-    rollout: PassAtK | Demonstrations = _slot(ROLLOUTS, PassAtK)
-    gate: All | Correct | Score | Mixed = _slot(GATES, Correct)
-    canvases: DecoderSteps | RandomMasks | AllMasked = _slot(CANVASES, DecoderSteps)
-    contexts: tuple[Nothing | Suffix | LaterStep, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
-    teacher: tuple[Live | Base | Ema | Snapshot, ...] = _slot(WEIGHTS, lambda: (Base(),))
-    """One for all contexts, or one for each."""
-    sites: Revealed | AllMaskedSites | TeacherTop = _slot(SITES, Revealed)
-    support: FullVocabulary | TopK = _slot(SUPPORTS, FullVocabulary)
-    target: Plain | Each | Sampled = _slot(TARGETS, Plain)
-    divergence: ForwardKL | ReverseKL | GeneralisedJSD | TokenNLL = _slot(DIVERGENCES, ReverseKL)
-    trust: Equal | GroupAdvantage = _slot(TRUSTS, Equal)
-    average: Average = "sites"
-    """What the loss is a mean over, counted over the whole update and all processes: `sites`; `canvases`, the
-    sum over a canvas's sites (whose random masks weigh 1/t and the answer's length); `steps`, Eq. 12 of arXiv
-    2606.18195 (sites of a step, steps of a rollout, rollouts); `step_sums`, the same without the mean over a step's
-    sites (released d-OPSD, "batchmean"); `rollouts` (sites of a rollout, rollouts)."""
-
-    def __post_init__(self) -> None:
-        """Refuse combinations that have no meaning."""
-        if len(self.teacher) not in (1, len(self.contexts)) and self.contexts:
-            raise InputError(
-                f"method.teacher lists {len(self.teacher)} weights for {len(self.contexts)} contexts; "
-                "give one for all, or one for each"
-            )
-        if not isinstance(self.canvases, DecoderSteps):
-            for context in self.contexts:
-                if context.needs_steps:
-                    raise InputError(
-                        "method.contexts needs canvases that the decoder saw; set method.canvases to decoder_steps"
-                    )
-        if isinstance(self.canvases, DecoderSteps) and isinstance(self.rollout, Demonstrations):
-            raise InputError("demonstrations were never decoded step by step; set method.canvases to random_masks")
-        if self.sites.score is not None and not self.contexts:
-            raise InputError("method.sites asks a teacher, but method.contexts is empty; add a context or use revealed")
-        if isinstance(self.target, Each) and not self.contexts:
-            raise InputError("method.target each distils every teacher, but method.contexts is empty; add a context")
-        if isinstance(self.target, Plain) and len(self.contexts) != 1:
-            raise InputError(
-                f"method.target plain distils one teacher, but method.contexts lists {len(self.contexts)}; "
-                "use target each, or sampled for likelihood losses"
-            )
-        if isinstance(self.divergence, TokenNLL) and not isinstance(self.support, FullVocabulary):
-            raise InputError(
-                "method.divergence token_nll reads one token of the vocabulary; set method.support to full"
-            )
-        if isinstance(self.divergence, TokenNLL) != isinstance(self.target, Sampled):
-            raise InputError(
-                "method.target sampled and method.divergence token_nll belong together; set both or neither"
-            )
-        if isinstance(self.target, Sampled) and isinstance(self.trust, Equal) and self.contexts:
-            raise InputError("method.target sampled with equal trust asks no teacher; set method.contexts to []")
-        if self.gate.count_rejected and self.average in ("sites", "canvases"):
-            raise InputError(
-                f"method.gate.count_rejected has no meaning under average {self.average}, which counts no rollouts; "
-                "set method.average to steps, step_sums or rollouts"
-            )
-        if isinstance(self.trust, GroupAdvantage):
-            if not isinstance(self.divergence, TokenNLL):
-                raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")
-            if not isinstance(self.rollout, PassAtK) or self.rollout.keep != "all" or self.rollout.attempts < 2:
-                raise InputError("method.trust group_advantage compares a group: rollout.keep all, attempts 2 or more")
-            if isinstance(self.gate, Correct | Score):
-                raise InputError("method.trust group_advantage compares good and bad rollouts; use gate all or mixed")
-            wanted = (self.trust.kl > 0) + (self.rollout.passes > 1)
-            if len(self.contexts) != wanted:
-                raise InputError(
-                    f"method.trust group_advantage needs {wanted} contexts here (base weights if kl > 0, a snapshot "
-                    f"every {self.rollout.passes} updates if rollouts serve several passes), not {len(self.contexts)}"
-                )
-        for context in self.contexts:
-            everything = isinstance(context, Suffix) and context.scope != "later_blocks" and context.ratio == 1
-            everything |= isinstance(context, LaterStep) and context.ahead is None
-            if everything and self.sites.score is not None:
-                raise InputError(
-                    "method.contexts reveals the whole active block, so the teacher can choose no site there"
-                )
-
-    def weights(self) -> tuple[Live | Base | Ema | Snapshot, ...]:
-        """One set of teacher weights for each context."""
-        return self.teacher * len(self.contexts) if len(self.teacher) == 1 else self.teacher
+from dllm_sd.losses.sites import Revealed, TeacherTop
+from dllm_sd.losses.supports import FullVocabulary, TopK
+from dllm_sd.losses.targets import Barycenter, PurifiedPMI, Sampled
+from dllm_sd.losses.trust import Equal, GroupAdvantage, ImportanceCap
+from dllm_sd.method import Method
+from dllm_sd.policies.weights import Checkpoint, Ema, Live
+from dllm_sd.rollouts import All, Correct, Demonstrations, PassAtK
+from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
 
 
 @dataclass(frozen=True)
@@ -120,6 +26,33 @@ class Row:
     method: Method
     source: str
     note: str
+
+
+_GROUP = PassAtK(problems=32, attempts=8, keep="all", until_solved=False, temperature=1.0)
+_OPSD = Method(
+    rollout=PassAtK(problems=32, attempts=1, temperature=1.1, top_k=20, top_p=0.95),
+    gate=All(),
+    contexts=(Reference(),),
+    divergence=ForwardKL(clip="entry"),
+    temperature=1.1,
+)
+_SDPO = Method(
+    rollout=_GROUP,
+    gate=All(),
+    contexts=(Sibling(overflow="cut"),),
+    teacher=(Ema(0.95),),
+    support=TopK(k=100, of="student", rest="bucket"),
+    divergence=GeneralisedJSD(beta=0.5),
+    trust=ImportanceCap(),
+)
+_OPD = Method(
+    rollout=replace(_GROUP, problems=64, attempts=4),
+    gate=All(),
+    contexts=(Nothing(),),
+    teacher=(Checkpoint(),),
+    support=TopK(k=16, of="student", rest="keep"),
+    divergence=PolicyGradient(),
+)
 
 
 METHODS: dict[str, Row] = {
@@ -206,5 +139,111 @@ METHODS: dict[str, Row] = {
         "d1, arXiv 2504.12216, Sec. 3.2 and github.com/dllm-reasoning/d1",
         "Group advantage (not divided by its deviation, as the code does), one-step likelihood with 15 % of the prompt "
         "masked, KL to the base. Set rollout.passes above 1 for d1's reuse of rollouts (add a snapshot context).",
+    ),
+    "d_opsd_prompt": Row(
+        Method(contexts=(Reference(),)),
+        "the prompt-conditioned comparison of arXiv 2606.18195",
+        "d_opsd with the data's reference in the teacher's prompt instead of an answer on the canvas.",
+    ),
+    "d_opsd_pmi": Row(
+        Method(
+            contexts=(Suffix(), Suffix(prompt=NoQuestion()), Nothing()),
+            target=PurifiedPMI(),
+            divergence=GeneralisedJSD(beta=0.5),
+        ),
+        "d_opsd with the target of arXiv 2607.02234, Eq. 5 to 8; unpublished",
+        "Purified suffix teacher: what the suffix says only together with the question, added to the base.",
+    ),
+    "d_demo_psd": Row(
+        Method(contexts=(Suffix(), Nothing()), teacher=(Ema(0.95),), target=Barycenter()),
+        "d_opsd with the target of arXiv 2607.02502, Eq. 7 to 9; unpublished",
+        "Barycenter of the suffix teacher and the plain student, both with averaged weights.",
+    ),
+    "opsd": Row(
+        _OPSD,
+        "OPSD, arXiv 2601.18734 v3, Table 3, and its script",
+        "Reference in the prompt, initial weights, forward KL clipped per vocabulary entry at 0.05 (not a divergence: "
+        "the clipped sum may be negative). One temperature of 1.1 for rollouts, student and teacher, as in the code.",
+    ),
+    "opsd_paper": Row(
+        replace(_OPSD, divergence=ReverseKL(), temperature=1.0),
+        "OPSD, arXiv 2601.18734, the text's reverse KL",
+        "Reverse KL over the whole vocabulary without a clip.",
+    ),
+    "opsd_reference": Row(
+        replace(_OPSD, divergence=GeneralisedJSD(beta=0.5)),
+        "github.com/siyan-zhao/OPSD, commit 590ec26",
+        "The released snapshot, older than v3: JSD 0.5 without a clip.",
+    ),
+    "opsd_pmi": Row(
+        replace(
+            _OPSD,
+            contexts=(Reference(), Reference(question=False), Nothing()),
+            target=PurifiedPMI(),
+            divergence=GeneralisedJSD(beta=0.5),
+        ),
+        "Purified OPSD, arXiv 2607.02234, Eq. 5 to 18",
+        "Three frozen views: informed, reference without question, plain. Not stated by the paper and taken from OPSD: "
+        "sampling, one temperature of 1.1, prompts; the weight 0.5 of the JSD comes from a re-implementation.",
+    ),
+    "sdpo": Row(
+        _SDPO,
+        "github.com/lasgroup/SDPO, commit 0e6d510, its science settings; arXiv 2601.20802",
+        "First successful sibling in the prompt, never the rollout itself; EMA 0.05; student's top-100 with a tail "
+        "bucket; JSD 0.5; importance cap 2. Rollouts without a successful sibling are left out. No environment "
+        "feedback.",
+    ),
+    "sdpo_paper": Row(
+        replace(_SDPO, teacher=(Live(),), support=FullVocabulary(), divergence=ReverseKL(), trust=Equal()),
+        "SDPO, arXiv 2601.20802, its objective",
+        "KL(student || the same weights with the hint) over the whole vocabulary.",
+    ),
+    "demo_psd": Row(
+        replace(
+            _SDPO,
+            rollout=replace(_GROUP, problems=64),
+            contexts=(Sibling(own=True, choice="random", overflow="cut"), Nothing()),
+            target=Barycenter(),
+            divergence=ReverseKL(),
+        ),
+        "DemoPSD, arXiv 2607.02502, Eq. 7 to 12, App. B",
+        "Barycenter of the informed and the plain EMA student on the student's top-100 and a bucket. The paper tunes "
+        "beta for each domain (25 to 100); 50 is the re-implementations'. Whether a lone success may be its own "
+        "demonstration is not stated; here it may.",
+    ),
+    "opd": Row(
+        _OPD,
+        "on-policy distillation as in arXiv 2605.31490, Eq. 6, and github.com/thunlp/OPD, commit 0a44395",
+        "Another checkpoint (method.teacher.0.path) as teacher; policy gradient on the student's 16 most probable "
+        "tokens. The logged loss is that of the surrogate.",
+    ),
+    "opd_sampled": Row(
+        replace(_OPD, support=FullVocabulary(), divergence=PolicyGradient(tokens="sampled")),
+        "on-policy distillation, arXiv 2605.31490, Eq. 6",
+        "The same with the sampled token alone.",
+    ),
+    "topd": Row(
+        replace(_OPD, rollout=replace(_OPD.rollout, horizon=Truncated(ratio=0.1))),
+        "TOPD, arXiv 2605.31490, Eq. 12",
+        "opd on the first tenth of each completion; the other tenths are never generated.",
+    ),
+    "popd": Row(
+        replace(_OPD, rollout=replace(_OPD.rollout, horizon=Progressive(start=1382, step=9))),
+        "POPD, arXiv 2605.31490, Eq. 10 and 11, App. B",
+        "opd with 9 tokens more at every update. The start is not stated; 1382 of 15360 tokens is inferred from the "
+        "paper's times.",
+    ),
+    "grpo": Row(
+        Method(
+            rollout=_GROUP,
+            gate=All(),
+            contexts=(Nothing(),),
+            target=Sampled(),
+            divergence=TokenNLL(),
+            trust=GroupAdvantage(ratio_clip=0.2, kl=0.04),
+        ),
+        "GRPO, arXiv 2402.03300",
+        "Group advantage on the likelihood of each token where it was chosen, KL to the base. On masked diffusion that "
+        "is the likelihood along the decoder's own path.",
     ),
 }

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from dllm_sd.config import build_config, to_tree
-from dllm_sd.methods import METHODS, Method
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
 from dllm_sd.policies.blueprint import Blueprint, model_folder
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Model

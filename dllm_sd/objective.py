@@ -8,19 +8,22 @@ micro-batches and processes cannot change it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum
 from torch import Tensor
 
 from dllm_sd.canvases import Canvases
+from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.sites import choose
 from dllm_sd.losses.supports import at_least_float32
-from dllm_sd.methods import Average, Method
+from dllm_sd.losses.trust import Drawn
+from dllm_sd.method import Average, Method
 from dllm_sd.policies.policy import View
 from dllm_sd.rollouts import Rollouts
 from dllm_sd.teachers import Reading, Scene
+from dllm_sd.trajectory import left_pad
 
 SiteLogits = Callable[[View], Tensor]
 
@@ -45,6 +48,11 @@ class Plan:
     def size(self) -> int:
         """``n``."""
         return self.canvases.size
+
+    @property
+    def width(self) -> int:
+        """Columns of the widest of what student and teachers read."""
+        return max(ids.shape[1] for ids in (self.canvases.ids, *(reading.ids for reading in self.readings)))
 
     @property
     def num_sites(self) -> int:
@@ -81,6 +89,8 @@ class Graded:
     """``[m]``, nats, full vocabulary."""
     teacher_entropy: Tensor
     """``[m]`` of the first context's teacher; NaN without one."""
+    measures: dict[str, Tensor]
+    """``[m]`` each: what the target says of itself."""
     agreement: Tensor
     """``[m]``: 1 where student and first teacher rank the same token first; NaN without a teacher."""
     term: Tensor
@@ -117,7 +127,12 @@ def plan_update(
     candidates, quota = method.sites(canvases.masked, canvases.active, canvases.revealed)
     protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
     scene = Scene(canvases, trajectory, protected, answer, keys)
-    readings = tuple(context(scene) for context in method.contexts)
+    prompts = zip(*(rollout.teacher_prompts for rollout in rollouts.kept), strict=True)
+    own = [*prompts] or [(None,)] * len(method.contexts)
+    readings = tuple(
+        context(replace(scene, prompt=None if None in rows else left_pad(rows, trajectory.pad_id)))
+        for context, rows in zip(method.contexts, own, strict=True)
+    )
     for reading in readings:
         candidates = candidates & ~reading.shown
     quota = torch.minimum(quota, candidates.sum(1))
@@ -167,24 +182,30 @@ def grade(method: Method, plan: Plan, student: SiteLogits, teachers: Sequence[Si
     if method.sites.score is not None:
         sites = choose(plan.candidates, plan.quota, method.sites.score(teacher_logits[0]))
         teacher_logits = [logits[sites[plan.candidates]] for logits in teacher_logits]
-    student_logp = at_least_float32(student(_view(canvases.ids, canvases.mask, sites))).log_softmax(-1)
+    student_logp = _log_softmax(student(_view(canvases.ids, canvases.mask, sites)), method.temperature)
     teacher_logp = student_logp.new_zeros((0, *student_logp.shape))
     if teacher_logits:
-        teacher_logp = at_least_float32(torch.stack(teacher_logits)).log_softmax(-1)
+        teacher_logp = _log_softmax(torch.stack(teacher_logits), method.temperature)
 
     token, canvas = canvases.tokens[sites], sites.nonzero()[:, 0]
+    drawn = Drawn(token, -token_nll(student_logp.detach(), token), canvases.old_logp[sites])
     student_u, teacher_u = method.support(student_logp, teacher_logp)
     target = method.target(teacher_u)
     divergence = method.divergence(student_u, target, token)
-    trust = method.trust(student_u, target, token, plan.rollout_weight[canvas])
+    trust = method.trust(student_u, target, drawn, plan.rollout_weight[canvas])
     coefficient = plan.coefficient[canvas].to(divergence.dtype)
     term = einsum(divergence, trust.to(divergence.dtype), coefficient, "t m, t m, m -> m")
     return Graded(
         term.sum(),
         term=term.detach(),
         sites=sites,
+        measures=method.target.measures(teacher_u),
         **_describe(method, student_logp, teacher_logp, student_u, target, token),
     )
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (at_least_float32(logits) / temperature).log_softmax(-1)
 
 
 @torch.no_grad()

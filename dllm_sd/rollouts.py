@@ -4,18 +4,19 @@ Decoding order never changes a result: attempt ``a`` of a problem is a function 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.horizons import HORIZONS, Complete, Progressive, Truncated
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Grade, Problem, Task
-from dllm_sd.trajectory import Trajectory, concatenate
+from dllm_sd.trajectory import Reach, Trajectory, concatenate
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Rollout:
     trajectory: Trajectory
     counted: bool = True
     """False for an attempt that a serial retry loop would not have made: it came after the first correct one."""
+    teacher_prompts: tuple[tuple[int, ...] | None, ...] = ()
+    """The prompt that each teacher context reads in the place of the student's; None where it reads the student's."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ class Rollouts:
 
     kept: tuple[Rollout, ...]
     counts: Mapping[str, float]
-    """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, kept, rejected."""
+    """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected; and
+    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint."""
     chosen: tuple[Rollout, ...] = ()
-    """The kept rollouts and those that the gate rejected, for people to look at."""
+    """The kept rollouts and those that the gate rejected: for people to look at, and for hints from siblings."""
 
     @property
     def size(self) -> int:
@@ -92,9 +96,13 @@ class RolloutRule(Protocol):
     """Whether the policy decodes (else the data set's references are used)."""
 
     def __call__(
-        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Denoising, seed: int, update: int
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Decoding, seed: int, update: int
     ) -> list[list[Rollout]]:
         """The kept rollouts of each problem, in the order of the problems, with every counted attempt graded."""
+        ...
+
+    def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
+        """How far the rollouts of a batch are decoded; None is to the end."""
         ...
 
 
@@ -113,6 +121,11 @@ class PassAtK:
     until_solved: bool = True
     """False makes every attempt, solved or not."""
     temperature: float = 0.9
+    top_k: int = 0
+    """As in `decode`, which is for evaluations."""
+    top_p: float = 1.0
+    horizon: Complete | Truncated | Progressive = field(default_factory=Complete, metadata={"parts": HORIZONS})
+    """How much of a completion is generated."""
     passes: int = 1
     """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
     decodes: ClassVar[bool] = True
@@ -124,19 +137,24 @@ class PassAtK:
             raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
 
     def __call__(
-        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Denoising, seed: int, update: int
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Decoding, seed: int, update: int
     ) -> list[list[Rollout]]:
-        decode = replace(decode, temperature=self.temperature)
+        decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        reach = self.reach(policy, decode, update)
         tried: list[list[Rollout]] = [[] for _ in prompted]
         while wanted := self._next(tried, decode.batch_size):
             keys = [make_key(seed, update, prompted[i].problem.id, attempt, "decode") for i, attempt in wanted]
-            trajectory = policy.decode([prompted[i].prompt for i, _ in wanted], decode, keys)
+            trajectory = policy.decode([prompted[i].prompt for i, _ in wanted], decode, keys, reach=reach)
             for row, (i, attempt) in enumerate(wanted):
                 one = trajectory.select(torch.tensor([row]))
                 text = policy.text(one.tokens[0, : int(one.length)].tolist())
                 grade = task.grade(prompted[i].problem, text)
                 tried[i].append(Rollout(prompted[i].problem, attempt, text, grade, one))
         return [self._serial(attempts) for attempts in tried]
+
+    def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
+        """What the horizon says of the first update that this batch serves."""
+        return self.horizon(policy, decode, batch * self.passes)
 
     def _next(self, tried: Sequence[Sequence[Rollout]], room: int) -> list[tuple[int, int]]:
         """The next (problem, attempt) pairs: a round over the open problems, and more while rows are free."""
@@ -182,15 +200,19 @@ class Demonstrations:
             raise InputError("method.rollout's problems and passes must be at least 1")
 
     def __call__(
-        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Denoising, seed: int, update: int
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Decoding, seed: int, update: int
     ) -> list[list[Rollout]]:
         return [self._one(policy, task, item, decode) for item in prompted]
+
+    def reach(self, policy: Policy, decode: Decoding, batch: int) -> None:
+        """Demonstrations are whole."""
+        return None
 
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         """Everything is kept."""
         return list(attempts)
 
-    def _one(self, policy: Policy, task: Task, item: Prompted, decode: Denoising) -> list[Rollout]:
+    def _one(self, policy: Policy, task: Task, item: Prompted, decode: Decoding) -> list[Rollout]:
         reference = task.reference(item.problem)
         if reference is None:
             raise InputError(f"problem {item.problem.id} has no reference to imitate; method.rollout needs one")
@@ -262,7 +284,8 @@ def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[
     """
     kept: list[Rollout] = []
     seen: list[Rollout] = []
-    names = ("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "kept", "rejected")
+    names = ("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "generated")
+    names += ("kept", "rejected", "no_hint", "long_hint")
     counts: dict[str, float] = dict.fromkeys(names, 0.0)
     for attempts in tried:
         counted = [rollout for rollout in attempts if rollout.counted]
@@ -271,7 +294,8 @@ def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[
         counts["decoded"] += len(attempts)
         counts["solved"] += any(rollout.grade.correct for rollout in counted)
         counts["first_try"] += bool(counted) and counted[0].grade.correct
-        counts["tokens"] += sum(int(rollout.trajectory.length) for rollout in counted)
+        counts["tokens"] += sum(int(rollout.trajectory.written) for rollout in counted)
+        counts["generated"] += sum(int(rollout.trajectory.written) for rollout in attempts)
         counts["steps"] += sum(int(rollout.trajectory.num_steps) for rollout in counted)
         chosen = rule.choose(counted) if counted else []
         passed = gate(chosen)

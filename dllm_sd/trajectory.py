@@ -6,7 +6,8 @@ decoder saw before any step, what it committed there, its active block, a shorte
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from dllm_sd.errors import InputError
 
 NEVER = -1
 """`reveal_step` of a position that the decoder did not reveal: it stopped early, or the horizon cut it off."""
+
+
+Unit = Literal["blocks", "steps"]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a completion is decoded: its first ``count`` blocks or steps (both are tokens if autoregressive)."""
+
+    unit: Unit
+    count: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,12 @@ class Trajectory:
     blocks_of_prompt: bool = False
     """Whether blocks are counted from the first prompt token (block-causal models: the first block of the completion
     may hold the end of the prompt too), else from the first completion position."""
+    causal: bool = False
+    """Whether every token was written in sight of earlier ones only (autoregressive): then one reading of the whole
+    sequence shows every step's canvas, and there is no mask token."""
+    logp: Tensor | None = None
+    """float ``[b l]``: log-probability that the decoder gave each token, at the sampling temperature (1 if greedy) and
+    before top-k and top-p; NaN where it gave none, None where nobody knows."""
 
     @property
     def size(self) -> int:
@@ -53,6 +71,12 @@ class Trajectory:
     def num_steps(self) -> Tensor:
         """int64 ``[b]``: decoding steps up to the last one that committed something."""
         return self.reveal_step.amax(1) + 1
+
+    @property
+    def written(self) -> Tensor:
+        """int64 ``[b]``: tokens that were revealed, up to the end token; less than `length` where a horizon cut."""
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return ((self.reveal_step != NEVER) & (position < self.length[:, None])).sum(1)
 
     @property
     def ended(self) -> Tensor:
@@ -84,22 +108,23 @@ class Trajectory:
         first = self.masked(rows, steps).int().argmax(1)
         return self.block[rows].gather(1, first[:, None])[:, 0]
 
-    def first_steps(self, steps: int) -> "Trajectory":
-        """The horizon of the first ``steps`` decoding steps: what they did not reveal was never revealed."""
-        return self._cut((self.reveal_step >= 0) & (self.reveal_step < steps))
-
-    def first_blocks(self, blocks: int) -> "Trajectory":
-        """The horizon of the first ``blocks`` blocks."""
-        return self._cut((self.reveal_step >= 0) & (self.block < blocks))
-
-    def _cut(self, keep: Tensor) -> "Trajectory":
+    def within(self, reach: Reach) -> "Trajectory":
+        """What a decoder that stops there would have made: what lies beyond was never revealed."""
+        place = self.reveal_step if reach.unit == "steps" else self.block
+        keep = (self.reveal_step >= 0) & (place < reach.count)
         tokens = self.tokens.masked_fill(~keep, self.pad_id)
         length = completion_length(tokens, self.end_ids, keep)
-        return replace(self, tokens=tokens, reveal_step=self.reveal_step.masked_fill(~keep, NEVER), length=length)
+        logp = None if self.logp is None else self.logp.masked_fill(~keep, torch.nan)
+        reveal_step = self.reveal_step.masked_fill(~keep, NEVER)
+        return replace(self, tokens=tokens, reveal_step=reveal_step, length=length, logp=logp)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that hold a row for each completion, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def select(self, rows: Tensor) -> "Trajectory":
         """The completions ``rows`` (indices or bool ``[b]``), prompts trimmed to the longest that is left."""
-        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.type in (Tensor, "Tensor")}
+        picked = {name: value[rows] for name, value in self.tensors().items()}
         width = int(picked["prompt_mask"].sum(1).max()) if len(picked["tokens"]) else 0
         start = self.prompt_ids.shape[1] - width
         picked |= {name: picked[name][:, start:] for name in ("prompt_ids", "prompt_mask")}
@@ -107,9 +132,7 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> "Trajectory":
         """All tensors on ``device``."""
-        return replace(
-            self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type in (Tensor, "Tensor")}
-        )
+        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
 
 
 def block_index(prompt_mask: Tensor, length: int, block_length: int, blocks_of_prompt: bool) -> Tensor:
@@ -154,7 +177,9 @@ def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
     """
     if not parts:
         raise ValueError("nothing to concatenate")
-    layouts = {(t.tokens.shape[1], t.block_length, t.mask_id, t.end_ids, t.pad_id, t.blocks_of_prompt) for t in parts}
+    layouts = {
+        (t.tokens.shape[1], t.block_length, t.mask_id, t.end_ids, t.pad_id, t.blocks_of_prompt, t.causal) for t in parts
+    }
     if len(layouts) > 1:
         raise ValueError(f"trajectories of different layouts cannot be stacked: {sorted(layouts)}")
     width = max(t.prompt_ids.shape[1] for t in parts)
@@ -162,8 +187,10 @@ def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
     def padded(x: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x, (width - x.shape[1], 0), value=value)
 
+    logp = [t.logp for t in parts if t.logp is not None]
     return replace(
         parts[0],
+        logp=torch.cat(logp) if len(logp) == len(parts) else None,
         prompt_ids=torch.cat([padded(t.prompt_ids, t.pad_id) for t in parts]),
         prompt_mask=torch.cat([padded(t.prompt_mask, 0) for t in parts]),
         **{name: torch.cat([getattr(t, name) for t in parts]) for name in ("tokens", "reveal_step", "length")},

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.policies.denoising import Denoising, denoise
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.denoising import denoise
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Model, Shape
@@ -58,7 +59,7 @@ def noise() -> Callable[..., Trajectory]:
         return denoise(
             lambda view: torch.zeros(int(view.sites.sum()), 12),
             prompts,
-            Denoising(early_end=early_end, **settings),
+            Decoding(early_end=early_end, **settings),
             [make_key("noise", seed, row) for row in range(b)],
             mask_id=11,
             end_ids=(10,),

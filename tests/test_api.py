@@ -1,12 +1,12 @@
 """The public names: adding or removing one is a decision, so it shows here."""
 
 import dllm_sd
-from dllm_sd import Denoising
+from dllm_sd import Decoding
 
 
 def test_the_public_names_are_frozen():
     assert sorted(dllm_sd.__all__) == [
-        "Denoising",
+        "Decoding",
         "InputError",
         "METHODS",
         "Policy",
@@ -25,14 +25,29 @@ def test_every_public_name_can_be_imported():
 
 def test_the_named_methods_are_frozen():
     assert sorted(dllm_sd.METHODS) == [
+        "d_demo_psd",
         "d_opsd",
         "d_opsd_paper",
+        "d_opsd_pmi",
+        "d_opsd_prompt",
         "d_opsd_reference",
+        "demo_psd",
         "diffu_grpo",
+        "grpo",
         "later_step",
+        "opd",
+        "opd_sampled",
+        "opsd",
+        "opsd_paper",
+        "opsd_pmi",
+        "opsd_reference",
+        "popd",
         "rft",
         "rft_trajectory",
+        "sdpo",
+        "sdpo_paper",
         "sft",
+        "topd",
     ]
 
 
@@ -44,7 +59,7 @@ def test_the_shipped_model_decodes_and_is_graded_through_the_public_names():
     policy = dllm_sd.load_policy("tiny")
     problem = dllm_sd.TASKS["sudoku"]().problems("dev")[0]
     prompt = policy.encode([{"role": "user", "content": problem.fields["puzzle"]}])
-    trajectory = policy.decode([prompt], Denoising(length=16, block_length=4, tokens_per_step=1), [0])
+    trajectory = policy.decode([prompt], Decoding(length=16, block_length=4, tokens_per_step=1), [0])
     text = policy.text(trajectory.tokens[0].tolist())
     assert len(text) == 16
     assert 0 <= dllm_sd.grade("sudoku", problem, text).score <= 1

@@ -15,12 +15,14 @@ PACKAGE = Path(dllm_sd.__file__).resolve().parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     *("errors", "randomness", "estimates", "losses", "trajectory", "canvases", "tasks", "generations", "comparison"),
-    *("policies", "likelihood", "rollouts", "teachers"),
+    *("policies", "likelihood", "horizons", "rollouts", "teachers"),
     *(
+        "method",
         "methods",
         "objective",
         "settings",
         "config",
+        "pairing",
         "recording",
         "evaluation",
         "harness",

@@ -83,7 +83,11 @@ def write(tmp_path: Path) -> Callable[[str, str], str]:
         ("updates=[1]", "updates must be a whole number, not [1]"),
         ("method.gate=corect", "method.gate.name 'corect' is unknown; did you mean 'correct'?"),
         ("decode.block_length=5", "decode.block_length 5 does not divide decode.length 16; choose a divisor"),
-        ("eval.schedules.fast.block_length=5", "decode.block_length 5 does not divide decode.length 16"),
+        ("decode.steps=2", "decode.steps must be at least the number of blocks, 4"),
+        (
+            "eval.schedules.fast.block_length=5",
+            "eval.schedules.fast.block_length 5 does not divide eval.schedules.fast.length 16; choose a divisor",
+        ),
         ("seed", "override 'seed' is not of the form key=value"),
         ("model.quantization=4bit", "model.quantization cannot be trained itself; set model.lora as well"),
     ],
@@ -216,17 +220,18 @@ def test_a_block_causal_model_trains_with_a_suffix_of_the_active_block(train: Ca
     assert line["loss"] > 0
 
 
-def test_a_model_that_writes_from_left_to_right_is_refused_until_it_is_to_become_a_diffusion_model(
+def test_a_model_that_writes_from_left_to_right_trains_as_what_it_is_and_as_a_diffusion_model(
     refuse: Refuse, train: Callable[..., int], tmp_path: Path
 ):
     folder = save_tokenizer(tmp_path / "model", eos_token="</s>")
     config: Any = LlamaConfig(vocab_size=14, bos_token_id=None, eos_token_id=None, **SHAPE)
     LlamaForCausalLM(config).save_pretrained(folder)
-    refused = refuse(model={"path": folder})
-    assert refused.endswith(
-        "is an autoregressive model (llama); set model.as=diffusion to make it a bidirectional model with a mask token"
-    )
-    assert train(model={"path": folder, "as": "diffusion"}) == 0
+    refused = refuse("method=d_opsd", model={"path": folder})
+    assert refused.startswith("method.contexts suffix reveals what stands behind the graded token")
+    refused = refuse("decode.block_length=5", model={"path": folder, "as": "diffusion"})
+    assert refused.startswith("decode.block_length 5 does not divide decode.length 16")
+    assert train("run=causal", "decode.block_length=5", model={"path": folder}) == 0  # which has no blocks
+    assert train("run=denoiser", model={"path": folder, "as": "diffusion"}) == 0
 
 
 def damage(file: Path, change: Callable[[bytes], bytes]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from dllm_sd.canvases import CANVASES, AllMasked, Canvases, DecoderSteps, RandomMasks, attention_mask
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.trajectory import NEVER, Trajectory, concatenate
+from dllm_sd.trajectory import Reach, NEVER, Trajectory, concatenate
 
 MASK = 11
 
@@ -109,12 +109,12 @@ def test_prompt_padding_that_is_the_end_token_does_not_count_as_the_end(noise):
 
 def test_a_shorter_horizon_has_fewer_canvases_and_grades_only_what_it_knows(noise):
     whole = noise(early_end=False)
-    cut = whole.first_steps(3)
+    cut = whole.within(Reach("steps", 3))
     canvases = DecoderSteps()(cut, keys(cut), 0, 1)
     assert canvases.steps.tolist() == [0, 1, 2] * cut.size
     known = cut.reveal_step[canvases.rows] != NEVER
     assert not (canvases.masked & ~known).any()
-    nothing = whole.first_steps(0)
+    nothing = whole.within(Reach("steps", 0))
     assert DecoderSteps()(nothing, keys(nothing), 0, 1).size == 0
 
 

@@ -17,7 +17,7 @@ import dllm_sd
 from dllm_sd import METHODS, TASKS, cli
 from dllm_sd.config import build_config, load_config, shipped_configs
 from dllm_sd.losses import DIVERGENCES
-from dllm_sd.methods import Average, Method
+from dllm_sd.method import Average, Method
 from dllm_sd.teachers import CONTEXTS
 from dllm_sd.training.trainer import Trainer
 

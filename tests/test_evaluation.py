@@ -18,7 +18,7 @@ import torch
 from dllm_sd.errors import InputError
 from dllm_sd.estimates import pass_at_k, wilson_interval
 from dllm_sd.evaluation import Item, Report, evaluate, first
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.recording import Line, Record, begin, digest, finish
 from dllm_sd.rollouts import PassAtK, prompt_tokens
@@ -26,7 +26,7 @@ from dllm_sd.tasks import Grade, Problem, Sudoku
 from dllm_sd.tasks.task import Unguessable
 
 TASK = Sudoku(prompt="{puzzle}", answer="{solution}")
-DECODE = Denoising(length=16, block_length=4, tokens_per_step=2)
+DECODE = Decoding(length=16, block_length=4, tokens_per_step=2)
 
 
 class Parity(Unguessable):
@@ -245,7 +245,7 @@ def test_slots_stay_busy_when_completions_end_early(make_policy: Callable[..., M
         def problems(self, split: str) -> Sequence[Problem]:
             return [Problem(f"parity/{i}", {"prompt": "1" * (1 + i % 5)}) for i in range(200)]
 
-    decode = Denoising(length=32, block_length=4, tokens_per_step=2, batch_size=8)
+    decode = Decoding(length=32, block_length=4, tokens_per_step=2, batch_size=8)
     report, items = run(make_policy(), task=Many(), attempts=1, decode=decode)
     assert len({item.steps for item in items}) > 4  # unequal ends
     assert 0.9 < report.occupancy < 1

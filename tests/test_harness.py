@@ -16,7 +16,7 @@ from dllm_sd import load_policy
 from dllm_sd.errors import InputError
 from dllm_sd.harness import HarnessModel, cut, main, register
 from dllm_sd.likelihood import log_likelihoods, written_greedily
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora
 from dllm_sd.policies.policy import View
@@ -50,7 +50,7 @@ def tokens(policy: MaskedDiffusion, text: str) -> list[int]:
 
 
 def test_texts_are_those_of_the_sampler(policy, make_model):
-    settings = Denoising(length=12, block_length=4, tokens_per_step=1)
+    settings = Decoding(length=12, block_length=4, tokens_per_step=1)
     done = policy.decode([tokens(policy, text) for text in PROMPTS], settings, [0] * len(PROMPTS))
     wanted = [policy.text(row[:n].tolist()) for row, n in zip(done.tokens, done.length.tolist(), strict=True)]
     assert make_model().generate_until(requests(PROMPTS), disable_tqdm=True) == wanted
@@ -61,7 +61,7 @@ def test_settings_of_decode_reach_the_sampler(policy, make_model):
     options: dict[str, Any] = {"length": 8, "block_length": 8, "temperature": 0.7, "order": "random", "guidance": 0.5}
     options |= {"steps": 4, "early_end": False}
     key = make_key(3, "harness", PROMPTS[0], 0)
-    done = policy.decode([tokens(policy, PROMPTS[0])], Denoising(**options), [key])
+    done = policy.decode([tokens(policy, PROMPTS[0])], Decoding(**options), [key])
     text = policy.text(done.tokens[0, : int(done.length)].tolist())
     assert make_model(**options, seed=3).generate_until(requests(PROMPTS[:1])) == [text]
 
@@ -80,7 +80,7 @@ def test_repeats_of_a_prompt_are_samples_of_their_own(make_model):
 
 
 def test_what_nobody_sets_the_task_decides(make_model):
-    def settings(wanted: dict[str, Any], **options: Any) -> Denoising:
+    def settings(wanted: dict[str, Any], **options: Any) -> Decoding:
         return make_model(**options)._settings(wanted)
 
     assert settings({"max_gen_toks": 6}, length=None).length == 8
@@ -265,7 +265,7 @@ def test_the_harness_evaluates_a_policy(tmp_path: Path, monkeypatch: pytest.Monk
     )
     policy = load_policy("tiny")
     prompts = [tokens(policy, document["puzzle"]) for document in documents]
-    done = policy.decode(prompts, Denoising(length=16, block_length=4, tokens_per_step=1), [0] * len(prompts))
+    done = policy.decode(prompts, Decoding(length=16, block_length=4, tokens_per_step=1), [0] * len(prompts))
     texts = [policy.text(row[:n].tolist()) for row, n in zip(done.tokens, done.length.tolist(), strict=True)]
     right = sum(text == document["solution"] for text, document in zip(texts, documents, strict=True))
     assert results["results"]["sudoku4"]["exact_match,none"] == pytest.approx(right / len(documents))

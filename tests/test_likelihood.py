@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dllm_sd.likelihood import draw_masks, log_likelihoods, spans, written_greedily
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import make_key
@@ -142,7 +142,7 @@ def test_guidance_moves_likelihoods_away_from_those_without_a_prompt(policy):
 def test_what_the_sampler_writes_greedily_is_greedy_and_a_change_is_not(make_policy, block_length):
     policy = make_policy(block_length=block_length)
     prompts = [[5, 9, 14, 6], [7, 8, 4, 12, 20, 21, 6, 6], [4, 4, 13, 5]]
-    settings = Denoising(length=8, block_length=block_length or 8, tokens_per_step=1, early_end=False)
+    settings = Decoding(length=8, block_length=block_length or 8, tokens_per_step=1, early_end=False)
     written = policy.decode(prompts, settings, [0] * 3).tokens.tolist()
     changed = [[*row[:i], 4 + (row[i] - 3) % 8, *row[i + 1 :]] for row, i in zip(written, (0, 7, 4), strict=True)]
     pairs = [*zip(prompts, written, strict=True), *zip(prompts, changed, strict=True), ([5], [])]

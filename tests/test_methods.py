@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
@@ -9,30 +9,40 @@ from torch import Tensor
 from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
 from dllm_sd.errors import InputError
 from dllm_sd.losses import (
+    Barycenter,
     Each,
     Equal,
     ForwardKL,
     FullVocabulary,
     GeneralisedJSD,
     GroupAdvantage,
+    ImportanceCap,
     Plain,
+    PolicyGradient,
+    PurifiedPMI,
     ReverseKL,
     Sampled,
     TokenNLL,
     TopK,
 )
 from dllm_sd.losses.sites import Revealed, TeacherTop
-from dllm_sd.methods import METHODS, Method
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
 from dllm_sd.objective import Graded, grade, plan_update
-from dllm_sd.policies.denoising import Denoising
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, Correct, Demonstrations, PassAtK, Prompted, gather
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.teachers import LaterStep, Nothing, Suffix
+from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
+from dllm_sd.teachers.prompts import inform
 
 NAMES = pytest.mark.parametrize("name", METHODS)
+PAIRS = [(name, None) for name in METHODS]
+PAIRS += [
+    (name, "autoregressive") for name in METHODS if not any(part.reveals for part in METHODS[name].method.contexts)
+]
 
 
 def likelihood(**parts: Any) -> Method:
@@ -46,11 +56,15 @@ def group(**parts: Any) -> Method:
     return likelihood(**{"rollout": rollout, "gate": All(), "trust": GroupAdvantage()} | parts)
 
 
+GROUP = PassAtK(keep="all", until_solved=False, attempts=4, temperature=1.0)
 PROMPTED = [Prompted(Problem(f"p{i}", {}), tuple(range(4, 6 + i))) for i in range(4)]
 
 
 class StubTask:
     """Judges by the last character, so that a random policy is right half of the time."""
+
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{problem.id[1:]}+1=" if question else "="}]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         correct = bool(completion) and ord(completion[-1]) % 2 == 0
@@ -59,18 +73,28 @@ class StubTask:
     def reference(self, problem: Problem) -> str:
         return "12+3=15"
 
+    def final_answer(self, problem: Problem) -> str:
+        return "15"
+
+
+def nobody_writes(*_: Any) -> NoReturn:
+    raise AssertionError("no named method lets its teacher reason first")
+
 
 class Run:
     """One update of a method, up to the gradient."""
 
-    def __init__(self, method: Method, policy: MaskedDiffusion) -> None:
-        self.policy = policy
-        decode = Denoising(length=16, block_length=4, tokens_per_step=1)
-        tried = method.rollout(policy, StubTask(), PROMPTED, decode, 0, 0)  # pyright: ignore[reportArgumentType]
-        self.rollouts = gather(method.rollout, method.gate, tried)
-        self.teachers = [Teacher(weights, policy) for weights in method.weights()] if method.contexts else []
+    def __init__(self, method: Method, policy: AnyPolicy, other: AnyPolicy | None = None) -> None:
+        self.policy, task = policy, cast(Any, StubTask())
+        decode = Decoding(length=16, block_length=4, tokens_per_step=1)
+        tried = method.rollout(policy, task, PROMPTED, decode, 0, 0)
+        rollouts = gather(method.rollout, method.gate, tried)
+        self.rollouts = inform(rollouts, method.contexts, task, policy, nobody_writes, (0, 0))
+        weights = method.weights() if method.contexts else ()
+        self.teachers = [Teacher(one, policy, other=other if isinstance(one, Checkpoint) else None) for one in weights]
         plan = plan_update(method, self.rollouts, self.rollouts.keys(0, 0))
         assert plan is not None
+        self.plan = plan
         self.views: list[View] = []
         self.graded: Graded = grade(method, plan, self.student, self.teachers)
         names, values = zip(*trained(policy).items(), strict=True)
@@ -90,9 +114,9 @@ def test_a_named_method_says_where_it_comes_from_and_builds_again(name):
     assert replace(row.method) == row.method  # builds again: nothing that it refuses
 
 
-@NAMES
-def test_every_method_gives_a_finite_loss_whose_gradient_reaches_the_student(make_policy, name):
-    run = Run(METHODS[name].method, make_policy())
+@pytest.mark.parametrize(("name", "backbone"), PAIRS)
+def test_every_method_gives_a_finite_loss_whose_gradient_reaches_the_student(make_policy, name, backbone):
+    run = Run(METHODS[name].method, make_policy(as_=backbone), make_policy(as_=backbone, seed=5))
     assert torch.isfinite(run.graded.loss)
     assert run.graded.loss.dtype == torch.float64
     assert torch.isfinite(run.graded.value).all()
@@ -116,9 +140,13 @@ def test_no_gradient_and_no_change_reaches_a_teacher(make_policy, name, weights)
 
 
 @NAMES
-def test_a_hint_never_reaches_the_students_view(policy, name):
-    run = Run(METHODS[name].method, policy)
+def test_a_hint_never_reaches_the_students_view(make_policy, policy, name):
+    run = Run(METHODS[name].method, policy, make_policy(seed=5))
+    prompts = {item.prompt for item in PROMPTED}
+    masked = isinstance(METHODS[name].method.canvases, AllMasked)  # which hides some of the prompt
     for view in run.views:
+        for ids, mask in zip(view.ids[:, :-16], view.mask[:, :-16], strict=True):
+            assert tuple(ids[mask].tolist()) in prompts or masked
         assert (view.ids[view.sites] == policy.mask_id).all()
         if METHODS[name].method.contexts and isinstance(METHODS[name].method.canvases, DecoderSteps):
             # What the decoder saw: blocks behind the first mask's are all masked.
@@ -189,6 +217,77 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         lambda: Method(contexts=(Suffix(scope="active_block", ratio=1.0),), sites=TeacherTop()),
         "no site",
     ),
+    "a purified target of part of the vocabulary": (
+        lambda: Method(contexts=(Reference(), NoQuestion(), Nothing()), target=PurifiedPMI(), support=TopK()),
+        "set method.support to full",
+    ),
+    "a purified target of two views": (
+        lambda: Method(contexts=(Reference(), Nothing()), target=PurifiedPMI()),
+        "pmi is made of 3 teachers, but method.contexts lists 2",
+    ),
+    "a barycenter of one teacher": (
+        lambda: Method(contexts=(Reference(),), target=Barycenter()),
+        "barycenter is made of 2 teachers, but method.contexts lists 1",
+    ),
+    "a sibling without a group": (lambda: Method(contexts=(Sibling(),)), "looks at the other attempts"),
+    "a sibling of the first success alone": (
+        lambda: Method(contexts=(Sibling(),), rollout=PassAtK(until_solved=False)),
+        "set rollout.keep to all",
+    ),
+    "a sibling in a group of one": (
+        lambda: Method(contexts=(Sibling(),), rollout=replace(GROUP, attempts=1)),
+        "attempts to 2 or more",
+    ),
+    "a sibling of demonstrations": (
+        lambda: Method(contexts=(Sibling(),), rollout=Demonstrations(), canvases=RandomMasks()),
+        "looks at the other attempts",
+    ),
+    "a sibling beside a suffix without a group": (
+        lambda: Method(contexts=(Suffix(prompt=Sibling()),)),
+        "looks at the other attempts",
+    ),
+    "a cap between two temperatures": (
+        lambda: Method(trust=ImportanceCap(), rollout=PassAtK(temperature=0.9), temperature=1.0),
+        "to the same value",
+    ),
+    "a cap on demonstrations": (
+        lambda: likelihood(trust=ImportanceCap(), rollout=Demonstrations(), canvases=RandomMasks()),
+        "to the same value",
+    ),
+    "a cap on random masks": (
+        lambda: Method(trust=ImportanceCap(), rollout=GROUP, canvases=RandomMasks(), contexts=(Reference(),)),
+        "set method.canvases to decoder_steps",
+    ),
+    "a cap where the teacher chooses": (
+        lambda: Method(trust=ImportanceCap(), rollout=GROUP, contexts=(Reference(),), sites=TeacherTop()),
+        "method.sites to revealed",
+    ),
+    "a support without a rest for a divergence": (
+        lambda: Method(support=TopK(rest="keep")),
+        "is for divergence policy_gradient",
+    ),
+    "a policy gradient on a support with a bucket": (
+        lambda: Method(support=TopK(rest="bucket"), divergence=PolicyGradient()),
+        "set both or neither",
+    ),
+    "sampled tokens on part of the vocabulary": (
+        lambda: Method(support=TopK(rest="bucket"), divergence=PolicyGradient(tokens="sampled")),
+        "tokens sampled reads any token",
+    ),
+    "a policy gradient to a purified target": (
+        lambda: Method(contexts=(Suffix(), NoQuestion(), Nothing()), target=PurifiedPMI(), divergence=PolicyGradient()),
+        "set method.target to plain or each",
+    ),
+    "a policy gradient of three teachers": (
+        lambda: Method(contexts=(Suffix(), Nothing(), Nothing()), target=Each(), divergence=PolicyGradient()),
+        "policy_gradient reads the teacher",
+    ),
+    "the rollouts' support without their policy": (
+        lambda: Method(support=TopK(of="rollout", rest="keep"), divergence=PolicyGradient()),
+        "add a snapshot context",
+    ),
+    "a temperature of nothing": (lambda: Method(temperature=0.0), "method.temperature must be above 0"),
+    "a negative temperature": (lambda: Method(temperature=-1.0), "method.temperature must be above 0"),
     # Accepted, these fail at the first update or skip all of them.
     "each of no teachers": (lambda: Method(contexts=(), target=Each()), "context"),
     "the end of the trajectory with a teacher's choice": (

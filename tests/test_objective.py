@@ -8,9 +8,10 @@ from torch import Tensor
 from dllm_sd.canvases import DecoderSteps
 from dllm_sd.losses import GroupAdvantage, TopK
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
-from dllm_sd.methods import METHODS, Method
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
 from dllm_sd.objective import Plan, entropy, grade, plan_update
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Base, Teacher, trained
@@ -18,7 +19,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Correct, PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import LaterStep, Nothing, Scene, Suffix
-from dllm_sd.trajectory import Trajectory, left_pad
+from dllm_sd.trajectory import Reach, Trajectory, left_pad
 from tests.oracles import d_opsd
 from tests.oracles.decoding import full_logits
 from tests.oracles.divergences import surrogate
@@ -50,7 +51,7 @@ class Pair:
         with torch.no_grad():
             for value in trained(self.policy).values():
                 value.add_(0.02 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-        settings = Denoising(length=12, block_length=4, tokens_per_step=2, temperature=2.0)
+        settings = Decoding(length=12, block_length=4, tokens_per_step=2, temperature=2.0)
         self.trajectory = self.policy.decode(PROMPTS, settings, [make_key("rollout", i) for i in range(4)])
 
     def student(self, view: View) -> Tensor:
@@ -208,7 +209,7 @@ def test_a_teacher_is_never_asked_about_what_it_was_shown(noise):
 def test_nothing_to_learn_from_is_no_plan(noise):
     rollouts = rollouts_of(noise(b=4))
     assert plan_update(Method(), Rollouts((), {"rejected": 4.0}), []) is None
-    assert plan_update(Method(), rollouts_of(noise(b=4, early_end=False).first_steps(0)), keys(rollouts)) is None
+    assert plan_update(Method(), rollouts_of(noise(b=4, early_end=False).within(Reach("steps", 0))), keys(rollouts)) is None
     group = replace(METHODS["diffu_grpo"].method, contexts=(), trust=GroupAdvantage(kl=0.0))
     assert plan_update(group, rollouts_of(noise(b=4), [1.0, 1.0, 0.5, 0.5]), keys(rollouts)) is None
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.rollouts import (
     All,
@@ -22,7 +22,7 @@ from dllm_sd.rollouts import (
     prompt_tokens,
 )
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.trajectory import Trajectory, left_pad
+from dllm_sd.trajectory import Reach, Trajectory, left_pad
 
 SEED, UPDATE = 3, 7
 
@@ -33,8 +33,14 @@ class StubPolicy:
 
     calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def decode(self, prompts: Sequence[Sequence[int]], settings: Denoising, keys: Sequence[int]) -> Trajectory:
-        self.calls.append({"prompts": list(prompts), "settings": settings, "keys": list(keys)})
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Decoding,
+        keys: Sequence[int],
+        reach: Reach | None = None,
+    ) -> Trajectory:
+        self.calls.append({"prompts": list(prompts), "settings": settings, "keys": list(keys), "reach": reach})
         written = [self.number(key) for key in keys]
         prompt_ids, prompt_mask = left_pad(prompts, 0)
         return Trajectory(
@@ -53,6 +59,9 @@ class StubPolicy:
     def number(key: int) -> int:
         return int(uniform(key_tensor([key]), 1)[0, 0] * 100)
 
+    def extent(self, unit: str, settings: Decoding) -> int:
+        return 3
+
     def text(self, tokens: Sequence[int]) -> str:
         assert tokens[-1] == 101, "only what stands up to the end token is text"
         return str(tokens[0])
@@ -64,7 +73,7 @@ class StubPolicy:
 class StubTask:
     """Solved by a number of at least `bar`; partial credit otherwise."""
 
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
         return [{"role": "user", "content": problem.id}]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
@@ -74,6 +83,9 @@ class StubTask:
     def reference(self, problem: Problem) -> str | None:
         return problem.fields.get("reference")
 
+    def final_answer(self, problem: Problem) -> str | None:
+        return None
+
 
 PROBLEMS = [
     Prompted(Problem(f"p{i}", {"bar": bar}), tuple(range(1, 2 + i)))
@@ -82,7 +94,7 @@ PROBLEMS = [
 
 
 def roll(rule: PassAtK, room: int = 64, policy: StubPolicy | None = None) -> list[list[Rollout]]:
-    decode = Denoising(length=3, block_length=3, batch_size=room)
+    decode = Decoding(length=3, block_length=3, batch_size=room)
     return rule(policy or StubPolicy(), StubTask(), PROBLEMS, decode, SEED, UPDATE)  # pyright: ignore[reportArgumentType]
 
 
@@ -135,10 +147,11 @@ def test_no_wave_is_larger_than_the_batch_unless_there_are_more_open_problems():
     assert len(small.calls) < len(policy.calls)
 
 
-def test_the_rule_sets_the_temperature():
+def test_the_rule_sets_how_tokens_are_drawn():
     policy = StubPolicy()
-    roll(PassAtK(temperature=0.6), policy=policy)
-    assert {call["settings"].temperature for call in policy.calls} == {0.6}
+    roll(PassAtK(temperature=0.6, top_k=7, top_p=0.8), policy=policy)
+    drawn = {(call["settings"].temperature, call["settings"].top_k, call["settings"].top_p) for call in policy.calls}
+    assert drawn == {(0.6, 7, 0.8)}
 
 
 @pytest.mark.parametrize("room", [1, 5, 64])
@@ -180,7 +193,10 @@ def test_counts_are_those_of_the_serial_loop(room, until_solved):
         "solved": sum(solved),
         "first_try": sum(numbers[0] >= bar for numbers, bar in zip(written, bars, strict=True)),
         "tokens": 2 * sum(map(len, written)),
+        "generated": 2 * sum(len(call["keys"]) for call in policy.calls),
         "steps": sum(n % 3 + 2 for numbers in written for n in numbers),
+        "no_hint": 0,
+        "long_hint": 0,
         "kept": sum(solved),
         "rejected": 10 - sum(solved),
     }
@@ -188,7 +204,7 @@ def test_counts_are_those_of_the_serial_loop(room, until_solved):
 
 
 def attempts_scoring(*scores: float) -> list[Rollout]:
-    trajectory = StubPolicy().decode([[1]], Denoising(), [0])
+    trajectory = StubPolicy().decode([[1]], Decoding(), [0])
     problem = Problem("p", {})
     return [Rollout(problem, i, "", Grade(score == 1, score, None), trajectory) for i, score in enumerate(scores)]
 
@@ -236,7 +252,7 @@ def test_the_outcome_of_real_decoding_does_not_depend_on_the_batch(policy):
     prompted = [Prompted(Problem(f"p{i}", {}), tuple(range(4, 5 + i))) for i in range(6)]
     rule, outcomes = PassAtK(attempts=4), []
     for room in (1, 4, 64):
-        decode = Denoising(length=16, block_length=8, batch_size=room)
+        decode = Decoding(length=16, block_length=8, batch_size=room)
         tried = rule(policy, Parity(), prompted, decode, SEED, UPDATE)  # pyright: ignore[reportArgumentType]
         rollouts = gather(rule, All(), tried)
         outcomes.append((summary(rollouts.kept), rollouts.trajectory.tokens.tolist()))
@@ -253,7 +269,7 @@ def test_prompts_that_are_too_long_are_left_out_and_never_cut():
 def test_demonstrations_are_the_references_of_the_task(policy):
     def tried(reference: str | None, length: int = 6) -> list[Rollout]:
         item = Prompted(Problem("p", {"reference": reference}), (4, 5))
-        decode = Denoising(length=length, block_length=length)
+        decode = Decoding(length=length, block_length=length)
         return Demonstrations()(policy, StubTask(), [item], decode, 0, 0)[0]  # pyright: ignore[reportArgumentType]
 
     (one,) = tried("123")

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model, Shape
@@ -20,7 +20,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 
 
-def timed(policy: MaskedDiffusion, settings: Denoising, prompts: int) -> tuple[float, Trajectory]:
+def timed(policy: MaskedDiffusion, settings: Decoding, prompts: int) -> tuple[float, Trajectory]:
     """Seconds (best of 3) and the result of decoding prompts of 20 to 120 random tokens."""
     draw = random.Random(0)
     ids = [[draw.randrange(5, 25) for _ in range(draw.randrange(20, 120))] for _ in range(prompts)]
@@ -45,7 +45,7 @@ def main() -> None:
     heads, mlp = options.hidden // 64, 3 * options.hidden
     shape = Shape(options.hidden, options.layers, heads, mlp, vocab_size=options.vocab)
     model = Model(random_init=True, tokenizer="tiny", shape=shape, dtype=options.dtype)
-    settings = Denoising(length=options.length, block_length=options.block, tokens_per_step=2, early_end=False)
+    settings = Decoding(length=options.length, block_length=options.block, tokens_per_step=2, early_end=False)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
 
     policy = build_policy(replace(model, lora=Lora(rank=options.rank)), options.device)

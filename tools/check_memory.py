@@ -28,7 +28,8 @@ from dllm_sd.config import Config, build_config
 from dllm_sd.memory import Memory, estimate
 from dllm_sd.objective import Plan, grade, plan_update
 from dllm_sd.policies.blueprint import read_blueprint
-from dllm_sd.policies.denoising import Denoising, denoise
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.denoising import denoise
 from dllm_sd.policies.loading import build_policy, skeleton
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
@@ -142,7 +143,7 @@ def configuration(case: dict[str, Any], folder: Path) -> Config:
 def rollouts(config: Config, rows: int) -> Rollouts:
     """Rollouts of a denoiser that knows nothing; every other prompt is one token short of the longest."""
     prompts = [[5] * (config.max_prompt - row % 2) for row in range(rows)]
-    settings = Denoising(
+    settings = Decoding(
         length=config.decode.length,
         block_length=config.decode.block_length,
         tokens_per_step=config.decode.tokens_per_step,
@@ -254,7 +255,7 @@ def first_step(policy: MaskedDiffusion, prompts: list[list[int]], config: Config
 
     temperature = getattr(config.method.rollout, "temperature", 0.0)
     try:
-        policy.decode(prompts, Denoising(**{**vars(config.decode), "temperature": temperature}), keys, watch)
+        policy.decode(prompts, Decoding(**{**vars(config.decode), "temperature": temperature}), keys, watch)
     except _Stop:
         return
 

@@ -1,11 +1,13 @@
 """Supports: on which vocabulary entries student and teacher are compared.
 
 A support is called as ``support(student_logp [m v], teacher_logp [c m v]) -> ([m u], [c m u])``. It reads
-log-probabilities over the vocabulary and returns log-probabilities over the entries that it keeps; these sum to one.
+log-probabilities over the vocabulary and returns log-probabilities over the entries that it keeps; these sum to one
+(not so with ``TopK(rest="keep")``, which is made for the divergence ``policy_gradient`` alone).
 
 Axes: ``m`` graded sites, ``c`` teacher contexts, ``v`` vocabulary, ``u`` support, ``k`` entries kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -72,6 +74,14 @@ def append_tail(kept_logp: Tensor) -> Tensor:
     return torch.cat([at_least_float32(kept_logp), log_tail(kept_logp)], dim=-1)
 
 
+CLOSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "renormalise": renormalise,
+    "bucket": append_tail,
+    "keep": at_least_float32,
+}
+"""What ``TopK.rest`` does with the kept log-probabilities, ``[... k] -> [... u]``."""
+
+
 def top_k_overlap(student_logp: Tensor, teacher_logp: Tensor, k: int) -> Tensor:
     """Share of the teacher's top-k entries that are among the student's top-k.
 
@@ -95,37 +105,50 @@ class FullVocabulary:
 class TopK:
     """The ``k`` most probable entries of one distribution, for all distributions alike.
 
-    Source: d-OPSD and OPSD (k = 20 of the teacher, renormalised); SDPO (of the student, with a tail bucket).
-    With ``k >= v`` this is the full vocabulary.
+    Source: d-OPSD and OPSD (k = 20 of the teacher, renormalised); SDPO (of the student, with a tail bucket);
+    thunlp/OPD (k = 16 of the policy that made the rollouts, kept). With ``k >= v`` this is the full vocabulary.
 
     Fields:
         k: entries kept.
-        of: whose entries: ``teacher`` (the first context) or ``student`` (as it is now, without gradient).
+        of: whose entries: ``teacher`` (the first context), ``student`` (as it is now, without gradient) or
+            ``rollout`` (the last of several contexts: the policy that made the rollouts).
         rest: what happens to the other entries: ``renormalise`` forgets them (``u = k``; a blind spot: a student
-            may move probability there unseen), ``bucket`` sums them up in one more entry (``u = k + 1``).
+            may move probability there unseen), ``bucket`` sums them up in one more entry (``u = k + 1``), ``keep``
+            leaves the kept log-probabilities as they were (``u = k``; no distribution).
     """
 
     k: int = 20
-    of: Literal["teacher", "student"] = "teacher"
-    rest: Literal["renormalise", "bucket"] = "renormalise"
+    of: Literal["teacher", "student", "rollout"] = "teacher"
+    rest: Literal["renormalise", "bucket", "keep"] = "renormalise"
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise InputError(f"support.k is {self.k}: keep at least 1 entry, or choose the support 'full'.")
-        if self.of not in ("teacher", "student"):
-            raise InputError(f"support.of is {self.of!r}: choose 'teacher' or 'student'.")
-        if self.rest not in ("renormalise", "bucket"):
-            raise InputError(f"support.rest is {self.rest!r}: choose 'renormalise' or 'bucket'.")
+        if self.of not in ("teacher", "student", "rollout"):
+            raise InputError(f"support.of is {self.of!r}: choose 'teacher', 'student' or 'rollout'.")
+        if self.rest not in CLOSE:
+            raise InputError(f"support.rest is {self.rest!r}: choose 'renormalise', 'bucket' or 'keep'.")
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
         """``[m v], [c m v] -> [m u], [c m u]``; ``c = 0`` (no teacher) is legal only for ``of = student``."""
         if self.k >= student_logp.shape[-1]:
             return at_least_float32(student_logp), at_least_float32(teacher_logp)
+        index = top_k_index(self._chooser(student_logp, teacher_logp), self.k)
+        close = CLOSE[self.rest]
+        return close(gather_top_k(student_logp, index)), close(gather_top_k(teacher_logp, index))
+
+    def _chooser(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        """The distribution ``[m v]`` whose largest entries are kept."""
+        if self.of == "student":
+            return student_logp
         if self.of == "teacher" and len(teacher_logp) == 0:
             raise InputError("support.of is 'teacher' but the method has no teacher: set it to 'student'.")
-        index = top_k_index(teacher_logp[0] if self.of == "teacher" else student_logp, self.k)
-        close = renormalise if self.rest == "renormalise" else append_tail
-        return close(gather_top_k(student_logp, index)), close(gather_top_k(teacher_logp, index))
+        if self.of == "rollout" and len(teacher_logp) < 2:
+            raise InputError(
+                f"support.of is 'rollout' but the method has {len(teacher_logp)} teacher contexts: "
+                "add the policy that made the rollouts as the last of several, or set it to 'student'."
+            )
+        return teacher_logp[0 if self.of == "teacher" else -1]
 
 
 SUPPORTS: dict[str, type] = {"full": FullVocabulary, "top_k": TopK}

@@ -1,39 +1,53 @@
 """Targets: how the teachers' distributions become what the student is pulled towards.
 
 A target is called as ``target(teacher_logp [c m u]) -> [t m u]``, log-probabilities in and out.
-``t = 1`` merges *distributions*; ``t = c`` keeps them apart, and the trust merges *values*.
+``t = 1`` merges *distributions*; ``t = c`` keeps them apart, and the trust merges *values*. For the log,
+``target.measures(teacher_logp) -> {name: [m]}`` says what merging did at each site.
 
-How further targets fit, without a change anywhere else:
-
-- *Purified PMI* (arXiv 2607.02234): contexts in the order informed, reference only, plain (``c = 3``);
-  ``log_softmax(plain + bound tanh(centred(informed - reference_only) / bound) / beta)``, ``t = 1``.
-  The mean that centres runs over the vocabulary, so its support is ``full``.
-- *Disagreement barycenter* (DemoPSD, arXiv 2607.02502): contexts informed, plain (``c = 2``);
-  ``log_softmax((1 - alpha) informed + alpha plain)`` with ``alpha [m 1]`` from ``jsd_entries(informed, plain)``,
-  ``t = 1``; it works on any support.
-
-Axes: ``m`` graded sites, ``c`` teacher contexts, ``t`` targets, ``u`` support.
+Axes: ``m`` graded sites, ``c`` teacher contexts, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
+import torch
+from einops import rearrange
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.divergences import jsd_entries, kl_entries
+from dllm_sd.losses.supports import floor_logp
 
 
 class Target(Protocol):
     """What the objective calls."""
 
+    @property
+    def contexts(self) -> int | None:
+        """How many teacher contexts are needed, None where the number is free."""
+        ...
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of `measures`."""
+        ...
+
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[c m u] -> [t m u]``."""
+        ...
+
+    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
+        """``[c m u] -> {name: [m]}``: what is logged about each site."""
         ...
 
 
 @dataclass(frozen=True)
 class Plain:
     """The one teacher's distribution, unchanged: ``c = t = 1``."""
+
+    contexts: ClassVar[int | None] = 1
+    measured: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[1 m u] -> [1 m u]``."""
@@ -44,16 +58,27 @@ class Plain:
             )
         return teacher_logp
 
+    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Each:
     """Every teacher's distribution is a target of its own: ``t = c``."""
+
+    contexts: ClassVar[int | None] = None
+    measured: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[c m u] -> [c m u]``, ``c >= 1``."""
         if len(teacher_logp) == 0:
             raise InputError("target 'each' needs at least one teacher context: add one, or choose 'sampled'.")
         return teacher_logp
+
+    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -64,9 +89,149 @@ class Sampled:
     the trust: ``t = c >= 0``.
     """
 
+    contexts: ClassVar[int | None] = None
+    measured: ClassVar[tuple[str, ...]] = ()
+
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[c m u] -> [c m u]``, unchanged."""
         return teacher_logp
 
+    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
-TARGETS: dict[str, type] = {"plain": Plain, "each": Each, "sampled": Sampled}
+
+@dataclass(frozen=True)
+class PurifiedPMI:
+    """The plain base, moved by what the question adds to the reference: ``c = 3``, ``t = 1``.
+
+    ``softmax(log plain + D / beta)`` with ``D = bound tanh(centred(log informed - log reference_only) / bound)``.
+    The contexts come in the order informed (question and reference), reference only, plain (question only). What the
+    reference says without the question cancels. Source: Purified OPSD (arXiv 2607.02234), equations 13 to 17.
+
+    Where one of the two differs from the other by a whole ``log 0``, the difference is about 10000 and moves the
+    unweighted mean by 10000 / v.
+
+    Fields:
+        beta: how strongly the base resists; the larger, the closer the target stays to the plain base.
+        bound: the paper's c, the largest size of ``D``; None for no tanh (then centring changes nothing).
+        centre: the mean that is taken off: ``uniform`` over the vocabulary (paper, so the support is ``full``), or
+            weighted by the plain ``base``'s probability (our ablation: the many improbable entries do not rule it).
+    """
+
+    beta: float = 1.0
+    bound: float | None = 10.0
+    centre: Literal["uniform", "base"] = "uniform"
+    contexts: ClassVar[int | None] = 3
+    measured: ClassVar[tuple[str, ...]] = ("target/shift", "target/bound_share")
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise InputError(f"target.beta is {self.beta}: give a number above 0, such as 1.")
+        if self.bound is not None and not self.bound > 0:
+            raise InputError(f"target.bound is {self.bound}: give a number above 0, or null for no bound.")
+        if self.centre not in ("uniform", "base"):
+            raise InputError(f"target.centre is {self.centre!r}: choose 'uniform' or 'base'.")
+
+    def __call__(self, teacher_logp: Tensor) -> Tensor:
+        """``[3 m v] -> [1 m v]``, detached."""
+        shift = self.bounded(self.centred(teacher_logp)) / self.beta
+        plain = floor_logp(teacher_logp[-1]).detach()
+        return rearrange((plain + shift).log_softmax(-1), "m v -> 1 m v")
+
+    def centred(self, teacher_logp: Tensor) -> Tensor:
+        """Log-ratio of informed and reference only without its mean, ``[3 m v] -> [m v]``, detached (equation 14)."""
+        if len(teacher_logp) != 3:
+            raise InputError(
+                f"target 'pmi' needs exactly three teacher contexts and got {len(teacher_logp)}: "
+                "give informed, reference only and plain, in this order."
+            )
+        informed, reference_only, plain = floor_logp(teacher_logp).detach()
+        gap = informed - reference_only
+        if self.centre == "uniform":
+            return gap - gap.mean(-1, keepdim=True)
+        return gap - (plain.exp() * gap).sum(-1, keepdim=True)
+
+    def bounded(self, centred: Tensor) -> Tensor:
+        """``bound tanh(x / bound)``, ``[m v] -> [m v]`` (equation 15)."""
+        return centred if self.bound is None else self.bound * (centred / self.bound).tanh()
+
+    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
+        """``[3 m v] -> {name: [m]}``.
+
+        ``target/shift`` is KL(target || plain), ``target/bound_share`` the share of entries beyond the bound.
+        """
+        centred = self.centred(teacher_logp)
+        limit = math.inf if self.bound is None else self.bound
+        return {
+            "target/shift": kl_entries(self(teacher_logp)[0], teacher_logp[-1].detach()).sum(-1),
+            "target/bound_share": (centred.abs() > limit).to(centred.dtype).mean(-1),
+        }
+
+
+@dataclass(frozen=True)
+class Barycenter:
+    """The informed teacher, pulled back to the plain one where the two disagree: ``c = 2``, ``t = 1``.
+
+    ``log_softmax((1 - a) log informed + a log plain)`` with ``a = 2 alpha_max (sigmoid(beta d) - 1/2)`` and ``d`` the
+    Jensen-Shannon divergence of the two at the site. The contexts come in the order informed, plain. Everything is
+    computed on the support as it is, a tail bucket being one entry like the others.
+    Source: DemoPSD (arXiv 2607.02502), equations 7 to 11, and the probability floor of its appendix B.
+
+    Fields:
+        beta: how fast the pull grows with the disagreement.
+        alpha_max: the largest share of the plain distribution in the exponent, from 0 (never) to 1.
+        floor: smaller probabilities of either distribution count as this, without renormalising.
+    """
+
+    beta: float = 50.0
+    alpha_max: float = 0.15
+    floor: float = 1e-8
+    contexts: ClassVar[int | None] = 2
+    measured: ClassVar[tuple[str, ...]] = ("target/disagreement", "target/alpha")
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise InputError(f"target.beta is {self.beta}: give a number above 0, such as 50.")
+        if not 0 <= self.alpha_max <= 1:
+            raise InputError(f"target.alpha_max is {self.alpha_max}: give a number from 0 to 1, such as 0.15.")
+        if not 0 < self.floor < 1:
+            raise InputError(f"target.floor is {self.floor}: give a probability above 0 and below 1, such as 1e-8.")
+
+    def __call__(self, teacher_logp: Tensor) -> Tensor:
+        """``[2 m u] -> [1 m u]``, detached."""
+        informed, plain = self._floored(teacher_logp)
+        alpha = rearrange(self._alpha(self._disagreement(informed, plain)), "m -> m 1")
+        return rearrange(torch.lerp(informed, plain, alpha).log_softmax(-1), "m u -> 1 m u")
+
+    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
+        """``[2 m u] -> {name: [m]}``: ``target/disagreement`` is ``d``, ``target/alpha`` is ``a``."""
+        disagreement = self._disagreement(*self._floored(teacher_logp))
+        return {"target/disagreement": disagreement, "target/alpha": self._alpha(disagreement)}
+
+    def _disagreement(self, informed: Tensor, plain: Tensor) -> Tensor:
+        """``[m u], [m u] -> [m]`` (equation 7)."""
+        return jsd_entries(informed, plain, beta=0.5).sum(-1)
+
+    def _alpha(self, disagreement: Tensor) -> Tensor:
+        """``[m] -> [m]`` (equation 8)."""
+        return 2 * self.alpha_max * ((self.beta * disagreement).sigmoid() - 0.5)
+
+    def _floored(self, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """Informed and plain, each ``[m u]``, detached."""
+        if len(teacher_logp) != 2:
+            raise InputError(
+                f"target 'barycenter' needs exactly two teacher contexts and got {len(teacher_logp)}: "
+                "give informed and plain, in this order."
+            )
+        informed, plain = floor_logp(teacher_logp).detach().clamp(min=math.log(self.floor))
+        return informed, plain
+
+
+TARGETS: dict[str, type] = {
+    "plain": Plain,
+    "each": Each,
+    "sampled": Sampled,
+    "pmi": PurifiedPMI,
+    "barycenter": Barycenter,
+}

@@ -2,8 +2,9 @@
 
 A trust has two methods. ``rollout_weight(reward [b], group [b]) -> [b]`` weighs whole rollouts; ``group`` is the id
 of the problem, and all rollouts of a problem must be in the same call. The weight is handed down to the rollout's
-sites as ``weight [m]``, and ``trust(student_logp [m u], target_logp [t m u], token [m], weight [m]) -> [t m]`` turns
-it into the factor of each divergence value. Factors are constants: no gradient flows through them.
+sites as ``weight [m]``, and ``trust(student_logp [m u], target_logp [t m u], drawn, weight [m]) -> [t m]`` turns
+it into the factor of each divergence value; ``drawn`` is the token that stands at each site in the rollout, with its
+log-probabilities now and when it was drawn. Factors are constants: no gradient flows through them.
 
 Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -17,11 +18,31 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import token_nll
-from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.losses.supports import at_least_float32, floor_logp
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens of the rollouts at the graded sites, all ``[m]``.
+
+    Fields:
+        token: vocabulary ids, int64.
+        logp: the student's log-probability of them now, over the full vocabulary, detached.
+        old_logp: what the decoder gave them when it drew them; NaN where unknown.
+    """
+
+    token: Tensor
+    logp: Tensor
+    old_logp: Tensor
 
 
 class Trust(Protocol):
     """What the objective calls."""
+
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether the log-probabilities that the decoder gave the tokens are read."""
+        ...
 
     @property
     def always_counts(self) -> bool:
@@ -32,8 +53,8 @@ class Trust(Protocol):
         """``[b], [b] -> [b]``."""
         ...
 
-    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, weight: Tensor) -> Tensor:
-        """``[m u], [t m u], [m], [m] -> [t m]``, detached."""
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
+        """``[m u], [t m u], drawn [m], [m] -> [t m]``, detached."""
         ...
 
 
@@ -80,15 +101,54 @@ class Equal:
     """Every rollout and every target counts the same: factor 1."""
 
     always_counts: ClassVar[bool] = False
+    needs_old_logp: ClassVar[bool] = False
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: ones."""
         return torch.ones_like(at_least_float32(reward))
 
-    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, weight: Tensor) -> Tensor:
-        """``[m u], [t m u], [m], [m] -> [t m]``; without targets (``t = 0``) ``[1 m]``, for likelihood losses."""
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
+        """``[m u], [t m u], drawn [m], [m] -> [t m]``; without targets ``[1 m]``, for likelihood losses."""
         weight = weight.detach().to(at_least_float32(student_logp).dtype)
         return repeat(weight, "m -> t m", t=max(1, len(target_logp)))
+
+
+@dataclass(frozen=True)
+class ImportanceCap:
+    """Importance weight of the drawn token, truncated: ``min(exp(clamp(logp - old_logp)), cap)``.
+
+    It corrects for a student that has moved since the rollouts were made, or for a decoder that drew from another
+    distribution; the cap trades variance for bias. Source: SDPO (arXiv 2601.20802), released code; DemoPSD
+    (arXiv 2607.02502), appendix B.
+
+    Fields:
+        cap: the largest weight.
+        clamp: largest absolute log-ratio, against overflow.
+    """
+
+    cap: float = 2.0
+    clamp: float = 20.0
+    always_counts: ClassVar[bool] = False
+    needs_old_logp: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.cap > 0:
+            raise InputError(f"trust.cap is {self.cap}: give a number above 0, such as 2.")
+        if not self.clamp > 0:
+            raise InputError(f"trust.clamp is {self.clamp}: give a number above 0, such as 20.")
+
+    def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
+        """``[b], [b] -> [b]``: ones."""
+        return torch.ones_like(at_least_float32(reward))
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
+        """``[m u], [t m u], drawn [m], [m] -> [t m]``; without targets ``[1 m]``."""
+        if drawn.old_logp.isnan().any():
+            raise InputError("these rollouts carry no log-probabilities; set method.trust to equal.")
+        log_ratio = floor_logp(drawn.logp.detach()) - floor_logp(drawn.old_logp.detach())
+        ratio = log_ratio.clamp(-self.clamp, self.clamp).exp().clamp(max=self.cap)
+        factor = (weight.detach() * ratio).to(at_least_float32(student_logp).dtype)
+        return repeat(factor, "m -> t m", t=max(1, len(target_logp)))
 
 
 @dataclass(frozen=True)
@@ -114,6 +174,7 @@ class GroupAdvantage:
     epsilon: float = 1e-4
     ratio_clip: float = 0.5
     kl: float = 0.0
+    needs_old_logp: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.epsilon > 0:
@@ -132,11 +193,11 @@ class GroupAdvantage:
         """``[b], [b] -> [b]``: the advantages."""
         return group_advantage(reward, group, self.normalise, self.epsilon)
 
-    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, weight: Tensor) -> Tensor:
-        """``[m v], [t m v], [m], [m] -> [1 m]`` with ``t`` of 0, 1 or 2."""
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
+        """``[m v], [t m v], drawn [m], [m] -> [1 m]`` with ``t`` of 0, 1 or 2."""
         self._check(len(target_logp))
-        logp = -token_nll(student_logp.detach(), token)
-        others = [-token_nll(policy.detach(), token) for policy in target_logp]
+        logp = -token_nll(student_logp.detach(), drawn.token)
+        others = [-token_nll(policy.detach(), drawn.token) for policy in target_logp]
         old = others[-1] if len(others) > (self.kl > 0) else logp
         factor = surrogate_factor(logp, old, weight.detach().to(logp.dtype), self.ratio_clip)
         if self.kl > 0:
@@ -150,4 +211,4 @@ class GroupAdvantage:
             raise InputError(f"trust 'group_advantage' takes at most two teachers and got {targets}: remove some.")
 
 
-TRUSTS: dict[str, type] = {"equal": Equal, "group_advantage": GroupAdvantage}
+TRUSTS: dict[str, type] = {"equal": Equal, "importance_cap": ImportanceCap, "group_advantage": GroupAdvantage}

@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
@@ -29,12 +29,18 @@ class Blueprint:
     """The native config."""
     chat: Chat | None
     """None without a tokenizer; such a model reads and writes token ids only."""
-    mask_id: int
+    mask_id: int | None
+    """None for an autoregressive model, which has no mask."""
     end_ids: tuple[int, ...]
     """The first one ends a turn."""
     pad_id: int
     block_length: int | None
     """Positions of an attention block; None where every position sees all others."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model is autoregressive."""
+        return self.mask_id is None
 
     @property
     def folder(self) -> str:
@@ -65,22 +71,21 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
     where = repr(model.path) if model.path else "model.shape"
     written = _read_json(model.path, "config.json") if model.path else {}
     family = recognise(written, where) if model.path else CAUSAL
-    if family is CAUSAL and model.as_ is None and written.get("is_causal", not model.random_init):
-        raise InputError(
-            f"{where} is an autoregressive model ({written['model_type']}); set model.as=diffusion to make it a "
-            "bidirectional model with a mask token"
-        )
+    causal = _is_causal(model, family, written, where)
     tokenizer = _read_tokenizer(model, family, text)
-    if tokenizer is not None and model.as_ and tokenizer.mask_token is None and model.mask_token is None:
+    if tokenizer is not None and model.as_ == "diffusion" and tokenizer.mask_token is None and model.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": str(CAUSAL.mask_token)})
     config = _native_config(model, family, written, where, tokenizer)
-    mask_id = _mask_id(model, family, written, tokenizer, where)
+    if not causal:
+        config.is_causal = False
+        setattr(config, MARK, {"family": family.name, "block_length": _block_length(model, family, written)})
+    mask_id = None if causal else _mask_id(model, family, written, tokenizer, where)
     generation = _read_json(model.path, "generation_config.json", needed=False) if model.path else {}
     end_ids = _end_ids(model, family, [generation, written], tokenizer, where)
     pad_ids = [generation.get("pad_token_id"), written.get("pad_token_id")]
     pad_ids = [tokenizer.pad_token_id if tokenizer else None, *pad_ids, end_ids[-1]]
     rows = config.vocab_size
-    _check_rows(rows, mask_id, tokenizer, where, grows=model.as_ is not None)
+    _check_rows(rows, mask_id, tokenizer, where, grows=model.as_ == "diffusion")
     if outside := [end_id for end_id in end_ids if not 0 <= end_id < max(rows, len(tokenizer or ()))]:
         raise InputError(
             f"{where} has {rows} embedding rows, but calls {outside[0]} an end token; mend eos_token_id in its "
@@ -176,13 +181,30 @@ def _native_config(
             config = AutoConfig.from_pretrained(model_folder(model.path), trust_remote_code=False)
         except Exception as error:  # a damaged value can make transformers stumble over anything
             raise InputError(f"no usable config.json at {where} (model.path): {brief(error)}") from error
-    config.is_causal = False
-    setattr(config, MARK, {"family": family.name, "block_length": _block_length(model, family, written)})
     return config
 
 
-def _shaped(shape: Shape, tokenizer: Tokenizer) -> LlamaConfig:
-    return LlamaConfig(
+def _is_causal(model: Model, family: Family, written: Mapping[str, Any], where: str) -> bool:
+    """Whether the model is to write from left to right.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    made_causal = family is CAUSAL and written.get("is_causal", True)
+    if model.as_ is None:
+        return made_causal and not model.random_init
+    if model.as_ == "autoregressive" and not made_causal:
+        raise InputError(f"{where} is a masked-diffusion model and cannot write from left to right; leave out model.as")
+    if model.as_ == "autoregressive" and model.block_length is not None:
+        raise InputError("model.block_length is of block-causal models; leave it out, or leave out model.as")
+    return model.as_ == "autoregressive"
+
+
+def _shaped(shape: Shape, tokenizer: Tokenizer) -> PreTrainedConfig:
+    build: Any = {"llama": LlamaConfig, "qwen3": Qwen3Config}[shape.architecture]
+    size = shape.hidden_size // shape.num_attention_heads
+    return build(
+        **({"head_dim": size, "num_key_value_heads": shape.num_attention_heads} if build is Qwen3Config else {}),
         vocab_size=shape.vocab_size or len(tokenizer),
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_hidden_layers,
@@ -255,14 +277,15 @@ def _end_ids(
     return ids
 
 
-def _check_rows(rows: int, mask_id: int, tokenizer: Tokenizer | None, where: str, grows: bool) -> None:
+def _check_rows(rows: int, mask_id: int | None, tokenizer: Tokenizer | None, where: str, grows: bool) -> None:
     """Every token needs a row of the embedding; an added mask token may still get one."""
-    last = max(mask_id, len(tokenizer) - 1) if tokenizer else mask_id
+    last = max(mask_id or 0, len(tokenizer) - 1) if tokenizer else mask_id or 0
     if tokenizer and grows and last == len(tokenizer) - 1 == rows:
         return
-    if last >= rows or mask_id < 0:
+    if last >= rows or (mask_id is not None and mask_id < 0):
         known = f"the tokenizer knows {len(tokenizer)} tokens" if tokenizer else "there is no tokenizer"
+        mask = "" if mask_id is None else f" and the mask id is {mask_id}"
+        mend = "" if mask_id is None else ", or mend model.mask_token"
         raise InputError(
-            f"{where} has {rows} embedding rows, but {known} and the mask id is {mask_id}; use the tokenizer that "
-            "belongs to the model, or mend model.mask_token"
+            f"{where} has {rows} embedding rows, but {known}{mask}; use the tokenizer that belongs to the model{mend}"
         )

@@ -23,16 +23,25 @@ class Chat:
     """Value of the template's thinking switch (`enable_thinking`); None leaves it to the template."""
 
     def __post_init__(self) -> None:
-        if self.thinking is not None and "enable_thinking" not in (self._template or ""):
+        if self.thinking is not None and not self.has_switch:
             raise InputError("model.thinking is set, but the chat template has no thinking switch; leave it out")
+
+    @property
+    def has_switch(self) -> bool:
+        """Whether the template can turn thinking on and off."""
+        return "enable_thinking" in (self._template or "")
 
     @property
     def _template(self) -> str | None:
         own = self.tokenizer.chat_template
         return self.template or (own if isinstance(own, str) else None)
 
-    def render(self, messages: Sequence[Mapping[str, str]], open_turn: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, str]], open_turn: bool = True, thinking: bool | None = None
+    ) -> str:
         """A conversation as text; ``open_turn`` adds what makes the assistant speak next.
+
+        ``thinking`` is for this conversation, where it differs from the usual one.
 
         Raises:
             InputError: if the template refuses the messages.
@@ -40,7 +49,8 @@ class Chat:
         template = self._template
         if template is None:
             return "\n\n".join(message["content"] for message in messages)
-        switch: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        thinking = self.thinking if thinking is None else thinking
+        switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         try:
             rendered = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -53,13 +63,13 @@ class Chat:
             raise InputError(f"the chat template cannot render the prompt: {on_one_line(error)}") from error
         return str(rendered)
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> list[int]:
         """Chat messages as prompt tokens, the assistant's turn opened."""
-        return self._tokens(self.render(messages))
+        return self._tokens(self.render(messages, thinking=thinking))
 
-    def encode_completion(self, text: str) -> list[int]:
-        """A completion as tokens, with the token that ends the turn."""
-        return [*self._tokens(text), self.end_id]
+    def encode_completion(self, text: str, ended: bool = True) -> list[int]:
+        """A completion as tokens, with the token that ends the turn if it is ``ended``."""
+        return [*self._tokens(text), *([self.end_id] if ended else [])]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Completion tokens as text, without special tokens."""

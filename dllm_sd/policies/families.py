@@ -307,7 +307,7 @@ FAMILIES: dict[str, Family] = {
 }
 CAUSAL = Family(
     name="causal_lm",
-    checkpoints="any causal language model of transformers, turned bidirectional (model.as: diffusion)",
+    checkpoints="any causal language model of transformers: autoregressive, or bidirectional (model.as: diffusion)",
     model_types=(),
     mask_token="<|mask|>",
 )

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
+from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.policies.blueprint import Blueprint, brief, read_blueprint
 from dllm_sd.policies.families import LINEARS
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weight_files import stored_tensors
-from dllm_sd.policies.weights import without_peft_warning
+from dllm_sd.policies.weights import Checkpoint, Teacher, Weights, without_peft_warning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _UNUSABLE = (
@@ -29,11 +30,15 @@ _UNUSABLE = (
 )
 
 
-def load_policy(name_or_path: str | None, *, device: str | torch.device = "cpu", **options: Any) -> MaskedDiffusion:
-    """Load a masked-diffusion model and its tokenizer.
+AnyPolicy = MaskedDiffusion | Autoregressive
+
+
+def load_policy(name_or_path: str | None, *, device: str | torch.device = "cpu", **options: Any) -> AnyPolicy:
+    """Load a masked-diffusion or autoregressive model and its tokenizer.
 
     Args:
-        name_or_path: a checkpoint folder in its family's original or in a native format, a hub name, or ``"tiny"``.
+        name_or_path: a checkpoint folder in its family's original or in a native format, a hub name, ``"tiny"``, or
+            ``"tiny_ar"``.
             Without a tokenizer beside it the policy reads and writes token ids only.
         device: where the weights go.
         **options: fields of `Model`, such as ``dtype="bfloat16"`` or ``lora=Lora(rank=8)``.
@@ -47,7 +52,7 @@ def load_policy(name_or_path: str | None, *, device: str | torch.device = "cpu",
     return build_policy(read_blueprint(Model(path=name_or_path, **options), text=False), device)
 
 
-def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") -> MaskedDiffusion:
+def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") -> AnyPolicy:
     """The policy that a blueprint (or the keys of `model`) describes, on ``device``."""
     blueprint = read_blueprint(source) if isinstance(source, Model) else source
     model = blueprint.model
@@ -57,17 +62,23 @@ def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") 
     adapted = _with_lora(network, model.lora, blueprint.family.lora_targets, model.seed) if model.lora else network
     rows = network.get_input_embeddings().weight.shape[0]
     known = len(blueprint.chat.tokenizer) if blueprint.chat else rows
-    policy = MaskedDiffusion(
-        adapted,
-        blueprint.chat,
-        mask_id=blueprint.mask_id,
-        end_ids=blueprint.end_ids,
-        pad_id=blueprint.pad_id,
-        suppress=tuple(range(known, rows)),
-        block_length=blueprint.block_length,
-        shift=blueprint.family.shift,
-        merge_rollouts=model.lora is not None and model.lora.merge_rollouts,
-    )
+    shared: dict[str, Any] = {
+        "end_ids": blueprint.end_ids,
+        "pad_id": blueprint.pad_id,
+        "suppress": tuple(range(known, rows)),
+        "merge_rollouts": model.lora is not None and model.lora.merge_rollouts,
+    }
+    if blueprint.mask_id is None:
+        policy = Autoregressive(adapted, blueprint.chat, **shared)
+    else:
+        policy = MaskedDiffusion(
+            adapted,
+            blueprint.chat,
+            mask_id=blueprint.mask_id,
+            block_length=blueprint.block_length,
+            shift=blueprint.family.shift,
+            **shared,
+        )
     _check(policy)
     return policy
 
@@ -103,10 +114,11 @@ def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> An
         where = repr(model.path or model.shape)
         raise InputError(f"no usable model at {where} (model.path): {brief(error)}") from error
     network.eval()
-    network.generate = _refuse_generate
-    for part in network.modules():
-        if hasattr(part, "is_causal"):
-            part.is_causal = False
+    if not blueprint.causal:
+        network.generate = _refuse_generate
+        for part in network.modules():
+            if hasattr(part, "is_causal"):
+                part.is_causal = False
     _check_rotary(network, str(model.path))
     return network
 
@@ -204,7 +216,31 @@ def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], s
     return adapted
 
 
-def put_on(policy: MaskedDiffusion, adapter: str) -> None:
+def make_teacher(weights: Weights, policy: AnyPolicy, adapter: str | None, student: Model) -> Teacher:
+    """A teacher of the student ``policy`` (see `Teacher`); another checkpoint is loaded here, to the same device.
+
+    Its output head must have the student's rows; those that no token has may be more or fewer.
+    """
+    if not isinstance(weights, Checkpoint):
+        return Teacher(weights, policy, adapter)
+    other = build_policy(teacher_model(weights, student), policy.device)
+    other.module.rows = policy.module.network.get_output_embeddings().weight.shape[0]
+    other.module.requires_grad_(False)
+    return Teacher(weights, policy, other=other)
+
+
+def teacher_model(weights: Checkpoint, student: Model) -> Model:
+    """The keys of `model` for a teacher that is another checkpoint."""
+    return Model(
+        path=weights.path,
+        dtype=weights.dtype,
+        attention=student.attention,
+        mask_token=student.mask_token,
+        end_tokens=student.end_tokens,
+    )
+
+
+def put_on(policy: AnyPolicy, adapter: str) -> None:
     """Let a policy run with a PEFT adapter, frozen (a folder, such as one that ``dllm-sd export --to peft`` wrote).
 
     Raises:
@@ -234,19 +270,27 @@ def _check_rotary(network: nn.Module, where: str) -> None:
             raise InputError(f"the rotary frequencies of {name} at {where!r} are wrong after loading; report this")
 
 
-def _check(policy: MaskedDiffusion) -> None:
+def _check(policy: AnyPolicy) -> None:
     """What can silently go wrong: an attention mask of the wrong kind, non-finite weights."""
     length = 2 * (policy.block_length or 2)
-    ids = torch.full((3, length), policy.mask_id)
-    ids[1, length // 2 - 1] = ids[2, -1] = policy.end_ids[0]  # inside the first block, and behind it
+    ids = torch.full((3, length), policy.pad_id if policy.causal else policy.mask_id)
+    ids[1, length // 2 - 1] = ids[2, -1] = _other_than(int(ids[0, 0]), policy)  # inside the first block, and behind it
     sites = torch.zeros_like(ids, dtype=torch.bool)
-    sites[:, 0] = True
+    sites[:, 1 if policy.causal else 0] = True
     with torch.no_grad():
         plain, near, far = policy.site_logits(View(ids, torch.ones_like(sites), sites))
     if not bool(torch.isfinite(plain).all()):
         raise InputError("the model's logits are not finite after loading; the checkpoint is damaged")
+    if policy.causal:
+        if not torch.allclose(plain, near, rtol=1e-2, atol=1e-2):
+            raise InputError("the model sees later positions; it is not autoregressive, whatever its config.json says")
+        return
     blind = bool((plain == near).all()) and policy.block_length != 1
     if blind or (policy.block_length is None and bool((plain == far).all())):
         raise InputError("the model ignores later positions; it still attends causally and cannot denoise")
     if policy.block_length is not None and not torch.allclose(plain, far, rtol=1e-2, atol=1e-2):
         raise InputError("the model sees blocks that come later; its attention is not block-causal")
+
+
+def _other_than(token: int, policy: AnyPolicy) -> int:
+    return next(end for end in (*policy.end_ids, 0, 1) if end != token)

@@ -1,7 +1,6 @@
 """The masked-diffusion policy: a bidirectional or block-causal network, its chat format, its sampler."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,15 +10,16 @@ from transformers import PreTrainedModel
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.chat import Chat
-from dllm_sd.policies.denoising import Denoising, Meter, denoise
-from dllm_sd.policies.merging import merged
-from dllm_sd.policies.policy import View
-from dllm_sd.policies.site_head import SiteHead, evaluating
-from dllm_sd.trajectory import NEVER, Trajectory, left_pad
+from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.policies.denoising import denoise
+from dllm_sd.policies.language_model import LanguageModel
+from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, left_pad
 
 
-class MaskedDiffusion:
+class MaskedDiffusion(LanguageModel):
     """A masked-diffusion language model behind the `Policy` protocol."""
+
+    causal = False
 
     def __init__(
         self,
@@ -34,33 +34,29 @@ class MaskedDiffusion:
         shift: bool = False,
         merge_rollouts: bool = False,
     ) -> None:
-        self.module = SiteHead(model, block_length, shift)
-        self.chat = chat
-        self.mask_id, self.end_ids, self.pad_id = mask_id, end_ids, pad_id
-        self.suppress = suppress
-        """Ids of the output head that the tokenizer does not know."""
+        super().__init__(
+            model,
+            chat,
+            end_ids=end_ids,
+            pad_id=pad_id,
+            suppress=suppress,
+            block_length=block_length,
+            shift=shift,
+            merge_rollouts=merge_rollouts,
+        )
+        self.mask_id = mask_id
         self.block_length = block_length
         """Positions of an attention block; None where every position sees all others."""
-        self.merge_rollouts = merge_rollouts
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device
-
-    def site_logits(self, view: View) -> Tensor:
-        """Logits ``[m v]`` of a view on any device."""
-        view = view.trimmed()
-        return self.module(*(x.to(self.device) for x in (view.ids, view.mask, view.sites)))
 
     def decode(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: Denoising,
+        settings: Decoding,
         keys: Sequence[int],
         watch: Callable[[Tensor], None] | None = None,
         finished: Callable[[Tensor, Trajectory], None] | None = None,
         meter: Meter | None = None,
+        reach: Reach | None = None,
     ) -> Trajectory:
         """Denoise any number of prompts, `settings.batch_size` of them at a time, in eval mode (see `denoise`).
 
@@ -68,9 +64,7 @@ class MaskedDiffusion:
         """
         check_blocks(self.block_length, settings)
         settings = replace(settings, suppress=tuple(sorted({*settings.suppress, *self.suppress})))
-        model = self.module.model
-        folded = merged(model) if self.merge_rollouts and isinstance(model, PeftModel) else nullcontext()
-        with evaluating(self.module), folded:
+        with self.decoding():
             return denoise(
                 self.site_logits,
                 prompts,
@@ -85,9 +79,10 @@ class MaskedDiffusion:
                 meter=meter,
                 blocks_of_prompt=self.block_length is not None,
                 cached=self.module if self.block_length and settings.prefix_cache else None,
+                reach=reach,
             ).to("cpu")
 
-    def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Denoising) -> Trajectory:
+    def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Decoding) -> Trajectory:
         """A given completion as a trajectory of one row, revealed from left to right."""
         prompt_ids, prompt_mask = left_pad([prompt], self.pad_id)
         completion = torch.full((1, settings.length), self.pad_id)
@@ -106,31 +101,26 @@ class MaskedDiffusion:
             blocks_of_prompt=self.block_length is not None,
         )
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Chat messages as prompt tokens, the assistant's turn opened."""
-        return self._chat.encode(messages)
-
-    def encode_completion(self, text: str) -> list[int]:
-        """A completion as tokens, with the end token."""
-        return self._chat.encode_completion(text)
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Completion tokens as text, without special tokens."""
-        return self._chat.text(tokens)
-
-    @property
-    def _chat(self) -> Chat:
-        if self.chat is None:
-            raise InputError("this model was loaded without a tokenizer; name one in model.tokenizer")
-        return self.chat
+    def extent(self, unit: Unit, settings: Decoding) -> int:
+        """Blocks or steps of a complete decoding; with a threshold, the most steps that it may take."""
+        if unit == "blocks":
+            return settings.num_blocks
+        return settings.length if settings.threshold is not None else settings.num_blocks * len(settings.schedule)
 
 
-def check_blocks(block_length: int | None, settings: Denoising, key: str = "decode") -> None:
-    """Refuse to decode a block-causal model in other blocks than those it sees.
+def check_blocks(block_length: int | None, settings: Decoding, key: str = "decode") -> None:
+    """Refuse blocks that do not fill the canvas, and to decode a block-causal model in others than those it sees.
 
     Raises:
         InputError: naming the key.
     """
+    if settings.length % settings.block_length:
+        raise InputError(
+            f"{key}.block_length {settings.block_length} does not divide {key}.length {settings.length}; "
+            "choose a divisor, or block_length = length for a single block"
+        )
+    if settings.steps is not None and settings.steps < settings.num_blocks:
+        raise InputError(f"{key}.steps must be at least the number of blocks, {settings.num_blocks}")
     if block_length is not None and settings.block_length != block_length:
         raise InputError(
             f"{key}.block_length is {settings.block_length}, but this model is block-causal with blocks of "

@@ -28,8 +28,9 @@ class Lora:
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a randomly initialised model in LLaDA's architecture (bidirectional Llama, untied)."""
+    """The shape of a randomly initialised model: Llama (LLaDA's, if bidirectional) or Qwen3, untied."""
 
+    architecture: Literal["llama", "qwen3"] = "llama"
     hidden_size: int = 64
     num_hidden_layers: int = 4
     num_attention_heads: int = 2
@@ -54,9 +55,10 @@ class Model:
 
     path: str | None = None
     """A folder, a hub name, or `tiny` for the shipped model. None with `random_init` builds `shape`."""
-    as_: Literal["diffusion"] | None = field(default=None, metadata={"key": "as"})
-    """`as: diffusion` turns any causal language model of transformers bidirectional and gives it a mask token; it
-    then has to learn denoising (method `sft`)."""
+    as_: Literal["diffusion", "autoregressive"] | None = field(default=None, metadata={"key": "as"})
+    """None takes a checkpoint for what it is, and denoises with random weights. `autoregressive` is for random weights
+    that shall be causal. `diffusion` turns any causal language model of transformers bidirectional and gives it a mask
+    token; it then has to learn denoising (method `sft`)."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer where it is not beside the model."""
     mask_token: str | int | None = None

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from dllm_sd.trajectory import Trajectory
+from dllm_sd.trajectory import Reach, Trajectory, Unit
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,17 @@ class View:
     """bool ``[n s]``, ``m`` of them true."""
 
     def trimmed(self) -> "View":
-        """The same view without leading columns that are padding in every row."""
-        start = int(self.mask.any(0).int().argmax())
-        return View(self.ids[:, start:], self.mask[:, start:], self.sites[:, start:])
+        """The same view without leading and trailing columns that are padding in every row."""
+        used = self.mask.any(0).nonzero()[:, 0]
+        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, self.mask.shape[1])
+        return View(self.ids[:, first:last], self.mask[:, first:last], self.sites[:, first:last])
 
 
 class Policy(Protocol):
     """A language model as the trainer sees it."""
+
+    causal: bool
+    """Whether it is autoregressive; else it denoises."""
 
     @property
     def module(self) -> nn.Module:
@@ -46,11 +50,17 @@ class Policy(Protocol):
         *,
         finished: Callable[[Tensor, Trajectory], None] | None = None,
         meter: Any = None,
+        reach: Reach | None = None,
     ) -> Trajectory:
         """Complete tokenised prompts; ``keys[b]`` seed each row, so that batching cannot change a result.
 
-        ``finished`` is called with the rows that have just ended and their trajectory, ``meter`` counts the cost.
+        ``finished`` is called with the rows that have just ended and their trajectory, ``meter`` counts the cost, and
+        decoding stops at ``reach`` if one is given.
         """
+        ...
+
+    def extent(self, unit: Unit, settings: Any) -> int:
+        """Blocks or steps of a complete decoding."""
         ...
 
     def site_logits(self, view: View) -> Tensor:
@@ -61,12 +71,12 @@ class Policy(Protocol):
         """A given completion as a trajectory of one row."""
         ...
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> list[int]:
         """Chat messages as prompt tokens, the assistant's turn opened."""
         ...
 
-    def encode_completion(self, text: str) -> list[int]:
-        """A completion as tokens, with the end token."""
+    def encode_completion(self, text: str, ended: bool = True) -> list[int]:
+        """A completion as tokens, with the end token if it is ``ended``."""
         ...
 
     def text(self, tokens: Sequence[int]) -> str:

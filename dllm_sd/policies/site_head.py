@@ -13,8 +13,9 @@ from dllm_sd.policies.prefix_cache import Window, block_causal
 
 
 class SiteHead(nn.Module):
-    """A causal-LM class of transformers, run without its causal mask, that computes logits at the sites only.
+    """A causal-LM class of transformers that computes logits at the sites only.
 
+    Whether positions see later ones is a matter of the network (`is_causal` of its config) and of `block_length`.
     The gather stands before the output head and inside ``forward``, so that DDP and FSDP wrap it correctly.
     """
 
@@ -31,14 +32,17 @@ class SiteHead(nn.Module):
         super().__init__()
         self.model = model
         self.block_length, self.shift = block_length, shift
+        self.rows: int | None = None
+        """Rows that the logits shall have, for a teacher whose head has more or fewer of them than its student's."""
 
     @property
     def _no_split_modules(self) -> Any:
         """Kinds of layers that stay whole when the module is sharded (read by accelerate)."""
-        return self._network._no_split_modules
+        return self.network._no_split_modules
 
     @property
-    def _network(self) -> Any:
+    def network(self) -> Any:
+        """The network itself; adapters are in its layers."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(self, ids: Tensor, mask: Tensor, sites: Tensor, window: Window | None = None) -> Tensor:
@@ -47,7 +51,7 @@ class SiteHead(nn.Module):
         With a ``window`` the ids are some positions of longer sequences, whose finished blocks it remembers; ``mask``
         then tells which of them are real.
         """
-        network = self._network
+        network = self.network
         body, head = network.base_model, network.get_output_embeddings()
         if window is not None:
             position, attention = window.position, window.attention(mask)
@@ -59,7 +63,10 @@ class SiteHead(nn.Module):
         hidden = body(
             input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=window, use_cache=False
         ).last_hidden_state
-        return head(hidden[self._spoken_from(sites, mask)])
+        logits = head(hidden[self._spoken_from(sites, mask)])
+        if self.rows is None or logits.shape[-1] == self.rows:
+            return logits
+        return nn.functional.pad(logits, (0, self.rows - logits.shape[-1]), value=-torch.inf)  # a negative width cuts
 
     def _spoken_from(self, sites: Tensor, mask: Tensor) -> Any:
         """Where the logits of each site stand: at the site, or one real token before it."""

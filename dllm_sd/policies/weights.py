@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -77,26 +77,43 @@ class Snapshot:
                 value.copy_(live[name])
 
 
-Weights = Live | Base | Ema | Snapshot
-WEIGHTS: dict[str, type] = {"live": Live, "base": Base, "ema": Ema, "snapshot": Snapshot}
+@dataclass(frozen=True)
+class Checkpoint:
+    """Another model with the student's tokenizer and backbone: on-policy distillation (arXiv 2605.31490)."""
+
+    path: str | None = None
+    """Folder or hub name of the checkpoint."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    stored: ClassVar[bool] = False
+
+    def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
+        """It never moves."""
+
+
+Weights = Live | Base | Ema | Snapshot | Checkpoint
+WEIGHTS: dict[str, type] = {"live": Live, "base": Base, "ema": Ema, "snapshot": Snapshot, "checkpoint": Checkpoint}
 
 
 class Teacher:
     """The policy's module run with a teacher's weights: eval mode, no gradient, only trained tensors copied.
 
-    Under LoRA the base is the model without its adapter, and a copy is a second, frozen adapter of the same model.
-    Under full fine-tuning a copy takes the place of the parameters for the time of a call.
+    Another checkpoint is a policy of its own, whole on every process. Under LoRA the base is the model without its
+    adapter, and a copy is a second, frozen adapter of the same model. Under full fine-tuning a copy takes the place of
+    the parameters for the time of a call.
     """
 
-    def __init__(self, weights: Weights, policy: Policy, adapter: str | None = None) -> None:
+    def __init__(
+        self, weights: Weights, policy: Policy, adapter: str | None = None, other: Policy | None = None
+    ) -> None:
         """Copy the student as it is now.
 
         Args:
             weights: whose weights.
             policy: the student.
             adapter: what `add_adapter` gave; to be called first, and by hand, where the parameters are sharded.
+            other: the other checkpoint, loaded, if it is one.
         """
-        self.weights, self.policy = weights, policy
+        self.weights, self.policy = weights, other or policy
         self._adapter = adapter or add_adapter(weights, policy)
         self._slots: dict[str, Tensor] = {}
         self.copy: dict[str, Tensor] = {}
@@ -112,11 +129,11 @@ class Teacher:
     def __call__(self, view: View) -> Tensor:
         """Logits ``[m v]``."""
         module = self.policy.module
-        with evaluating(module), self._present():
+        with evaluating(module), self.present():
             return module(view.ids, view.mask, view.sites)
 
-    def _present(self) -> AbstractContextManager[None]:
-        """The teacher's weights in the student's place."""
+    def present(self) -> AbstractContextManager[None]:
+        """The teacher's weights in the place of those of `policy`."""
         model = _peft(self.policy)
         if model is not None and self.weights.stored:
             return switched(model, self._adapter)

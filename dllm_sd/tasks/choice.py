@@ -58,6 +58,11 @@ class Choice(Sourced):
         """By the letter that the completion gives."""
         return grade_letter(problem.fields, needed(problem.fields, "answer"), completion)
 
+    def final_answer(self, problem: Problem) -> str | None:
+        """The letter of the right option."""
+        answer = problem.fields.get("answer")
+        return None if answer is None else right_letter(problem.fields, answer)
+
     def chance(self, problems: Sequence[Problem]) -> float | None:
         """The mean of one over the number of options."""
         return mean([1 / len(letters_of(problem.fields)) for problem in problems]) if problems else None
@@ -69,10 +74,14 @@ class Choice(Sourced):
 
 def grade_letter(fields: Mapping[str, Any], answer: Any, completion: str) -> Grade:
     """Grade by the letter that a completion gives; ``answer`` is a letter, a place or the text of an option."""
-    letters = letters_of(fields)
-    gold = gold_letter(answer, letters, fields.get("options"), "The problem")
+    letters, gold = letters_of(fields), right_letter(fields, answer)
     found = read_letter(completion, letters if gold in letters else letters + gold, fields.get("options"))
     return Grade(found == gold, float(found == gold), found)
+
+
+def right_letter(fields: Mapping[str, Any], answer: Any) -> str:
+    """The letter that ``answer`` stands for in a problem with these fields."""
+    return gold_letter(answer, letters_of(fields), fields.get("options"), "The problem")
 
 
 def letters_of(fields: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ class Countdown(Sized):
     mode: Mode = "default"
     title: ClassVar[str] = "countdown"
     answered_by: ClassVar[str] = "solution"
+    final: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
         for low, high, floor, ceiling in (

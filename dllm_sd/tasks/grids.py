@@ -1,4 +1,4 @@
-"""Filled Sudoku grids as strings of digits, row by row: all of the small ones, keyed draws of the large ones."""
+"""Sudoku grids as strings of digits, row by row: the small ones, draws of large ones, the steps that fill one."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -15,7 +15,7 @@ def obeys(grid: str) -> bool:
     if size == 4:
         return grid in _numbers()
     digits = {str(digit) for digit in range(1, size + 1)}
-    return all({grid[cell] for cell in unit} == digits for unit in _units())
+    return all({grid[cell] for cell in unit} == digits for unit in _units(size))
 
 
 def has_holes_only(puzzle: str, grid: str) -> bool:
@@ -30,6 +30,38 @@ def completions(puzzle: str) -> int:
         if digit != "0":
             left &= _having()[cell][digit]
     return left
+
+
+def worked_steps(puzzle: str, solution: str) -> str:
+    """The empty cells of a 4x4 or 9x9 ``puzzle`` filled one by one, a line ``rc=d`` (row, column, digit) for each.
+
+    Next is always the first cell that can hold one digit only; where there is none, the first that alone can hold a
+    digit in its row, column or box; where there is none either, the first empty one. Digits are those of ``solution``.
+    """
+    size = isqrt(len(puzzle))
+    given = [{puzzle[peer] for peer in peers} for peers in _peers(size)]
+    digits = [str(digit) for digit in range(1, size + 1)]
+    free = {cell: set(digits) - given[cell] for cell, digit in enumerate(puzzle) if digit == "0"}
+    steps = []
+    while free:
+        cell = _forced_cell(free, size)
+        del free[cell]
+        for peer in _peers(size)[cell]:
+            free.get(peer, set()).discard(solution[cell])
+        steps.append(f"{cell // size + 1}{cell % size + 1}={solution[cell]}")
+    return "\n".join(steps)
+
+
+def _forced_cell(free: dict[int, set[str]], size: int) -> int:
+    """The cell to fill next, given the digits that each empty cell can hold."""
+    for cell, digits in free.items():
+        if len(digits) == 1:
+            return cell
+    for cell, digits in free.items():
+        for unit in _units(size):
+            if cell in unit and digits.difference(*(free[other] for other in unit if other != cell and other in free)):
+                return cell
+    return next(iter(free))
 
 
 @cache
@@ -108,16 +140,19 @@ def _search(cells: list[int], left: list[int]) -> bool:
 
 
 @cache
-def _units() -> tuple[tuple[int, ...], ...]:
-    rows = [tuple(range(9 * line, 9 * line + 9)) for line in range(9)]
-    columns = [tuple(range(line, 81, 9)) for line in range(9)]
-    corners = [27 * band + 3 * stack for band in range(3) for stack in range(3)]
-    return (*rows, *columns, *(tuple(c + 9 * row + step for row in range(3) for step in range(3)) for c in corners))
+def _units(size: int = 9) -> tuple[tuple[int, ...], ...]:
+    side = isqrt(size)
+    rows = [tuple(range(size * line, size * line + size)) for line in range(size)]
+    columns = [tuple(range(line, size * size, size)) for line in range(size)]
+    corners = [side * (size * band + stack) for band in range(side) for stack in range(side)]
+    boxes = [tuple(corner + size * row + step for row in range(side) for step in range(side)) for corner in corners]
+    return (*rows, *columns, *boxes)
 
 
 @cache
-def _peers() -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple({c for unit in _units() if cell in unit for c in unit} - {cell}) for cell in range(81))
+def _peers(size: int = 9) -> tuple[tuple[int, ...], ...]:
+    cells = range(size * size)
+    return tuple(tuple({c for unit in _units(size) if cell in unit for c in unit} - {cell}) for cell in cells)
 
 
 def _box(cell: int) -> tuple[int, int]:

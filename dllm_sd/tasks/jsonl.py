@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
-from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of
+from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.datafile import Entry, Row, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
 from dllm_sd.tasks.math import gold_answer, grade_answer
@@ -47,6 +47,13 @@ class Jsonl(Sourced):
     def reference(self, problem: Problem) -> str | None:
         """The text of ``reference_field``."""
         return None if self.reference_field is None else str(needed(problem.fields, self.reference_field))
+
+    def final_answer(self, problem: Problem) -> str | None:
+        """The text of ``answer_field``, for the grader "choice" the letter; None where the problem does not have it."""
+        gold = problem.fields.get(self.answer_field)
+        if gold is None:
+            return None
+        return right_letter(problem.fields, gold) if self.grader == "choice" else _answer(gold, "The problem")
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By the grader that was named."""

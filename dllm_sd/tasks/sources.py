@@ -1,10 +1,10 @@
 """What tasks share: problems asked by one template that come from files, from the hub, or out of a generator."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
@@ -24,22 +24,42 @@ from dllm_sd.tasks.task import Problem, Split, Unguessable
 
 
 class Asked(Unguessable):
-    """Asks by the template ``prompt`` and answers by the template ``answer``, which needs the field ``answered_by``."""
+    """Asks by the template ``prompt`` and answers by the template ``answer``, which needs the field ``answered_by``.
+
+    The field ``final`` of a problem holds its answer alone.
+    """
 
     system: str | None
     prompt: str
     answer: str
     answered_by: ClassVar[str]
+    final: ClassVar[str] = "answer"
 
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The system text, where there is one, and the prompt."""
-        return chat(self.system, render(self.prompt, problem.fields, "task.prompt"))
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
+        """The system text, where there is one, and the prompt; without the ``question`` its fields are left empty."""
+        if question:
+            return chat(self.system, render(self.prompt_template(), problem.fields, "task.prompt"))
+        blank = render(self.prompt_template(), dict.fromkeys(problem.fields, ""), "task.prompt")
+        return chat(self.system, blank.strip())
 
     def reference(self, problem: Problem) -> str | None:
         """The answer template filled, or None where the problem has no answer to fill it with."""
         if problem.fields.get(self.answered_by) is None:
             return None
-        return render(self.answer, problem.fields, "task.answer")
+        return render(self.answer, self.answer_fields(problem), "task.answer")
+
+    def final_answer(self, problem: Problem) -> str | None:
+        """The field ``final`` as text, or None where the problem does not have it."""
+        value = problem.fields.get(self.final)
+        return None if value is None else str(value)
+
+    def prompt_template(self) -> str:
+        """The template that problems are asked by: ``prompt``."""
+        return self.prompt
+
+    def answer_fields(self, problem: Problem) -> Mapping[str, Any]:
+        """What the answer template may ask for: the fields of the problem."""
+        return problem.fields
 
     def check_templates(self, asked: Iterable[str], answered: Iterable[str]) -> None:
         """Refuse templates that ask for fields that the problems will not have."""

@@ -1,22 +1,23 @@
 """Sudoku, 4x4 or 9x9: generated without end and without a network, or read from CSV files; graded by the rules."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.tasks.datafile import Entry, Row, chat, needed, render, split_of
+from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import MAX_TEXT, last_answer
-from dllm_sd.tasks.grids import completions, grids, has_holes_only, large_grid, large_puzzle, obeys
+from dllm_sd.tasks.grids import completions, grids, has_holes_only, large_grid, large_puzzle, obeys, worked_steps
 from dllm_sd.tasks.published import sudoku_cells
 from dllm_sd.tasks.sources import Draws, Sized
 from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 
 _LAYOUT = re.compile(r"[\s\[\](){}|,+-]+")
 _RUN = re.compile(r"(?<!\d)[0-9]+(?!\d)")
+_STEP = re.compile(r"[0-9]{2} *= *[0-9]+")
 _MOST_EMPTY = {4: 12, 9: 50}
 _LARGE_ATTEMPTS = 40  # grids that a large puzzle is cut from before it is given up
 
@@ -53,6 +54,9 @@ class Sudoku(Sized):
     the share of empty cells filled as in ``solution``. ``mode`` compatible counts empty cells as d-OPSD's published
     evaluation does (equality with ``solution``, givens not looked at; 4x4 only); see ``published``.
 
+    The template ``answer`` may also ask for ``{steps}``: a line ``rc=d`` for every empty cell, in an order in which
+    logic forces them (see ``worked_steps``).
+
     ``size`` is the length of a row, 4 or 9; a 9x9 puzzle may have up to 50 empty cells, and its solution too belongs
     to one split only.
     """
@@ -72,6 +76,7 @@ class Sudoku(Sized):
     size: Literal[4, 9] = 4
     title: ClassVar[str] = "sudoku"
     answered_by: ClassVar[str] = "solution"
+    final: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
         if self.size not in _MOST_EMPTY:
@@ -87,12 +92,19 @@ class Sudoku(Sized):
         check_mode(self.mode)
         if self.mode == "compatible" and self.size != 4:
             raise InputError("task.mode compatible knows 4x4 puzzles only; set task.size to 4 or task.mode to default.")
-        self.check_templates(("puzzle",), ("solution",))
+        self.check_templates(("puzzle",), ("solution", "steps"))
 
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The system text, where there is one, and the prompt; the prompt that is the default fits the size."""
-        template = _LARGE_PROMPT if self.size == 9 and self.prompt == _PROMPT else self.prompt
-        return chat(self.system, render(template, problem.fields, "task.prompt"))
+    def prompt_template(self) -> str:
+        """The template ``prompt``; the one that is the default fits the size."""
+        return _LARGE_PROMPT if self.size == 9 and self.prompt == _PROMPT else self.prompt
+
+    def answer_fields(self, problem: Problem) -> Mapping[str, Any]:
+        """The fields of the problem, and ``steps`` where the template asks for them."""
+        if "{steps}" not in self.answer:
+            return problem.fields
+        puzzle = self._grid(needed(problem.fields, "puzzle"), "puzzle", "The problem")
+        solution = self._grid(needed(problem.fields, "solution"), "solution", "The problem")
+        return {**problem.fields, "steps": worked_steps(puzzle, solution)}
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By the rules; ``score`` counts cells."""
@@ -203,11 +215,12 @@ def parse_grid(text: str, cells: int = 16) -> str | None:
     """The ``cells`` digits that a completion answers with, or None.
 
     They are looked for in the last closed answer tag, or in the whole text if there is none: the last run of exactly
-    so many digits, else the last one when white space, brackets, pipes and commas are taken out.
+    so many digits, else the last one when white space, brackets, pipes and commas are taken out. Worked steps such as
+    ``12=3`` are no part of a run.
     """
     marked = last_answer(text)
     text = text[-MAX_TEXT:] if marked is None else marked
-    for candidate in (text, _LAYOUT.sub("", text)):
+    for candidate in (text, _LAYOUT.sub("", _STEP.sub("=", text))):
         runs = [run for run in _RUN.findall(candidate) if len(run) == cells]
         if runs:
             return runs[-1]

@@ -35,12 +35,19 @@ class Task(Protocol):
         """The problems of a split, in a fixed order; splits are disjoint. May be lazy: cheap to count and index."""
         ...
 
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The chat messages (``role``, ``content``) that ask the problem; a policy renders them with its template."""
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
+        """The chat messages (``role``, ``content``) that ask the problem; a policy renders them with its template.
+
+        Without the ``question`` nothing of the problem is in them; what they ask of an answer's form stays.
+        """
         ...
 
     def reference(self, problem: Problem) -> str | None:
         """The reference completion that supervised training imitates, or None where the data has none."""
+        ...
+
+    def final_answer(self, problem: Problem) -> str | None:
+        """The right answer alone, without the way to it, or None where the data has none."""
         ...
 
     def grade(self, problem: Problem, completion: str) -> Grade:

@@ -1,8 +1,23 @@
 """What teachers see beyond the student."""
 
-from dllm_sd.teachers.context import Context, Nothing, Reading, Scene
+from dllm_sd.teachers.context import Context, Nothing, Reading, Reasoning, Scene
+from dllm_sd.teachers.hints import HINTS, NoQuestion, Reference, Sibling
 from dllm_sd.teachers.suffix import LaterStep, Suffix
 
-CONTEXTS: dict[str, type] = {"nothing": Nothing, "suffix": Suffix, "later_step": LaterStep}
+CONTEXTS: dict[str, type] = {"nothing": Nothing, "suffix": Suffix, "later_step": LaterStep, **HINTS}
+AnyContext = Nothing | Suffix | LaterStep | Reference | Sibling | NoQuestion
 
-__all__ = ["CONTEXTS", "Context", "LaterStep", "Nothing", "Reading", "Scene", "Suffix"]
+__all__ = [
+    "CONTEXTS",
+    "AnyContext",
+    "Context",
+    "LaterStep",
+    "NoQuestion",
+    "Nothing",
+    "Reading",
+    "Reasoning",
+    "Reference",
+    "Scene",
+    "Sibling",
+    "Suffix",
+]

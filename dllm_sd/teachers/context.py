@@ -1,13 +1,18 @@
-"""What a teacher sees beyond the student: the protocol of a context, and the context that adds nothing."""
+"""What a teacher sees beyond the student: the protocol of a context, and the context that adds nothing.
+
+A context may change two things: the canvas (positions revealed, `suffix.py`) and the prompt (`hints.py`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dllm_sd.canvases import Canvases
+from dllm_sd.rollouts import Rollout
+from dllm_sd.tasks.task import Task
 from dllm_sd.trajectory import Trajectory
 
 
@@ -23,6 +28,8 @@ class Scene:
     """bool ``[b l]``: tokens of the parsed final answer; None unless a context asks for it."""
     keys: Sequence[int]
     """One key a rollout, for random choices."""
+    prompt: tuple[Tensor, Tensor] | None = None
+    """This teacher's own prompts, ids int64 and mask bool ``[b p]``; None where it reads the student's."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,95 @@ class Reading:
     """bool ``[n l]``: positions masked for the student and revealed here."""
 
 
+@dataclass(frozen=True)
+class Reasoning:
+    """The teacher writes an analysis before it grades; it stands at the start of its turn, before the completion."""
+
+    instruction: str = (
+        "Do not solve the problem yet. In a few sentences, say what the material above shows: what is asked, what a "
+        "solution must respect, and which ideas lead to the answer. The material may contain mistakes."
+    )
+    """Follows the hint in the prompt of the analysis."""
+    transition: str = "\n\nNow I solve the problem on my own, step by step, and mention no such material.\n\n"
+    """Stands between the analysis and the completion."""
+    length: int = 1024
+    """Longest analysis in tokens (of a denoiser, the length of its canvas)."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A teacher's prompt as text."""
+
+    messages: tuple[dict[str, str], ...]
+    """The task's own messages, with or without the question."""
+    template: str
+    """Takes the place of the last message's content; `{question}` is that content and `{hint}` the `text`."""
+    text: str
+
+
+class Hint(Protocol):
+    """What makes a teacher's prompt out of a problem and its rollouts."""
+
+    @property
+    def thinking(self) -> bool | None:
+        """The chat template's thinking switch for this teacher; None as for the student."""
+        ...
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """Whether the teacher writes an analysis first."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Longest prompt of the teacher in tokens, without an analysis."""
+        ...
+
+    @property
+    def overflow(self) -> Literal["drop", "cut"]:
+        """What happens to a longer one: the rollout is dropped and counted, or the hint is cut at its end."""
+        ...
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it looks at the other rollouts of a problem."""
+        ...
+
+    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
+        """The prompt for one rollout, None if there is nothing to hint at.
+
+        Args:
+            rollout: the one that the teacher will grade.
+            group: all attempts at the problem, in order.
+            task: asks the question.
+            key: of the problem, for random choices.
+        """
+        ...
+
+
 class Context(Protocol):
     """A teacher's extra knowledge."""
 
+    @property
+    def needs_answer_span(self) -> bool:
+        """Whether it needs `Scene.answer`."""
+        ...
+
+    @property
+    def shows_later_blocks(self) -> bool:
+        """Whether what it reveals may stand behind the active block, where a block-causal model cannot look."""
+        ...
+
     needs_steps: ClassVar[bool]
     """Whether it needs canvases that the decoder really saw."""
-    needs_answer_span: bool
-    """Whether it needs `Scene.answer`."""
-    shows_later_blocks: bool
-    """Whether what it reveals may stand behind the active block, where a block-causal model cannot look."""
+    reveals: ClassVar[bool]
+    """Whether it reveals anything on the canvas, where an autoregressive model cannot look."""
+
+    @property
+    def hint(self) -> Hint | None:
+        """What makes this teacher's prompt; None where it reads the student's."""
+        ...
 
     def __call__(self, scene: Scene) -> Reading:
         """The teacher's reading of every canvas."""
@@ -59,14 +146,19 @@ class Nothing:
     needs_steps: ClassVar[bool] = False
     needs_answer_span: ClassVar[bool] = False
     shows_later_blocks: ClassVar[bool] = False
+    reveals: ClassVar[bool] = False
+    hint: ClassVar[None] = None
 
     def __call__(self, scene: Scene) -> Reading:
-        return show(scene.canvases, torch.zeros_like(scene.protected))
+        return show(scene, torch.zeros_like(scene.protected))
 
 
-def show(canvases: Canvases, positions: Tensor) -> Reading:
-    """Reveal the rollout's own final tokens at ``positions``, bool ``[n l]``."""
-    length = positions.shape[1]
-    ids = canvases.ids.clone()
+def show(scene: Scene, positions: Tensor) -> Reading:
+    """The student's canvases behind this teacher's prompts, the rollouts' own final tokens at ``positions [n l]``."""
+    canvases, length = scene.canvases, positions.shape[1]
+    ids, mask = canvases.ids.clone(), canvases.mask
     ids[:, -length:] = torch.where(positions, canvases.tokens, ids[:, -length:])
-    return Reading(ids, canvases.mask, positions)
+    if scene.prompt is not None:
+        own, known = (x.to(ids.device)[canvases.rows] for x in scene.prompt)
+        ids, mask = torch.cat([own, ids[:, -length:]], 1), torch.cat([known, mask[:, -length:]], 1)
+    return Reading(ids, mask, positions)

@@ -1,6 +1,6 @@
 """Suffix-conditioned self-teachers: part of the student's own final answer stands on the canvas already."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.rollouts import Rollout
 from dllm_sd.teachers.context import Reading, Scene, show
+from dllm_sd.teachers.hints import HINTS, AnyHint
 from dllm_sd.trajectory import NEVER
 
 
@@ -35,13 +36,21 @@ class Suffix:
     """Reveal tokens of the parsed final answer only."""
     stop_at_end: bool = False
     """Reveal nothing once the scope starts at or behind the end token (a rule of the released code)."""
+    prompt: AnyHint | None = field(default=None, metadata={"parts": HINTS})
+    """A hint in the teacher's prompt beside the suffix, or `no_question` for the suffix without the question."""
     needs_steps: ClassVar[bool] = True
+    reveals: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
             raise InputError("the suffix context's ratio must be between 0 and 1")
         if self.stop_at_end and self.scope != "later_blocks":
             raise InputError("stop_at_end is a rule of scope later_blocks; set it to false for other scopes")
+
+    @property
+    def hint(self) -> AnyHint | None:
+        """What makes the prompt."""
+        return self.prompt
 
     @property
     def needs_answer_span(self) -> bool:
@@ -54,7 +63,7 @@ class Suffix:
         return self.scope != "active_block"
 
     def __call__(self, scene: Scene) -> Reading:
-        return show(scene.canvases, self.positions(scene))
+        return show(scene, self.positions(scene))
 
     def positions(self, scene: Scene) -> Tensor:
         """bool ``[n l]``: what this teacher sees revealed."""
@@ -105,6 +114,9 @@ class LaterStep:
 
     ahead: int | None = 8
     """How many decoding steps later; None looks at the finished completion."""
+    prompt: AnyHint | None = field(default=None, metadata={"parts": HINTS})
+    """A hint in the teacher's prompt."""
+    reveals: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
     needs_answer_span: ClassVar[bool] = False
     shows_later_blocks: ClassVar[bool] = False
@@ -114,11 +126,16 @@ class LaterStep:
         if self.ahead is not None and self.ahead < 0:
             raise InputError("the later_step context's ahead must be 0 or more, or null for the end")
 
+    @property
+    def hint(self) -> AnyHint | None:
+        """What makes the prompt."""
+        return self.prompt
+
     def __call__(self, scene: Scene) -> Reading:
         canvases, trajectory = scene.canvases, scene.trajectory
         later = trajectory.num_steps[canvases.rows] if self.ahead is None else canvases.steps + self.ahead
         shown = canvases.masked & ~trajectory.masked(canvases.rows, later) & ~scene.protected
-        return show(canvases, shown)
+        return show(scene, shown)
 
 
 def answer_span(policy: Policy, rollout: Rollout) -> Tensor:

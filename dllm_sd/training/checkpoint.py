@@ -179,6 +179,7 @@ def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, An
                 "attempt": rollout.attempt,
                 "text": rollout.text,
                 "grade": {"correct": grade.correct, "score": grade.score, "parsed": grade.parsed},
+                "teacher_prompts": rollout.teacher_prompts,
             }
         )
     return tensors, {"kept": entries, "layout": layout, "counts": dict(rollouts.counts)}
@@ -189,14 +190,18 @@ def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rol
     layout = {**tree["layout"]}
     if "end_ids" in layout:
         layout["end_ids"] = tuple(layout["end_ids"])
-    names = ("prompt_ids", "prompt_mask", "tokens", "reveal_step", "length")
+    names = ("prompt_ids", "prompt_mask", "tokens", "reveal_step", "length", "logp")
     kept = [
         Rollout(
             problem=Problem(**entry["problem"]),
             attempt=entry["attempt"],
             text=entry["text"],
             grade=Grade(**entry["grade"]),
-            trajectory=Trajectory(**{name: tensors[f"{i}/{name}"] for name in names}, **layout),
+            trajectory=Trajectory(
+                **{name: tensors[f"{i}/{name}"] for name in names if f"{i}/{name}" in tensors},
+                **{name: value for name, value in layout.items() if name not in names},
+            ),
+            teacher_prompts=tuple(prompt and tuple(prompt) for prompt in entry["teacher_prompts"]),
         )
         for i, entry in enumerate(tree["kept"])
     ]

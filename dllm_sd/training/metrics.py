@@ -62,19 +62,20 @@ SITE_MEANS = {
 """Logged name: field of `Graded`, averaged over all sites of an update."""
 
 
-def site_sums(graded: Sequence[Graded], device: torch.device) -> Tensor:
-    """Sums to be added over processes, float64: loss, sites, then the fields of `SITE_MEANS`."""
-    total = torch.zeros(2 + len(SITE_MEANS), dtype=torch.float64, device=device)
+def site_sums(graded: Sequence[Graded], measured: Sequence[str], device: torch.device) -> Tensor:
+    """Sums to be added over processes, float64: loss, sites, the fields of `SITE_MEANS`, what the target measures."""
+    total = torch.zeros(2 + len(SITE_MEANS) + len(measured), dtype=torch.float64, device=device)
     for part in graded:
-        fields = [getattr(part, name).double().sum() for name in SITE_MEANS.values()]
+        values = [getattr(part, name) for name in SITE_MEANS.values()] + [part.measures[name] for name in measured]
+        fields = [value.double().sum() for value in values]
         total += torch.stack([part.loss.detach().double(), part.value.new_tensor(part.value.numel()).double(), *fields])
     return total
 
 
-def site_metrics(sums: Tensor) -> dict[str, float]:
+def site_metrics(sums: Tensor, measured: Sequence[str]) -> dict[str, float]:
     """Metrics from the added sums; a mean that is not defined (no teacher) is left out."""
     loss, sites, *rest = sums.tolist()
-    means = {name: value / sites for name, value in zip(SITE_MEANS, rest, strict=True)}
+    means = {name: value / sites for name, value in zip([*SITE_MEANS, *measured], rest, strict=True)}
     return {"loss": loss, "sites": int(sites), **{name: v for name, v in means.items() if not math.isnan(v)}}
 
 
@@ -90,6 +91,9 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "rollouts/first_try": counts["first_try"] / problems,
         "rollouts/kept": int(counts["kept"]),
         "rollouts/rejected": int(counts["rejected"]),
+        "rollouts/no_hint": int(counts["no_hint"]),
+        "rollouts/long_hint": int(counts["long_hint"]),
+        "rollouts/generated": int(counts["generated"]),
         "rollouts/length": counts["tokens"] / attempts,
         "rollouts/steps": counts["steps"] / attempts,
     }

@@ -47,7 +47,8 @@ def start_accelerator(autocast: bool) -> Accelerator:
 def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
     """Whole parameters inside, so that each process may run the module as often as its data asks for.
 
-    All processes must enter and leave together; teachers under full fine-tuning must not be called inside.
+    The run's compute type holds inside too, for networks that `generate` without the module around them. All
+    processes must enter and leave together; teachers under full fine-tuning must not be called inside.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     plugin: FullyShardedDataParallelPlugin | None = getattr(accelerator.state, "fsdp_plugin", None)
@@ -56,7 +57,8 @@ def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with accelerator.autocast():
+            yield
     finally:
         for part in parts:
             part.reshard()

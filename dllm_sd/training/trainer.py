@@ -12,16 +12,18 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from dllm_sd.config import Config, check_model, to_tree
+from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.objective import Graded, Plan, grade, plan_update
-from dllm_sd.policies.loading import build_policy
+from dllm_sd.pairing import check_data, check_model
+from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.weights import Teacher, add_adapter, trained
+from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollouts, gather
 from dllm_sd.tasks.task import Problem
+from dllm_sd.teachers.prompts import inform
 from dllm_sd.teachers.suffix import answer_span
 from dllm_sd.training.checkpoint import (
     State,
@@ -47,6 +49,7 @@ from dllm_sd.training.metrics import (
 )
 from dllm_sd.training.optim import build_optimizer, learning_rate
 from dllm_sd.training.progress import Interrupt, Progress
+from dllm_sd.training.scribe import Scribe
 from dllm_sd.training.sharding import gather_tensors, gathered, start_accelerator, whole
 
 Parts = list[tuple[Plan, Graded]]
@@ -66,10 +69,7 @@ class Trainer:
         self.test = (
             first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
         )
-        if not self.method.rollout.decodes and len(problems) and config.task.reference(problems[0]) is None:
-            raise InputError(
-                "method.rollout demonstrations needs references, but the task's data has none; name others"
-            )
+        check_data(config, problems)
         blueprint = check_model(config)
         self._alone(lambda: prepare_folder(config))
         self.policy = build_policy(blueprint, self.accelerator.device)
@@ -78,8 +78,11 @@ class Trainer:
         self.optimizer = build_optimizer(trained(self.policy).values(), config.optim)
         self.lr = learning_rate(self.optimizer, config.optim, config.updates)
         self.module, _ = self.accelerator.prepare(self.policy.module, self.optimizer)  # FSDP2 shards both in place
-        shared = {weights: Teacher(weights, self.policy, adapter) for weights, adapter in adapters.items()}
+        shared = {
+            weights: make_teacher(weights, self.policy, adapter, config.model) for weights, adapter in adapters.items()
+        }
         self.teachers = [shared[weights] for weights in self.method.weights()]
+        self.scribe = Scribe(self.teachers, config.decode, self.accelerator)
         self.state, self.rollouts = State(), None
         checkpoint = latest_checkpoint(self.run)
         self.resumed = checkpoint is not None
@@ -151,14 +154,17 @@ class Trainer:
             self.state.skipped += 1
         else:
             parts, norm = self._learn(plan, self.rollouts, update, lr)
-            sums = self._sum(site_sums([graded for _, graded in parts], self.accelerator.device))
-            metrics |= site_metrics(sums) | {"canvases": plan.size, "grad_norm": norm}
+            names = self.method.target.measured
+            sums = self._sum(site_sums([graded for _, graded in parts], names, self.accelerator.device))
+            metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
             table = divergence_table(parts, self.rollouts) if self._due(update) else None
             if self.log is not None and table is not None:
                 self.log.write_picture("trajectory", trajectory_picture(*table), update)
         for teacher in dict.fromkeys(self.teachers):
             teacher.after_update(update)
         metrics |= rollout_metrics(self.rollouts)
+        reach = self.method.rollout.reach(self.policy, self.config.decode, batch)
+        metrics |= {} if reach is None else {"rollouts/horizon": reach.count}
         metrics |= {"rollouts/too_long": self.state.too_long, "updates_skipped": self.state.skipped}
         return metrics | {"time/rollouts": rolled - start, "time/learning": time.perf_counter() - rolled}
 
@@ -173,7 +179,8 @@ class Trainer:
         if self.world > 1:
             dealt = sorted(gather_object(list(enumerate(tried))), key=lambda pair: pair[0])
             tried = [attempts for _, attempts in dealt]
-        return gather(rule, self.method.gate, tried)
+        rollouts = gather(rule, self.method.gate, tried)
+        return inform(rollouts, self.method.contexts, config.task, self.policy, self.scribe, (config.seed, batch))
 
     def _learn(self, plan: Plan, rollouts: Rollouts, update: int, lr: float) -> tuple[Parts, float]:
         """The gradient of the whole update, in micro-batches over all processes, then one optimizer step."""
@@ -181,7 +188,7 @@ class Trainer:
         torch.manual_seed(make_key(self.config.seed, update, self.rank, "dropout"))
         order = plan.canvases.mask.sum(1).argsort(stable=True)
         mine = order[self.rank :: self.world]
-        size = max(1, self.config.optim.tokens_per_batch // plan.canvases.ids.shape[1])
+        size = max(1, self.config.optim.tokens_per_batch // plan.width)
         count = ceil(ceil(len(order) / self.world) / size)  # the same on every process, as collectives must be
         parts: Parts = []
         for i in range(count):

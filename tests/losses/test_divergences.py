@@ -8,6 +8,7 @@ from dllm_sd.losses import (
     DIVERGENCES,
     ForwardKL,
     GeneralisedJSD,
+    PolicyGradient,
     ReverseKL,
     TokenNLL,
     clip_share,
@@ -42,6 +43,7 @@ def test_the_table_names_every_divergence():
         "reverse_kl": ReverseKL,
         "jsd": GeneralisedJSD,
         "token_nll": TokenNLL,
+        "policy_gradient": PolicyGradient,
     } == DIVERGENCES
 
 

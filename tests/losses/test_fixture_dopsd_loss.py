@@ -9,20 +9,9 @@ import torch
 from torch import Tensor
 
 from dllm_sd.losses import FullVocabulary, GeneralisedJSD, Plain, TopK, top_k_overlap
-from tests.oracles.fixtures import golden
+from tests.oracles.fixtures import assert_same_grad, assert_same_loss, golden
 
 pytestmark = pytest.mark.fixture
-
-
-def assert_same_loss(ours: Tensor | float, expected: Tensor | float, where: object) -> None:
-    """The README's tolerance for values."""
-    ours, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (ours, expected))
-    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-9, msg=lambda text: f"{where}: {text}")
-
-
-def assert_same_grad(ours: Tensor | None, expected: Tensor, where: object) -> None:
-    """The README's tolerance for gradients."""
-    torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-8, msg=lambda text: f"{where}: {text}")
 
 
 def parts(settings: dict[str, Any]) -> tuple[FullVocabulary | TopK, GeneralisedJSD]:

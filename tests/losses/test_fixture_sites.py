@@ -11,7 +11,8 @@ from torch import Tensor
 from dllm_sd.canvases import Canvases, DecoderSteps
 from dllm_sd.losses import FullVocabulary, GeneralisedJSD, ReverseKL, TopK
 from dllm_sd.losses.sites import Revealed, TeacherTop, choose
-from dllm_sd.methods import METHODS, Method
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
 from dllm_sd.objective import grade, plan_update
 from dllm_sd.policies.policy import View
 from dllm_sd.rollouts import PassAtK, Rollout, Rollouts

@@ -24,8 +24,9 @@ def random_logp(*shape: int, seed: int = 0, scale: float = 2.0, dtype: torch.dty
 
 
 ALL = [FullVocabulary()] + [
-    TopK(k=5, of=of, rest=rest) for of in ("teacher", "student") for rest in ("renormalise", "bucket")
+    TopK(k=5, of=of, rest=rest) for of in ("teacher", "student", "rollout") for rest in ("renormalise", "bucket")
 ]
+KEEP = TopK(k=5, rest="keep")
 
 
 def test_the_table_names_every_support():
@@ -40,7 +41,7 @@ def test_probabilities_on_every_support_sum_to_one(support):
         torch.testing.assert_close(logp.exp().sum(-1), torch.ones(logp.shape[:-1], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("rest", ["renormalise", "bucket"])
+@pytest.mark.parametrize("rest", ["renormalise", "bucket", "keep"])
 @pytest.mark.parametrize("k", [30, 1000])
 def test_top_k_of_the_whole_vocabulary_is_the_full_vocabulary(k, rest):
     given = random_logp(6, 30), random_logp(2, 6, 30, seed=1)
@@ -48,15 +49,36 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_vocabulary(k, rest):
         assert torch.equal(ours, full)
 
 
-def test_top_k_keeps_the_first_teachers_entries_or_the_students():
-    student, teacher = random_logp(4, 12), random_logp(2, 4, 12, seed=1)
-    for support, source in ((TopK(k=3), teacher[0]), (TopK(k=3, of="student"), student)):
+def test_top_k_keeps_the_first_teachers_entries_or_the_students_or_those_of_the_rollouts_policy():
+    student, teacher = random_logp(4, 12), random_logp(3, 4, 12, seed=1)
+    for support, source in (
+        (TopK(k=3), teacher[0]),
+        (TopK(k=3, of="student"), student),
+        (TopK(k=3, of="rollout"), teacher[2]),
+    ):
         kept_student, kept_teacher = support(student, teacher)
         for m in range(4):
             index = oracle.top_k(source[m].exp().tolist(), 3)
             for full, kept in ((student[m], kept_student[m]), (teacher[1, m], kept_teacher[1, m])):
                 p = [full[v].exp().item() for v in index]
                 assert sorted(kept.exp().tolist()) == pytest.approx(sorted(x / sum(p) for x in p), rel=1e-12)
+
+
+@pytest.mark.parametrize("of", ["teacher", "student", "rollout"])
+def test_keep_leaves_the_full_vocabularys_log_probabilities_at_the_kept_ids(of):
+    student, teacher = random_logp(4, 12), random_logp(2, 4, 12, seed=1)
+    kept_student, kept_teacher = TopK(k=3, of=of, rest="keep")(student, teacher)
+    source = {"teacher": teacher[0], "student": student, "rollout": teacher[1]}[of]
+    index = torch.stack([row.topk(3, sorted=False).indices for row in source])
+    for full, kept in ((student, kept_student), (teacher[0], kept_teacher[0]), (teacher[1], kept_teacher[1])):
+        assert torch.equal(kept, torch.stack([row[ids] for row, ids in zip(full, index, strict=True)]))
+    assert (kept_student.exp().sum(-1) < 1).all()
+
+
+@pytest.mark.parametrize("c", [0, 1])
+def test_the_rollouts_policy_comes_after_a_teacher(c):
+    with pytest.raises(InputError, match=rf"support\.of is 'rollout' but the method has {c} teacher contexts"):
+        TopK(k=3, of="rollout")(random_logp(4, 12), random_logp(c, 4, 12))
 
 
 def test_the_bucket_holds_the_probability_of_what_was_left_out():
@@ -105,7 +127,7 @@ def test_choosing_the_students_entries_passes_no_gradient_but_their_values_do():
     assert logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("support", ALL, ids=repr)
+@pytest.mark.parametrize("support", [*ALL, KEEP], ids=repr)
 def test_impossible_entries_keep_values_and_gradients_free_of_nan(support):
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
     logits[0, :10] = -torch.inf
@@ -120,14 +142,14 @@ def test_impossible_entries_keep_values_and_gradients_free_of_nan(support):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("support", ALL, ids=repr)
+@pytest.mark.parametrize("support", [*ALL, KEEP], ids=repr)
 def test_float64_is_preserved_and_bfloat16_is_widened(support):
     for given, expected in (
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ):
-        student, teacher = support(random_logp(4, 12, dtype=given), random_logp(1, 4, 12, seed=1, dtype=given))
+        student, teacher = support(random_logp(4, 12, dtype=given), random_logp(2, 4, 12, seed=1, dtype=given))
         assert student.dtype == teacher.dtype == expected
         assert student.isfinite().all()
         assert teacher.isfinite().all()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dllm_sd.errors import InputError
-from dllm_sd.losses import TRUSTS, Equal, GroupAdvantage, TokenNLL
+from dllm_sd.losses import TRUSTS, Drawn, Equal, GroupAdvantage, ImportanceCap, TokenNLL
 from tests.oracles import divergences as oracle
 
 V = 9
@@ -18,18 +18,27 @@ def logits(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def drawn_as(token: torch.Tensor) -> Drawn:
+    """Tokens of which no log-probability is known."""
+    unknown = torch.full(token.shape, torch.nan, dtype=torch.float64)
+    return Drawn(token=token, logp=unknown, old_logp=unknown)
+
+
+DRAWN = drawn_as(TOKEN)
+
+
 def at_token(logp: torch.Tensor) -> torch.Tensor:
     return torch.stack([logp[m, v] for m, v in enumerate(TOKEN.tolist())])
 
 
 def test_the_table_names_every_trust():
-    assert {"equal": Equal, "group_advantage": GroupAdvantage} == TRUSTS
+    assert {"equal": Equal, "importance_cap": ImportanceCap, "group_advantage": GroupAdvantage} == TRUSTS
 
 
 @pytest.mark.parametrize(("t", "rows"), [(0, 1), (1, 1), (3, 3)])
 def test_equal_gives_every_target_the_weight_of_its_rollout(t, rows):
     weight = torch.rand(M, dtype=torch.float64)
-    factor = Equal()(logits(M, V, seed=0), logits(t, M, V, seed=1), TOKEN, weight)
+    factor = Equal()(logits(M, V, seed=0), logits(t, M, V, seed=1), DRAWN, weight)
     assert torch.equal(factor, weight.expand(rows, M))
 
 
@@ -74,7 +83,7 @@ def factor_and_surrogate_gradients(kl: float, with_reference: bool, with_old: bo
     targets = torch.stack(rows) if rows else torch.empty(0, M, V, dtype=torch.float64)
     student_logp = student.log_softmax(-1)
 
-    factor = GroupAdvantage(kl=kl, ratio_clip=0.2)(student_logp, targets, TOKEN, ADVANTAGE)
+    factor = GroupAdvantage(kl=kl, ratio_clip=0.2)(student_logp, targets, DRAWN, ADVANTAGE)
     assert factor.shape == (1, M)
     assert not factor.requires_grad
     nll = TokenNLL()(student_logp, targets, TOKEN)
@@ -102,30 +111,78 @@ def test_the_factor_gives_the_gradient_of_the_clipped_surrogate_and_its_penalty(
 
 
 def test_on_policy_without_a_penalty_the_factor_is_the_advantage():
-    factor = GroupAdvantage()(logits(M, V, seed=0).log_softmax(-1), torch.empty(0, M, V), TOKEN, ADVANTAGE)
+    factor = GroupAdvantage()(logits(M, V, seed=0).log_softmax(-1), torch.empty(0, M, V), DRAWN, ADVANTAGE)
     assert torch.equal(factor[0], ADVANTAGE)
 
 
 def test_the_factor_of_two_tokens_by_hand():
     student, old = torch.tensor([[0.6, 0.4]] * 4).log(), torch.tensor([[0.3, 0.7]] * 4).log()
     token, weight = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, -1.0, 1.0, -1.0])
-    factor = GroupAdvantage(ratio_clip=0.2)(student, old[None], token, weight)
+    factor = GroupAdvantage(ratio_clip=0.2)(student, old[None], drawn_as(token), weight)
     torch.testing.assert_close(factor, torch.tensor([[0.0, -2.0, 4 / 7, 0.0]]))
-    reference_only = GroupAdvantage(kl=0.1)(student, old[None], token, weight)
+    reference_only = GroupAdvantage(kl=0.1)(student, old[None], drawn_as(token), weight)
     torch.testing.assert_close(reference_only, torch.tensor([[0.95, -1.05, 1.075, -0.925]]))
 
 
 def test_a_penalty_needs_a_reference():
     with pytest.raises(InputError, match=r"trust\.kl is above 0 but there is no reference"):
-        GroupAdvantage(kl=0.04)(logits(M, V, seed=0), torch.empty(0, M, V), TOKEN, ADVANTAGE)
+        GroupAdvantage(kl=0.04)(logits(M, V, seed=0), torch.empty(0, M, V), DRAWN, ADVANTAGE)
 
 
 def test_a_third_teacher_is_refused():
     with pytest.raises(InputError, match="at most two teachers and got 3"):
-        GroupAdvantage()(logits(M, V, seed=0), logits(3, M, V, seed=1), TOKEN, ADVANTAGE)
+        GroupAdvantage()(logits(M, V, seed=0), logits(3, M, V, seed=1), DRAWN, ADVANTAGE)
 
 
-@pytest.mark.parametrize("trust", [Equal(), GroupAdvantage()], ids=repr)
+def with_ratio(*ratio: float) -> Drawn:
+    """Tokens whose probability has changed by these ratios."""
+    old = torch.full((len(ratio),), math.log(1e-3), dtype=torch.float64)
+    return Drawn(token=TOKEN[: len(ratio)], logp=old + torch.tensor(ratio, dtype=torch.float64).log(), old_logp=old)
+
+
+@pytest.mark.parametrize(("t", "rows"), [(0, 1), (1, 1), (3, 3)])
+def test_the_importance_weight_is_the_ratio_up_to_its_cap_times_the_rollouts_weight(t, rows):
+    weight = torch.tensor([1.0, 1.0, 3.0, 1.0, 0.0, -1.0])
+    drawn = with_ratio(0.25, 1.0, 1.5, 7.0, 7.0, 2.5)
+    factor = ImportanceCap()(logits(6, V, seed=0), logits(t, 6, V, seed=1), drawn, weight)
+    expected = torch.tensor([0.25, 1.0, 4.5, 2.0, 0.0, -2.0], dtype=torch.float64)
+    torch.testing.assert_close(factor, expected.expand(rows, 6))
+
+
+def test_the_importance_weight_equals_a_plain_loop():
+    logp, old = 3 * logits(99, seed=0), 3 * logits(99, seed=1)
+    drawn, weight = Drawn(token=torch.zeros(99, dtype=torch.int64), logp=logp, old_logp=old), logits(99, seed=2)
+    factor = ImportanceCap(cap=1.5, clamp=2.0)(logits(99, V, seed=0), logits(1, 99, V, seed=1), drawn, weight)
+    for ours, new, before, own in zip(factor[0].tolist(), logp.tolist(), old.tolist(), weight.tolist(), strict=True):
+        assert ours == pytest.approx(own * min(math.exp(max(-2.0, min(2.0, new - before))), 1.5), rel=1e-12)
+
+
+def test_impossible_tokens_have_a_finite_importance_weight():
+    drawn = with_ratio(1.0, 1.0, 1.0, 1.0)
+    drawn.logp[:2] = -torch.inf
+    drawn.old_logp[1:3] = -torch.inf
+    factor = ImportanceCap()(logits(4, V, seed=0), logits(1, 4, V, seed=1), drawn, torch.ones(4))
+    assert factor[0].tolist() == pytest.approx([math.exp(-20), 1.0, 2.0, 1.0])
+
+
+def test_one_unknown_log_probability_is_refused():
+    drawn = with_ratio(1.0, 1.0)
+    drawn.old_logp[1] = torch.nan
+    with pytest.raises(InputError, match=r"carry no log-probabilities; set method\.trust to equal"):
+        ImportanceCap()(logits(2, V, seed=0), logits(1, 2, V, seed=1), drawn, torch.ones(2))
+
+
+def test_the_importance_weight_reads_neither_rewards_nor_rollouts_of_weight_zero():
+    trust = ImportanceCap()
+    assert trust.rollout_weight(torch.tensor([5, -1, 0]), torch.tensor([0, 0, 1])).tolist() == [1, 1, 1]
+    assert not trust.always_counts
+
+
+def test_only_the_importance_weight_needs_what_the_decoder_gave():
+    assert {name for name, part in TRUSTS.items() if part.needs_old_logp} == {"importance_cap"}
+
+
+@pytest.mark.parametrize("trust", [Equal(), GroupAdvantage(), ImportanceCap()], ids=repr)
 def test_factors_follow_the_students_precision_and_carry_no_gradient(trust):
     for given, expected in (
         (torch.float64, torch.float64),
@@ -134,7 +191,9 @@ def test_factors_follow_the_students_precision_and_carry_no_gradient(trust):
     ):
         student = logits(M, V, seed=0).to(given).requires_grad_()
         old = logits(1, M, V, seed=1).log_softmax(-1).to(given)
-        factor = trust(student.log_softmax(-1), old, TOKEN, ADVANTAGE.clone().requires_grad_())
+        student_logp = student.log_softmax(-1)
+        drawn = Drawn(token=TOKEN, logp=at_token(student_logp), old_logp=at_token(old[0]))
+        factor = trust(student_logp, old, drawn, ADVANTAGE.clone().requires_grad_())
         assert factor.dtype == expected
         assert factor.isfinite().all()
         assert not factor.requires_grad
@@ -146,3 +205,10 @@ def test_factors_follow_the_students_precision_and_carry_no_gradient(trust):
 def test_a_wrong_field_is_named(field, wrong):
     with pytest.raises(InputError, match=rf"trust\.{field} is"):
         GroupAdvantage(**{field: wrong})
+
+
+@pytest.mark.parametrize("field", ["cap", "clamp"])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan])
+def test_a_wrong_field_of_the_importance_weight_is_named(field, wrong):
+    with pytest.raises(InputError, match=rf"trust\.{field} is"):
+        ImportanceCap(**{field: wrong})

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +27,17 @@ def fixture_path(name: str) -> Path:
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and settings of the fixture ``name`` (without an ending)."""
     return load_file(fixture_path(f"{name}.safetensors")), json.loads(fixture_path(f"{name}.json").read_text())
+
+
+def assert_same_loss(ours: Tensor | float, expected: Tensor | float, where: object) -> None:
+    """The README's tolerance for values."""
+    ours, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (ours, expected))
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-9, msg=lambda text: f"{where}: {text}")
+
+
+def assert_same_grad(ours: Tensor | None, expected: Tensor, where: object) -> None:
+    """The README's tolerance for gradients."""
+    torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-8, msg=lambda text: f"{where}: {text}")
 
 
 def checkpoints() -> list[Path]:

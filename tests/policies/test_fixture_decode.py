@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dllm_sd.canvases import DecoderSteps
-from dllm_sd.policies.denoising import Denoising, denoise
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.denoising import denoise
 from dllm_sd.trajectory import Trajectory
 from tests.oracles.toy_denoiser import ToyDenoiser, decoding_cases, no_keys
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.fixture
 def decode(case: dict[str, Any], stored: dict[str, Tensor], early_end: bool) -> tuple[Trajectory, list[Tensor]]:
     """Our trajectory of a case and the canvases that were watched."""
     seen: list[Tensor] = []
-    settings = Denoising(
+    settings = Decoding(
         length=case["gen_length"],
         block_length=case["block_length"],
         steps=case["steps"],

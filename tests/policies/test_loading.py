@@ -28,7 +28,7 @@ import dllm_sd
 from dllm_sd import load_policy
 from dllm_sd.errors import InputError
 from dllm_sd.policies import blueprint
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model, Shape
@@ -153,7 +153,7 @@ def test_a_pickled_checkpoint_is_refused(checkpoint: Path):
         ("{}", "config.json names no model_type; restore"),
         ("3", "config.json names no model_type; restore"),
         ('{"model_type": "nothing"}', "model_type 'nothing' of '"),
-        ('{"model_type": "llama"}', "is an autoregressive model (llama); set model.as=diffusion"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "no usable config.json at"),
         (
             '{"model_type": "llama", "is_causal": false, "hidden_size": "big"}',
             "Field 'hidden_size' expected int, got str",
@@ -480,14 +480,13 @@ def test_an_autoregressive_model_gets_a_mask_token_and_a_row_only_where_it_has_n
 def test_an_autoregressive_model_decodes_as_a_diffusion_model_and_no_longer_generates(tmp_path: Path):
     plain_llama(tmp_path, 41, False)
     policy = build_policy(Model(path=str(tmp_path), as_="diffusion"))
-    done = policy.decode([policy.encode([{"content": "1+1="}])], Denoising(length=8, block_length=8), [1])
+    done = policy.decode([policy.encode([{"content": "1+1="}])], Decoding(length=8, block_length=8), [1])
     assert done.prompt_ids.tolist() == [[3, 12, 3, 13]]
     assert not (done.tokens == policy.mask_id).any()
     assert (done.reveal_step >= 0).sum() >= int(done.length)
     network: Any = policy.module.model
     with pytest.raises(InputError, match=r"^generate\(\) writes from left to right and this model denoises"):
         network.generate(torch.tensor([[3]]))
-    assert "is an autoregressive model (llama); set model.as=diffusion" in refusal(path=str(tmp_path), tokenizer=None)
 
 
 def test_a_familys_thinking_switch_is_left_alone_by_templates_without_one(tmp_path: Path):

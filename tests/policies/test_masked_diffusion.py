@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.denoising import Denoising, Meter, denoise, sample
+from dllm_sd.policies.decoding import Decoding, Meter, sample
+from dllm_sd.policies.denoising import denoise
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
@@ -16,7 +17,7 @@ from tests.oracles.toy_denoiser import Recorder
 
 PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21]]
 KEYS = [make_key("row", i) for i in range(len(PROMPTS))]
-SHORT = Denoising(length=18, block_length=6, tokens_per_step=2)
+SHORT = Decoding(length=18, block_length=6, tokens_per_step=2)
 
 TOY: dict[str, Any] = {"mask_id": 11, "end_ids": (10,), "pad_id": 9}
 
@@ -38,7 +39,7 @@ SCHEDULES = {
 }
 
 
-def counts(settings: Denoising) -> list[int]:
+def counts(settings: Decoding) -> list[int]:
     """The schedule of a block, counted separately."""
     if settings.threshold is not None:
         return []
@@ -207,7 +208,7 @@ def test_the_mask_suppressed_and_unknown_tokens_are_never_committed(make_policy,
 
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature_without_what_is_suppressed():
     logits = torch.linspace(-2, 3, 12)
-    settings = Denoising(length=40, block_length=40, temperature=2.0, suppress=(5,), early_end=False, order="random")
+    settings = Decoding(length=40, block_length=40, temperature=2.0, suppress=(5,), early_end=False, order="random")
     drawn = denoise(
         lambda view: logits.expand(int(view.sites.sum()), 12),
         [[1]] * 500,
@@ -230,7 +231,7 @@ def assert_frequencies(drawn: Tensor, expected: Tensor) -> None:
 
 def test_a_position_that_was_not_committed_draws_anew_at_the_next_step():
     logits = torch.tensor([0.7, 0.3, 0.0]).log()
-    settings = Denoising(length=8, block_length=8, tokens_per_step=1, temperature=1.0, early_end=False)
+    settings = Decoding(length=8, block_length=8, tokens_per_step=1, temperature=1.0, early_end=False)
     keys, ids = [make_key("anew", i) for i in range(2000)], {**TOY, "mask_id": 2}
     drawn = denoise(lambda view: logits.expand(int(view.sites.sum()), 3), [[0]] * 2000, settings, keys, **ids)
     chance = 0.3 ** torch.arange(1, 9).double()  # the rarer token is committed only where all that is masked drew it
@@ -300,9 +301,11 @@ def test_text_and_tokens_go_back_and_forth(policy):
     ("settings", "says"),
     [
         ({"length": 0}, "at least 1"),
-        ({"length": 10, "block_length": 4}, "does not divide"),
-        ({"steps": 2}, "number of blocks"),
         ({"temperature": -1.0}, "temperature"),
+        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_p": 0.0}, "top_p above 0"),
+        ({"top_p": 1.1}, "at most 1"),
+        ({"threshold": 1.1}, "threshold is a probability"),
         ({"threshold": 0.9, "order": "margin"}, "order to confidence"),
         ({"threshold": 0.9, "steps": 18}, "steps to null"),
     ],
@@ -311,3 +314,18 @@ def test_text_and_tokens_go_back_and_forth(policy):
 def test_impossible_settings_are_refused(settings, says):
     with pytest.raises(InputError, match=says):
         replace(SHORT, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"length": 10, "block_length": 4}, "decode.block_length 4 does not divide decode.length 10"),
+        ({"steps": 2}, "decode.steps must be at least the number of blocks"),
+    ],
+    ids=str,
+)
+def test_blocks_that_do_not_fill_the_canvas_are_refused_before_the_first_pass(policy, settings, says):
+    meter = Meter()
+    with pytest.raises(InputError, match=says):
+        policy.decode([[4]], replace(SHORT, **settings), [0], meter=meter)
+    assert meter.forwards == 0

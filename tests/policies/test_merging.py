@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.merging import merged
 from dllm_sd.policies.model import Lora
@@ -87,7 +87,7 @@ def test_gradients_flow_to_the_adapters_alone_as_before(policy: MaskedDiffusion)
 
 def test_decoding_with_folded_adapters_decodes_the_same_and_restores_them(make_policy: Any):
     plain, folding = (with_adapters(make_policy, lora={"merge_rollouts": fold}) for fold in (False, True))
-    settings = Denoising(length=12, block_length=6, temperature=0.7)
+    settings = Decoding(length=12, block_length=6, temperature=0.7)
     prompts = [[4, 5, 14, 6], [7], [8, 9, 10]]
     before, spoken, switched = state(folding), logits(folding), []
     layer: Any = folding.module.get_submodule("model.base_model.model.model.layers.0.self_attn.q_proj")

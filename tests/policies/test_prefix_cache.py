@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from dllm_sd import load_policy
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.prefix_cache import block_causal
 from dllm_sd.randomness import make_key
@@ -40,8 +40,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 ENDS = (1, 5, 9, 13)  # several, so that a random model ends some rows
 
 
-def settings_of(block_length: int, changes: dict[str, Any]) -> Denoising:
-    return Denoising(**{"length": 12, "block_length": block_length, "tokens_per_step": 1, **changes})
+def settings_of(block_length: int, changes: dict[str, Any]) -> Decoding:
+    return Decoding(**{"length": 12, "block_length": block_length, "tokens_per_step": 1, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def recorded(policy: MaskedDiffusion) -> Iterator[list[Tensor]]:
 
 
 def both(
-    policy: MaskedDiffusion, settings: Denoising, prompts: list[list[int]] = PROMPTS, keys: list[int] = KEYS
+    policy: MaskedDiffusion, settings: Decoding, prompts: list[list[int]] = PROMPTS, keys: list[int] = KEYS
 ) -> tuple[Trajectory, Trajectory, float]:
     """The decoding with and without the cache, and by how much their logits differ at most."""
     with recorded(policy) as with_cache:
@@ -86,7 +86,7 @@ def assert_same(ours: Trajectory, theirs: Trajectory) -> None:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
-def assert_as_the_plain_decoder(policy: MaskedDiffusion, settings: Denoising, ours: Trajectory) -> None:
+def assert_as_the_plain_decoder(policy: MaskedDiffusion, settings: Decoding, ours: Trajectory) -> None:
     assert policy.block_length
     logits = network_logits(policy.module.model, policy.block_length)
     for row, prompt in enumerate(PROMPTS):

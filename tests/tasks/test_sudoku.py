@@ -1,5 +1,6 @@
 """Generated Sudoku puzzles have one solution, belong to one split, and are graded by the rules."""
 
+import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -7,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.tasks import Problem, Split, Sudoku, Task
-from dllm_sd.tasks.grids import completions, grids
+from dllm_sd.tasks import Grade, Problem, Split, Sudoku, Task
+from dllm_sd.tasks.grids import completions, grids, worked_steps
 from dllm_sd.tasks.sudoku import parse_grid
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 SOLUTION = "1234341221434321"
 PUZZLE = "0204341221034301"
 PROBLEM = Problem("x", {"puzzle": PUZZLE, "solution": SOLUTION})
+WORKED = Sudoku(answer="{steps}\n{solution}")
+WORKED_LARGE = Sudoku(answer="{steps}\n{solution}", size=9, empties_max=50)
 SPARE = 100  # puzzles of a split that a test looks at
 
 
@@ -108,6 +111,11 @@ def test_a_million_problems_cost_nothing_until_looked_at():
         (f"{SOLUTION} <answer>none</answer>", None),
         (SOLUTION[:-1], None),
         (SOLUTION + "1", None),
+        (f"11=1\n13=3\n{SOLUTION}", SOLUTION),
+        ("11=1\n13=3\n1234\n3412\n2143\n4321", SOLUTION),
+        (f"11=1\n13=3\n{SOLUTION[1:]}", None),  # the digit of a step is none of the grid's
+        (f"11 = 1\n{SOLUTION[:-1]}", None),
+        (f"44=12\n{SOLUTION[2:]}", None),
         ("\u0661" + SOLUTION, None),
         ("\u0661" * 16, None),
         ("", None),
@@ -171,6 +179,35 @@ def test_the_reference_is_correct_and_bare_templates_are_allowed():
     assert PUZZLE in Sudoku().messages(PROBLEM)[0]["content"]
 
 
+@pytest.mark.parametrize(("task", "count"), [(WORKED, 2000), (WORKED_LARGE, 20)])
+def test_the_grid_behind_worked_steps_is_graded_and_nothing_else(task: Sudoku, count: int):
+    draws = random.Random(0)
+    for problem in task.problems("train")[:count]:
+        puzzle, solution = problem.fields["puzzle"], problem.fields["solution"]
+        reference = task.reference(problem) or ""
+        assert reference == f"{worked_steps(puzzle, solution)}\n{solution}"
+        assert set(problem.fields) == {"puzzle", "solution"}
+        assert task.grade(problem, reference) == Grade(True, 1.0, solution)
+        for length in range(len(reference)):
+            assert task.grade(problem, reference[:length]) == Grade(False, 0.0, None)
+        steps = reference.rpartition("\n")[0]
+        noise = "".join(draws.choice("0123456789") if c.isdigit() else c for c in steps)
+        assert task.grade(problem, f"{noise}\n{solution}").parsed == solution
+        assert task.grade(problem, f"{steps}\n{solution[::-1]}").parsed == solution[::-1]
+        assert task.grade(problem, f"{noise}\n{solution[1:]}").parsed is None
+
+
+def test_steps_are_worked_out_only_for_a_template_that_asks_for_them(monkeypatch: pytest.MonkeyPatch):
+    assert Sudoku(answer="{steps}; {solution}").reference(PROBLEM) == f"11=1\n13=3\n33=4\n43=2; {SOLUTION}"
+    assert Sudoku(answer="{steps}").reference(Problem("x", {"puzzle": PUZZLE})) is None
+    assert WORKED.final_answer(PROBLEM) == SOLUTION
+    assert Sudoku(mode="compatible").grade(PROBLEM, WORKED.reference(PROBLEM) or "").correct
+    with pytest.raises(InputError, match="puzzle must be a string of 16 digits"):
+        WORKED.reference(Problem("x", {"puzzle": "1", "solution": SOLUTION}))
+    monkeypatch.setattr("dllm_sd.tasks.sudoku.worked_steps", None)
+    assert Sudoku().reference(PROBLEM) == f"<answer>{SOLUTION}</answer>"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -179,6 +216,8 @@ def test_the_reference_is_correct_and_bare_templates_are_allowed():
         ({"empties_max": 13}, r"task\.empties_max \(13\)"),
         ({"size_dev": -1}, r"task\.size_dev must not be negative"),
         ({"prompt": "{solution}"}, r"task\.prompt asks for \{solution\}"),
+        ({"prompt": "{puzzle}{steps}"}, r"task\.prompt asks for \{steps\}; .*of which there are: \{puzzle\}\.$"),
+        ({"answer": "{step}"}, r"task\.answer asks for \{step\}; .*there are: \{puzzle\}, \{solution\}, \{steps\}\.$"),
         ({"answer": "{"}, r"task\.answer is not a template"),
     ],
 )

@@ -81,7 +81,7 @@ def test_replaying_the_stored_reveals_gives_the_stored_teachers():
         revealed = torch.zeros_like(case.canvases.masked)
         for state, positions in enumerate(stored["reveal_positions"]):
             revealed[state, positions[positions >= 0] - case.prompt_length] = True
-        reading = show(case.canvases, revealed)
+        reading = show(case.scene, revealed)
         assert torch.equal(reading.ids, stored["teacher_states"]), (case.name, ratio)
         assert torch.equal(reading.shown, revealed)
 
@@ -100,7 +100,7 @@ def test_our_teacher_with_everything_revealed_is_the_stored_one():
     checked = 0
     for case, ratio, stored in every_ratio():
         if ratio == 1:
-            reading = show(case.canvases, ours(case, ratio))
+            reading = show(case.scene, ours(case, ratio))
             assert torch.equal(reading.ids[:-1], stored["teacher_states"][:-1]), case.name
             checked += 1
     assert checked == len(cases())

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from dllm_sd.canvases import DecoderSteps
 from dllm_sd.errors import InputError
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.teachers import CONTEXTS, LaterStep, Nothing, Scene, Suffix
+from dllm_sd.teachers import CONTEXTS, LaterStep, NoQuestion, Nothing, Reference, Scene, Sibling, Suffix
 from dllm_sd.teachers.suffix import answer_span
-from dllm_sd.trajectory import NEVER, Trajectory
+from dllm_sd.trajectory import NEVER, Reach, Trajectory
 
 SCOPES = ["later_blocks", "all_masked", "active_block"]
 
@@ -46,7 +46,14 @@ def in_scope(scene: Scene, scope: str) -> Tensor:
 
 
 def test_the_table_names_every_context():
-    assert {"nothing": Nothing, "suffix": Suffix, "later_step": LaterStep} == CONTEXTS
+    assert {
+        "nothing": Nothing,
+        "suffix": Suffix,
+        "later_step": LaterStep,
+        "reference": Reference,
+        "sibling": Sibling,
+        "no_question": NoQuestion,
+    } == CONTEXTS
 
 
 def test_nothing_reads_the_students_own_canvas(noise):
@@ -151,7 +158,7 @@ def test_without_end_padding_nothing_behind_the_end_is_revealed(noise, scope, ne
 
 
 def test_with_a_shorter_horizon_nothing_unknown_is_revealed(noise):
-    cut = noise(early_end=False).first_blocks(2)
+    cut = noise(early_end=False).within(Reach("blocks", 2))
     scene = scene_of(cut)
     unknown = ((cut.reveal_step == NEVER) & (torch.arange(24) < cut.length[:, None]))[scene.canvases.rows]
     assert unknown.any()
@@ -239,7 +246,7 @@ def test_impossible_contexts_are_refused(build, says):
     [("12+3=15", "15", [5, 6]), ("15 15", "15", [3, 4]), ("12", "7", []), ("12", None, []), ("1", "", [])],
 )
 def test_the_answer_span_is_the_last_occurrence_of_the_parsed_answer(policy, text, parsed, spelt):
-    trajectory = policy.demonstration([4], policy.encode_completion(text), Denoising(length=12, block_length=12))
+    trajectory = policy.demonstration([4], policy.encode_completion(text), Decoding(length=12, block_length=12))
     rollout = Rollout(
         Problem("0", {}), 0, policy.text(trajectory.tokens[0].tolist()), Grade(True, 1, parsed), trajectory
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.denoising import Denoising
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora
 from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
@@ -68,7 +68,7 @@ def weights(policy: MaskedDiffusion) -> dict[str, Tensor]:
 def roll_out(policy: MaskedDiffusion) -> Rollouts:
     prompted = [Prompted(Problem(f"p{i}", {"puzzle": "0" * 16, "n": i}), (5,) * i) for i in (1, 3, 2)]
     rule = PassAtK(attempts=2, keep="all", until_solved=False)
-    decode = Denoising(length=8, block_length=4, tokens_per_step=1)
+    decode = Decoding(length=8, block_length=4, tokens_per_step=1)
     return gather(rule, All(), rule(policy, TASK, prompted, decode, 0, 0))
 
 

@@ -1,0 +1,176 @@
+"""A method: one choice of part for every slot, and which choices have a meaning together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dllm_sd.canvases import CANVASES, AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.errors import InputError
+from dllm_sd.losses.divergences import (
+    DIVERGENCES,
+    ForwardKL,
+    GeneralisedJSD,
+    PolicyGradient,
+    ReverseKL,
+    TokenNLL,
+)
+from dllm_sd.losses.sites import SITES, Revealed, TeacherTop
+from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, TopK
+from dllm_sd.losses.targets import TARGETS, Barycenter, Each, Plain, PurifiedPMI, Sampled
+from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage, ImportanceCap
+from dllm_sd.policies.weights import WEIGHTS, Base, Weights
+from dllm_sd.rollouts import GATES, ROLLOUTS, All, Correct, Demonstrations, Mixed, PassAtK, Score
+from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, Suffix
+
+Average = Literal["sites", "canvases", "steps", "step_sums", "rollouts"]
+
+
+def _slot(table: Mapping[str, type], default: Callable[[], Any]) -> Any:
+    """A field whose value is a part of ``table`` (or a tuple of such parts)."""
+    return field(default_factory=default, metadata={"parts": table})
+
+
+@dataclass(frozen=True)
+class Method:
+    """One part per slot (see docs/concepts.md for the question that each slot answers)."""
+
+    rollout: PassAtK | Demonstrations = _slot(ROLLOUTS, PassAtK)
+    gate: All | Correct | Score | Mixed = _slot(GATES, Correct)
+    canvases: DecoderSteps | RandomMasks | AllMasked = _slot(CANVASES, DecoderSteps)
+    contexts: tuple[AnyContext, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
+    teacher: tuple[Weights, ...] = _slot(WEIGHTS, lambda: (Base(),))
+    """One for all contexts, or one for each."""
+    sites: Revealed | AllMaskedSites | TeacherTop = _slot(SITES, Revealed)
+    support: FullVocabulary | TopK = _slot(SUPPORTS, FullVocabulary)
+    target: Plain | PurifiedPMI | Barycenter | Each | Sampled = _slot(TARGETS, Plain)
+    divergence: ForwardKL | ReverseKL | GeneralisedJSD | TokenNLL | PolicyGradient = _slot(DIVERGENCES, ReverseKL)
+    trust: Equal | GroupAdvantage | ImportanceCap = _slot(TRUSTS, Equal)
+    temperature: float = 1.0
+    """Softmax temperature of student and teachers in the loss."""
+    average: Average = "sites"
+    """What the loss is a mean over, counted over the whole update and all processes: `sites`; `canvases`, the
+    sum over a canvas's sites (whose random masks weigh 1/t and the answer's length); `steps`, Eq. 12 of arXiv
+    2606.18195 (sites of a step, steps of a rollout, rollouts); `step_sums`, the same without the mean over a step's
+    sites (released d-OPSD, "batchmean"); `rollouts` (sites of a rollout, rollouts)."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that have no meaning."""
+        if not self.temperature > 0:
+            raise InputError("method.temperature must be above 0")
+        for check in (_check_contexts, _check_sites, _check_target, _check_divergence, _check_group, _check_cap):
+            check(self)
+
+    def weights(self) -> tuple[Weights, ...]:
+        """One set of teacher weights for each context."""
+        return self.teacher * len(self.contexts) if len(self.teacher) == 1 else self.teacher
+
+
+def _check_contexts(method: Method) -> None:
+    contexts = method.contexts
+    if len(method.teacher) not in (1, len(contexts)) and contexts:
+        raise InputError(
+            f"method.teacher lists {len(method.teacher)} weights for {len(contexts)} contexts; "
+            "give one for all, or one for each"
+        )
+    if not isinstance(method.canvases, DecoderSteps) and any(context.needs_steps for context in contexts):
+        raise InputError("method.contexts needs canvases that the decoder saw; set method.canvases to decoder_steps")
+    if any(context.hint is not None and context.hint.needs_group for context in contexts):
+        rollout = method.rollout
+        if not isinstance(rollout, PassAtK) or rollout.keep != "all" or rollout.attempts < 2:
+            raise InputError(
+                "method.contexts sibling looks at the other attempts: set rollout.keep to all, attempts to 2 or more"
+            )
+
+
+def _check_sites(method: Method) -> None:
+    if method.sites.score is None:
+        return
+    if not method.contexts:
+        raise InputError("method.sites asks a teacher, but method.contexts is empty; add a context or use revealed")
+    for context in method.contexts:
+        everything = isinstance(context, Suffix) and context.scope != "later_blocks" and context.ratio == 1
+        everything |= isinstance(context, LaterStep) and context.ahead is None
+        if everything:
+            raise InputError("method.contexts reveals the whole active block, so the teacher can choose no site there")
+
+
+def _check_target(method: Method) -> None:
+    target, count = method.target, len(method.contexts)
+    if isinstance(target, Each) and not count:
+        raise InputError("method.target each distils every teacher, but method.contexts is empty; add a context")
+    if target.contexts is not None and count != target.contexts:
+        name = next(name for name, part in TARGETS.items() if part is type(target))
+        raise InputError(
+            f"method.target {name} is made of {target.contexts} teachers, but method.contexts lists {count}; list "
+            f"{target.contexts}, or use target each, or sampled for likelihood losses"
+        )
+    if isinstance(target, PurifiedPMI) and not isinstance(method.support, FullVocabulary):
+        raise InputError("method.target pmi centres over the whole vocabulary; set method.support to full")
+    if isinstance(method.support, TopK) and method.support.of == "rollout" and count < 2:
+        raise InputError("method.support.of rollout reads the last of several contexts; add a snapshot context")
+
+
+def _check_divergence(method: Method) -> None:
+    divergence, support, target = method.divergence, method.support, method.target
+    full, kept = isinstance(support, FullVocabulary), isinstance(support, TopK) and support.rest == "keep"
+    if isinstance(divergence, TokenNLL) and not full:
+        raise InputError("method.divergence token_nll reads one token of the vocabulary; set method.support to full")
+    if isinstance(divergence, TokenNLL) != isinstance(target, Sampled):
+        raise InputError("method.target sampled and method.divergence token_nll belong together; set both or neither")
+    if isinstance(target, Sampled) and not isinstance(method.trust, GroupAdvantage) and method.contexts:
+        raise InputError("method.target sampled without group advantage asks no teacher; set method.contexts to []")
+    if kept != (isinstance(divergence, PolicyGradient) and divergence.tokens == "support" and not full):
+        raise InputError(
+            "method.support.rest keep leaves no distribution and is for divergence policy_gradient, which needs it; "
+            "set both or neither"
+        )
+    if isinstance(divergence, PolicyGradient):
+        if divergence.tokens == "sampled" and not full:
+            raise InputError("method.divergence.tokens sampled reads any token; set method.support to full")
+        if len(method.contexts) > 2 or isinstance(target, PurifiedPMI | Barycenter):
+            raise InputError(
+                "method.divergence policy_gradient reads the teacher, and the rollouts' policy if there is a second "
+                "context; set method.target to plain or each"
+            )
+
+
+def _check_group(method: Method) -> None:
+    trust, rollout, contexts = method.trust, method.rollout, method.contexts
+    if isinstance(method.canvases, DecoderSteps) and isinstance(rollout, Demonstrations):
+        raise InputError("demonstrations were never decoded step by step; set method.canvases to random_masks")
+    if method.gate.count_rejected and method.average in ("sites", "canvases"):
+        raise InputError(
+            f"method.gate.count_rejected has no meaning under average {method.average}, which counts no rollouts; "
+            "set method.average to steps, step_sums or rollouts"
+        )
+    if not isinstance(trust, GroupAdvantage):
+        return
+    if not isinstance(method.divergence, TokenNLL):
+        raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")
+    if not isinstance(rollout, PassAtK) or rollout.keep != "all" or rollout.attempts < 2:
+        raise InputError("method.trust group_advantage compares a group: rollout.keep all, attempts 2 or more")
+    if isinstance(method.gate, Correct | Score):
+        raise InputError("method.trust group_advantage compares good and bad rollouts; use gate all or mixed")
+    wanted = (trust.kl > 0) + (rollout.passes > 1)
+    if len(contexts) != wanted:
+        raise InputError(
+            f"method.trust group_advantage needs {wanted} contexts here (base weights if kl > 0, a snapshot "
+            f"every {rollout.passes} updates if rollouts serve several passes), not {len(contexts)}"
+        )
+
+
+def _check_cap(method: Method) -> None:
+    if not method.trust.needs_old_logp:
+        return
+    rollout = method.rollout
+    if not isinstance(rollout, PassAtK) or rollout.temperature != method.temperature:
+        raise InputError(
+            "method.trust importance_cap compares with the probabilities of the rollouts: set "
+            "method.rollout.temperature and method.temperature to the same value"
+        )
+    if not isinstance(method.canvases, DecoderSteps) or not isinstance(method.sites, Revealed):
+        raise InputError(
+            "method.trust importance_cap compares each token where the decoder chose it; set method.canvases to "
+            "decoder_steps and method.sites to revealed"
+        )

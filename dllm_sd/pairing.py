@@ -1,0 +1,116 @@
+"""Whether a method and a model belong together, decided before any weight is read."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dllm_sd.canvases import AllMasked
+from dllm_sd.config import Config
+from dllm_sd.errors import InputError
+from dllm_sd.policies.blueprint import Blueprint, read_blueprint
+from dllm_sd.policies.loading import teacher_model
+from dllm_sd.policies.masked_diffusion import check_blocks
+from dllm_sd.policies.weights import Checkpoint
+from dllm_sd.tasks.task import Problem
+from dllm_sd.teachers import CONTEXTS, Reference
+
+
+def check_model(config: Config) -> Blueprint:
+    """Read what the checkpoint says without its weights, and refuse what this model cannot do.
+
+    Raises:
+        InputError: naming the key, and the remedy.
+    """
+    blueprint = read_blueprint(config.model)
+    _check_teachers(config, blueprint)
+    if blueprint.causal:
+        _check_causal(config)
+        return blueprint
+    schedules = {f"eval.schedules.{name}": overrides for name, overrides in config.eval.schedules.items()}
+    for key, overrides in {"decode": {}, **schedules}.items():
+        check_blocks(blueprint.block_length, replace(config.decode, **overrides), key)
+    if blueprint.block_length is None:
+        return blueprint
+    if isinstance(config.method.canvases, AllMasked):
+        raise InputError(
+            "method.canvases all_masked hides blocks that a block-causal model always sees finished; use random_masks"
+        )
+    for context in config.method.contexts:
+        if context.hint is not None:
+            raise InputError(
+                "method.contexts gives a teacher a prompt of another length, which would move the blocks of this "
+                "block-causal model; use suffix in the active block, or a model that sees the whole canvas"
+            )
+        if context.shows_later_blocks:
+            raise InputError(
+                "method.contexts reveals later blocks, which a block-causal model never sees, so the teacher would "
+                "know no more than the student; set the suffix context's scope to active_block"
+            )
+    return blueprint
+
+
+def check_data(config: Config, problems: Sequence[Problem]) -> None:
+    """Refuse a method that needs what the task's data does not have, judged by its first problem.
+
+    Raises:
+        InputError: naming the key, and the remedy.
+    """
+    if not len(problems):
+        return
+    task, problem = config.task, problems[0]
+    if not config.method.rollout.decodes and task.reference(problem) is None:
+        raise InputError("method.rollout demonstrations needs references, but the task's data has none; name others")
+    for context in config.method.contexts:
+        hint = context.hint
+        if isinstance(hint, Reference):
+            found = task.reference(problem) if hint.source == "solution" else task.final_answer(problem)
+            if found is None:
+                raise InputError(
+                    f"method.contexts reference needs the {hint.source} of each problem, but the task's data has none; "
+                    "name other data, or another source"
+                )
+
+
+def _check_causal(config: Config) -> None:
+    """Refuse what an autoregressive model cannot do."""
+    decode = {"decode": config.decode}
+    decode |= {f"eval.schedules.{name}": replace(config.decode, **o) for name, o in config.eval.schedules.items()}
+    for key, settings in decode.items():
+        for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
+            if getattr(settings, name):
+                raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
+    for context in config.method.contexts:
+        if context.reveals:
+            name = next(name for name, part in CONTEXTS.items() if part is type(context))
+            raise InputError(
+                f"method.contexts {name} reveals what stands behind the graded token, where an autoregressive model "
+                "never looks; hint in the prompt instead (reference, sibling)"
+            )
+
+
+def _check_teachers(config: Config, blueprint: Blueprint) -> None:
+    """Refuse teachers that cannot read what the student reads, and hints that cannot be written."""
+    for context in config.method.contexts:
+        hint = context.hint
+        if hint is not None and hint.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
+            raise InputError("a context sets thinking, but the chat template has no thinking switch; leave it out")
+        if hint is not None and hint.reasoning is not None:
+            analysis = replace(config.decode, length=hint.reasoning.length, temperature=hint.reasoning.temperature)
+            if not blueprint.causal:
+                check_blocks(blueprint.block_length, analysis, "the analysis of a context with decode")
+    for weights in config.method.weights():
+        if not isinstance(weights, Checkpoint):
+            continue
+        if weights.path is None:
+            raise InputError("method.teacher.0.path is missing; name the checkpoint that teaches")
+        other = read_blueprint(teacher_model(weights, config.model))
+        if other.causal != blueprint.causal or other.block_length != blueprint.block_length:
+            raise InputError(
+                f"the teacher at {weights.path!r} does not read what the student reads (autoregressive, denoising or "
+                "in blocks); choose one of the student's kind"
+            )
+        assert other.chat is not None
+        assert blueprint.chat is not None
+        if other.chat.tokenizer.get_vocab() != blueprint.chat.tokenizer.get_vocab():
+            raise InputError(
+                f"the teacher at {weights.path!r} has another tokenizer than the student; choose one with the same"
+            )

@@ -1,0 +1,172 @@
+"""The autoregressive policy: any causal language model of transformers, decoded by its own generation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from dllm_sd.policies.chat import Chat
+from dllm_sd.policies.decoding import Decoding, Meter, draw, drawn_logp
+from dllm_sd.policies.language_model import LanguageModel
+from dllm_sd.randomness import fold, key_tensor, uniform
+from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, completion_length, concatenate, left_pad
+
+NO_MASK = -1
+"""Stands where a masked-diffusion policy has its mask token; no such row exists, so that nobody can read it."""
+
+
+class Autoregressive(LanguageModel):
+    """A causal language model behind the `Policy` protocol.
+
+    Its trajectories are revealed one token a step from left to right, in blocks of one token; its logits speak about
+    the next position, which the module settles: row ``m`` of `site_logits` speaks about site ``m``.
+    """
+
+    mask_id = NO_MASK
+    block_length = None
+    causal = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        chat: Chat | None,
+        *,
+        end_ids: tuple[int, ...],
+        pad_id: int,
+        suppress: tuple[int, ...] = (),
+        merge_rollouts: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            chat,
+            end_ids=end_ids,
+            pad_id=pad_id,
+            suppress=suppress,
+            shift=True,
+            merge_rollouts=merge_rollouts,
+        )
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Decoding,
+        keys: Sequence[int],
+        watch: Callable[[Tensor], None] | None = None,
+        finished: Callable[[Tensor, Trajectory], None] | None = None,
+        meter: Meter | None = None,
+        reach: Reach | None = None,
+    ) -> Trajectory:
+        """Complete any number of prompts, `settings.batch_size` of them at a time, those of like length together.
+
+        ``watch`` sees the completion side int64 ``[b l]`` of a batch before each token, `NO_MASK` where nothing is
+        written yet. Returns the trajectory on the CPU, in the order of the prompts.
+        """
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        parts: list[Trajectory] = []
+        with self.decoding():
+            for start in range(0, len(order), settings.batch_size):
+                rows = order[start : start + settings.batch_size]
+                some = [prompts[row] for row in rows]
+                parts.append(self._generate(some, settings, [keys[row] for row in rows], watch, meter, reach))
+                if finished is not None:
+                    finished(torch.tensor(rows), parts[-1])
+        return concatenate(parts).select(torch.tensor(order).argsort())
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Decoding,
+        keys: Sequence[int],
+        watch: Callable[[Tensor], None] | None,
+        meter: Meter | None,
+        reach: Reach | None,
+    ) -> Trajectory:
+        """One batch through transformers' `generate`; the choice of each token is ours, and keyed."""
+        prompt_ids, prompt_mask = left_pad(prompts, self.pad_id)
+        steps = settings.length if reach is None else min(reach.count, settings.length)
+        chooser = KeyedChoice(settings, key_tensor(keys, self.device), self.suppress, prompt_ids.shape[1], watch)
+        network: Any = self.module.network
+        found = network.generate(
+            input_ids=prompt_ids.to(self.device),
+            attention_mask=prompt_mask.to(self.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=steps,
+                do_sample=False,
+                eos_token_id=list(self.end_ids),
+                pad_token_id=self.pad_id,
+            ),
+            logits_processor=LogitsProcessorList([chooser]),
+        )
+        written = found[:, prompt_ids.shape[1] :].cpu()
+        trajectory = self._trajectory(prompt_ids, prompt_mask, written, settings.length, torch.stack(chooser.logp, 1))
+        if meter is not None:
+            made = written.shape[1]
+            meter.forwards, meter.slots = meter.forwards + made, meter.slots + made * len(prompts)
+            meter.rows += int(trajectory.num_steps.sum())
+        return trajectory
+
+    def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Decoding) -> Trajectory:
+        """A given completion as a trajectory of one row."""
+        return self._trajectory(*left_pad([prompt], self.pad_id), torch.tensor([list(tokens)]), settings.length, None)
+
+    def _trajectory(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, written: Tensor, length: int, logp: Tensor | None
+    ) -> Trajectory:
+        """What was ``written`` int64 ``[b w]`` up to the first end token, on ``length`` positions."""
+        step = torch.arange(length).expand(len(written), -1)
+        known = step < completion_length(written, self.end_ids)[:, None]
+
+        def on_canvas(x: Tensor, value: float) -> Tensor:
+            return torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value).masked_fill(~known, value)
+
+        tokens = on_canvas(written, self.pad_id)
+        return Trajectory(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            tokens=tokens,
+            reveal_step=step.masked_fill(~known, NEVER),
+            length=completion_length(tokens, self.end_ids, known),
+            block_length=1,
+            mask_id=NO_MASK,
+            end_ids=self.end_ids,
+            pad_id=self.pad_id,
+            causal=True,
+            logp=None if logp is None else on_canvas(logp.cpu(), torch.nan),
+        )
+
+    def extent(self, unit: Unit, settings: Decoding) -> int:
+        """Blocks or steps of a complete decoding: a token each."""
+        return settings.length
+
+
+class KeyedChoice(LogitsProcessor):
+    """Chooses each row's next token by that row's key, and leaves `generate` no other."""
+
+    def __init__(
+        self,
+        settings: Decoding,
+        keys: Tensor,
+        suppress: Sequence[int],
+        width: int,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """For rows with ``keys [b]`` behind prompts of ``width`` columns."""
+        self.settings, self.keys, self.width, self.watch = settings, keys, width, watch
+        self.suppress = torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64, device=keys.device)
+        self.logp: list[Tensor] = []
+        """``[b]`` of each step so far."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``[b s], [b v] -> [b v]``: 0 at the token that is chosen, -inf elsewhere."""
+        step = input_ids.shape[1] - self.width
+        if self.watch is not None:
+            canvas = torch.full((len(input_ids), self.settings.length), NO_MASK, device=input_ids.device)
+            canvas[:, :step] = input_ids[:, self.width :]
+            self.watch(canvas)
+        allowed = scores.index_fill(-1, self.suppress, -torch.inf)
+        token = draw(allowed, self.settings, uniform(fold(self.keys, step), 1)[:, 0])
+        self.logp.append(drawn_logp(scores, self.settings, token))
+        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)

@@ -1,0 +1,74 @@
+"""What both kinds of policy share: a network wrapped for processes, a chat format, token ids."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dllm_sd.errors import InputError
+from dllm_sd.policies.chat import Chat
+from dllm_sd.policies.merging import merged
+from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import SiteHead, evaluating
+
+
+class LanguageModel:
+    """A network behind the part of the `Policy` protocol in which backbones do not differ."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        chat: Chat | None,
+        *,
+        end_ids: tuple[int, ...],
+        pad_id: int,
+        suppress: tuple[int, ...] = (),
+        block_length: int | None = None,
+        shift: bool = False,
+        merge_rollouts: bool = False,
+    ) -> None:
+        self.module = SiteHead(model, block_length, shift)
+        self.chat = chat
+        self.end_ids, self.pad_id = end_ids, pad_id
+        self.suppress = suppress
+        """Ids of the output head that the tokenizer does not know."""
+        self.merge_rollouts = merge_rollouts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    def site_logits(self, view: View) -> Tensor:
+        """Logits ``[m v]`` of a view on any device."""
+        view = view.trimmed()
+        return self.module(*(x.to(self.device) for x in (view.ids, view.mask, view.sites)))
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Eval mode, adapters folded in if asked for, no gradient."""
+        model = self.module.model
+        folded = merged(model) if self.merge_rollouts and isinstance(model, PeftModel) else nullcontext()
+        with evaluating(self.module), folded, torch.no_grad():
+            yield
+
+    def encode(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> list[int]:
+        """Chat messages as prompt tokens, the assistant's turn opened; ``thinking`` overrides the template's switch."""
+        return self._chat.encode(messages, thinking)
+
+    def encode_completion(self, text: str, ended: bool = True) -> list[int]:
+        """A completion as tokens, with the end token if it is ``ended``."""
+        return self._chat.encode_completion(text, ended)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Completion tokens as text, without special tokens."""
+        return self._chat.text(tokens)
+
+    @property
+    def _chat(self) -> Chat:
+        if self.chat is None:
+            raise InputError("this model was loaded without a tokenizer; name one in model.tokenizer")
+        return self.chat

@@ -1,0 +1,151 @@
+"""Prompt-conditioned teachers: the teacher's prompt holds a hint that the student never sees.
+
+A hint is a context of its own (a teacher that reads the student's completion behind another prompt), and the `prompt`
+of a context that also reveals positions on the canvas.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from dllm_sd.errors import InputError
+from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import Rollout
+from dllm_sd.tasks.datafile import render
+from dllm_sd.tasks.task import Task
+from dllm_sd.teachers.context import Ask, Reading, Reasoning, Scene, show
+
+REFERENCE = """\
+{question}
+
+A reference for this problem, for your eyes only:
+---
+{hint}
+---
+Work out why it is right. Then write a solution of your own, from the start and in your own words; you may try ideas \
+and take them back. Do not mention the reference."""
+
+SIBLING = """\
+{question}
+
+An earlier attempt at this problem that reached the right answer:
+---
+{hint}
+---
+Solve the problem afresh and answer it correctly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    """What all hints share: the limits of the prompt, and that they reveal nothing on the canvas."""
+
+    thinking: bool | None = None
+    """The chat template's thinking switch for this teacher; None as for the student."""
+    reasoning: Reasoning | None = None
+    """Set it (to ``{}`` for its defaults) and the teacher writes an analysis before it grades."""
+    longest: int = 10240
+    """Longest prompt of the teacher in tokens, without an analysis."""
+    overflow: Literal["drop", "cut"] = "drop"
+    """What happens to a longer one: the rollout is dropped and counted, or the hint is cut at its end."""
+    needs_steps: ClassVar[bool] = False
+    needs_answer_span: ClassVar[bool] = False
+    shows_later_blocks: ClassVar[bool] = False
+    reveals: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.longest < 1:
+            raise InputError("a context's longest prompt must be at least 1 token")
+
+    def __call__(self, scene: Scene) -> Reading:
+        return show(scene, torch.zeros_like(scene.protected))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(_Prompt):
+    """The data's reference in the prompt (OPSD, arXiv 2601.18734; the comparison of arXiv 2606.18195, Table 4)."""
+
+    source: Literal["solution", "answer"] = "solution"
+    """The whole reference completion, or the final answer alone."""
+    question: bool = True
+    """False takes the question out of the prompt and leaves all else: the reference-only probe of arXiv 2607.02234."""
+    template: str = REFERENCE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.template)
+
+    @property
+    def hint(self) -> "Reference":
+        """Itself."""
+        return self
+
+    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
+        """None where the data has no reference."""
+        problem = rollout.problem
+        text = task.reference(problem) if self.source == "solution" else task.final_answer(problem)
+        return None if text is None else Ask(tuple(task.messages(problem, self.question)), self.template, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sibling(_Prompt):
+    """A successful attempt at the same problem in the prompt (SDPO, arXiv 2601.20802; DemoPSD, arXiv 2607.02502)."""
+
+    at_least: float = 1.0
+    """Score from which an attempt counts as successful."""
+    own: bool = False
+    """Whether the rollout itself may be its hint; else a lone success has none."""
+    choice: Literal["first", "random"] = "first"
+    """The first success, or one drawn at random, the same for all rollouts of the problem that may have it."""
+    strip_thinking: bool = True
+    """Leave out what stands before the end of its thinking, ``</think>``."""
+    template: str = SIBLING
+    needs_group: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.template)
+
+    @property
+    def hint(self) -> "Sibling":
+        """Itself."""
+        return self
+
+    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
+        """None where no (other) attempt succeeded."""
+        good = [one for one in group if one.grade.score >= self.at_least]
+        if self.choice == "random":
+            good.sort(key=lambda one: make_key(key, "sibling", one.attempt))
+        good = [one for one in good if self.own or one.attempt != rollout.attempt]
+        if not good:
+            return None
+        text = good[0].text
+        text = text.rpartition("</think>")[2].strip() if self.strip_thinking else text
+        return Ask(tuple(task.messages(rollout.problem)), self.template, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoQuestion(_Prompt):
+    """The student's prompt without the question: what a teacher knows from the canvas alone."""
+
+    @property
+    def hint(self) -> "NoQuestion":
+        """Itself."""
+        return self
+
+    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask:
+        """Always the same, whatever the problem."""
+        return Ask(tuple(task.messages(rollout.problem, question=False)), "{question}", "")
+
+
+HINTS: dict[str, type] = {"reference": Reference, "sibling": Sibling, "no_question": NoQuestion}
+AnyHint = Reference | Sibling | NoQuestion
+
+
+def check_template(template: str) -> None:
+    """Refuse a hint's template that leaves out the hint or asks for anything else."""
+    render(template, {"question": "", "hint": ""}, "the context's template")
+    if "{hint}" not in template:
+        raise InputError("the context's template has no {hint}; say where the hint stands")

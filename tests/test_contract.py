@@ -1,0 +1,719 @@
+"""The contract of every named method on both backbones, through the trainer, with tiny random models.
+
+What holds for all: the student learns, teachers keep to their own rule, no hint is in what the student reads, and
+neither micro-batches nor processes nor a crash change a run. Run as a script this file is one of several processes.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+
+from dllm_sd.cli import main
+from dllm_sd.config import Config, build_config
+from dllm_sd.errors import InputError
+from dllm_sd.methods import METHODS
+from dllm_sd.pairing import check_model
+from dllm_sd.policies.loading import build_policy
+from dllm_sd.policies.site_head import SiteHead
+from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.tasks import TASKS
+from dllm_sd.tasks.sudoku import Sudoku
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.teachers import LaterStep, NoQuestion, Reference, Sibling, Suffix
+from dllm_sd.training import trainer as trainer_module
+from dllm_sd.training.trainer import Trainer
+from dllm_sd.trajectory import NEVER
+
+ROOT = Path(__file__).parents[1]
+Backbone = Literal["diffusion", "autoregressive"]
+BACKBONES: tuple[Backbone, ...] = ("diffusion", "autoregressive")
+HINTED = {"template": "{question}({hint})"}
+
+
+@dataclass(frozen=True)
+class Parity(Sudoku):
+    """Sudoku that random models are right about half of the time, with prompts of unequal length."""
+
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
+        puzzle = problem.fields["puzzle"]
+        return [{"role": "user", "content": f"{puzzle}{':' * (1 + puzzle.count('0', 0, 8))}" if question else ":"}]
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        correct = sum(map(ord, completion)) % 2 == 0
+        return Grade(correct, 1.0 if correct else 0.25 * (len(completion) % 3), completion[-2:] or None)
+
+
+# The cases: every named method, and combinations that nobody has published.
+
+SIZES: dict[str, dict[str, Any]] = {
+    name: {"name": name, "rollout": {"problems": 3, **({} if name == "sft" else {"attempts": 1})}} for name in METHODS
+}
+for _name, _row in METHODS.items():
+    if getattr(_row.method.rollout, "attempts", 1) > 1:
+        SIZES[_name]["rollout"] |= {"problems": 2, "attempts": 3}
+SIZES["d_opsd_reference"]["rollout"] |= {"problems": 4, "passes": 2}
+SIZES["d_opsd_paper"]["divergence"] = {"clip_at": 2.0}  # at 0.05 no site of these models would have a gradient
+SIZES["popd"]["rollout"]["horizon"] = {"start": 1, "step": 1}
+OTHER = {"name": "checkpoint", "path": "OTHER", "dtype": "float64"}
+for _name in ("opd", "opd_sampled", "topd", "popd"):
+    SIZES[_name]["teacher"] = [OTHER]
+for _name in ("d_opsd_prompt", "opsd", "opsd_paper", "opsd_reference", "sdpo", "sdpo_paper"):
+    SIZES[_name]["contexts"] = {"0": HINTED}
+SIZES["demo_psd"]["contexts"] = {"0": HINTED}
+for _name in ("sdpo", "demo_psd"):  # the vocabulary has 25 entries
+    SIZES[_name]["support"] = {"k": 8}
+SIZES["opsd_pmi"]["contexts"] = {"0": HINTED, "1": HINTED}
+
+
+def varied(name: str, **changes: Any) -> dict[str, Any]:
+    """A named method in its size here with other parts; `rollout` is added to its rollout."""
+    rollout = {**SIZES[name]["rollout"], **changes.pop("rollout", {})}
+    return {**SIZES[name], **changes, "rollout": rollout}
+
+
+LORA = {"rank": 2, "alpha": 8}
+BEHIND = {"contexts": ["nothing", "nothing"], "teacher": ["base", {"name": "snapshot", "every": 2}]}
+REASONS = {"name": "reference", **HINTED, "reasoning": {"length": 8, "instruction": "=", "transition": "+-"}}
+EXTRAS: dict[str, dict[str, Any]] = {
+    "opsd reasoned": varied("opsd", contexts=[REASONS], teacher=[{"name": "ema", "decay": 0.5}]),
+    "opsd reasoned, several passes": varied("opsd", contexts=[REASONS], rollout={"passes": 2}),
+    "opsd_pmi, several passes": varied("opsd_pmi", rollout={"passes": 2}),
+    "sdpo, several passes": varied("sdpo", rollout={"passes": 2}),
+    "sdpo truncated": varied("sdpo", rollout={"horizon": {"name": "truncated", "ratio": 0.5}}),
+    "opsd progressive": varied(
+        "opsd", rollout={"horizon": {"name": "progressive", "start": 2, "step": 3, "unit": "steps"}}
+    ),
+    "grpo truncated steps": varied("grpo", rollout={"horizon": {"name": "truncated", "ratio": 0.4, "unit": "steps"}}),
+    "demo_psd progressive": varied("demo_psd", rollout={"horizon": {"name": "progressive", "start": 2}}),
+    "grpo, several passes": varied("grpo", rollout={"passes": 2}, **BEHIND),
+    "diffu_grpo, several passes": varied("diffu_grpo", rollout={"passes": 2}, **BEHIND),
+    "opd, several passes": varied(
+        "opd",
+        rollout={"passes": 2},
+        contexts=["nothing", "nothing"],
+        teacher=[OTHER, {"name": "snapshot", "every": 2}],
+        target="each",
+        support={"name": "top_k", "k": 6, "of": "rollout", "rest": "keep"},
+    ),
+    "opsd reasoned by another checkpoint": varied("opsd", contexts=[REASONS], teacher=[OTHER]),
+    "opd lora": varied("opd"),
+    "opsd lora": varied("opsd"),
+    "sdpo lora": varied("sdpo"),
+    "opsd_pmi lora": varied("opsd_pmi"),
+    "opsd reasoned lora": varied("opsd", contexts=[REASONS], teacher=[{"name": "ema", "decay": 0.5}]),
+    "suffix and reference": varied(
+        "d_opsd",
+        contexts=[{"name": "suffix", "prompt": {"name": "reference", **HINTED}}, {"name": "reference", **HINTED}],
+        teacher=[{"name": "ema", "decay": 0.5}, "base"],
+        target="each",
+    ),
+    "d_opsd truncated": varied("d_opsd", rollout={"horizon": {"name": "truncated", "ratio": 0.75}}),
+    "d_opsd progressive": varied("d_opsd", rollout={"horizon": {"name": "progressive", "start": 2}}),
+    "later_step and a sibling": varied(
+        "sdpo", canvases="decoder_steps", contexts=[{"name": "later_step", "prompt": {"name": "sibling", **HINTED}}]
+    ),
+}
+CASES = SIZES | EXTRAS
+ONLY_DIFFUSION = {
+    *("d_opsd", "d_opsd_paper", "d_opsd_reference", "d_opsd_pmi", "d_demo_psd", "later_step"),
+    *("suffix and reference", "d_opsd truncated", "d_opsd progressive", "later_step and a sibling"),
+}
+Pair = tuple[str, Backbone]
+REACH: dict[Pair, list[int]] = {  # positions that each update's rollouts may reach
+    ("topd", "diffusion"): [4, 4],
+    ("topd", "autoregressive"): [2, 2],
+    ("popd", "diffusion"): [4, 8],
+    ("popd", "autoregressive"): [1, 2],
+    ("sdpo truncated", "diffusion"): [8, 8],
+    ("sdpo truncated", "autoregressive"): [11, 11],
+    ("opsd progressive", "diffusion"): [4, 12],  # five steps begin the third block
+    ("opsd progressive", "autoregressive"): [2, 5],
+    ("d_opsd truncated", "diffusion"): [12, 12],
+    ("d_opsd progressive", "diffusion"): [8, 12],
+}
+PAIRS: list[Pair] = [
+    (case, kind) for case in CASES for kind in BACKBONES if kind == "diffusion" or case not in ONLY_DIFFUSION
+]
+
+SHARED = {*METHODS, "opsd reasoned", "opsd reasoned lora", "opsd reasoned by another checkpoint", "opsd progressive"}
+SHARED |= {"suffix and reference", "sdpo, several passes", "sdpo lora"}
+
+
+def updates_of(case: str) -> int:
+    """Rollouts that serve two updates are followed by one of the next."""
+    return 3 if CASES[case]["rollout"].get("passes", 1) > 1 else 2
+
+
+def model_of(case: str, kind: Backbone, seed: int = 1) -> dict[str, Any]:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return {
+        "random_init": True,
+        "as": kind,
+        "tokenizer": "tiny",
+        "dtype": "float64",
+        "shape": {**shape, "initializer_range": 0.3},
+        "seed": seed,
+        "lora": LORA if "lora" in case else None,
+    }
+
+
+def config_at(run: Path, case: str, kind: Backbone, teachers: Path, tokens: int = 10**6, rows: int = 64) -> Config:
+    """The config of a case; ``tokens`` and ``rows`` say how much is computed at a time."""
+    method = json.loads(json.dumps(CASES[case]).replace("OTHER", str(teachers / kind)))
+    steps = {"diffusion": {"length": 16, "block_length": 4, "tokens_per_step": 2}, "autoregressive": {"length": 22}}
+    answer = {"diffusion": "{solution}", "autoregressive": "{steps}\n{solution}"}
+    return build_config(
+        {
+            "run": str(run),
+            "seed": 5,
+            "updates": updates_of(case),
+            "model": model_of(case, kind),
+            "task": {"name": "parity", "answer": answer[kind], "empties_min": 1, "empties_max": 1},
+            "decode": {**steps[kind], "batch_size": rows},
+            "method": method,
+            "optim": {"lr": 0.02, "weight_decay": 0.0, "max_grad_norm": 1.0, "tokens_per_batch": tokens},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 1, "keep": 9},
+            "log": {"progress": False, "tensorboard": False, "samples_every": 1},
+        }
+    )
+
+
+# What is seen of a run.
+
+
+@dataclass
+class Read:
+    """One forward of the student or a teacher in the loss."""
+
+    ids: Tensor
+    mask: Tensor
+    sites: Tensor
+    logits: Tensor
+
+    def rows(self) -> list[list[int]]:
+        """The ids that attention may look at, row by row."""
+        return [ids[mask].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
+
+
+@dataclass
+class Piece:
+    """A micro-batch: what the teachers read, then what the student read."""
+
+    update: int
+    rollouts: Rollouts
+    rows: list[int]
+    """Index of the rollout of each row."""
+    steps: list[int]
+    teachers: list[tuple[Teacher, Read]] = field(default_factory=list)
+    student: Read | None = None
+
+
+@dataclass
+class Seen:
+    """An uninterrupted run in one process."""
+
+    config: Config
+    trainer: Trainer
+    initial: dict[str, Tensor]
+    others: dict[int, dict[str, Tensor]]
+    """By teacher: the weights of the other checkpoints before training."""
+    pieces: list[Piece]
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run)
+
+    def weights(self, update: int) -> dict[str, Tensor]:
+        """The student's after ``update`` updates."""
+        return self.initial if update == 0 else load_file(checkpoint_of(self.run, update) / "model.safetensors")
+
+    def weights_of(self, teacher: Teacher, update: int) -> dict[str, Tensor]:
+        """What a teacher of the student's shape must have after ``update`` updates, from its rule."""
+        rule = teacher.weights
+        if isinstance(rule, Live):
+            return self.weights(update)
+        if isinstance(rule, Snapshot):
+            return self.weights(update // rule.every * rule.every)
+        average = self.initial
+        for done in range(1, update + 1 if isinstance(rule, Ema) else 1):
+            assert isinstance(rule, Ema)
+            live = self.weights(done)
+            average = {name: rule.decay * value + (1 - rule.decay) * live[name] for name, value in average.items()}
+        return average
+
+
+@contextmanager
+def watched(pieces: list[Piece]) -> Iterator[None]:
+    """Write down what student and teachers read in the loss, from the ids that enter the network's module."""
+    now: list[Any] = []  # the update, the rollouts, and the teacher that is asked
+    learn, grade, ask = Trainer._learn, trainer_module.grade, Teacher.__call__
+
+    def learning(self: Trainer, plan: Any, rollouts: Rollouts, update: int, lr: float) -> Any:
+        now[:] = [update, rollouts, None]
+        try:
+            return learn(self, plan, rollouts, update, lr)
+        finally:
+            now.clear()
+
+    def grading(method: Any, plan: Any, student: Any, teachers: Any) -> Any:
+        pieces.append(Piece(now[0], now[1], plan.canvases.rows.tolist(), plan.canvases.steps.tolist()))
+        return grade(method, plan, student, teachers)
+
+    def asking(self: Teacher, view: Any) -> Tensor:
+        now[2] = self
+        try:
+            return ask(self, view)
+        finally:
+            now[2] = None
+
+    def reading(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if not now or not isinstance(module, SiteHead):
+            return
+        ids, mask, sites = inputs
+        read = Read(ids.clone(), mask.clone(), sites.clone(), output.detach().clone())
+        if now[2] is not None:
+            assert not output.requires_grad
+            pieces[-1].teachers.append((now[2], read))
+        else:
+            assert output.requires_grad
+            assert pieces[-1].student is None
+            pieces[-1].student = read
+
+    hook = register_module_forward_hook(reading)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_learn", learning)
+        patch.setattr(trainer_module, "grade", grading)
+        patch.setattr(Teacher, "__call__", asking)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in values.items()}
+
+
+def checkpoint_of(run: Path, update: int) -> Path:
+    return run / "checkpoints" / f"{update:06d}"
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def save_teacher(folder: Path, kind: Backbone) -> None:
+    """Another random model with its tokenizer, as a checkpoint."""
+    policy = build_policy(build_config({"task": {"name": "parity"}, "model": model_of("", kind, seed=2)}).model)
+    network: Any = policy.module.model
+    assert policy.chat is not None
+    network.save_pretrained(folder / kind)
+    policy.chat.tokenizer.save_pretrained(folder / kind)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the other checkpoints; the task is known while this module's tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "parity", Parity)
+        folder = tmp_path_factory.mktemp("teachers")
+        for kind in BACKBONES:
+            save_teacher(folder, kind)
+        yield folder
+
+
+@cache
+def seen(pair: Pair, teachers: Path) -> Seen:
+    """The uninterrupted run of a pair, watched."""
+    config = config_at(Path(mkdtemp(dir=teachers.parent)) / "run", *pair, teachers)
+    trainer = Trainer(config)
+    initial = copied(trained(trainer.policy))
+    others = {
+        i: copied(dict(teacher.policy.module.named_parameters()))
+        for i, teacher in enumerate(trainer.teachers)
+        if isinstance(teacher.weights, Checkpoint)
+    }
+    pieces: list[Piece] = []
+    with watched(pieces):
+        trainer.train()
+    return Seen(config, trainer, initial, others, pieces)
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: " on ".join(pair))
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """A method and a backbone on which it is defined."""
+    return request.param
+
+
+@pytest.fixture
+def whole(pair: Pair, teachers: Path) -> Seen:
+    """The pair's run."""
+    return seen(pair, teachers)
+
+
+# The contract.
+
+
+def test_the_student_learns_and_its_metrics_are_finite(pair: Pair, whole: Seen) -> None:
+    start, *lines = metrics_of(whole.run)
+    assert start == {"update": 0}
+    assert [line["update"] for line in lines] == list(range(1, updates_of(pair[0]) + 1))
+    for line in lines:
+        assert line["updates_skipped"] == 0
+        assert line["sites"] > 0
+        assert line["grad_norm"] > 0
+        for key, value in line.items():
+            assert isinstance(value, int | float), key
+            assert math.isfinite(value), key
+    last = whole.weights(updates_of(pair[0]))
+    for name, value in last.items():  # without weight decay nothing but a gradient moves it
+        assert not torch.equal(value, whole.initial[name]), name
+        assert torch.isfinite(value).all(), name
+
+
+def test_teachers_move_by_their_own_rule_only(pair: Pair, whole: Seen) -> None:
+    last = updates_of(pair[0])
+    for i, teacher in enumerate(whole.trainer.teachers):
+        for name, value in teacher.policy.module.named_parameters():
+            student = teacher.policy is whole.trainer.policy
+            assert value.requires_grad == (student and name in whole.initial), name
+            assert value.grad is None, name
+        assert not any(value.requires_grad for value in teacher.copy.values())
+        if isinstance(teacher.weights, Checkpoint):
+            now = dict(teacher.policy.module.named_parameters())
+            assert whole.others[i].keys() == now.keys()
+            assert all(torch.equal(value, now[name]) for name, value in whole.others[i].items())
+        elif isinstance(teacher.weights, Base):
+            assert teacher.copy or whole.config.model.lora
+            assert all(torch.equal(value, whole.initial[name]) for name, value in teacher.copy.items())
+        elif isinstance(teacher.weights, Ema | Snapshot):
+            assert teacher.copy.keys() == whole.initial.keys()
+            for name, value in whole.weights_of(teacher, last).items():
+                torch.testing.assert_close(teacher.copy[name], value, rtol=1e-14, atol=1e-15, msg=name)
+        else:
+            assert isinstance(teacher.weights, Live)
+            assert teacher.copy == {}
+
+
+def test_student_and_teachers_answer_with_the_weights_that_they_must_have(
+    pair: Pair, whole: Seen, teachers: Path
+) -> None:
+    model = whole.config.model
+    policy, plain = build_policy(model), build_policy(replace(model, lora=None))
+
+    def logits(read: Read, weights: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            for name, value in trained(policy).items():
+                value.copy_(weights[name])
+            return policy.module(read.ids, read.mask, read.sites)
+
+    for update in range(1, updates_of(pair[0]) + 1):
+        piece = next(piece for piece in whole.pieces if piece.update == update)
+        assert piece.student is not None
+        assert len(piece.teachers) == len(whole.config.method.contexts)
+        assert_close(piece.student.logits, logits(piece.student, whole.weights(update - 1)))
+        for i, (teacher, read) in enumerate(piece.teachers):
+            assert teacher is whole.trainer.teachers[i]
+            if isinstance(teacher.weights, Checkpoint):
+                other = build_policy(replace(whole.config.model, seed=2))
+                with torch.no_grad():
+                    assert_close(read.logits, other.module(read.ids, read.mask, read.sites))
+                continue
+            assert_close(read.logits, logits(read, whole.weights_of(teacher, update - 1)))
+            if isinstance(teacher.weights, Base):  # of an adapted model: the same without an adapter
+                with torch.no_grad():
+                    assert_close(read.logits, plain.module(read.ids, read.mask, read.sites))
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+def test_no_hint_is_in_what_the_student_reads(pair: Pair, whole: Seen) -> None:
+    policy, task, contexts = whole.trainer.policy, whole.config.task, whole.config.method.contexts
+    revealed = [0] * len(contexts)
+    read_by = {update: set() for update in range(1, updates_of(pair[0]) + 1)}
+    for piece in whole.pieces:
+        student = piece.student
+        assert student is not None
+        rows = student.rows()
+        assert len(rows) == len(piece.rows)
+        for place, (row, index, step) in enumerate(zip(rows, piece.rows, piece.steps, strict=True)):
+            rollout = piece.rollouts.kept[index]
+            read_by[piece.update].add((rollout.problem.id, rollout.attempt))
+            prompt = policy.encode(task.messages(rollout.problem))
+            written = len(row) - len(prompt)
+            assert_prompt(whole, row[: len(prompt)], prompt)
+            canvas = row[len(prompt) :]
+            assert_canvas(whole, canvas, rollout, step)
+            assert_sites(whole, student, place, canvas)
+            for i, (context, (_, read)) in enumerate(zip(contexts, piece.teachers, strict=True)):
+                other = read.rows()[place]
+                own, behind = other[: len(other) - written], other[len(other) - written :]
+                if context.hint is None:
+                    assert own == row[: len(prompt)]
+                else:
+                    assert_hinted(whole, own, context.hint, rollout, piece.rollouts)
+                assert_sites(whole, read, place, behind)
+                differs = [at for at in range(written) if behind[at] != canvas[at]]
+                assert not differs or isinstance(context, Suffix | LaterStep)
+                for at in differs:  # shown to the teacher, hidden from the student
+                    assert canvas[at] == policy.mask_id
+                    assert behind[at] == int(rollout.trajectory.tokens[0, at])
+                revealed[i] += len(differs)
+    for context, count in zip(contexts, revealed, strict=True):
+        assert (count > 0) == isinstance(context, Suffix | LaterStep)
+    assert all(read_by.values())
+
+
+def assert_prompt(whole: Seen, found: Sequence[int], prompt: Sequence[int]) -> None:
+    """The task's own prompt; some tokens are masked where that is the rule of the canvases."""
+    if type(whole.config.method.canvases).__name__ == "AllMasked" and whole.config.model.as_ == "diffusion":
+        mask = whole.trainer.policy.mask_id
+        found = [token if token != mask else asked for token, asked in zip(found, prompt, strict=True)]
+    assert list(found) == list(prompt)
+
+
+def assert_canvas(whole: Seen, canvas: Sequence[int], rollout: Rollout, step: int) -> None:
+    """What the decoder saw at this step, a random mask of the completion, or the whole of what was written."""
+    trajectory, mask = rollout.trajectory, whole.trainer.policy.mask_id
+    tokens, revealed = trajectory.tokens[0].tolist(), trajectory.reveal_step[0].tolist()
+    if whole.config.model.as_ == "autoregressive":
+        assert canvas == tokens[: revealed.index(NEVER) if NEVER in revealed else len(tokens)]
+    elif step < 0:
+        assert all(found in (mask, token) for found, token in zip(canvas, tokens, strict=True))
+    else:
+        known = [NEVER < when < step for when in revealed]
+        assert canvas == [token if show else mask for token, show in zip(tokens, known, strict=True)]
+
+
+def assert_sites(whole: Seen, read: Read, row: int, canvas: Sequence[int]) -> None:
+    """Graded is what is masked for everybody; autoregressive, all that was written."""
+    sites = read.sites[row][read.mask[row]][-len(canvas) :].tolist()
+    assert sum(sites) == int(read.sites[row].sum())
+    if whole.config.model.as_ == "autoregressive":
+        assert all(sites)
+    else:
+        assert any(sites)
+        assert all(canvas[at] == whole.trainer.policy.mask_id for at, site in enumerate(sites) if site)
+
+
+def assert_hinted(whole: Seen, found: Sequence[int], hint: Any, rollout: Rollout, rollouts: Rollouts) -> None:
+    """The teacher's prompt is the hint's, and its tokens are in it one after another."""
+    policy, task, problem = whole.trainer.policy, whole.config.task, rollout.problem
+    reasoning = f"\n\n{hint.reasoning.instruction}" if hint.reasoning else ""
+    question, texts = task.messages(problem)[0]["content"], [""]
+    if isinstance(hint, Reference):
+        question = question if hint.question else ":"
+        texts = [task.reference(problem) or ""]
+        assert texts[0].endswith(problem.fields["solution"])
+    elif isinstance(hint, Sibling):
+        others = [one for one in rollouts.chosen if one.problem.id == problem.id and one.grade.correct]
+        texts = [one.text.strip() for one in others if hint.own or one.attempt != rollout.attempt]
+        texts = texts[:1] if hint.choice == "first" else texts
+        assert texts
+    else:
+        assert isinstance(hint, NoQuestion)
+        question, texts = ":", [""]
+    prompts = {text: policy.encode([{"role": "user", "content": f"{question}({text}){reasoning}"}]) for text in texts}
+    if isinstance(hint, NoQuestion):
+        prompts = {"": policy.encode([{"role": "user", "content": ":"}])}
+    if hint.reasoning:
+        (prompt,) = prompts.values()
+        end = policy.encode_completion(hint.reasoning.transition, ended=False)
+        analysis = found[len(prompt) : len(found) - len(end)]
+        assert list(found) == [*prompt, *analysis, *end]
+        assert len(analysis) <= hint.reasoning.length
+    else:
+        assert list(found) in prompts.values()
+    tokens = [policy.encode_completion(text, ended=False) for text in prompts]
+    assert any(found[at : at + len(part)] == part for part in tokens for at in range(len(found) - len(part) + 1))
+
+
+@pytest.mark.parametrize("pair", REACH, ids=" on ".join)
+def test_nothing_behind_the_horizon_is_written_or_graded(pair: Pair, teachers: Path) -> None:
+    whole = seen(pair, teachers)
+    reached = False
+    for piece in whole.pieces:
+        reach, length = REACH[pair][piece.update - 1], whole.config.decode.length
+        trajectories = [rollout.trajectory for rollout in piece.rollouts.chosen]
+        reached |= max(int(trajectory.written) for trajectory in trajectories) == reach
+        assert all(bool((trajectory.reveal_step[0, reach:] == NEVER).all()) for trajectory in trajectories)
+        assert piece.student is not None
+        if pair[1] == "diffusion":
+            assert not piece.student.sites[:, reach - length :].any()
+        else:
+            assert int(piece.student.sites.sum(1).max()) <= reach
+    assert reached  # others ended before
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "reasoned" in pair[0]], ids=" on ".join)
+def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teachers: Path) -> None:
+    whole = seen(pair, teachers)
+    config, (teacher,) = whole.config, whole.trainer.teachers
+    (context,), passes = config.method.contexts, config.method.rollout.passes
+    assert context.hint is not None
+    assert context.hint.reasoning is not None
+    settings = replace(config.decode, length=context.hint.reasoning.length, temperature=1.0)
+    for piece in whole.pieces:
+        batch = (piece.update - 1) // passes
+        other = isinstance(teacher.weights, Checkpoint)
+        policy = build_policy(replace(config.model, seed=2) if other else config.model)
+        with torch.no_grad():
+            for name, value in ({} if other else trained(policy)).items():
+                value.copy_(whole.weights_of(teacher, batch * passes)[name])
+        for rollout in piece.rollouts.kept:
+            content = f"{config.task.messages(rollout.problem)[0]['content']}({config.task.reference(rollout.problem)})"
+            prompt = policy.encode([{"role": "user", "content": f"{content}\n\n="}])
+            key = make_key(config.seed, batch, rollout.problem.id, rollout.attempt, "analysis", 0)
+            written = policy.decode([prompt], settings, [key])
+            text = policy.text(written.tokens[0, : int(written.length)].tolist()).strip()
+            opening = policy.encode_completion(f"{text}+-", ended=False)
+            assert rollout.teacher_prompts == ((*prompt, *opening),)
+
+
+def test_an_update_is_the_same_in_one_piece_and_in_many(
+    pair: Pair, whole: Seen, teachers: Path, tmp_path: Path
+) -> None:
+    config = config_at(tmp_path / "run", *pair, teachers, tokens=1, rows=1)
+    pieces: list[Piece] = []
+    with watched(pieces):
+        Trainer(config).train()
+    assert {len(piece.rows) for piece in pieces} == {1}
+    assert len(whole.pieces) == updates_of(pair[0])
+    assert [len(piece.rows) for piece in whole.pieces] == [
+        line["canvases"] for line in metrics_of(tmp_path / "run")[1:]
+    ]
+    assert_same(whole.run, tmp_path / "run", updates_of(pair[0]))
+
+
+def assert_same(one: Path, other: Path, update: int) -> None:
+    """Metrics and trained weights agree to 1e-9."""
+    first, second = metrics_of(one), metrics_of(other)
+    assert len(first) == len(second) == update + 1
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"rollouts/decoded", "rollouts/generated"}:  # attempts made early fill free rows
+            same = a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-12)
+            assert same, f"{key} of update {a['update']}: {a[key]} and {b[key]}"
+    x, y = (load_file(checkpoint_of(run, update) / "model.safetensors") for run in (one, other))
+    assert x.keys() == y.keys()
+    for name in x:
+        assert (x[name] - y[name]).abs().max() <= 1e-9 * x[name].abs().max(), name
+
+
+def test_a_run_that_crashed_after_its_first_update_ends_as_if_nothing_had_happened(
+    pair: Pair, whole: Seen, teachers: Path, tmp_path: Path
+) -> None:
+    run, last = tmp_path / "run", updates_of(pair[0])
+    shutil.copytree(whole.run, run)
+    (run / "report.json").unlink()
+    for update in range(2, last + 1):  # its metrics were written, its checkpoint was not
+        shutil.rmtree(checkpoint_of(run, update))
+    trainer = Trainer(config_at(run, *pair, teachers))
+    assert trainer.resumed
+    assert trainer.state.update == 1
+    assert (trainer.rollouts is not None) == (whole.config.method.rollout.passes > 1)
+    trainer.train()
+    assert metrics_of(run) == metrics_of(whole.run)
+    assert (run / "samples.jsonl").read_bytes() == (whole.run / "samples.jsonl").read_bytes()
+    folders = [checkpoint_of(path, last) for path in (whole.run, run)]
+    names = sorted(file.name for file in folders[0].glob("*.safetensors"))
+    assert names == sorted(file.name for file in folders[1].glob("*.safetensors"))
+    for name in names:
+        x, y = (load_file(folder / name) for folder in folders)
+        assert x.keys() == y.keys()
+        for key in x:
+            assert torch.equal(x[key].nan_to_num(7.0), y[key].nan_to_num(7.0)), f"{name}: {key}"
+
+
+def test_two_processes_learn_what_one_learns(teachers: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launcher, "--main_process_port", "0", str(Path(__file__)), str(tmp_path), str(teachers)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for pair in shared():
+        try:
+            assert_same(seen(pair, teachers).run, tmp_path / "-".join(pair), updates_of(pair[0]))
+        except AssertionError as error:
+            raise AssertionError(f"{' on '.join(pair)}: {error}") from error
+
+
+def shared() -> list[Pair]:
+    """What two processes work on together."""
+    return [pair for pair in PAIRS if pair[0] in SHARED]
+
+
+def work(folder: Path, teachers: Path) -> None:
+    """What two processes do together."""
+    torch.set_num_threads(1)
+    TASKS["parity"] = Parity
+    for pair in shared():
+        # Few sequences: one at a time, so that a process may have nothing left while the other still works.
+        tokens = 1 if pair[1] == "autoregressive" else 1000
+        trainer = Trainer(config_at(folder / "-".join(pair), *pair, teachers, tokens))
+        assert trainer.world == 2
+        trainer.train()
+
+
+# What is not defined.
+
+REVEALS = "reveals what stands behind the graded token, where an autoregressive model never looks"
+
+
+def test_a_method_is_refused_where_it_is_not_defined_and_nowhere_else(teachers: Path, tmp_path: Path) -> None:
+    refused: dict[Pair, str] = {}
+    for case in CASES:
+        for kind in BACKBONES:
+            try:
+                check_model(config_at(tmp_path / "run", case, kind, teachers))
+            except InputError as error:
+                refused[case, kind] = str(error)
+    assert refused.keys() == {(case, "autoregressive") for case in ONLY_DIFFUSION}
+    assert all(REVEALS in message for message in refused.values())
+
+
+def test_what_is_not_defined_is_refused_in_one_sentence_before_anything_is_written(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.dumps({"model": model_of("", "autoregressive"), "task": {"name": "parity"}})
+    (tmp_path / "small.yaml").write_text(config)
+    for name in sorted(ONLY_DIFFUSION & METHODS.keys()):
+        assert main(["train", str(tmp_path / "small.yaml"), f"method={name}", f"run={tmp_path / 'run'}"]) == 2
+        out, error = capsys.readouterr()
+        context = "later_step" if name == "later_step" else "suffix"
+        assert out == ""
+        assert error == (
+            f"dllm-sd: method.contexts {context} {REVEALS}; hint in the prompt instead (reference, sibling)\n"
+        )
+        assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), Path(sys.argv[2]))
