@@ -270,9 +270,10 @@ def _show(options: argparse.Namespace) -> int:
 
     from dllm_sd.config import load_config, to_tree, to_yaml
     from dllm_sd.evaluation import first
-    from dllm_sd.memory import estimate, table
+    from dllm_sd.memory import estimate
     from dllm_sd.pairing import check_model
     from dllm_sd.policies.loading import skeleton
+    from dllm_sd.tables import memory_table
 
     config = load_config(options.config, options.overrides)
     console = Console()
@@ -284,16 +285,32 @@ def _show(options: argparse.Namespace) -> int:
         parts = part if isinstance(part, list) else [part]
         method.add_row(slot, "\n".join(_describe_part(item) for item in parts) or "none")
     console.print(method)
+    _say_source(console, config.method)
     blueprint = check_model(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = estimate(skeleton(blueprint), config, processes=options.processes, sharded=options.sharded, device=device)
-    console.print(table(memory))
+    console.print(memory_table(memory))
     problem = first(config.task.problems("train"), 1) or first(config.task.problems("test"), 1)
     if problem and blueprint.chat is not None:
         prompt = blueprint.chat.render(config.task.messages(problem[0]))
         tokens = len(blueprint.chat.encode(config.task.messages(problem[0])))
         console.print(Panel(Text(prompt), title=f"a prompt, {tokens} tokens"))
     return 0
+
+
+def _say_source(console: Console, method: Any) -> None:
+    """Where a method comes from, what to know of it, and what was measured here."""
+    from dllm_sd.method_page import closest, measured, measured_line
+    from dllm_sd.methods import METHODS
+
+    if (found := closest(method)) is None:
+        console.print("these parts make no named method", highlight=False)
+        return
+    name, exact = found
+    console.print(f"{name}{'' if exact else ', with settings of its own'}: {METHODS[name].source}", highlight=False)
+    console.print(METHODS[name].note, highlight=False, markup=False)
+    for record in measured(name):
+        console.print(f"measured: {measured_line(record)}", highlight=False, markup=False)
 
 
 def _describe_part(part: Any) -> str:

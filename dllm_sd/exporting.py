@@ -23,7 +23,7 @@ from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.model_card import Layout, Trained, model_card, settings_of
 from dllm_sd.policies.blueprint import Blueprint, brief, find_file, read_blueprint
 from dllm_sd.policies.families import MARK
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.model import Model
 from dllm_sd.policies.weight_files import INDEX, stored_tensors
 
@@ -37,7 +37,7 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 
 def export_policy(
-    policy: MaskedDiffusion,
+    policy: AnyPolicy,
     model: Model,
     to: Layout,
     folder: Path,
@@ -102,7 +102,7 @@ def push_folder(folder: Path, repository: str) -> None:
         ) from error
 
 
-def _check_form(policy: MaskedDiffusion, model: Model, to: Layout) -> None:
+def _check_form(policy: AnyPolicy, model: Model, to: Layout) -> None:
     adapted = isinstance(policy.module.model, PeftModel)
     if to == "peft" and not adapted:
         raise InputError("the run trained all weights and has no adapter (model.lora); export it --to merged")
@@ -113,7 +113,7 @@ def _check_form(policy: MaskedDiffusion, model: Model, to: Layout) -> None:
             "the adapter was trained on a 4-bit base (model.quantization) that cannot take it in; use --to peft, or "
             "add model.quantization=null to fold it into the full-precision base, which it fits less exactly"
         )
-    if to == "original" and model.as_:
+    if to == "original" and model.as_ == "diffusion":
         raise InputError(
             f"the original format of {model.path!r} is autoregressive and would forget model.as; use --to merged"
         )
@@ -190,22 +190,23 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_merged(policy: MaskedDiffusion, blueprint: Blueprint, folder: Path) -> None:
+def _write_merged(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> None:
     state = fold(policy.module.model)
     tied = _aliases(state)
     config = deepcopy(_network(policy.module.model).config)
     config.tie_word_embeddings = bool(tied)
     config.architectures = [_native_class(policy).__name__]
     config.dtype = blueprint.model.dtype
-    config.is_causal, config.mask_token_id = False, policy.mask_id
-    thinking = policy.chat.thinking if policy.chat else blueprint.family.thinking
-    mark = {"family": blueprint.family.name, "block_length": policy.block_length}
-    setattr(config, MARK, {**mark, "thinking": thinking, "end_ids": list(policy.end_ids)})
+    if not policy.causal:  # an autoregressive one is what transformers takes it for
+        config.is_causal, config.mask_token_id = False, policy.mask_id
+        thinking = policy.chat.thinking if policy.chat else blueprint.family.thinking
+        mark = {"family": blueprint.family.name, "block_length": policy.block_length}
+        setattr(config, MARK, {**mark, "thinking": thinking, "end_ids": list(policy.end_ids)})
     config.save_pretrained(folder)
     _write_weights({name: value for name, value in state.items() if name not in tied}, folder)
 
 
-def _write_adapter(policy: MaskedDiffusion, blueprint: Blueprint, folder: Path) -> None:
+def _write_adapter(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> None:
     model = policy.module.model
     assert isinstance(model, PeftModel)
     adapter = model.active_adapters[0]
@@ -222,7 +223,7 @@ def _write_adapter(policy: MaskedDiffusion, blueprint: Blueprint, folder: Path) 
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _write_original(policy: MaskedDiffusion, blueprint: Blueprint, folder: Path) -> str | None:
+def _write_original(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> str | None:
     """Also copies the small files of the source; returns its floating types if the run computed in another one."""
     path = str(blueprint.model.path)
     source = stored_tensors(path)
@@ -257,25 +258,25 @@ def _network(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _native_class(policy: MaskedDiffusion) -> type:
+def _native_class(policy: AnyPolicy) -> type:
     """The class that ships with transformers; a family's own class only carries a conversion of names."""
     return next(
         kind for kind in type(_network(policy.module.model)).__mro__ if kind.__module__.startswith("transformers.")
     )
 
 
-def _rows(policy: MaskedDiffusion) -> int:
+def _rows(policy: AnyPolicy) -> int:
     return _network(policy.module.model).get_input_embeddings().weight.shape[0]
 
 
 # Small files
 
 
-def _generation(policy: MaskedDiffusion) -> GenerationConfig:
+def _generation(policy: AnyPolicy) -> GenerationConfig:
     return GenerationConfig(eos_token_id=list(policy.end_ids), pad_token_id=policy.pad_id)
 
 
-def _write_tokenizer(policy: MaskedDiffusion, folder: Path) -> None:
+def _write_tokenizer(policy: AnyPolicy, folder: Path) -> None:
     """The tokenizer with the chat template that the policy uses."""
     if policy.chat is None:
         return

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor, nn
 
 from dllm_sd.canvases import AllMasked, DecoderSteps
@@ -110,7 +109,7 @@ def estimate(
     canvas = config.max_prompt + config.decode.length
     canvases = max(1, config.optim.tokens_per_batch // canvas)
     decode, tokens, decoded = config.decode, canvases * canvas, config.decode.batch_size * canvas
-    candidates, sites = (x * shape.vocabulary for x in _sites(config, canvases))
+    candidates, sites = (x * shape.vocabulary for x in _sites(config, canvases, shape.causal))
     saved, again = shape.saved(tokens, canvas)
     transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
     head_gradient = 0 if shape.rank else shape.head * shape.trained_bytes
@@ -121,7 +120,7 @@ def estimate(
     gathered, whole = outside + 2 * max(shape.of_layers), shape.weights
     if shape.autocast:  # FSDP2 gathers in the type that computes
         gathered, whole = (size * shape.compute // shape.residual for size in (gathered, whole))
-    logits = decode.batch_size * decode.block_length * shape.vocabulary * shape.wide
+    logits = decode.batch_size * (1 if shape.causal else decode.block_length) * shape.vocabulary * shape.wide
     samples = max(getattr(config.method.rollout, "temperature", 0.0), config.eval.temperature) > 0
     read = decode.batch_size * max(config.max_prompt, decode.block_length) if shape.remembered else decoded
     return Memory(
@@ -144,43 +143,6 @@ def estimate(
         rollout_logits=read * shape.hidden * shape.residual
         + logits * (5 if samples or decode.guidance or decode.order == "entropy" else 2),
     )
-
-
-def table(memory: Memory) -> Table:
-    """The estimate as a table for people."""
-    shown = Table(title="memory of one process (estimate)")
-    shown.add_column("what")
-    shown.add_column("size", justify="right")
-    shown.add_row("parameters", f"{memory.parameters:,}")
-    shown.add_row("trainable parameters", f"{memory.trainable:,}")
-    shown.add_row("tokens, sites of a micro-batch", f"{memory.tokens:,}, {memory.sites:,}", end_section=True)
-    decoding = {"held": "held weights, cache", "rollouts": "rollouts", "rollout_logits": "their logits, after that"}
-    groups = {
-        "always": (memory.resident, {"weights": "weights", "optimizer": "optimizer state", "copies": "teacher copies"}),
-        "learning, at most": (
-            memory.learning,
-            {
-                "gradients": "gradients",
-                "gathered": "gathered weights",
-                "teacher": "teacher's pass, before",
-                "activations": "activations",
-                "losses": "logits and losses, with them",
-                "backward": "backward, after these",
-                "step": "optimizer step, at the end",
-            },
-        ),
-        "decoding, at most": (memory.decoding, decoding),
-    }
-    for name, (total, rows) in groups.items():
-        for field, words in rows.items():
-            shown.add_row(f"  {words}", _gigabytes(getattr(memory, field)))
-        shown.add_row(name, _gigabytes(total), end_section=True)
-    shown.add_row("peak: always + the larger of learning and decoding", _gigabytes(memory.peak), style="bold")
-    return shown
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size else "0"
 
 
 class _Shape:
@@ -223,11 +185,12 @@ class _Shape:
             self.dequantised = max(x.weight.numel() for _, x in linears) * self.compute
         outside = _count(every) - sum(map(_count, inside)) + _count(saved)
         self.weights = outside * itemsize + sum(self.of_layers)
-        # Set aside while decoding with folded adapters; keys and values per token that a block-causal model remembers.
+        # Set aside while decoding with folded adapters; keys and values per token that are remembered.
         self.merged = itemsize * sum(_count(x.weight for x in y) for y in pairs) if lora and lora.merge_rollouts else 0
+        self.causal = getattr(self.config, "is_causal", True) is not False  # a denoiser's config says so
         block_causal = (getattr(self.config, MARK, None) or {}).get("block_length") and config.decode.prefix_cache
         self.remembered = self.compute * sum(x.out_features for n, x in linears if n in ("k_proj", "v_proj"))
-        self.remembered *= bool(block_causal)
+        self.remembered *= bool(block_causal or self.causal)
         # Autocast keeps bfloat16 copies of trained weights for a forward, and autograd keeps those of all.
         used = _count(x.weight for _, x in linears) + self.head
         self.casts = 2 * (sum(adapters) if lora else used) * self.autocast
@@ -304,14 +267,15 @@ def _mixtures(layer: nn.Module) -> Iterator[Any]:
     return (x for x in layer.modules() if getattr(getattr(x, "gate_up_proj", None), "ndim", 0) == 3)
 
 
-def _sites(config: Config, canvases: int) -> tuple[int, int]:
-    """Candidates and graded sites of a micro-batch, at most.
+def _sites(config: Config, canvases: int, causal: bool) -> tuple[int, int]:
+    """Candidates and graded sites of a micro-batch, at most; an autoregressive canvas has them at every token.
 
     Random masks hide a share of the completion that is uniform on (0, 1): mean and two standard deviations of it.
     """
     decode, method = config.decode, config.method
-    steps = isinstance(method.canvases, DecoderSteps)
-    if steps:
+    if causal:
+        masked = active = revealed = decode.length
+    elif isinstance(method.canvases, DecoderSteps):
         masked, active = decode.length, decode.block_length
         revealed = max(decode.schedule) if decode.threshold is None else decode.block_length
     else:

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from dllm_sd.config import build_config, to_tree
 from dllm_sd.method import Method
-from dllm_sd.methods import METHODS
+from dllm_sd.method_page import closest
 from dllm_sd.policies.blueprint import Blueprint, model_folder
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.model import Model
 from dllm_sd.training.checkpoint import read_state
 from dllm_sd.training.folder import read_tree
@@ -34,15 +34,13 @@ CARD = """---
 
 # {name}
 
-{what} of {base}, a masked diffusion language model (family `{family}`), written by `dllm-sd export`.
+{what} of {base}, {kind} language model (family `{family}`), written by `dllm-sd export`.
 {notes}
 
 ## Use
 
 {use}
-
-Do not call `generate()`: it writes from left to right, and this model fills in masks, so the text would be nonsense.
-
+{warning}
 ## Training
 
 {training}
@@ -53,8 +51,13 @@ Do not call `generate()`: it writes from left to right, and this model fills in 
 """
 
 
+WARNING = """
+Do not call `generate()`: it writes from left to right, and this model fills in masks, so the text would be nonsense.
+"""
+
+
 def model_card(
-    policy: MaskedDiffusion,
+    policy: AnyPolicy,
     blueprint: Blueprint,
     to: Layout,
     name: str,
@@ -78,7 +81,8 @@ def model_card(
     front = {"library_name": "peft" if to == "peft" else "transformers", "pipeline_tag": "text-generation"}
     front |= {"base_model": path} if on_hub else {}  # a folder of this machine would mean nothing, or another model
     front |= {"license": found} if (found := _license(path)) else {}
-    tags = ["dllm-sd", "diffusion-language-model", "self-distillation", *(["lora"] if to == "peft" else [])]
+    kind = [] if policy.causal else ["diffusion-language-model"]
+    tags = ["dllm-sd", *kind, "self-distillation", *(["lora"] if to == "peft" else [])]
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()] + [f"tags: [{', '.join(tags)}]"]
     notes = []
     if stored:
@@ -93,6 +97,8 @@ def model_card(
         name=name,
         what=what.get(to, "Trained weights (original format)"),
         base=f"`{path}`" if path else "a randomly initialised model",
+        kind="an autoregressive" if policy.causal else "a masked diffusion",
+        warning="" if policy.causal else WARNING,
         family=blueprint.family.name,
         notes=" ".join(notes),
         use=_use(policy, model, to, name, trained),
@@ -118,7 +124,7 @@ def _license(path: str | None) -> str | None:
         return None
 
 
-def _use(policy: MaskedDiffusion, model: Model, to: Layout, name: str, trained: Trained | None) -> str:
+def _use(policy: AnyPolicy, model: Model, to: Layout, name: str, trained: Trained | None) -> str:
     options: dict[str, Any] = {}
     if to != "merged":  # what the base does not say itself
         for key in ("as_", "mask_token", "end_tokens", "chat_template", "thinking", "tokenizer"):
@@ -162,18 +168,8 @@ def _training(trained: Trained | None) -> str:
 
 
 def _method_name(method: Method) -> str:
-    """The row of the table of methods that is made of the same parts and has most settings in common."""
-
-    def parts(other: Method) -> list[Any]:
-        return [
-            [type(part) for part in (slot if isinstance(slot, tuple) else (slot,))] for slot in vars(other).values()
-        ]
-
-    alike = {name: row.method for name, row in METHODS.items() if parts(row.method) == parts(method)}
-    if not alike:
-        return ""
-    name = max(alike, key=lambda name: sum(vars(alike[name])[slot] == part for slot, part in vars(method).items()))
-    return f"`{name}` " if alike[name] == method else f"`{name}` with settings of its own "
+    found = closest(method)
+    return f"`{found[0]}` {'' if found[1] else 'with settings of its own '}" if found else ""
 
 
 def _results(trained: Trained | None) -> str:

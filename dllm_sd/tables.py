@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dllm_sd.memory import Memory
+
 
 def print_training(report: Mapping[str, Any], run: Path) -> None:
     """Before and after training, and where the run lies."""
@@ -54,3 +56,40 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
     for label, values in rows.items():
         table.add_row(label, *values)
     Console().print(table)
+
+
+def memory_table(memory: Memory) -> Table:
+    """An estimate of `memory.estimate`."""
+    shown = Table(title="memory of one process (estimate)")
+    shown.add_column("what")
+    shown.add_column("size", justify="right")
+    shown.add_row("parameters", f"{memory.parameters:,}")
+    shown.add_row("trainable parameters", f"{memory.trainable:,}")
+    shown.add_row("tokens, sites of a micro-batch", f"{memory.tokens:,}, {memory.sites:,}", end_section=True)
+    decoding = {"held": "held weights, cache", "rollouts": "rollouts", "rollout_logits": "their logits, after that"}
+    groups = {
+        "always": (memory.resident, {"weights": "weights", "optimizer": "optimizer state", "copies": "teacher copies"}),
+        "learning, at most": (
+            memory.learning,
+            {
+                "gradients": "gradients",
+                "gathered": "gathered weights",
+                "teacher": "teacher's pass, before",
+                "activations": "activations",
+                "losses": "logits and losses, with them",
+                "backward": "backward, after these",
+                "step": "optimizer step, at the end",
+            },
+        ),
+        "decoding, at most": (memory.decoding, decoding),
+    }
+    for name, (total, rows) in groups.items():
+        for field, words in rows.items():
+            shown.add_row(f"  {words}", _gigabytes(getattr(memory, field)))
+        shown.add_row(name, _gigabytes(total), end_section=True)
+    shown.add_row("peak: always + the larger of learning and decoding", _gigabytes(memory.peak), style="bold")
+    return shown
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size else "0"

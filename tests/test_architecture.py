@@ -23,6 +23,7 @@ LAYERS = [
         "settings",
         "config",
         "pairing",
+        "method_page",
         "recording",
         "evaluation",
         "harness",

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dllm_sd.config import build_config
-from dllm_sd.memory import Memory, estimate, table
+from dllm_sd.memory import Memory, estimate
+from dllm_sd.tables import memory_table
 from tools.check_memory import rows_of
 
 LLADA = {
@@ -101,7 +102,7 @@ def test_what_saves_memory_does_so_in_the_estimate(needed):
 def test_the_table_names_everything(needed):
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(table(needed({**BFLOAT16, "lora": LORA})))
+        console.print(memory_table(needed({**BFLOAT16, "lora": LORA})))
     text = capture.get()
     for words in ("8,351,125,504", "335,544,320", "teacher copies", "activations", "rollouts", "peak", " 17.37 GB"):
         assert words in text

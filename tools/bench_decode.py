@@ -13,14 +13,13 @@ from dataclasses import replace
 import torch
 
 from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 
 
-def timed(policy: MaskedDiffusion, settings: Decoding, prompts: int) -> tuple[float, Trajectory]:
+def timed(policy: AnyPolicy, settings: Decoding, prompts: int) -> tuple[float, Trajectory]:
     """Seconds (best of 3) and the result of decoding prompts of 20 to 120 random tokens."""
     draw = random.Random(0)
     ids = [[draw.randrange(5, 25) for _ in range(draw.randrange(20, 120))] for _ in range(prompts)]

@@ -30,8 +30,7 @@ from dllm_sd.objective import Plan, grade, plan_update
 from dllm_sd.policies.blueprint import read_blueprint
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.denoising import denoise
-from dllm_sd.policies.loading import build_policy, skeleton
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.loading import AnyPolicy, build_policy, skeleton
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Teacher, trained
 from dllm_sd.randomness import make_key
@@ -244,7 +243,7 @@ class _Stop(Exception):
     """Ends decoding."""
 
 
-def first_step(policy: MaskedDiffusion, prompts: list[list[int]], config: Config, keys: list[int]) -> None:
+def first_step(policy: AnyPolicy, prompts: list[list[int]], config: Config, keys: list[int]) -> None:
     """Decode until the second canvas is there."""
     seen = []
 

@@ -1,7 +1,7 @@
 """The autoregressive policy: any causal language model of transformers, decoded by its own generation."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -27,7 +27,7 @@ class Autoregressive(LanguageModel):
 
     mask_id = NO_MASK
     block_length = None
-    causal = True
+    causal: ClassVar[bool] = True
 
     def __init__(
         self,

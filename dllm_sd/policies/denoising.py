@@ -74,8 +74,8 @@ def denoise(
     block, within, step = (torch.zeros_like(rows) for _ in range(3))
 
     def trajectory(some: Tensor) -> Trajectory:
-        known = (x[some] for x in (prompt_ids, prompt_mask, final, reveal, logp))
-        return _trajectory(*known, settings.block_length, mask_id, end_ids, pad_id, blocks_of_prompt)
+        known = [x[some] for x in (prompt_ids, prompt_mask, final, reveal, logp)]
+        return _trajectory(known, settings.block_length, mask_id, end_ids, pad_id, blocks_of_prompt)
 
     while len(rows):
         if watch is not None:
@@ -128,15 +128,8 @@ def _ends_for_sure(tokens: Tensor, reveal_step: Tensor, end_ids: tuple[int, ...]
     return (is_any_of(tokens, end_ids) & (reveal_step != NEVER).cumprod(1).bool()).any(1)
 
 
-def _trajectory(
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    tokens: Tensor,
-    reveal_step: Tensor,
-    logp: Tensor,
-    block_length: int,
-    *layout: Any,
-) -> Trajectory:
+def _trajectory(rows: Sequence[Tensor], block_length: int, *layout: Any) -> Trajectory:
+    prompt_ids, prompt_mask, tokens, reveal_step, logp = rows
     mask_id, end_ids, pad_id, blocks_of_prompt = layout
     known = reveal_step != NEVER
     tokens = tokens.masked_fill(~known, pad_id)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import ClassVar
 
 import torch
 from peft import PeftModel
@@ -17,6 +18,8 @@ from dllm_sd.policies.site_head import SiteHead, evaluating
 
 class LanguageModel:
     """A network behind the part of the `Policy` protocol in which backbones do not differ."""
+
+    causal: ClassVar[bool]
 
     def __init__(
         self,
@@ -56,8 +59,15 @@ class LanguageModel:
             yield
 
     def encode(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> list[int]:
-        """Chat messages as prompt tokens, the assistant's turn opened; ``thinking`` overrides the template's switch."""
-        return self._chat.encode(messages, thinking)
+        """Chat messages as prompt tokens, the assistant's turn opened; ``thinking`` overrides the template's switch.
+
+        Raises:
+            InputError: if there is nothing that an autoregressive model could go on from.
+        """
+        prompt = self._chat.encode(messages, thinking)
+        if self.causal and not prompt:
+            raise InputError("a prompt is empty and an autoregressive model cannot begin; add words to task.prompt")
+        return prompt
 
     def encode_completion(self, text: str, ended: bool = True) -> list[int]:
         """A completion as tokens, with the end token if it is ``ended``."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from peft import PeftModel
@@ -19,7 +20,7 @@ from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, left_pad
 class MaskedDiffusion(LanguageModel):
     """A masked-diffusion language model behind the `Policy` protocol."""
 
-    causal = False
+    causal: ClassVar[bool] = False
 
     def __init__(
         self,

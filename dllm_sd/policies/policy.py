@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class View:
 class Policy(Protocol):
     """A language model as the trainer sees it."""
 
-    causal: bool
+    causal: ClassVar[bool]
     """Whether it is autoregressive; else it denoises."""
 
     @property

@@ -121,8 +121,8 @@ class Sibling(_Prompt):
         good = [one for one in good if self.own or one.attempt != rollout.attempt]
         if not good:
             return None
-        text = good[0].text
-        text = text.rpartition("</think>")[2].strip() if self.strip_thinking else text
+        text, (_, thought, rest) = good[0].text, good[0].text.rpartition("</think>")
+        text = rest.strip() if self.strip_thinking and thought else text
         return Ask(tuple(task.messages(rollout.problem)), self.template, text)
 
 

@@ -201,7 +201,7 @@ def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rol
                 **{name: tensors[f"{i}/{name}"] for name in names if f"{i}/{name}" in tensors},
                 **{name: value for name, value in layout.items() if name not in names},
             ),
-            teacher_prompts=tuple(prompt and tuple(prompt) for prompt in entry["teacher_prompts"]),
+            teacher_prompts=tuple(None if prompt is None else tuple(prompt) for prompt in entry["teacher_prompts"]),
         )
         for i, entry in enumerate(tree["kept"])
     ]

@@ -1,0 +1,180 @@
+"""How a token is drawn, for both backbones: what may be drawn, which one it is, and how probable it was."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dllm_sd.canvases import DecoderSteps
+from dllm_sd.policies.decoding import Decoding, Meter, draw, drawn_logp, warp
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.policy import View
+from dllm_sd.randomness import fold, key_tensor, make_key, uniform
+from dllm_sd.trajectory import NEVER, Trajectory
+from tests.oracles.sampling import inverse, kept
+
+SAMPLING = {
+    "all": Decoding(temperature=1.0),
+    "cold": Decoding(temperature=0.3),
+    "top k": Decoding(temperature=1.5, top_k=3),
+    "top one": Decoding(temperature=1.5, top_k=1),
+    "as many as there are": Decoding(temperature=1.5, top_k=23),
+    "more than there are": Decoding(temperature=1.5, top_k=100),
+    "top p": Decoding(temperature=1.5, top_p=0.7),
+    "almost nothing": Decoding(temperature=1.5, top_p=1e-6),
+    "almost all": Decoding(temperature=1.5, top_p=0.999),
+    "both": Decoding(temperature=0.8, top_k=7, top_p=0.6),
+}
+NAMES = pytest.mark.parametrize("name", SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def logits() -> Tensor:
+    """[40 23], one token of each row impossible."""
+    rows = 3 * torch.randn((40, 23), generator=torch.Generator().manual_seed(0))
+    return rows.scatter(1, torch.arange(40)[:, None] % 23, -torch.inf)
+
+
+@NAMES
+def test_what_may_be_drawn_is_what_a_plain_filter_keeps(logits, name):
+    settings = SAMPLING[name]
+    plain = [kept(row, settings.temperature, settings.top_k, settings.top_p) for row in logits.tolist()]
+    torch.testing.assert_close(warp(logits, settings).softmax(-1), torch.tensor(plain), atol=1e-6, rtol=0)
+
+
+@NAMES
+def test_what_may_be_drawn_is_what_transformers_keeps(logits, name):
+    settings, warpers = SAMPLING[name], LogitsProcessorList([TemperatureLogitsWarper(SAMPLING[name].temperature)])
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    unused: Any = None
+    assert torch.equal(warp(logits, settings), warpers(unused, logits))
+
+
+def test_by_hand_top_k_and_top_p_keep_the_smallest_set_that_suffices():
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
+
+    def left(**settings: Any) -> list[int]:
+        return (warp(logits, Decoding(temperature=1.0, **settings))[0] > -torch.inf).nonzero()[:, 0].tolist()
+
+    assert left(top_k=2) == [0, 2]
+    assert left(top_p=0.39) == [0]
+    assert left(top_p=0.41) == [0, 2]
+    assert left(top_p=0.71) == [0, 2, 3]
+    assert left(top_k=3, top_p=0.79) == [0, 2, 3]  # of three ninths, two hold 7/9
+    assert left(top_k=3, top_p=0.77) == [0, 2]
+
+
+@NAMES
+def test_the_token_is_the_inverse_of_the_distribution(logits, name):
+    settings, u = SAMPLING[name], uniform(key_tensor([5]), 40)[0]
+    plain = [
+        inverse(kept(row, settings.temperature, settings.top_k, settings.top_p), x)
+        for row, x in zip(logits.tolist(), u.tolist(), strict=True)
+    ]
+    assert draw(logits, settings, u).tolist() == plain
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable(logits):
+    settings = SAMPLING["both"]
+    n = 20_000
+    drawn = draw(logits[:1].expand(n, -1), settings, uniform(key_tensor([7]), n)[0])
+    shares = drawn.bincount(minlength=23) / n
+    torch.testing.assert_close(shares, warp(logits[:1], settings).softmax(-1)[0], atol=0.012, rtol=0)
+
+
+def test_at_temperature_0_the_largest_is_taken_and_filters_have_no_say(logits):
+    greedy = Decoding(top_k=1, top_p=0.1)
+    for u in (0.01, 0.99):
+        assert torch.equal(draw(logits, greedy, torch.full((40,), u)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
+def test_the_log_probability_is_before_the_filters_and_after_the_temperature(logits, temperature):
+    token = draw(logits, Decoding(), torch.zeros(40))
+    expected = (logits.double() / (temperature or 1)).log_softmax(-1)[torch.arange(40), token]
+    for filters in ({}, {"top_k": 1}, {"top_p": 0.5}):
+        found = drawn_logp(logits, Decoding(temperature=temperature, **filters), token)
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+# The denoiser
+
+PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21]]
+KEYS = [make_key("row", i) for i in range(len(PROMPTS))]
+CANVAS = Decoding(length=16, block_length=8, tokens_per_step=2, temperature=0.8)
+DENOISING = {
+    "greedy": replace(CANVAS, temperature=0.0),
+    "sampled": CANVAS,
+    "top k": replace(CANVAS, temperature=1.4, top_k=3),
+    "top p": replace(CANVAS, temperature=1.4, top_p=0.5),
+    "threshold": replace(CANVAS, threshold=0.3),
+    "suppressed": replace(CANVAS, temperature=1.4, suppress=(4, 5, 6, 7)),
+}
+
+
+def student(policy: MaskedDiffusion, done: Trajectory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, positions and steps of all tokens that were committed, and the student's logits on the step's canvas."""
+    canvases = DecoderSteps()(done, KEYS, 0, 1)
+    prompt = torch.zeros((canvases.size, canvases.ids.shape[1] - 16), dtype=torch.bool)
+    sites = canvases.revealed
+    with torch.no_grad():
+        logits = policy.site_logits(View(canvases.ids, canvases.mask, torch.cat([prompt, sites], 1)))
+    canvas, position = sites.nonzero(as_tuple=True)
+    return canvases.rows[canvas], position, canvases.steps[canvas], logits
+
+
+@pytest.mark.parametrize("options", [{}, {"block_length": 8}], ids=["whole canvas", "block causal"])
+@pytest.mark.parametrize("name", DENOISING)
+def test_a_denoisers_log_probabilities_are_the_students_on_the_canvas_of_the_step(
+    make_policy: Callable[..., MaskedDiffusion], options, name
+):
+    policy, settings = make_policy(**options), DENOISING[name]
+    done = policy.decode(PROMPTS, settings, KEYS)
+    rows, position, _, logits = student(policy, done)
+    tokens = done.tokens[rows, position]
+    logp = (logits / (settings.temperature or 1)).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert done.logp is not None
+    torch.testing.assert_close(done.logp[rows, position].double(), logp, atol=1e-5, rtol=0)
+    assert torch.equal(done.logp.isnan(), done.reveal_step == NEVER)
+    canvases = DecoderSteps()(done, KEYS, 0, 1)
+    assert torch.equal(canvases.old_logp[canvases.revealed], done.logp[rows, position])
+
+
+@pytest.mark.parametrize("name", ["sampled", "top k", "top p", "suppressed", "threshold"])
+def test_a_denoisers_tokens_are_those_of_an_inverse_distribution_at_the_keyed_numbers(policy, name):
+    settings = DENOISING[name]
+    done = policy.decode(PROMPTS, settings, KEYS)
+    rows, position, steps, logits = student(policy, done)
+    logits[:, [policy.mask_id, *settings.suppress]] = -torch.inf
+    narrow = 0
+    for i, (row, place, step) in enumerate(zip(rows.tolist(), position.tolist(), steps.tolist(), strict=True)):
+        u = float(uniform(fold(key_tensor([KEYS[row]]), step), 16)[0, place])
+        probability = kept(logits[i].float().tolist(), settings.temperature, settings.top_k, settings.top_p)
+        assert inverse(probability, u) == done.tokens[row, place]
+        narrow += sum(share > 0 for share in probability) < 12
+    assert (narrow > 20) == (name in ("top k", "top p"))
+
+
+def test_filters_change_what_a_denoiser_writes_but_not_what_greedy_decoding_does(policy):
+    one, other = (policy.decode(PROMPTS, DENOISING[name], KEYS) for name in ("top k", "top p"))
+    assert not torch.equal(one.tokens, other.tokens)
+    greedy = policy.decode(PROMPTS, DENOISING["greedy"], KEYS)
+    filtered = policy.decode(PROMPTS, replace(DENOISING["greedy"], top_k=2, top_p=0.1), KEYS)
+    assert torch.equal(greedy.tokens, filtered.tokens)
+
+
+def test_the_share_of_busy_slots_is_that_of_the_rows():
+    assert Meter().occupancy == 0
+    assert Meter(forwards=4, rows=6, slots=8).occupancy == 0.75

@@ -1,0 +1,243 @@
+"""Horizons: their formulas, what they cut on either backbone, and that nothing beyond is generated."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from dllm_sd.config import build_config
+from dllm_sd.errors import InputError
+from dllm_sd.horizons import HORIZONS, Complete, Progressive, Truncated
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
+from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.policies.loading import AnyPolicy
+from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import All, Demonstrations, PassAtK, Prompted, Rollout, gather
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.trajectory import Reach, Trajectory
+
+PROMPTS = [(4, 5, 14, 6), (7,), (8, 9, 10, 11, 12, 13, 4), (5, 16, 5)]
+KEYS = [make_key("row", i) for i in range(len(PROMPTS))]
+PROMPTED = [Prompted(Problem(f"p{i}", {}), prompt) for i, prompt in enumerate(PROMPTS)]
+CANVAS = Decoding(length=24, block_length=4, tokens_per_step=1, temperature=1.0)
+
+
+@dataclass
+class Extent:
+    """A policy of so many blocks and steps."""
+
+    blocks: int = 8
+    steps: int = 15360
+
+    def extent(self, unit: str, settings: Decoding) -> int:
+        return {"blocks": self.blocks, "steps": self.steps}[unit]
+
+
+class Judge:
+    """Judges by the last character."""
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        return Grade(bool(completion) and ord(completion[-1]) % 2 == 0, 0.0, None)
+
+
+@pytest.fixture(scope="module", params=["denoiser", "blocks", "autoregressive"])
+def each(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> AnyPolicy:
+    """A policy of each kind."""
+    options: dict[str, Any] = {"denoiser": {}, "blocks": {"block_length": 4}}
+    return make_policy(**options.get(request.param, {"as_": "autoregressive"}))
+
+
+def roll(policy: AnyPolicy, horizon: Any, update: int = 0, **options: Any) -> list[list[Rollout]]:
+    rule = PassAtK(attempts=3, temperature=1.0, horizon=horizon, **options)
+    task: Any = Judge()
+    return rule(policy, task, PROMPTED, CANVAS, 3, update)
+
+
+def trajectories(tried: Sequence[Sequence[Rollout]]) -> list[Trajectory]:
+    return [rollout.trajectory for attempts in tried for rollout in attempts]
+
+
+def equal(ours: Trajectory, theirs: Trajectory, atol: float = 0.0) -> None:
+    for name, value in ours.tensors().items():
+        other = getattr(theirs, name)
+        if value.is_floating_point():
+            torch.testing.assert_close(value, other, atol=atol, rtol=0, equal_nan=True)
+        else:
+            assert torch.equal(value, other), name
+
+
+@contextmanager
+def counted(policy: AnyPolicy) -> Iterator[list[int]]:
+    """The tokens read in every forward pass inside."""
+    passes: list[int] = []
+    hook = policy.module.network.base_model.register_forward_hook(lambda _, __, out: passes.append(out[0].shape[1]))
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def test_the_table_names_every_horizon():
+    assert {"complete": Complete, "truncated": Truncated, "progressive": Progressive} == HORIZONS
+
+
+@pytest.mark.parametrize(
+    ("ratio", "unit", "count"),
+    [
+        (0.1, "steps", 1536),
+        (0.25, "blocks", 2),
+        (0.3, "blocks", 2),
+        (0.32, "blocks", 3),
+        (1e-6, "blocks", 1),
+        (1e-6, "steps", 1),
+        (1.0, "blocks", 8),
+        (0.00017, "steps", 3),
+    ],
+)
+def test_truncation_takes_a_share_of_the_whole_and_at_least_one(ratio, unit, count):
+    policy: Any = Extent()
+    for update in (0, 7, 5000):
+        assert Truncated(ratio, unit)(policy, CANVAS, update) == Reach(unit, count)
+
+
+def test_a_progressive_horizon_grows_by_the_formula_up_to_the_whole():
+    policy: Any = Extent(blocks=10)
+    horizon = Progressive(start=3, step=2, every=4)
+    counts = [horizon(policy, CANVAS, update) for update in range(20)]
+    assert counts == [Reach("blocks", n) for n in [3] * 4 + [5] * 4 + [7] * 4 + [9] * 4 + [10] * 4]
+    paper = METHODS["popd"].method.rollout
+    assert isinstance(paper, PassAtK)
+    assert isinstance(paper.horizon, Progressive)
+    steps = replace(paper.horizon, unit="steps")
+    assert [getattr(steps(policy, CANVAS, update), "count", 0) for update in (0, 1, 100, 1553, 1554)] == [
+        *(1382, 1391, 2282, 15359, 15360)
+    ]
+    assert Progressive(start=2, step=0)(policy, CANVAS, 99) == Reach("blocks", 2)
+    assert Complete()(policy, CANVAS, 3) is None
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Truncated(ratio=0),
+        lambda: Truncated(ratio=1.01),
+        lambda: Truncated(ratio=-0.1),
+        lambda: Progressive(start=0),
+        lambda: Progressive(every=0),
+        lambda: Progressive(step=-1),
+    ],
+)
+def test_impossible_horizons_are_refused(build):
+    with pytest.raises(InputError, match=r"^method\.rollout\.horizon"):
+        build()
+
+
+def test_the_extent_of_a_denoiser_is_its_blocks_and_its_steps(policy):
+    assert policy.extent("blocks", CANVAS) == 6
+    assert policy.extent("steps", CANVAS) == 24
+    assert policy.extent("steps", replace(CANVAS, tokens_per_step=3)) == 12  # 3 and 1 in each block
+    assert policy.extent("steps", replace(CANVAS, steps=12)) == 12
+    assert policy.extent("steps", replace(CANVAS, threshold=0.9)) == 24
+    done = policy.decode(PROMPTS, replace(CANVAS, tokens_per_step=3, early_end=False), KEYS)
+    assert done.num_steps.tolist() == [12] * 4
+
+
+@pytest.mark.parametrize("unit", ["blocks", "steps"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("changes", [{}, {"tokens_per_step": 3}, {"batch_size": 2}], ids=str)
+def test_a_cut_rollout_is_the_start_of_the_whole_one(each, unit, count, changes):
+    settings, reach = replace(CANVAS, **changes), Reach(unit, count)
+    whole = each.decode(PROMPTS, settings, KEYS)
+    cut = each.decode(PROMPTS, settings, KEYS, reach=reach)
+    equal(cut, whole.within(reach), 1e-5)
+    assert int(cut.written.sum()) < int(whole.written.sum())
+
+
+def test_blocks_and_steps_cut_a_denoiser_in_different_places(policy):
+    settings = replace(CANVAS, tokens_per_step=3, early_end=False)
+    blocks = policy.decode(PROMPTS, settings, KEYS, reach=Reach("blocks", 2))
+    steps = policy.decode(PROMPTS, settings, KEYS, reach=Reach("steps", 3))
+    assert ((blocks.reveal_step >= 0).sum(1) == 8).all()
+    assert ((steps.reveal_step >= 0).sum(1) == 7).all()  # 3 + 1, and 3 of the next block
+    assert (blocks.num_steps == 4).all()
+    assert (steps.num_steps == 3).all()
+
+
+def test_passes_beyond_the_horizon_are_never_made(each):
+    whole = Meter()
+    each.decode(PROMPTS, CANVAS, KEYS, meter=whole)
+    for reach, most in ((Reach("steps", 3), 3), (Reach("blocks", 1), 1 if each.causal else 4)):
+        meter = Meter()
+        with counted(each) as passes:
+            each.decode(PROMPTS, CANVAS, KEYS, meter=meter, reach=reach)
+        assert meter.forwards <= most < whole.forwards
+        assert len(passes) <= most + 4 * (each.block_length is not None)  # and the prompts, which a cache reads first
+
+
+@pytest.mark.parametrize("unit", ["blocks", "steps"])
+def test_the_whole_ratio_is_the_complete_rollout_bit_for_bit(each, unit):
+    plain = trajectories(roll(each, Complete()))
+    for horizon in (Truncated(1.0, unit), Progressive(start=1000, unit=unit)):
+        horizoned = trajectories(roll(each, horizon))
+        assert len(plain) == len(horizoned)
+        for one, other in zip(plain, horizoned, strict=True):
+            equal(one, other)
+
+
+def test_what_is_counted_is_what_was_generated(each):
+    tried = roll(each, Truncated(0.25), keep="all", until_solved=False)
+    counts = gather(PassAtK(keep="all", until_solved=False), All(), tried).counts
+    by_hand = 0
+    for rollout in (rollout for attempts in tried for rollout in attempts):
+        known = rollout.trajectory.reveal_step[0] >= 0
+        length = int(rollout.trajectory.length)
+        by_hand += int(known[:length].sum())
+        assert int(known.sum()) <= 8  # a quarter of the canvas, and what a block of the prompt adds to it
+    assert counts["tokens"] == counts["generated"] == by_hand
+    assert 0 < by_hand <= 12 * 8
+    whole = gather(
+        PassAtK(keep="all", until_solved=False), All(), roll(each, Complete(), keep="all", until_solved=False)
+    )
+    assert by_hand < whole.counts["tokens"] / 1.5
+
+
+def test_a_rollout_without_a_horizon_reaches_to_the_end(each):
+    assert PassAtK().reach(each, CANVAS, 3) is None
+    assert Demonstrations().reach(each, CANVAS, 3) is None
+
+
+def test_the_horizon_advances_with_the_updates_that_the_batches_serve(each):
+    def counts(passes: int, every: int) -> list[int]:
+        rule = PassAtK(passes=passes, horizon=Progressive(start=1, step=1, every=every))
+        return [reach.count for batch in range(4) if (reach := rule.reach(each, CANVAS, batch))]
+
+    whole = 24 if each.causal else 6
+    assert counts(1, 1) == [1, 2, 3, 4]
+    assert counts(2, 1) == [min(whole, n) for n in (1, 3, 5, 7)]
+    assert counts(2, 4) == [1, 1, 2, 2]
+    assert counts(3, 2) == [1, 2, 4, 5]
+    later = trajectories(roll(each, Progressive(start=1, step=1), update=2))
+    first = trajectories(roll(each, Progressive(start=1, step=1), update=0))
+    place = (lambda one: one.reveal_step) if each.causal else (lambda one: one.block)
+    for some, count in ((first, 1), (later, 3)):
+        reached = [int(place(one).masked_fill(one.reveal_step < 0, -1).max()) + 1 for one in some]
+        assert max(reached) == count
+
+
+def test_horizons_are_keys_of_the_rollout():
+    tree: dict[str, Any] = {"task": "sudoku", "method": {"name": "grpo"}}
+    tree["method"]["rollout"] = {"horizon": {"name": "progressive", "start": 2, "unit": "steps"}}
+    rollout = build_config(tree).method.rollout
+    assert isinstance(rollout, PassAtK)
+    assert rollout.horizon == Progressive(start=2, unit="steps")
+    paper = METHODS["topd"].method.rollout
+    assert isinstance(paper, PassAtK)
+    assert paper.horizon == Truncated(0.1)
+    tree["method"]["rollout"] = {"horizon": "half"}
+    with pytest.raises(InputError, match=r"method\.rollout\.horizon\.name 'half' is unknown"):
+        build_config(tree)
+    assert Method().rollout == PassAtK(horizon=Complete())
