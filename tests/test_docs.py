@@ -110,7 +110,8 @@ def test_every_table_that_a_part_may_join_is_where_the_document_says() -> None:
         sources = [file for path in files for file in (path.glob("*.py") if path.is_dir() else [path])]
         for name in names(tables):
             assert any(re.search(rf"^{name}\b.* = ", file.read_text(), re.MULTILINE) for file in sources), name
-    assert set(Method.__dataclass_fields__) - {"average"} == {name for slots, *_ in rows for name in names(slots)}
+    slots = {name for name, f in Method.__dataclass_fields__.items() if f.metadata}
+    assert slots == {name for cell, *_ in rows for name in names(cell)}
 
 
 def one_update(run: Path, method: Mapping[str, Any], **model: Any) -> set[str]:
@@ -133,12 +134,16 @@ def one_update(run: Path, method: Mapping[str, Any], **model: Any) -> set[str]:
 
 @pytest.fixture
 def metric_keys(tmp_path: Path) -> set[str]:
-    """All that a run without and a run with a teacher write."""
+    """All that runs without a teacher, with one, and with several under a horizon write."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     sft = {"name": "sft", "rollout": {"problems": 4}}
     d_opsd = {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}, "gate": "all"}
     keys = one_update(tmp_path / "sft", sft, random_init=True, tokenizer="tiny", shape=shape)
-    return keys | one_update(tmp_path / "d_opsd", d_opsd, path="tiny")
+    keys |= one_update(tmp_path / "d_opsd", d_opsd, path="tiny")
+    rollout = {"problems": 4, "attempts": 1, "horizon": {"name": "truncated", "ratio": 0.5}}
+    for name in ("d_opsd_pmi", "d_demo_psd"):
+        keys |= one_update(tmp_path / name, {"name": name, "rollout": rollout, "gate": "all"}, path="tiny")
+    return keys
 
 
 def test_the_metrics_that_are_written_are_those_that_are_documented(metric_keys: set[str]) -> None:

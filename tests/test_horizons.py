@@ -215,7 +215,8 @@ def test_the_horizon_advances_with_the_updates_that_the_batches_serve(each):
         rule = PassAtK(passes=passes, horizon=Progressive(start=1, step=1, every=every))
         return [reach.count for batch in range(4) if (reach := rule.reach(each, CANVAS, batch))]
 
-    whole = 24 if each.causal else 6
+    whole = each.extent("blocks", CANVAS)
+    assert whole == (24 if each.causal else 7 if each.block_length else 6)  # 7: a prompt may begin a block
     assert counts(1, 1) == [1, 2, 3, 4]
     assert counts(2, 1) == [min(whole, n) for n in (1, 3, 5, 7)]
     assert counts(2, 4) == [1, 1, 2, 2]

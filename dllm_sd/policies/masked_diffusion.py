@@ -104,9 +104,10 @@ class MaskedDiffusion(LanguageModel):
 
     def extent(self, unit: Unit, settings: Decoding) -> int:
         """Blocks or steps of a complete decoding; with a threshold, the most steps that it may take."""
+        blocks = settings.num_blocks + (self.block_length is not None)  # one that the prompt's end may begin
         if unit == "blocks":
-            return settings.num_blocks
-        return settings.length if settings.threshold is not None else settings.num_blocks * len(settings.schedule)
+            return blocks
+        return settings.length if settings.threshold is not None else blocks * len(settings.schedule)
 
 
 def check_blocks(block_length: int | None, settings: Decoding, key: str = "decode") -> None:
