@@ -9,7 +9,7 @@ import torch
 
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.denoising import denoise
-from dllm_sd.policies.loading import build_policy
+from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Model, Shape
 from dllm_sd.randomness import make_key
@@ -27,10 +27,13 @@ def policy_shape() -> Shape:
 
 
 @pytest.fixture(scope="session")
-def make_policy() -> Callable[..., MaskedDiffusion]:
-    """Builds a random policy in float64; large initial weights make it confident here and unsure there."""
+def make_policy() -> Callable[..., Any]:
+    """Builds a random policy in float64, a denoiser or as asked for.
 
-    def build(**options: Any) -> MaskedDiffusion:
+    Large initial weights make it confident here and unsure there.
+    """
+
+    def build(**options: Any) -> AnyPolicy:
         options = {"shape": SHAPE, "dtype": "float64"} | options
         return build_policy(Model(random_init=True, tokenizer="tiny", **options))
 
@@ -38,7 +41,7 @@ def make_policy() -> Callable[..., MaskedDiffusion]:
 
 
 @pytest.fixture(scope="session")
-def policy(make_policy: Callable[..., MaskedDiffusion]) -> MaskedDiffusion:
+def policy(make_policy: Callable[..., Any]) -> MaskedDiffusion:
     """One random policy for all tests that change nothing in it."""
     return make_policy()
 

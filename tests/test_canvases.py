@@ -7,7 +7,7 @@ from torch import Tensor
 from dllm_sd.canvases import CANVASES, AllMasked, Canvases, DecoderSteps, RandomMasks, attention_mask
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.trajectory import Reach, NEVER, Trajectory, concatenate
+from dllm_sd.trajectory import NEVER, Reach, Trajectory, concatenate
 
 MASK = 11
 

@@ -529,7 +529,7 @@ def assert_hinted(whole: Seen, found: Sequence[int], hint: Any, rollout: Rollout
         assert texts[0].endswith(problem.fields["solution"])
     elif isinstance(hint, Sibling):
         others = [one for one in rollouts.chosen if one.problem.id == problem.id and one.grade.correct]
-        texts = [one.text.strip() for one in others if hint.own or one.attempt != rollout.attempt]
+        texts = [one.text for one in others if hint.own or one.attempt != rollout.attempt]
         texts = texts[:1] if hint.choice == "first" else texts
         assert texts
     else:

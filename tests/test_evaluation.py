@@ -35,10 +35,13 @@ class Parity(Unguessable):
     def problems(self, split: str) -> Sequence[Problem]:
         return [Problem(f"parity/{i}", {"prompt": "1" * (1 + i % 5)}) for i in range(10)]
 
-    def messages(self, problem: Problem) -> list[dict[str, str]]:
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
         return [{"role": "user", "content": problem.fields["prompt"]}]
 
     def reference(self, problem: Problem) -> str | None:
+        return None
+
+    def final_answer(self, problem: Problem) -> str | None:
         return None
 
     def grade(self, problem: Problem, completion: str) -> Grade:

@@ -26,7 +26,7 @@ BFLOAT16 = {"dtype": "bfloat16"}
 def llada() -> nn.Module:
     """The shape of LLaDA-8B, without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**LLADA))
+        return AutoModelForCausalLM.from_config(LlamaConfig(**LLADA, is_causal=False))
 
 
 @pytest.fixture(scope="module")

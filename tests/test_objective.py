@@ -209,7 +209,10 @@ def test_a_teacher_is_never_asked_about_what_it_was_shown(noise):
 def test_nothing_to_learn_from_is_no_plan(noise):
     rollouts = rollouts_of(noise(b=4))
     assert plan_update(Method(), Rollouts((), {"rejected": 4.0}), []) is None
-    assert plan_update(Method(), rollouts_of(noise(b=4, early_end=False).within(Reach("steps", 0))), keys(rollouts)) is None
+    assert (
+        plan_update(Method(), rollouts_of(noise(b=4, early_end=False).within(Reach("steps", 0))), keys(rollouts))
+        is None
+    )
     group = replace(METHODS["diffu_grpo"].method, contexts=(), trust=GroupAdvantage(kl=0.0))
     assert plan_update(group, rollouts_of(noise(b=4), [1.0, 1.0, 0.5, 0.5]), keys(rollouts)) is None
 

@@ -1,6 +1,7 @@
 """The autoregressive policy: any causal language model of transformers, decoded by its own generation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -89,17 +90,16 @@ class Autoregressive(LanguageModel):
         steps = settings.length if reach is None else min(reach.count, settings.length)
         chooser = KeyedChoice(settings, key_tensor(keys, self.device), self.suppress, prompt_ids.shape[1], watch)
         network: Any = self.module.network
-        found = network.generate(
-            input_ids=prompt_ids.to(self.device),
-            attention_mask=prompt_mask.to(self.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=steps,
-                do_sample=False,
-                eos_token_id=list(self.end_ids),
-                pad_token_id=self.pad_id,
-            ),
-            logits_processor=LogitsProcessorList([chooser]),
+        wanted = GenerationConfig(
+            max_new_tokens=steps, do_sample=False, eos_token_id=list(self.end_ids), pad_token_id=self.pad_id
         )
+        with _generating_as(network, wanted):
+            found = network.generate(
+                input_ids=prompt_ids.to(self.device),
+                attention_mask=prompt_mask.to(self.device),
+                generation_config=wanted,
+                logits_processor=LogitsProcessorList([chooser]),
+            )
         written = found[:, prompt_ids.shape[1] :].cpu()
         trajectory = self._trajectory(prompt_ids, prompt_mask, written, settings.length, torch.stack(chooser.logp, 1))
         if meter is not None:
@@ -140,6 +140,16 @@ class Autoregressive(LanguageModel):
     def extent(self, unit: Unit, settings: Decoding) -> int:
         """Blocks or steps of a complete decoding: a token each."""
         return settings.length
+
+
+@contextmanager
+def _generating_as(network: Any, wanted: GenerationConfig) -> Iterator[None]:
+    """Nothing but what is ``wanted``: `generate` fills in what a checkpoint's own generation config says."""
+    own, network.generation_config = network.generation_config, wanted
+    try:
+        yield
+    finally:
+        network.generation_config = own
 
 
 class KeyedChoice(LogitsProcessor):

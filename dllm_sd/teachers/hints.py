@@ -146,6 +146,6 @@ AnyHint = Reference | Sibling | NoQuestion
 
 def check_template(template: str) -> None:
     """Refuse a hint's template that leaves out the hint or asks for anything else."""
-    render(template, {"question": "", "hint": ""}, "the context's template")
-    if "{hint}" not in template:
+    one, other = (render(template, {"question": "", "hint": hint}, "the context's template") for hint in "12")
+    if one == other:
         raise InputError("the context's template has no {hint}; say where the hint stands")

@@ -17,7 +17,7 @@ import dllm_sd
 from dllm_sd.errors import InputError
 from dllm_sd.policies.autoregressive import NO_MASK, Autoregressive
 from dllm_sd.policies.decoding import Decoding, Meter
-from dllm_sd.policies.loading import build_policy, load_policy
+from dllm_sd.policies.loading import AnyPolicy, build_policy, load_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.policies.policy import View
@@ -58,7 +58,7 @@ def both(request: pytest.FixtureRequest, make: Make, policy_shape: Shape) -> Aut
     return make(shape=replace(policy_shape, architecture=request.param))
 
 
-def network(policy: Autoregressive) -> PreTrainedModel:
+def network(policy: AnyPolicy) -> PreTrainedModel:
     return policy.module.network
 
 

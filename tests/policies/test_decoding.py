@@ -104,8 +104,8 @@ def test_at_temperature_0_the_largest_is_taken_and_filters_have_no_say(logits):
 def test_the_log_probability_is_before_the_filters_and_after_the_temperature(logits, temperature):
     token = draw(logits, Decoding(), torch.zeros(40))
     expected = (logits.double() / (temperature or 1)).log_softmax(-1)[torch.arange(40), token]
-    for filters in ({}, {"top_k": 1}, {"top_p": 0.5}):
-        found = drawn_logp(logits, Decoding(temperature=temperature, **filters), token)
+    for filters in (Decoding(), Decoding(top_k=1), Decoding(top_p=0.5)):
+        found = drawn_logp(logits, replace(filters, temperature=temperature), token)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
 
 

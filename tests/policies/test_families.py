@@ -47,7 +47,9 @@ def load(name: str, layout: str, attention: str = "sdpa", block_length: int | No
         options["mask_token"] = facts["mask_token_id"]
     if block_length != written.get("block_size"):
         options["block_length"] = block_length
-    return load_policy(str(FOLDERS[name] / layout), **options)
+    policy = load_policy(str(FOLDERS[name] / layout), **options)
+    assert isinstance(policy, MaskedDiffusion)
+    return policy
 
 
 def logits_at(policy: MaskedDiffusion, ids: Tensor, mask: Tensor, sites: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from dllm_sd import load_policy
 from dllm_sd.errors import InputError
 from dllm_sd.policies import blueprint
 from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.loading import build_policy
+from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.policies.policy import View
@@ -45,10 +45,12 @@ TINY = Path(dllm_sd.__file__).parent / "assets" / "tiny"
 
 
 def random_policy(**options: Any) -> MaskedDiffusion:
-    return build_policy(Model(**{"random_init": True, "tokenizer": "tiny", "shape": SHAPE, **options}))
+    policy = build_policy(Model(**{"random_init": True, "tokenizer": "tiny", "shape": SHAPE, **options}))
+    assert isinstance(policy, MaskedDiffusion)
+    return policy
 
 
-def weights(policy: MaskedDiffusion) -> dict[str, torch.Tensor]:
+def weights(policy: AnyPolicy) -> dict[str, torch.Tensor]:
     return policy.module.state_dict()
 
 

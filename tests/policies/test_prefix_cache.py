@@ -186,6 +186,7 @@ def test_a_published_architecture_decodes_like_the_plain_decoder(folder: Path):
     if block_length is None:
         pytest.skip("has no blocks")
     policy = load_policy(str(folder / "single"), block_length=block_length, mask_token=facts["mask_token_id"])
+    assert isinstance(policy, MaskedDiffusion)
     for changes in ({}, {"threshold": 0.05}, {"tokens_per_step": 3, "early_end": False}):
         settings = settings_of(block_length, {"length": 2 * block_length, **changes})
         cached, plain, gap = both(policy, settings)

@@ -130,7 +130,7 @@ def test_thinking_is_left_out_of_a_siblings_text_unless_it_is_wanted(group):
     assert first(Sibling().ask(attempts[0], attempts, TASK, KEY)).text == "3"
     assert first(Sibling(strip_thinking=False).ask(attempts[0], attempts, TASK, KEY)).text == text
     plain = group([0, 1], ["", " no tag "])
-    assert first(Sibling().ask(plain[0], plain, TASK, KEY)).text == "no tag"
+    assert first(Sibling().ask(plain[0], plain, TASK, KEY)).text == " no tag "
 
 
 def test_a_prompt_without_the_question_is_the_tasks_own_and_hints_at_nothing(group):

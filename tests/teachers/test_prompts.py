@@ -72,10 +72,11 @@ def each(request: pytest.FixtureRequest, policy: AnyPolicy, causal: AnyPolicy) -
     return policy if request.param == "denoiser" else causal
 
 
+EVERYTHING = All()
 RULE = PassAtK(attempts=3, keep="all", until_solved=False)
 
 
-def rolled(policy: AnyPolicy, gate: Any = All(), problems: Sequence[Problem] = PROBLEMS) -> Rollouts:  # noqa: B008
+def rolled(policy: AnyPolicy, gate: Any = EVERYTHING, problems: Sequence[Problem] = PROBLEMS) -> Rollouts:
     """Three attempts at each problem."""
     tried = [
         [
@@ -97,7 +98,7 @@ def informed(
     policy: AnyPolicy,
     *contexts: AnyContext,
     write: Any = nobody,
-    gate: Any = All(),
+    gate: Any = EVERYTHING,
     **options: Any,
 ) -> Rollouts:
     return inform(rolled(policy, gate, **options), contexts, TASK, policy, write, BATCH)

@@ -103,8 +103,11 @@ def graded(value: list[float], loss: float, **fields: list[float]) -> Graded:
     m = len(value)
     tensors = {name: torch.tensor(fields.get(name, [0.0] * m)) for name in ("clip_share", "student_entropy")}
     tensors |= {name: torch.tensor(fields.get(name, [nan] * m)) for name in ("teacher_entropy", "agreement")}
+    measures = {name: torch.tensor(values) for name, values in fields.items() if name.startswith("target/")}
     sites = torch.ones(1, m, dtype=torch.bool)
-    return Graded(torch.tensor(loss), torch.tensor(value), term=torch.zeros(m), sites=sites, **tensors)
+    return Graded(
+        torch.tensor(loss), torch.tensor(value), term=torch.zeros(m), sites=sites, measures=measures, **tensors
+    )
 
 
 def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
@@ -112,7 +115,7 @@ def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
         graded([1.0, 2.0, 3.0], 0.25, agreement=[1.0, 1.0, 0.0], teacher_entropy=[0.0, 1.0, 2.0]),
         graded([10.0], 0.5, agreement=[1.0], teacher_entropy=[1.0], student_entropy=[4.0], clip_share=[1.0]),
     ]
-    metrics = site_metrics(site_sums(parts, torch.device("cpu")))
+    metrics = site_metrics(site_sums(parts, (), torch.device("cpu")), ())
     assert metrics == {
         "loss": 0.75,
         "sites": 4,
@@ -126,25 +129,31 @@ def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
 
 
 def test_without_a_teacher_nothing_is_said_about_it():
-    metrics = site_metrics(site_sums([graded([1.0, 2.0], 0.5)], torch.device("cpu")))
+    metrics = site_metrics(site_sums([graded([1.0, 2.0], 0.5)], (), torch.device("cpu")), ())
     assert metrics.keys() == {"loss", "sites", "divergence", "clip_share", "student/entropy"}
     assert not any(math.isnan(value) for value in metrics.values())
 
 
 def test_cutting_an_update_into_parts_does_not_change_its_metrics():
-    whole = graded([1.0, 2.0, 4.0], 0.75, agreement=[1.0, 0.0, 1.0])
-    parts = [graded([1.0, 2.0], 0.5, agreement=[1.0, 0.0]), graded([4.0], 0.25, agreement=[1.0])]
+    alpha = "target/alpha"
+    whole = graded([1.0, 2.0, 4.0], 0.75, agreement=[1.0, 0.0, 1.0], **{alpha: [0.5, 0.25, 0.75]})
+    parts = [graded([1.0, 2.0], 0.5, agreement=[1.0, 0.0], **{alpha: [0.5, 0.25]})]
+    parts += [graded([4.0], 0.25, agreement=[1.0], **{alpha: [0.75]})]
     device = torch.device("cpu")
-    assert site_metrics(site_sums(parts, device)) == site_metrics(site_sums([whole], device))
+    metrics = site_metrics(site_sums(parts, [alpha], device), [alpha])
+    assert metrics == site_metrics(site_sums([whole], [alpha], device), [alpha])
+    assert metrics[alpha] == 0.5
 
 
 def test_rollout_metrics_are_shares_of_problems_and_means_over_attempts():
     counts = {"problems": 4, "attempts": 10, "decoded": 12, "solved": 3, "first_try": 1, "tokens": 50, "steps": 20}
+    counts |= {"generated": 60, "no_hint": 2, "long_hint": 1}
     metrics = rollout_metrics(Rollouts((), {**counts, "kept": 3, "rejected": 1}))
     assert metrics == {
         **{"rollouts/problems": 4, "rollouts/attempts": 10, "rollouts/decoded": 12, "rollouts/kept": 3},
         **{"rollouts/rejected": 1, "rollouts/pass_rate": 0.75, "rollouts/first_try": 0.25},
-        **{"rollouts/length": 5.0, "rollouts/steps": 2.0},
+        **{"rollouts/length": 5.0, "rollouts/steps": 2.0, "rollouts/generated": 60},
+        **{"rollouts/no_hint": 2, "rollouts/long_hint": 1},
     }
 
 
