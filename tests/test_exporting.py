@@ -25,11 +25,11 @@ from dllm_sd.exporting import Layout, export_policy, fold, push_folder
 from dllm_sd.model_card import model_card
 from dllm_sd.policies.blueprint import read_blueprint
 from dllm_sd.policies.families import MARK
-from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.prefix_cache import block_causal
+from dllm_sd.policies.weights import trained
 from tests.oracles.fixtures import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own use
@@ -59,11 +59,11 @@ def model_of(name: str, layout: str = "single", **options: Any) -> Model:
     return Model(path=str(FOLDERS[name] / layout), **options_of(name), **options)
 
 
-def load(model: Model) -> MaskedDiffusion:
+def load(model: Model) -> AnyPolicy:
     return load_policy(model.path, **{key: value for key, value in vars(model).items() if key != "path"})
 
 
-def stir(policy: MaskedDiffusion) -> MaskedDiffusion:
+def stir(policy: AnyPolicy) -> AnyPolicy:
     """Give everything that training would move other values."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def stir(policy: MaskedDiffusion) -> MaskedDiffusion:
     return policy
 
 
-def view_of(policy: MaskedDiffusion) -> View:
+def view_of(policy: AnyPolicy) -> View:
     rows = policy.module.state_dict()[next(n for n in policy.module.state_dict() if "embed_tokens" in n)].shape[0]
     ids = torch.randint(rows, (3, 12), generator=torch.Generator().manual_seed(1))
     ids[:, 6:9] = policy.mask_id
@@ -82,12 +82,12 @@ def view_of(policy: MaskedDiffusion) -> View:
     return View(ids, mask, mask.clone())
 
 
-def logits(policy: MaskedDiffusion, view: View) -> Tensor:
+def logits(policy: AnyPolicy, view: View) -> Tensor:
     with torch.no_grad():
         return policy.site_logits(view)
 
 
-def raw_logits(network: Any, policy: MaskedDiffusion, view: View) -> Tensor:
+def raw_logits(network: Any, policy: AnyPolicy, view: View) -> Tensor:
     """Logits of a plain transformers or PEFT model, without padding, row i speaking as the network has it."""
     whole = torch.ones_like(view.ids)
     position = whole.cumsum(1) - 1
@@ -97,11 +97,11 @@ def raw_logits(network: Any, policy: MaskedDiffusion, view: View) -> Tensor:
         return network.eval()(input_ids=view.ids, attention_mask=attention, position_ids=position).logits
 
 
-def plain_logits(policy: MaskedDiffusion, view: View) -> Tensor:
+def plain_logits(policy: AnyPolicy, view: View) -> Tensor:
     return raw_logits(policy.module.model, policy, view)
 
 
-def facts_of(policy: MaskedDiffusion) -> dict[str, Any]:
+def facts_of(policy: AnyPolicy) -> dict[str, Any]:
     names = ("mask_id", "end_ids", "pad_id", "suppress", "block_length")
     return {name: getattr(policy, name) for name in names} | {"shift": policy.module.shift}
 
@@ -126,7 +126,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 @cache
-def adapted(name: str) -> tuple[MaskedDiffusion, Model, View, Tensor]:
+def adapted(name: str) -> tuple[AnyPolicy, Model, View, Tensor]:
     """A policy with trained adapters, a view of it and its logits."""
     model = model_of(name, lora=Lora(rank=4, alpha=8))
     policy = stir(load(model))
@@ -492,3 +492,31 @@ def test_an_upload_happens_only_when_asked_for(run: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(Hub, "create_repo", refused)
     assert "(--push) failed: no token" in refusal(lambda: push_folder(tmp_path / "b", "someone/something"))
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=8)], ids=["full", "lora"])
+def test_an_autoregressive_model_comes_out_as_what_transformers_takes_it_for(tmp_path, lora):
+    model = Model(path="tiny_ar", lora=lora)
+    policy = build_policy(model)
+    with torch.no_grad():  # a fresh adapter does nothing
+        for value in trained(policy).values():
+            value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    to: Layout = "merged" if lora is None else "peft"
+    export_policy(policy, model, to, tmp_path / "out")
+    base = tmp_path / "out" if lora is None else read_blueprint(model).folder
+    plain: Any = AutoModelForCausalLM.from_pretrained(base)
+    plain = plain if lora is None else PeftModel.from_pretrained(plain, str(tmp_path / "out"))
+    prompt = policy.encode([{"role": "user", "content": "1030002403014000:"}])
+    sites = torch.ones(1, len(prompt), dtype=torch.bool)
+    view = View(torch.tensor([prompt]), sites, sites & (torch.arange(len(prompt)) > 0))
+    expected = plain(input_ids=view.ids).logits[0, :-1]
+    torch.testing.assert_close(policy.site_logits(view), expected, atol=1e-5, rtol=0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "an autoregressive language model" in card
+    assert "diffusion" not in card
+    assert "generate()" not in card
+    if lora is None:
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert MARK not in written
+        assert "mask_token_id" not in written
+        assert load_policy(str(tmp_path / "out")).causal

@@ -264,6 +264,7 @@ def test_the_harness_evaluates_a_policy(tmp_path: Path, monkeypatch: pytest.Monk
         bootstrap_iters=0,
     )
     policy = load_policy("tiny")
+    assert isinstance(policy, MaskedDiffusion)
     prompts = [tokens(policy, document["puzzle"]) for document in documents]
     done = policy.decode(prompts, Decoding(length=16, block_length=4, tokens_per_step=1), [0] * len(prompts))
     texts = [policy.text(row[:n].tolist()) for row, n in zip(done.tokens, done.length.tolist(), strict=True)]

@@ -26,7 +26,9 @@ BFLOAT16 = {"dtype": "bfloat16"}
 def llada() -> nn.Module:
     """The shape of LLaDA-8B, without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**LLADA, is_causal=False))
+        config = LlamaConfig(**LLADA)
+        config.is_causal = False  # pyright: ignore[reportAttributeAccessIssue]
+        return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.fixture(scope="module")

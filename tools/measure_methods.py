@@ -1,6 +1,6 @@
 """Measure the named methods on the tiny models, and write what `docs/methods.md` and `dllm-sd show` say of them.
 
-python tools/measure_methods.py run FOLDER [NAME ...]   # about an hour on two cores; goes on where it stopped
+python tools/measure_methods.py run FOLDER [NAME ...]   # methods or backbones; an hour; goes on where it stopped
 python tools/measure_methods.py collect FOLDER          # -> dllm_sd/assets/measured.json
 
 Every run has the same budget: the same updates, and the same number of completions in each of them (a rule that tries
@@ -94,28 +94,23 @@ def command(backbone: str, name: str, seed: int, folder: Path) -> list[str]:
 
 def run(folder: Path, names: list[str]) -> None:
     """Train the teachers of on-policy distillation, then everything, two runs at a time with one thread each."""
-    for backbone, base in _BASE.items():
-        teacher, made = folder / f"teacher_{backbone}", folder / f"teacher_{backbone}_run"
-        if not teacher.is_dir():
-            settings = [
-                "method=sft",
-                "method.rollout.problems=128",
-                "updates=400",
-                "optim.lr=1e-3",
-                "log.progress=false",
-            ]
-            _call(["train", base, *settings, "eval.every=100", "eval.collapse=0", "eval.schedules={}", f"run={made}"])
-            _call(["export", str(made), "--to", "merged", str(teacher)])
-    jobs = [
-        command(backbone, name, seed, folder)
-        for seed in SEEDS
+    wanted = [
+        (backbone, name)
         for backbone, runs in RUNS.items()
         for name in runs
-        if not names or name.split()[0] in names
+        if not names or name.split()[0] in names or backbone in names
     ]
+    for backbone in dict.fromkeys(backbone for backbone, _ in wanted):
+        teacher, made = folder / f"teacher_{backbone}", folder / f"teacher_{backbone}_run"
+        if not teacher.is_dir():
+            settings = ["method=sft", "method.rollout.problems=128", "updates=400", "optim.lr=1e-3", "eval.every=100"]
+            settings += ["eval.collapse=0", "eval.schedules={}", "log.progress=false", f"run={made}"]
+            print(_call(["train", _BASE[backbone], *settings]), flush=True)
+            print(_call(["export", str(made), "--to", "merged", str(teacher)]), flush=True)
+    jobs = [command(backbone, name, seed, folder) for seed in SEEDS for backbone, name in wanted]
     with ThreadPoolExecutor(2) as pool:
-        for number, job in enumerate(pool.map(_call, jobs), 1):
-            print(f"{number} of {len(jobs)}: {job}", flush=True)
+        for number, said in enumerate(pool.map(_call, jobs), 1):
+            print(f"{number} of {len(jobs)}: {said}", flush=True)
 
 
 def _call(arguments: list[str]) -> str:
