@@ -21,8 +21,8 @@ has no meaning. `dllm-sd show CONFIG` prints the same for one run. This page is 
 MEASURED = """## Measured
 
 Greedy accuracy in percent on 1,024 test puzzles (4x4 Sudoku) of the shipped tiny models, `tiny` and `tiny_ar`, by
-`tools/measure_methods.py`: the same number of updates for all, learning rate and schedule of the quickstarts, nothing
-tuned for a method. Best: the best weights on 512 dev puzzles. A row with more words than a name has those overrides.
+`tools/measure_methods.py`: the same updates, learning rate and schedule for all methods of a backbone, nothing tuned
+for one. Best: the best weights on 512 dev puzzles. A row with more words than a name has those overrides.
 Seconds are those of rollouts and updates with one thread; tokens were generated in rollouts.
 
 """
