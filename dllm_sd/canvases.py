@@ -212,8 +212,7 @@ CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": Rand
 def whole_sequence(trajectory: Trajectory) -> Canvases:
     """One canvas for each autoregressive rollout: what was written, with all of it to be graded."""
     rows = torch.arange(trajectory.size, device=trajectory.tokens.device)
-    position = torch.arange(trajectory.tokens.shape[1], device=rows.device)
-    written = (trajectory.reveal_step != NEVER) & (position < trajectory.length[:, None])
+    written = trajectory.is_written
     return Canvases(
         rows=rows,
         steps=torch.zeros_like(rows),

@@ -75,12 +75,15 @@ def _check_contexts(method: Method) -> None:
         )
     if not isinstance(method.canvases, DecoderSteps) and any(context.needs_steps for context in contexts):
         raise InputError("method.contexts needs canvases that the decoder saw; set method.canvases to decoder_steps")
-    if any(context.hint is not None and context.hint.needs_group for context in contexts):
-        rollout = method.rollout
-        if not isinstance(rollout, PassAtK) or rollout.keep != "all" or rollout.attempts < 2:
-            raise InputError(
-                "method.contexts sibling looks at the other attempts: set rollout.keep to all, attempts to 2 or more"
-            )
+    grouped = any(context.hint is not None and context.hint.needs_group for context in contexts)
+    if grouped and not _keeps_groups(method.rollout):
+        raise InputError(
+            "method.contexts sibling looks at the other attempts: set rollout.keep to all, attempts to 2 or more"
+        )
+
+
+def _keeps_groups(rollout: PassAtK | Demonstrations) -> bool:
+    return isinstance(rollout, PassAtK) and rollout.keep == "all" and rollout.attempts > 1
 
 
 def _check_sites(method: Method) -> None:
@@ -148,7 +151,7 @@ def _check_group(method: Method) -> None:
         return
     if not isinstance(method.divergence, TokenNLL):
         raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")
-    if not isinstance(rollout, PassAtK) or rollout.keep != "all" or rollout.attempts < 2:
+    if not _keeps_groups(rollout):
         raise InputError("method.trust group_advantage compares a group: rollout.keep all, attempts 2 or more")
     if isinstance(method.gate, Correct | Score):
         raise InputError("method.trust group_advantage compares good and bad rollouts; use gate all or mixed")

@@ -7,6 +7,7 @@ from dllm_sd.canvases import AllMasked
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
 from dllm_sd.policies.blueprint import Blueprint, read_blueprint
+from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import teacher_model
 from dllm_sd.policies.masked_diffusion import check_blocks
 from dllm_sd.policies.weights import Checkpoint
@@ -25,9 +26,8 @@ def check_model(config: Config) -> Blueprint:
     if blueprint.causal:
         _check_causal(config)
         return blueprint
-    schedules = {f"eval.schedules.{name}": overrides for name, overrides in config.eval.schedules.items()}
-    for key, overrides in {"decode": {}, **schedules}.items():
-        check_blocks(blueprint.block_length, replace(config.decode, **overrides), key)
+    for key, settings in _decodings(config).items():
+        check_blocks(blueprint.block_length, settings, key)
     if blueprint.block_length is None:
         return blueprint
     if isinstance(config.method.canvases, AllMasked):
@@ -70,11 +70,15 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
                 )
 
 
+def _decodings(config: Config) -> dict[str, Decoding]:
+    """How the run decodes: its own settings and the other schedules, each by its key."""
+    schedules = config.eval.schedules.items()
+    return {"decode": config.decode} | {f"eval.schedules.{name}": replace(config.decode, **o) for name, o in schedules}
+
+
 def _check_causal(config: Config) -> None:
     """Refuse what an autoregressive model cannot do."""
-    decode = {"decode": config.decode}
-    decode |= {f"eval.schedules.{name}": replace(config.decode, **o) for name, o in config.eval.schedules.items()}
-    for key, settings in decode.items():
+    for key, settings in _decodings(config).items():
         for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
             if getattr(settings, name):
                 raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")

@@ -75,8 +75,13 @@ class Trajectory:
     @property
     def written(self) -> Tensor:
         """int64 ``[b]``: tokens that were revealed, up to the end token; less than `length` where a horizon cut."""
+        return self.is_written.sum(1)
+
+    @property
+    def is_written(self) -> Tensor:
+        """bool ``[b l]``: the tokens that `written` counts."""
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return ((self.reveal_step != NEVER) & (position < self.length[:, None])).sum(1)
+        return (self.reveal_step != NEVER) & (position < self.length[:, None])
 
     @property
     def ended(self) -> Tensor:

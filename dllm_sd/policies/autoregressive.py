@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.decoding import Decoding, Meter, draw, drawn_logp
 from dllm_sd.policies.language_model import LanguageModel
 from dllm_sd.randomness import fold, key_tensor, uniform
@@ -29,26 +27,6 @@ class Autoregressive(LanguageModel):
     mask_id = NO_MASK
     block_length = None
     causal: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        chat: Chat | None,
-        *,
-        end_ids: tuple[int, ...],
-        pad_id: int,
-        suppress: tuple[int, ...] = (),
-        merge_rollouts: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            chat,
-            end_ids=end_ids,
-            pad_id=pad_id,
-            suppress=suppress,
-            shift=True,
-            merge_rollouts=merge_rollouts,
-        )
 
     def decode(
         self,

@@ -33,7 +33,7 @@ class LanguageModel:
         shift: bool = False,
         merge_rollouts: bool = False,
     ) -> None:
-        self.module = SiteHead(model, block_length, shift)
+        self.module = SiteHead(model, block_length, shift or self.causal)  # causal logits speak about what follows
         self.chat = chat
         self.end_ids, self.pad_id = end_ids, pad_id
         self.suppress = suppress

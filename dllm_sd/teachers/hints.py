@@ -6,7 +6,7 @@ of a context that also reveals positions on the canvas.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 
@@ -59,6 +59,11 @@ class _Prompt:
         if self.longest < 1:
             raise InputError("a context's longest prompt must be at least 1 token")
 
+    @property
+    def hint(self) -> Self:
+        """Itself."""
+        return self
+
     def __call__(self, scene: Scene) -> Reading:
         return show(scene, torch.zeros_like(scene.protected))
 
@@ -76,11 +81,6 @@ class Reference(_Prompt):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template)
-
-    @property
-    def hint(self) -> "Reference":
-        """Itself."""
-        return self
 
     def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
         """None where the data has no reference."""
@@ -108,11 +108,6 @@ class Sibling(_Prompt):
         super().__post_init__()
         check_template(self.template)
 
-    @property
-    def hint(self) -> "Sibling":
-        """Itself."""
-        return self
-
     def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
         """None where no (other) attempt succeeded."""
         good = [one for one in group if one.grade.score >= self.at_least]
@@ -129,11 +124,6 @@ class Sibling(_Prompt):
 @dataclass(frozen=True, kw_only=True)
 class NoQuestion(_Prompt):
     """The student's prompt without the question: what a teacher knows from the canvas alone."""
-
-    @property
-    def hint(self) -> "NoQuestion":
-        """Itself."""
-        return self
 
     def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask:
         """Always the same, whatever the problem."""

@@ -44,9 +44,8 @@ def inform(
     counts = {**rollouts.counts}
     for rollout in rollouts.kept:
         prompts: list[tuple[int, ...] | None] = []
-        lost = None
+        lost, key = None, make_key(*batch, rollout.problem.id, "hint")
         for hint in hints:
-            key = make_key(*batch, rollout.problem.id, "hint")
             ask = hint.ask(rollout, groups[rollout.problem.id], task, key) if hint else None
             prompt = prompt_tokens(ask, hint, policy) if hint and ask else None
             if hint and prompt is None:
