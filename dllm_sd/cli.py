@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dllm-sd: interrupted; the same command goes on from the last saved update", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except (FloatingPointError, Stopped) as error:
         print(f"dllm-sd: {error}", file=sys.stderr)
         return 1
 
@@ -120,13 +120,20 @@ def _train(options: argparse.Namespace) -> int:
     from dllm_sd.config import load_config
 
     config = load_config(options.config, options.overrides)
+    from accelerate import PartialState
+
     from dllm_sd.tables import print_training
+    from dllm_sd.training.peers import train_peers
     from dllm_sd.training.trainer import Trainer
 
-    trainer = Trainer(config)
-    report = trainer.train()
-    if trainer.main:
-        print_training(report, Path(config.run))
+    if config.peers is not None:
+        report = train_peers(config)
+        reports = {student.name: report[student.name] for student in config.peers.students}
+    else:
+        reports = {"": Trainer(config).train()}
+    if PartialState().is_main_process:
+        for name, report in reports.items():
+            print_training(report, Path(config.run) / "students" / name if name else Path(config.run))
     return 0
 
 

@@ -21,7 +21,7 @@ from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.model import Model
-from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim
+from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.task import Task
 
@@ -42,8 +42,12 @@ class Config:
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     log: Log = Log()
+    peers: Peers | None = None
+    """Two students that teach each other; None trains one model."""
     max_prompt: int = 512
     """Longest prompt in tokens; problems with longer prompts are left out and counted, never cut."""
+    cache: str | None = None
+    """Folder of what writers wrote, by content, to be found by other runs too; None is `written` in the run folder."""
     resume: Literal["auto", "force", "fresh"] = "auto"
     """`auto` continues a run of the same configuration and refuses another's folder, `force` continues in spite of
     changed settings, `fresh` discards what the folder holds of a former run."""
@@ -53,6 +57,8 @@ class Config:
             raise InputError("updates and max_prompt must be at least 1")
         if not self.run:
             raise InputError("run is empty; name the folder of the run")
+        if self.peers and self.updates % self.peers.rounds:
+            raise InputError("updates must be a multiple of peers.rounds, so that all rounds are of one length")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -180,7 +186,8 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
         former = getattr(base, f.name) if base is not None else None
         if key in tree:
             parts = f.metadata.get("parts")
-            values[f.name] = _parts(hint, tree[key], here, former, parts) if parts else _value(hint, tree[key], here)
+            read = _parts(hint, tree[key], here, former, parts) if parts else _value(hint, tree[key], here, former)
+            values[f.name] = read
         elif base is not None:
             values[f.name] = former
     if cls is Config and "task" not in values:
@@ -223,14 +230,14 @@ def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
     return _build(table[name], tree, path, None)
 
 
-def _value(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as the type ``hint``, or one sentence why not."""
+def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
+    """``value`` as the type ``hint``, or one sentence why not; what a mapping leaves out comes from ``base``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         options = [option for option in arguments if option is not type(None)]
-        return _value(next((option for option in options if type(value) is option), options[0]), value, path)
+        return _value(next((option for option in options if type(value) is option), options[0]), value, path, base)
     if origin is Literal:
         if value in arguments:
             return value
@@ -240,7 +247,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             raise InputError(f"{path} must be a list, not {value!r}")
         return tuple(_value(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
     if is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else _build(hint, value, path, None)
+        return value if isinstance(value, hint) else _build(hint, value, path, base if isinstance(base, hint) else None)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as text

@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input was wrong"."""
+"""Two exceptions that say all in one sentence: the user's input was wrong; the run cannot go on."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,13 @@ class InputError(ValueError):
 
     The message is one sentence that names the key or the line and the remedy.
     The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class Stopped(RuntimeError):
+    """A run that cannot go on through no mistake in its input, such as a writer that fails too often.
+
+    The message is one sentence with the cause and the remedy. What was learnt before is saved; exit status 1.
     """
 
 

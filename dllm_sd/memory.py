@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dllm_sd.canvases import AllMasked, DecoderSteps
 from dllm_sd.config import Config
 from dllm_sd.losses.divergences import ForwardKL, GeneralisedJSD, PolicyGradient, TokenNLL
+from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import TeacherTop
 from dllm_sd.losses.supports import TopK
@@ -294,7 +295,7 @@ def _loss_copies(config: Config, shape: _Shape) -> float:
     """How many tensors of sites x vocabulary are alive at the worst moment: when a site is described for the log."""
     method, c = config.method, len(config.method.contexts)
     raw = c * (shape.logit / shape.wide)  # the teachers' logits
-    if isinstance(method.divergence, TokenNLL | PolicyGradient) or isinstance(method.support, TopK):
+    if isinstance(method.divergence, TokenNLL | PolicyGradient | GatedGap) or isinstance(method.support, TopK):
         return 4 + c + raw
     clipped = c * (method.divergence.clip == "entry")
     if isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1:
@@ -306,7 +307,7 @@ def _loss_copies(config: Config, shape: _Shape) -> float:
 
 def _copies(config: Config, shape: _Shape, sharded: bool) -> tuple[int, int]:
     """Bytes of all teachers' own weights, and of the copy that is made while one of them reads."""
-    own = [w for w in set(config.method.weights()) if w.stored and not (isinstance(w, Base) and shape.rank)]
+    own = [w for w in config.method.models() if w.stored and not (isinstance(w, Base) and shape.rank)]
     averages = any(isinstance(w, Ema) for w in own)
     cast = not shape.rank and (sharded or (averages and shape.trained_bytes < 4))
     total = sum(shape.trainable * shape.wide if isinstance(w, Ema) else shape.bytes_trained for w in own)

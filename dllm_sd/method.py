@@ -9,6 +9,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import (
     DIVERGENCES,
     ForwardKL,
+    GatedGap,
     GeneralisedJSD,
     PolicyGradient,
     ReverseKL,
@@ -18,10 +19,12 @@ from dllm_sd.losses.sites import SITES, Revealed, TeacherTop
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, TopK
 from dllm_sd.losses.targets import TARGETS, Barycenter, Each, Plain, PurifiedPMI, Sampled
-from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage, ImportanceCap
-from dllm_sd.policies.weights import WEIGHTS, Base, Weights
+from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage, ImportanceCap, OutcomeValidated
+from dllm_sd.policies.weights import WEIGHTS, Base, Live, Weights
 from dllm_sd.rollouts import GATES, ROLLOUTS, All, Correct, Demonstrations, Mixed, PassAtK, Score
-from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, Suffix
+from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, Library, Skills, Suffix
+from dllm_sd.teachers.writing import Writing
+from dllm_sd.writers import Server
 
 Average = Literal["sites", "canvases", "steps", "step_sums", "rollouts"]
 
@@ -44,8 +47,12 @@ class Method:
     sites: Revealed | AllMaskedSites | TeacherTop = _slot(SITES, Revealed)
     support: FullVocabulary | TopK = _slot(SUPPORTS, FullVocabulary)
     target: Plain | PurifiedPMI | Barycenter | Each | Sampled = _slot(TARGETS, Plain)
-    divergence: ForwardKL | ReverseKL | GeneralisedJSD | TokenNLL | PolicyGradient = _slot(DIVERGENCES, ReverseKL)
-    trust: Equal | GroupAdvantage | ImportanceCap = _slot(TRUSTS, Equal)
+    divergence: ForwardKL | ReverseKL | GeneralisedJSD | TokenNLL | PolicyGradient | GatedGap = _slot(
+        DIVERGENCES, ReverseKL
+    )
+    trust: Equal | GroupAdvantage | ImportanceCap | OutcomeValidated = _slot(TRUSTS, Equal)
+    library: Library | None = None
+    """The bank that `skills` contexts draw on."""
     temperature: float = 1.0
     """Softmax temperature of student and teachers in the loss."""
     average: Average = "sites"
@@ -58,12 +65,31 @@ class Method:
         """Refuse combinations that have no meaning."""
         if not self.temperature > 0:
             raise InputError("method.temperature must be above 0")
-        for check in (_check_contexts, _check_sites, _check_target, _check_divergence, _check_group, _check_cap):
+        checks = (_check_contexts, _check_library, _check_sites, _check_target, _check_divergence, _check_gap)
+        for check in (*checks, _check_group, _check_cap):
             check(self)
 
     def weights(self) -> tuple[Weights, ...]:
         """One set of teacher weights for each context."""
         return self.teacher * len(self.contexts) if len(self.teacher) == 1 else self.teacher
+
+    def models(self) -> tuple[Weights, ...]:
+        """All weights that the run needs beside the student's: those of teachers, then of writers; each once."""
+        local: list[Weights] = [one.writer for one in self.writings if not isinstance(one.writer, Server)]
+        rolling: list[Weights] = [] if self.decodes_live else [Base()]
+        return tuple(dict.fromkeys([*self.weights(), *local, *rolling]))
+
+    @property
+    def writings(self) -> list[Writing]:
+        """What is written for hints and for the bank of skills."""
+        found = [context.hint.writing for context in self.contexts if context.hint is not None]
+        found += [self.library.writing] if self.library is not None and self.library.needs_writer else []
+        return [writing for writing in found if writing is not None]
+
+    @property
+    def decodes_live(self) -> bool:
+        """Whether nobody but the student makes rollouts."""
+        return isinstance(self.rollout, Demonstrations) or isinstance(self.rollout.policy, Live)
 
 
 def _check_contexts(method: Method) -> None:
@@ -80,6 +106,19 @@ def _check_contexts(method: Method) -> None:
         raise InputError(
             "method.contexts sibling looks at the other attempts: set rollout.keep to all, attempts to 2 or more"
         )
+
+
+def _check_library(method: Method) -> None:
+    ranks = sorted(context.hint.rank for context in method.contexts if isinstance(context.hint, Skills))
+    if ranks and (method.library is None or ranks != list(range(method.library.count))):
+        raise InputError(
+            "method.contexts must list a skills context for each rank from 0 on, as many as method.library.count says; "
+            "set method.library, or list as many"
+        )
+    if not ranks and method.library is not None:
+        raise InputError("method.library serves skills contexts, but there is none; list some, or set it to null")
+    if ranks and not method.target.keeps_contexts:
+        raise InputError("method.contexts skills are teachers of different weight; set method.target to each")
 
 
 def _keeps_groups(rollout: PassAtK | Demonstrations) -> bool:
@@ -136,6 +175,19 @@ def _check_divergence(method: Method) -> None:
                 "method.divergence policy_gradient reads the teacher, and the rollouts' policy if there is a second "
                 "context; set method.target to plain or each"
             )
+
+
+def _check_gap(method: Method) -> None:
+    divergence, trust = method.divergence, method.trust
+    if not isinstance(divergence, GatedGap) and not isinstance(trust, OutcomeValidated):
+        return
+    if not isinstance(method.support, FullVocabulary) or not method.target.keeps_contexts or not method.contexts:
+        raise InputError(
+            "method.divergence gated_gap and method.trust outcome_validated read one token of each teacher; set "
+            "method.support to full, and method.target to each (plain for one context)"
+        )
+    if isinstance(divergence, GatedGap) and isinstance(trust, OutcomeValidated) and divergence.local != trust.local:
+        raise InputError("method.divergence.local and method.trust.local differ; set both to the same")
 
 
 def _check_group(method: Method) -> None:

@@ -16,7 +16,7 @@ HEAD = """# Methods
 Each method is one part for every slot; [concepts](concepts.md) says what the slots ask. `dllm-sd train CONFIG
 method=NAME` takes any of them on any model, masked diffusion or autoregressive, or says in one sentence why that pair
 has no meaning. `dllm-sd show CONFIG` prints the same for one run. This page is made from the table in
-`dllm_sd/methods.py` by `python tools/make_methods_page.py`.
+`dllm_sd/methods/` by `python tools/make_methods_page.py`.
 """
 MEASURED = """## Measured
 

@@ -28,6 +28,9 @@ from dllm_sd.trajectory import left_pad
 SiteLogits = Callable[[View], Tensor]
 
 
+_BY_CANVAS = ("candidates", "quota", "coefficient", "rollout_weight", "belief")
+
+
 @dataclass(frozen=True)
 class Plan:
     """All canvases of one update, on the CPU."""
@@ -43,6 +46,8 @@ class Plan:
     """float64 ``[n]``: what a site's value is multiplied by; it holds the mean over the whole update."""
     rollout_weight: Tensor
     """float64 ``[n]``: the trust in the canvas's rollout."""
+    belief: Tensor
+    """float64 ``[n c]``: how far each context is believed beside the others, for the canvas's rollout."""
 
     @property
     def size(self) -> int:
@@ -71,7 +76,7 @@ class Plan:
         return Plan(
             canvases=Canvases(**{name: change(value) for name, value in vars(self.canvases).items()}),
             readings=tuple(Reading(change(r.ids), change(r.mask), change(r.shown)) for r in self.readings),
-            **{name: change(getattr(self, name)) for name in ("candidates", "quota", "coefficient", "rollout_weight")},
+            **{name: change(getattr(self, name)) for name in _BY_CANVAS},
         )
 
 
@@ -105,6 +110,7 @@ def plan_update(
     keys: Sequence[int],
     part: int = 0,
     answer: Tensor | None = None,
+    formatting: Sequence[int] = (),
 ) -> Plan | None:
     """Lay out one update.
 
@@ -114,6 +120,7 @@ def plan_update(
         keys: one key a rollout, for the teachers' and masks' random choices.
         part: which of the `method.rollout.passes` updates over these rollouts.
         answer: bool ``[b l]``, tokens of the parsed answers, where a context asks for it.
+        formatting: ids of tokens that say nothing, for sites that leave them out.
 
     Returns:
         The plan, or None where there is nothing to learn from.
@@ -135,11 +142,16 @@ def plan_update(
     )
     for reading in readings:
         candidates = candidates & ~reading.shown
+    if method.sites.content:
+        candidates = candidates & ~torch.isin(canvases.tokens, torch.tensor(list(formatting), dtype=torch.int64))
     quota = torch.minimum(quota, candidates.sum(1))
     weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
     mean = _mean(method.average, canvases.rows, quota.double(), counted)
-    plan = Plan(canvases, readings, candidates, quota, canvases.weight.double() * mean, weight[canvases.rows])
+    weights = [rollout.teacher_weights or (1.0,) * len(method.contexts) for rollout in rollouts.kept]
+    belief = torch.tensor(weights, dtype=torch.float64).reshape(rollouts.size, len(method.contexts))[canvases.rows]
+    coefficient = canvases.weight.double() * mean
+    plan = Plan(canvases, readings, candidates, quota, coefficient, weight[canvases.rows], belief)
     plan = plan.select((quota > 0) & ((plan.rollout_weight != 0) | method.trust.always_counts))
     return plan if plan.size else None
 
@@ -188,13 +200,15 @@ def grade(method: Method, plan: Plan, student: SiteLogits, teachers: Sequence[Si
         teacher_logp = _log_softmax(torch.stack(teacher_logits), method.temperature)
 
     token, canvas = canvases.tokens[sites], sites.nonzero()[:, 0]
-    drawn = Drawn(token, -token_nll(student_logp.detach(), token), canvases.old_logp[sites])
+    drawn = Drawn(token, -token_nll(student_logp.detach(), token), canvases.old_logp[sites], canvas)
     student_u, teacher_u = method.support(student_logp, teacher_logp)
     target = method.target(teacher_u)
     divergence = method.divergence(student_u, target, token)
-    trust = method.trust(student_u, target, drawn, plan.rollout_weight[canvas])
+    trust = method.trust(student_u, target, drawn, plan.rollout_weight[canvas]).to(divergence.dtype)
+    if method.target.keeps_contexts:
+        trust = trust * plan.belief[canvas].T.to(divergence.dtype)
     coefficient = plan.coefficient[canvas].to(divergence.dtype)
-    term = einsum(divergence, trust.to(divergence.dtype), coefficient, "t m, t m, m -> m")
+    term = einsum(divergence, trust, coefficient, "t m, t m, m -> m")
     return Graded(
         term.sum(),
         term=term.detach(),

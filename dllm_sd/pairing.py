@@ -10,9 +10,10 @@ from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import teacher_model
 from dllm_sd.policies.masked_diffusion import check_blocks
-from dllm_sd.policies.weights import Checkpoint
+from dllm_sd.policies.weights import Checkpoint, Peer
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers import CONTEXTS, Reference
+from dllm_sd.teachers import CONTEXTS, Feedback, Reference
+from dllm_sd.writers import Server
 
 
 def check_model(config: Config) -> Blueprint:
@@ -27,6 +28,8 @@ def check_model(config: Config) -> Blueprint:
         _check_causal(config)
         return blueprint
     for key, settings in _decodings(config).items():
+        if settings.continuous:
+            raise InputError(f"{key}.continuous is for autoregressive models and this one denoises; leave it out")
         check_blocks(blueprint.block_length, settings, key)
     if blueprint.block_length is None:
         return blueprint
@@ -70,6 +73,41 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
                 )
 
 
+def check_peers(config: Config) -> None:
+    """Refuse two students that cannot teach each other.
+
+    Raises:
+        InputError: naming the key, and the remedy.
+    """
+    peers, contexts = config.peers, config.method.contexts
+    assert peers is not None
+    feedback = [context for context in contexts if isinstance(context, Feedback)]
+    if not feedback or not all(one.writing and isinstance(one.writing.writer, Peer) for one in feedback):
+        raise InputError(
+            "peers comment on each other's rollouts; set method to op_co_distill, or a context to feedback"
+        )
+    models = [replace(config.model, path=one.path or config.model.path) for one in peers.students]
+    if config.model.lora and models[0].path != models[1].path:
+        raise InputError("two adapters need one base; leave out the students' paths, or set model.lora to null")
+    first, second = (read_blueprint(model) for model in models)
+    if (first.causal, first.block_length) != (second.causal, second.block_length):
+        raise InputError("peers.students are of different kinds; choose two checkpoints of the same architecture")
+    assert first.chat is not None
+    assert second.chat is not None
+    if first.chat.tokenizer.get_vocab() != second.chat.tokenizer.get_vocab():
+        raise InputError("peers.students have different tokenizers; choose two checkpoints with the same")
+    if config.task.problems("dev") and len({*map(str, _domains(config))}) < 2:
+        raise InputError(f"all dev problems are of one domain (peers.field {peers.field!r}); give task data of two")
+
+
+def _domains(config: Config) -> list[str]:
+    assert config.peers is not None
+    field, problems = config.peers.field, config.task.problems("dev")
+    if missing := [problem.id for problem in problems if field not in problem.fields]:
+        raise InputError(f"problem {missing[0]} has no field {field!r} (peers.field); name the field of its domain")
+    return [str(problem.fields[field]) for problem in problems]
+
+
 def _decodings(config: Config) -> dict[str, Decoding]:
     """How the run decodes: its own settings and the other schedules, each by its key."""
     schedules = config.eval.schedules.items()
@@ -82,6 +120,11 @@ def _check_causal(config: Config) -> None:
         for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
             if getattr(settings, name):
                 raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
+        if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
+            raise InputError(
+                f"{key}.continuous under optim.autocast needs weights of that type; set model.dtype to "
+                f"{config.optim.autocast}, or {key}.continuous to false"
+            )
     for context in config.method.contexts:
         if context.reveals:
             name = next(name for name, part in CONTEXTS.items() if part is type(context))
@@ -101,7 +144,17 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
             analysis = replace(config.decode, length=hint.reasoning.length, temperature=hint.reasoning.temperature)
             if not blueprint.causal:
                 check_blocks(blueprint.block_length, analysis, "the analysis of a context with decode")
-    for weights in config.method.weights():
+        writing = hint.writing if hint is not None else None
+        if writing is None or isinstance(writing.writer, Server):
+            continue
+        if writing.sampling.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
+            raise InputError("a writer sets thinking, but the chat template has no thinking switch; leave it out")
+        if not blueprint.causal:
+            text = replace(config.decode, length=writing.sampling.length)
+            check_blocks(blueprint.block_length, text, "the text of a context's writer with decode")
+    for weights in config.method.models():
+        if isinstance(weights, Peer) and weights.path is None and config.peers is None:
+            raise InputError("a context's writer peer has no path; name a checkpoint or adapter of another run")
         if not isinstance(weights, Checkpoint):
             continue
         if weights.path is None:

@@ -14,6 +14,8 @@ from dllm_sd.errors import InputError
 from dllm_sd.horizons import HORIZONS, Complete, Progressive, Truncated
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.subspace import Subspace
+from dllm_sd.policies.weights import Base, Live
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Grade, Problem, Task
 from dllm_sd.trajectory import Reach, Trajectory, concatenate
@@ -46,6 +48,10 @@ class Rollout:
     """False for an attempt that a serial retry loop would not have made: it came after the first correct one."""
     teacher_prompts: tuple[tuple[int, ...] | None, ...] = ()
     """The prompt that each teacher context reads in the place of the student's; None where it reads the student's."""
+    teacher_weights: tuple[float, ...] = ()
+    """How far each context is believed beside the others; empty where all count the same."""
+    notes: tuple[str | None, ...] = ()
+    """The hint in each teacher's prompt, as text."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Rollouts:
     kept: tuple[Rollout, ...]
     counts: Mapping[str, float]
     """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected; and
-    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint."""
+    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Where hints are written: written
+    (texts asked for), cached (of them, not written again), and dropped/REASON."""
     chosen: tuple[Rollout, ...] = ()
     """The kept rollouts and those that the gate rejected: for people to look at, and for hints from siblings."""
 
@@ -106,6 +113,10 @@ class RolloutRule(Protocol):
         ...
 
 
+ROLLING: dict[str, type] = {"live": Live, "base": Base, "subspace": Subspace}
+"""Who may make rollouts."""
+
+
 @dataclass(frozen=True)
 class PassAtK:
     """Sample until solved, at most `attempts` times a problem (pass@k resampling, arXiv 2606.18195, Sec. 3.3).
@@ -124,6 +135,8 @@ class PassAtK:
     top_k: int = 0
     """As in `decode`, which is for evaluations."""
     top_p: float = 1.0
+    policy: Live | Base | Subspace = field(default_factory=Live, metadata={"parts": ROLLING})
+    """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
     horizon: Complete | Truncated | Progressive = field(default_factory=Complete, metadata={"parts": HORIZONS})
     """How much of a completion is generated."""
     passes: int = 1

@@ -94,3 +94,48 @@ class Log:
     def __post_init__(self) -> None:
         if self.samples < 0 or self.samples_every < 1:
             raise InputError("log.samples must not be negative, and log.samples_every at least 1")
+
+
+@dataclass(frozen=True)
+class Student:
+    """One of two students that teach each other."""
+
+    name: str
+    """Its folder under `students` in the run folder."""
+    domain: str
+    """What it is better at, as the data names it."""
+    path: str | None = None
+    """Its own checkpoint; None takes `model.path`."""
+    start: str | None = None
+    """The adapter to begin with (`model.lora.start`)."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Co-distillation of two students (OPCoD, arXiv 2606.14368, Algorithm 1): rounds of two phases, one for each.
+
+    In a phase one student learns while the other, frozen, comments on its rollouts, if it knows enough to.
+    """
+
+    students: tuple[Student, ...]
+    rounds: int = 2
+    """Rounds in `updates`, which count for each student."""
+    tolerance: float = 0.2
+    """How far a tutor may be behind the better student, relatively and summed over domains (Eq. 2)."""
+    field: str = "domain"
+    """The field of a problem that names its domain."""
+    problems: int = 60
+    """Dev problems for that comparison, the same number of each domain."""
+    attempts: int = 16
+    temperature: float = 1.0
+    freeze: Literal["round", "phase"] = "round"
+    """Tutors stay as they were when the round began (Algorithm 1), or when the phase did (App. D.2)."""
+
+    def __post_init__(self) -> None:
+        names = [student.name for student in self.students]
+        if len(set(names)) != 2 or len(names) != 2 or not all(name.isidentifier() for name in names):
+            raise InputError("peers.students must list two students whose names are different words")
+        if min(self.rounds, self.problems, self.attempts) < 1 or not min(self.tolerance, self.temperature) >= 0:
+            raise InputError("peers needs rounds, problems and attempts of 1 or more, and no negative number")
+        if self.attempts > 1 and self.temperature == 0:
+            raise InputError("peers.attempts above 1 repeats the greedy answer; set peers.temperature above 0")

@@ -14,8 +14,19 @@ import dllm_sd
 PACKAGE = Path(dllm_sd.__file__).resolve().parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    *("errors", "randomness", "estimates", "losses", "trajectory", "canvases", "tasks", "generations", "comparison"),
-    *("policies", "likelihood", "horizons", "rollouts", "teachers"),
+    *(
+        "errors",
+        "randomness",
+        "estimates",
+        "losses",
+        "trajectory",
+        "canvases",
+        "tasks",
+        "skills",
+        "generations",
+        "comparison",
+    ),
+    *("policies", "writers", "likelihood", "horizons", "rollouts", "teachers"),
     *(
         "method",
         "methods",

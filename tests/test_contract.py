@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import mkdtemp
+from threading import Thread
 from typing import Any, Literal
 
 import pytest
@@ -34,10 +36,21 @@ from dllm_sd.policies.site_head import SiteHead
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.skills import Bank, Mistake, Skill, format_pair, retrieve, write_bank
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.sudoku import Sudoku
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.teachers import LaterStep, NoQuestion, Reference, Sibling, Suffix
+from dllm_sd.teachers import (
+    Critique,
+    Feedback,
+    LaterStep,
+    NoQuestion,
+    Reference,
+    Rubric,
+    Sibling,
+    Skills,
+    Suffix,
+)
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.trajectory import NEVER
@@ -55,6 +68,10 @@ class Parity(Sudoku):
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
         puzzle = problem.fields["puzzle"]
         return [{"role": "user", "content": f"{puzzle}{':' * (1 + puzzle.count('0', 0, 8))}" if question else ":"}]
+
+    def generate(self, split: Any, index: int) -> Problem:
+        made = super().generate(split, index)
+        return replace(made, fields={**made.fields, "rubric": [f"{index}+", "2*3", f"-{index}"]})
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         correct = sum(map(ord, completion)) % 2 == 0
@@ -81,6 +98,25 @@ SIZES["demo_psd"]["contexts"] = {"0": HINTED}
 for _name in ("sdpo", "demo_psd"):  # the vocabulary has 25 entries
     SIZES[_name]["support"] = {"k": 8}
 SIZES["opsd_pmi"]["contexts"] = {"0": HINTED, "1": HINTED}
+LINES = {"lines": True, **HINTED}
+ASKED = {"writer": {"name": "server", "url": "URL", "model": "m", "retries": 0}}
+TRIED = {"sampling": {"length": 8, "temperature": 1.5}, "tolerance": 1.0}
+SIZES["rcsd_writer"]["contexts"] = {"0": HINTED}
+SIZES["rcsd"]["contexts"] = {"0": {**LINES, "prompt": "{question}", "writing": TRIED}}
+SIZES["rcsd_reference"]["contexts"] = {
+    "0": {**LINES, "template": "{question}({hint}){reference}", "reasoning": {"length": 8, "instruction": "="}}
+}
+SIZES["rcsd_reference"]["support"] = {"k": 6}
+SIZES["step_align"]["contexts"] = {"0": {**HINTED, "writing": ASKED}}
+SIZES["d_step_align"]["contexts"] = {"0": {**HINTED, "writing": ASKED}}
+SIZES["d_rcsd"]["contexts"] = {"0": {"prompt": LINES}}
+SIZES["op_co_distill"]["contexts"] = {
+    "0": {**HINTED, "solution": "{hint}", "comment": "{hint}", "anchored": False, "writing": ASKED}
+}
+SIZES["op_co_distill"]["support"] = {"k": 8}
+SIZES["spd"]["rollout"]["policy"] = {"calibration": 3}
+SIZES["sgsd"]["contexts"] = [{"name": "skills", "rank": rank, **HINTED} for rank in range(2)]
+SIZES["sgsd"]["library"] = {"path": "BANK", "count": 2, "every": 1, "writing": {"sampling": {"length": 8}}}
 
 
 def varied(name: str, **changes: Any) -> dict[str, Any]:
@@ -133,6 +169,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 CASES = SIZES | EXTRAS
 ONLY_DIFFUSION = {
+    *("d_rcsd",),
     *("d_opsd", "d_opsd_paper", "d_opsd_reference", "d_opsd_pmi", "d_demo_psd", "later_step"),
     *("suffix and reference", "d_opsd truncated", "d_opsd progressive", "later_step and a sibling"),
 }
@@ -177,7 +214,9 @@ def model_of(case: str, kind: Backbone, seed: int = 1) -> dict[str, Any]:
 
 def config_at(run: Path, case: str, kind: Backbone, teachers: Path, tokens: int = 10**6, rows: int = 64) -> Config:
     """The config of a case; ``tokens`` and ``rows`` say how much is computed at a time."""
-    method = json.loads(json.dumps(CASES[case]).replace("OTHER", str(teachers / kind)))
+    method = json.dumps(CASES[case]).replace("OTHER", str(teachers / kind))
+    method = method.replace("BANK", str(teachers / "bank.json")).replace("URL", (teachers / "url").read_text())
+    method = json.loads(method)
     steps = {"diffusion": {"length": 16, "block_length": 4, "tokens_per_step": 2}, "autoregressive": {"length": 22}}
     answer = {"diffusion": "{solution}", "autoregressive": "{steps}\n{solution}"}
     return build_config(
@@ -317,9 +356,13 @@ def checkpoint_of(run: Path, update: int) -> Path:
     return run / "checkpoints" / f"{update:06d}"
 
 
+PASSING = ("time/", "writers/cached")
+"""What may differ between a run and its repetition: how long it took, and what was on the disk already."""
+
+
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(PASSING)} for line in lines]
 
 
 def save_teacher(folder: Path, kind: Backbone) -> None:
@@ -331,6 +374,29 @@ def save_teacher(folder: Path, kind: Backbone) -> None:
     policy.chat.tokenizer.save_pretrained(folder / kind)
 
 
+class Answer(BaseHTTPRequestHandler):
+    """A writer that answers every question with one step and an answer, a function of the question."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        digits = make_key(asked["messages"][-1]["content"])
+        text = f"<step_1>{digits % 89}</step_1><answer>{digits % 7}</answer>"
+        body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+BANK = Bank(
+    tuple(Skill(f"gen_{i:03d}", f"{i}{i}", f"{i}+{i}", "=0") for i in range(1, 4)),
+    tuple(Mistake(f"err_{i:03d}", f"{i}*{i}", "=1", f"{i}-{i}") for i in range(5, 8)),
+)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the other checkpoints; the task is known while this module's tests run."""
@@ -339,7 +405,12 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("teachers")
         for kind in BACKBONES:
             save_teacher(folder, kind)
-        yield folder
+        write_bank(BANK, folder / "bank.json")
+        with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            (folder / "url").write_text(f"http://127.0.0.1:{server.server_port}/v1")
+            yield folder
+            server.shutdown()
 
 
 @cache
@@ -512,7 +583,8 @@ def assert_sites(whole: Seen, read: Read, row: int, canvas: Sequence[int]) -> No
     sites = read.sites[row][read.mask[row]][-len(canvas) :].tolist()
     assert sum(sites) == int(read.sites[row].sum())
     if whole.config.model.as_ == "autoregressive":
-        assert all(sites)
+        leave = whole.trainer.policy.formatting if whole.config.method.sites.content else ()
+        assert sites == [token not in leave for token in canvas]
     else:
         assert any(sites)
         assert all(canvas[at] == whole.trainer.policy.mask_id for at, site in enumerate(sites) if site)
@@ -522,20 +594,34 @@ def assert_hinted(whole: Seen, found: Sequence[int], hint: Any, rollout: Rollout
     """The teacher's prompt is the hint's, and its tokens are in it one after another."""
     policy, task, problem = whole.trainer.policy, whole.config.task, rollout.problem
     reasoning = f"\n\n{hint.reasoning.instruction}" if hint.reasoning else ""
-    question, texts = task.messages(problem)[0]["content"], [""]
+    question, texts, more = task.messages(problem)[0]["content"], [""], ""
     if isinstance(hint, Reference):
         question = question if hint.question else ":"
         texts = [task.reference(problem) or ""]
         assert texts[0].endswith(problem.fields["solution"])
+    elif isinstance(hint, Rubric | Critique | Feedback):
+        place = [context.hint for context in whole.config.method.contexts].index(hint)
+        note = rollout.notes[place]
+        assert note
+        texts = [note]
+        more = task.reference(problem) or "" if isinstance(hint, Rubric) and hint.reference else ""
     elif isinstance(hint, Sibling):
         others = [one for one in rollouts.chosen if one.problem.id == problem.id and one.grade.correct]
         texts = [one.text for one in others if hint.own or one.attempt != rollout.attempt]
         texts = texts[:1] if hint.choice == "first" else texts
         assert texts
+    elif isinstance(hint, Skills):
+        place = whole.config.method.contexts.index(hint)
+        note = rollout.notes[place]
+        assert note is not None
+        assert note == format_pair(retrieve(BANK, question, 2)[hint.rank])
+        texts = [note]
     else:
         assert isinstance(hint, NoQuestion)
         question, texts = ":", [""]
-    prompts = {text: policy.encode([{"role": "user", "content": f"{question}({text}){reasoning}"}]) for text in texts}
+    prompts = {
+        text: policy.encode([{"role": "user", "content": f"{question}({text}){more}{reasoning}"}]) for text in texts
+    }
     if isinstance(hint, NoQuestion):
         prompts = {"": policy.encode([{"role": "user", "content": ":"}])}
     if hint.reasoning:

@@ -104,6 +104,22 @@ def test_what_an_autoregressive_decoder_cannot_do_is_refused(overrides, message)
     check("denoiser", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("decode.continuous=true", "decode"), ("eval.schedules.turns.continuous=true", "eval.schedules.turns")],
+)
+def test_continuous_batching_is_for_autoregressive_models_whose_weights_have_the_type_that_computes(override, key):
+    for model in ("denoiser", "blocks"):
+        found = refusal(model, override)
+        assert found == f"{key}.continuous is for autoregressive models and this one denoises; leave it out"
+    check("causal", override)
+    assert refusal("causal", override, "optim.autocast=bfloat16") == (
+        f"{key}.continuous under optim.autocast needs weights of that type; set model.dtype to bfloat16, or "
+        f"{key}.continuous to false"
+    )
+    check("causal", override, "optim.autocast=bfloat16", dtype="bfloat16")
+
+
 def test_blocks_and_steps_have_no_meaning_for_an_autoregressive_model_and_are_not_read():
     check("causal", "decode.block_length=5", "decode.steps=1", "eval.schedules.odd.block_length=7")
 

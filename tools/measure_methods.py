@@ -20,6 +20,7 @@ import dllm_sd
 
 SEEDS = (1, 2, 3)
 UPDATES = 30
+JOBS = int(os.environ.get("MEASURE_JOBS", "2"))
 MEASURED = Path(dllm_sd.__file__).parent / "assets" / "measured.json"
 
 _ONE = ["method.rollout.problems=64", "method.rollout.attempts=1"]
@@ -81,7 +82,16 @@ RUNS: dict[str, dict[str, list[str]]] = {
 # With 64 completions an update most methods collapse at the learning rate of quickstart_ar (docs/log.md).
 _RATE = {"autoregressive": ["optim.lr=3e-4"], "diffusion": []}
 _BASE = {"autoregressive": "quickstart_ar", "diffusion": "quickstart"}
-_COMMON = ["eval.every=5", "eval.problems=512", "eval.final_problems=1024", "eval.schedules={}", "eval.collapse=0"]
+_TEACHER = {
+    "autoregressive": [
+        "configs/tiny_ar_sft.yaml",
+        *("model.shape.hidden_size=128", "model.shape.intermediate_size=340", "model.shape.num_attention_heads=8"),
+        *("optim.lr=2e-3", "eval.every=500", "eval.final_problems=0", "checkpoint.every=500"),
+    ],
+    "diffusion": ["quickstart", "seed=100", "eval.schedules={}"],
+}
+"""The autoregressive teacher is a wider body that imitated the same text, the diffusion one the quickstart's result."""
+_COMMON = ["eval.every=10", "eval.problems=512", "eval.final_problems=1024", "eval.schedules={}", "eval.collapse=0"]
 _COMMON += [f"updates={UPDATES}", "log.progress=false", "log.tensorboard=false", "checkpoint.every=30"]
 
 
@@ -95,24 +105,35 @@ def command(backbone: str, name: str, seed: int, folder: Path) -> list[str]:
 
 
 def run(folder: Path, names: list[str]) -> None:
-    """Train the teachers of on-policy distillation, then everything, two runs at a time with one thread each."""
+    """Train the teachers of on-policy distillation, then everything, `JOBS` runs at a time with one thread each."""
     wanted = [
         (backbone, name)
         for backbone, runs in RUNS.items()
         for name in runs
         if not names or name.split()[0] in names or backbone in names
     ]
-    for backbone in dict.fromkeys(backbone for backbone, _ in wanted):
-        teacher, made = folder / f"teacher_{backbone}", folder / f"teacher_{backbone}_run"
-        if not teacher.is_dir():
-            settings = ["method=sft", "method.rollout.problems=128", "updates=400", "optim.lr=1e-3", "eval.every=100"]
-            settings += ["eval.collapse=0", "eval.schedules={}", "log.progress=false", f"run={made}"]
-            print(_call(["train", _BASE[backbone], *settings]), flush=True)
-            print(_call(["export", str(made), "--to", "merged", str(teacher)]), flush=True)
+    for backbone in dict.fromkeys(backbone for backbone, name in wanted if "TEACHER" in " ".join(RUNS[backbone][name])):
+        teach(backbone, folder)
     jobs = [command(backbone, name, seed, folder) for seed in SEEDS for backbone, name in wanted]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         for number, said in enumerate(pool.map(_call, jobs), 1):
             print(f"{number} of {len(jobs)}: {said}", flush=True)
+
+
+def teach(backbone: str, folder: Path) -> None:
+    """The better model that on-policy distillation learns from (`_TEACHER`)."""
+    teacher, made = folder / f"teacher_{backbone}", folder / f"teacher_{backbone}_run"
+    if teacher.is_dir():
+        return
+    if backbone == "autoregressive":
+        data = folder / "tiny_ar_data"
+        maker = [sys.executable, str(Path(__file__).with_name("make_tiny_asset.py")), "data", str(data)]
+        subprocess.run(maker, check=True)
+        settings = [*_TEACHER[backbone], f"task.data={data / 'train.jsonl'}"]
+    else:
+        settings = _TEACHER[backbone]
+    print(_call(["train", *settings, "log.progress=false", "log.tensorboard=false", f"run={made}"]), flush=True)
+    print(_call(["export", str(made), "--to", "merged", str(teacher)]), flush=True)
 
 
 def _call(arguments: list[str]) -> str:

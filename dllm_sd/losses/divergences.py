@@ -32,6 +32,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.supports import floor_logp
 
 Clip = Literal["none", "token", "entry"]
@@ -303,4 +304,5 @@ DIVERGENCES: dict[str, type] = {
     "jsd": GeneralisedJSD,
     "token_nll": TokenNLL,
     "policy_gradient": PolicyGradient,
+    "gated_gap": GatedGap,
 }

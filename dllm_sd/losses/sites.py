@@ -17,6 +17,8 @@ from dllm_sd.errors import InputError
 class Revealed:
     """The positions that the student commits at this step (the "student" row of arXiv 2606.18195, Table 7)."""
 
+    content: bool = False
+    """Leave out tokens that say nothing: special ones, marks of thinking, line breaks (SGSD, arXiv 2605.28791)."""
     score: ClassVar[None] = None
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +31,8 @@ class AllMasked:
     """Every masked position, of the active block only if `block`."""
 
     block: bool = False
+    content: bool = False
+    """As for `revealed`."""
     score: ClassVar[None] = None
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +52,7 @@ class TeacherTop:
     """How many; None takes as many as the student commits at this step (on canvases that no decoder saw: all)."""
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
+    content: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:

@@ -29,6 +29,11 @@ class Target(Protocol):
         ...
 
     @property
+    def keeps_contexts(self) -> bool:
+        """Whether target ``t`` is context ``c``, so that a belief in a context is one in a target."""
+        ...
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """The names of `measures`."""
         ...
@@ -47,6 +52,7 @@ class Plain:
     """The one teacher's distribution, unchanged: ``c = t = 1``."""
 
     contexts: ClassVar[int | None] = 1
+    keeps_contexts: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
@@ -68,6 +74,7 @@ class Each:
     """Every teacher's distribution is a target of its own: ``t = c``."""
 
     contexts: ClassVar[int | None] = None
+    keeps_contexts: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
@@ -90,6 +97,7 @@ class Sampled:
     """
 
     contexts: ClassVar[int | None] = None
+    keeps_contexts: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
@@ -123,6 +131,7 @@ class PurifiedPMI:
     bound: float | None = 10.0
     centre: Literal["uniform", "base"] = "uniform"
     contexts: ClassVar[int | None] = 3
+    keeps_contexts: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ("target/shift", "target/bound_share")
 
     def __post_init__(self) -> None:
@@ -188,6 +197,7 @@ class Barycenter:
     alpha_max: float = 0.15
     floor: float = 1e-8
     contexts: ClassVar[int | None] = 2
+    keeps_contexts: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ("target/disagreement", "target/alpha")
 
     def __post_init__(self) -> None:

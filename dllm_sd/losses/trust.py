@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import token_nll
+from dllm_sd.losses.gap import drawn_gap
 from dllm_sd.losses.supports import at_least_float32, floor_logp
 
 
@@ -29,11 +30,13 @@ class Drawn:
         token: vocabulary ids, int64.
         logp: the student's log-probability of them now, over the full vocabulary, detached.
         old_logp: what the decoder gave them when it drew them; NaN where unknown.
+        canvas: int64, equal for sites of one canvas, all of which are here.
     """
 
     token: Tensor
     logp: Tensor
     old_logp: Tensor
+    canvas: Tensor
 
 
 class Trust(Protocol):
@@ -211,4 +214,56 @@ class GroupAdvantage:
             raise InputError(f"trust 'group_advantage' takes at most two teachers and got {targets}: remove some.")
 
 
-TRUSTS: dict[str, type] = {"equal": Equal, "importance_cap": ImportanceCap, "group_advantage": GroupAdvantage}
+@dataclass(frozen=True)
+class OutcomeValidated:
+    """Each teacher is believed on a rollout as far as the rollout's outcome bears it out: factor +1, -1 or 0.
+
+    A teacher supports a canvas if its gap to the student at the drawn tokens, cut at +-``clip``, is above ``threshold``
+    on average over the canvas's sites, and suppresses it below ``-threshold``. To support what was right and to
+    suppress what was wrong is +1 (the student is pulled towards this teacher), the reverse is -1 (it is pushed away).
+    An autoregressive rollout is one canvas; elsewhere each canvas is judged for itself.
+    Source: SGSD (arXiv 2605.28791), released code, walawalagoose/SGSD commit f296a91.
+
+    Fields:
+        clip: largest absolute gap of a site in the average.
+        threshold: smallest absolute average that counts.
+        at_least: score from which a rollout was right.
+        local: as in divergence ``gated_gap``; set both to the same.
+    """
+
+    clip: float = 3.0
+    threshold: float = 0.05
+    at_least: float = 1.0
+    local: int | None = None
+    always_counts: ClassVar[bool] = False
+    needs_old_logp: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.clip > 0:
+            raise InputError(f"trust.clip is {self.clip}: give a number above 0, such as 3.")
+        if not self.threshold >= 0:
+            raise InputError(f"trust.threshold is {self.threshold}: give a number from 0 on, such as 0.05.")
+
+    def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
+        """``[b], [b] -> [b]``: 1 where the rollout was right, else -1."""
+        return torch.where(reward >= self.at_least, 1, -1).to(at_least_float32(reward).dtype)
+
+    def support(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn) -> Tensor:
+        """How far each target supports the canvas of each site, ``[m v], [t m v], drawn [m] -> [t m]``."""
+        gap = drawn_gap(student_logp.detach(), target_logp, drawn.token, self.local).clamp(-self.clip, self.clip)
+        canvas, count = drawn.canvas.unique(return_inverse=True, return_counts=True)[1:]
+        total = gap.new_zeros(len(gap), len(count)).index_add(1, canvas, gap)
+        return (total / count)[:, canvas]
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
+        """``[m v], [t m v], drawn [m], [m] -> [t m]``."""
+        support = self.support(student_logp, target_logp, drawn)
+        return weight.detach().to(support.dtype) * support.sign() * (support.abs() > self.threshold)
+
+
+TRUSTS: dict[str, type] = {
+    "equal": Equal,
+    "importance_cap": ImportanceCap,
+    "group_advantage": GroupAdvantage,
+    "outcome_validated": OutcomeValidated,
+}

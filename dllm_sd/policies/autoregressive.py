@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dllm_sd.policies.decoding import Decoding, Meter, draw, drawn_logp
+from dllm_sd.policies.continuous import TurnChoice, check_continuous, generate_in_turns
+from dllm_sd.policies.decoding import Decoding, Meter, force, never_drawn
 from dllm_sd.policies.language_model import LanguageModel
 from dllm_sd.randomness import fold, key_tensor, uniform
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, completion_length, concatenate, left_pad
@@ -43,6 +44,10 @@ class Autoregressive(LanguageModel):
         ``watch`` sees the completion side int64 ``[b l]`` of a batch before each token, `NO_MASK` where nothing is
         written yet. Returns the trajectory on the CPU, in the order of the prompts.
         """
+        if settings.continuous:
+            check_continuous(self.module, self.module.network, watch is not None)
+            with self.decoding():
+                return self._in_turns(prompts, settings, keys, finished, meter, reach)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         parts: list[Trajectory] = []
         with self.decoding():
@@ -65,12 +70,9 @@ class Autoregressive(LanguageModel):
     ) -> Trajectory:
         """One batch through transformers' `generate`; the choice of each token is ours, and keyed."""
         prompt_ids, prompt_mask = left_pad(prompts, self.pad_id)
-        steps = settings.length if reach is None else min(reach.count, settings.length)
         chooser = KeyedChoice(settings, key_tensor(keys, self.device), self.suppress, prompt_ids.shape[1], watch)
         network: Any = self.module.network
-        wanted = GenerationConfig(
-            max_new_tokens=steps, do_sample=False, eos_token_id=list(self.end_ids), pad_token_id=self.pad_id
-        )
+        wanted = self._wanted(settings, reach)
         with _generating_as(network, wanted):
             found = network.generate(
                 input_ids=prompt_ids.to(self.device),
@@ -85,6 +87,40 @@ class Autoregressive(LanguageModel):
             meter.forwards, meter.slots = meter.forwards + made, meter.slots + made * len(prompts)
             meter.rows += int(trajectory.num_steps.sum())
         return trajectory
+
+    def _in_turns(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Decoding,
+        keys: Sequence[int],
+        finished: Callable[[Tensor, Trajectory], None] | None,
+        meter: Meter | None,
+        reach: Reach | None,
+    ) -> Trajectory:
+        """All prompts through transformers' continuous batching, each row on its own."""
+        wanted = self._wanted(settings, reach)
+        choice = TurnChoice(settings, key_tensor(keys, self.device), self.suppress, prompts, wanted.max_new_tokens or 0)
+        parts: dict[int, Trajectory] = {}
+
+        def ended(row: int, tokens: list[int]) -> None:
+            prompt, logp = left_pad([prompts[row]], self.pad_id), choice.logp_of(row, len(tokens))
+            parts[row] = self._trajectory(*prompt, torch.tensor([tokens]), settings.length, logp[None])
+            if finished is not None:
+                finished(torch.tensor([row]), parts[row])
+
+        generate_in_turns(self.module.network, prompts, choice, wanted, ended)
+        trajectory = concatenate([parts[row] for row in range(len(prompts))])
+        if meter is not None:
+            meter.forwards, meter.slots = meter.forwards + choice.passes, meter.slots + choice.passes * choice.slots
+            meter.rows += int(trajectory.num_steps.sum())
+        return trajectory
+
+    def _wanted(self, settings: Decoding, reach: Reach | None) -> GenerationConfig:
+        """What is asked of transformers; the choice of each token is ours."""
+        steps = settings.length if reach is None else min(reach.count, settings.length)
+        return GenerationConfig(
+            max_new_tokens=steps, do_sample=False, eos_token_id=list(self.end_ids), pad_token_id=self.pad_id
+        )
 
     def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Decoding) -> Trajectory:
         """A given completion as a trajectory of one row."""
@@ -143,7 +179,7 @@ class KeyedChoice(LogitsProcessor):
     ) -> None:
         """For rows with ``keys [b]`` behind prompts of ``width`` columns."""
         self.settings, self.keys, self.width, self.watch = settings, keys, width, watch
-        self.suppress = torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64, device=keys.device)
+        self.never = never_drawn(settings, suppress, keys.device)
         self.logp: list[Tensor] = []
         """``[b]`` of each step so far."""
 
@@ -154,7 +190,6 @@ class KeyedChoice(LogitsProcessor):
             canvas = torch.full((len(input_ids), self.settings.length), NO_MASK, device=input_ids.device)
             canvas[:, :step] = input_ids[:, self.width :]
             self.watch(canvas)
-        allowed = scores.index_fill(-1, self.suppress, -torch.inf)
-        token = draw(allowed, self.settings, uniform(fold(self.keys, step), 1)[:, 0])
-        self.logp.append(drawn_logp(scores, self.settings, token))
-        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
+        forced, logp = force(scores, self.settings, self.never, uniform(fold(self.keys, step), 1)[:, 0])
+        self.logp.append(logp)
+        return forced

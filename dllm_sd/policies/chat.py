@@ -1,7 +1,9 @@
 """Text and tokens: the only renderer of chat templates, for students and teachers, in training and evaluation."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -70,6 +72,18 @@ class Chat:
     def encode_completion(self, text: str, ended: bool = True) -> list[int]:
         """A completion as tokens, with the token that ends the turn if it is ``ended``."""
         return [*self._tokens(text), *([self.end_id] if ended else [])]
+
+    @cached_property
+    def formatting(self) -> tuple[int, ...]:
+        """Ids of tokens that say nothing: special ones, marks such as ``<think>`` and ``<|im_end|>``, line breaks.
+
+        Source: the released code of SGSD (arXiv 2605.28791).
+        """
+        words = self.tokenizer.get_vocab()
+        mark = re.compile(r"</?think>|<\|[^<>|]*\|>")
+        breaks = {self._tokens("\n" * count)[0] for count in range(1, 9) if len(self._tokens("\n" * count)) == 1}
+        marks = {number for word, number in words.items() if mark.fullmatch(word)}
+        return tuple(sorted(breaks | marks | set(self.tokenizer.all_special_ids)))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Completion tokens as text, without special tokens."""

@@ -1,5 +1,6 @@
 """How completions are decoded: the keys of `decode`, what a decoding costs, and how a token is drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +51,9 @@ class Decoding:
     """Reuse the keys and values of finished blocks. Block-causal models only, where it is exact; others have none."""
     batch_size: int = 64
     """Rows decoded together. Memory only: it changes no result."""
+    continuous: bool = False
+    """Let a waiting row begin as soon as another one ends, by transformers' continuous batching (autoregressive models;
+    meant for GPUs). Results are the same up to the rounding of attention kernels."""
 
     def __post_init__(self) -> None:
         if min(self.length, self.block_length, self.tokens_per_step, self.batch_size) < 1:
@@ -116,6 +120,20 @@ def drawn_logp(logits: Tensor, settings: Decoding, token: Tensor) -> Tensor:
     """`Trajectory.logp` of the tokens int64 ``[m]`` under ``logits [m v]``, ``-> [m]``."""
     scaled = logits / (settings.temperature or 1.0)
     return scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+
+
+def never_drawn(settings: Decoding, suppress: Sequence[int], device: torch.device) -> Tensor:
+    """Token ids int64 that neither the ``settings`` nor ``suppress`` let pass."""
+    return torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64, device=device)
+
+
+def force(scores: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """What leaves a logits processor's caller one token, drawn at ``u [m]`` from ``scores [m v]`` without ``never``.
+
+    Returns ``[m v]``, 0 at that token and -inf elsewhere, and its `Trajectory.logp` ``[m]``.
+    """
+    token = draw(scores.index_fill(-1, never, -torch.inf), settings, u)
+    return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0), drawn_logp(scores, settings, token)
 
 
 def sample(logits: Tensor, u: Tensor) -> Tensor:

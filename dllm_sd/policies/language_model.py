@@ -73,6 +73,11 @@ class LanguageModel:
         """A completion as tokens, with the end token if it is ``ended``."""
         return self._chat.encode_completion(text, ended)
 
+    @property
+    def formatting(self) -> tuple[int, ...]:
+        """Ids of tokens that say nothing (`Chat.formatting`)."""
+        return self._chat.formatting
+
     def text(self, tokens: Sequence[int]) -> str:
         """Completion tokens as text, without special tokens."""
         return self._chat.text(tokens)

@@ -21,7 +21,7 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weight_files import stored_tensors
-from dllm_sd.policies.weights import Checkpoint, Teacher, Weights, without_peft_warning
+from dllm_sd.policies.weights import Checkpoint, Peer, Teacher, Weights, trained, without_peft_warning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _UNUSABLE = (
@@ -79,6 +79,11 @@ def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") 
             shift=blueprint.family.shift,
             **shared,
         )
+    if model.lora and model.lora.start:
+        with torch.no_grad():
+            live = trained(policy)
+            for name, value in Peer(model.lora.start).read(live).items():
+                live[name].copy_(value)
     _check(policy)
     return policy
 

@@ -13,8 +13,11 @@ from dllm_sd.losses.supports import at_least_float32
 
 @contextmanager
 def merged(model: PeftModel) -> Iterator[None]:
-    """Inside, the network runs on W + BA without adapters; afterwards the weights are the former ones, copied back."""
-    layers: list[Any] = [part for part in model.modules() if isinstance(part, Linear)]
+    """Inside, the network runs on W + BA without adapters; afterwards the weights are the former ones, copied back.
+
+    Adapters that are switched off stay out of it.
+    """
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, Linear) and not part._disable_adapters]
     weights = [layer.get_base_layer().weight for layer in layers]
     former = [weight.detach().clone() for weight in weights]
     try:

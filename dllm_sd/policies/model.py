@@ -17,6 +17,8 @@ class Lora:
     """Kinds of linear layers; None takes the family's, all seven."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapters, such as ``embed_tokens`` for a new mask token."""
+    start: str | None = None
+    """Folder of a run's checkpoint, or of a PEFT adapter, to begin with; None begins with a new adapter."""
     merge_rollouts: bool = False
     """Fold the adapters into the weights while decoding, and put the weights back bit for bit. Faster where the
     adapters cost much; needs a second copy of the adapted weights, and in bfloat16 rounds the sum."""

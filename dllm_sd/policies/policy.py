@@ -36,6 +36,8 @@ class Policy(Protocol):
 
     causal: ClassVar[bool]
     """Whether it is autoregressive; else it denoises."""
+    mask_id: int
+    """What stands where nothing is written yet."""
 
     @property
     def module(self) -> nn.Module:
@@ -77,6 +79,11 @@ class Policy(Protocol):
 
     def encode_completion(self, text: str, ended: bool = True) -> list[int]:
         """A completion as tokens, with the end token if it is ``ended``."""
+        ...
+
+    @property
+    def formatting(self) -> tuple[int, ...]:
+        """Ids of tokens that say nothing: special ones, marks, line breaks."""
         ...
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -1,19 +1,22 @@
-"""Whose weights a teacher runs with: live, base, an exponential moving average, or a periodic snapshot."""
+"""Whose weights a teacher runs with: live, base, a moving average, a periodic snapshot, or another run's."""
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 
 from dllm_sd.errors import InputError
@@ -90,8 +93,48 @@ class Checkpoint:
         """It never moves."""
 
 
-Weights = Live | Base | Ema | Snapshot | Checkpoint
-WEIGHTS: dict[str, type] = {"live": Live, "base": Base, "ema": Ema, "snapshot": Snapshot, "checkpoint": Checkpoint}
+@dataclass(frozen=True)
+class Peer:
+    """What another run trained on the student's own base: its adapter (or all weights), beside the student's."""
+
+    path: str | None = None
+    """Folder of one of its checkpoints, or of a PEFT adapter (``dllm-sd export --to peft``), of the student's shape."""
+    stored: ClassVar[bool] = True
+
+    def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
+        """It never moves."""
+
+    def read(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its tensors by the names of the ``live`` ones.
+
+        Raises:
+            InputError: if the folder does not hold just these.
+        """
+        remedy = "give the folder of a checkpoint, or PEFT adapter, of a run with the same model and model.lora"
+        file = Path(self.path or "") / "adapter_model.safetensors"
+        exported = self.path is not None and file.is_file()
+        try:
+            found = load_file(file if exported else file.with_name("model.safetensors"))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"there is no usable peer at {self.path!r} ({type(error).__name__}); {remedy}") from error
+        names = {name: name.removeprefix("model.").replace(".default.", ".") if exported else name for name in live}
+        for name, stored in names.items():
+            if stored not in found or found[stored].shape != live[name].shape:
+                raise InputError(f"the peer at {self.path!r} has no tensor {stored} of the student's shape; {remedy}")
+        if len(found) != len(names):
+            raise InputError(f"the peer at {self.path!r} holds other tensors than the student trains; {remedy}")
+        return {name: placed_like(found[stored], live[name]) for name, stored in names.items()}
+
+
+Weights = Live | Base | Ema | Snapshot | Checkpoint | Peer
+WEIGHTS: dict[str, type] = {
+    "live": Live,
+    "base": Base,
+    "ema": Ema,
+    "snapshot": Snapshot,
+    "checkpoint": Checkpoint,
+    "peer": Peer,
+}
 
 
 class Teacher:
@@ -121,9 +164,11 @@ class Teacher:
         if self._adapter is not None:
             self._slots = _slots(policy, self._adapter)
             self.copy = {name: _precise(weights, value) for name, value in self._slots.items()}
-            self.load(live)
+            self._set(live)
         elif weights.stored and not (isinstance(weights, Base) and _peft(policy)):
             self.copy = {name: _precise(weights, value.detach().clone()) for name, value in live.items()}
+        if isinstance(weights, Peer):
+            self._set(weights.read(live))
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
@@ -147,20 +192,31 @@ class Teacher:
 
     @property
     def moving(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint must hold: none for the base, which is loaded again with the model."""
-        return {} if isinstance(self.weights, Base) else self.copy
+        """The tensors that a checkpoint must hold: none for the base and a peer, which are read again."""
+        return {} if isinstance(self.weights, Base | Peer) else self.copy
 
-    @torch.no_grad()
     def load(self, copy: Mapping[str, Tensor]) -> None:
         """Restore `moving` from a checkpoint."""
-        for name, value in self.moving.items():
-            value.copy_(copy[name])
+        if self.moving:
+            self._set(copy)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in self.copy.items():
+            value.copy_(values[name])
         self._fill_slots()
 
     def _fill_slots(self) -> None:
         for name, slot in self._slots.items():
             if slot is not self.copy[name]:  # an average in more digits than the adapter has
                 slot.copy_(self.copy[name])
+
+
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in the pieces and on the device of another one; every process has it, so nothing is sent."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value.to(like.device)
 
 
 def trained(policy: Policy) -> dict[str, Parameter]:

@@ -1,5 +1,6 @@
-"""Any questions with answers: a local file or a hub dataset, a prompt template, and one of five graders."""
+"""Any questions with answers: a local file or a hub dataset, a prompt template, and one of six graders."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,10 +10,11 @@ from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of, right_le
 from dllm_sd.tasks.datafile import Entry, Row, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
 from dllm_sd.tasks.math import gold_answer, grade_answer
+from dllm_sd.tasks.rubrics import parse_rubric, render_rubric
 from dllm_sd.tasks.sources import Sourced
 from dllm_sd.tasks.task import Grade, Problem
 
-_GRADERS = ("exact", "number", "expression", "math", "choice")
+_GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Jsonl(Sourced):
 
     ``grader``: "exact" compares the last ``<answer>``, or the whole text if there is none, with ``answer_field`` up to
     white space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
-    expressions; "math" compares LaTeX answers as the task math does; "choice" compares letters as the task choice does.
+    expressions; "math" compares LaTeX answers as the task math does; "choice" compares letters as the task choice does;
+    "rubric" needs no answer and takes any list of criteria for right. A reference may be a list, written as JSON.
     """
 
     data: str | None = None
@@ -35,7 +38,7 @@ class Jsonl(Sourced):
     system: str | None = None
     answer_field: str = "answer"
     reference_field: str | None = None
-    grader: Literal["exact", "number", "expression", "math", "choice"] = "exact"
+    grader: Literal["exact", "number", "expression", "math", "choice", "rubric"] = "exact"
     size_dev: int = 500
     title: ClassVar[str] = "jsonl"
 
@@ -46,7 +49,10 @@ class Jsonl(Sourced):
 
     def reference(self, problem: Problem) -> str | None:
         """The text of ``reference_field``."""
-        return None if self.reference_field is None else str(needed(problem.fields, self.reference_field))
+        if self.reference_field is None:
+            return None
+        value = needed(problem.fields, self.reference_field)
+        return json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, list) else str(value)
 
     def final_answer(self, problem: Problem) -> str | None:
         """The text of ``answer_field``, for the grader "choice" the letter; None where the problem does not have it."""
@@ -57,6 +63,9 @@ class Jsonl(Sourced):
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By the grader that was named."""
+        if self.grader == "rubric":
+            rubric, _ = parse_rubric(completion)
+            return Grade(bool(rubric), float(bool(rubric)), render_rubric(rubric) if rubric else None)
         gold = needed(problem.fields, self.answer_field)
         if self.grader == "choice":
             return grade_letter(problem.fields, gold, completion)
@@ -86,7 +95,7 @@ class Jsonl(Sourced):
 
     def _checked(self, rows: list[Row]) -> Iterator[Entry]:
         for row in rows:
-            gold = _answer(row.value(self.answer_field), row.where)
+            gold = "" if self.grader == "rubric" else _answer(row.value(self.answer_field), row.where)
             if self.grader == "number":
                 gold_number(gold, row.where)
             elif self.grader == "math":
@@ -97,7 +106,9 @@ class Jsonl(Sourced):
             elif self.grader == "expression" and evaluate(gold) is None:
                 raise InputError(f"{row.where}: answer {gold!r:.60} is no arithmetic expression; correct it.")
             if self.reference_field is not None:
-                row.text(self.reference_field)
+                value = row.value(self.reference_field)
+                if not isinstance(value, list):
+                    row.text(self.reference_field)
             yield Entry(row.number, render(self.prompt, row.fields, f"task.prompt (for {row.where})"), row.fields)
 
 

@@ -1,23 +1,33 @@
 """What teachers see beyond the student."""
 
 from dllm_sd.teachers.context import Context, Nothing, Reading, Reasoning, Scene
-from dllm_sd.teachers.hints import HINTS, NoQuestion, Reference, Sibling
+from dllm_sd.teachers.hints import NoQuestion, Reference, Sibling
+from dllm_sd.teachers.skills import Library, Skills
 from dllm_sd.teachers.suffix import LaterStep, Suffix
+from dllm_sd.teachers.table import HINTS, AnyHint
+from dllm_sd.teachers.written import Critique, Feedback, Rubric
 
 CONTEXTS: dict[str, type] = {"nothing": Nothing, "suffix": Suffix, "later_step": LaterStep, **HINTS}
-AnyContext = Nothing | Suffix | LaterStep | Reference | Sibling | NoQuestion
+AnyContext = Nothing | Suffix | LaterStep | AnyHint
 
 __all__ = [
     "CONTEXTS",
+    "HINTS",
     "AnyContext",
+    "AnyHint",
     "Context",
+    "Critique",
+    "Feedback",
     "LaterStep",
+    "Library",
     "NoQuestion",
     "Nothing",
     "Reading",
     "Reasoning",
     "Reference",
+    "Rubric",
     "Scene",
     "Sibling",
+    "Skills",
     "Suffix",
 ]

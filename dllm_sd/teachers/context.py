@@ -3,8 +3,8 @@
 A context may change two things: the canvas (positions revealed, `suffix.py`) and the prompt (`hints.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases
 from dllm_sd.rollouts import Rollout
-from dllm_sd.tasks.task import Task
+from dllm_sd.skills.retrieval import Pair
+from dllm_sd.tasks.task import Problem, Task
+from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.trajectory import Trajectory
 
 
@@ -60,6 +62,31 @@ class Reasoning:
     temperature: float = 1.0
 
 
+def no_pairs(text: str, key: int) -> Sequence[Pair]:
+    """Without a bank there are none."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """All that a hint may look at when it makes a teacher's prompt for one rollout."""
+
+    rollout: Rollout
+    """The one that the teacher will grade."""
+    group: Sequence[Rollout]
+    """All attempts at the problem, in order."""
+    task: Task
+    """Asks the question."""
+    key: int
+    """Of the problem, for random choices."""
+    problems: Sequence[Problem] = ()
+    """The training problems, for hints that belong to others."""
+    pairs: Callable[[str, int], Sequence[Pair]] = no_pairs
+    """``pairs(problem's text, key)``: what the run's bank of skills holds for it, best first."""
+    text: str | None = None
+    """What the hint's writer wrote and the hint accepted; None where there is no writer, or nothing was accepted."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """A teacher's prompt as text."""
@@ -69,6 +96,10 @@ class Ask:
     template: str
     """Takes the place of the last message's content; `{question}` is that content and `{hint}` the `text`."""
     text: str
+    more: Mapping[str, str] = field(default_factory=dict)
+    """Other slots of the template, by name."""
+    weight: float = 1.0
+    """How far this teacher is believed beside the others, for this rollout."""
 
 
 class Hint(Protocol):
@@ -95,19 +126,39 @@ class Hint(Protocol):
         ...
 
     @property
+    def needs_bank(self) -> bool:
+        """Whether it looks into the run's bank of skills."""
+        ...
+
+    @property
     def needs_group(self) -> bool:
         """Whether it looks at the other rollouts of a problem."""
         ...
 
-    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
-        """The prompt for one rollout, None if there is nothing to hint at.
+    @property
+    def writing(self) -> Writing | None:
+        """Who writes a text for each rollout first, and how; None if nobody has to."""
+        ...
 
-        Args:
-            rollout: the one that the teacher will grade.
-            group: all attempts at the problem, in order.
-            task: asks the question.
-            key: of the problem, for random choices.
-        """
+    @property
+    def per_problem(self) -> bool:
+        """Whether the text is one for all rollouts of a problem, at any time."""
+        ...
+
+    def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
+        """Spans of a rollout's text (first character, the one behind, a word) that its hint, the note, tells apart."""
+        ...
+
+    def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
+        """What the writer is asked, as chat messages; None if there is nothing to ask."""
+        ...
+
+    def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
+        """What is used of a written text, or None and the reason in a word, under which it is counted."""
+        ...
+
+    def ask(self, occasion: Occasion) -> Ask | None:
+        """The prompt for one rollout, None if there is nothing to hint at."""
         ...
 
 

@@ -12,10 +12,10 @@ import torch
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Rollout
 from dllm_sd.tasks.datafile import render
-from dllm_sd.tasks.task import Task
-from dllm_sd.teachers.context import Ask, Reading, Reasoning, Scene, show
+from dllm_sd.tasks.grading import without_thinking
+from dllm_sd.teachers.context import Ask, Occasion, Reading, Reasoning, Scene, show
+from dllm_sd.teachers.writing import Message, Writing
 
 REFERENCE = """\
 {question}
@@ -38,7 +38,7 @@ Solve the problem afresh and answer it correctly."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prompt:
+class Prompt:
     """What all hints share: the limits of the prompt, and that they reveal nothing on the canvas."""
 
     thinking: bool | None = None
@@ -54,6 +54,13 @@ class _Prompt:
     shows_later_blocks: ClassVar[bool] = False
     reveals: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False
+    needs_bank: ClassVar[bool] = False
+    writing: ClassVar[Writing | None] = None
+    per_problem: ClassVar[bool] = False
+
+    def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
+        """Nothing is told apart."""
+        return []
 
     def __post_init__(self) -> None:
         if self.longest < 1:
@@ -64,12 +71,20 @@ class _Prompt:
         """Itself."""
         return self
 
+    def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
+        """Nobody is asked."""
+        return None
+
+    def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
+        """Nothing is changed."""
+        return text, "kept"
+
     def __call__(self, scene: Scene) -> Reading:
         return show(scene, torch.zeros_like(scene.protected))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference(_Prompt):
+class Reference(Prompt):
     """The data's reference in the prompt (OPSD, arXiv 2601.18734; the comparison of arXiv 2606.18195, Table 4)."""
 
     source: Literal["solution", "answer"] = "solution"
@@ -82,15 +97,15 @@ class Reference(_Prompt):
         super().__post_init__()
         check_template(self.template)
 
-    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
+    def ask(self, occasion: Occasion) -> Ask | None:
         """None where the data has no reference."""
-        problem = rollout.problem
+        task, problem = occasion.task, occasion.rollout.problem
         text = task.reference(problem) if self.source == "solution" else task.final_answer(problem)
         return None if text is None else Ask(tuple(task.messages(problem, self.question)), self.template, text)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sibling(_Prompt):
+class Sibling(Prompt):
     """A successful attempt at the same problem in the prompt (SDPO, arXiv 2601.20802; DemoPSD, arXiv 2607.02502)."""
 
     at_least: float = 1.0
@@ -108,34 +123,34 @@ class Sibling(_Prompt):
         super().__post_init__()
         check_template(self.template)
 
-    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask | None:
+    def ask(self, occasion: Occasion) -> Ask | None:
         """None where no (other) attempt succeeded."""
-        good = [one for one in group if one.grade.score >= self.at_least]
+        rollout, text = occasion.rollout, self.success(occasion)
+        return None if text is None else Ask(tuple(occasion.task.messages(rollout.problem)), self.template, text)
+
+    def success(self, occasion: Occasion) -> str | None:
+        """The text of the attempt that is shown, None if there is none."""
+        good = [one for one in occasion.group if one.grade.score >= self.at_least]
         if self.choice == "random":
-            good.sort(key=lambda one: make_key(key, "sibling", one.attempt))
-        good = [one for one in good if self.own or one.attempt != rollout.attempt]
+            good.sort(key=lambda one: make_key(occasion.key, "sibling", one.attempt))
+        good = [one for one in good if self.own or one.attempt != occasion.rollout.attempt]
         if not good:
             return None
-        text, (_, thought, rest) = good[0].text, good[0].text.rpartition("</think>")
-        text = rest.strip() if self.strip_thinking and thought else text
-        return Ask(tuple(task.messages(rollout.problem)), self.template, text)
+        return without_thinking(good[0].text) if self.strip_thinking else good[0].text
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoQuestion(_Prompt):
+class NoQuestion(Prompt):
     """The student's prompt without the question: what a teacher knows from the canvas alone."""
 
-    def ask(self, rollout: Rollout, group: Sequence[Rollout], task: Task, key: int) -> Ask:
+    def ask(self, occasion: Occasion) -> Ask:
         """Always the same, whatever the problem."""
-        return Ask(tuple(task.messages(rollout.problem, question=False)), "{question}", "")
+        return Ask(tuple(occasion.task.messages(occasion.rollout.problem, question=False)), "{question}", "")
 
 
-HINTS: dict[str, type] = {"reference": Reference, "sibling": Sibling, "no_question": NoQuestion}
-AnyHint = Reference | Sibling | NoQuestion
-
-
-def check_template(template: str) -> None:
-    """Refuse a hint's template that leaves out the hint or asks for anything else."""
-    one, other = (render(template, {"question": "", "hint": hint}, "the context's template") for hint in "12")
+def check_template(template: str, *more: str) -> None:
+    """Refuse a hint's template that leaves out the hint or asks for anything else than question, hint and ``more``."""
+    slots = dict.fromkeys(("question", *more), "")
+    one, other = (render(template, {**slots, "hint": hint}, "the context's template") for hint in "12")
     if one == other:
         raise InputError("the context's template has no {hint}; say where the hint stands")

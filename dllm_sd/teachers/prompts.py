@@ -1,19 +1,42 @@
 """Teacher prompts: from hints to tokens, once for each batch of rollouts."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from dllm_sd.errors import Stopped
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import render
-from dllm_sd.tasks.task import Task
+from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers import AnyContext
-from dllm_sd.teachers.context import Ask, Reasoning
-from dllm_sd.teachers.hints import AnyHint
+from dllm_sd.teachers.context import Ask, Occasion, Reasoning, no_pairs
+from dllm_sd.teachers.table import AnyHint
+from dllm_sd.teachers.writing import Writing
+from dllm_sd.writers import Request, Written
 
-Write = Callable[[int, Sequence[Sequence[int]], Reasoning, Sequence[int]], list[str]]
-"""``write(context, prompts, reasoning, keys)``: what the weights of that context's teacher answer to each prompt."""
+Analyse = Callable[[int, Sequence[Sequence[int]], Reasoning, Sequence[int]], list[str]]
+"""``analyse(context, prompts, reasoning, keys)``: what the weights of that context's teacher answer to each prompt."""
+Write = Callable[[Writing, Sequence[Request]], list[Written]]
+"""``write(writing, requests)``: what the writer answers to each request, or why there is nothing."""
+
+
+def nobody_writes(writing: Writing, requests: Sequence[Request]) -> list[Written]:
+    """Where no hint has a writer."""
+    raise NotImplementedError(f"there is nobody to write {len(requests)} texts for {writing}")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What hints draw on beside the rollouts."""
+
+    problems: Sequence[Problem] = ()
+    """The training problems."""
+    write: Write = nobody_writes
+    pairs: Callable[[str, int], Sequence[Pair]] = no_pairs
+    """What the run's bank of skills holds for a problem."""
 
 
 def inform(
@@ -21,8 +44,9 @@ def inform(
     contexts: Sequence[AnyContext],
     task: Task,
     policy: Policy,
-    write: Write,
+    analyse: Analyse,
     batch: tuple[int, int],
+    sources: Sources = Sources(),
 ) -> Rollouts:
     """The same rollouts with `Rollout.teacher_prompts`; those without a hint, or with one too long, are left out.
 
@@ -31,8 +55,12 @@ def inform(
         contexts: of the method.
         task: asks the questions.
         policy: renders and reads them.
-        write: asks a teacher, where a hint wants it to reason first.
+        analyse: asks a teacher, where a hint wants it to reason first.
         batch: seed of the run and number of this batch of rollouts, for keys.
+        sources: what else hints draw on.
+
+    Raises:
+        Stopped: if a writer failed more often than its hint tolerates.
     """
     hints = [context.hint for context in contexts]
     if not any(hints):
@@ -40,30 +68,86 @@ def inform(
     groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts.chosen:
         groups.setdefault(rollout.problem.id, []).append(rollout)
-    kept: list[Rollout] = []
+    occasions = [
+        Occasion(
+            *(rollout, groups[rollout.problem.id], task),
+            make_key(*batch, rollout.problem.id, "hint"),
+            sources.problems,
+            sources.pairs,
+        )
+        for rollout in rollouts.kept
+    ]
     counts = {**rollouts.counts}
-    for rollout in rollouts.kept:
-        prompts: list[tuple[int, ...] | None] = []
-        lost, key = None, make_key(*batch, rollout.problem.id, "hint")
-        for hint in hints:
-            ask = hint.ask(rollout, groups[rollout.problem.id], task, key) if hint else None
-            prompt = prompt_tokens(ask, hint, policy) if hint and ask else None
-            if hint and prompt is None:
-                lost = lost or ("no_hint" if ask is None else "long_hint")
-            prompts.append(prompt)
-        if lost:
-            counts[lost] += 1
+    written: dict[AnyHint, list[Occasion]] = {
+        hint: _written(hint, hint.writing, occasions, sources.write, batch, counts) if hint.writing else occasions
+        for hint in dict.fromkeys(filter(None, hints))
+    }
+    kept: list[Rollout] = []
+    for place, rollout in enumerate(rollouts.kept):
+        asks = [hint.ask(written[hint][place]) if hint else None for hint in hints]
+        prompts = [
+            prompt_tokens(ask, hint, policy) if hint and ask else None for hint, ask in zip(hints, asks, strict=True)
+        ]
+        missing = [
+            "no_hint" if ask is None else "long_hint"
+            for hint, ask, prompt in zip(hints, asks, prompts, strict=True)
+            if hint and prompt is None
+        ]
+        if missing:
+            counts[missing[0]] += 1
             counts["kept"] -= 1
         else:
-            kept.append(replace(rollout, teacher_prompts=tuple(prompts)))
+            weights = tuple(ask.weight if ask else 1.0 for ask in asks)
+            notes = tuple(ask.text if ask else None for ask in asks)
+            kept.append(replace(rollout, teacher_prompts=tuple(prompts), teacher_weights=weights, notes=notes))
     for context, hint in enumerate(hints):
         if hint and hint.reasoning and kept:
             read = [rollout.teacher_prompts[context] or () for rollout in kept]
             keys = [make_key(*batch, rollout.problem.id, rollout.attempt, "analysis", context) for rollout in kept]
-            texts = write(context, read, hint.reasoning, keys)
+            texts = analyse(context, read, hint.reasoning, keys)
             openings = [policy.encode_completion(f"{text.strip()}{hint.reasoning.transition}", False) for text in texts]
             kept = [_opened(rollout, context, opening) for rollout, opening in zip(kept, openings, strict=True)]
     return replace(rollouts, kept=tuple(kept), counts=counts)
+
+
+def _written(
+    hint: AnyHint,
+    writing: Writing,
+    occasions: Sequence[Occasion],
+    write: Write,
+    batch: tuple[int, int],
+    counts: dict[str, float],
+) -> list[Occasion]:
+    """The occasions with what the hint's writer wrote for each; what was dropped is counted by reason."""
+    asked = {i: messages for i, one in enumerate(occasions) if (messages := hint.request(one)) is not None}
+    keys = [_key(hint, occasions[i].rollout, batch) for i in asked]
+    texts = write(writing, [Request(asked[i], key) for i, key in zip(asked, keys, strict=True)]) if asked else []
+    found, dropped = list(occasions), Counter[str]()
+    for i, answer in zip(asked, texts, strict=True):
+        text, reason = (None, answer.failure or "no_text")
+        if answer.text is not None:
+            text, reason = hint.accept(occasions[i], answer.text)
+        found[i] = replace(occasions[i], text=text)
+        if text is None:
+            dropped[reason] += 1
+    counts["written"] = counts.get("written", 0.0) + len(asked)
+    counts["cached"] = counts.get("cached", 0.0) + sum(answer.cached for answer in texts)
+    for reason, count in dropped.items():
+        counts[f"dropped/{reason}"] = counts.get(f"dropped/{reason}", 0.0) + count
+    if dropped.total() > writing.tolerance * len(asked):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+        raise Stopped(
+            f"{dropped.total()} of {len(asked)} written texts had to be dropped ({reasons}), more than the share of "
+            f"{writing.tolerance:g} that method.contexts tolerates; mend the writer, or raise writing.tolerance"
+        )
+    return found
+
+
+def _key(hint: AnyHint, rollout: Rollout, batch: tuple[int, int]) -> int:
+    """Of a text: one for each rollout, or for each problem whenever it is met."""
+    if hint.per_problem:
+        return make_key(batch[0], rollout.problem.id, "writing")
+    return make_key(*batch, rollout.problem.id, rollout.attempt, "writing")
 
 
 def prompt_tokens(ask: Ask, hint: AnyHint, policy: Policy) -> tuple[int, ...] | None:
@@ -81,7 +165,8 @@ def prompt_tokens(ask: Ask, hint: AnyHint, policy: Policy) -> tuple[int, ...] | 
 def _messages(ask: Ask, hint: AnyHint) -> list[dict[str, str]]:
     """The task's messages, the last of them with the hint."""
     *before, last = ask.messages
-    content = render(ask.template, {"question": last["content"], "hint": ask.text}, "the context's template")
+    slots = {**ask.more, "question": last["content"], "hint": ask.text}
+    content = render(ask.template, slots, "the context's template")
     content = content if last["content"] else content.lstrip()
     if hint.reasoning is not None:
         content = f"{content}\n\n{hint.reasoning.instruction}".strip()

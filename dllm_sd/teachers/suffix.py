@@ -12,7 +12,7 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.rollouts import Rollout
 from dllm_sd.teachers.context import Reading, Scene, show
-from dllm_sd.teachers.hints import HINTS, AnyHint
+from dllm_sd.teachers.table import HINTS, AnyHint
 from dllm_sd.trajectory import NEVER
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.policy import Policy
-from dllm_sd.policies.weights import Teacher, trained
+from dllm_sd.policies.weights import Teacher, placed_like, trained
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.sharding import gather_tensors, placed_like
+from dllm_sd.training.sharding import gather_tensors
 from dllm_sd.trajectory import Trajectory
 
 
@@ -48,6 +48,8 @@ class State:
     """Test reports of the initial weights, by decoding schedule."""
     seconds: float = 0.0
     """Time spent in updates."""
+    bank: dict[str, Any] | None = None
+    """The bank of skills, of runs that have one."""
 
 
 WEIGHTS, OPTIMIZER, ROLLOUTS, STATE = "model.safetensors", "optimizer.safetensors", "rollouts.safetensors", "state.json"
@@ -180,6 +182,8 @@ def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, An
                 "text": rollout.text,
                 "grade": {"correct": grade.correct, "score": grade.score, "parsed": grade.parsed},
                 "teacher_prompts": rollout.teacher_prompts,
+                "teacher_weights": rollout.teacher_weights,
+                "notes": rollout.notes,
             }
         )
     return tensors, {"kept": entries, "layout": layout, "counts": dict(rollouts.counts)}
@@ -202,6 +206,8 @@ def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rol
                 **{name: value for name, value in layout.items() if name not in names},
             ),
             teacher_prompts=tuple(None if prompt is None else tuple(prompt) for prompt in entry["teacher_prompts"]),
+            teacher_weights=tuple(entry["teacher_weights"]),
+            notes=tuple(entry["notes"]),
         )
         for i, entry in enumerate(tree["kept"])
     ]
@@ -218,7 +224,7 @@ def run_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint by file; under FSDP2 all processes must call it, and the first gets them whole."""
     tensors = {WEIGHTS: trained(policy), OPTIMIZER: optimizer_tensors(optimizer, policy)}
-    tensors |= {f"teacher{i}.safetensors": teacher.moving for i, teacher in enumerate(teachers)}
+    tensors |= {f"teacher{i}.safetensors": teacher.moving for i, teacher in enumerate(teachers) if teacher.moving}
     return {name: gather_tensors(values) for name, values in tensors.items()}
 
 
@@ -241,8 +247,9 @@ def restore_run(
     load_weights(policy, folder)
     load_optimizer(optimizer, policy, read_tensors(folder, OPTIMIZER))
     for i, teacher in enumerate(teachers):
-        saved = read_tensors(folder, f"teacher{i}.safetensors")
-        teacher.load({name: placed_like(saved[name], value) for name, value in teacher.moving.items()})
+        if teacher.moving:
+            saved = read_tensors(folder, f"teacher{i}.safetensors")
+            teacher.load({name: placed_like(saved[name], value) for name, value in teacher.moving.items()})
     kept = tree.pop("rollouts", None)
     rollouts = load_rollouts(read_tensors(folder, ROLLOUTS), kept) if kept else None
     if unknown := sorted(tree.keys() - State.__dataclass_fields__.keys()):

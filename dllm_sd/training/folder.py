@@ -12,9 +12,9 @@ from dllm_sd.errors import InputError, on_one_line
 
 CONTENTS = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "nonfinite.json"),
-    *("checkpoints", "tb", "eval"),
+    *("checkpoints", "tb", "eval", "students", "rounds", "rounds.json"),
 )
-FREE = ("run", "resume", "log", "checkpoint")
+FREE = ("run", "resume", "log", "checkpoint", "cache")
 """Keys that may differ between a run and its continuation."""
 
 

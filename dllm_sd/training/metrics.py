@@ -79,6 +79,10 @@ def site_metrics(sums: Tensor, measured: Sequence[str]) -> dict[str, float]:
     return {"loss": loss, "sites": int(sites), **{name: v for name, v in means.items() if not math.isnan(v)}}
 
 
+WRITING = ("written", "cached")
+"""What is counted where hints are written."""
+
+
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """What the rollouts of an update looked like; shares are over problems."""
     counts = rollouts.counts
@@ -96,6 +100,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "rollouts/generated": int(counts["generated"]),
         "rollouts/length": counts["tokens"] / attempts,
         "rollouts/steps": counts["steps"] / attempts,
+        **{f"writers/{name}": int(n) for name, n in counts.items() if name in WRITING or name.startswith("dropped/")},
     }
 
 

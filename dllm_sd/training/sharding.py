@@ -11,7 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dllm_sd.errors import InputError
 
@@ -84,10 +84,3 @@ def gather_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if distributed.get_rank() == 0:
             kept[name] = full.cpu()
     return kept
-
-
-def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor in the pieces and on the device of another one; every process has it, so nothing is sent."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return value.to(like.device)

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from dllm_sd.config import Config, to_tree
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.objective import Graded, Plan, grade, plan_update
 from dllm_sd.pairing import check_data, check_model
@@ -21,9 +21,8 @@ from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Rollouts, gather
+from dllm_sd.rollouts import Rollouts
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers.prompts import inform
 from dllm_sd.teachers.suffix import answer_span
 from dllm_sd.training.checkpoint import (
     State,
@@ -35,7 +34,6 @@ from dllm_sd.training.checkpoint import (
     save_best,
     save_run,
 )
-from dllm_sd.training.feed import Feed
 from dllm_sd.training.folder import prepare_folder
 from dllm_sd.training.metrics import (
     MetricsLog,
@@ -49,8 +47,8 @@ from dllm_sd.training.metrics import (
 )
 from dllm_sd.training.optim import build_optimizer, learning_rate
 from dllm_sd.training.progress import Interrupt, Progress
-from dllm_sd.training.scribe import Scribe
 from dllm_sd.training.sharding import gather_tensors, gathered, start_accelerator, whole
+from dllm_sd.training.supply import Supply
 
 Parts = list[tuple[Plan, Graded]]
 
@@ -73,21 +71,21 @@ class Trainer:
         blueprint = check_model(config)
         self._alone(lambda: prepare_folder(config))
         self.policy = build_policy(blueprint, self.accelerator.device)
-        self.feed = Feed(problems, self.policy, config.task, config.seed, config.max_prompt)
-        adapters = {weights: add_adapter(weights, self.policy) for weights in self.method.weights()}
+        adapters = {weights: add_adapter(weights, self.policy) for weights in self.method.models()}
         self.optimizer = build_optimizer(trained(self.policy).values(), config.optim)
         self.lr = learning_rate(self.optimizer, config.optim, config.updates)
         self.module, _ = self.accelerator.prepare(self.policy.module, self.optimizer)  # FSDP2 shards both in place
-        shared = {
+        self.models = {
             weights: make_teacher(weights, self.policy, adapter, config.model) for weights, adapter in adapters.items()
         }
-        self.teachers = [shared[weights] for weights in self.method.weights()]
-        self.scribe = Scribe(self.teachers, config.decode, self.accelerator)
+        self.teachers = [self.models[weights] for weights in self.method.weights()]
+        self.supply = Supply(config, problems, self.policy, self.module, self.models, self.accelerator)
         self.state, self.rollouts = State(), None
         checkpoint = latest_checkpoint(self.run)
         self.resumed = checkpoint is not None
         if checkpoint is not None:
-            self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, self.teachers)
+            self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, [*self.models.values()])
+        self.supply.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(_counts(self.policy.module))
         done = self.state.update if self.resumed else -1
@@ -98,26 +96,30 @@ class Trainer:
         """Whether no update is left to do."""
         return self.state.update >= self.config.updates or self.state.stopped is not None
 
-    def train(self) -> dict[str, Any]:
-        """Run to the end and return the report.
+    def train(self, until: int | None = None) -> dict[str, Any]:
+        """Run to the end and return the report; or up to update ``until``, saved, and return nothing yet.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, with the last update saved.
             FloatingPointError: at a non-finite loss or gradient, before it is applied, with the last update saved.
+            Stopped: if it cannot go on, with the last update saved.
         """
         written = self.run / "report.json"
         if self.resumed and self.finished and written.is_file():
             return json.loads(written.read_text(encoding="utf-8"))
-        state = self.state
+        state, every = self.state, self.config.checkpoint.every
+        until = self.config.updates if until is None else until
         with self.progress, Interrupt(self.progress) as interrupt:
             if not self.resumed:
                 state.before = self._test("testing the initial weights")
                 self._evaluate({"update": 0})
-            while not self.finished:
+                if until == 0:
+                    self._save()
+            while not self.finished and state.update < until:
                 started, fed = time.perf_counter(), (state.cursor, state.too_long)
                 try:
                     metrics = self._update(state.update + 1)
-                except FloatingPointError:  # no step was taken: what was learnt before is worth keeping
+                except (FloatingPointError, Stopped):  # no step was taken: what was learnt before is worth keeping
                     state.cursor, state.too_long = fed
                     self._save()
                     raise
@@ -126,11 +128,11 @@ class Trainer:
                 self._evaluate(metrics)
                 self.progress.finished(state.update)
                 interrupted = self._anywhere(interrupt.asked)
-                if interrupted or self.finished or state.update % self.config.checkpoint.every == 0:
+                if interrupted or self.finished or state.update in (until, state.update // every * every):
                     self._save()
                 if interrupted and not self.finished:
                     raise KeyboardInterrupt
-            report = self._report()
+            report = self._report() if self.finished else {}
         if self.log is not None:
             self.log.close()
         return report
@@ -147,7 +149,8 @@ class Trainer:
         rolled = time.perf_counter()
         self.progress.phase("learning")
         keys = self.rollouts.keys(self.config.seed, batch)
-        plan = plan_update(self.method, self.rollouts, keys, part, self._answers(self.rollouts))
+        answers, formatting = self._answers(self.rollouts), self.policy.formatting
+        plan = plan_update(self.method, self.rollouts, keys, part, answers, formatting)
         lr = self.lr(update)
         metrics: dict[str, Any] = {"update": update, "loss": None, "sites": 0, "lr": lr}
         if plan is None:
@@ -160,27 +163,18 @@ class Trainer:
             table = divergence_table(parts, self.rollouts) if self._due(update) else None
             if self.log is not None and table is not None:
                 self.log.write_picture("trajectory", trajectory_picture(*table), update)
-        for teacher in dict.fromkeys(self.teachers):
-            teacher.after_update(update)
-        metrics |= rollout_metrics(self.rollouts)
+        for model in self.models.values():
+            model.after_update(update)
+        metrics |= rollout_metrics(self.rollouts) | self.supply.shelf.after_update(update, self.rollouts.chosen)
         reach = self.method.rollout.reach(self.policy, self.config.decode, batch)
         metrics |= {} if reach is None else {"rollouts/horizon": reach.count}
         metrics |= {"rollouts/too_long": self.state.too_long, "updates_skipped": self.state.skipped}
         return metrics | {"time/rollouts": rolled - start, "time/learning": time.perf_counter() - rolled}
 
     def _roll_out(self, batch: int) -> Rollouts:
-        """Problems are dealt to the processes; every process gets all rollouts, in the order of the problems."""
-        config, rule = self.config, self.method.rollout
-        prompted, self.state.cursor, dropped = self.feed.take(self.state.cursor, rule.problems)
+        rollouts, self.state.cursor, dropped = self.supply.take(batch, self.state.cursor)
         self.state.too_long += dropped
-        mine = prompted[self.rank :: self.world]
-        with gathered(self.accelerator, self.module):
-            tried = rule(self.policy, config.task, mine, config.decode, config.seed, batch) if mine else []
-        if self.world > 1:
-            dealt = sorted(gather_object(list(enumerate(tried))), key=lambda pair: pair[0])
-            tried = [attempts for _, attempts in dealt]
-        rollouts = gather(rule, self.method.gate, tried)
-        return inform(rollouts, self.method.contexts, config.task, self.policy, self.scribe, (config.seed, batch))
+        return rollouts
 
     def _learn(self, plan: Plan, rollouts: Rollouts, update: int, lr: float) -> tuple[Parts, float]:
         """The gradient of the whole update, in micro-batches over all processes, then one optimizer step."""
@@ -314,8 +308,10 @@ class Trainer:
 
     def _save(self) -> None:
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
-        tensors = run_tensors(self.policy, self.optimizer, self.teachers)
+        self.state.bank = self.supply.shelf.tree
+        tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
         self._alone(lambda: save_run(self.run, tensors, self.state, rollouts, self.config.checkpoint.keep))
+        self._alone(lambda: self.supply.shelf.write_down(self.run))
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether any process says so."""

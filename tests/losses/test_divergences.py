@@ -7,6 +7,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses import (
     DIVERGENCES,
     ForwardKL,
+    GatedGap,
     GeneralisedJSD,
     PolicyGradient,
     ReverseKL,
@@ -44,6 +45,7 @@ def test_the_table_names_every_divergence():
         "jsd": GeneralisedJSD,
         "token_nll": TokenNLL,
         "policy_gradient": PolicyGradient,
+        "gated_gap": GatedGap,
     } == DIVERGENCES
 
 

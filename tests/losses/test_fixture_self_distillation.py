@@ -34,7 +34,9 @@ def drawn_at(logp: Tensor, token: Tensor, old_logp: Tensor) -> Drawn:
     """``[m v]``, ``[n l]``, ``[n l]`` to what the trust reads."""
     token = token.long().flatten()
     picked = logp.detach().gather(-1, rearrange(token, "m -> m 1"))
-    return Drawn(token=token, logp=rearrange(picked, "m 1 -> m"), old_logp=old_logp.flatten())
+    return Drawn(
+        token=token, logp=rearrange(picked, "m 1 -> m"), old_logp=old_logp.flatten(), canvas=torch.arange(len(token))
+    )
 
 
 def sdpo_support(name: str, k: int) -> FullVocabulary | TopK:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dllm_sd.errors import InputError
-from dllm_sd.losses import TRUSTS, Drawn, Equal, GroupAdvantage, ImportanceCap, TokenNLL
+from dllm_sd.losses import TRUSTS, Drawn, Equal, GroupAdvantage, ImportanceCap, OutcomeValidated, TokenNLL
 from tests.oracles import divergences as oracle
 
 V = 9
@@ -21,7 +21,7 @@ def logits(*shape: int, seed: int) -> torch.Tensor:
 def drawn_as(token: torch.Tensor) -> Drawn:
     """Tokens of which no log-probability is known."""
     unknown = torch.full(token.shape, torch.nan, dtype=torch.float64)
-    return Drawn(token=token, logp=unknown, old_logp=unknown)
+    return Drawn(token=token, logp=unknown, old_logp=unknown, canvas=torch.arange(len(token)))
 
 
 DRAWN = drawn_as(TOKEN)
@@ -32,7 +32,12 @@ def at_token(logp: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_table_names_every_trust():
-    assert {"equal": Equal, "importance_cap": ImportanceCap, "group_advantage": GroupAdvantage} == TRUSTS
+    assert {
+        "equal": Equal,
+        "importance_cap": ImportanceCap,
+        "group_advantage": GroupAdvantage,
+        "outcome_validated": OutcomeValidated,
+    } == TRUSTS
 
 
 @pytest.mark.parametrize(("t", "rows"), [(0, 1), (1, 1), (3, 3)])
@@ -137,7 +142,8 @@ def test_a_third_teacher_is_refused():
 def with_ratio(*ratio: float) -> Drawn:
     """Tokens whose probability has changed by these ratios."""
     old = torch.full((len(ratio),), math.log(1e-3), dtype=torch.float64)
-    return Drawn(token=TOKEN[: len(ratio)], logp=old + torch.tensor(ratio, dtype=torch.float64).log(), old_logp=old)
+    logp = old + torch.tensor(ratio, dtype=torch.float64).log()
+    return Drawn(token=TOKEN[: len(ratio)], logp=logp, old_logp=old, canvas=torch.arange(len(ratio)))
 
 
 @pytest.mark.parametrize(("t", "rows"), [(0, 1), (1, 1), (3, 3)])
@@ -151,7 +157,8 @@ def test_the_importance_weight_is_the_ratio_up_to_its_cap_times_the_rollouts_wei
 
 def test_the_importance_weight_equals_a_plain_loop():
     logp, old = 3 * logits(99, seed=0), 3 * logits(99, seed=1)
-    drawn, weight = Drawn(token=torch.zeros(99, dtype=torch.int64), logp=logp, old_logp=old), logits(99, seed=2)
+    drawn = Drawn(token=torch.zeros(99, dtype=torch.int64), logp=logp, old_logp=old, canvas=torch.arange(99))
+    weight = logits(99, seed=2)
     factor = ImportanceCap(cap=1.5, clamp=2.0)(logits(99, V, seed=0), logits(1, 99, V, seed=1), drawn, weight)
     for ours, new, before, own in zip(factor[0].tolist(), logp.tolist(), old.tolist(), weight.tolist(), strict=True):
         assert ours == pytest.approx(own * min(math.exp(max(-2.0, min(2.0, new - before))), 1.5), rel=1e-12)
@@ -192,7 +199,7 @@ def test_factors_follow_the_students_precision_and_carry_no_gradient(trust):
         student = logits(M, V, seed=0).to(given).requires_grad_()
         old = logits(1, M, V, seed=1).log_softmax(-1).to(given)
         student_logp = student.log_softmax(-1)
-        drawn = Drawn(token=TOKEN, logp=at_token(student_logp), old_logp=at_token(old[0]))
+        drawn = Drawn(token=TOKEN, logp=at_token(student_logp), old_logp=at_token(old[0]), canvas=torch.arange(M))
         factor = trust(student_logp, old, drawn, ADVANTAGE.clone().requires_grad_())
         assert factor.dtype == expected
         assert factor.isfinite().all()
@@ -212,3 +219,50 @@ def test_a_wrong_field_is_named(field, wrong):
 def test_a_wrong_field_of_the_importance_weight_is_named(field, wrong):
     with pytest.raises(InputError, match=rf"trust\.{field} is"):
         ImportanceCap(**{field: wrong})
+
+
+# Trust by outcome
+
+GAPS = torch.tensor(
+    [[0.4, 0.2, -9.0, 1.0, 0.01, -0.02, -0.5, 0.1], [-0.4, -0.2, 9.0, -1.0, 0.3, 0.3, 9.0, -9.0]]
+).double()
+CANVAS = torch.tensor([5, 5, 5, 2, 7, 7, 2, 2])
+
+
+def teachers_with(gaps: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
+    """Teachers ``[t m v]`` that are this much above the student at the drawn tokens."""
+    teachers = student_logp.expand(len(gaps), -1, -1).clone()
+    for t in range(len(gaps)):
+        for m in range(M):
+            teachers[t, m, TOKEN[m]] += gaps[t, m]
+    return teachers
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_table_of_polarities(right):
+    """Helpful and warning teachers attract, over-suppressive and misleading ones repel, undecided ones do nothing."""
+    student = logits(M, V, seed=0).log_softmax(-1)
+    drawn = Drawn(token=TOKEN, logp=at_token(student), old_logp=at_token(student), canvas=CANVAS)
+    trust = OutcomeValidated(clip=3.0, threshold=0.05)
+    weight = trust.rollout_weight(torch.tensor([1.0 if right else 0.9]), torch.tensor([0])).expand(M)
+    factor = trust(student, teachers_with(GAPS, student), drawn, weight)
+    # Canvas 5: (.4 + .2 - 3) / 3 suppresses, (-.4 -.2 + 3) / 3 supports; 2: .6 / 3 supports, (-1 + 3 - 3) / 3 does not;
+    # 7: -.005 is undecided, .3 supports.
+    sign = torch.tensor([[-1, -1, -1, 1, 0, 0, 1, 1], [1, 1, 1, -1, 1, 1, -1, -1]]).double()
+    assert torch.equal(factor, sign if right else -sign)
+
+
+def test_support_is_the_mean_of_the_cut_gaps_of_a_canvas():
+    student = logits(M, V, seed=3).log_softmax(-1)
+    drawn = Drawn(token=TOKEN, logp=at_token(student), old_logp=at_token(student), canvas=CANVAS)
+    support = OutcomeValidated(clip=2.0).support(student, teachers_with(GAPS, student), drawn)
+    for t in range(2):
+        for m in range(M):
+            mine = [max(-2.0, min(2.0, float(GAPS[t, i]))) for i in range(M) if CANVAS[i] == CANVAS[m]]
+            assert float(support[t, m]) == pytest.approx(sum(mine) / len(mine), abs=1e-12)
+
+
+@pytest.mark.parametrize(("fields", "says"), [({"clip": 0.0}, "trust.clip"), ({"threshold": -0.1}, "trust.threshold")])
+def test_trust_by_outcome_refuses_numbers_without_meaning(fields, says):
+    with pytest.raises(InputError, match=says):
+        OutcomeValidated(**fields)

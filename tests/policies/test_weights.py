@@ -10,7 +10,7 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.site_head import SiteHead
-from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Ema, Live, Snapshot, Teacher, add_adapter, trained
+from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, add_adapter, trained
 
 IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])
 VIEW = View(IDS, torch.ones_like(IDS, dtype=torch.bool), IDS == 0)
@@ -54,6 +54,7 @@ def test_the_table_names_all_weights():
         "ema": Ema,
         "snapshot": Snapshot,
         "checkpoint": Checkpoint,
+        "peer": Peer,
     } == WEIGHTS
 
 

@@ -1,0 +1,14 @@
+"""The table of named methods: each is one choice of part for every slot, and nothing else.
+
+A new paper is a new part and a new row. The trainer never sees a name.
+"""
+
+from dllm_sd.methods.baselines import BASELINES
+from dllm_sd.methods.denoising import DENOISING
+from dllm_sd.methods.prompted import PROMPTED
+from dllm_sd.methods.row import Row
+from dllm_sd.methods.written import WRITTEN
+
+METHODS: dict[str, Row] = {**DENOISING, **PROMPTED, **WRITTEN, **BASELINES}
+
+__all__ = ["METHODS", "Row"]

@@ -1,0 +1,95 @@
+"""Methods without an informed teacher: imitation, policy gradient, training on one's own text."""
+
+from dataclasses import replace
+
+from dllm_sd.canvases import AllMasked, RandomMasks
+from dllm_sd.losses.divergences import TokenNLL
+from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.targets import Sampled
+from dllm_sd.losses.trust import GroupAdvantage
+from dllm_sd.method import Method
+from dllm_sd.methods.row import GROUP, SELF_TRAINING, Row
+from dllm_sd.policies.weights import Base
+from dllm_sd.rollouts import All, Demonstrations, PassAtK
+from dllm_sd.teachers import (
+    Nothing,
+)
+
+BASELINES: dict[str, Row] = {
+    "sft": Row(
+        Method(
+            rollout=Demonstrations(),
+            gate=All(),
+            canvases=RandomMasks(),
+            contexts=(),
+            sites=AllMaskedSites(),
+            target=Sampled(),
+            divergence=TokenNLL(),
+            average="canvases",
+        ),
+        "LLaDA, arXiv 2502.09992, Eq. 3 and Alg. 2",
+        "Masked-diffusion cross-entropy with 1/t weights on the data set's references.",
+    ),
+    "rft": Row(
+        Method(
+            canvases=RandomMasks(draws=8),
+            contexts=(),
+            sites=AllMaskedSites(),
+            target=Sampled(),
+            divergence=TokenNLL(),
+            average="canvases",
+        ),
+        "rejection fine-tuning (arXiv 2308.01825) with the loss of LLaDA",
+        "Random masks on the model's own correct rollouts.",
+    ),
+    "rft_trajectory": Row(
+        Method(contexts=(), target=Sampled(), divergence=TokenNLL()),
+        "rejection fine-tuning on the decoder's canvases",
+        "Hard labels on exactly the canvases and sites of d_opsd: the strong baseline.",
+    ),
+    "diffu_grpo": Row(
+        Method(
+            rollout=PassAtK(keep="all", until_solved=False),
+            gate=All(),
+            canvases=AllMasked(),
+            contexts=(Nothing(),),
+            sites=AllMaskedSites(),
+            target=Sampled(),
+            divergence=TokenNLL(),
+            trust=GroupAdvantage(normalise=False, kl=0.04),
+        ),
+        "d1, arXiv 2504.12216, Sec. 3.2 and github.com/dllm-reasoning/d1",
+        "Group advantage (not divided by its deviation, as the code does), one-step likelihood with 15 % of the prompt "
+        "masked, KL to the base. Set rollout.passes above 1 for d1's reuse of rollouts (add a snapshot context).",
+    ),
+    "grpo": Row(
+        Method(
+            rollout=GROUP,
+            gate=All(),
+            contexts=(Nothing(),),
+            target=Sampled(),
+            divergence=TokenNLL(),
+            trust=GroupAdvantage(ratio_clip=0.2, kl=0.04),
+        ),
+        "GRPO, arXiv 2402.03300",
+        "Group advantage on the likelihood of each token where it was chosen, KL to the base. On masked diffusion that "
+        "is the likelihood along the decoder's own path.",
+    ),
+    "spd": Row(
+        SELF_TRAINING,
+        "SPD, arXiv 2605.22675, Eq. 6 to 14, and github.com/gh540-svg/hahaha, commit e249fec",
+        "Cross-entropy on the model's own text, right or wrong, written by the initial weights with keys and values "
+        "held in the subspace that right answers depend on. Here every update draws fresh texts, and prompts are not "
+        "trained on; the paper draws once, trains for up to five epochs, and on prompts too.",
+    ),
+    "self_distillation": Row(
+        replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=Base())),
+        "the comparison SSD of arXiv 2605.22675",
+        "spd without the projection.",
+    ),
+    "self_retraining": Row(
+        replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=Base(), top_p=1.0)),
+        "the comparison PSR of arXiv 2605.22675",
+        "spd without projection and top-p.",
+    ),
+}

@@ -1,0 +1,90 @@
+"""Methods whose teacher reads another canvas: d-OPSD and its kin, on masked diffusion."""
+
+from dllm_sd.canvases import DecoderSteps
+from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL
+from dllm_sd.losses.sites import Revealed, TeacherTop
+from dllm_sd.losses.supports import TopK
+from dllm_sd.losses.targets import Barycenter, PurifiedPMI
+from dllm_sd.method import Method
+from dllm_sd.methods.row import Row
+from dllm_sd.policies.weights import Ema
+from dllm_sd.rollouts import All, Correct, PassAtK
+from dllm_sd.teachers import (
+    Critique,
+    LaterStep,
+    NoQuestion,
+    Nothing,
+    Reference,
+    Rubric,
+    Suffix,
+)
+
+DENOISING: dict[str, Row] = {
+    "d_opsd": Row(
+        Method(contexts=(Suffix(),), sites=Revealed(), divergence=ReverseKL()),
+        "arXiv 2606.18195, with the parts that its ablations and our tests support",
+        "Vetted default: pass@8, correct rollouts, every decoding step, later blocks at 25 %, the student's own sites, "
+        "full vocabulary, reverse KL without clip, base weights, mean over all sites.",
+    ),
+    "d_opsd_paper": Row(
+        Method(
+            contexts=(Suffix(scope="all_masked"),),
+            sites=TeacherTop(),
+            divergence=ReverseKL(clip="token"),
+            average="steps",
+        ),
+        "arXiv 2606.18195, Eq. 8 and 12, App. C",
+        "Suffix drawn from all masked positions, sites chosen by the teacher's probability, pointwise clip 0.05 read "
+        "as a bound on each site's divergence.",
+    ),
+    "d_opsd_reference": Row(
+        Method(
+            rollout=PassAtK(problems=4, passes=4),
+            gate=Correct(count_rejected=True),
+            canvases=DecoderSteps(last_block=False, last_state=False, remainder=False, prompt_ends=True),
+            contexts=(Suffix(stop_at_end=True),),
+            sites=TeacherTop(count=2, by="logit"),
+            support=TopK(k=20),
+            divergence=ReverseKL(clip="entry"),
+            average="step_sums",
+        ),
+        "github.com/xingzhejun/d-OPSD, commit 1b55cf3",
+        "The released code with its quirks: teacher's top-20 renormalised, clip per vocabulary entry (not a "
+        "divergence), two sites by raw logit, later blocks with the end rule, last block never graded, temporal "
+        "chunks as separate updates, failures in the denominator.",
+    ),
+    "later_step": Row(
+        Method(gate=All(), rollout=PassAtK(attempts=1), contexts=(LaterStep(),)),
+        "after arXiv 2607.04428",
+        "The teacher reads a later step of the same trajectory; no label is used.",
+    ),
+    "d_opsd_prompt": Row(
+        Method(contexts=(Reference(),)),
+        "the prompt-conditioned comparison of arXiv 2606.18195",
+        "d_opsd with the data's reference in the teacher's prompt instead of an answer on the canvas.",
+    ),
+    "d_opsd_pmi": Row(
+        Method(
+            contexts=(Suffix(), Suffix(prompt=NoQuestion()), Nothing()),
+            target=PurifiedPMI(),
+            divergence=GeneralisedJSD(beta=0.5),
+        ),
+        "d_opsd with the target of arXiv 2607.02234, Eq. 5 to 8; unpublished",
+        "Purified suffix teacher: what the suffix says only together with the question, added to the base.",
+    ),
+    "d_demo_psd": Row(
+        Method(contexts=(Suffix(), Nothing()), teacher=(Ema(0.95),), target=Barycenter()),
+        "d_opsd with the target of arXiv 2607.02502, Eq. 7 to 9; unpublished",
+        "Barycenter of the suffix teacher and the plain student, both with averaged weights.",
+    ),
+    "d_rcsd": Row(
+        Method(contexts=(Suffix(prompt=Rubric(source="data")),)),
+        "d_opsd with the context of arXiv 2606.19327; unpublished",
+        "The data's rubric in the teacher's prompt, together with the suffix.",
+    ),
+    "d_step_align": Row(
+        Method(gate=All(), contexts=(Critique(),)),
+        "d_opsd with the context of arXiv 2606.11173; unpublished",
+        "A critique of the rollout in the teacher's prompt instead of a suffix, on right and wrong rollouts.",
+    ),
+}

@@ -1,0 +1,46 @@
+"""Skills: banks of what helped and what went wrong, which of it fits a problem, and where it comes from."""
+
+from dllm_sd.skills.bank import Bank, Mistake, Skill, build_bank, distinct, is_dynamic, numbered, read_bank, write_bank
+from dllm_sd.skills.extraction import Extraction, Memory, cold_start, update
+from dllm_sd.skills.retrieval import (
+    PAIR,
+    RETRIEVERS,
+    AnyRetriever,
+    Embedding,
+    Index,
+    Lexical,
+    Pair,
+    Random,
+    Retriever,
+    format_pair,
+    index,
+    retrieve,
+)
+
+__all__ = [
+    "PAIR",
+    "RETRIEVERS",
+    "AnyRetriever",
+    "Bank",
+    "Embedding",
+    "Extraction",
+    "Index",
+    "Lexical",
+    "Memory",
+    "Mistake",
+    "Pair",
+    "Random",
+    "Retriever",
+    "Skill",
+    "build_bank",
+    "cold_start",
+    "distinct",
+    "format_pair",
+    "index",
+    "is_dynamic",
+    "numbered",
+    "read_bank",
+    "retrieve",
+    "update",
+    "write_bank",
+]

@@ -1,0 +1,231 @@
+"""Retrieval: which skills and mistakes of a bank fit a problem, how they are paired, and how they are shown.
+
+Source: SGSD (arXiv 2605.28791), section on the teacher pool; released code walawalagoose/SGSD, commit f296a91,
+`skill/skill_memory.py` (texts, embeddings, ranks) and `skill/training.py`, `build_sgsd_teacher_specs` (pairs, weights).
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.randomness import make_key, permutation
+from dllm_sd.skills.bank import Bank, Mistake, Skill, texts
+from dllm_sd.tasks.datafile import render
+
+PAIR = """\
+{title}: {principle}
+Where it helps: {when_to_apply}
+
+A mistake others made here: {description}
+How to stay clear of it: {how_to_avoid}"""
+
+Rank = Callable[[str, int], Sequence[tuple[int, float | None]]]
+"""``rank(query, key)``: the numbers of all entries, best first, each with its score, None where nothing is measured."""
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One teacher's extra knowledge: a skill and a mistake of the same rank."""
+
+    skill: Skill
+    mistake: Mistake
+    score: float | None
+    """Mean of the two scores, None where nothing was measured."""
+    weight: float
+    """The teacher's share among the pairs of the same problem; they add up to 1."""
+
+
+class Retriever(Protocol):
+    """Reads the texts of a bank's skills, or of its mistakes, once, and then ranks them for any problem."""
+
+    def __call__(self, texts: Sequence[str]) -> Rank:
+        """The ranking of these texts; equal scores keep the order of the texts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lexical:
+    """Cosine of tf-idf vectors, from 0 (no word in common) to 1; it needs no model and is the same everywhere.
+
+    A word weighs ``(1 + ln n) ln(1 + (N - d + 1/2) / (d + 1/2))``, with ``n`` its count in the text and ``d`` the
+    number of texts, of ``N``, that have it (Salton and Buckley 1988; the idf is that of BM25). Words of the problem
+    that no text has count in its length.
+
+    Fields:
+        letters: words are compared by so many first letters, in lower case, so that ``triangles`` is ``triangle``.
+    """
+
+    letters: int = 6
+
+    def __post_init__(self) -> None:
+        if self.letters < 1:
+            raise InputError(f"retriever.letters is {self.letters}: give at least 1, such as 6.")
+
+    def __call__(self, texts: Sequence[str]) -> Rank:
+        counts = [self._words(text) for text in texts]
+        having = Counter(word for words in counts for word in words)
+        found: dict[str, list[tuple[int, float]]] = {word: [] for word in having}
+        for number, words in enumerate(counts):
+            for word, weight in _unit(words, having, len(texts)).items():
+                found[word].append((number, weight))
+
+        def rank(query: str, key: int) -> Sequence[tuple[int, float]]:
+            scores = [0.0] * len(texts)
+            for word, weight in _unit(self._words(query), having, len(texts)).items():
+                for number, other in found.get(word, ()):
+                    scores[number] += weight * other
+            return _best_first([min(score, 1.0) for score in scores])
+
+        return rank
+
+    def _words(self, text: str) -> Counter[str]:
+        return Counter(word[: self.letters] for word in _WORD.findall(text.lower()))
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Cosine of sentence embeddings, as in SGSD: unit vectors, no instruction in front of problem or entry.
+
+    Fields:
+        model: name or folder of a sentence-transformers model.
+        device: such as ``cuda`` or ``cpu``; None takes what is there.
+    """
+
+    model: str = "Qwen/Qwen3-Embedding-0.6B"
+    device: str | None = None
+
+    def __call__(self, texts: Sequence[str]) -> Rank:
+        vectors = _vectors(self.model, self.device, texts)
+
+        def rank(query: str, key: int) -> Sequence[tuple[int, float]]:
+            return _best_first((vectors @ _query_vector(self.model, self.device, query)).tolist())
+
+        return rank
+
+
+@dataclass(frozen=True)
+class Random:
+    """Entries drawn at random, a function of the key alone; all pairs weigh the same (SGSD's comparison)."""
+
+    def __call__(self, texts: Sequence[str]) -> Rank:
+        return lambda query, key: [(number, None) for number in permutation(key, len(texts))]
+
+
+RETRIEVERS: dict[str, type] = {"lexical": Lexical, "embedding": Embedding, "random": Random}
+AnyRetriever = Lexical | Embedding | Random
+
+
+class Index:
+    """A bank that a retriever has read, once for all problems."""
+
+    def __init__(self, bank: Bank, retriever: Retriever) -> None:
+        self._bank = bank
+        self._rank_skills = retriever([". ".join(texts(one)) for one in bank.skills]) if bank.skills else None
+        self._rank_mistakes = retriever([". ".join(texts(one)) for one in bank.mistakes]) if bank.mistakes else None
+
+    def retrieve(self, query: str, count: int = 8, key: int = 0) -> tuple[Pair, ...]:
+        """At most ``count`` pairs for a problem, best first: the k-th skill with the k-th mistake.
+
+        ``query`` is the text of the problem as it is. There are as many pairs as there are skills, mistakes, or
+        ``count``, whichever is least. Their weights are the softmax of their scores, or equal without scores.
+        """
+        if count < 1:
+            raise InputError(f"{count} skills are to be retrieved; give at least 1, such as 8.")
+        if self._rank_skills is None or self._rank_mistakes is None:
+            return ()
+        skills = self._rank_skills(query, make_key(key, "skills"))
+        mistakes = self._rank_mistakes(query, make_key(key, "mistakes"))
+        matched = list(zip(skills, mistakes, strict=False))[:count]
+        scores = [None if one is None or two is None else (one + two) / 2 for (_, one), (_, two) in matched]
+        return tuple(
+            Pair(self._bank.skills[skill], self._bank.mistakes[mistake], score, weight)
+            for ((skill, _), (mistake, _)), score, weight in zip(matched, scores, pair_weights(scores), strict=True)
+        )
+
+
+def pair_weights(scores: Sequence[float | None]) -> list[float]:
+    """Softmax of the scores at temperature 1; equal weights where there are none.
+
+    Source: released code, `SkillRuntime._normalize_sgsd_candidate_weights`.
+    """
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
+        return [1 / len(scores)] * len(scores)
+    powers = [math.exp(score - max(known)) for score in known]
+    return [power / sum(powers) for power in powers]
+
+
+def retrieve(
+    bank: Bank,
+    query: str,
+    count: int = 8,
+    key: int = 0,
+    retriever: AnyRetriever = Lexical(),
+) -> tuple[Pair, ...]:
+    """`Index.retrieve` with an index that is made once for each bank and retriever in use."""
+    return index(bank, retriever).retrieve(query, count, key)
+
+
+@lru_cache(maxsize=2)  # what stands before and after an update of the bank
+def index(bank: Bank, retriever: AnyRetriever) -> Index:
+    """The index of a bank, made when it is first asked for."""
+    return Index(bank, retriever)
+
+
+def format_pair(pair: Pair, template: str = PAIR) -> str:
+    """A pair as the teacher's hint shows it; a ``template`` may ask for any text of the two, by its field's name.
+
+    As in the released code (`format_for_prompt`), why the mistake happens serves retrieval and is not shown.
+    """
+    entries = {**vars(pair.skill), **vars(pair.mistake)}
+    del entries["id"]
+    return render(template, entries, "the pair's template")
+
+
+def _unit(words: Counter[str], having: Counter[str], size: int) -> dict[str, float]:
+    """The weights of the words of one text, scaled to length 1."""
+    weights = {
+        word: (1 + math.log(count)) * math.log1p((size - having[word] + 0.5) / (having[word] + 0.5))
+        for word, count in words.items()
+    }
+    length = math.sqrt(sum(weight * weight for weight in weights.values()))
+    return {word: weight / length for word, weight in weights.items()}
+
+
+def _best_first(scores: Sequence[float]) -> list[tuple[int, float]]:
+    return sorted(enumerate(scores), key=lambda pair: -pair[1])
+
+
+def _vectors(model: str, device: str | None, texts: Sequence[str]) -> Any:
+    encoder = _encoder(model, device)
+    return encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
+
+
+@lru_cache(maxsize=1024)  # all rollouts of a problem ask for the same, of skills and of mistakes
+def _query_vector(model: str, device: str | None, query: str) -> Any:
+    return _vectors(model, device, [query])[0]
+
+
+@lru_cache(maxsize=1)
+def _encoder(model: str, device: str | None) -> Any:
+    try:
+        # Imported here: it is an optional extra.
+        from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            "the retriever 'embedding' needs sentence-transformers; pip install 'dllm-sd[embed]', or choose 'lexical'."
+        ) from None
+    try:
+        return SentenceTransformer(model, device=device)
+    except Exception as error:  # whatever the hub client stumbles over, the remedy is the same
+        reason = on_one_line(error)[:200] or type(error).__name__
+        raise InputError(
+            f"the retriever's model {model!r} cannot be loaded ({reason}); give another model or a local folder."
+        ) from error

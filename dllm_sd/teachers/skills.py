@@ -1,0 +1,76 @@
+"""Skills in the teacher's prompt: what helped with other problems, and what went wrong there."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from dllm_sd.errors import InputError
+from dllm_sd.randomness import make_key
+from dllm_sd.skills import RETRIEVERS, AnyRetriever, Bank, Extraction, Lexical, Pair, format_pair, retrieve
+from dllm_sd.teachers.context import Ask, Occasion
+from dllm_sd.teachers.hints import Prompt, check_template
+from dllm_sd.teachers.writing import Writing
+
+SKILLS = """\
+Notes from work on other problems. They may or may not fit this one; use what helps, in your own way, and do not \
+mention them:
+---
+{hint}
+---
+
+{question}"""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The bank of skills that a run draws on (SGSD, arXiv 2605.28791)."""
+
+    path: str | None = None
+    """A bank's JSON file. None makes one first, from `memories` attempts of the model itself at training problems."""
+    retriever: AnyRetriever = field(default_factory=Lexical, metadata={"parts": RETRIEVERS})
+    count: int = 8
+    """Pairs of a skill and a mistake that are found for each problem; there must be a context for each."""
+    memories: int = 256
+    every: int = 25
+    """Updates between two updates of the bank, from the rollouts of the last one; 0 leaves it as it is."""
+    writing: Writing = field(default_factory=Writing)
+    """Who extracts and merges."""
+    extraction: Extraction = field(default_factory=Extraction)
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.memories) < 1 or self.every < 0:
+            raise InputError("method.library needs count and memories of 1 or more, and every of 0 or more")
+
+    @property
+    def needs_writer(self) -> bool:
+        """Whether the bank is made or renewed."""
+        return self.path is None or self.every > 0
+
+    def pairs(self, bank: Bank, query: str, key: int) -> tuple[Pair, ...]:
+        """What the bank holds for a problem, best first."""
+        return retrieve(bank, query, self.count, key, self.retriever)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skills(Prompt):
+    """The pair of one rank among those that the run's bank holds for the problem: one teacher of a pool."""
+
+    rank: int = 0
+    """Which pair, 0 the best."""
+    template: str = SKILLS
+    needs_bank: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.template)
+        if self.rank < 0:
+            raise InputError("a skills context's rank counts from 0")
+
+    def ask(self, occasion: Occasion) -> Ask | None:
+        """None where the bank holds fewer pairs; the pair's weight is how far this teacher is believed."""
+        problem = occasion.rollout.problem
+        messages = tuple(occasion.task.messages(problem))
+        pairs = occasion.pairs(messages[-1]["content"], make_key(occasion.key, "skills"))
+        if self.rank >= len(pairs):
+            return None
+        pair = pairs[self.rank]
+        return Ask(messages, self.template, format_pair(pair), weight=pair.weight)

@@ -1,0 +1,53 @@
+"""Texts that hints are made of: rubrics, corrected solutions in steps, a peer's feedback. Pure functions on text."""
+
+from dllm_sd.texts.critique import (
+    FORMS,
+    Form,
+    Part,
+    Region,
+    Steps,
+    accept_critique,
+    first_change,
+    full_quote,
+    no_trace,
+    parse_steps,
+    regions,
+    verbatim_prefix,
+)
+from dllm_sd.texts.feedback import sanitise
+from dllm_sd.texts.rubric import (
+    Category,
+    Criterion,
+    Rubric,
+    generic,
+    noisy,
+    parse_rubric,
+    random_other,
+    reduced,
+    render_rubric,
+)
+
+__all__ = [
+    "FORMS",
+    "Category",
+    "Criterion",
+    "Form",
+    "Part",
+    "Region",
+    "Rubric",
+    "Steps",
+    "accept_critique",
+    "first_change",
+    "full_quote",
+    "generic",
+    "no_trace",
+    "noisy",
+    "parse_rubric",
+    "parse_steps",
+    "random_other",
+    "reduced",
+    "regions",
+    "render_rubric",
+    "sanitise",
+    "verbatim_prefix",
+]

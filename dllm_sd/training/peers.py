@@ -1,0 +1,141 @@
+"""Two students that teach each other (OPCoD, arXiv 2606.14368, Algorithm 1), by means of the one trainer.
+
+A round: both are scored, each is frozen as the other's tutor, and then each learns for as many updates. All that the
+rounds decide is in `rounds.json`, all else in the students' own run folders; the same command goes on from there.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from dllm_sd.config import Config, to_tree
+from dllm_sd.evaluation import evaluate_run, first
+from dllm_sd.pairing import check_peers
+from dllm_sd.policies.weights import Peer
+from dllm_sd.settings import Student
+from dllm_sd.tasks.task import Problem
+from dllm_sd.teachers import AnyContext, Feedback
+from dllm_sd.teachers.writing import Writing
+from dllm_sd.training.checkpoint import WEIGHTS
+from dllm_sd.training.folder import prepare_folder
+from dllm_sd.training.trainer import Trainer
+
+Scores = Mapping[str, Mapping[str, float]]
+"""Name of a student: domain: accuracy."""
+
+
+def train_peers(config: Config) -> dict[str, Any]:
+    """Train both students and return the report, which has that of each under its name."""
+    peers = config.peers
+    assert peers is not None
+    check_peers(config)
+    main, run = PartialState().is_main_process, Path(config.run)
+    if main:
+        prepare_folder(config)
+    PartialState().wait_for_everyone()
+    length, written = config.updates // peers.rounds, run / "rounds.json"
+    rounds: list[dict[str, Any]] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else []
+    reports: dict[str, Any] = {}
+    for number in range(peers.rounds):
+        if number == len(rounds):
+            scores = {student.name: _begin(config, student, number, length) for student in peers.students}
+            lag = lags(scores)
+            tutors = {name: value <= peers.tolerance for name, value in lag.items()}
+            rounds.append({"round": number, "scores": scores, "lag": lag, "tutors": tutors})
+            if main:
+                partial = written.with_suffix(".partial")
+                partial.write_text(json.dumps(rounds, indent=1), encoding="utf-8")
+                partial.replace(written)
+        for student, other in zip(peers.students, reversed(peers.students), strict=True):
+            done = _snapshot(run, number + 1, student) / WEIGHTS
+            if done.is_file() and number + 1 < peers.rounds:
+                continue
+            changed = peers.freeze == "phase" and other is peers.students[0]
+            frozen = _snapshot(run, number + changed, other)
+            tutor = Peer(str(frozen)) if rounds[number]["tutors"][other.name] else None
+            trainer = Trainer(student_config(config, student, tutor))
+            reports[student.name] = trainer.train((number + 1) * length)
+            if main:
+                _keep(trainer, done.parent)
+            PartialState().wait_for_everyone()
+    report = {"rounds": rounds, **reports, "settings": to_tree(config)}
+    if main:
+        (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return report
+
+
+def student_config(config: Config, student: Student, tutor: Peer | None) -> Config:
+    """The config of one student; without a ``tutor`` its rollouts get no feedback."""
+    lora = replace(config.model.lora, start=student.start) if config.model.lora and student.start else config.model.lora
+    return replace(
+        config,
+        run=str(Path(config.run) / "students" / student.name),
+        model=replace(config.model, path=student.path or config.model.path, lora=lora),
+        method=replace(config.method, contexts=tuple(_tutored(one, tutor) for one in config.method.contexts)),
+        peers=None,
+        cache=config.cache or str(Path(config.run) / "written"),
+        resume="force",
+    )
+
+
+def _tutored(context: AnyContext, tutor: Peer | None) -> AnyContext:
+    if not isinstance(context, Feedback):
+        return context
+    writing = context.writing
+    assert writing is not None
+    return replace(context, writing=Writing(tutor, writing.sampling, writing.tolerance) if tutor else None)
+
+
+def lags(scores: Scores) -> dict[str, float]:
+    """How far each student is behind the better one, relatively and summed over domains (Eq. 2)."""
+    best = {domain: max(own[domain] for own in scores.values()) for domain in next(iter(scores.values()))}
+    return {
+        name: sum((best[domain] - own[domain]) / best[domain] for domain in best if best[domain] > 0)
+        for name, own in scores.items()
+    }
+
+
+def by_domain(problems: Sequence[Problem], field: str, count: int) -> dict[str, list[Problem]]:
+    """The first problems of each domain, the same number of each, ``count`` in all."""
+    found: dict[str, list[Problem]] = {}
+    for problem in problems:
+        found.setdefault(str(problem.fields[field]), []).append(problem)
+    share = max(1, min(count // len(found), *map(len, found.values())))
+    return {domain: first(some, share) for domain, some in sorted(found.items())}
+
+
+def _snapshot(run: Path, number: int, student: Student) -> Path:
+    """Where a student is kept as it was when a round began."""
+    return run / "rounds" / str(number) / student.name
+
+
+def _keep(trainer: Trainer, folder: Path) -> None:
+    """Keep a student as it is after the last update that it saved."""
+    if not (folder / WEIGHTS).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = trainer.run / "checkpoints" / f"{trainer.state.update:06d}" / WEIGHTS
+        shutil.copyfile(saved, folder / ".partial")
+        (folder / ".partial").replace(folder / WEIGHTS)
+
+
+def _begin(config: Config, student: Student, number: int, length: int) -> dict[str, float]:
+    """Score a student for a round, by domain, and keep it as a tutor."""
+    peers = config.peers
+    assert peers is not None
+    trainer = Trainer(student_config(config, student, None))
+    trainer.train(number * length)
+    if trainer.main:
+        _keep(trainer, _snapshot(Path(config.run), number, student))
+    asked = by_domain(config.task.problems("dev"), peers.field, peers.problems)
+    settings = replace(config, eval=replace(config.eval, attempts=peers.attempts, temperature=peers.temperature))
+    scores = {
+        domain: evaluate_run(trainer.policy, settings, problems, trainer.rank, trainer.world).accuracy
+        for domain, problems in asked.items()
+    }
+    PartialState().wait_for_everyone()
+    return scores

@@ -1,0 +1,83 @@
+"""Where an update's rollouts come from: problems dealt to the processes, decoded, graded, gated and informed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from dllm_sd.config import Config
+from dllm_sd.policies.loading import AnyPolicy
+from dllm_sd.policies.weights import Teacher, Weights
+from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import Demonstrations, PassAtK, Prompted, Rollout, Rollouts, gather
+from dllm_sd.tasks.task import Problem
+from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.training.feed import Feed
+from dllm_sd.training.roller import Roller
+from dllm_sd.training.scribe import Scribe
+from dllm_sd.training.shelf import Shelf
+from dllm_sd.writers import Cache
+
+
+class Supply:
+    """Makes the rollouts of every batch; to be used by all processes together."""
+
+    def __init__(
+        self,
+        config: Config,
+        problems: Sequence[Problem],
+        policy: AnyPolicy,
+        module: nn.Module,
+        models: Mapping[Weights, Teacher],
+        accelerator: Accelerator,
+    ) -> None:
+        """For a run whose policy is wrapped in ``module``; ``models`` are all that teach or write."""
+        self.config, self.method, self.policy, self.module = config, config.method, policy, module
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.feed = Feed(problems, policy, config.task, config.seed, config.max_prompt)
+        self.roller = Roller(self.method.rollout, policy, models, accelerator)
+        teachers = [models[weights] for weights in self.method.weights()]
+        cache = Cache(config.cache or Path(config.run) / "written") if self.method.writings else None
+        self.scribe = Scribe(teachers, config.decode, accelerator, models, cache)
+        self.shelf = Shelf(self.method.library, config.task, self.scribe.write, config.seed)
+
+    def open(self, bank: Mapping[str, Any] | None) -> None:
+        """What is done once, with the initial weights or what a checkpoint says: a subspace, a bank."""
+        self.roller.calibrate(self.config.task, self.feed.problems)
+        self.shelf.open(bank, self._attempt)
+
+    def take(self, batch: int, cursor: int) -> tuple[Rollouts, int, int]:
+        """The rollouts of a batch, the position in the stream of problems behind it, and how many were too long.
+
+        Every process gets all rollouts, in the order of the problems.
+        """
+        config, rule = self.config, self.method.rollout
+        prompted, cursor, dropped = self.feed.take(cursor, rule.problems)
+        rollouts = gather(rule, self.method.gate, self._dealt(rule, prompted, config.seed, batch))
+        sources = Sources(self.feed.problems, self.scribe.write, self.shelf.pairs)
+        informed = inform(
+            *(rollouts, self.method.contexts, config.task, self.policy, self.scribe, (config.seed, batch), sources)
+        )
+        return informed, cursor, dropped
+
+    def _dealt(
+        self, rule: PassAtK | Demonstrations, prompted: Sequence[Prompted], seed: int, batch: int
+    ) -> list[list[Rollout]]:
+        """The attempts at each problem, from all processes."""
+        mine = prompted[self.rank :: self.world]
+        with self.roller.present(self.module):
+            tried = rule(self.policy, self.config.task, mine, self.config.decode, seed, batch) if mine else []
+        if self.world > 1:
+            dealt = sorted(gather_object(list(enumerate(tried))), key=lambda pair: pair[0])
+            tried = [attempts for _, attempts in dealt]
+        return tried
+
+    def _attempt(self, count: int) -> list[Rollout]:
+        """One attempt of the model as it is at each of the first problems, for a bank of skills."""
+        rule = PassAtK(problems=count, attempts=1, temperature=1.0)
+        prompted, _, _ = self.feed.take(0, min(count, len(self.feed.problems)))
+        key = make_key(self.config.seed, "memories")
+        return [one for attempts in self._dealt(rule, prompted, key, 0) for one in attempts]
