@@ -123,17 +123,11 @@ def _train(options: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from dllm_sd.tables import print_training
-    from dllm_sd.training.peers import train_peers
-    from dllm_sd.training.trainer import Trainer
+    from dllm_sd.training.peers import train
 
-    if config.peers is not None:
-        report = train_peers(config)
-        reports = {student.name: report[student.name] for student in config.peers.students}
-    else:
-        reports = {"": Trainer(config).train()}
-    if PartialState().is_main_process:
-        for name, report in reports.items():
-            print_training(report, Path(config.run) / "students" / name if name else Path(config.run))
+    for run, report in train(config).items():
+        if PartialState().is_main_process:
+            print_training(report, run)
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases
 from dllm_sd.losses.divergences import token_nll
+from dllm_sd.losses.gap import drawn_gap
 from dllm_sd.losses.sites import choose
 from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.losses.trust import Drawn
@@ -96,6 +97,8 @@ class Graded:
     """``[m]`` of the first context's teacher; NaN without one."""
     measures: dict[str, Tensor]
     """``[m]`` each: what the target says of itself."""
+    advantage: Tensor
+    """``[m]``: log-probability of the drawn token under the first teacher less the student's; NaN without a teacher."""
     agreement: Tensor
     """``[m]``: 1 where student and first teacher rank the same token first; NaN without a teacher."""
     term: Tensor
@@ -234,6 +237,7 @@ def _describe(
         "clip_share": method.divergence.clip_share(entries).mean(0),
         "student_entropy": entropy(student_logp),
         "teacher_entropy": entropy(teacher_logp[0]) if has_teacher else unknown,
+        "advantage": drawn_gap(student_logp, teacher_logp[:1], token)[0] if has_teacher else unknown,
         "agreement": (student_logp.argmax(-1) == teacher_logp[0].argmax(-1)).to(unknown) if has_teacher else unknown,
     }
 

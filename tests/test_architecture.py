@@ -21,6 +21,7 @@ LAYERS = [
         "losses",
         "trajectory",
         "canvases",
+        "texts",
         "tasks",
         "skills",
         "generations",

@@ -24,6 +24,7 @@ from dllm_sd.training.trainer import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dllm_sd"
 README, CONCEPTS, ADDING = ROOT / "README.md", ROOT / "docs" / "concepts.md", ROOT / "docs" / "adding_a_part.md"
+TREE = ROOT / "docs" / "package.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 COMMANDS = ("train", "eval", "grade", "sample", "show", "export")
 
@@ -75,8 +76,8 @@ def tree_of(folder: Path, depth: int = 1) -> Iterator[str]:
             yield from (f"{path.name}:{line}" for line in tree_of(path, depth + 1))
 
 
-def test_the_tree_in_the_readme_is_the_package() -> None:
-    (tree,) = [block for block in blocks(README, "") if block.startswith("dllm_sd/")]
+def test_the_tree_in_the_documents_is_the_package() -> None:
+    (tree,) = [block for block in blocks(TREE, "") if block.startswith("dllm_sd/")]
     shown, folder = [], ""
     for line in tree.splitlines()[1:]:
         name, _, comment = line.partition("#")

@@ -1,6 +1,6 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,9 +34,11 @@ from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, Correct, Demonstrations, PassAtK, Prompted, gather
+from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
-from dllm_sd.teachers.prompts import inform
+from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.writers import Written
 
 NAMES = pytest.mark.parametrize("name", METHODS)
 PAIRS = [(name, None) for name in METHODS]
@@ -57,7 +59,7 @@ def group(**parts: Any) -> Method:
 
 
 GROUP = PassAtK(keep="all", until_solved=False, attempts=4, temperature=1.0)
-PROMPTED = [Prompted(Problem(f"p{i}", {}), tuple(range(4, 6 + i))) for i in range(4)]
+PROMPTED = [Prompted(Problem(f"p{i}", {"rubric": ["1+2", "3"]}), tuple(range(4, 6 + i))) for i in range(4)]
 
 
 class StubTask:
@@ -77,8 +79,23 @@ class StubTask:
         return "15"
 
 
-def nobody_writes(*_: Any) -> NoReturn:
-    raise AssertionError("no named method lets its teacher reason first")
+def analyse(context: int, prompts: Sequence[Sequence[int]], reasoning: Any, keys: Sequence[int]) -> list[str]:
+    return [f"{context}{i}" for i in range(len(prompts))]
+
+
+def write(writing: Any, requests: Sequence[Any]) -> list[Written]:
+    """What any hint can use: a term of the problem, a step, a rubric and an answer."""
+    return [Written('<concept>1</concept><step_1>7</step_1>["12"]<answer>3</answer>', None) for _ in requests]
+
+
+BANK = Bank(
+    tuple(Skill(f"gen_{i}", f"{i}", f"{i}{i}", "=") for i in range(8)),
+    tuple(Mistake(f"err_{i}", f"{i}", "+", f"{i}*") for i in range(8)),
+)
+
+
+def pairs(text: str, key: int) -> Sequence[Pair]:
+    return retrieve(BANK, text, 8, key)
 
 
 class Run:
@@ -89,7 +106,9 @@ class Run:
         decode = Decoding(length=16, block_length=4, tokens_per_step=1)
         tried = method.rollout(policy, task, PROMPTED, decode, 0, 0)
         rollouts = gather(method.rollout, method.gate, tried)
-        self.rollouts = inform(rollouts, method.contexts, task, policy, nobody_writes, (0, 0))
+        self.rollouts = inform(
+            *(rollouts, method.contexts, task, policy, analyse, (0, 0)), Sources(write=write, pairs=pairs)
+        )
         weights = method.weights() if method.contexts else ()
         self.teachers = [Teacher(one, policy, other=other if isinstance(one, Checkpoint) else None) for one in weights]
         plan = plan_update(method, self.rollouts, self.rollouts.keys(0, 0))

@@ -3,6 +3,7 @@
 A new paper is a new part and a new row. The trainer never sees a name.
 """
 
+from dllm_sd.method import Method
 from dllm_sd.methods.baselines import BASELINES
 from dllm_sd.methods.denoising import DENOISING
 from dllm_sd.methods.prompted import PROMPTED
@@ -11,4 +12,4 @@ from dllm_sd.methods.written import WRITTEN
 
 METHODS: dict[str, Row] = {**DENOISING, **PROMPTED, **WRITTEN, **BASELINES}
 
-__all__ = ["METHODS", "Row"]
+__all__ = ["METHODS", "Method", "Row"]

@@ -23,13 +23,12 @@ from dllm_sd.teachers import (
     Skills,
 )
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.teachers.written import RUBRIC_GOLD as GOLD
-from dllm_sd.teachers.written import RUBRIC_WITH_REFERENCE
+from dllm_sd.texts.rubric import RUBRIC_GOLD, RUBRIC_TEACHER_REFERENCE
 from dllm_sd.writers import Sampling
 
 WRITTEN: dict[str, Row] = {
     "rcsd_writer": Row(
-        replace(RCSD, contexts=(Reference(template=GOLD),)),
+        replace(RCSD, contexts=(Reference(template=RUBRIC_GOLD),)),
         "RCSD, arXiv 2606.19327, Eq. 4, and github.com/carriegu0818/RCSD, commit 521b538",
         "Stage I: the model learns to write rubrics; the teacher reads the data's. The task asks for a rubric and has "
         "one as reference. Whether the student reads the reference answer is a matter of task.prompt: not in the "
@@ -48,7 +47,7 @@ WRITTEN: dict[str, Row] = {
                 Rubric(
                     source="data",
                     reference=True,
-                    template=RUBRIC_WITH_REFERENCE,
+                    template=RUBRIC_TEACHER_REFERENCE,
                     reasoning=Reasoning(length=4096, temperature=1.2),
                 ),
             ),

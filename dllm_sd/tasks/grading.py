@@ -223,9 +223,3 @@ class _Parser:
             else:
                 value /= other
         return value
-
-
-def without_thinking(text: str) -> str:
-    """What stands behind the end of the thinking; a text without it as it is."""
-    _, thought, rest = text.rpartition("</think>")
-    return rest.strip() if thought else text

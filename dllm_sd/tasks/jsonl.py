@@ -10,9 +10,9 @@ from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of, right_le
 from dllm_sd.tasks.datafile import Entry, Row, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
 from dllm_sd.tasks.math import gold_answer, grade_answer
-from dllm_sd.tasks.rubrics import parse_rubric, render_rubric
 from dllm_sd.tasks.sources import Sourced
 from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.texts import parse_rubric, render_rubric
 
 _GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
 
@@ -64,8 +64,9 @@ class Jsonl(Sourced):
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By the grader that was named."""
         if self.grader == "rubric":
-            rubric, _ = parse_rubric(completion)
-            return Grade(bool(rubric), float(bool(rubric)), render_rubric(rubric) if rubric else None)
+            rubric = parse_rubric(completion)
+            right = not isinstance(rubric, str)
+            return Grade(right, float(right), render_rubric(rubric) if right else None)
         gold = needed(problem.fields, self.answer_field)
         if self.grader == "choice":
             return grade_letter(problem.fields, gold, completion)

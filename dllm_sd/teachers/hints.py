@@ -13,9 +13,9 @@ import torch
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.datafile import render
-from dllm_sd.tasks.grading import without_thinking
 from dllm_sd.teachers.context import Ask, Occasion, Reading, Reasoning, Scene, show
 from dllm_sd.teachers.writing import Message, Writing
+from dllm_sd.texts.thinking import without_thinking
 
 REFERENCE = """\
 {question}

@@ -6,100 +6,17 @@ from typing import ClassVar, Literal
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.tasks import rubrics
 from dllm_sd.tasks.datafile import render
-from dllm_sd.tasks.grading import without_thinking
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers.comments import sanitise
 from dllm_sd.teachers.context import Ask, Occasion
-from dllm_sd.teachers.critiques import Form, Region, accept_critique, formed, regions
 from dllm_sd.teachers.hints import Prompt, Sibling, check_template
 from dllm_sd.teachers.writing import Message, Writing
-
-RUBRIC = """\
-{question}
-
-What a good solution to this problem must show, as a list of criteria (for your eyes only; it may have mistakes):
----
-{hint}
----
-Let the criteria guide you. Then write a solution of your own, from the start, and do not mention them."""
-
-RUBRIC_WITH_REFERENCE = """\
-{question}
-
-The reference answer, and a list of criteria for a good solution (for your eyes only; both may have mistakes):
----
-{reference}
----
-{hint}
----
-Let them guide you. Then write a solution of your own, from the start, and do not mention them."""
-
-RUBRIC_WRITER = """\
-You design grading rubrics. For the question below, list what a good solution must show.
-
-Question:
-{question}
-
-Write between 5 and 15 criteria that can be checked one by one and do not overlap. Answer with a JSON list and nothing \
-else. Each item is an object with three fields: "title", two to five words; "description", one sentence of at most 40 \
-words that begins with Essential Criteria:, Important Criteria:, Optional Criteria: or Pitfall Criteria:; "weight", 5 \
-for essential ones, 3 or 4 for important ones, 1 or 2 for optional ones, -1 or -2 for pitfalls. Name at least one \
-pitfall."""
-
-RUBRIC_GOLD = """\
-{question}
-
-The rubric that is wanted (for your eyes only):
-{hint}
-
-Write that rubric, and nothing but the JSON list."""
-
-CRITIQUE = """\
-{question}
-
-Somebody went through an attempt at this problem. Steps that were right are kept as they were, the others are put right:
----
-{hint}
----
-
-Solve the problem step by step in the same form."""
-
-CRITIC = """\
-You copy a student's solution faithfully and put it right where it is wrong.
-
-Problem:
-{question}
-
-What is right:
-{truth}
-
-The student's solution:
-{trace}
-
-Decide which case it is, and write the solution accordingly:
-A. It is right. Copy all steps, to the letter.
-B. The answer is right and a reason is missing. Copy all steps, and put in the step that is missing.
-C. It breaks off. Copy the right steps, and finish in few words.
-D. It is wrong. Copy every step before the first wrong one, to the letter. At the number of the wrong step write the \
-right one, and go on to the answer in the student's notation and with steps of the same size.
-Never repeat or mention a wrong step, and do not comment. Write nothing but the tags <step_1>...</step_1>, \
-<step_2>...</step_2> and so on, and at the end <answer>...</answer>."""
-
-COMMENTATOR = """\
-You know {tutor} well. A colleague who knows {student} better has tried the problem below. Help with what you see.
-
-Problem:
-{question}
-
-The attempt:
-{response}
-
-First name one key term of the problem, one to three words just as they stand there, as <concept>term</concept>. \
-Words that fit any problem do not count. Then write three to five sentences, at most 80 words: what is right, what is \
-wrong and what is missing as far as {tutor} goes, with the step that you mean. Do not solve the problem, and do not \
-give away the answer or the letter of an option."""
+from dllm_sd.texts import FORMS, Form, accept_critique, generic, noisy, parse_rubric, reduced, regions, render_rubric
+from dllm_sd.texts import Rubric as Criteria
+from dllm_sd.texts.critique import CRITIC_ANSWER, CRITIC_REFERENCE, CRITIQUE_TEACHER
+from dllm_sd.texts.feedback import FEEDBACK, sanitise
+from dllm_sd.texts.rubric import RUBRIC_TEACHER, RUBRIC_WRITER_PLAIN
+from dllm_sd.texts.thinking import without_thinking
 
 TUTORED = """\
 {question}
@@ -140,8 +57,8 @@ class Rubric(Prompt):
     """Whether the reference answer stands in the prompt too (the released code)."""
     lines: bool = False
     """One criterion a line instead of JSON."""
-    template: str = RUBRIC
-    prompt: str = RUBRIC_WRITER
+    template: str = RUBRIC_TEACHER
+    prompt: str = RUBRIC_WRITER_PLAIN
     """Asks the writer: `{question}`, and `{reference}` if it wants to."""
     writing: Writing | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     per_problem: ClassVar[bool] = True
@@ -163,8 +80,8 @@ class Rubric(Prompt):
         if self.lines:
             text = without_thinking(text).strip()
             return (text, "kept") if text else (None, "empty")
-        rubric, reason = rubrics.parse_rubric(text)
-        return (rubrics.render_rubric(rubric), reason) if rubric else (None, reason)
+        rubric = parse_rubric(text)
+        return (None, rubric) if isinstance(rubric, str) else (render_rubric(rubric), "kept")
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None where there is no usable rubric, or no reference that is to stand with it."""
@@ -178,18 +95,20 @@ class Rubric(Prompt):
     def _text(self, occasion: Occasion) -> str | None:
         if self.source == "written":
             return occasion.text
-        if self.source == "generic":
-            return rubrics.render_rubric(rubrics.GENERIC, self.lines)
-        own, key = self._of(occasion.rollout.problem), make_key(occasion.key, "rubric")
-        if self.source == "reduced":
-            own = rubrics.reduced(own, key) if own else ()
+        key = make_key(occasion.key, "rubric")
+        own = generic() if self.source == "generic" else self._of(occasion.rollout.problem)
         if self.source in ("random", "noisy"):
             other = self._of(self._another(occasion, key))
-            own = other if self.source == "random" or not other else rubrics.noisy(own, other, key)
-        return rubrics.render_rubric(own, self.lines) if own else None
+            own = other if self.source == "random" or not own or not other else noisy(own, [other], key)
+        if self.source == "reduced" and own:
+            own = reduced(own, key)
+        if own is None:
+            return None
+        return "\n".join(one.description for one in own.criteria) if self.lines else render_rubric(own)
 
-    def _of(self, problem: Problem) -> rubrics.Rubric:
-        return rubrics.read_rubric(problem.fields.get(self.field))[0]
+    def _of(self, problem: Problem) -> Criteria | None:
+        found = parse_rubric(problem.fields.get(self.field))
+        return None if isinstance(found, str) else found
 
     def _another(self, occasion: Occasion, key: int) -> Problem:
         """Another training problem, by the key."""
@@ -209,9 +128,9 @@ class Critique(Prompt):
     """What the critic knows: the right answer, or the whole reference."""
     form: Form = "verbatim_prefix"
     """The critique as it is, or what the paper compares it with: the wrong step quoted, or right ones left out."""
-    template: str = CRITIQUE
-    prompt: str = CRITIC
-    """Asks the critic: `{question}`, `{truth}`, `{trace}`."""
+    template: str = CRITIQUE_TEACHER
+    prompt: str | None = None
+    """Asks the critic: `{question}`, `{truth}`, `{trace}`; None takes one that fits the `truth`."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
@@ -231,20 +150,21 @@ class Critique(Prompt):
             "truth": truth,
             "trace": without_thinking(occasion.rollout.text),
         }
-        return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
+        prompt = self.prompt or (CRITIC_ANSWER if self.truth == "answer" else CRITIC_REFERENCE)
+        return ({"role": "user", "content": render(prompt, slots, "the context's prompt")},)
 
     def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
         """A corrected copy of the steps, in the form that is asked for."""
         trace = without_thinking(occasion.rollout.text)
         found, reason = accept_critique(without_thinking(text), trace)
-        return (None if found is None else formed(found, trace, self.form)), reason
+        return (None if found is None else FORMS[self.form](trace, found)), reason
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None without a critique."""
         messages = tuple(occasion.task.messages(occasion.rollout.problem))
         return None if occasion.text is None else Ask(messages, self.template, occasion.text)
 
-    def marks(self, text: str, note: str) -> Sequence[tuple[int, int, Region]]:
+    def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
         """Where the rollout is right, where it first goes wrong, and what follows (of ``verbatim_prefix`` only)."""
         return regions(text, note) if self.form == "verbatim_prefix" else []
 
@@ -261,9 +181,10 @@ class Feedback(Sibling):
     """What the successful attempt stands in, as a part of the hint."""
     comment: str = COMMENT
     """What the feedback stands in, behind it."""
-    prompt: str = COMMENTATOR
-    """Asks the peer: `{question}`, `{response}`, `{tutor}` and `{student}` (their domains)."""
+    prompt: str = FEEDBACK
+    """Asks the peer: `{question}`, `{response}`, and the domains of both, `{tutor_domain}` and `{student_domain}`."""
     tutor: str = ""
+    """The tutor's domain."""
     student: str = ""
     anchored: bool = True
     """Use only feedback that names a term of the problem, without what gives the answer away (App. C.2)."""
@@ -273,7 +194,7 @@ class Feedback(Sibling):
         super().__post_init__()
         check_template(self.solution)
         check_template(self.comment)
-        slots = dict.fromkeys(("question", "tutor", "student"), "")
+        slots = dict.fromkeys(("question", "tutor_domain", "student_domain"), "")
         one, other = (render(self.prompt, {**slots, "response": text}, "the context's prompt") for text in "12")
         if one == other:
             raise InputError("the context's prompt has no {response}; say where the rollout stands")
@@ -284,8 +205,8 @@ class Feedback(Sibling):
         slots = {
             "question": messages[-1]["content"],
             "response": without_thinking(occasion.rollout.text),
-            "tutor": self.tutor,
-            "student": self.student,
+            "tutor_domain": self.tutor,
+            "student_domain": self.student,
         }
         return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
 
@@ -294,7 +215,7 @@ class Feedback(Sibling):
         text = without_thinking(text).strip()
         if self.anchored:
             problem = occasion.task.messages(occasion.rollout.problem)[-1]["content"]
-            return sanitise(text, problem)
+            return sanitise(text, problem, occasion.task.final_answer(occasion.rollout.problem))
         return (text, "kept") if text else (None, "empty")
 
     def ask(self, occasion: Occasion) -> Ask | None:

@@ -40,6 +40,8 @@ which while who whose why will with would you your
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """English words that stand in nearly every text and so anchor nothing; single letters count as such too."""
 
+LONGEST = 20_000
+"""Characters of feedback, behind its thinking, that are read; a reply of 1024 tokens is far shorter."""
 LONGEST_BOX = 400
 """Characters in a box that may be a letter and the option's text."""
 LONGEST_ANSWER = 200
@@ -75,7 +77,9 @@ _ANSWER_IS = re.compile(
 _CLOSERS = re.compile(r"[*$)\"'\u201d}]{0,4}(?:\.(?=\s|\Z))?")
 _GOES_ON = re.compile(r"[^\W_]|[.,/^][0-9]")
 _BRACES = re.compile(r"\$?\\(?:boxed|fbox)\s{0,8}\{|\\[{}]|[{}]")
-_MARKUP = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|bf|rm)(?![A-Za-z])|\\[ ,;:!]|[{}$*~]")
+_MARKUP = re.compile(
+    r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mbox|bf|rm)(?![A-Za-z])|\\[ ,;:!]|[{}$*~]"
+)
 _BOXED = re.compile(r"(?i:(?:option|choice|answer)\s+)?(?:[A-Ja-j]|(?:\([A-Ja-j]\)|[A-Ja-j][.)])(?:\s.*)?)", re.DOTALL)
 _BOLD = re.compile(
     r"\*\*\s{0,4}(?:\([A-Ja-j]\)[^*\n]{0,200}|[A-Ja-j][.):](?:\s[^*\n]{0,200})?|[A-Ja-j]\s{0,4})\*\*",
@@ -101,7 +105,7 @@ def sanitise(text: str, problem: str, answer: str | None = None) -> tuple[str | 
         ``fb_none`` nothing is written, or nothing is left beside the tag; ``no_concept_tag``; ``empty`` no word in the
         tag; ``all_generic`` none but `GENERIC` and `FUNCTION_WORDS`; ``no_match`` none of the others is in the problem.
     """
-    text = without_thinking(text)
+    text = without_thinking(text)[:LONGEST]
     if not text:
         return None, "fb_none"
     text = without_answer(text, answer)
@@ -171,10 +175,11 @@ def _boxes(text: str, answer: str | None) -> list[Span]:
 
 
 def _reveals(text: str, start: int, end: int, answer: str | None) -> bool:
-    if end - start > max(LONGEST_BOX, len(answer or "") + 8):
-        return False
-    content = text[start:end].strip()
-    return content == answer or _BOXED.fullmatch(" ".join(_MARKUP.sub(" ", content).split())) is not None
+    size = end - start
+    if answer and len(answer) <= size <= len(answer) + 8 and text[start:end].strip() == answer:
+        return True
+    content = " ".join(_MARKUP.sub(" ", text[start:end]).split()) if size <= LONGEST_BOX else ""
+    return _BOXED.fullmatch(content) is not None
 
 
 def _cut(text: str, spans: Iterator[Span] | list[Span]) -> str:

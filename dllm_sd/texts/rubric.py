@@ -18,7 +18,7 @@ from dllm_sd.texts.thinking import without_thinking
 
 LONGEST = 100_000
 """Characters behind the thinking that are looked at."""
-TRIES = 1_000
+TRIES = 200
 """Opening brackets that are tried; each may begin the list."""
 LARGEST_WEIGHT = 1_000
 
@@ -206,6 +206,7 @@ def _some(rubric: Rubric, count: int, key: int) -> tuple[Criterion, ...]:
 def _first_list(text: str) -> list[object] | None:
     """The first JSON list, in time linear in the text: what a failed try has read is not read again."""
     decoder = json.JSONDecoder(strict=False)  # a line may break within a string
+    text = text.rstrip()
     start = text.find("[")
     for _ in range(TRIES):
         if start < 0:
@@ -213,7 +214,7 @@ def _first_list(text: str) -> list[object] | None:
         try:
             return decoder.raw_decode(text, start)[0]
         except json.JSONDecodeError as error:
-            if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+            if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
                 return None
             start = text.find("[", max(error.pos, start + 1))
         except (ValueError, RecursionError):  # a number of thousands of digits; brackets in brackets without end

@@ -12,6 +12,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from dllm_sd.objective import Graded, Plan
 from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.training.advantage import advantage_picture
 from dllm_sd.trajectory import NEVER
 
 
@@ -41,10 +42,11 @@ class MetricsLog:
             text = "\n\n".join(f"**{key}**: {value}" for key, value in sample.items() if key != "update")
             self.board.add_text(f"samples/{slot}", text, sample["update"])
 
-    def write_picture(self, name: str, picture: Tensor, update: int) -> None:
-        """Show an RGB picture ``[3 h w]`` in TensorBoard."""
+    def write_pictures(self, pictures: Mapping[str, Tensor], update: int) -> None:
+        """Show RGB pictures ``[3 h w]`` in TensorBoard."""
         if self.board is not None:
-            self.board.add_image(name, picture, update)
+            for name, picture in pictures.items():
+                self.board.add_image(name, picture, update)
 
     def close(self) -> None:
         """Flush and close TensorBoard."""
@@ -58,6 +60,7 @@ SITE_MEANS = {
     "student/entropy": "student_entropy",
     "teacher/entropy": "teacher_entropy",
     "teacher/agreement": "agreement",
+    "teacher/advantage": "advantage",
 }
 """Logged name: field of `Graded`, averaged over all sites of an update."""
 
@@ -147,6 +150,12 @@ def divergence_table(parts: Sequence[tuple[Plan, Graded]], rollouts: Rollouts) -
         mine = (rows == 0) & (steps >= 0)
         table[steps[mine], position[mine]] = graded.value.float().cpu()[mine]
     return None if bool(table.isnan().all()) else (trajectory.reveal_step[0], table)
+
+
+def pictures(parts: Sequence[tuple[Plan, Graded]], regions: Tensor | None, rollouts: Rollouts) -> dict[str, Tensor]:
+    """Of the first rollout, by name: its trajectory, and the teacher's advantage where `regions` are known."""
+    table, bars = divergence_table(parts, rollouts), advantage_picture(parts, regions)
+    return ({"trajectory": trajectory_picture(*table)} if table else {}) | ({} if bars is None else {"advantage": bars})
 
 
 def keep_until(file: Path, update: int) -> None:

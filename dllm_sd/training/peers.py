@@ -29,6 +29,14 @@ Scores = Mapping[str, Mapping[str, float]]
 """Name of a student: domain: accuracy."""
 
 
+def train(config: Config) -> dict[Path, dict[str, Any]]:
+    """Train what the config says, one model or two students; their reports by run folder."""
+    if config.peers is None:
+        return {Path(config.run): Trainer(config).train()}
+    report = train_peers(config)
+    return {Path(config.run) / "students" / one.name: report[one.name] for one in config.peers.students}
+
+
 def train_peers(config: Config) -> dict[str, Any]:
     """Train both students and return the report, which has that of each under its name."""
     peers = config.peers
@@ -72,23 +80,29 @@ def train_peers(config: Config) -> dict[str, Any]:
 def student_config(config: Config, student: Student, tutor: Peer | None) -> Config:
     """The config of one student; without a ``tutor`` its rollouts get no feedback."""
     lora = replace(config.model.lora, start=student.start) if config.model.lora and student.start else config.model.lora
+    contexts = tuple(_tutored(config, one, student, tutor) for one in config.method.contexts)
     return replace(
         config,
         run=str(Path(config.run) / "students" / student.name),
         model=replace(config.model, path=student.path or config.model.path, lora=lora),
-        method=replace(config.method, contexts=tuple(_tutored(one, tutor) for one in config.method.contexts)),
+        method=replace(
+            config.method, contexts=tuple(_tutored(config, one, student, tutor) for one in config.method.contexts)
+        ),
         peers=None,
         cache=config.cache or str(Path(config.run) / "written"),
         resume="force",
     )
 
 
-def _tutored(context: AnyContext, tutor: Peer | None) -> AnyContext:
+def _tutored(config: Config, context: AnyContext, student: Student, tutor: Peer | None) -> AnyContext:
     if not isinstance(context, Feedback):
         return context
     writing = context.writing
     assert writing is not None
-    return replace(context, writing=Writing(tutor, writing.sampling, writing.tolerance) if tutor else None)
+    assert config.peers is not None
+    (other,) = (one for one in config.peers.students if one != student)
+    asked = Writing(tutor, writing.sampling, writing.tolerance) if tutor else None
+    return replace(context, writing=asked, tutor=other.domain, student=student.domain)
 
 
 def lags(scores: Scores) -> dict[str, float]:

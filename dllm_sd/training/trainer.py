@@ -24,6 +24,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollouts
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_span
+from dllm_sd.training.advantage import region_map, region_metrics, region_sums
 from dllm_sd.training.checkpoint import (
     State,
     best_checkpoint,
@@ -38,12 +39,11 @@ from dllm_sd.training.folder import prepare_folder
 from dllm_sd.training.metrics import (
     MetricsLog,
     broken_sites,
-    divergence_table,
+    pictures,
     rollout_metrics,
     sample_entry,
     site_metrics,
     site_sums,
-    trajectory_picture,
 )
 from dllm_sd.training.optim import build_optimizer, learning_rate
 from dllm_sd.training.progress import Interrupt, Progress
@@ -160,9 +160,10 @@ class Trainer:
             names = self.method.target.measured
             sums = self._sum(site_sums([graded for _, graded in parts], names, self.accelerator.device))
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
-            table = divergence_table(parts, self.rollouts) if self._due(update) else None
-            if self.log is not None and table is not None:
-                self.log.write_picture("trajectory", trajectory_picture(*table), update)
+            regions = region_map(self.policy, self.method.contexts, self.rollouts)
+            metrics |= region_metrics(self._sum(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
+            if self.log is not None and self._due(update):
+                self.log.write_pictures(pictures(parts, regions, self.rollouts), update)
         for model in self.models.values():
             model.after_update(update)
         metrics |= rollout_metrics(self.rollouts) | self.supply.shelf.after_update(update, self.rollouts.chosen)

@@ -88,7 +88,7 @@ def test_tensorboard_gets_the_numbers_the_samples_and_the_picture(tmp_path: Path
     log = MetricsLog(tmp_path, -1, tensorboard=True)
     log.write({"update": 1, "loss": 0.5, "sites": 3, "note": "text", "empty": None})
     log.write_sample({"update": 1, "problem": "p", "generation": "12"}, 0)
-    log.write_picture("trajectory", torch.zeros(3, 8, 8), 1)
+    log.write_pictures({"trajectory": torch.zeros(3, 8, 8)}, 1)
     log.close()
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
@@ -102,7 +102,9 @@ def test_tensorboard_gets_the_numbers_the_samples_and_the_picture(tmp_path: Path
 def graded(value: list[float], loss: float, **fields: list[float]) -> Graded:
     m = len(value)
     tensors = {name: torch.tensor(fields.get(name, [0.0] * m)) for name in ("clip_share", "student_entropy")}
-    tensors |= {name: torch.tensor(fields.get(name, [nan] * m)) for name in ("teacher_entropy", "agreement")}
+    tensors |= {
+        name: torch.tensor(fields.get(name, [nan] * m)) for name in ("teacher_entropy", "agreement", "advantage")
+    }
     measures = {name: torch.tensor(values) for name, values in fields.items() if name.startswith("target/")}
     sites = torch.ones(1, m, dtype=torch.bool)
     return Graded(
@@ -112,8 +114,22 @@ def graded(value: list[float], loss: float, **fields: list[float]) -> Graded:
 
 def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
     parts = [
-        graded([1.0, 2.0, 3.0], 0.25, agreement=[1.0, 1.0, 0.0], teacher_entropy=[0.0, 1.0, 2.0]),
-        graded([10.0], 0.5, agreement=[1.0], teacher_entropy=[1.0], student_entropy=[4.0], clip_share=[1.0]),
+        graded(
+            [1.0, 2.0, 3.0],
+            0.25,
+            agreement=[1.0, 1.0, 0.0],
+            teacher_entropy=[0.0, 1.0, 2.0],
+            advantage=[1.0, -4.0, 0.0],
+        ),
+        graded(
+            [10.0],
+            0.5,
+            agreement=[1.0],
+            advantage=[1.0],
+            teacher_entropy=[1.0],
+            student_entropy=[4.0],
+            clip_share=[1.0],
+        ),
     ]
     metrics = site_metrics(site_sums(parts, (), torch.device("cpu")), ())
     assert metrics == {
@@ -124,6 +140,7 @@ def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
         "student/entropy": 1.0,
         "teacher/entropy": 1.0,
         "teacher/agreement": 0.75,
+        "teacher/advantage": -0.5,
     }
     assert isinstance(metrics["sites"], int)
 
