@@ -136,7 +136,8 @@ class Sibling(Prompt):
         good = [one for one in good if self.own or one.attempt != occasion.rollout.attempt]
         if not good:
             return None
-        return without_thinking(good[0].text) if self.strip_thinking else good[0].text
+        text = good[0].text
+        return without_thinking(text) if self.strip_thinking and "</think>" in text else text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ What a reviewer said about your last attempt:
 ---"""
 
 
+_DRAWS = 64
 Source = Literal["data", "written", "generic", "random", "noisy", "reduced"]
 
 
@@ -66,6 +67,9 @@ class Rubric(Prompt):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template, *(["reference"] if self.reference else []))
+        if self.reference:
+            _check_slots(self.template, "template", "reference", "question", "hint")
+        _check_slots(self.prompt, "prompt", "question", "reference")
         if (self.source == "written") != (self.writing is not None):
             raise InputError("a rubric context is written by somebody: set source to written and writing, or neither")
 
@@ -98,8 +102,9 @@ class Rubric(Prompt):
         key = make_key(occasion.key, "rubric")
         own = generic() if self.source == "generic" else self._of(occasion.rollout.problem)
         if self.source in ("random", "noisy"):
-            other = self._of(self._another(occasion, key))
-            own = other if self.source == "random" or not own or not other else noisy(own, [other], key)
+            other = self._another(occasion, key)
+            mixed = noisy(own, [other], key) if own and other else None
+            own = other if self.source == "random" else mixed
         if self.source == "reduced" and own:
             own = reduced(own, key)
         if own is None:
@@ -110,11 +115,14 @@ class Rubric(Prompt):
         found = parse_rubric(problem.fields.get(self.field))
         return None if isinstance(found, str) else found
 
-    def _another(self, occasion: Occasion, key: int) -> Problem:
-        """Another training problem, by the key."""
-        problems, mine = occasion.problems, occasion.rollout.problem
-        place = key % len(problems)
-        return problems[(place + 1) % len(problems)] if problems[place].id == mine.id else problems[place]
+    def _another(self, occasion: Occasion, key: int) -> Criteria | None:
+        """The rubric of another training problem, drawn by the key; None where a few dozen draws find none."""
+        problems = occasion.problems
+        for draw in range(_DRAWS if len(problems) else 0):
+            problem = problems[make_key(key, draw) % len(problems)]
+            if problem.id != occasion.rollout.problem.id and (found := self._of(problem)) is not None:
+                return found
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +144,8 @@ class Critique(Prompt):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template)
+        if self.prompt is not None:
+            _check_slots(self.prompt, "prompt", "trace", "question", "truth")
         if self.writing is None:
             raise InputError("a critique context needs somebody who writes it; set its writing")
 
@@ -194,10 +204,7 @@ class Feedback(Sibling):
         super().__post_init__()
         check_template(self.solution)
         check_template(self.comment)
-        slots = dict.fromkeys(("question", "tutor_domain", "student_domain"), "")
-        one, other = (render(self.prompt, {**slots, "response": text}, "the context's prompt") for text in "12")
-        if one == other:
-            raise InputError("the context's prompt has no {response}; say where the rollout stands")
+        _check_slots(self.prompt, "prompt", "response", "question", "tutor_domain", "student_domain")
 
     def request(self, occasion: Occasion) -> tuple[Message, ...]:
         """The tutor's prompt about one rollout."""
@@ -225,3 +232,11 @@ class Feedback(Sibling):
             if text is not None:
                 parts.append(render(template, {"question": "", "hint": text}, "the context's template"))
         return Ask(messages, self.template, "".join(parts)) if parts else None
+
+
+def _check_slots(text: str, name: str, needed: str, *others: str) -> None:
+    """Refuse a context's ``text`` without the slot ``needed``, or with one that is not among the ``others``."""
+    slots = dict.fromkeys(others, "")
+    one, other = (render(text, {**slots, needed: word}, f"the context's {name}") for word in "12")
+    if one == other:
+        raise InputError(f"the context's {name} has no {{{needed}}}; say where it stands")

@@ -85,9 +85,7 @@ def student_config(config: Config, student: Student, tutor: Peer | None) -> Conf
         config,
         run=str(Path(config.run) / "students" / student.name),
         model=replace(config.model, path=student.path or config.model.path, lora=lora),
-        method=replace(
-            config.method, contexts=tuple(_tutored(config, one, student, tutor) for one in config.method.contexts)
-        ),
+        method=replace(config.method, contexts=contexts),
         peers=None,
         cache=config.cache or str(Path(config.run) / "written"),
         resume="force",

@@ -90,3 +90,12 @@ def multiplied(parts: Sequence[tuple[nn.Module, Tensor | None]]) -> Iterator[Non
             if matrix is not None:
                 hooks.enter_context(part.register_forward_hook(lambda _, __, output, by=matrix: output @ by))
         yield
+
+
+def outputs(network: Any, parts: Sequence[nn.Module], ids: Tensor) -> Tensor:
+    """Logits for ids ``[s]``, behind them what each part gives: no norm in float32 has rounded that. All in one row."""
+    seen: list[Tensor] = []
+    with ExitStack() as hooks, torch.no_grad():
+        for part in parts:
+            hooks.enter_context(part.register_forward_hook(lambda _, __, output: seen.append(output.flatten())))
+        return torch.cat([network(ids[None]).logits.flatten(), *seen])

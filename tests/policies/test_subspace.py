@@ -66,9 +66,8 @@ def stirred(module: Any) -> Any:
     return module
 
 
-def logits(network: Any) -> Tensor:
-    with torch.no_grad():
-        return network(IDS[None]).logits[0]
+def outputs(network: Any) -> Tensor:
+    return oracle.outputs(network, [part for pair in kv_layers(network) for part in pair], IDS)
 
 
 def some_projectors(network: Any) -> dict[int, tuple[Tensor | None, Tensor | None]]:
@@ -188,15 +187,15 @@ def test_settings_say_what_is_projected(project: Any):
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"], bias="all")])
 def test_folding_is_hooking_and_leaves_no_trace(config: Any, lora: LoraConfig | None):
     network = build(config, lora)
-    before, spoken, projectors = state(network), logits(network), some_projectors(network)
+    before, spoken, projectors = state(network), outputs(network), some_projectors(network)
     flags = [(id(value), value.requires_grad) for value in network.parameters()]
     with hooked(network, projectors):
-        expected = logits(network)
+        expected = outputs(network)
     assert (expected - spoken).abs().max() > 1e-2
     with projected(network, projectors):
-        torch.testing.assert_close(logits(network), expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(outputs(network), expected, atol=1e-12, rtol=0)
     assert_as_before(network, before)
-    assert torch.equal(logits(network), spoken)
+    assert torch.equal(outputs(network), spoken)
     assert flags == [(id(value), value.requires_grad) for value in network.parameters()]
     assert all(value.grad is None for value in network.parameters())
 
@@ -222,9 +221,9 @@ def test_adapters_are_projected_in_every_state(state_of: str):
     before, projectors = state(network), some_projectors(network)
     with around:
         with hooked(network, projectors):
-            expected = logits(network)
+            expected = outputs(network)
         with projected(network, projectors), inside:
-            torch.testing.assert_close(logits(network), expected, atol=1e-12, rtol=0)
+            torch.testing.assert_close(outputs(network), expected, atol=1e-12, rtol=0)
     assert_as_before(network, before)
 
 
@@ -288,7 +287,7 @@ def test_gradients_are_those_of_moving_one_position_after_the_other(make_policy:
 
 def test_collecting_changes_nothing_and_needs_no_trained_parameter(make_policy: Any):
     policy = make_policy(gradient_checkpointing=True, lora=Lora(rank=4, alpha=8, dropout=0.5))
-    module, some = policy.module.train(), [example(policy, 3)]
+    module, some = stirred(policy.module).train(), [example(policy, 3)]
     before, flags = state(module), [value.requires_grad for value in module.parameters()]
     hooks = [len(part._forward_hooks) for part in module.modules()]
     with torch.no_grad():
@@ -297,7 +296,7 @@ def test_collecting_changes_nothing_and_needs_no_trained_parameter(make_policy: 
     assert all(part.training for part in module.modules())
     assert flags == [value.requires_grad for value in module.parameters()]
     assert all(value.grad is None for value in module.parameters())
-    frozen = make_policy().module.requires_grad_(False)  # the same weights, and adapters do nothing yet
+    frozen = stirred(make_policy(lora=Lora(rank=4, alpha=8)).module).requires_grad_(False)  # the same weights
     again = collect(frozen, some, (1, 0))
     torch.testing.assert_close(dict(found.layers), dict(again.layers), atol=1e-14, rtol=0)
     assert hooks == [len(part._forward_hooks) for part in module.modules()]
@@ -344,6 +343,6 @@ def test_a_whole_rank_changes_nothing(make_policy: Any, kind: str):
     policy = make_policy(**KINDS[kind])
     gradients = collect(policy.module, [example(policy, at) for at in range(1, 8)], (0, 1))
     everything = Subspace(rank=32)(gradients)
-    before = logits(policy.module.network)
+    before = outputs(policy.module.network)
     with projected(policy.module.network, everything):
-        torch.testing.assert_close(logits(policy.module.network), before, atol=1e-11, rtol=0)
+        torch.testing.assert_close(outputs(policy.module.network), before, atol=1e-11, rtol=0)

@@ -10,7 +10,19 @@ from dllm_sd.policies.decoding import Decoding
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.teachers import HINTS, LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
+from dllm_sd.teachers import (
+    HINTS,
+    Critique,
+    Feedback,
+    LaterStep,
+    NoQuestion,
+    Nothing,
+    Reference,
+    Rubric,
+    Sibling,
+    Skills,
+    Suffix,
+)
 from dllm_sd.teachers.context import Ask, Occasion
 from dllm_sd.teachers.hints import REFERENCE, SIBLING
 
@@ -56,7 +68,15 @@ def first(ask: Ask | None) -> Ask:
 
 
 def test_the_table_names_every_hint():
-    assert {"reference": Reference, "sibling": Sibling, "no_question": NoQuestion} == HINTS
+    assert {
+        "reference": Reference,
+        "sibling": Sibling,
+        "no_question": NoQuestion,
+        "rubric": Rubric,
+        "critique": Critique,
+        "feedback": Feedback,
+        "skills": Skills,
+    } == HINTS
 
 
 def test_a_reference_is_the_datas_solution_or_its_answer_behind_the_tasks_own_messages(group):

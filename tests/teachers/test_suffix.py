@@ -11,7 +11,20 @@ from dllm_sd.policies.decoding import Decoding
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.teachers import CONTEXTS, LaterStep, NoQuestion, Nothing, Reference, Scene, Sibling, Suffix
+from dllm_sd.teachers import (
+    CONTEXTS,
+    Critique,
+    Feedback,
+    LaterStep,
+    NoQuestion,
+    Nothing,
+    Reference,
+    Rubric,
+    Scene,
+    Sibling,
+    Skills,
+    Suffix,
+)
 from dllm_sd.teachers.suffix import answer_span
 from dllm_sd.trajectory import NEVER, Reach, Trajectory
 
@@ -53,6 +66,10 @@ def test_the_table_names_every_context():
         "reference": Reference,
         "sibling": Sibling,
         "no_question": NoQuestion,
+        "rubric": Rubric,
+        "critique": Critique,
+        "feedback": Feedback,
+        "skills": Skills,
     } == CONTEXTS
 
 
