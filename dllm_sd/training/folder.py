@@ -34,7 +34,8 @@ def prepare_folder(config: Config) -> None:
         for name in CONTENTS:
             path = run / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    begun = (run / "metrics.jsonl").exists()  # else it was refused before its first line, and holds nothing to keep
+    lines = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
+    begun = any(file.exists() for file in lines)  # else it was refused before the first, and holds nothing to keep
     if begun and config.resume == "auto":
         key = _first_difference(former, to_tree(config))
         if key is not None:

@@ -23,6 +23,7 @@ from dllm_sd.teachers import AnyContext, Feedback
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import WEIGHTS
 from dllm_sd.training.folder import prepare_folder
+from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -104,10 +105,13 @@ def _tutored(config: Config, context: AnyContext, student: Student, tutor: Peer 
 
 
 def lags(scores: Scores) -> dict[str, float]:
-    """How far each student is behind the better one, relatively and summed over domains (Eq. 2)."""
+    """How far each student is behind the better one, relatively and summed over domains (Eq. 2).
+
+    Rounded, so that a lag of just the tolerance is not above it by the last digit of a float.
+    """
     best = {domain: max(own[domain] for own in scores.values()) for domain in next(iter(scores.values()))}
     return {
-        name: sum((best[domain] - own[domain]) / best[domain] for domain in best if best[domain] > 0)
+        name: round(sum((best[domain] - own[domain]) / best[domain] for domain in best if best[domain] > 0), 9)
         for name, own in scores.items()
     }
 
@@ -145,9 +149,10 @@ def _begin(config: Config, student: Student, number: int, length: int) -> dict[s
         _keep(trainer, _snapshot(Path(config.run), number, student))
     asked = by_domain(config.task.problems("dev"), peers.field, peers.problems)
     settings = replace(config, eval=replace(config.eval, attempts=peers.attempts, temperature=peers.temperature))
-    scores = {
-        domain: evaluate_run(trainer.policy, settings, problems, trainer.rank, trainer.world).accuracy
-        for domain, problems in asked.items()
-    }
+    with gathered(trainer.accelerator, trainer.module):
+        scores = {
+            domain: evaluate_run(trainer.policy, settings, problems, trainer.rank, trainer.world).accuracy
+            for domain, problems in asked.items()
+        }
     PartialState().wait_for_everyone()
     return scores

@@ -101,11 +101,14 @@ class Scribe:
             return [model.policy.text(tokens[:length].tolist()) for tokens, length in rows]
 
     def _identity(self, weights: Weights, model: Teacher) -> dict[str, Any]:
-        """Whose texts these are: what the weights add up to, tensor by tensor."""
+        """Whose texts these are: what the weights add up to, tensor by tensor, without adapters of others."""
         if weights not in self._identities:
             digest = sha256()
+            adapters = getattr(model.policy.module.model, "peft_config", {}).keys() if weights.stored else set()
             with model.present():
-                for name, value in sorted(model.policy.module.named_parameters()):
+                every = dict(model.policy.module.named_parameters())
+                own = {name: value for name, value in every.items() if adapters.isdisjoint(name.split("."))}
+                for name, value in sorted((own | (model.copy if adapters else {})).items()):
                     digest.update(
                         f"{name} {tuple(value.shape)} {float(whole(value.detach()).double().sum())!r}".encode()
                     )

@@ -34,7 +34,8 @@ class Shelf:
             return
         where = f"the bank {library.path} (method.library.path)"
         if saved is not None:
-            self.bank = build_bank(saved, "the bank of the checkpoint")
+            where = "the bank of the checkpoint"
+            self.bank = build_bank(saved, where)
         elif library.path is not None:
             self.bank = read_bank(library.path)
         else:

@@ -1,19 +1,28 @@
 """Two students that teach each other: what the gate decides, who comments on whom, and that a stop changes nothing."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
-from dllm_sd.policies.weights import Peer, Teacher
-from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers import Feedback
+from dllm_sd.policies.blueprint import model_folder
+from dllm_sd.policies.loading import build_policy
+from dllm_sd.policies.model import Model
+from dllm_sd.policies.weights import Peer, Teacher, trained
+from dllm_sd.settings import Peers, Student
+from dllm_sd.tasks.jsonl import Jsonl
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.training import peers as peers_module
 from dllm_sd.training.peers import by_domain, lags, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
@@ -199,3 +208,285 @@ def test_students_that_cannot_teach_each_other_are_refused_in_one_sentence(confi
     with pytest.raises(InputError, match=says) as refusal:
         build()
     assert "\n" not in str(refusal.value)
+
+
+# The gate.
+
+
+@pytest.mark.parametrize(
+    ("scores", "lag", "tutors"),
+    [
+        ([[65.1, 48.1], [56.0, 51.6]], [0.067829, 0.139785], [True, True]),  # Mat-Phys of the paper's Table 1
+        ([[56.3, 56.1], [37.6, 65.1]], [0.138249, 0.332149], [True, False]),  # Chem-Mat
+        ([[51.6, 37.3], [48.6, 56.3]], [0.337478, 0.058140], [False, True]),  # Phys-Chem
+        ([[100, 70], [70, 100]], [0.3, 0.3], [False, False]),  # the example of Sec. 3.2
+        ([[0.75, 0.5], [0.6, 0.5]], [0, 0.2], [True, True]),  # just the tolerance; 0.15 / 0.75 is more in floats
+        ([[0, 1], [0, 0.9]], [0, 0.1], [True, True]),  # a domain that nobody knows says nothing
+    ],
+)
+def test_only_who_is_at_most_the_tolerance_behind_may_tutor(scores, lag, tutors):
+    found = lags({name: {"a": own[0], "b": own[1]} for name, own in zip(("one", "two"), scores, strict=True)})
+    assert [*found.values()] == pytest.approx(lag, abs=1e-6)
+    pair = (Student(name="one", domain="a"), Student(name="two", domain="b"))
+    assert [value <= Peers(students=pair).tolerance for value in found.values()] == tutors
+
+
+def test_a_domain_with_few_problems_bounds_the_share_of_all():
+    problems = [Problem(str(i), {"domain": "c" if i == 8 else "ab"[i % 2]}) for i in range(9)]
+    assert {name: [one.id for one in some] for name, some in by_domain(problems, "domain", 60).items()} == {
+        "a": ["0"],
+        "b": ["1"],
+        "c": ["8"],
+    }
+    assert [len(some) for some in by_domain(problems[:8], "domain", 60).values()] == [4, 4]
+    assert [len(some) for some in by_domain(problems[:8], "domain", 1).values()] == [1, 1]
+
+
+# Whose weights tutor.
+
+
+@dataclass
+class Moment:
+    """A student before one of its updates."""
+
+    live: dict[str, torch.Tensor]
+    tutor: dict[str, torch.Tensor]
+
+
+Moments = dict[tuple[str, int], Moment]
+
+
+def copied(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in values.items()}
+
+
+def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def moments(monkeypatch: pytest.MonkeyPatch) -> Moments:
+    """Both students before each of their updates; one rollout in two is right, whatever it says."""
+    found: Moments = {}
+    update = Trainer._update
+
+    def noting(self: Trainer, number: int) -> dict[str, Any]:
+        tutors = [model.copy for part, model in self.models.items() if isinstance(part, Peer)]
+        found[self.run.name, number] = Moment(copied(trained(self.policy)), copied(tutors[0] if tutors else {}))
+        return update(self, number)
+
+    def parity(self: Jsonl, problem: Problem, completion: str) -> Grade:
+        correct = sum(map(ord, completion)) % 2 == 0
+        return Grade(correct, float(correct), completion)
+
+    monkeypatch.setattr(Trainer, "_update", noting)
+    monkeypatch.setattr(Jsonl, "grade", parity)
+    return found
+
+
+def changed(settings: Config, **changes: Any) -> Config:
+    """Other settings of the peers."""
+    assert settings.peers is not None
+    return replace(settings, peers=replace(settings.peers, **changes))
+
+
+def whole_weights(settings: Config) -> Config:
+    return replace(settings, model=replace(settings.model, lora=None), optim=replace(settings.optim, lr=0.003))
+
+
+@pytest.mark.parametrize("freeze", ["round", "phase"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_tutor_has_the_weights_of_the_rounds_start_or_of_the_phases(config, moments, kind, freeze):
+    settings = config() if kind == "lora" else whole_weights(config())
+    settings = changed(settings, freeze=freeze)
+    train_peers(settings)
+    assert sorted(moments) == [(name, number) for name in ("one", "two") for number in (1, 2, 3, 4)]
+    one, two = ([moments[name, number] for number in (1, 2, 3, 4)] for name in ("one", "two"))
+    assert not any(equal(a.live, b.live) for some in (one, two) for a, b in pairwise(some))
+    for number in (0, 1):  # of the first round, in which two learns second
+        assert equal(one[number].tutor, two[0].live)
+        assert equal(two[number].tutor, one[0 if freeze == "round" else 2].live)
+    for number in (2, 3):
+        assert equal(one[number].tutor, two[2].live)
+        last = weights(Path(settings.run) / "students" / "one" / "checkpoints" / "000004")
+        assert equal(two[number].tutor, one[2].live if freeze == "round" else last)
+
+
+def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments):
+    settings = config()
+    settings = changed(settings, tolerance=0.0)
+    train_peers(settings)
+    written = json.loads((Path(settings.run) / "rounds.json").read_text())
+    assert [entry.keys() for entry in written] == [{"round", "scores", "lag", "tutors"}] * 2
+    for number, entry in enumerate(written):
+        assert entry["round"] == number
+        assert entry["scores"].keys() == entry["lag"].keys() == entry["tutors"].keys() == {"one", "two"}
+        assert entry["lag"] == lags(entry["scores"])
+        assert entry["tutors"] == {name: value == 0 for name, value in entry["lag"].items()}
+        for scores in entry["scores"].values():  # two problems of each domain, two attempts at each
+            assert all(4 * score == int(4 * score) and 0 <= score <= 1 for score in scores.values())
+    assert {score for entry in written for own in entry["scores"].values() for score in own.values()} - {0.0, 1.0}
+
+
+def test_behind_a_shut_gate_a_student_learns_as_by_self_distillation_alone(config, moments, monkeypatch):
+    monkeypatch.setattr(peers_module, "lags", lambda scores: {"one": 9.1, "two": 9.1})
+    settings = config()
+    train_peers(settings)
+    students = Path(settings.run) / "students"
+    sibling = Sibling(template=HINT["template"], at_least=0.5, overflow="cut")
+    alone = replace(
+        settings,
+        run=f"{settings.run}_alone",
+        peers=None,
+        method=replace(settings.method, contexts=(sibling,)),
+    )
+    Trainer(alone).train()
+    lines = metrics(Path(alone.run))
+    assert lines[-1]["updates_skipped"] < 4
+    for name in ("one", "two"):
+        assert metrics(students / name) == lines
+        last = Path("checkpoints", "000004")
+        assert equal(weights(students / name / last), weights(Path(alone.run) / last))
+
+
+def test_two_adapters_begin_with_what_other_runs_trained(config, moments, tmp_path):
+    settings, starts = config(), []
+    for seed in (1, 2):
+        other = build_policy(settings.model)
+        generator = torch.Generator().manual_seed(seed)
+        for value in trained(other).values():
+            value.data.add_(torch.randn(value.shape, generator=generator, dtype=value.dtype))
+        other.module.model.save_pretrained(tmp_path / str(seed))
+        starts.append(copied(trained(other)))
+    students = tuple(
+        replace(student, start=str(tmp_path / str(seed)))
+        for seed, student in zip((1, 2), settings.peers.students, strict=True)
+    )
+    train_peers(changed(settings, students=students))
+    assert equal(moments["one", 1].live, starts[0])
+    assert equal(moments["one", 1].tutor, starts[1])
+    assert equal(moments["two", 1].live, starts[1])
+    assert equal(moments["two", 1].tutor, starts[0])
+
+
+# Stops.
+
+
+def test_wherever_a_run_is_stopped_it_ends_as_if_nothing_had_happened(config, moments, monkeypatch):
+    def settings_at(run: str) -> Config:
+        settings = whole_weights(config(run))
+        return replace(settings, checkpoint=replace(settings.checkpoint, every=25))  # none in the middle of a phase
+
+    def stop(place: str, when: Callable[..., bool]) -> Callable[..., Any]:
+        owner = Trainer if place == "_update" else peers_module
+        former = getattr(owner, place)
+
+        def stopping(*arguments: Any) -> Any:
+            if when(*arguments):
+                raise RuntimeError("power cut")
+            return former(*arguments)
+
+        patch.setattr(owner, place, stopping)
+        return former
+
+    kept: list[Path] = []
+    stops: dict[str, tuple[str, Callable[..., bool]]] = {
+        "the second phase": ("_update", lambda self, number: self.run.name == "two" and number == 4),
+        "a first phase": ("_update", lambda self, number: self.run.name == "one" and number == 2),
+        "the scores": ("_begin", lambda config, student, number, length: student.name == "two" and number == 1),
+        "between phases": ("_keep", lambda trainer, folder: kept.append(folder) or len(kept) == 3),
+    }
+    whole = settings_at("whole")
+    train_peers(whole)
+    for name, (place, when) in stops.items():
+        broken = settings_at(name.replace(" ", "_"))
+        with monkeypatch.context() as patch:
+            stop(place, when)
+            with pytest.raises(RuntimeError, match="power cut"):
+                train_peers(broken)
+        train_peers(broken)
+        one, other = Path(whole.run), Path(broken.run)
+        assert (one / "rounds.json").read_text() == (other / "rounds.json").read_text(), name
+        for student in ("one", "two"):
+            assert metrics(one / "students" / student) == metrics(other / "students" / student), name
+            last = Path("students", student, "checkpoints", "000004")
+            assert equal(weights(one / last), weights(other / last)), name
+
+
+def test_a_finished_run_is_not_run_again_and_keeps_its_report(config, moments):
+    settings = config()
+    first = train_peers(settings)
+    moments.clear()
+    assert train_peers(settings) == first
+    assert not moments
+    assert json.loads((Path(settings.run) / "report.json").read_text()) == first
+
+
+def test_a_run_of_another_config_is_not_continued(config, moments):
+    settings = config()
+    train_peers(settings)
+    other = replace(settings, optim=replace(settings.optim, lr=0.5))
+    with pytest.raises(InputError, match=r"holds a run with another optim.lr \(0.02, not 0.5\)"):
+        train_peers(other)
+    with pytest.raises(InputError, match="holds a run with another peers"):
+        train_peers(changed(settings, tolerance=0.1))
+
+
+def test_students_are_scored_with_whole_weights(config, moments, monkeypatch):
+    inside: list[bool] = []
+    state = {"whole": False}
+
+    @contextmanager
+    def noting(accelerator: Any, module: Any) -> Iterator[None]:
+        state["whole"] = True
+        yield
+        state["whole"] = False
+
+    evaluate = peers_module.evaluate_run
+
+    def evaluating(*arguments: Any) -> Any:
+        inside.append(state["whole"])
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(peers_module, "gathered", noting)
+    monkeypatch.setattr(peers_module, "evaluate_run", evaluating)
+    train_peers(config())
+    assert inside == [True] * 8  # two rounds, two students, two domains
+
+
+# Refusals.
+
+
+def refused(settings: Config) -> str:
+    with pytest.raises(InputError) as refusal:
+        peers_module.check_peers(settings)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_data_of_one_domain_is_refused_before_anything_is_written(config):
+    settings = config()
+    rows = Path(settings.task.data).read_text().replace("large", "small")
+    Path(settings.task.data).write_text(rows)
+    assert refused(config()) == ("all dev problems are of one domain (peers.field 'domain'); give task data of two")
+    with pytest.raises(InputError, match="of one domain"):
+        train_peers(config())
+    assert not Path(settings.run).exists()
+
+
+def test_students_of_different_kinds_or_tokenizers_are_refused(config, tmp_path):
+    settings = config()
+    other = tmp_path / "other"
+    shutil.copytree(model_folder("tiny_ar"), other)
+    words = (other / "tokenizer.json").read_text()
+    assert '"+":' in words
+    (other / "tokenizer.json").write_text(words.replace('"+":', '"#":'))
+
+    def pair(first: str, second: str) -> Config:
+        one, two = settings.peers.students
+        students = (replace(one, path=first), replace(two, path=second))
+        return replace(settings, model=Model(), peers=replace(settings.peers, students=students))
+
+    assert "of different kinds; choose two checkpoints of the same architecture" in refused(pair("tiny", "tiny_ar"))
+    assert "have different tokenizers" in refused(pair("tiny_ar", str(other)))
+    peers_module.check_peers(pair("tiny_ar", "tiny_ar"))

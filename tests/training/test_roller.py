@@ -1,11 +1,14 @@
 """Whose weights make the rollouts: the initial ones whatever the student has learnt, and those of a subspace."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import AnyPolicy
@@ -16,6 +19,7 @@ from dllm_sd.rollouts import PassAtK
 from dllm_sd.tasks.task import Problem
 from dllm_sd.training.roller import Roller, supervised
 from dllm_sd.training.sharding import start_accelerator
+from dllm_sd.training.trainer import Trainer
 
 DECODE = Decoding(length=16, block_length=4, tokens_per_step=1)
 PROMPTS, KEYS = [[4, 5, 6], [7, 8]], [11, 12]
@@ -104,3 +108,80 @@ def test_what_has_no_subspace_is_refused_in_one_sentence(make_policy):
         supervised(policy, TASK, Problem("x", {}))
     with pytest.raises(InputError, match=r"method.rollout.policy.rank is 99, .* give at most 32"):
         roller(policy, Subspace(rank=99)).calibrate(TASK, PROBLEMS)
+
+
+def test_a_task_without_references_is_refused_before_anything_is_held(make_policy):
+    policy = make_policy()
+    held = roller(policy, Subspace(rank=2, calibration=3))
+    with pytest.raises(InputError) as refusal:
+        held.calibrate(TASK, [Problem("0", {"reference": "12+3=15"}), Problem("1", {})])
+    assert str(refusal.value) == (
+        "method.rollout.policy subspace learns from right answers, but problem 1 has no reference with a final answer; "
+        "name data that has, or another policy"
+    )
+    assert not held.projectors
+
+
+def test_an_answer_is_looked_for_from_the_end_and_one_that_is_not_there_marks_nothing(make_policy):
+    policy = make_policy(as_="autoregressive")
+    start = len(policy.encode(TASK.messages(PROBLEMS[0])))
+    for reference, sites in (("15=15", [3, 4]), ("15+1", [0, 1]), ("115-5", [1, 2]), ("3*5", [])):
+        found = supervised(policy, TASK, Problem("x", {"reference": reference}))
+        assert (found.sites.nonzero().flatten() - start).tolist() == sites, reference
+
+
+# In a run.
+
+
+def config_at(tmp_path: Path, run: str, policy: Any, kind: dict[str, Any], updates: int = 4) -> Config:
+    rows = ({"question": f"{i}+3=", "answer": str(i + 3), "way": f"3+{i}={i + 3}"} for i in range(20))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = {"random_init": True, "tokenizer": "tiny", "dtype": "float64", **kind}
+    task = {"name": "jsonl", "data": str(tmp_path / "data.jsonl"), "size_dev": 2, "reference_field": "way"}
+    return build_config(
+        {
+            "run": str(tmp_path / run),
+            "updates": updates,
+            "model": {**model, "shape": {**shape, "initializer_range": 0.3}},
+            "task": task,
+            "decode": {"length": 8, "block_length": 4},
+            "method": {"name": "spd", "rollout": {"problems": 3, "policy": policy}},
+            "optim": {"lr": 0.02, "weight_decay": 0.0},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 2},
+            "log": {"progress": False, "tensorboard": False},
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", [{}, {"lora": {"rank": 2, "alpha": 8}}, {"as": "autoregressive"}], ids=str)
+@pytest.mark.parametrize("part", ["base", {"name": "subspace", "rank": 3, "calibration": 4}], ids=["base", "subspace"])
+def test_a_run_rolls_out_with_the_initial_weights_to_its_end_and_after_a_stop(tmp_path, kind, part):
+    whole = Trainer(config_at(tmp_path, "whole", part, kind))
+    initial = {name: value.clone() for name, value in trained(whole.policy).items()}
+    texts = [[one.text for one in whole.supply.take(i, 3 * i)[0].chosen] for i in range(4)]
+    seen: list[list[str]] = []
+
+    def watch(trainer: Trainer) -> Trainer:
+        take = trainer.supply.take
+
+        def noting(batch: int, cursor: int) -> Any:
+            found = take(batch, cursor)
+            seen.append([one.text for one in found[0].chosen])
+            return found
+
+        trainer.supply.take = noting
+        return trainer
+
+    watch(whole).train()
+    assert seen == texts  # as if nothing had been learnt
+    assert not any(torch.equal(value, initial[name]) for name, value in trained(whole.policy).items())
+    seen.clear()
+    watch(Trainer(config_at(tmp_path, "broken", part, kind))).train(2)
+    resumed = watch(Trainer(config_at(tmp_path, "broken", part, kind)))
+    assert resumed.state.update == 2
+    resumed.train()
+    assert seen == texts
+    for name, value in trained(resumed.policy).items():
+        assert torch.equal(value, dict(trained(whole.policy))[name]), name

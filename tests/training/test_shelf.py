@@ -1,19 +1,26 @@
 """The run's bank of skills: read, made or restored, and renewed when its time has come."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
+from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout
-from dllm_sd.skills import Bank, Mistake, Skill, read_bank, write_bank
+from dllm_sd.skills import Bank, Mistake, Skill, build_bank, read_bank, write_bank
+from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Library
+from dllm_sd.training import shelf as shelf_module
+from dllm_sd.training.scribe import Scribe
 from dllm_sd.training.shelf import Shelf
+from dllm_sd.training.trainer import Trainer
 from dllm_sd.writers import Request, Written
 
 BANK = Bank(
@@ -123,3 +130,134 @@ def test_a_run_without_a_library_has_no_bank(tmp_path: Path):
     assert shelf.after_update(25, attempts(False)) == {}
     shelf.write_down(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# In a run.
+
+
+TREE: dict[str, Any] = {
+    "seed": 3,
+    "updates": 5,
+    "model": {"random_init": True, "as": "autoregressive", "tokenizer": "tiny", "dtype": "float64"},
+    "task": {"name": "jsonl", "prompt": "{question}", "grader": "exact", "size_dev": 2},
+    "decode": {"length": 8},
+    "method": {
+        "name": "sgsd",
+        "rollout": {"problems": 3, "attempts": 1},
+        "contexts": [{"name": "skills", "rank": rank, "template": "{question}({hint})"} for rank in range(2)],
+    },
+    "optim": {"lr": 0.01, "weight_decay": 0.0},
+    "eval": {"every": 0},
+    "checkpoint": {"every": 2, "keep": 9},
+    "log": {"progress": False, "tensorboard": False},
+}
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture
+def run_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    """Runs over a few sums with a bank, whose writer answers with a function of what it is asked."""
+    rows = ({"question": f"{i}+{i + 3}=", "answer": str(2 * i + 3)} for i in range(20))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_bank(BANK, tmp_path / "bank.json")
+
+    def write(self: Scribe, writing: Any, requests: Sequence[Request]) -> list[Written]:
+        found = []
+        for text in (request.messages[-1]["content"] for request in requests):
+            number = make_key(text) % 1000
+            skill = {"title": f"{number}", "principle": "+", "when_to_apply": "="}
+            mistake = {"description": f"{number}", "why_it_happens": "-", "how_to_avoid": "*"}
+            merging = "shorter list" in text
+            entry = skill if "Somebody solved" in text else mistake
+            found.append(Written("nothing shorter" if merging else json.dumps([entry]), None))
+        return found
+
+    monkeypatch.setattr(Scribe, "write", write)
+
+    def build(run: str, **library: Any) -> Config:
+        tree = json.loads(json.dumps(TREE))
+        tree["run"], tree["task"]["data"] = str(tmp_path / run), str(tmp_path / "data.jsonl")
+        tree["model"]["shape"] = {**SHAPE, "initializer_range": 0.3}
+        tree["method"]["library"] = {"path": str(tmp_path / "bank.json"), "count": 2, "every": 3, **library}
+        return build_config(tree)
+
+    return build
+
+
+def banks_of(run: Path) -> dict[str, Bank]:
+    """What each checkpoint of a run holds."""
+    states = sorted(run.glob("checkpoints/[0-9]*/state.json"))
+    return {file.parent.name: build_bank(json.loads(file.read_text())["bank"], "it") for file in states}
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_a_run_renews_its_bank_every_few_updates_and_writes_it_down_for_people(run_at):
+    config = run_at("run", every=2)
+    Trainer(config).train()
+    run, banks = Path(config.run), banks_of(Path(config.run))
+    assert [line["update"] for line in lines_of(run) if "bank/updated" in line] == [2, 4]
+    sizes = [len(bank.mistakes) for bank in banks.values()]
+    assert [*banks] == ["000002", "000004", "000005"]
+    assert 2 < sizes[0] < sizes[1] == sizes[2]
+    for line, size in zip((2, 4), sizes, strict=False):
+        assert lines_of(run)[line]["bank/mistakes"] == size
+    assert all(bank.skills[:2] == BANK.skills and bank.mistakes[:2] == BANK.mistakes for bank in banks.values())
+    assert read_bank(run / "bank.json") == banks["000005"]
+    assert json.loads((run / "bank.json").read_text()).keys() == {"skills", "mistakes", "metadata"}
+
+
+@pytest.mark.parametrize("library", [{}, {"path": None, "memories": 6, "every": 0}], ids=["renewed", "made first"])
+def test_a_run_stopped_in_the_middle_goes_on_with_the_bank_of_its_checkpoint(run_at, monkeypatch, library):
+    if library:  # else the random model is never right, and a bank needs successes too
+
+        def parity(self: Jsonl, problem: Problem, completion: str) -> Grade:
+            correct = sum(map(ord, completion)) % 2 == 0
+            return Grade(correct, float(correct), completion)
+
+        monkeypatch.setattr(Jsonl, "grade", parity)
+    whole, broken = run_at("whole", **library), run_at("broken", **library)
+    Trainer(whole).train()
+    update = Trainer._update
+
+    def failing(self: Trainer, number: int) -> dict[str, Any]:
+        if number == 5:
+            raise RuntimeError("power cut")
+        return update(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            Trainer(broken).train()
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("a bank is made once")
+
+    monkeypatch.setattr(shelf_module, "cold_start", again)
+    monkeypatch.setattr(shelf_module, "read_bank", again)
+    resumed = Trainer(broken)
+    assert resumed.state.update == 4
+    assert resumed.supply.shelf.bank == banks_of(Path(whole.run))["000004"]
+    resumed.train()
+    one, other = Path(whole.run), Path(broken.run)
+    assert lines_of(one) == lines_of(other)
+    assert banks_of(one) == banks_of(other)
+    assert (banks_of(one)["000002"] == banks_of(one)["000005"]) == bool(library)
+    assert (one / "bank.json").read_bytes() == (other / "bank.json").read_bytes()
+    first, second = (load_file(run / "checkpoints" / "000005" / "model.safetensors") for run in (one, other))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_bank_that_the_model_could_not_write_is_refused_with_the_remedy(run_at):
+    with pytest.raises(InputError, match=r"the bank that the model wrote holds 0 skills and [0-9] mistakes") as refusal:
+        Trainer(run_at("run", path=None, memories=6))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoints_bank_that_is_too_small_is_named_as_such():
+    shelf = Shelf(Library(count=3), TASK, nobody, 0)
+    with pytest.raises(InputError, match=r"^the bank of the checkpoint holds 2 skills and 2 mistakes"):
+        shelf.open(BANK.tree(), nobody)

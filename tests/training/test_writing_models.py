@@ -1,19 +1,23 @@
 """Models that write for hints: whose words they are, and what is not written twice."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from dllm_sd.errors import InputError
+from dllm_sd.exporting import export_policy
 from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.model import Lora
-from dllm_sd.policies.weights import Base, Live, Peer, Teacher, trained
+from dllm_sd.policies.loading import AnyPolicy, build_policy
+from dllm_sd.policies.model import Lora, Model
+from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.writing import Writing
+from dllm_sd.training import scribe as scribe_module
 from dllm_sd.training.scribe import Scribe
 from dllm_sd.training.sharding import start_accelerator
 from dllm_sd.writers import Cache, Request, Sampling
@@ -99,3 +103,201 @@ def test_a_request_that_is_too_long_is_not_written(make_policy, tmp_path):
     models: dict[Any, Teacher] = {Base(): Teacher(Base(), policy)}
     written = scribe(models, tmp_path, longest=3).write(Writing(Base(), SAMPLING), REQUESTS)
     assert [one.failure for one in written] == ["long_request", None, "long_request"]
+
+
+# Every kind of writer, on both backbones.
+
+
+BACKBONES = pytest.mark.parametrize("backbone", [{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
+WRITERS = pytest.mark.parametrize(
+    "part",
+    [Live(), Base(), Ema(0.5), Snapshot(2), Checkpoint("other"), Peer("PEER")],
+    ids=lambda part: type(part).__name__,
+)
+
+
+@dataclass
+class Processes:
+    """What `accelerate` gives one of several processes."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    state: Any = field(default_factory=object)
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", enabled=False)
+
+
+def shown(found: Sequence[str]) -> list[str | None]:
+    """Texts as a writer hands them over."""
+    return [text if text.strip() else None for text in found]
+
+
+def cast(make_policy: Any, kind: dict[str, Any], part: Any, folder: Path) -> tuple[AnyPolicy, Any, Teacher, list[Any]]:
+    """A student that has moved, its writer, and what the writer's weights say."""
+    other, policy = make_policy(**kind, seed=5), make_policy(**kind)
+    move(policy, 1)
+    if isinstance(part, Peer):
+        other = make_policy(**kind)
+        move(other, 2)
+        folder.mkdir()
+        save_file({name: value.detach() for name, value in trained(other).items()}, folder / "model.safetensors")
+        part = Peer(str(folder))
+    bare = make_policy(**kind) if kind.get("lora") else policy
+    former = shown(texts(bare if isinstance(part, Base) else policy))
+    model = Teacher(part, policy, other=other if isinstance(part, Checkpoint) else None)
+    move(policy, 3)
+    now = shown(texts(policy))
+    says = {Live: now, Checkpoint: shown(texts(other)), Peer: shown(texts(other))}.get(type(part), former)
+    assert isinstance(part, Live) or says != now
+    return policy, part, model, says
+
+
+def counting(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each call decodes, from now on."""
+    counts: list[int] = []
+    decode = policy.decode
+
+    def noting(prompts: Sequence[Sequence[int]], *arguments: Any) -> Any:
+        counts.append(len(prompts))
+        return decode(prompts, *arguments)
+
+    monkeypatch.setattr(policy, "decode", noting)
+    return counts
+
+
+@WRITERS
+@KINDS
+@BACKBONES
+def test_a_writer_writes_with_its_own_weights_and_only_one_that_stays_reads_the_disk(
+    make_policy, backbone, kind, part, tmp_path, monkeypatch
+):
+    policy, part, model, says = cast(make_policy, {**backbone, **kind}, part, tmp_path / "peer")
+    before, counts = texts(policy), counting(model.policy, monkeypatch)
+    first = scribe({part: model}, tmp_path / "cache").write(Writing(part, SAMPLING), REQUESTS)
+    again = scribe({part: model}, tmp_path / "cache").write(Writing(part, SAMPLING), REQUESTS)
+    assert [one.text for one in first] == [one.text for one in again] == says
+    assert [one.failure for one in first] == ["no_text" if text is None else None for text in says]
+    stays, blank = isinstance(part, Base | Checkpoint | Peer), says.count(None)
+    assert [one.cached for one in again] == [stays and text is not None for text in says]
+    assert counts == [3] + ([blank] if stays and blank else []) + ([] if stays else [3])
+    counts.clear()
+    assert texts(policy) == before
+
+
+class Watched(Scribe):
+    """Notes which processes decode, if only nothing."""
+
+    entered: ClassVar[list[int]] = []
+
+    def _decode(self, model: Any, prompts: Any, settings: Any, keys: Any) -> list[str]:
+        self.entered.append(self.accelerator.process_index)
+        return super()._decode(model, prompts, settings, keys)
+
+
+@WRITERS
+@pytest.mark.parametrize(("kind", "world"), [({}, 5), (LORA, 2)], ids=["full, five", "lora, two"])
+def test_dealt_over_processes_writers_write_the_same_in_the_same_order(
+    make_policy, kind, world, part, tmp_path, monkeypatch
+):
+    _, part, model, says = cast(make_policy, kind, part, tmp_path / "peer")
+    parts: list[list[Any]] = []
+
+    def gather(pairs: list[Any]) -> list[Any]:
+        parts.append(pairs)
+        return [pair for some in parts[::-1] for pair in some]
+
+    monkeypatch.setattr(scribe_module, "gather_object", gather)
+    monkeypatch.setattr(Watched, "entered", [])
+    processes: list[Any] = [Processes(rank, world) for rank in range(world)]
+    scribes = [Watched([], DECODE, one, {part: model}, Cache(tmp_path / "cache"), 100) for one in processes]
+    found = [one.write(Writing(part, SAMPLING), REQUESTS) for one in scribes]
+    assert [one.text for one in found[-1]] == says
+    assert Watched.entered == [*range(world)]  # all enter, as gathering weights takes all of them
+    assert [len(some) for some in parts] == [len(range(rank, 3, world)) for rank in range(world)]
+
+
+# What the disk is asked for.
+
+
+def test_texts_of_the_initial_weights_stay_known_whatever_adapters_have_learnt(make_policy, tmp_path):
+    policy = make_policy(**LORA)
+    model, part = Teacher(Base(), policy), Base()
+    first = scribe({part: model}, tmp_path).write(Writing(part, SAMPLING), REQUESTS)
+    move(policy, 1)
+    Teacher(Snapshot(2), policy)
+    again = scribe({part: model}, tmp_path).write(Writing(part, SAMPLING), REQUESTS)
+    assert [one.text for one in again] == [one.text for one in first]
+    assert [one.cached for one in again] == [one.text is not None for one in first]
+    assert any(one.cached for one in again)
+
+
+@KINDS
+def test_a_peer_that_has_learnt_more_in_the_same_folder_writes_anew(make_policy, kind, tmp_path):
+    other, policy = make_policy(**kind), make_policy(**kind)
+    part, said = Peer(str(tmp_path)), []
+    for learnt in (True, True, False):
+        if learnt:
+            move(other, 2 + len(said))
+        save_file({name: value.detach() for name, value in trained(other).items()}, tmp_path / "model.safetensors")
+        written = scribe({part: Teacher(part, policy)}, tmp_path / "cache").write(Writing(part, SAMPLING), REQUESTS)
+        assert [one.text for one in written] == shown(texts(other))
+        said.append([one.cached for one in written])
+        move(policy, 7)  # what the student learns is nothing to its peer
+    assert not any(said[0] + said[1])
+    assert any(said[2])
+
+
+def test_other_initial_weights_or_another_temperature_are_not_mistaken_for_these(make_policy, tmp_path):
+    part, found = Base(), []
+    for seed, sampling in ((0, SAMPLING), (1, SAMPLING), (0, replace(SAMPLING, temperature=0.5))):
+        policy = make_policy(seed=seed)
+        written = scribe({part: Teacher(part, policy)}, tmp_path).write(Writing(part, sampling), REQUESTS)
+        assert not any(one.cached for one in written)
+        found.append([one.text for one in written])
+    assert found[0] != found[1]
+    assert found[0] != found[2] != found[1]
+
+
+def test_requests_with_one_key_are_written_once(make_policy, tmp_path, monkeypatch):
+    policy = make_policy()
+    model, counts = Teacher(Base(), policy), counting(policy, monkeypatch)
+    written = scribe({Base(): model}, tmp_path).write(Writing(Base(), SAMPLING), [REQUESTS[0]] * 4)
+    assert counts == [1]
+    assert len({one.text for one in written}) == 1
+
+
+# Peers from outside.
+
+
+def test_a_peer_is_read_from_what_the_program_exports(tmp_path):
+    model = Model(path="tiny", lora=Lora(rank=2, alpha=8))
+    other, policy = build_policy(model), build_policy(model)
+    move(other, 2)
+    export_policy(other, model, "peft", tmp_path / "exported")
+    peer = Peer(str(tmp_path / "exported"))
+    written = scribe({peer: Teacher(peer, policy)}, tmp_path / "cache").write(Writing(peer, SAMPLING), REQUESTS)
+    assert [one.text for one in written] == shown(texts(other))
+    begun = build_policy(replace(model, lora=replace(LORA["lora"], start=peer.path)))
+    assert all(torch.equal(value, trained(other)[name]) for name, value in trained(begun).items())
+
+
+def test_a_folder_with_other_tensors_is_refused_in_one_sentence(make_policy, tmp_path):
+    full, adapted = make_policy(), make_policy(**LORA)
+    tensors = {name: value.detach().clone() for name, value in trained(full).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    cases = [(adapted, "has no tensor .*lora_A.* of the student's shape")]
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    save_file({**tensors, "more": torch.zeros(2)}, extra / "model.safetensors")
+    cases.append((full, "holds other tensors than the student trains"))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "adapter_model.safetensors").write_bytes(b"nothing")
+    cases.append((adapted, "there is no usable peer at"))
+    for folder, (policy, says) in zip((tmp_path, extra, damaged), cases, strict=True):
+        with pytest.raises(InputError, match=says) as refusal:
+            Teacher(Peer(str(folder)), policy)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(InputError, match="has no tensor"):
+        make_policy(lora=Lora(rank=2, alpha=8, start=str(tmp_path)))
