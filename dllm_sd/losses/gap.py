@@ -48,9 +48,9 @@ def drawn_gap(student_logp: Tensor, target_logp: Tensor, token: Tensor, local: i
     """
     if local is None:
         index = rearrange(token, "m -> 1 m 1")
-        student = floor_logp(student_logp)[None].gather(-1, index)
-        target = floor_logp(target_logp).detach().gather(-1, index.expand(len(target_logp), -1, -1))
-        return (target - student)[..., 0]
+        student = student_logp[None].gather(-1, index)
+        target = target_logp.detach().gather(-1, index.expand(len(target_logp), -1, -1))
+        return (floor_logp(target) - floor_logp(student))[..., 0]
     student, target, drawn = local_support(student_logp, target_logp.detach(), token, local)
     return reduce((floor_logp(target) - floor_logp(student)) * drawn, "t m u -> t m", "sum")
 

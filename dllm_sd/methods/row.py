@@ -10,11 +10,7 @@ from dllm_sd.method import Method
 from dllm_sd.policies.subspace import Subspace
 from dllm_sd.policies.weights import Checkpoint, Ema
 from dllm_sd.rollouts import All, PassAtK
-from dllm_sd.teachers import (
-    Nothing,
-    Reference,
-    Sibling,
-)
+from dllm_sd.teachers import Nothing, Reference, Sibling
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,6 @@ OPD = Method(
     support=TopK(k=16, of="student", rest="keep"),
     divergence=PolicyGradient(),
 )
-
 RCSD = Method(
     rollout=PassAtK(problems=32, attempts=1, temperature=1.2, top_k=20, top_p=0.95),
     gate=All(),

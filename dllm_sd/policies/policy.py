@@ -89,3 +89,8 @@ class Policy(Protocol):
     def text(self, tokens: Sequence[int]) -> str:
         """Completion tokens as text, without end, padding and other special tokens."""
         ...
+
+
+def offsets(policy: Policy, tokens: Sequence[int]) -> list[int]:
+    """Where each token begins in the text of all of them, in characters, and where the last one ends."""
+    return [len(policy.text(tokens[:i])) for i in range(len(tokens) + 1)]

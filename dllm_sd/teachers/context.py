@@ -86,6 +86,16 @@ class Occasion:
     text: str | None = None
     """What the hint's writer wrote and the hint accepted; None where there is no writer, or nothing was accepted."""
 
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        """What the task asks."""
+        return tuple(self.task.messages(self.rollout.problem))
+
+    @property
+    def question(self) -> str:
+        """The last of these messages."""
+        return self.messages[-1]["content"]
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -123,11 +133,6 @@ class Hint(Protocol):
     @property
     def overflow(self) -> Literal["drop", "cut"]:
         """What happens to a longer one: the rollout is dropped and counted, or the hint is cut at its end."""
-        ...
-
-    @property
-    def needs_bank(self) -> bool:
-        """Whether it looks into the run's bank of skills."""
         ...
 
     @property

@@ -54,7 +54,6 @@ class Prompt:
     shows_later_blocks: ClassVar[bool] = False
     reveals: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False
-    needs_bank: ClassVar[bool] = False
     writing: ClassVar[Writing | None] = None
     per_problem: ClassVar[bool] = False
 
@@ -125,8 +124,8 @@ class Sibling(Prompt):
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None where no (other) attempt succeeded."""
-        rollout, text = occasion.rollout, self.success(occasion)
-        return None if text is None else Ask(tuple(occasion.task.messages(rollout.problem)), self.template, text)
+        text = self.success(occasion)
+        return None if text is None else Ask(occasion.messages, self.template, text)
 
     def success(self, occasion: Occasion) -> str | None:
         """The text of the attempt that is shown, None if there is none."""
@@ -151,7 +150,12 @@ class NoQuestion(Prompt):
 
 def check_template(template: str, *more: str) -> None:
     """Refuse a hint's template that leaves out the hint or asks for anything else than question, hint and ``more``."""
-    slots = dict.fromkeys(("question", *more), "")
-    one, other = (render(template, {**slots, "hint": hint}, "the context's template") for hint in "12")
+    check_slots(template, "template", "hint", "question", *more)
+
+
+def check_slots(text: str, name: str, needed: str, *others: str) -> None:
+    """Refuse a context's ``text`` without the slot ``needed``, or with one that is not among the ``others``."""
+    slots = dict.fromkeys(others, "")
+    one, other = (render(text, {**slots, needed: word}, f"the context's {name}") for word in "12")
     if one == other:
-        raise InputError("the context's template has no {hint}; say where the hint stands")
+        raise InputError(f"the context's {name} has no {{{needed}}}; say where it stands")

@@ -1,7 +1,6 @@
 """Skills in the teacher's prompt: what helped with other problems, and what went wrong there."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
@@ -57,7 +56,6 @@ class Skills(Prompt):
     rank: int = 0
     """Which pair, 0 the best."""
     template: str = SKILLS
-    needs_bank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,10 +65,8 @@ class Skills(Prompt):
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None where the bank holds fewer pairs; the pair's weight is how far this teacher is believed."""
-        problem = occasion.rollout.problem
-        messages = tuple(occasion.task.messages(problem))
-        pairs = occasion.pairs(messages[-1]["content"], make_key(occasion.key, "skills"))
+        pairs = occasion.pairs(occasion.question, make_key(occasion.key, "skills"))
         if self.rank >= len(pairs):
             return None
         pair = pairs[self.rank]
-        return Ask(messages, self.template, format_pair(pair), weight=pair.weight)
+        return Ask(occasion.messages, self.template, format_pair(pair), weight=pair.weight)

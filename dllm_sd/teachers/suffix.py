@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.sites import rank_descending
-from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.rollouts import Rollout
 from dllm_sd.teachers.context import Reading, Scene, show
@@ -147,7 +147,7 @@ def answer_span(policy: Policy, rollout: Rollout) -> Tensor:
     if parsed is None or start < 0:
         return span
     length = int(rollout.trajectory.length)
-    ends = [len(policy.text(tokens[:i])) for i in range(length + 1)]
+    ends = offsets(policy, tokens[:length])
     for i in range(length):
         span[i] = ends[i] < start + len(parsed) and ends[i + 1] > start
     return span

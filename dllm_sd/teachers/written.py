@@ -9,7 +9,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.context import Ask, Occasion
-from dllm_sd.teachers.hints import Prompt, Sibling, check_template
+from dllm_sd.teachers.hints import Prompt, Sibling, check_slots, check_template
 from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.texts import FORMS, Form, accept_critique, generic, noisy, parse_rubric, reduced, regions, render_rubric
 from dllm_sd.texts import Rubric as Criteria
@@ -68,15 +68,15 @@ class Rubric(Prompt):
         super().__post_init__()
         check_template(self.template, *(["reference"] if self.reference else []))
         if self.reference:
-            _check_slots(self.template, "template", "reference", "question", "hint")
-        _check_slots(self.prompt, "prompt", "question", "reference")
+            check_slots(self.template, "template", "reference", "question", "hint")
+        check_slots(self.prompt, "prompt", "question", "reference")
         if (self.source == "written") != (self.writing is not None):
             raise InputError("a rubric context is written by somebody: set source to written and writing, or neither")
 
     def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
         """The same for all rollouts of a problem, so that it is written once."""
         task, problem = occasion.task, occasion.rollout.problem
-        slots = {"question": task.messages(problem)[-1]["content"], "reference": task.reference(problem) or ""}
+        slots = {"question": occasion.question, "reference": task.reference(problem) or ""}
         return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
 
     def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
@@ -94,7 +94,7 @@ class Rubric(Prompt):
         if text is None or (self.reference and reference is None):
             return None
         more = {"reference": reference or ""} if self.reference else {}
-        return Ask(tuple(task.messages(problem)), self.template, text, more)
+        return Ask(occasion.messages, self.template, text, more)
 
     def _text(self, occasion: Occasion) -> str | None:
         if self.source == "written":
@@ -145,7 +145,7 @@ class Critique(Prompt):
         super().__post_init__()
         check_template(self.template)
         if self.prompt is not None:
-            _check_slots(self.prompt, "prompt", "trace", "question", "truth")
+            check_slots(self.prompt, "prompt", "trace", "question", "truth")
         if self.writing is None:
             raise InputError("a critique context needs somebody who writes it; set its writing")
 
@@ -156,7 +156,7 @@ class Critique(Prompt):
         if truth is None:
             return None
         slots = {
-            "question": task.messages(problem)[-1]["content"],
+            "question": occasion.question,
             "truth": truth,
             "trace": without_thinking(occasion.rollout.text),
         }
@@ -171,8 +171,7 @@ class Critique(Prompt):
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None without a critique."""
-        messages = tuple(occasion.task.messages(occasion.rollout.problem))
-        return None if occasion.text is None else Ask(messages, self.template, occasion.text)
+        return None if occasion.text is None else Ask(occasion.messages, self.template, occasion.text)
 
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
         """Where the rollout is right, where it first goes wrong, and what follows (of ``verbatim_prefix`` only)."""
@@ -204,13 +203,12 @@ class Feedback(Sibling):
         super().__post_init__()
         check_template(self.solution)
         check_template(self.comment)
-        _check_slots(self.prompt, "prompt", "response", "question", "tutor_domain", "student_domain")
+        check_slots(self.prompt, "prompt", "response", "question", "tutor_domain", "student_domain")
 
     def request(self, occasion: Occasion) -> tuple[Message, ...]:
         """The tutor's prompt about one rollout."""
-        messages = occasion.task.messages(occasion.rollout.problem)
         slots = {
-            "question": messages[-1]["content"],
+            "question": occasion.question,
             "response": without_thinking(occasion.rollout.text),
             "tutor_domain": self.tutor,
             "student_domain": self.student,
@@ -221,22 +219,13 @@ class Feedback(Sibling):
         """The feedback without its thinking and, if `anchored`, made safe."""
         text = without_thinking(text).strip()
         if self.anchored:
-            problem = occasion.task.messages(occasion.rollout.problem)[-1]["content"]
-            return sanitise(text, problem, occasion.task.final_answer(occasion.rollout.problem))
+            return sanitise(text, occasion.question, occasion.task.final_answer(occasion.rollout.problem))
         return (text, "kept") if text else (None, "empty")
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None where there is neither a success nor feedback."""
-        messages, parts = tuple(occasion.task.messages(occasion.rollout.problem)), []
+        parts = []
         for template, text in ((self.solution, self.success(occasion)), (self.comment, occasion.text)):
             if text is not None:
                 parts.append(render(template, {"question": "", "hint": text}, "the context's template"))
-        return Ask(messages, self.template, "".join(parts)) if parts else None
-
-
-def _check_slots(text: str, name: str, needed: str, *others: str) -> None:
-    """Refuse a context's ``text`` without the slot ``needed``, or with one that is not among the ``others``."""
-    slots = dict.fromkeys(others, "")
-    one, other = (render(text, {**slots, needed: word}, f"the context's {name}") for word in "12")
-    if one == other:
-        raise InputError(f"the context's {name} has no {{{needed}}}; say where it stands")
+        return Ask(occasion.messages, self.template, "".join(parts)) if parts else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.objective import Graded, Plan
-from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.rollouts import Rollouts
 from dllm_sd.teachers import AnyContext
 
@@ -35,7 +35,7 @@ def region_map(policy: Policy, contexts: Sequence[AnyContext], rollouts: Rollout
         if not marks:
             continue
         tokens = rollout.trajectory.tokens[0, : int(rollout.trajectory.length)].tolist()
-        starts = [len(policy.text(tokens[:i])) for i in range(len(tokens))]
+        starts = offsets(policy, tokens)[:-1]
         for start, end, region in marks:
             for place, at in enumerate(starts):
                 if start <= at < end:

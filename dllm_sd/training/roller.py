@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.policies.subspace import Projectors, Subspace, Supervised, collect, kv_layers, projected
 from dllm_sd.policies.weights import Base, Live, Teacher, Weights
 from dllm_sd.rollouts import Demonstrations, PassAtK
@@ -79,8 +79,7 @@ def supervised(policy: Policy, task: Task, problem: Problem) -> Supervised:
         )
     prompt, tokens = policy.encode(task.messages(problem)), policy.encode_completion(reference, ended=False)
     start = reference.rfind(answer)
-    ends = [len(policy.text(tokens[:i])) for i in range(len(tokens) + 1)]
-    inside = [start <= a < b <= start + len(answer) for a, b in pairwise(ends)]
+    inside = [start <= a < b <= start + len(answer) for a, b in pairwise(offsets(policy, tokens))]
     targets = torch.tensor([*prompt, *tokens])
     sites = torch.tensor([False] * len(prompt) + [start >= 0 and one for one in inside])
     ids = targets if policy.causal else targets.masked_fill(sites, policy.mask_id)

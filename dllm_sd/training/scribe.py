@@ -63,7 +63,7 @@ class Scribe:
         if isinstance(writing.writer, Server):
             return self._together(mine, writing.writer.write(asked, writing.sampling, self.cache))
         model, stays = self.models[writing.writer], isinstance(writing.writer, Base | Peer | Checkpoint)
-        identity = self._identity(writing.writer, model)
+        identity = self._identity(writing.writer, model) if stays else {}
         entered = False
 
         def ask(missing: Sequence[Request]) -> Generator[tuple[int, Written]]:
