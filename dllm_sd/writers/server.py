@@ -18,7 +18,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from io import BufferedReader, RawIOBase
 from itertools import count
 from socket import socket
-from threading import Event
+from threading import Event, Lock
 from time import monotonic
 from typing import Any, cast
 from urllib.error import URLError
@@ -38,6 +38,8 @@ LONGEST_WAIT = 60.0
 LONGEST_CONNECT = 20.0
 """Seconds until a server has taken a connection, and again until it has taken what is sent."""
 LONGEST_TRY = 86400.0
+DOWN_AFTER = 5
+"""Texts in a row that found no server, or one that fails, at every try; then it is down, and the rest is not asked."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Server:
         """One text, or the reason why there is none, for each request, in the order of the requests.
 
         Reasons are ``timeout``, ``refused`` (no connection), ``dropped`` (it ended too early), ``tls``, ``bad_http``,
-        ``too_large``, ``http_<status>``, ``bad_encoding``, ``bad_json`` and ``no_text``.
+        ``too_large``, ``http_<status>``, ``bad_encoding``, ``bad_json``, ``no_text`` and ``server_down`` (not asked, or
+        called off, as the server had failed for `DOWN_AFTER` texts in a row).
 
         Raises:
             InputError: if the server answers 401, 403 or 404, or the secret cannot be sent.
@@ -115,6 +118,7 @@ class Server:
         for tries in count():
             written, pause = self._try(body, line)
             if written.failure is None or not _may_pass(written.failure) or tries == self.retries:
+                line.ended(written.failure)
                 return written
             if line.stop.wait(self.pause(request.key, tries, pause)):
                 return written
@@ -125,7 +129,7 @@ class Server:
         post = _Post(f"{self.url.rstrip('/')}/chat/completions", body, line.headers)
         post.bounds = _Bounds(monotonic() + self.timeout, line.stop)
         if line.stop.is_set():
-            return Written(None, "called_off"), 0.0  # for nobody to see
+            return Written(None, "server_down"), 0.0
         try:
             with line.opener.open(post, timeout=min(self.timeout, LONGEST_CONNECT)) as answer:
                 status, pause = answer.status, _retry_after(answer.headers.get("Retry-After", ""))
@@ -133,7 +137,7 @@ class Server:
                     content = answer.read(LARGEST_ANSWER + 1)
                     return Written(None, "dropped") if answer.length else _read(content), 0.0
         except (OSError, HTTPException, ValueError) as error:
-            return Written(None, _reason(error)), 0.0
+            return Written(None, "server_down" if line.stop.is_set() else _reason(error)), 0.0
         if status in (401, 403, 404):
             line.stop.set()
             raise InputError(self._refusal(status))
@@ -247,13 +251,25 @@ def _retry_after(text: str) -> float:
         return 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Line:
     """What the tries of one call share."""
 
     opener: OpenerDirector
     headers: dict[str, str] = field(repr=False)
     stop: Event = field(default_factory=Event)
+    """Calls off what is in flight, what pauses and what waits."""
+    lost: int = 0
+    """Texts in a row that an outage took."""
+    lock: Lock = field(default_factory=Lock)
+
+    def ended(self, failure: str | None) -> None:
+        """Note how a text's last try ended; any answer, be it no text, shows that the server is there."""
+        outage = re.fullmatch("timeout|refused|dropped|tls|http_5..", failure or "")
+        with self.lock:
+            self.lost = self.lost + 1 if outage else 0
+            if self.lost == DOWN_AFTER:
+                self.stop.set()
 
 
 @dataclass(frozen=True)

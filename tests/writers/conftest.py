@@ -1,11 +1,11 @@
 """Servers that run for one test."""
 
 from collections.abc import Callable, Iterator
-from threading import Thread
+from contextlib import ExitStack
 
 import pytest
 
-from tests.writers.service import Service
+from tests.writers.service import Service, running
 
 
 @pytest.fixture
@@ -13,21 +13,8 @@ def make_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Servi
     """Starts servers; the environment has no proxy and no secret."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    running: list[tuple[Service, Thread]] = []
-
-    def start() -> Service:
-        service = Service()
-        thread = Thread(target=service.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        running.append((service, thread))
-        return service
-
-    yield start
-    for service, thread in running:
-        service.released.set()
-        service.shutdown()
-        thread.join()
-        service.server_close()
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(running(Service()))
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import json
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Lock
-from typing import Any
+from threading import Event, Lock, Thread
+from typing import Any, TypeVar
 
 from dllm_sd.writers import Request, Sampling, Server, Written
 
@@ -31,6 +32,14 @@ class Service(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    def fault(self, text: str, body: Any) -> "Fault | None":
+        """What goes wrong with this request."""
+        return self.faults[text].pop(0) if self.faults[text] else None
+
+    def reply(self, text: str) -> str:
+        """What is answered where nothing goes wrong."""
+        return f"text of {text}"
+
     def count(self, text: str) -> int:
         """How often it was asked for one text."""
         return sum(one == text for one, _, _ in self.seen)
@@ -39,6 +48,23 @@ class Service(ThreadingHTTPServer):
         """Clients that hang up are expected."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+
+S = TypeVar("S", bound=Service)
+
+
+@contextmanager
+def running(service: S) -> Iterator[S]:
+    """A server for a while."""
+    thread = Thread(target=service.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield service
+    finally:
+        service.released.set()
+        service.shutdown()
+        thread.join()
+        service.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             assert self.path == "/v1/chat/completions"
             self.server.seen.append((text, body, dict(self.headers)))
-            fault = self.server.faults[text].pop(0) if self.server.faults[text] else None
+            fault = self.server.fault(text, body)
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
         self.server.meet()
@@ -61,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault:
             fault(self)
         else:
-            self.answer(completion(f"text of {text}"))
+            self.answer(completion(self.server.reply(text)))
 
     def answer(self, content: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
