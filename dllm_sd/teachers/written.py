@@ -174,8 +174,8 @@ class Critique(Prompt):
         return None if occasion.text is None else Ask(occasion.messages, self.template, occasion.text)
 
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
-        """Where the rollout is right, where it first goes wrong, and what follows (of ``verbatim_prefix`` only)."""
-        return regions(text, note) if self.form == "verbatim_prefix" else []
+        """Where the rollout is right, where it first goes wrong, and what follows."""
+        return regions(text, note)
 
 
 @dataclass(frozen=True, kw_only=True)

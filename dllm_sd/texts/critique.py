@@ -146,10 +146,14 @@ def parse_steps(text: str, needs_answer: bool = False) -> Steps | Reason:
 def first_change(trace: Steps, critique: Steps) -> int | None:
     """The first step of the trace that the critique writes otherwise or leaves out, from 0.
 
-    White space does not count. None where all steps of the trace stand in the critique, whatever follows them.
+    White space does not count, and `RIGHT` stands for the step that it is said of. None where all steps of the trace
+    stand in the critique, whatever follows them.
     """
     for place, step in enumerate(trace.steps):
-        if place >= len(critique.steps) or _spaced(step.text) != _spaced(critique.steps[place].text):
+        if place >= len(critique.steps):
+            return place
+        other = _spaced(critique.steps[place].text)
+        if other not in (_spaced(step.text), RIGHT.format(number=place + 1)):
             return place
     return None
 

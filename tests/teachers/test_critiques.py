@@ -8,7 +8,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Critique, Suffix
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.texts.critique import CRITIC_ANSWER, CRITIC_REFERENCE, CRITIQUE_TEACHER
+from dllm_sd.texts.critique import CRITIC_ANSWER, CRITIC_REFERENCE, CRITIQUE_TEACHER, FORMS, Form
 from dllm_sd.writers import Request, Written
 from tests.teachers.scripted import Script, drops, informed, places, prompts, rolled
 
@@ -143,8 +143,11 @@ def test_a_critique_says_where_its_rollout_is_right_goes_wrong_and_follows():
 
 
 @pytest.mark.parametrize("form", ["full_quote", "no_trace"])
-def test_the_other_forms_do_not_say_where_a_rollout_goes_wrong(form: Any):
-    assert critique(form=form).marks(WRONG, RIGHT) == []
+@pytest.mark.parametrize("right", [RIGHT, RIGHT.replace("bags", "sacks"), RIGHT.replace("12", "13", 1), WRONG])
+def test_the_other_forms_say_the_same_of_where_a_rollout_goes_wrong(form: Form, right: str):
+    plain = critique().marks(WRONG, right)
+    assert plain
+    assert critique(form=form).marks(WRONG, FORMS[form](WRONG, right)) == plain
 
 
 def test_a_critique_may_stand_before_a_canvas_with_a_suffix():
