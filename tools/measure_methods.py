@@ -11,16 +11,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean
+from threading import Thread
 from typing import Any
+
+from make_tiny_reader import corrected
 
 import dllm_sd
 
 SEEDS = (1, 2, 3)
 UPDATES = 30
 JOBS = int(os.environ.get("MEASURE_JOBS", "2"))
+ADVANTAGE = ("prefix", "error", "after", "localisation", "right")
 MEASURED = Path(dllm_sd.__file__).parent / "assets" / "measured.json"
 
 _ONE = ["method.rollout.problems=64", "method.rollout.attempts=1"]
@@ -56,10 +63,51 @@ _SHARED: dict[str, list[str]] = {
 }
 _SHORTCUT = ["method.contexts.0.source=answer"]
 
+_TEXT = "template: '({hint}){question}'"
+_RUBRIC = "name: rubric, lines: true, " + _TEXT
+
+
+def _read(context: str) -> list[str]:
+    """One attempt at each of 64 problems, and a teacher that reads this."""
+    return [*_ONE, *_AT_ONE, f"method.contexts=[{{{context}}}]"]
+
+
+def _written_by(writer: str) -> list[str]:
+    """A rubric that somebody writes of the question alone."""
+    sampling = "{length: 24, temperature: 0.7, top_p: 0.95}"
+    return _read(f"{_RUBRIC}, prompt: '?{{question}}', writing: {{writer: {writer}, sampling: {sampling}}}")
+
+
+def _critique(form: str) -> list[str]:
+    """A critic without fault, behind a server, corrects every rollout."""
+    writing = "{writer: {name: server, url: CRITIC, model: critic}}"
+    prompt = "prompt: '{question}|{truth}|{trace}'"
+    return _read(f"name: critique, form: {form}, {prompt}, {_TEXT}, writing: {writing}")
+
+
+_BANK = [
+    "method.library={path: READER/bank.json, count: 4, every: 0}",
+    "method.contexts=[{}]".format(", ".join(f"{{name: skills, rank: {rank}, {_TEXT}}}" for rank in range(4))),
+]
+_FEEDBACK = "name: feedback, anchored: false, solution: '{hint}', comment: '{hint}', prompt: '{response}?{question}'"
+_FEEDBACK_WRITING = "writing: {writer: peer, sampling: {length: 24, temperature: 1.0}, tolerance: 1.0}"
+_STUDENTS = ", ".join(f"{{name: {name}, domain: {name}, path: READER/{name}}}" for name in ("few", "many"))
+_PEERS = f"{{rounds: 2, problems: 256, attempts: 1, temperature: 0.0, students: [{_STUDENTS}]}}"
+_ASKING = ["task.prompt='?{rows}:'", "task.answer_field=lines", "task.reference_field=lines"]
+_DEGRADED = ("random", "noisy", "reduced")
+_FORMS = ("verbatim_prefix", "full_quote", "no_trace")
+_D_RCSD = [
+    "task={name: jsonl, data: READER/train.jsonl, data_test: READER/test.jsonl, prompt: '{puzzle}', "
+    "answer_field: solution, reference_field: solution, size_dev: 512}",
+    f"method.contexts=[{{name: suffix, prompt: {{{_RUBRIC}, source: data}}}}]",
+]
+_SPD = {name: ["method.rollout.problems=64"] for name in ("spd", "self_distillation", "self_retraining")}
+
 RUNS: dict[str, dict[str, list[str]]] = {
     "autoregressive": {
         **_SHARED,
         "popd": [*_SHARED["popd"], "method.rollout.horizon.start=8", "method.rollout.horizon.step=2"],
+        **_SPD,
         "topd ratio=0.25": [*_SHARED["topd"], "method.rollout.horizon.ratio=0.25"],
         "topd ratio=0.5": [*_SHARED["topd"], "method.rollout.horizon.ratio=0.5"],
         "opsd_reference answer": [*_SHARED["opsd_reference"], *_SHORTCUT],
@@ -72,9 +120,31 @@ RUNS: dict[str, dict[str, list[str]]] = {
         ),
         "d_opsd_reference": ["method.rollout.problems=64", "method.rollout.passes=4"],
         "later_step": _ONE,
+        **_SPD,
+        "d_rcsd": [*_RETRY, *_D_RCSD],
         "diffu_grpo": _GROUP,
         "popd": [*_SHARED["popd"], "method.rollout.horizon={name: progressive, start: 1, step: 1, every: 8}"],
         "topd ratio=0.5": [*_SHARED["topd"], "method.rollout.horizon.ratio=0.5"],
+    },
+    "autoregressive reader": {
+        "rcsd_writer": [*_ONE, *_AT_ONE, *_hints(0), *_ASKING],
+        "rcsd gold": _read(f"{_RUBRIC}, source: data, writing: null"),
+        "rcsd learned": _written_by("{name: checkpoint, path: WRITER}"),
+        "rcsd unlearned": _written_by("base"),
+        **{f"rcsd {kind}": _read(f"{_RUBRIC}, source: {kind}, writing: null") for kind in _DEGRADED},
+        "rcsd none": _read("name: nothing"),
+        "rcsd_reference": _read(
+            "name: rubric, lines: true, source: data, writing: null, reference: true, "
+            "template: '({hint}{reference}){question}'"
+        ),
+        **{f"step_align {form}": _critique(form) for form in _FORMS},
+        "sgsd": [*_ONE, *_AT_ONE, *_BANK],
+        "op_co_distill": [
+            *(*_GROUP, f"method.contexts=[{{{_FEEDBACK}, {_TEXT}, {_FEEDBACK_WRITING}}}]", f"peers={_PEERS}"),
+        ],
+        "sdpo": [*_GROUP, *_hints(0)],
+        "sft": _RETRY,
+        "opsd_paper": [*_ONE, *_AT_ONE, *_hints(0)],
     },
 }
 """Backbone: what is measured (a method, and what tells a variant of it): overrides beside the method's own row."""
@@ -82,6 +152,16 @@ RUNS: dict[str, dict[str, list[str]]] = {
 # With 64 completions an update most methods collapse at the learning rate of quickstart_ar (docs/log.md).
 _RATE = {"autoregressive": ["optim.lr=3e-4"], "diffusion": []}
 _BASE = {"autoregressive": "quickstart_ar", "diffusion": "quickstart"}
+_READER = [
+    "task={name: jsonl, data: READER/train.jsonl, data_test: READER/test.jsonl, prompt: '{rows}:', "
+    "reference_field: worked, size_dev: 512}",
+    "decode.length=88",
+]
+_OWN = {
+    "autoregressive": [],
+    "diffusion": [],
+    "autoregressive reader": ["model.path=READER/ar", *_READER],
+}
 _TEACHER = {
     "autoregressive": [
         "configs/tiny_ar_sft.yaml",
@@ -95,27 +175,40 @@ _COMMON = ["eval.every=10", "eval.problems=512", "eval.final_problems=1024", "ev
 _COMMON += [f"updates={UPDATES}", "log.progress=false", "log.tensorboard=false", "checkpoint.every=30"]
 
 
-def command(backbone: str, name: str, seed: int, folder: Path) -> list[str]:
+def command(backbone: str, name: str, seed: int, folder: Path, critic: str) -> list[str]:
     """One run."""
-    method = name.split()[0]
-    teacher = str(folder / f"teacher_{backbone}")
-    overrides = [text.replace("TEACHER", teacher) for text in RUNS[backbone][name]]
-    where = f"run={folder / backbone / name.replace(' ', '_') / str(seed)}"
-    return ["train", _BASE[backbone], f"method={method}", *overrides, *_COMMON, *_RATE[backbone], f"seed={seed}", where]
+    method, kind = name.split()[0], backbone.split()[0]
+    made = {
+        "TEACHER": folder / f"teacher_{backbone}",
+        "READER": folder / "reader",
+        "WRITER": folder / f"writer_{seed}",
+        "CRITIC": critic,
+    }
+    where = f"run={folder / backbone.replace(' ', '_') / name.replace(' ', '_') / str(seed)}"
+    words = [_BASE[kind], *_OWN[backbone], f"method={method}", *RUNS[backbone][name], *_COMMON, *_RATE[kind]]
+    for word, value in made.items():
+        words = [text.replace(word, str(value)) for text in words]
+    return ["train", *words, f"seed={seed}", where]
 
 
 def run(folder: Path, names: list[str]) -> None:
-    """Train the teachers of on-policy distillation, then everything, `JOBS` runs at a time with one thread each."""
+    """Train what others learn from, then everything, `JOBS` runs at a time with one thread each."""
     wanted = [
         (backbone, name)
         for backbone, runs in RUNS.items()
         for name in runs
-        if not names or name.split()[0] in names or backbone in names
+        if not names or name in names or name.split()[0] in names or backbone in names
     ]
-    for backbone in dict.fromkeys(backbone for backbone, name in wanted if "TEACHER" in " ".join(RUNS[backbone][name])):
-        teach(backbone, folder)
-    jobs = [command(backbone, name, seed, folder) for seed in SEEDS for backbone, name in wanted]
-    with ThreadPoolExecutor(JOBS) as pool:
+    for backbone in dict.fromkeys(backbone for backbone, _ in wanted):
+        needed = " ".join(text for other, name in wanted if other == backbone for text in RUNS[backbone][name])
+        if "TEACHER" in needed:
+            teach(backbone, folder)
+        if "READER" in needed or _OWN[backbone]:
+            make_reader(folder)
+    with serve_critic() as critic, ThreadPoolExecutor(JOBS) as pool:
+        if any(name == "rcsd learned" for _, name in wanted):
+            list(pool.map(lambda seed: learn_to_write(folder, seed), SEEDS))
+        jobs = [command(backbone, name, seed, folder, critic) for seed in SEEDS for backbone, name in wanted]
         for number, said in enumerate(pool.map(_call, jobs), 1):
             print(f"{number} of {len(jobs)}: {said}", flush=True)
 
@@ -127,13 +220,69 @@ def teach(backbone: str, folder: Path) -> None:
         return
     if backbone == "autoregressive":
         data = folder / "tiny_ar_data"
-        maker = [sys.executable, str(Path(__file__).with_name("make_tiny_asset.py")), "data", str(data)]
-        subprocess.run(maker, check=True)
+        _tool("make_tiny_asset.py", "data", str(data))
         settings = [*_TEACHER[backbone], f"task.data={data / 'train.jsonl'}"]
     else:
         settings = _TEACHER[backbone]
-    print(_call(["train", *settings, "log.progress=false", "log.tensorboard=false", f"run={made}"]), flush=True)
-    print(_call(["export", str(made), "--to", "merged", str(teacher)]), flush=True)
+    _make([*settings], made, teacher)
+
+
+def make_reader(folder: Path) -> None:
+    """The tiny model that reads what somebody wrote, its data, and two that have seen easy or hard puzzles last."""
+    reader = folder / "reader"
+    if not (reader / "bank.json").is_file():
+        _tool("make_tiny_reader.py", str(reader))
+    where = [f"model.tokenizer={reader / 'tokenizer'}", f"task.data={reader / 'imitated.jsonl'}"]
+    _make(["configs/tiny_reader_sft.yaml", *where], reader / "ar_run", reader / "ar")
+    taught = ["method=sft", *_RETRY, "updates=100", "eval.final_problems=0", *_RATE["autoregressive"]]
+    own = [text.replace("READER", str(reader)) for text in _OWN["autoregressive reader"]]
+    for domain in ("few", "many"):
+        data = [f"task.data={reader / domain}.jsonl", "task.data_test=null"]
+        _make(["quickstart_ar", *own, *data, *taught], reader / f"{domain}_run", reader / domain)
+
+
+def learn_to_write(folder: Path, seed: int) -> None:
+    """Stage I of RCSD: the writer that "rcsd learned" reads."""
+    words = command("autoregressive reader", "rcsd_writer", seed, folder, "")
+    run = Path(words[-1].removeprefix("run="))
+    _make(words[1:-1], run, folder / f"writer_{seed}")
+
+
+@contextmanager
+def serve_critic() -> Iterator[str]:
+    """A server that corrects traces; its base URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Critic) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
+class Critic(BaseHTTPRequestHandler):
+    """Answers ``puzzle:|solution|trace`` with the trace, put right."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+        puzzle, solution, trace = asked.split("|", 2)
+        text = corrected(puzzle.rstrip(":").replace(" ", ""), solution.replace(" ", ""), trace)
+        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing is said of each request."""
+
+
+def _make(settings: list[str], made: Path, target: Path) -> None:
+    """Train once, and export the best weights."""
+    if not target.is_dir():
+        print(_call(["train", *settings, "log.progress=false", "log.tensorboard=false", f"run={made}"]), flush=True)
+        print(_call(["export", str(made), "--to", "merged", str(target)]), flush=True)
+
+
+def _tool(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *arguments], check=True)
 
 
 def _call(arguments: list[str]) -> str:
@@ -152,11 +301,23 @@ def collect(folder: Path) -> None:
     records = []
     for backbone, runs in RUNS.items():
         for name in runs:
-            found = sorted((folder / backbone / name.replace(" ", "_")).glob("*/report.json"))
-            if found:
-                records.append({"method": name, "backbone": backbone, **_summary([file.parent for file in found])})
+            of = folder / backbone.replace(" ", "_") / name.replace(" ", "_")
+            for variant, found in _reports(of).items():
+                records.append({"method": f"{name}{variant}", "backbone": backbone, **_summary(found)})
     MEASURED.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     print(f"{len(records)} rows written to {MEASURED}")
+
+
+def _reports(folder: Path) -> dict[str, list[Path]]:
+    """The runs of all seeds; of two students those of each."""
+    students = sorted({path.parent.name for path in folder.glob("*/students/*/report.json")})
+    if students:
+        return {
+            f" {name}": sorted(path.parent for path in folder.glob(f"*/students/{name}/report.json"))
+            for name in students
+        }
+    runs = sorted(path.parent for path in folder.glob("*/report.json"))
+    return {"": runs} if runs else {}
 
 
 def _summary(runs: list[Path]) -> dict[str, Any]:
@@ -184,6 +345,7 @@ def _summary(runs: list[Path]) -> dict[str, Any]:
         "seconds": round(total("time/rollouts") + total("time/learning"), 1),
         "length": last("eval/length"),
         "entropy": last("student/entropy"),
+        **{name: value for name in ADVANTAGE if (value := last(f"advantage/{name}")) is not None},
     }
 
 
