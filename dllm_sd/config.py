@@ -57,6 +57,12 @@ class Config:
             raise InputError("updates and max_prompt must be at least 1")
         if not self.run:
             raise InputError("run is empty; name the folder of the run")
+        begun = [i for i, one in enumerate(self.peers.students) if one.start] if self.peers else []
+        if begun and self.model.lora is None:
+            raise InputError(
+                f"peers.students.{begun[0]}.start is an adapter, but model.lora is null; set model.lora, or name whole "
+                f"weights in peers.students.{begun[0]}.path"
+            )
         if self.peers and self.updates % self.peers.rounds:
             raise InputError("updates must be a multiple of peers.rounds, so that all rounds are of one length")
 

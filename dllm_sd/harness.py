@@ -24,7 +24,7 @@ from dllm_sd.likelihood import batches, log_likelihoods, written_greedily
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import DTYPES, AnyPolicy, load_policy, put_on
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion, check_blocks
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion, check_denoising
 from dllm_sd.randomness import make_key
 
 T = TypeVar("T")
@@ -216,7 +216,7 @@ class HarnessModel(_LM):
             sampled = wanted.get("do_sample", "temperature" in wanted)
             decode["temperature"] = float(wanted.get("temperature", 1.0) or 0.0) if sampled else 0.0
         settings = Decoding(batch_size=self.batch_size, **decode)
-        check_blocks(self.policy.block_length, settings)
+        check_denoising(self.policy.block_length, settings)
         return settings
 
     def _text(self, tokens: list[int], until: str | Sequence[str]) -> str:

@@ -16,14 +16,17 @@ HEAD = """# Methods
 Each method is one part for every slot; [concepts](concepts.md) says what the slots ask. `dllm-sd train CONFIG
 method=NAME` takes any of them on any model, masked diffusion or autoregressive, or says in one sentence why that pair
 has no meaning. `dllm-sd show CONFIG` prints the same for one run. This page is made from the table in
-`dllm_sd/methods/` by `python tools/make_methods_page.py`.
+`dllm_sd/methods/` by `python tools/make_methods_page.py`; the pages in `docs/methods/` say what each is for, and what
+the papers claim.
 """
 MEASURED = """## Measured
 
 Greedy accuracy in percent on 1,024 test puzzles (4x4 Sudoku) of the shipped tiny models, `tiny` and `tiny_ar`, by
 `tools/measure_methods.py`: the same updates, learning rate and schedule for all methods of a backbone, nothing tuned
 for one. Best: the best weights on 512 dev puzzles. A row with more words than a name has those overrides.
-Seconds are those of rollouts and updates with one thread; tokens were generated in rollouts.
+Seconds are those of rollouts and updates with one thread; tokens were generated in rollouts. The autoregressive reader
+(`tools/make_tiny_reader.py`) writes its solution in tagged steps and has learnt to read rubrics, critiques and skills;
+rows of two students are those of each.
 
 """
 _COLUMNS = ("method", "seeds", "before", "last", "best", "updates (skipped)", "tokens", "seconds", "length", "entropy")
@@ -60,9 +63,8 @@ def closest(method: Method) -> tuple[str, bool] | None:
     """The row that is made of the same parts and has most settings in common, and whether it is this very method."""
 
     def kinds(other: Method) -> list[Any]:
-        return [
-            [type(part) for part in (slot if isinstance(slot, tuple) else (slot,))] for slot in vars(other).values()
-        ]
+        parts = [part for slot in vars(other).values() for part in (slot if isinstance(slot, tuple) else (slot,))]
+        return [(type(part), type(getattr(part, "prompt", None))) for part in parts]
 
     alike = {name: row.method for name, row in METHODS.items() if kinds(row.method) == kinds(method)}
     if not alike:
@@ -92,12 +94,9 @@ def _records() -> list[dict[str, Any]]:
 
 def _measured_tables() -> str:
     text = ""
-    for backbone in ("autoregressive", "diffusion"):
+    for backbone in dict.fromkeys(record["backbone"] for record in _records()):
         records = [record for record in _records() if record["backbone"] == backbone]
         text += f"### {backbone}\n\n"
-        if not records:
-            text += "Not measured yet.\n\n"
-            continue
         text += f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}\n"
         text += "".join(f"| {' | '.join(_cells(record))} |\n" for record in records) + "\n"
     return text.rstrip() + "\n"

@@ -9,7 +9,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import teacher_model
-from dllm_sd.policies.masked_diffusion import check_blocks
+from dllm_sd.policies.masked_diffusion import check_denoising
 from dllm_sd.policies.weights import Checkpoint, Peer
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, Feedback, Reference
@@ -28,9 +28,7 @@ def check_model(config: Config) -> Blueprint:
         _check_causal(config)
         return blueprint
     for key, settings in _decodings(config).items():
-        if settings.continuous:
-            raise InputError(f"{key}.continuous is for autoregressive models and this one denoises; leave it out")
-        check_blocks(blueprint.block_length, settings, key)
+        check_denoising(blueprint.block_length, settings, key)
     if blueprint.block_length is None:
         return blueprint
     if isinstance(config.method.canvases, AllMasked):
@@ -60,6 +58,8 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
     if not len(problems):
         return
     task, problem = config.task, problems[0]
+    if config.method.library is not None:
+        config.method.library.check(problems)
     if not config.method.rollout.decodes and task.reference(problem) is None:
         raise InputError("method.rollout demonstrations needs references, but the task's data has none; name others")
     for context in config.method.contexts:
@@ -143,7 +143,7 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
         if hint is not None and hint.reasoning is not None:
             analysis = replace(config.decode, length=hint.reasoning.length, temperature=hint.reasoning.temperature)
             if not blueprint.causal:
-                check_blocks(blueprint.block_length, analysis, "the analysis of a context with decode")
+                check_denoising(blueprint.block_length, analysis, "the analysis of a context with decode")
         writing = hint.writing if hint is not None else None
         if writing is None or isinstance(writing.writer, Server):
             continue
@@ -151,7 +151,7 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
             raise InputError("a writer sets thinking, but the chat template has no thinking switch; leave it out")
         if not blueprint.causal:
             text = replace(config.decode, length=writing.sampling.length)
-            check_blocks(blueprint.block_length, text, "the text of a context's writer with decode")
+            check_denoising(blueprint.block_length, text, "the text of a context's writer with decode")
     for weights in config.method.models():
         if isinstance(weights, Peer) and weights.path is None and config.peers is None:
             raise InputError("a context's writer peer has no path; name a checkpoint or adapter of another run")

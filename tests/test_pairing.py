@@ -316,6 +316,14 @@ def test_a_method_that_asks_for_no_reference_takes_any_data(name):
     check_data(config, [Problem("p", {})])
 
 
+def test_a_bank_that_is_asked_for_what_a_problem_does_not_have_is_refused_by_the_data():
+    library = {"problem": "{problem}"}
+    config = build_config({"task": "sudoku", "method": {"name": "sgsd", "library": library}})
+    check_data(config, [Problem("p", {"problem": "1"})])
+    with pytest.raises(InputError, match=r"^method\.library\.problem \(for q\) asks for {problem}; use plain fields"):
+        check_data(config, [Problem("p", {"problem": "1"}), Problem("q", {"question": "1"})])
+
+
 def test_a_folder_is_read_without_its_weights(tmp_path, saved):
     folder = Path(saved["causal"])
     weights = folder / "model.safetensors"

@@ -28,6 +28,7 @@ SEEDS = (1, 2, 3)
 UPDATES = 30
 JOBS = int(os.environ.get("MEASURE_JOBS", "2"))
 ADVANTAGE = ("prefix", "error", "after", "localisation", "right")
+"""Means over the first three updates, while the weights are nearly the initial ones."""
 MEASURED = Path(dllm_sd.__file__).parent / "assets" / "measured.json"
 
 _ONE = ["method.rollout.problems=64", "method.rollout.attempts=1"]
@@ -138,6 +139,7 @@ RUNS: dict[str, dict[str, list[str]]] = {
             "template: '({hint}{reference}){question}'"
         ),
         **{f"step_align {form}": _critique(form) for form in _FORMS},
+        "step_align reverse_kl": [*_critique(_FORMS[0]), "method.divergence=reverse_kl"],
         "sgsd": [*_ONE, *_AT_ONE, *_BANK],
         "op_co_distill": [
             *(*_GROUP, f"method.contexts=[{{{_FEEDBACK}, {_TEXT}, {_FEEDBACK_WRITING}}}]", f"peers={_PEERS}"),
@@ -242,10 +244,10 @@ def make_reader(folder: Path) -> None:
 
 
 def learn_to_write(folder: Path, seed: int) -> None:
-    """Stage I of RCSD: the writer that "rcsd learned" reads."""
-    words = command("autoregressive reader", "rcsd_writer", seed, folder, "")
-    run = Path(words[-1].removeprefix("run="))
-    _make(words[1:-1], run, folder / f"writer_{seed}")
+    """Stage I of RCSD, longer than a row of the table and at quickstart_ar's rate: the writer of "rcsd learned"."""
+    words = command("autoregressive reader", "rcsd_writer", seed, folder, "")[1:-1]
+    longer = ["updates=240", "eval.every=40", "checkpoint.every=40", "optim.lr=1e-3"]
+    _make([*words, *longer], folder / f"writer_{seed}_run", folder / f"writer_{seed}")
 
 
 @contextmanager
@@ -331,6 +333,10 @@ def _summary(runs: list[Path]) -> dict[str, Any]:
         found = [[line[key] for line in log if line.get(key) is not None] for log in lines]
         return round(mean(mean(values[-5:]) for values in found), 3) if all(found) else None
 
+    def first(key: str) -> float | None:
+        found = [[line[key] for line in log if line.get(key) is not None] for log in lines]
+        return round(mean(mean(values[:3]) for values in found), 3) if all(found) else None
+
     def total(key: str) -> float:
         return mean(sum(line.get(key) or 0 for line in log) for log in lines)
 
@@ -345,7 +351,7 @@ def _summary(runs: list[Path]) -> dict[str, Any]:
         "seconds": round(total("time/rollouts") + total("time/learning"), 1),
         "length": last("eval/length"),
         "entropy": last("student/entropy"),
-        **{name: value for name in ADVANTAGE if (value := last(f"advantage/{name}")) is not None},
+        **{name: value for name in ADVANTAGE if (value := first(f"advantage/{name}")) is not None},
     }
 
 

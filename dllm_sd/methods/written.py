@@ -80,7 +80,8 @@ WRITTEN: dict[str, Row] = {
         ),
         "SGSD, arXiv 2605.28791, and github.com/walawalagoose/SGSD, commit f296a91",
         "Eight teachers, each with a skill and a mistake from a bank in its prompt; the outcome of a rollout says "
-        "which of them to follow and which to shun. On masked diffusion the gap is that of the all-masked canvas.",
+        "which of them to follow and which to shun. Retrieval reads the whole prompt, in the code the bare problem "
+        "(set method.library.problem). On masked diffusion the gap is that of the all-masked canvas.",
     ),
     "op_co_distill": Row(
         replace(

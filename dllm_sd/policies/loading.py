@@ -82,7 +82,7 @@ def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") 
     if model.lora and model.lora.start:
         with torch.no_grad():
             live = trained(policy)
-            for name, value in Peer(model.lora.start).read(live).items():
+            for name, value in Peer(model.lora.start).read(policy).items():
                 live[name].copy_(value)
     _check(policy)
     return policy

@@ -63,7 +63,7 @@ class MaskedDiffusion(LanguageModel):
 
         Returns the trajectory on the CPU, in the order of the prompts.
         """
-        check_blocks(self.block_length, settings)
+        check_denoising(self.block_length, settings)
         settings = replace(settings, suppress=tuple(sorted({*settings.suppress, *self.suppress})))
         with self.decoding():
             return denoise(
@@ -110,12 +110,14 @@ class MaskedDiffusion(LanguageModel):
         return settings.length if settings.threshold is not None else blocks * len(settings.schedule)
 
 
-def check_blocks(block_length: int | None, settings: Decoding, key: str = "decode") -> None:
-    """Refuse blocks that do not fill the canvas, and to decode a block-causal model in others than those it sees.
+def check_denoising(block_length: int | None, settings: Decoding, key: str = "decode") -> None:
+    """Refuse continuous batching, blocks that do not fill the canvas, and others than a block-causal model sees.
 
     Raises:
         InputError: naming the key.
     """
+    if settings.continuous:
+        raise InputError(f"{key}.continuous is for autoregressive models and this one denoises; leave it out")
     if settings.length % settings.block_length:
         raise InputError(
             f"{key}.block_length {settings.block_length} does not divide {key}.length {settings.length}; "

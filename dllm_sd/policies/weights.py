@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.policies.adapters import check_scale
 from dllm_sd.policies.policy import Policy, View
 from dllm_sd.policies.site_head import evaluating
 
@@ -104,12 +105,13 @@ class Peer:
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """It never moves."""
 
-    def read(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Its tensors by the names of the ``live`` ones.
+    def read(self, policy: Policy) -> dict[str, Tensor]:
+        """Its tensors by the names of those that the student ``policy`` trains.
 
         Raises:
-            InputError: if the folder does not hold just these.
+            InputError: if the folder does not hold just these, or says that they were scaled otherwise.
         """
+        live, model = trained(policy), _peft(policy)
         remedy = "give the folder of a checkpoint, or PEFT adapter, of a run with the same model and model.lora"
         file = Path(self.path or "") / "adapter_model.safetensors"
         exported = self.path is not None and file.is_file()
@@ -117,6 +119,9 @@ class Peer:
             found = load_file(file if exported else file.with_name("model.safetensors"))
         except (OSError, SafetensorError) as error:
             raise InputError(f"there is no usable peer at {self.path!r} ({type(error).__name__}); {remedy}") from error
+        settings = model and model.peft_config[model.active_adapters[0]]
+        if isinstance(settings, LoraConfig):
+            check_scale(self.path or "", settings)
         names = {name: name.removeprefix("model.").replace(".default.", ".") if exported else name for name in live}
         for name, stored in names.items():
             if stored not in found or found[stored].shape != live[name].shape:
@@ -168,7 +173,7 @@ class Teacher:
         elif weights.stored and not (isinstance(weights, Base) and _peft(policy)):
             self.copy = {name: _precise(weights, value.detach().clone()) for name, value in live.items()}
         if isinstance(weights, Peer):
-            self._set(weights.read(live))
+            self._set(weights.read(policy))
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:

@@ -62,7 +62,7 @@ class Reasoning:
     temperature: float = 1.0
 
 
-def no_pairs(text: str, key: int) -> Sequence[Pair]:
+def no_pairs(problem: Problem, key: int) -> Sequence[Pair]:
     """Without a bank there are none."""
     return ()
 
@@ -81,8 +81,8 @@ class Occasion:
     """Of the problem, for random choices."""
     problems: Sequence[Problem] = ()
     """The training problems, for hints that belong to others."""
-    pairs: Callable[[str, int], Sequence[Pair]] = no_pairs
-    """``pairs(problem's text, key)``: what the run's bank of skills holds for it, best first."""
+    pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs
+    """``pairs(problem, key)``: what the run's bank of skills holds for it, best first."""
     text: str | None = None
     """What the hint's writer wrote and the hint accepted; None where there is no writer, or nothing was accepted."""
 

@@ -35,7 +35,7 @@ class Sources:
     problems: Sequence[Problem] = ()
     """The training problems."""
     write: Write = nobody_writes
-    pairs: Callable[[str, int], Sequence[Pair]] = no_pairs
+    pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs
     """What the run's bank of skills holds for a problem."""
 
 

@@ -1,10 +1,13 @@
 """Skills in the teacher's prompt: what helped with other problems, and what went wrong there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.skills import RETRIEVERS, AnyRetriever, Bank, Extraction, Lexical, Pair, format_pair, retrieve
+from dllm_sd.tasks.datafile import Generated, render
+from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import Ask, Occasion
 from dllm_sd.teachers.hints import Prompt, check_template
 from dllm_sd.teachers.writing import Writing
@@ -28,6 +31,9 @@ class Library:
     retriever: AnyRetriever = field(default_factory=Lexical, metadata={"parts": RETRIEVERS})
     count: int = 8
     """Pairs of a skill and a mistake that are found for each problem; there must be a context for each."""
+    problem: str | None = None
+    """How a problem reads where the bank is asked for it and where it is extracted from, a template over the problem's
+    fields such as `{problem}` (SGSD); None takes the whole prompt."""
     memories: int = 256
     every: int = 25
     """Updates between two updates of the bank, from the rollouts of the last one; 0 leaves it as it is."""
@@ -43,6 +49,26 @@ class Library:
     def needs_writer(self) -> bool:
         """Whether the bank is made or renewed."""
         return self.path is None or self.every > 0
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Refuse a `problem` that shows nothing of a problem, or asks for what one of them does not have.
+
+        Raises:
+            InputError: naming the key and the problem.
+        """
+        if self.problem is None:
+            return
+        for problem in problems[:1] if isinstance(problems, Generated) else problems:  # made ones have the same fields
+            key = f"method.library.problem (for {problem.id})"
+            one, other = (render(self.problem, dict.fromkeys(problem.fields, mark), key) for mark in "12")
+            if one == other:
+                raise InputError("method.library.problem is one text for all problems; give it a field in braces")
+
+    def text(self, task: Task, problem: Problem) -> str:
+        """A problem as the bank is asked for it."""
+        if self.problem is None:
+            return task.messages(problem)[-1]["content"]
+        return render(self.problem, problem.fields, "method.library.problem")
 
     def pairs(self, bank: Bank, query: str, key: int) -> tuple[Pair, ...]:
         """What the bank holds for a problem, best first."""
@@ -65,7 +91,7 @@ class Skills(Prompt):
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None where the bank holds fewer pairs; the pair's weight is how far this teacher is believed."""
-        pairs = occasion.pairs(occasion.question, make_key(occasion.key, "skills"))
+        pairs = occasion.pairs(occasion.rollout.problem, make_key(occasion.key, "skills"))
         if self.rank >= len(pairs):
             return None
         pair = pairs[self.rank]

@@ -22,7 +22,6 @@ from dllm_sd.texts.rubric import (
     generic,
     noisy,
     parse_rubric,
-    random_other,
     reduced,
     render_rubric,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "noisy",
     "parse_rubric",
     "parse_steps",
-    "random_other",
     "reduced",
     "regions",
     "render_rubric",

@@ -188,16 +188,6 @@ def noisy(own: Rubric, others: Sequence[Rubric], key: int) -> Rubric:
     return Rubric(tuple(mixed[place] for place in permutation(make_key(key, "mixed"), len(mixed))))
 
 
-def random_other(own_index: int, rubrics: Sequence[Rubric], key: int) -> Rubric:
-    """The rubric of another question, drawn from all but ``own_index`` (Random)."""
-    if len(rubrics) < 2:
-        raise InputError("a random rubric needs rubrics of other questions; give data with more than one question")
-    if not 0 <= own_index < len(rubrics):
-        raise InputError(f"there is no rubric {own_index} among {len(rubrics)}; count from 0")
-    place = make_key(key, "random") % (len(rubrics) - 1)
-    return rubrics[place + (place >= own_index)]
-
-
 def _some(rubric: Rubric, count: int, key: int) -> tuple[Criterion, ...]:
     chosen = sorted(permutation(key, len(rubric.criteria))[:count])
     return tuple(rubric.criteria[place] for place in chosen)

@@ -13,6 +13,7 @@ from dllm_sd.objective import Graded, Plan
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.rollouts import Rollouts
 from dllm_sd.teachers import AnyContext
+from dllm_sd.teachers.hints import Prompt
 
 REGIONS = ("prefix", "error", "after")
 """Before the first wrong step, in it, and behind it."""
@@ -27,7 +28,7 @@ def region_map(policy: Policy, contexts: Sequence[AnyContext], rollouts: Rollout
     Of the first context, whose advantage is logged.
     """
     hint = contexts[0].hint if contexts else None
-    if hint is None or not rollouts.size:
+    if hint is None or type(hint).marks is Prompt.marks or not rollouts.size:
         return None
     found = torch.full(rollouts.trajectory.tokens.shape, -1)
     for row, rollout in enumerate(rollouts.kept):

@@ -8,7 +8,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout
 from dllm_sd.skills import Bank, Memory, Pair, build_bank, cold_start, read_bank, update, write_bank
-from dllm_sd.tasks.task import Task
+from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers import Library
 from dllm_sd.teachers.prompts import Write
 from dllm_sd.writers import Request
@@ -62,9 +62,10 @@ class Shelf:
         )
         return {f"bank/{name}": count for name, count in counts.items()}
 
-    def pairs(self, text: str, key: int) -> Sequence[Pair]:
+    def pairs(self, problem: Problem, key: int) -> Sequence[Pair]:
         """What the bank holds for a problem, best first."""
-        return self.library.pairs(self.bank, text, key) if self.library else ()
+        library = self.library
+        return library.pairs(self.bank, library.text(self.task, problem), key) if library else ()
 
     def write_down(self, run: Path) -> None:
         """For people to read."""
@@ -78,7 +79,8 @@ class Shelf:
 
     def _memory(self, rollout: Rollout) -> Memory:
         problem = rollout.problem
-        text = self.task.messages(problem)[-1]["content"]
+        assert self.library is not None
+        text = self.library.text(self.task, problem)
         truth = self.task.final_answer(problem)
         return Memory(text, rollout.text, rollout.grade.correct, rollout.grade.parsed, truth)
 

@@ -321,10 +321,11 @@ def test_impossible_settings_are_refused(settings, says):
     [
         ({"length": 10, "block_length": 4}, "decode.block_length 4 does not divide decode.length 10"),
         ({"steps": 2}, "decode.steps must be at least the number of blocks"),
+        ({"continuous": True}, r"^decode\.continuous is for autoregressive models and this one denoises"),
     ],
     ids=str,
 )
-def test_blocks_that_do_not_fill_the_canvas_are_refused_before_the_first_pass(policy, settings, says):
+def test_what_no_canvas_can_do_is_refused_before_the_first_pass(policy, settings, says):
     meter = Meter()
     with pytest.raises(InputError, match=says):
         policy.decode([[4]], replace(SHORT, **settings), [0], meter=meter)

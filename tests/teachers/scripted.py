@@ -102,7 +102,7 @@ def informed(
     *contexts: AnyContext,
     write: Any = nobody,
     problems: Sequence[Problem] | None = None,
-    pairs: Callable[[str, int], Sequence[Pair]] = no_pairs,
+    pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs,
     batch: tuple[int, int] = BATCH,
 ) -> Rollouts:
     """`inform` with a task of plain questions; the training problems are those of the rollouts unless given."""

@@ -10,10 +10,11 @@ from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.skills import Bank, Mistake, Random, Skill, retrieve
 from dllm_sd.skills.retrieval import Pair
+from dllm_sd.tasks.datafile import Generated
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Library, Nothing, Reference, Skills
 from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
-from tests.teachers.scripted import BATCH, informed, places, prompts, rolled
+from tests.teachers.scripted import BATCH, TASK, informed, places, prompts, rolled
 
 BANK = Bank(
     tuple(Skill(f"gen_{n}", title, f"p{n}", f"w{n}") for n, title in enumerate(["circle", "prime", "square root"])),
@@ -24,8 +25,8 @@ PRIME = Problem("p", {"question": "Is 7 prime?", "solution": "yes"})
 ROLLOUTS = rolled((CIRCLE, [("1", 0.0), ("2", 1.0)]), (PRIME, [("3", 0.0)]))
 
 
-def found(query: str, key: int) -> Sequence[Pair]:
-    return retrieve(BANK, query, 8, key)
+def found(problem: Problem, key: int) -> Sequence[Pair]:
+    return retrieve(BANK, problem.fields["question"], 8, key)
 
 
 def skills(rank: int) -> Skills:
@@ -56,23 +57,23 @@ def test_each_teacher_reads_the_pair_of_its_rank():
 def test_teachers_weigh_the_softmax_of_their_pairs_scores():
     rollouts = informed(ROLLOUTS, skills(0), Nothing(), skills(1), pairs=found)
     for rollout in rollouts.kept:
-        scores = [pair.score or 0.0 for pair in found(rollout.problem.fields["question"], 0)]
+        scores = [pair.score or 0.0 for pair in found(rollout.problem, 0)]
         assert scores[0] > scores[1]
         powers = [math.exp(score) for score in scores]
         first, second = (power / sum(powers) for power in powers)
         assert rollout.teacher_weights == pytest.approx((first, 1.0, second), abs=1e-12)
 
 
-def test_pairs_are_found_by_the_text_of_the_problem_and_a_key_of_its_own():
-    asked: list[tuple[str, int]] = []
+def test_pairs_are_found_by_the_problem_and_a_key_of_its_own():
+    asked: list[tuple[Problem, int]] = []
 
-    def pairs(query: str, key: int) -> Sequence[Pair]:
-        asked.append((query, key))
-        return found(query, key)
+    def pairs(problem: Problem, key: int) -> Sequence[Pair]:
+        asked.append((problem, key))
+        return found(problem, key)
 
     informed(ROLLOUTS, skills(0), pairs=pairs)
     keys = [make_key(make_key(*BATCH, problem.id, "hint"), "skills") for problem in (CIRCLE, PRIME)]
-    assert asked == [("Draw a circle", keys[0])] * 2 + [("Is 7 prime?", keys[1])]
+    assert asked == [(CIRCLE, keys[0])] * 2 + [(PRIME, keys[1])]
 
 
 def test_pairs_without_scores_weigh_the_same_and_are_the_same_for_all_rollouts_of_a_problem():
@@ -81,7 +82,7 @@ def test_pairs_without_scores_weigh_the_same_and_are_the_same_for_all_rollouts_o
         rollouts = informed(
             ROLLOUTS,
             *(skills(0), skills(1)),
-            pairs=lambda query, key: retrieve(BANK, query, 8, key, Random()),
+            pairs=lambda problem, key: retrieve(BANK, problem.id, 8, key, Random()),
             batch=(3, update),
         )
         assert [rollout.teacher_weights for rollout in rollouts.kept] == [(0.5, 0.5)] * 3
@@ -132,6 +133,37 @@ def test_a_library_finds_as_many_pairs_as_it_is_to_and_knows_whether_anybody_has
     assert not library.needs_writer
     assert Library(path="bank.json", every=1).needs_writer
     assert Library(every=0).needs_writer
+
+
+def test_a_library_reads_a_problem_as_its_prompt_or_as_a_template_says():
+    assert Library().text(TASK, CIRCLE) == "Draw a circle"
+    assert Library(problem="{solution}: {question}").text(TASK, CIRCLE) == "o: Draw a circle"
+    assert Library(problem="{solution}: {question}").check([CIRCLE, PRIME]) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{proof}", "method.library.problem (for c) asks for {proof}; use plain fields only, of which there"),
+        ("{hint}", "method.library.problem (for p) asks for {hint}; use plain fields only, of which there"),
+        ("question", "method.library.problem is one text for all problems; give it a field in braces"),
+        ("{question", "method.library.problem (for c) is not a template"),
+    ],
+)
+def test_a_template_that_fits_not_all_problems_is_refused_with_the_key(template: str, says: str):
+    problems = [Problem("c", {**CIRCLE.fields, "hint": "h"}), PRIME]
+    with pytest.raises(InputError) as refusal:
+        Library(problem=template).check(problems)
+    assert str(refusal.value).startswith(says)
+    assert "\n" not in str(refusal.value)
+
+
+def test_of_problems_that_are_made_one_is_looked_at():
+    def make(number: int) -> Problem:
+        assert number == 0
+        return CIRCLE
+
+    Library(problem="{question}").check(Generated(range(10**9), make))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from dllm_sd.texts.rubric import (
     generic,
     noisy,
     parse_rubric,
-    random_other,
     reduced,
     render_rubric,
 )
@@ -216,18 +215,9 @@ def test_a_noisy_rubric_takes_from_one_other_only_and_mixes():
     assert any(one[-1] not in names(OWN) for one in found)
 
 
-def test_a_random_rubric_is_any_of_the_others():
-    pool = [OWN, *OTHERS, made("y")]
-    for place, own in enumerate(pool):
-        found = [random_other(place, pool, key) for key in range(60)]
-        assert {tuple(names(one)) for one in found} == {tuple(names(one)) for one in pool if one != own}
-
-
 def test_the_variants_depend_on_their_key_alone():
-    pool = [OWN, *OTHERS]
-
-    def all_of(key: int) -> tuple[Rubric, Rubric, Rubric]:
-        return reduced(OWN, key), noisy(OWN, OTHERS, key), random_other(0, pool, key)
+    def all_of(key: int) -> tuple[Rubric, Rubric]:
+        return reduced(OWN, key), noisy(OWN, OTHERS, key)
 
     first = [all_of(key) for key in range(30)]
     assert first == [all_of(key) for key in reversed(range(30))][::-1]
@@ -238,10 +228,6 @@ def test_the_variants_depend_on_their_key_alone():
 def test_a_variant_without_another_question_is_refused():
     with pytest.raises(InputError, match="more than one question"):
         noisy(OWN, [], 1)
-    with pytest.raises(InputError, match="more than one question"):
-        random_other(0, [OWN], 1)
-    with pytest.raises(InputError, match="no rubric 2 among 2; count from 0"):
-        random_other(2, [OWN, OWN], 1)
 
 
 SLOTS = {"question": "Q?", "reference": "R.", "hint": "H {x}"}

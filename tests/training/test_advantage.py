@@ -54,6 +54,11 @@ def test_where_nothing_is_marked_there_is_no_map(policy):
     assert region_map(policy, (), rollouts_of(policy, "wrong")) is None
 
 
+def test_a_hint_that_marks_nothing_costs_nothing():
+    untouched: Any = None
+    assert region_map(untouched, (Reference(),), untouched) is None
+
+
 def test_means_by_region_and_localisation_equal_sums_by_hand(policy):
     rollouts = rollouts_of(policy, "wrong", "right", "wrong")
     regions = region_map(policy, (Marked(),), rollouts)

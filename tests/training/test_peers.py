@@ -474,6 +474,18 @@ def test_data_of_one_domain_is_refused_before_anything_is_written(config):
     assert not Path(settings.run).exists()
 
 
+def test_a_students_adapter_without_adapters_to_train_is_refused(config):
+    students = [{"name": "one", "domain": "small"}, {"name": "two", "domain": "large", "start": "folder"}]
+    whole = {"random_init": True, "tokenizer": "tiny", "lora": None}
+    with pytest.raises(InputError) as refusal:
+        config(model=whole, peers={"students": students})
+    assert str(refusal.value) == (
+        "peers.students.1.start is an adapter, but model.lora is null; set model.lora, or name whole weights in "
+        "peers.students.1.path"
+    )
+    config(model={**whole, "lora": {"rank": 2}}, peers={"students": students})
+
+
 def test_students_of_different_kinds_or_tokenizers_are_refused(config, tmp_path):
     settings = config()
     other = tmp_path / "other"

@@ -1,7 +1,7 @@
 """What teachers write before they grade: with their own weights, and the same over any number of processes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,35 +13,15 @@ from dllm_sd.policies.model import Lora
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers import Reasoning
-from dllm_sd.training import scribe as scribe_module
 from dllm_sd.training.scribe import Scribe
 from dllm_sd.training.sharding import start_accelerator
+from tests.training.several import Processes, gathering, move
 
 PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21]]
 KEYS = [make_key("row", i) for i in range(len(PROMPTS))]
 REASONING = Reasoning(length=16, temperature=0.7)
 DECODE = Decoding(length=8, block_length=4, tokens_per_step=1, temperature=0.0, top_k=20)
 LORA = {"lora": Lora(rank=4, alpha=8)}
-
-
-@dataclass
-class Processes:
-    """What `accelerate` gives one of several processes."""
-
-    process_index: int = 0
-    num_processes: int = 1
-    state: Any = field(default_factory=object)
-
-    def autocast(self) -> Any:
-        return torch.autocast("cpu", enabled=False)
-
-
-def move(policy: AnyPolicy, seed: int) -> None:
-    """Something like an update."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in trained(policy).values():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
 
 
 def texts(policy: AnyPolicy, **changes: Any) -> list[str]:
@@ -130,13 +110,7 @@ def test_other_keys_write_other_texts(build):
 def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, monkeypatch, world):
     teacher = [Teacher(Live(), build())]
     alone = write(teacher)
-    parts: list[list[tuple[int, str]]] = []
-
-    def gather(texts: list[tuple[int, str]]) -> list[tuple[int, str]]:
-        parts.append(texts)
-        return [pair for part in parts[::-1] for pair in part]
-
-    monkeypatch.setattr(scribe_module, "gather_object", gather)
+    parts = gathering(monkeypatch)
     found = [write(teacher, rank=rank, world=world) for rank in range(world)][-1]
     assert found == alone
     assert [len(part) for part in parts] == [len(range(rank, 5, world)) for rank in range(world)]

@@ -43,7 +43,7 @@ TASK: Any = Questions()
 def attempts(*right: bool) -> list[Rollout]:
     nothing: Any = torch.tensor(0)
     return [
-        Rollout(Problem(str(i), {}), 0, f"text {i}", Grade(good, float(good), "7"), nothing)
+        Rollout(Problem(str(i), {"bare": f"bare {i}"}), 0, f"text {i}", Grade(good, float(good), "7"), nothing)
         for i, good in enumerate(right)
     ]
 
@@ -78,8 +78,12 @@ def test_a_bank_is_read_from_its_file_and_found_by_words(tmp_path: Path):
     shelf = Shelf(Library(path=str(tmp_path / "bank.json"), count=2), TASK, nobody, 0)
     shelf.open(None, nobody)
     assert shelf.bank == BANK
-    assert [pair.skill.id for pair in shelf.pairs("principle 2 when 2", 5)] == ["gen_002", "gen_001"]
-    assert sum(pair.weight for pair in shelf.pairs("principle 2", 5)) == pytest.approx(1)
+    problem = Problem("principle 2 when 2", {"text": "principle 1 when 1"})
+    assert [pair.skill.id for pair in shelf.pairs(problem, 5)] == ["gen_002", "gen_001"]
+    assert sum(pair.weight for pair in shelf.pairs(problem, 5)) == pytest.approx(1)
+    bare = Shelf(Library(path=str(tmp_path / "bank.json"), count=2, problem="{text}"), TASK, nobody, 0)
+    bare.open(None, nobody)
+    assert [pair.skill.id for pair in bare.pairs(problem, 5)] == ["gen_001", "gen_002"]
     shelf.write_down(tmp_path)
     assert read_bank(tmp_path / "bank.json") == BANK
 
@@ -92,18 +96,20 @@ def test_a_bank_with_too_few_pairs_is_refused(tmp_path: Path):
     assert "\n" not in str(refusal.value)
 
 
-def test_without_a_file_the_bank_is_made_of_attempts(tmp_path: Path):
+@pytest.mark.parametrize(("problem", "word"), [(None, "question"), ("{bare}", "bare")])
+def test_without_a_file_the_bank_is_made_of_attempts(problem: str | None, word: str):
     author, counts = Author(), []
 
     def attempt(count: int) -> list[Rollout]:
         counts.append(count)
         return attempts(True, False, True, False)
 
-    shelf = Shelf(Library(count=2, memories=4), TASK, author, 0)
+    shelf = Shelf(Library(count=2, memories=4, problem=problem), TASK, author, 0)
     shelf.open(None, attempt)
     assert counts == [4]
     assert (len(shelf.bank.skills), len(shelf.bank.mistakes)) == (2, 2)
-    assert all("question" in text for text in author.asked[:4])
+    asked = [next(line for line in text.splitlines() if line.startswith("Problem: ")) for text in author.asked[:4]]
+    assert asked == [f"Problem: {word} {i}" for i in range(4)]
 
 
 def test_a_bank_is_renewed_every_few_updates_and_goes_on_from_a_checkpoint(tmp_path: Path):
@@ -126,7 +132,7 @@ def test_a_run_without_a_library_has_no_bank(tmp_path: Path):
     shelf = Shelf(None, TASK, nobody, 0)
     shelf.open(None, nobody)
     assert shelf.tree is None
-    assert shelf.pairs("question", 1) == ()
+    assert shelf.pairs(Problem("question", {}), 1) == ()
     assert shelf.after_update(25, attempts(False)) == {}
     shelf.write_down(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """Models that write for hints: whose words they are, and what is not written twice."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,23 +17,16 @@ from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.training import scribe as scribe_module
 from dllm_sd.training.scribe import Scribe
 from dllm_sd.training.sharding import start_accelerator
 from dllm_sd.writers import Cache, Request, Sampling
+from tests.training.several import Processes, gathering, move
 
 DECODE = Decoding(length=8, block_length=4, tokens_per_step=1)
 SAMPLING = Sampling(length=12, temperature=1.0)
 REQUESTS = [Request(({"role": "user", "content": text},), i) for i, text in enumerate(("1+2=", "3*4", "1+2="))]
 LORA = {"lora": Lora(rank=2, alpha=8)}
 KINDS = pytest.mark.parametrize("kind", [{}, LORA], ids=["full", "lora"])
-
-
-def move(policy: AnyPolicy, seed: int) -> None:
-    """Something like an update."""
-    with torch.no_grad():
-        for value in trained(policy).values():
-            value.add_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=value.dtype))
 
 
 def texts(policy: AnyPolicy) -> list[str]:
@@ -81,7 +74,7 @@ def test_a_peers_exported_adapter_is_the_same_peer(make_policy, tmp_path):
     other, policy = make_policy(**LORA), make_policy(**LORA)
     move(other, 2)
     other.module.model.save_pretrained(tmp_path)
-    found = Peer(str(tmp_path)).read(trained(policy))
+    found = Peer(str(tmp_path)).read(policy)
     assert found.keys() == trained(policy).keys()
     assert all(torch.equal(value, trained(other)[name]) for name, value in found.items())
     begun = make_policy(lora=Lora(rank=2, alpha=8, start=str(tmp_path)))
@@ -89,12 +82,11 @@ def test_a_peers_exported_adapter_is_the_same_peer(make_policy, tmp_path):
 
 
 def test_a_peer_of_another_shape_or_none_is_refused_in_one_sentence(make_policy, tmp_path):
-    other, policy = make_policy(**LORA), make_policy(lora=Lora(rank=3, alpha=8))
+    policy = make_policy(lora=Lora(rank=2, alpha=8, targets=("q_proj",)))
+    make_policy(lora=Lora(rank=2, alpha=8, targets=("k_proj",))).module.model.save_pretrained(tmp_path)
     for folder, says in ((tmp_path / "none", "there is no usable peer"), (tmp_path, "of the student's shape")):
-        if folder == tmp_path:
-            other.module.model.save_pretrained(tmp_path)
         with pytest.raises(InputError, match=says) as refusal:
-            Peer(str(folder)).read(trained(policy))
+            Peer(str(folder)).read(policy)
         assert "\n" not in str(refusal.value)
 
 
@@ -114,18 +106,6 @@ WRITERS = pytest.mark.parametrize(
     [Live(), Base(), Ema(0.5), Snapshot(2), Checkpoint("other"), Peer("PEER")],
     ids=lambda part: type(part).__name__,
 )
-
-
-@dataclass
-class Processes:
-    """What `accelerate` gives one of several processes."""
-
-    process_index: int = 0
-    num_processes: int = 1
-    state: Any = field(default_factory=object)
-
-    def autocast(self) -> Any:
-        return torch.autocast("cpu", enabled=False)
 
 
 def shown(found: Sequence[str]) -> list[str | None]:
@@ -201,13 +181,7 @@ def test_dealt_over_processes_writers_write_the_same_in_the_same_order(
     make_policy, kind, world, part, tmp_path, monkeypatch
 ):
     _, part, model, says = cast(make_policy, kind, part, tmp_path / "peer")
-    parts: list[list[Any]] = []
-
-    def gather(pairs: list[Any]) -> list[Any]:
-        parts.append(pairs)
-        return [pair for some in parts[::-1] for pair in some]
-
-    monkeypatch.setattr(scribe_module, "gather_object", gather)
+    parts = gathering(monkeypatch)
     monkeypatch.setattr(Watched, "entered", [])
     processes: list[Any] = [Processes(rank, world) for rank in range(world)]
     scribes = [Watched([], DECODE, one, {part: model}, Cache(tmp_path / "cache"), 100) for one in processes]
@@ -301,3 +275,61 @@ def test_a_folder_with_other_tensors_is_refused_in_one_sentence(make_policy, tmp
         assert "\n" not in str(refusal.value)
     with pytest.raises(InputError, match="has no tensor"):
         make_policy(lora=Lora(rank=2, alpha=8, start=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"rank": 2, "alpha": 16}, "was made with alpha 16, but model.lora.alpha is 8; set it to 16"),
+        ({"rank": 3, "alpha": 8}, "was made with rank 3, but model.lora.rank is 2; set it to 3"),
+    ],
+    ids=["alpha", "rank"],
+)
+@pytest.mark.parametrize("form", ["exported", "checkpoint"])
+def test_an_adapter_that_would_count_otherwise_than_where_it_was_made_is_refused(
+    make_policy, tmp_path, form, other, says
+):
+    maker = make_policy(lora=Lora(**other))
+    folder = tmp_path / "checkpoints" / "best"
+    if form == "exported":
+        maker.module.model.save_pretrained(folder)
+    else:
+        folder.mkdir(parents=True)
+        save_file({name: value.detach() for name, value in trained(maker).items()}, folder / "model.safetensors")
+        (tmp_path / "config.yaml").write_text(f"model: {{lora: {{rank: {other['rank']}, alpha: {other['alpha']}}}}}")
+    for use in (
+        lambda: make_policy(lora=Lora(rank=2, alpha=8, start=str(folder))),
+        lambda: Teacher(Peer(str(folder)), make_policy(**LORA)),
+    ):
+        with pytest.raises(InputError) as refusal:
+            use()
+        assert str(refusal.value) == f"the adapter at {str(folder)!r} {says}"
+    begun = make_policy(lora=Lora(**other, start=str(folder)))
+    assert all(torch.equal(value, trained(maker)[name]) for name, value in trained(begun).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("{", "does not say an adapter's r and lora_alpha"),
+        ('{"r": 2}', "does not say an adapter's r and lora_alpha"),
+        ('{"r": 2, "lora_alpha": 8, "use_rslora": true}', "sets use_rslora, under which adapters count otherwise"),
+        ('{"r": 2, "lora_alpha": 8, "alpha_pattern": {"q_proj": 4}}', "sets alpha_pattern, under which adapters"),
+    ],
+)
+def test_an_adapter_whose_settings_leave_open_how_it_counts_is_refused(make_policy, tmp_path, settings, says):
+    make_policy(**LORA).module.model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(InputError, match=says) as refusal:
+        Peer(str(tmp_path)).read(make_policy(**LORA))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", "model: {lora: null}", "else: 1"])
+def test_a_file_beside_a_checkpoint_that_is_no_config_of_a_run_with_adapters_says_nothing(make_policy, tmp_path, text):
+    policy = make_policy(**LORA)
+    folder = tmp_path / "checkpoints" / "best"
+    folder.mkdir(parents=True)
+    save_file({name: value.detach() for name, value in trained(policy).items()}, folder / "model.safetensors")
+    (tmp_path / "config.yaml").write_text(text)
+    assert Peer(str(folder)).read(policy).keys() == trained(policy).keys()
