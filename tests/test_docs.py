@@ -25,8 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dllm_sd"
 README, CONCEPTS, ADDING = ROOT / "README.md", ROOT / "docs" / "concepts.md", ROOT / "docs" / "adding_a_part.md"
 TREE = ROOT / "docs" / "package.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
+DOCUMENTS = [
+    README,
+    *sorted((ROOT / "docs").glob("*.md")),
+    *METHOD_PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+]
 COMMANDS = ("train", "eval", "grade", "sample", "show", "export")
+SECTIONS = ["How to run it", "What was measured here", "What the paper claims", "Where they part"]
+"""Of a page about methods, below what they do."""
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -36,9 +45,10 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def code(document: Path) -> list[str]:
-    """Lines of shell blocks without their comments, and pieces of inline code on one line."""
+    """Lines of shell blocks without their comments, those that go on joined, and inline code on one line."""
     text = document.read_text()
-    lines = [re.sub(r"\s+#.*", "", line) for block in blocks(document, "bash") for line in block.splitlines()]
+    shell = [block.replace("\\\n", " ") for block in blocks(document, "bash")]
+    lines = [re.sub(r"\s+#.*", "", line) for block in shell for line in block.splitlines()]
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return lines + re.findall(r"`([^`\n]+)`", prose)
 
@@ -102,6 +112,21 @@ def test_the_methods_and_tasks_are_those_of_the_code() -> None:
     text = section(CONCEPTS, "Methods")
     assert list(table(text)) == list(METHODS)
     assert set(names(text.rpartition("|\n")[2])) - {"task.name"} == set(TASKS)
+
+
+def test_every_method_is_in_the_title_of_one_page() -> None:
+    found = [name for page in METHOD_PAGES for name in names(page.read_text().splitlines()[0])]
+    assert sorted(found) == sorted(METHODS)
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda path: path.stem)
+def test_a_page_about_methods_is_one_screen_in_four_sections(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert re.fullmatch(r"# [^`]+ \(`\w+`(, `\w+`)*\)", lines[0])
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 120
+    assert [line.removeprefix("## ") for line in lines if line.startswith("## ")] == SECTIONS
+    assert all(section(page, title).strip() for title in SECTIONS)
 
 
 def test_every_table_that_a_part_may_join_is_where_the_document_says() -> None:

@@ -1,22 +1,186 @@
-"""Decoding side by side: adapters as they are and folded in, and the prefix cache of a block-causal model on and off.
+"""Decoding side by side with the published procedure: pass@k on prompts of unequal length, retries until solved.
 
-python tools/bench_decode.py [--hidden 256 --layers 4 --vocab 32000 --rank 64 --prompts 8 --length 64 --device cpu]
+    python tools/bench_decode.py [--body tiny|100m] [--problems 64] [--naive-problems 8] [--attempts 8] [--early-end]
+    python tools/bench_decode.py --problems 4 --length 32 --greedy 2              # seconds
+    python tools/bench_decode.py --sweep prompts|length|vocabulary|steps|attempts
+    python tools/bench_decode.py --features [--hidden 256 --layers 4 --vocab 32000 --rank 64 --prompts 8]
 
-Prints seconds and ratios; the tokens of both sides are compared.
+Ours is PassAtK as the trainer runs it. The naive side (tools/naive.py) decodes one canvas at a time with logits of all
+positions at every step. Both meet the same verdicts, so they need the same attempts. Printed: seconds, rollouts (that
+a serial loop would have made) per second, ratios, whether greedy tokens are equal, idle slots, and the share of the
+matrix-multiply rate measured in the same run that is exact work: the layers on real positions, the head on the masked
+positions of the active block, of counted attempts only. ``--features`` compares adapters apart and folded in, and the
+prefix cache of a block-causal model on and off. Times on shared machines are noisy: compare the ratios.
 """
 
 import argparse
+import copy
+import math
 import random
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+import naive
 import torch
+from torch import nn
 
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.decoding import Decoding, Meter
 from dllm_sd.policies.loading import AnyPolicy, build_policy
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import PassAtK, Rollout, prompt_tokens
 from dllm_sd.trajectory import Trajectory
+
+SWEEPS = {
+    "prompts": "problems",
+    "length": "length",
+    "vocabulary": "vocabulary",
+    "steps": "tokens_per_step",
+    "attempts": "attempts",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one procedure did."""
+
+    seconds: float
+    rollouts: int
+    """Attempts that a serial loop would have made."""
+    decoded: int
+    flops: float = 0.0
+    """Exact work of the counted attempts."""
+    idle: float = 0.0
+    """Share of the slots of its calls that held no open row."""
+    empty: float = 0.0
+    """The same, of ``decode.batch_size`` slots in every call."""
+
+    @property
+    def rate(self) -> float:
+        """Rollouts per second."""
+        return self.rollouts / self.seconds
+
+
+def ours(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Side:
+    """PassAtK on the first ``count`` problems."""
+    task, meter, settings = naive.StandIn(count, options.rate), Meter(), naive.decoding(options)
+    items = [prompt_tokens(policy, task, problem, options.length + 10**6) for problem in task.problems()]
+    rule = PassAtK(problems=count, attempts=options.attempts, temperature=options.temperature)
+    own: Any = policy
+    own.decode = partial(type(policy).decode, policy, meter=meter)
+    start = naive.clock(policy)
+    tried = rule(policy, task, [item for item in items if item is not None], settings, 0, 0)
+    seconds = naive.clock(policy) - start
+    del own.decode
+    counted = [rollout for attempts in tried for rollout in attempts if rollout.counted]
+    empty = 1 - meter.rows / (meter.forwards * settings.batch_size)
+    flops = sum(exact_flops(policy, rollout) for rollout in counted)
+    return Side(seconds, len(counted), sum(map(len, tried)), flops, 1 - meter.occupancy, empty)
+
+
+def exact_flops(policy: MaskedDiffusion, rollout: Rollout) -> float:
+    """What decoding one rollout cannot do without."""
+    network, trajectory = policy.module.network, rollout.trajectory
+    head = network.get_output_embeddings()
+    layers = [part for part in network.modules() if isinstance(part, nn.Linear) and part is not head]
+    steps = torch.arange(int(trajectory.num_steps))
+    rows = torch.zeros_like(steps)
+    active = trajectory.masked(rows, steps) & (trajectory.block[rows] == trajectory.active_block(rows, steps)[:, None])
+    positions = int(trajectory.prompt_mask.sum()) + trajectory.tokens.shape[1]
+    attention = 4 * positions * network.config.hidden_size * network.config.num_hidden_layers
+    linear = 2 * sum(part.weight.numel() for part in layers)
+    return len(steps) * positions * (linear + attention) + 2.0 * head.weight.numel() * int(active.sum())
+
+
+def published(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Side:
+    """Serial retries of the first ``count`` problems, one canvas at a time."""
+    task = naive.StandIn(options.problems, options.rate)
+    settings = replace(naive.decoding(options), temperature=options.temperature)
+    torch.manual_seed(0)
+    rollouts, start = 0, naive.clock(policy)
+    for problem in task.problems()[:count]:
+        for _ in range(options.attempts):
+            tokens = naive.generate(policy, policy.encode(task.messages(problem)), settings)
+            rollouts += 1
+            if task.grade(problem, policy.text(tokens.tolist())).correct:
+                break
+    return Side(naive.clock(policy) - start, rollouts, rollouts)
+
+
+def matmul_rate(policy: MaskedDiffusion, options: argparse.Namespace) -> float:
+    """FLOP/s of plain matrix products of the size of a layer's MLP on one batch of canvases (best of 5)."""
+    config = policy.module.network.config
+    rows = min(options.batch, options.problems) * (options.length + 70)
+    x = torch.randn(rows, config.hidden_size, device=policy.device, dtype=next(policy.module.parameters()).dtype)
+    weight = torch.randn(config.intermediate_size, config.hidden_size, device=x.device, dtype=x.dtype)
+    best = math.inf
+    for _ in range(5):
+        start = naive.clock(policy)
+        for _ in range(4):
+            nn.functional.linear(x, weight)
+        best = min(best, (naive.clock(policy) - start) / 4)
+    return 2 * rows * weight.numel() / best
+
+
+def compare(options: argparse.Namespace) -> None:
+    """The main table."""
+    policy = naive.body(options, options.vocabulary)
+    sizes = sum(p.numel() for p in policy.module.parameters())
+    print(f"{options.body}: {sizes / 1e6:.1f}M parameters, vocabulary {policy.module.network.config.vocab_size}")
+    warm = argparse.Namespace(**{**vars(options), "attempts": 1, "length": options.block})
+    ours(policy, warm, min(2, options.problems))
+    mine, rate = ours(policy, options, options.problems), matmul_rate(policy, options)
+    count = options.problems if options.naive_problems is None else min(options.naive_problems, options.problems)
+    print(f"{'':>6} {'problems':>8} {'seconds':>9} {'rollouts':>8} {'decoded':>8} {'rollouts/s':>10}")
+    _row("ours", options.problems, mine)
+    if count:
+        theirs = published(policy, options, count)
+        _row("naive", count, theirs)
+        print(f"ratio of rollouts per second: {mine.rate / theirs.rate:.2f}")
+    if options.greedy:
+        task = naive.StandIn(min(options.greedy, options.problems), 1.0)
+        prompts = [policy.encode(task.messages(problem)) for problem in task.problems()]
+        same, total = naive.equal_greedy(policy, prompts, naive.decoding(options))
+        print(f"greedy tokens equal: {same} of {total}")
+    print(f"idle slots: {mine.idle:.1%} of those its calls had, {mine.empty:.1%} of decode.batch_size")
+    print(f"decoded early and dropped: {1 - mine.rollouts / mine.decoded:.1%} of attempts")
+    print(f"matmul {rate / 1e9:.1f} GFLOP/s; exact work at {mine.flops / mine.seconds / rate:.1%} of it")
+
+
+def _row(name: str, problems: int, side: Side) -> None:
+    print(
+        f"{name:>6} {problems:>8} {side.seconds:>9.3f} {side.rollouts:>8} {side.decoded:>8} {side.rate:>10.2f}",
+        flush=True,
+    )
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Cost against size: an eighth to all of what the options say, ours beside two naive problems."""
+    name, before = SWEEPS[options.sweep], None
+    vocabulary = options.vocabulary or naive.BODIES[options.body].vocab_size or 32_000
+    whole = {**vars(options), "vocabulary": vocabulary}
+    sizes = [max(1, whole[name] // part) for part in (8, 4, 2, 1)]
+    if name == "length":
+        sizes = sorted({max(options.block, size // options.block * options.block) for size in sizes})
+    if name == "tokens_per_step":  # what is swept is the number of steps
+        sizes = [size for size in (16, 8, 4, 2, 1) if size <= options.block]
+    print(f"{options.sweep:>12} {'seconds':>9} {'rollouts/s':>10} {'exponent':>8} {'naive r/s':>9} {'ratio':>6}")
+    for value in sizes:
+        sized = argparse.Namespace(**{**vars(options), name: value})
+        size = options.length // value if options.sweep == "steps" else value
+        policy = naive.body(options, sized.vocabulary)
+        ours(policy, argparse.Namespace(**{**vars(sized), "attempts": 1, "length": options.block}), 1)
+        mine = ours(policy, sized, sized.problems)
+        exponent = "" if before is None else f"{math.log(mine.seconds / before[1]) / math.log(size / before[0]):.2f}"
+        line = f"{size:>12} {mine.seconds:>9.3f} {mine.rate:>10.2f} {exponent:>8}"
+        if options.naive_problems != 0:
+            theirs = published(policy, sized, min(2, sized.problems))
+            line += f" {theirs.rate:>9.2f} {mine.rate / theirs.rate:>6.2f}"
+        print(line, flush=True)
+        before = (size, mine.seconds)
 
 
 def timed(policy: AnyPolicy, settings: Decoding, prompts: int) -> tuple[float, Trajectory]:
@@ -32,20 +196,12 @@ def timed(policy: AnyPolicy, settings: Decoding, prompts: int) -> tuple[float, T
     return min(runs, key=lambda run: run[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("hidden", 256), ("layers", 4), ("vocab", 32000), ("rank", 64)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("prompts", 8), ("length", 64), ("block", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
+def features(options: argparse.Namespace) -> None:
+    """Adapters as they are and folded in; the prefix cache on and off."""
     heads, mlp = options.hidden // 64, 3 * options.hidden
     shape = Shape(options.hidden, options.layers, heads, mlp, vocab_size=options.vocab)
     model = Model(random_init=True, tokenizer="tiny", shape=shape, dtype=options.dtype)
     settings = Decoding(length=options.length, block_length=options.block, tokens_per_step=2, early_end=False)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
 
     policy = build_policy(replace(model, lora=Lora(rank=options.rank)), options.device)
     apart, first = timed(policy, settings, options.prompts)
@@ -60,6 +216,20 @@ def main() -> None:
     plain, second = timed(policy, replace(settings, prefix_cache=False), options.prompts)
     same = float((first.tokens == second.tokens).float().mean())
     print(f"prefix cache: off {plain:.2f} s, on {cached:.2f} s, ratio {plain / cached:.2f} (equal tokens {same:.1%})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    naive.add_options(parser)
+    parser.add_argument("--attempts", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--sweep", choices=tuple(SWEEPS))
+    parser.add_argument("--features", action="store_true", help="adapters folded in, and the prefix cache, instead")
+    for name, default in (("hidden", 256), ("layers", 4), ("vocab", 32000), ("rank", 64), ("prompts", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="of --features")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
+    (features if options.features else sweep if options.sweep else compare)(copy.copy(options))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,241 @@
+"""Time and peak memory of the loss at autoregressive sites, beside the naive form, TRL's and Liger's chunked ones.
+
+    python tools/bench_loss.py [--vocabulary 151936] [--rows 2] [--prompt 128] [--tokens 128] [--loss jsd|reverse_kl]
+    python tools/bench_loss.py --rows 1 --prompt 16 --tokens 16 --repeats 1       # seconds
+
+All forms start from the same hidden states and output heads and end with the gradient of both, each in a process of its
+own so that the peaks do not mix. ``ours`` is `objective.grade`, ``bare`` the same formula at the sites without what is
+logged about them, ``naive`` the logits of whole sequences in float32. Printed: seconds (median of the repeats), peak
+memory above weights and their gradient, ratios to ours, and how far loss and gradient differ from ours.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dllm_sd.canvases import AllMasked
+from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL
+from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.method import Method
+from dllm_sd.objective import Plan, grade, plan_update
+from dllm_sd.policies.policy import View
+from dllm_sd.policies.weights import Live
+from dllm_sd.rollouts import All, Rollout, Rollouts
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.teachers import Nothing
+from dllm_sd.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Case:
+    """Hidden states ``[n p+l h]`` and heads ``[v h]`` of both; position ``i`` speaks about token ``i``."""
+
+    student: Tensor
+    head: Tensor
+    teacher: Tensor
+    teacher_head: Tensor
+    tokens: Tensor
+    """int64 ``[n l]``."""
+    sites: Tensor
+    """bool ``[n p+l]``."""
+    method: Method
+    plan: Plan
+    beta: float
+
+
+def case(options: argparse.Namespace) -> Case:
+    """Rollouts of a random autoregressive model, all positions of which are graded."""
+    torch.manual_seed(0)
+    n, p, length, h, v = options.rows, options.prompt, options.tokens, options.width, options.vocabulary
+    device, dtype = options.device, getattr(torch, options.dtype)
+    tokens = torch.randint(5, v, (n, length))
+    trajectory = Trajectory(
+        prompt_ids=torch.randint(5, v, (n, p)),
+        prompt_mask=torch.ones((n, p), dtype=torch.bool),
+        tokens=tokens,
+        reveal_step=torch.arange(length).expand(n, -1),
+        length=torch.full((n,), length),
+        block_length=1,
+        mask_id=-1,
+        end_ids=(0,),
+        pad_id=1,
+        causal=True,
+    )
+    kept = [
+        Rollout(Problem(str(i), {}), 0, "", Grade(True, 1.0, None), trajectory.select(torch.tensor([i])))
+        for i in range(n)
+    ]
+    beta = 0.5 if options.loss == "jsd" else 1.0
+    method = Method(
+        gate=All(),
+        canvases=AllMasked(prompt_mask_ratio=0.0),
+        contexts=(Nothing(),),
+        teacher=(Live(),),
+        sites=AllMaskedSites(),
+        divergence=GeneralisedJSD(beta=beta) if options.loss == "jsd" else ReverseKL(),
+    )
+    rollouts = Rollouts(tuple(kept), {"rejected": 0.0})
+    plan = plan_update(method, rollouts, rollouts.keys(0, 0))
+    assert plan is not None
+    states = [torch.randn(n, p + length, h, device=device, dtype=dtype) for _ in range(2)]
+    heads = [torch.randn(v, h, device=device, dtype=dtype) / math.sqrt(h) for _ in range(2)]
+    sites = torch.zeros((n, p + length), dtype=torch.bool, device=device)
+    sites[:, p:] = True
+    student, head = states[0].requires_grad_(), heads[0].requires_grad_()
+    return Case(student, head, states[1], heads[1], tokens.to(device), sites, method, plan.to(device), beta)
+
+
+def ours(x: Case) -> Tensor:
+    """The equation of the package."""
+
+    def student(view: View) -> Tensor:
+        return linear(x.student[view.sites], x.head)
+
+    def teacher(view: View) -> Tensor:
+        with torch.no_grad():
+            return linear(x.teacher[view.sites], x.teacher_head)
+
+    return grade(x.method, x.plan, student, [teacher]).loss
+
+
+def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Mean over sites of JSD, or of the reverse KL, in float32, from logits ``[m v]``."""
+    log_s, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    if beta == 1:
+        return (log_s.exp() * (log_s - log_t)).sum(-1)
+    log_m = torch.logsumexp(torch.stack([log_s + math.log(1 - beta), log_t + math.log(beta)]), 0)
+    entries = beta * log_t.exp() * (log_t - log_m) + (1 - beta) * log_s.exp() * (log_s - log_m)
+    return entries.sum(-1)
+
+
+def bare(x: Case) -> Tensor:
+    """The formula at the sites, and nothing beside it."""
+    with torch.no_grad():
+        target = linear(x.teacher[x.sites], x.teacher_head)
+    return divergence(linear(x.student[x.sites], x.head), target, x.beta).mean()
+
+
+def naive(x: Case) -> Tensor:
+    """Whole sequences in float32, prompt included, then the sites."""
+    with torch.no_grad():
+        target = linear(x.teacher, x.teacher_head)
+    return divergence(linear(x.student, x.head), target, x.beta)[x.sites].mean()
+
+
+def trl(x: Case) -> Tensor:
+    """TRL's chunked divergence."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
+
+    states = (x.student[x.sites], x.head, None, x.teacher[x.sites], x.teacher_head, None)
+    value, _ = ChunkedDivergenceFunction.apply(*states, x.beta)
+    return value.mean()
+
+
+def liger(x: Case) -> Tensor:
+    """Liger's chunked JSD (its soft loss alone, not compiled)."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=x.beta, compiled=x.student.is_cuda)
+    return loss(x.student[x.sites], x.head, x.teacher[x.sites], x.teacher_head, x.tokens.flatten())
+
+
+FORMS: dict[str, Callable[[Case], Tensor]] = {"ours": ours, "bare": bare, "naive": naive, "trl": trl, "liger": liger}
+PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
+
+
+def measure(form: Callable[[Case], Tensor], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak bytes of forward and backward, above what the case and its gradient hold."""
+    x, cuda = case(options), options.device == "cuda"
+    leaves = (x.student, x.head)
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
+    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, loss = [], torch.zeros(())
+    for _ in range(options.repeats):
+        for leaf in leaves:
+            assert leaf.grad is not None
+            leaf.grad.zero_()
+        start = time.perf_counter()
+        loss = form(x)
+        loss.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    probe = [gradient.flatten()[:: max(1, gradient.numel() // 4096)].tolist() for gradient in gradients]
+    return {
+        "seconds": statistics.median(seconds),
+        "bytes": peak - before,
+        "loss": float(loss.detach()),
+        "probe": probe[0] + probe[1],
+    }
+
+
+def run(form: str) -> dict[str, Any] | None:
+    """Measure one form in a process of its own; None where its package is missing or fails."""
+    package = PACKAGES.get(form)
+    if package and importlib.util.find_spec(package) is None:
+        print(f"{form:>6}: not installed", flush=True)
+        return None
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--form", form], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        print(f"{form:>6}: failed ({reason:.100})", flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Run all forms and print the comparison."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--loss", choices=("jsd", "reverse_kl"), default="jsd")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--form", choices=tuple(FORMS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.form:
+        print(json.dumps(measure(FORMS[options.form], options)))
+        return
+    sites = options.rows * options.tokens
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sites} sites, one float32 [m v] is ", end="")
+    print(f"{sites * options.vocabulary * 4 / 2**20:.0f} MiB; {options}")
+    print(f"{'':>7} {'seconds':>8} {'MiB':>9} {'time x':>7} {'memory x':>8} {'loss diff':>9} {'gradient diff':>13}")
+    first = None
+    for form in FORMS:
+        if (found := run(form)) is None:
+            continue
+        first = first or found
+        scale = max(map(abs, first["probe"]))
+        gap = max(abs(a - b) for a, b in zip(found["probe"], first["probe"], strict=True)) / scale
+        print(
+            f"{form:>6}: {found['seconds']:>8.3f} {found['bytes'] / 2**20:>9.1f} "
+            f"{found['seconds'] / first['seconds']:>7.2f} {found['bytes'] / max(1, first['bytes']):>8.2f} "
+            f"{abs(found['loss'] / first['loss'] - 1):>9.1e} {gap:>13.1e}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
