@@ -94,8 +94,8 @@ BANK = Bank(
 )
 
 
-def pairs(text: str, key: int) -> Sequence[Pair]:
-    return retrieve(BANK, text, 8, key)
+def pairs(problem: Problem, key: int) -> Sequence[Pair]:
+    return retrieve(BANK, f"{problem.id[1:]}+1=", 8, key)
 
 
 class Run:

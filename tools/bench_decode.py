@@ -51,6 +51,8 @@ class Side:
     rollouts: int
     """Attempts that a serial loop would have made."""
     decoded: int
+    cpu: float
+    """Seconds of this process on all its cores: what other programs on the machine do not change."""
     flops: float = 0.0
     """Exact work of the counted attempts."""
     idle: float = 0.0
@@ -71,14 +73,14 @@ def ours(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Si
     rule = PassAtK(problems=count, attempts=options.attempts, temperature=options.temperature)
     own: Any = policy
     own.decode = partial(type(policy).decode, policy, meter=meter)
-    start = naive.clock(policy)
+    start, busy = naive.clock(policy), time.process_time()
     tried = rule(policy, task, [item for item in items if item is not None], settings, 0, 0)
-    seconds = naive.clock(policy) - start
+    seconds, busy = naive.clock(policy) - start, time.process_time() - busy
     del own.decode
     counted = [rollout for attempts in tried for rollout in attempts if rollout.counted]
     empty = 1 - meter.rows / (meter.forwards * settings.batch_size)
     flops = sum(exact_flops(policy, rollout) for rollout in counted)
-    return Side(seconds, len(counted), sum(map(len, tried)), flops, 1 - meter.occupancy, empty)
+    return Side(seconds, len(counted), sum(map(len, tried)), busy, flops, 1 - meter.occupancy, empty)
 
 
 def exact_flops(policy: MaskedDiffusion, rollout: Rollout) -> float:
@@ -100,14 +102,14 @@ def published(policy: MaskedDiffusion, options: argparse.Namespace, count: int) 
     task = naive.StandIn(options.problems, options.rate)
     settings = replace(naive.decoding(options), temperature=options.temperature)
     torch.manual_seed(0)
-    rollouts, start = 0, naive.clock(policy)
+    rollouts, start, busy = 0, naive.clock(policy), time.process_time()
     for problem in task.problems()[:count]:
         for _ in range(options.attempts):
             tokens = naive.generate(policy, policy.encode(task.messages(problem)), settings)
             rollouts += 1
             if task.grade(problem, policy.text(tokens.tolist())).correct:
                 break
-    return Side(naive.clock(policy) - start, rollouts, rollouts)
+    return Side(naive.clock(policy) - start, rollouts, rollouts, time.process_time() - busy)
 
 
 def matmul_rate(policy: MaskedDiffusion, options: argparse.Namespace) -> float:
@@ -134,12 +136,14 @@ def compare(options: argparse.Namespace) -> None:
     ours(policy, warm, min(2, options.problems))
     mine, rate = ours(policy, options, options.problems), matmul_rate(policy, options)
     count = options.problems if options.naive_problems is None else min(options.naive_problems, options.problems)
-    print(f"{'':>6} {'problems':>8} {'seconds':>9} {'rollouts':>8} {'decoded':>8} {'rollouts/s':>10}")
+    print(f"{'':>6} {'problems':>8} {'seconds':>9} {'rollouts':>8} {'decoded':>8} {'rollouts/s':>10} {'CPU s':>8}")
     _row("ours", options.problems, mine)
     if count:
         theirs = published(policy, options, count)
         _row("naive", count, theirs)
-        print(f"ratio of rollouts per second: {mine.rate / theirs.rate:.2f}")
+        cpu = theirs.cpu / theirs.rollouts / (mine.cpu / mine.rollouts)
+        print(f"ratio of rollouts per second: {mine.rate / theirs.rate:.2f}; per CPU second {cpu:.2f}, ", end="")
+        print(f"of all that was decoded {cpu * mine.decoded / mine.rollouts:.2f}")
     if options.greedy:
         task = naive.StandIn(min(options.greedy, options.problems), 1.0)
         prompts = [policy.encode(task.messages(problem)) for problem in task.problems()]
@@ -152,7 +156,8 @@ def compare(options: argparse.Namespace) -> None:
 
 def _row(name: str, problems: int, side: Side) -> None:
     print(
-        f"{name:>6} {problems:>8} {side.seconds:>9.3f} {side.rollouts:>8} {side.decoded:>8} {side.rate:>10.2f}",
+        f"{name:>6} {problems:>8} {side.seconds:>9.3f} {side.rollouts:>8} {side.decoded:>8} {side.rate:>10.2f} "
+        f"{side.cpu:>8.3f}",
         flush=True,
     )
 
@@ -162,7 +167,7 @@ def sweep(options: argparse.Namespace) -> None:
     name, before = SWEEPS[options.sweep], None
     vocabulary = options.vocabulary or naive.BODIES[options.body].vocab_size or 32_000
     whole = {**vars(options), "vocabulary": vocabulary}
-    sizes = [max(1, whole[name] // part) for part in (8, 4, 2, 1)]
+    sizes = sorted({max(1, whole[name] // part) for part in (8, 4, 2, 1)})
     if name == "length":
         sizes = sorted({max(options.block, size // options.block * options.block) for size in sizes})
     if name == "tokens_per_step":  # what is swept is the number of steps
@@ -199,7 +204,7 @@ def timed(policy: AnyPolicy, settings: Decoding, prompts: int) -> tuple[float, T
 def features(options: argparse.Namespace) -> None:
     """Adapters as they are and folded in; the prefix cache on and off."""
     heads, mlp = options.hidden // 64, 3 * options.hidden
-    shape = Shape(options.hidden, options.layers, heads, mlp, vocab_size=options.vocab)
+    shape = Shape("llama", options.hidden, options.layers, heads, mlp, options.vocab)
     model = Model(random_init=True, tokenizer="tiny", shape=shape, dtype=options.dtype)
     settings = Decoding(length=options.length, block_length=options.block, tokens_per_step=2, early_end=False)
 

@@ -33,22 +33,25 @@ def main() -> None:
     jobs = [(problem, attempt) for problem in problems for attempt in range(options.attempts)]
     prompts = [policy.encode(task.messages(problem)) for problem, _ in jobs]
     keys = [make_key(0, problem.id, attempt, "evaluate") for problem, attempt in jobs]
-    policy.decode(prompts[:1], settings, keys[:1])  # warm
+    trajectory = policy.decode(prompts, settings, keys)  # warm
 
-    alone, whole = [], []
+    alone, whole, results = [], [], []
     for _ in range(options.repeats):
         start = naive.clock(policy)
-        trajectory = policy.decode(prompts, settings, keys)
+        policy.decode(prompts, settings, keys)
         alone.append(naive.clock(policy) - start)
         with tempfile.TemporaryDirectory() as folder:
             record = None
             if options.record:
                 begin(Path(folder), {})
                 record = Record(Path(folder), "trained", 0)
-            report, items = evaluate(
+            start = naive.clock(policy)
+            result = evaluate(
                 policy, task, problems, settings, attempts=options.attempts, max_prompt=10**6, record=record
             )
-        whole.append(report.seconds)
+        whole.append(naive.clock(policy) - start)
+        results.append(result)
+    report, items = results[-1]
     tokens = int(trajectory.length.sum())
     texts = [policy.text(trajectory.tokens[i, : int(trajectory.length[i])].tolist()) for i in range(len(jobs))]
     assert texts == [text for item in items for text in item.texts], "evaluate and decode differ"

@@ -91,7 +91,7 @@ def case(options: argparse.Namespace) -> Case:
     plan = plan_update(method, rollouts, rollouts.keys(0, 0))
     assert plan is not None
     states = [torch.randn(n, p + length, h, device=device, dtype=dtype) for _ in range(2)]
-    heads = [torch.randn(v, h, device=device, dtype=dtype) / math.sqrt(h) for _ in range(2)]
+    heads = [torch.randn(v, h, device=device, dtype=dtype).div_(math.sqrt(h)) for _ in range(2)]
     sites = torch.zeros((n, p + length), dtype=torch.bool, device=device)
     sites[:, p:] = True
     student, head = states[0].requires_grad_(), heads[0].requires_grad_()
@@ -161,7 +161,7 @@ def measure(form: Callable[[Case], Tensor], options: argparse.Namespace) -> dict
     x, cuda = case(options), options.device == "cuda"
     leaves = (x.student, x.head)
     for leaf in leaves:
-        leaf.grad = torch.zeros_like(leaf)
+        leaf.grad = torch.zeros_like(leaf).zero_()  # touched, so that it is in memory before the peak is read
     before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
         torch.cuda.reset_peak_memory_stats()

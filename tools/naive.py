@@ -8,7 +8,7 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from dllm_sd.policies.model import Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Grade, Problem, Split, Unguessable
 
-BODIES = {"tiny": Shape(64, 4, 2), "100m": Shape(320, 16, 5, 960, 126_464)}  # the latter's layers are 21M of 102M
+BODIES = {
+    "tiny": Shape(),  # 64 wide, 4 layers, the tokenizer's own vocabulary
+    "100m": Shape("llama", 320, 16, 5, 960, 126_464),  # 21M of 102M are layers
+}
 
 
 class Numbers(Chat):
@@ -78,13 +81,7 @@ def body(options: argparse.Namespace, vocabulary: int | None = None) -> MaskedDi
     """The randomly initialised body that ``options.body`` names."""
     shape = BODIES[options.body]
     if vocabulary is not None:
-        shape = Shape(
-            shape.hidden_size,
-            shape.num_hidden_layers,
-            shape.num_attention_heads,
-            shape.intermediate_size,
-            vocabulary,
-        )
+        shape = replace(shape, vocab_size=vocabulary)
     model = Model(random_init=True, tokenizer="tiny", shape=shape, dtype=options.dtype)
     policy = build_policy(model, options.device)
     assert isinstance(policy, MaskedDiffusion)
