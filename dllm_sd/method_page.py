@@ -16,8 +16,8 @@ HEAD = """# Methods
 Each method is one part for every slot; [concepts](concepts.md) says what the slots ask. `dllm-sd train CONFIG
 method=NAME` takes any of them on any model, masked diffusion or autoregressive, or says in one sentence why that pair
 has no meaning. `dllm-sd show CONFIG` prints the same for one run. This page is made from the table in
-`dllm_sd/methods/` by `python tools/make_methods_page.py`. The pages in [methods/](methods/) say of each published method
-how to run it, what was measured, what its paper claims, and where paper, code and this program part.
+`dllm_sd/methods/` by `python tools/make_methods_page.py`. The pages in [methods/](methods/) say of each published
+method how to run it, what was measured, what its paper claims, and where paper, code and this program part.
 """
 MEASURED = """## Measured
 
