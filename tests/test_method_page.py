@@ -58,7 +58,7 @@ def test_other_settings_are_closest_to_the_row_that_shares_most_of_them():
 def test_what_was_measured_names_methods_and_backbones_that_exist():
     for record in pages._records():
         assert record["method"].split()[0] in METHODS
-        assert record["backbone"] in ("diffusion", "autoregressive")
+        assert record["backbone"] in ("diffusion", "autoregressive", "autoregressive reader")
         assert len(record["before"]) == len(record["after"]) == len(record["best"]) == record["seeds"]
 
 

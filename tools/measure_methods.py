@@ -27,7 +27,7 @@ import dllm_sd
 SEEDS = (1, 2, 3)
 UPDATES = 30
 JOBS = int(os.environ.get("MEASURE_JOBS", "2"))
-ADVANTAGE = ("prefix", "error", "after", "localisation", "right")
+ADVANTAGE = tuple(f"advantage/{of}" for of in ("prefix", "error", "after", "localisation", "right"))
 """Means over the first three updates, while the weights are nearly the initial ones."""
 MEASURED = Path(dllm_sd.__file__).parent / "assets" / "measured.json"
 
@@ -351,7 +351,7 @@ def _summary(runs: list[Path]) -> dict[str, Any]:
         "seconds": round(total("time/rollouts") + total("time/learning"), 1),
         "length": last("eval/length"),
         "entropy": last("student/entropy"),
-        **{name: value for name in ADVANTAGE if (value := first(f"advantage/{name}")) is not None},
+        **{name: value for name in ADVANTAGE if (value := first(name)) is not None},
     }
 
 
