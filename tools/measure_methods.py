@@ -97,11 +97,10 @@ _PEERS = f"{{rounds: 2, problems: 256, attempts: 1, temperature: 0.0, students: 
 _ASKING = ["task.prompt='?{rows}:'", "task.answer_field=lines", "task.reference_field=lines"]
 _DEGRADED = ("random", "noisy", "reduced")
 _FORMS = ("verbatim_prefix", "full_quote", "no_trace")
-_D_RCSD = [
+_DIGITS = (
     "task={name: jsonl, data: READER/train.jsonl, data_test: READER/test.jsonl, prompt: '{puzzle}', "
-    "answer_field: solution, reference_field: solution, size_dev: 512}",
-    f"method.contexts=[{{name: suffix, prompt: {{{_RUBRIC}, source: data}}}}]",
-]
+    "answer_field: solution, reference_field: solution, size_dev: 512}"
+)
 _SPD = {name: ["method.rollout.problems=64"] for name in ("spd", "self_distillation", "self_retraining")}
 
 RUNS: dict[str, dict[str, list[str]]] = {
@@ -122,7 +121,8 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "d_opsd_reference": ["method.rollout.problems=64", "method.rollout.passes=4"],
         "later_step": _ONE,
         **_SPD,
-        "d_rcsd": [*_RETRY, *_D_RCSD],
+        "d_rcsd": [*_RETRY, _DIGITS, f"method.contexts=[{{name: suffix, prompt: {{{_RUBRIC}, source: data}}}}]"],
+        "d_step_align": [*_critique("verbatim_prefix"), _DIGITS],
         "diffu_grpo": _GROUP,
         "popd": [*_SHARED["popd"], "method.rollout.horizon={name: progressive, start: 1, step: 1, every: 8}"],
         "topd ratio=0.5": [*_SHARED["topd"], "method.rollout.horizon.ratio=0.5"],
