@@ -10,6 +10,7 @@ python tools/make_tiny_asset.py model runs/tiny_ar_sft tiny_ar
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ KINDS = {"plain": 620, "worked": 150, "answer": 100, "worked_alone": 80, "answer
 """Rows in a thousand by what the prompt holds: the puzzle; a reference and the puzzle; that reference alone."""
 
 
-def make_tokenizer() -> None:
-    """Write the tokenizer."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+def word_tokenizer(words: Sequence[str], pattern: str) -> PreTrainedTokenizerFast:
+    """A token for each of the special ones and of the ``words``, which are what ``pattern`` finds in a text."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words])}
     tokenizer: Any = Tokenizer(WordLevel(vocabulary, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         mask_token="<|mask|>",
         eos_token="<|end|>",
@@ -40,6 +41,11 @@ def make_tokenizer() -> None:
         unk_token="<|unk|>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def make_tokenizer() -> None:
+    """Write the tokenizer."""
+    fast = word_tokenizer(CHARACTERS, "[\\s\\S]")
     for asset in ("tiny", "tiny_ar"):
         fast.save_pretrained(str(ASSETS / asset))
 

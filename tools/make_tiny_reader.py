@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 
-from make_tiny_asset import CHARACTERS, SPECIAL
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from make_tiny_asset import CHARACTERS, word_tokenizer
 
 from dllm_sd.config import build_config
 from dllm_sd.randomness import make_key
@@ -99,18 +96,9 @@ def make_tokenizer(folder: Path) -> None:
     """One token for a character, a tag, and a word of the prompts that surround a hint."""
     tags = [f"<{slash}step_{number}>" for number in range(1, MOST_STEPS + 7) for slash in ("", "/")]
     words = sorted(set(re.findall(r" ?[A-Za-z]+", " ".join([re.sub(r"\{\w+\}", "", PAIR), RIGHT, WRONG]))))
-    vocabulary = [*SPECIAL, *CHARACTERS, ".", "?", *tags, "<answer>", "</answer>", *words]
-    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(?:step_\d+|answer)>| ?[A-Za-z]+|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        mask_token="<|mask|>",
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(str(folder))
+    vocabulary = [*CHARACTERS, ".", "?", *tags, "<answer>", "</answer>", *words]
+    pattern = r"</?(?:step_\d+|answer)>| ?[A-Za-z]+|[\s\S]"
+    word_tokenizer(vocabulary, pattern).save_pretrained(str(folder))
 
 
 def imitated(puzzle: str, solution: str, kind: str, skills: Bank, draws: Draws) -> tuple[str, str]:
