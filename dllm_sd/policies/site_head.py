@@ -1,6 +1,6 @@
 """The module that every process wraps: a causal-LM class of transformers that computes logits at the sites only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dllm_sd.policies.prefix_cache import Window, block_causal
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states ``[i h]`` to logits ``[i v]``."""
 
 
 class SiteHead(nn.Module):
@@ -45,14 +48,28 @@ class SiteHead(nn.Module):
         """The network itself; adapters are in its layers."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
-    def forward(self, ids: Tensor, mask: Tensor, sites: Tensor, window: Window | None = None) -> Tensor:
-        """Logits ``[m v]`` from ids int64 ``[n s]``, attention mask and sites bool ``[n s]``.
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        sites: Tensor,
+        window: Window | None = None,
+        read: Callable[[Tensor, Head], Any] | None = None,
+    ) -> Any:
+        """Logits ``[m v]`` at the sites of a view.
 
-        With a ``window`` the ids are some positions of longer sequences, whose finished blocks it remembers; ``mask``
-        then tells which of them are real.
+        Args:
+            ids: int64 ``[n s]``.
+            mask: bool ``[n s]``, true where attention may look.
+            sites: bool ``[n s]``; or int64 ``[n w]``, ``w`` columns of every row, which is a shape known beforehand.
+            window: with it the ids are some positions of longer sequences, whose finished blocks it remembers; ``mask``
+                then tells which of them are real.
+            read: gets the hidden states ``[m h]`` at the sites and the output head, and its result is returned instead
+                of logits: for those who do not want all logits at once. Inside ``forward`` the head's weights are
+                whole, and processes see its gradient.
         """
         network = self.network
-        body, head = network.base_model, network.get_output_embeddings()
+        body = network.base_model
         if window is not None:
             position, attention = window.position, window.attention(mask)
         else:
@@ -63,18 +80,28 @@ class SiteHead(nn.Module):
         hidden = body(
             input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=window, use_cache=False
         ).last_hidden_state
-        logits = head(hidden[self._spoken_from(sites, mask)])
+        hidden = self._spoken(hidden, sites, mask)
+        return self.logits(hidden) if read is None else read(hidden, self.logits)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[m v]`` of hidden states ``[m h]``; only inside ``forward`` where weights lie in pieces."""
+        logits = self.network.get_output_embeddings()(hidden)
         if self.rows is None or logits.shape[-1] == self.rows:
             return logits
         return nn.functional.pad(logits, (0, self.rows - logits.shape[-1]), value=-torch.inf)  # a negative width cuts
 
-    def _spoken_from(self, sites: Tensor, mask: Tensor) -> Any:
-        """Where the logits of each site stand: at the site, or one real token before it."""
-        if not self.shift:
-            return sites
-        rows, columns = sites.nonzero(as_tuple=True)
-        before = (columns - 1).clamp(min=0)
-        return rows, torch.where(mask[rows, before], before, columns)
+    def _spoken(self, hidden: Tensor, sites: Tensor, mask: Tensor) -> Tensor:
+        """The states ``[m h]`` that speak about the sites: those at the sites, or one real token before them."""
+        if sites.dtype == torch.bool:
+            if not self.shift:
+                return hidden[sites]
+            rows, columns = sites.nonzero(as_tuple=True)
+        else:
+            rows, columns = torch.arange(len(sites), device=sites.device)[:, None], sites
+        if self.shift:
+            before = (columns - 1).clamp(min=0)
+            columns = torch.where(mask[rows, before], before, columns)
+        return hidden[rows, columns].reshape(-1, hidden.shape[-1])
 
 
 @contextmanager
