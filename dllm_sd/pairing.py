@@ -120,6 +120,8 @@ def _check_causal(config: Config) -> None:
         for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
             if getattr(settings, name):
                 raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
+        if settings.compile is not None:
+            raise InputError(f"{key}.compile is for denoising and this model is autoregressive; leave it out")
         if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
             raise InputError(
                 f"{key}.continuous under optim.autocast needs weights of that type; set model.dtype to "

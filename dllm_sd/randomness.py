@@ -31,8 +31,12 @@ def fold(keys: Tensor, counter: Tensor | int) -> Tensor:
 
 def uniform(keys: Tensor, size: int) -> Tensor:
     """Uniform numbers strictly between 0 and 1, float32 ``[*keys.shape, size]``; entry i hashes (key, i)."""
-    counters = torch.arange(size, dtype=torch.int64, device=keys.device)
-    bits = _shift_right(fold(keys[..., None], counters), 41)  # 23 bits: k + 1/2 is exact in float32
+    return uniform_at(keys[..., None], torch.arange(size, dtype=torch.int64, device=keys.device))
+
+
+def uniform_at(keys: Tensor, counters: Tensor) -> Tensor:
+    """The uniform numbers that hash (key, counter), float32; shapes broadcast."""
+    bits = _shift_right(fold(keys, counters), 41)  # 23 bits: k + 1/2 is exact in float32
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
 
 

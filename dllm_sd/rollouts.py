@@ -5,11 +5,12 @@ Decoding order never changes a result: attempt ``a`` of a problem is a function 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from dllm_sd.attempts import Attempts, Crew
 from dllm_sd.errors import InputError
 from dllm_sd.horizons import HORIZONS, Complete, Progressive, Truncated
 from dllm_sd.policies.decoding import Decoding
@@ -45,7 +46,7 @@ class Rollout:
     grade: Grade
     trajectory: Trajectory
     counted: bool = True
-    """False for an attempt that a serial retry loop would not have made: it came after the first correct one."""
+    """False for an attempt that a serial retry loop would not have made: it began `ahead` of the first correct one."""
     teacher_prompts: tuple[tuple[int, ...] | None, ...] = ()
     """The prompt that each teacher context reads in the place of the student's; None where it reads the student's."""
     teacher_weights: tuple[float, ...] = ()
@@ -103,9 +104,16 @@ class RolloutRule(Protocol):
     """Whether the policy decodes (else the data set's references are used)."""
 
     def __call__(
-        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Decoding, seed: int, update: int
+        self,
+        policy: Policy,
+        task: Task,
+        prompted: Sequence[Prompted],
+        decode: Decoding,
+        seed: int,
+        update: int,
+        crew: Crew | None = None,
     ) -> list[list[Rollout]]:
-        """The kept rollouts of each problem, in the order of the problems, with every counted attempt graded."""
+        """The graded attempts at each problem, in the order of the problems; on every process of the ``crew``."""
         ...
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
@@ -121,8 +129,7 @@ ROLLING: dict[str, type] = {"live": Live, "base": Base, "subspace": Subspace}
 class PassAtK:
     """Sample until solved, at most `attempts` times a problem (pass@k resampling, arXiv 2606.18195, Sec. 3.3).
 
-    Only problems not yet solved are tried again. Free rows of a decoding batch take the next attempts of the same
-    problems early; attempts after the first correct one are dropped, so the outcome is that of a serial loop.
+    Only problems not yet solved are tried again, in any free slot of any process; the outcome is that of a serial loop.
     """
 
     problems: int = 16
@@ -131,6 +138,9 @@ class PassAtK:
     """The first correct attempt (or the last one if none is), the best by score (the latest of equals), or all."""
     until_solved: bool = True
     """False makes every attempt, solved or not."""
+    ahead: int = 0
+    """Further attempts at an unsolved problem that may begin early where decoding slots would stay empty; those behind
+    the first correct one are dropped. Worth it only where few rows leave a device idle."""
     temperature: float = 0.9
     top_k: int = 0
     """As in `decode`, which is for evaluations."""
@@ -144,51 +154,42 @@ class PassAtK:
     decodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if min(self.problems, self.attempts, self.passes) < 1:
-            raise InputError("method.rollout's problems, attempts and passes must be at least 1")
+        if min(self.problems, self.attempts, self.passes) < 1 or self.ahead < 0:
+            raise InputError("method.rollout's problems, attempts and passes must be at least 1, and ahead at least 0")
         if self.keep == "all" and self.until_solved:
             raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
 
     def __call__(
-        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Decoding, seed: int, update: int
+        self,
+        policy: Policy,
+        task: Task,
+        prompted: Sequence[Prompted],
+        decode: Decoding,
+        seed: int,
+        update: int,
+        crew: Crew | None = None,
     ) -> list[list[Rollout]]:
         decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        reach = self.reach(policy, decode, update)
-        tried: list[list[Rollout]] = [[] for _ in prompted]
-        while wanted := self._next(tried, decode.batch_size):
-            keys = [make_key(seed, update, prompted[i].problem.id, attempt, "decode") for i, attempt in wanted]
-            trajectory = policy.decode([prompted[i].prompt for i, _ in wanted], decode, keys, reach=reach)
-            for row, (i, attempt) in enumerate(wanted):
-                one = trajectory.select(torch.tensor([row]))
-                text = policy.text(one.tokens[0, : int(one.length)].tolist())
-                grade = task.grade(prompted[i].problem, text)
-                tried[i].append(Rollout(prompted[i].problem, attempt, text, grade, one))
-        return [self._serial(attempts) for attempts in tried]
+
+        def key(i: int, attempt: int) -> int:
+            return make_key(seed, update, prompted[i].problem.id, attempt, "decode")
+
+        def grade(i: int, one: Trajectory) -> tuple[str, Grade]:
+            text = policy.text(one.tokens[0, : int(one.length)].tolist())
+            return text, task.grade(prompted[i].problem, text)
+
+        prompts = [item.prompt for item in prompted]
+        rule: Any = {"limit": self.attempts, "until_solved": self.until_solved, "ahead": self.ahead}
+        queue = Attempts(prompts, key, grade, **rule, crew=crew)
+        policy.complete(queue, decode, reach=self.reach(policy, decode, update))
+        return [
+            [Rollout(item.problem, x.number, x.text, x.grade, x.trajectory, queue.counts(x)) for x in tried]
+            for item, tried in zip(prompted, queue.collected(), strict=True)
+        ]
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
         """What the horizon says of the first update that this batch serves."""
         return self.horizon(policy, decode, batch * self.passes)
-
-    def _next(self, tried: Sequence[Sequence[Rollout]], room: int) -> list[tuple[int, int]]:
-        """The next (problem, attempt) pairs: a round over the open problems, and more while rows are free."""
-        left = {i: len(done) for i, done in enumerate(tried) if not self._closed(done)}
-        wanted: list[tuple[int, int]] = []
-        while left and (not wanted or len(wanted) + len(left) <= room):
-            wanted += left.items()
-            left = {i: attempt + 1 for i, attempt in left.items() if attempt + 1 < self.attempts}
-        return wanted
-
-    def _closed(self, done: Sequence[Rollout]) -> bool:
-        solved = self.until_solved and any(rollout.grade.correct for rollout in done)
-        return solved or len(done) >= self.attempts
-
-    def _serial(self, attempts: list[Rollout]) -> list[Rollout]:
-        """Mark the attempts that a serial loop would not have made."""
-        if not self.until_solved:
-            return attempts
-        solved = [rollout.attempt for rollout in attempts if rollout.grade.correct]
-        last = min(solved, default=self.attempts)
-        return [replace(rollout, counted=rollout.attempt <= last) for rollout in attempts]
 
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         """What is kept of one problem's counted attempts."""
@@ -213,7 +214,14 @@ class Demonstrations:
             raise InputError("method.rollout's problems and passes must be at least 1")
 
     def __call__(
-        self, policy: Policy, task: Task, prompted: Sequence[Prompted], decode: Decoding, seed: int, update: int
+        self,
+        policy: Policy,
+        task: Task,
+        prompted: Sequence[Prompted],
+        decode: Decoding,
+        seed: int,
+        update: int,
+        crew: Crew | None = None,
     ) -> list[list[Rollout]]:
         return [self._one(policy, task, item, decode) for item in prompted]
 

@@ -135,6 +135,10 @@ class Trajectory:
         picked |= {name: picked[name][:, start:] for name in ("prompt_ids", "prompt_mask")}
         return replace(self, **picked)
 
+    def singly(self) -> list["Trajectory"]:
+        """Each completion as a batch of one."""
+        return [self.select(torch.tensor([row])) for row in range(self.size)]
+
     def to(self, device: torch.device | str) -> "Trajectory":
         """All tensors on ``device``."""
         return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.denoising import denoise
 from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
+from tests.oracles.toy_denoiser import denoised
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -59,7 +59,7 @@ def noise() -> Callable[..., Trajectory]:
         rng = random.Random(seed)
         prompts = [[rng.randrange(9) for _ in range(rng.randrange(1, 6))] for _ in range(b)]
         settings = {"length": 24, "block_length": 8, "temperature": 1.0, "order": "random"} | settings
-        return denoise(
+        return denoised(
             lambda view: torch.zeros(int(view.sites.sum()), 12),
             prompts,
             Decoding(early_end=early_end, **settings),

@@ -7,6 +7,7 @@ import torch
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.queue import Queue, complete_in_batches
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.rollouts import (
     All,
@@ -54,6 +55,12 @@ class StubPolicy:
             end_ids=(101,),
             pad_id=0,
         )
+
+    def complete(self, queue: Queue, settings: Decoding, *, meter: Any = None, reach: Reach | None = None) -> None:
+        def decode(prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> Trajectory:
+            return self.decode(prompts, settings, keys, reach=reach)
+
+        complete_in_batches(decode, queue, settings.batch_size)
 
     @staticmethod
     def number(key: int) -> int:
@@ -113,9 +120,9 @@ def summary(rollouts: Sequence[Rollout]) -> list[tuple[str, int, str, Grade, lis
 
 
 @pytest.mark.parametrize("room", [1, 3, 8, 11, 64, 1000])
-@pytest.mark.parametrize("attempts", [1, 4, 8])
-def test_the_counted_attempts_are_those_of_a_serial_loop(room, attempts):
-    tried = roll(PassAtK(attempts=attempts), room)
+@pytest.mark.parametrize(("attempts", "ahead"), [(1, 0), (4, 0), (8, 0), (8, 2), (8, 20)])
+def test_the_counted_attempts_are_those_of_a_serial_loop(room, attempts, ahead):
+    tried = roll(PassAtK(attempts=attempts, ahead=ahead), room)
     for item, done in zip(PROBLEMS, tried, strict=True):
         counted = [rollout for rollout in done if rollout.counted]
         assert [int(rollout.text) for rollout in counted] == serial(attempts, item)
@@ -137,14 +144,26 @@ def test_only_problems_not_yet_solved_are_tried_again():
     assert 0 < len(solved) < len(PROBLEMS)
 
 
-def test_no_wave_is_larger_than_the_batch_unless_there_are_more_open_problems():
+@pytest.mark.parametrize("room", [1, 4, 64])
+def test_nothing_is_decoded_that_a_serial_loop_would_not_decode(room):
     policy = StubPolicy()
-    roll(PassAtK(attempts=8), room=4, policy=policy)
-    assert len(policy.calls[0]["keys"]) == len(PROBLEMS)
-    small = StubPolicy()
-    roll(PassAtK(attempts=8), room=24, policy=small)
-    assert all(len(call["keys"]) <= 24 for call in small.calls)
-    assert len(small.calls) < len(policy.calls)
+    roll(PassAtK(attempts=8), room, policy)
+    assert sum(len(call["keys"]) for call in policy.calls) == sum(len(serial(8, item)) for item in PROBLEMS)
+    assert all(len(call["keys"]) <= room for call in policy.calls)
+
+
+def test_attempts_ahead_fill_what_would_stay_empty():
+    calls = {}
+    for ahead in (0, 1, 7):
+        policy = StubPolicy()
+        roll(PassAtK(attempts=8, ahead=ahead), room=24, policy=policy)
+        calls[ahead] = [len(call["keys"]) for call in policy.calls]
+    assert max(map(max, calls.values())) <= 24
+    assert calls[0][0] == 10
+    assert calls[1][0] == 20
+    assert calls[7][0] == 24
+    assert len(calls[7]) < len(calls[0])
+    assert sum(calls[7]) > sum(calls[0])
 
 
 def test_the_rule_sets_how_tokens_are_drawn():

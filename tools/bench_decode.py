@@ -56,9 +56,11 @@ class Side:
     flops: float = 0.0
     """Exact work of the counted attempts."""
     idle: float = 0.0
-    """Share of the slots of its calls that held no open row."""
-    empty: float = 0.0
-    """The same, of ``decode.batch_size`` slots in every call."""
+    """Share of the slots that held no open row: towards the end nothing is left to fill them."""
+    wasted: float = 0.0
+    """Share of the rows that the network read which were not open: an empty slot is not read."""
+    padding: float = 0.0
+    """Share of the positions that the network read which were padding."""
 
     @property
     def rate(self) -> float:
@@ -70,17 +72,19 @@ def ours(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Si
     """PassAtK on the first ``count`` problems."""
     task, meter, settings = naive.StandIn(count, options.rate), Meter(), naive.decoding(options)
     items = [prompt_tokens(policy, task, problem, options.length + 10**6) for problem in task.problems()]
-    rule = PassAtK(problems=count, attempts=options.attempts, temperature=options.temperature)
+    rule = PassAtK(problems=count, attempts=options.attempts, temperature=options.temperature, ahead=options.ahead)
     own: Any = policy
-    own.decode = partial(type(policy).decode, policy, meter=meter)
+    own.complete = partial(type(policy).complete, policy, meter=meter)
     start, busy = naive.clock(policy), time.process_time()
     tried = rule(policy, task, [item for item in items if item is not None], settings, 0, 0)
     seconds, busy = naive.clock(policy) - start, time.process_time() - busy
-    del own.decode
+    del own.complete
     counted = [rollout for attempts in tried for rollout in attempts if rollout.counted]
-    empty = 1 - meter.rows / (meter.forwards * settings.batch_size)
     flops = sum(exact_flops(policy, rollout) for rollout in counted)
-    return Side(seconds, len(counted), sum(map(len, tried)), busy, flops, 1 - meter.occupancy, empty)
+    every = [rollout.trajectory for attempts in tried for rollout in attempts]
+    real = sum(int(x.num_steps) * (int(x.prompt_mask.sum()) + x.tokens.shape[1]) for x in every)
+    shares = (1 - meter.occupancy, 1 - meter.rows / meter.read, 1 - real / meter.positions)
+    return Side(seconds, len(counted), len(every), busy, flops, *shares)
 
 
 def exact_flops(policy: MaskedDiffusion, rollout: Rollout) -> float:
@@ -149,7 +153,7 @@ def compare(options: argparse.Namespace) -> None:
         prompts = [policy.encode(task.messages(problem)) for problem in task.problems()]
         same, total = naive.equal_greedy(policy, prompts, naive.decoding(options))
         print(f"greedy tokens equal: {same} of {total}")
-    print(f"idle slots: {mine.idle:.1%} of those its calls had, {mine.empty:.1%} of decode.batch_size")
+    print(f"slots without a row {mine.idle:.1%}, rows read in vain {mine.wasted:.1%}, padding {mine.padding:.1%}")
     print(f"decoded early and dropped: {1 - mine.rollouts / mine.decoded:.1%} of attempts")
     print(f"matmul {rate / 1e9:.1f} GFLOP/s; exact work at {mine.flops / mine.seconds / rate:.1%} of it")
 
@@ -228,6 +232,7 @@ def main() -> None:
     naive.add_options(parser)
     parser.add_argument("--attempts", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--ahead", type=int, default=0, help="as method.rollout.ahead")
     parser.add_argument("--sweep", choices=tuple(SWEEPS))
     parser.add_argument("--features", action="store_true", help="adapters folded in, and the prefix cache, instead")
     for name, default in (("hidden", 256), ("layers", 4), ("vocab", 32000), ("rank", 64), ("prompts", 8)):

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dllm_sd.policies.continuous import TurnChoice, check_continuous, generate_in_turns
-from dllm_sd.policies.decoding import Decoding, Meter, force, never_drawn
+from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.policies.drawing import force, never_drawn
 from dllm_sd.policies.language_model import LanguageModel
+from dllm_sd.policies.queue import Queue, complete_in_batches
 from dllm_sd.randomness import fold, key_tensor, uniform
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, completion_length, concatenate, left_pad
 
@@ -85,8 +87,19 @@ class Autoregressive(LanguageModel):
         if meter is not None:
             made = written.shape[1]
             meter.forwards, meter.slots = meter.forwards + made, meter.slots + made * len(prompts)
+            meter.read += made * len(prompts)
             meter.rows += int(trajectory.num_steps.sum())
         return trajectory
+
+    def complete(
+        self, queue: Queue, settings: Decoding, *, meter: Meter | None = None, reach: Reach | None = None
+    ) -> None:
+        """Complete what a queue has, a batch at a time; in turns, all that it has at that moment."""
+
+        def decode(prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> Trajectory:
+            return self.decode(prompts, settings, keys, meter=meter, reach=reach)
+
+        complete_in_batches(decode, queue, queue.most if settings.continuous else settings.batch_size)
 
     def _in_turns(
         self,
@@ -112,6 +125,7 @@ class Autoregressive(LanguageModel):
         trajectory = concatenate([parts[row] for row in range(len(prompts))])
         if meter is not None:
             meter.forwards, meter.slots = meter.forwards + choice.passes, meter.slots + choice.passes * choice.slots
+            meter.read += choice.passes * choice.slots
             meter.rows += int(trajectory.num_steps.sum())
         return trajectory
 

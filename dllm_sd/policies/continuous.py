@@ -21,7 +21,8 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.decoding import Decoding, force, never_drawn
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.drawing import force, never_drawn
 from dllm_sd.randomness import fold, uniform
 
 PAGE = 256

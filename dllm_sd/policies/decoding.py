@@ -1,12 +1,7 @@
-"""How completions are decoded: the keys of `decode`, what a decoding costs, and how a token is drawn."""
+"""How completions are decoded: the keys of `decode`, and what a decoding costs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from typing import Literal
 
 from dllm_sd.errors import InputError
 
@@ -51,6 +46,10 @@ class Decoding:
     """Reuse the keys and values of finished blocks. Block-causal models only, where it is exact; others have none."""
     batch_size: int = 64
     """Rows decoded together. Memory only: it changes no result."""
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    """The mode of `torch.compile` for the layers (`reduce-overhead` records CUDA graphs). Rows are then read in powers
+    of two and at one width, so that there are few shapes. Denoising without the prefix cache only; worth it where
+    launching kernels takes longer than running them."""
     continuous: bool = False
     """Let a waiting row begin as soon as another one ends, by transformers' continuous batching (autoregressive models;
     meant for GPUs). Results are the same up to the rounding of attention kernels."""
@@ -90,54 +89,17 @@ class Meter:
     """What a decoding cost."""
 
     forwards: int = 0
-    """Passes of the network (with guidance, pairs of passes)."""
+    """Steps of the batch; with guidance, or rows of very unequal length, each takes several passes of the network."""
     rows: int = 0
-    """Rows in them, summed."""
+    """Open rows in them, summed."""
     slots: int = 0
-    """Rows that there was room for, summed."""
+    """Rows that there was room for, summed: as many as were ever open at once."""
+    read: int = 0
+    """Rows that the network read, summed: a slot that stays empty need not be read."""
+    positions: int = 0
+    """Positions that the network read, padding included."""
 
     @property
     def occupancy(self) -> float:
         """Share of the slots that was busy."""
         return self.rows / max(1, self.slots)
-
-
-def draw(logits: Tensor, settings: Decoding, u: Tensor) -> Tensor:
-    """Tokens int64 ``[m]`` from ``logits [m v]``: the largest, or sampled at ``u [m]`` in (0, 1)."""
-    return logits.argmax(-1) if settings.temperature == 0 else sample(warp(logits, settings), u)
-
-
-def warp(logits: Tensor, settings: Decoding) -> Tensor:
-    """Logits ``[m v]`` of what is sampled from: over the temperature, then top-k, then top-p, as transformers does."""
-    unused: Any = None
-    logits = TemperatureLogitsWarper(settings.temperature)(unused, logits)
-    if 0 < settings.top_k < logits.shape[-1]:
-        logits = TopKLogitsWarper(settings.top_k)(unused, logits)
-    return TopPLogitsWarper(settings.top_p)(unused, logits) if settings.top_p < 1 else logits
-
-
-def drawn_logp(logits: Tensor, settings: Decoding, token: Tensor) -> Tensor:
-    """`Trajectory.logp` of the tokens int64 ``[m]`` under ``logits [m v]``, ``-> [m]``."""
-    scaled = logits / (settings.temperature or 1.0)
-    return scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
-
-
-def never_drawn(settings: Decoding, suppress: Sequence[int], device: torch.device) -> Tensor:
-    """Token ids int64 that neither the ``settings`` nor ``suppress`` let pass."""
-    return torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64, device=device)
-
-
-def force(scores: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """What leaves a logits processor's caller one token, drawn at ``u [m]`` from ``scores [m v]`` without ``never``.
-
-    Returns ``[m v]``, 0 at that token and -inf elsewhere, and its `Trajectory.logp` ``[m]``.
-    """
-    token = draw(scores.index_fill(-1, never, -torch.inf), settings, u)
-    return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0), drawn_logp(scores, settings, token)
-
-
-def sample(logits: Tensor, u: Tensor) -> Tensor:
-    """Tokens int64 ``[m]`` from softmax(``logits [m v]``) by inverse CDF at ``u [m]`` in (0, 1), float32 throughout."""
-    cdf = logits.softmax(-1).cumsum(-1)
-    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None].contiguous())[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)

@@ -1,204 +1,237 @@
 """The sampler: semi-autoregressive blocks, any number of tokens per step.
 
-The published reference (LLaDA, `generate`) works one canvas at a time on logits of the whole canvas. Here a batch of
-unequal prompts is decoded together, the output head runs only on the masked positions of each row's active block, and
-every random number is keyed, so that a row's result depends neither on its batch nor on its place in it.
+The published reference (LLaDA, `generate`) works one canvas at a time on logits of the whole canvas. Here the rows of a
+fixed number of slots are decoded together, the output head runs only on the active block of each row, and every random
+number is keyed, so that a row's result depends neither on its batch nor on its place in it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_sd.losses.sites import rank_descending
-from dllm_sd.policies.decoding import Decoding, Meter, draw, drawn_logp
-from dllm_sd.policies.policy import View
+from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.policies.drawing import draw, never_drawn
 from dllm_sd.policies.prefix_cache import PrefixCache
-from dllm_sd.policies.site_head import SiteHead
-from dllm_sd.randomness import fold, key_tensor, make_key, uniform
-from dllm_sd.trajectory import NEVER, Reach, Trajectory, block_index, completion_length, is_any_of, left_pad
+from dllm_sd.policies.queue import Job, Queue
+from dllm_sd.policies.site_head import Head, SiteHead
+from dllm_sd.policies.slots import Group, Layout, Slots
+from dllm_sd.randomness import fold, make_key, uniform_at
+from dllm_sd.trajectory import NEVER, Reach
+
+LOOK = 4
+"""Steps between two looks at what has ended, where looking makes the host wait for the device."""
+CHUNK = {"cpu": 2**23}
+"""Logits that are held at once, by kind of device: what fits a cache is faster."""
+CHUNK_ELSEWHERE = 2**27
+
+Watch = Callable[[Sequence[Job | None], Tensor], None]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What each site would take, all ``[m]`` or in the shape of the sites."""
+
+    token: Tensor
+    score: Tensor
+    """How early it wants to be committed: the model's own (before temperature and suppression), as in LLaDA."""
+    logp: Tensor
+    """`Trajectory.logp`."""
 
 
 @torch.no_grad()
 def denoise(
-    site_logits: Callable[[View], Tensor],
-    prompts: Sequence[Sequence[int]],
+    module: SiteHead | Callable[..., Any],
+    queue: Queue,
     settings: Decoding,
-    keys: Sequence[int],
+    layout: Layout,
     *,
-    mask_id: int,
-    end_ids: tuple[int, ...],
-    pad_id: int,
+    vocabulary: int,
     device: torch.device | str = "cpu",
-    watch: Callable[[Tensor], None] | None = None,
-    finished: Callable[[Tensor, Trajectory], None] | None = None,
+    watch: Watch | None = None,
     meter: Meter | None = None,
-    blocks_of_prompt: bool = False,
-    cached: SiteHead | None = None,
+    remember: bool = False,
+    fixed: bool = False,
     reach: Reach | None = None,
-) -> Trajectory:
-    """Denoise any number of prompts, `settings.batch_size` of them at a time: the next one takes a slot that is free.
+) -> None:
+    """Denoise what the queue has, at most `settings.batch_size` rows at a time; a free slot is refilled at once.
 
     Args:
-        site_logits: the denoiser, from a view to logits ``[m v]``.
-        prompts: token ids of ``b`` prompts of any length.
+        module: the denoiser, called with ``(ids, mask, sites, read=...)`` as `SiteHead` is.
+        queue: where the jobs come from and where what has ended goes to.
         settings: the schedule.
-        keys: one key a row (`randomness.make_key`).
-        mask_id: the mask token; never committed.
-        end_ids: tokens that end a completion.
-        pad_id: what fills positions that an early end leaves open.
+        layout: token ids and blocks.
+        vocabulary: ``v``.
         device: where to work.
-        watch: called with the completion side int64 ``[b l]`` before every forward and at the end; rows that ended
-            early keep their last canvas.
-        finished: called with the rows int64 ``[r]`` that have just ended, and their trajectory.
+        watch: called before every step with the job of each slot, and the completion sides int64 ``[r l]``.
         meter: counts what it costs.
-        blocks_of_prompt: count blocks from the first prompt token, as block-causal models do.
-        cached: the module of a block-causal model, to reuse the keys and values of finished blocks.
+        remember: reuse the keys and values of finished blocks (block-causal models).
+        fixed: keep to a few shapes, as compiled modules like it: whole active blocks, rows in powers of two, one width.
         reach: stop there; None goes on to the end.
     """
-    prompt_ids, prompt_mask = (x.to(device) for x in left_pad(prompts, pad_id))
-    b, length, slots = len(prompts), settings.length, min(len(prompts), settings.batch_size)
-    blocks = block_index(prompt_mask, length, settings.block_length, blocks_of_prompt)
-    cache = None
-    if cached is not None and not cached.shift:  # with a shift, a block's first logits stand in the block before it
-        cache = PrefixCache(cached, prompt_ids, prompt_mask, length, settings.block_length, slots)
-    schedule = torch.tensor(settings.schedule, device=device)
-    final = torch.full((b, length), mask_id, device=device)
-    reveal = torch.full((b, length), NEVER, device=device)
-    logp = torch.full((b, length), torch.nan, device=device)
-    all_keys = key_tensor(keys, device)
-    rows = slot = torch.arange(slots, device=device)  # rows being decoded; all below is indexed like `rows`
-    begun = slots
-    tokens, reveal_step = final[rows], reveal[rows]
-    block, within, step = (torch.zeros_like(rows) for _ in range(3))
+    device = torch.device(device)
+    slots = Slots(min(settings.batch_size, queue.most), queue.longest, settings, layout, device, reach)
+    stepper = _Stepper(module, slots, vocabulary, remember, fixed or device.type != "cpu")
+    steps = most = 0
+    patience = queue.patience or (1 if device.type == "cpu" else LOOK)
+    while (jobs := queue.take(len(slots.jobs) - len(slots.taken))) is not None:
+        if unwanted := [slot for slot, job in enumerate(slots.jobs) if job is not None and not queue.wanted(job)]:
+            slots.free(unwanted)
+        if jobs:
+            stepper.begin(jobs)
+        if slots.taken:
+            groups = slots.groups(fixed, stepper.cache is not None)
+            for _ in range(patience):
+                if watch is not None:
+                    watch(slots.jobs, slots.tokens[:, :-1])
+                for group in groups:
+                    stepper(group)
+                steps, most = steps + 1, max(most, len(slots.taken))
+                if meter is not None:
+                    meter.read += sum(len(group.slots) for group in groups)
+                    meter.positions += sum(len(group.slots) * stepper.width(group) for group in groups)
+            if ended := slots.look():
+                trajectory = slots.trajectory(ended)
+                queue.ended(slots.free(ended), trajectory)
+    if meter is not None:
+        meter.forwards, meter.slots = meter.forwards + steps, meter.slots + steps * most
+        meter.rows += int(slots.busy)
 
-    def trajectory(some: Tensor) -> Trajectory:
-        known = [x[some] for x in (prompt_ids, prompt_mask, final, reveal, logp)]
-        return _trajectory(known, settings.block_length, mask_id, end_ids, pad_id, blocks_of_prompt)
 
-    while len(rows):
-        if watch is not None:
-            final[rows] = tokens
-            watch(final.clone())
-        if meter is not None:
-            meter.forwards, meter.rows, meter.slots = meter.forwards + 1, meter.rows + len(rows), meter.slots + slots
-        active = (reveal_step == NEVER) & (blocks[rows] == block[:, None])
-        if cache is not None and settings.guidance == 0:
-            logits = cache(rows, slot, tokens, active, block).float()
+class _Stepper:
+    """One step of a group of rows."""
+
+    def __init__(self, module: Any, slots: Slots, vocabulary: int, remember: bool, whole: bool) -> None:
+        self.module, self.slots, self.settings = module, slots, slots.settings
+        self.cache: PrefixCache | None = None
+        if remember and self.settings.guidance == 0:
+            width = slots.prompt_ids.shape[1] + self.settings.length
+            self.cache = PrefixCache(module, len(slots.jobs), width, self.settings.block_length)
+        self.whole = whole and self.cache is None
+        """Whether whole active blocks are read, whose size the host knows, or only what is masked in them."""
+        self.never = never_drawn(self.settings, (slots.layout.mask_id,), slots.device)
+        self.place = torch.arange(self.settings.block_length, device=slots.device)
+        self.rows = max(1, CHUNK.get(slots.device.type, CHUNK_ELSEWHERE) // vocabulary)
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Put jobs into free slots."""
+        begun = self.slots.begin(jobs)
+        if self.cache is not None:
+            self.cache.begin(begun)
+
+    def width(self, group: Group) -> int:
+        """Positions that are read of each row."""
+        return self.settings.block_length if self.cache is not None else group.prompt + self.settings.length
+
+    def __call__(self, group: Group) -> None:
+        """Propose, choose, commit."""
+        slots, rows, length = self.slots, group.slots, self.settings.length
+        place = (slots.block[rows] * self.settings.block_length - slots.lead[rows])[:, None] + self.place
+        inside = (place >= 0) & (place < length)
+        at = torch.where(inside, place, length)
+        slots.busy += slots.live[rows].sum()
+        masked = inside & (slots.reveal_step[rows].gather(1, at) == NEVER) & slots.live[rows, None]
+        found = self._propose(group, place, at, masked)
+        score = found.score.masked_fill(~masked, -torch.inf)
+        rank = rank_descending(score)
+        if self.settings.threshold is None:
+            commit = masked & (rank < slots.schedule[slots.within[rows]][:, None])
         else:
-            view = _view(prompt_ids[rows], prompt_mask[rows], tokens, active)
-            logits = _guided(site_logits, view, settings.guidance, mask_id, prompt_ids.shape[1]).float()
-        chosen, score = _propose(logits, active, settings, fold(all_keys[rows], step), mask_id)
-        commit = _commit(active, score, settings, schedule[within])
-        row, place = commit.nonzero(as_tuple=True)
-        logp[rows[row], place] = drawn_logp(logits[commit[active]], settings, chosen[commit])
-        tokens = torch.where(commit, chosen, tokens)
-        reveal_step = torch.where(commit, step[:, None], reveal_step)
-        full = ~(active & ~commit).any(1)  # such a block moves on, past the steps that would commit nothing
-        skipped = schedule.numel() - within if settings.threshold is None and not blocks_of_prompt else 1
-        step = step + torch.where(full, skipped, 1)
-        within = torch.where(full | (settings.threshold is not None), 0, within + 1)
-        block = block + full.long()
-        done = block > blocks[rows, -1]
-        if reach is not None:
-            done |= (block if reach.unit == "blocks" else step) >= reach.count
-        if settings.early_end:
-            done |= _ends_for_sure(tokens, reveal_step, end_ids)
-        if bool(done.any()):
-            final[rows], reveal[rows] = tokens, reveal_step
-            if finished is not None:
-                finished(rows[done].cpu(), trajectory(rows[done]))
-            new = torch.arange(begun, min(b, begun + int(done.sum())), device=device)
-            begun += len(new)
-            fresh, keep = torch.zeros_like(new), ~done
-            slot = torch.cat([slot[keep], slot[done][: len(new)]])
-            rows = torch.cat([rows[keep], new])
-            tokens, reveal_step = (torch.cat([x[keep], y[new]]) for x, y in ((tokens, final), (reveal_step, reveal)))
-            block, within, step = (torch.cat([x[keep], fresh]) for x in (block, within, step))
-            if cache is not None:
-                cache.begin(slot[len(slot) - len(new) :])
-    if watch is not None:
-        watch(final.clone())
-    return trajectory(torch.arange(b, device=device))
+            commit = masked & ((rank == 0) | (score.exp() >= self.settings.threshold))
+        slots.commit(group, at, commit, found.token, found.logp, masked & ~commit)
+
+    def _propose(self, group: Group, place: Tensor, at: Tensor, masked: Tensor) -> Proposal:
+        """`Proposal` in the shape ``[n i]`` of the active blocks ``at``; what is not `masked` means nothing."""
+        slots, rows = self.slots, group.slots
+        keys = fold(slots.keys[rows], slots.step[rows])[:, None]
+        u = uniform_at(keys, place) if self.settings.temperature else torch.zeros_like(place, dtype=torch.float32)
+        found = self._read(group, at, masked, u.flatten() if self.whole else u[masked])
+        if self.whole:
+            found = Proposal(*(x.view(masked.shape) for x in (found.token, found.score, found.logp)))
+        else:
+            flat, found = found, Proposal(torch.zeros_like(at), torch.zeros_like(u), torch.zeros_like(u))
+            found.token[masked], found.score[masked], found.logp[masked] = flat.token, flat.score, flat.logp
+        match self.settings.order:
+            case "random":
+                return Proposal(found.token, uniform_at(fold(keys, make_key("order")), place), found.logp)
+            case "left_to_right":
+                return Proposal(found.token, -place.float(), found.logp)
+        return found
+
+    def _read(self, group: Group, at: Tensor, masked: Tensor, u: Tensor) -> Proposal:
+        """The proposals ``[m]`` of the network."""
+        slots, rows, length = self.slots, group.slots, self.settings.length
+        tokens = slots.tokens[rows, :-1]
+        sites = torch.zeros_like(slots.tokens[rows], dtype=torch.bool).scatter(1, at, masked)[:, :-1]
+        read = partial(propose, settings=self.settings, never=self.never, u=u, rows=self.rows)
+        start = slots.prompt_ids.shape[1] - group.prompt
+        prompt, real = slots.prompt_ids[rows, start:], slots.prompt_mask[rows, start:]
+        if self.cache is not None:
+            return self.cache(rows, prompt, real, tokens, sites, slots.block[rows], read)
+        mask = torch.cat([real, torch.ones_like(sites)], 1)
+        where = group.prompt + at.clamp(max=length - 1) if self.whole else torch.cat([torch.zeros_like(real), sites], 1)
+        if self.settings.guidance:
+            blank = torch.full_like(prompt, slots.layout.mask_id)
+            states = self.module(torch.cat([blank, tokens], 1), mask, where, read=lambda hidden, head: hidden)
+            read = partial(read, without=states)
+        return self.module(torch.cat([prompt, tokens], 1), mask, where, read=read)
 
 
-def _ends_for_sure(tokens: Tensor, reveal_step: Tensor, end_ids: tuple[int, ...]) -> Tensor:
-    """bool ``[b]``: whether there is an end token with nothing masked before it."""
-    return (is_any_of(tokens, end_ids) & (reveal_step != NEVER).cumprod(1).bool()).any(1)
+def propose(
+    hidden: Tensor,
+    head: Head,
+    *,
+    settings: Decoding,
+    never: Tensor,
+    u: Tensor,
+    rows: int,
+    without: Tensor | None = None,
+) -> Proposal:
+    """What each of ``m`` sites would take: for the ``read`` of `SiteHead.forward`.
 
-
-def _trajectory(rows: Sequence[Tensor], block_length: int, *layout: Any) -> Trajectory:
-    prompt_ids, prompt_mask, tokens, reveal_step, logp = rows
-    mask_id, end_ids, pad_id, blocks_of_prompt = layout
-    known = reveal_step != NEVER
-    tokens = tokens.masked_fill(~known, pad_id)
-    length = completion_length(tokens, end_ids, known)
-    return Trajectory(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        tokens=tokens,
-        reveal_step=reveal_step,
-        length=length,
-        block_length=block_length,
-        mask_id=mask_id,
-        end_ids=end_ids,
-        pad_id=pad_id,
-        blocks_of_prompt=blocks_of_prompt,
-        logp=logp,
-    )
-
-
-def _view(prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, sites: Tensor) -> View:
-    return View(
-        ids=torch.cat([prompt_ids, tokens], 1),
-        mask=torch.cat([prompt_mask, torch.ones_like(sites)], 1),
-        sites=torch.cat([torch.zeros_like(prompt_mask), sites], 1),
-    )
-
-
-def _guided(
-    site_logits: Callable[[View], Tensor], view: View, guidance: float, mask_id: int, prompt_width: int
-) -> Tensor:
-    logits = site_logits(view)
-    if guidance == 0:
-        return logits
-    blank = view.ids.clone()
-    blank[:, :prompt_width] = mask_id
-    without = site_logits(View(blank, view.mask, view.sites))
-    return without + (1 + guidance) * (logits - without)
-
-
-def _propose(logits: Tensor, active: Tensor, settings: Decoding, keys: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """The token that each active position would take ``[b l]`` and how early it wants to be committed ``[b l]``.
-
-    Scores are the model's own (before temperature and suppression), as in LLaDA; inactive positions have -inf.
+    Args:
+        hidden: ``[m h]``.
+        head: the output head.
+        settings: temperature, order, guidance.
+        never: int64, ids that are not to be drawn.
+        u: uniform numbers ``[m]``.
+        rows: sites whose logits are held at once.
+        without: hidden states ``[m h]`` without the prompt, for guidance.
     """
-    normaliser = logits.logsumexp(-1)
-    allowed = logits.index_fill(-1, torch.tensor([mask_id, *settings.suppress], device=logits.device), -torch.inf)
-    token = draw(allowed, settings, uniform(keys, active.shape[1])[active])
+    parts: list[Proposal] = []
+    for start in range(0, max(1, len(hidden)), rows):
+        some = slice(start, start + rows)
+        logits = head(hidden[some]).float()
+        if without is not None:
+            blank = head(without[some]).float()
+            logits = blank + (1 + settings.guidance) * (logits - blank)
+        before = _before(logits, settings)
+        drawn = draw(logits, settings, never, u[some])
+        parts.append(Proposal(drawn.token, _score(drawn.own, before, drawn.normaliser, settings), drawn.logp))
+    return Proposal(*(torch.cat([getattr(part, name) for part in parts]) for name in ("token", "score", "logp")))
+
+
+def _before(logits: Tensor, settings: Decoding) -> Tensor:
+    """What the order needs to know of the logits ``[m v]`` before a token is drawn from them."""
     match settings.order:
-        case "confidence":
-            score = logits.gather(-1, token[:, None])[:, 0] - normaliser
         case "margin":
-            top = (logits.topk(2, -1).values - normaliser[:, None]).exp()
-            score = top[:, 0] - top[:, 1]
+            return logits.topk(2, -1).values
         case "entropy":
-            probability = (logits - normaliser[:, None]).exp()
-            score = torch.xlogy(probability, probability).sum(-1)
-        case "random":
-            score = uniform(fold(keys, make_key("order")), active.shape[1])[active]
-        case "left_to_right":
-            score = -active.nonzero()[:, 1].float()
-    tokens = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
-    scores = torch.full(active.shape, -torch.inf, device=active.device)
-    tokens[active], scores[active] = token, score
-    return tokens, scores
+            return logits.clone()
+    return logits[:, :0]
 
 
-def _commit(active: Tensor, score: Tensor, settings: Decoding, quota: Tensor) -> Tensor:
-    """bool ``[b l]``: what this step commits."""
-    rank = rank_descending(score)
-    if settings.threshold is None:
-        return active & (rank < quota[:, None])
-    return active & ((rank == 0) | (score.exp() >= settings.threshold))
+def _score(own: Tensor, before: Tensor, normaliser: Tensor, settings: Decoding) -> Tensor:
+    """``[m]``: by probability of the token, top-2 margin, or negative entropy."""
+    match settings.order:
+        case "margin":
+            top = (before - normaliser[:, None]).exp()
+            return top[:, 0] - top[:, 1]
+        case "entropy":
+            probability = (before - normaliser[:, None]).exp()
+            return torch.xlogy(probability, probability).sum(-1)
+    return own

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from dllm_sd.errors import InputError
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.decoding import Decoding, Meter
-from dllm_sd.policies.denoising import denoise
+from dllm_sd.policies.denoising import Watch, denoise
 from dllm_sd.policies.language_model import LanguageModel
+from dllm_sd.policies.queue import Job, Listed, Queue
+from dllm_sd.policies.slots import Layout
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, left_pad
 
 
@@ -61,27 +63,57 @@ class MaskedDiffusion(LanguageModel):
     ) -> Trajectory:
         """Denoise any number of prompts, `settings.batch_size` of them at a time, in eval mode (see `denoise`).
 
+        ``watch`` sees all completion sides int64 ``[b l]`` before every step and at the end; rows that ended early keep
+        their last canvas. ``finished`` is told the rows int64 ``[r]`` that have just ended, and their trajectory.
         Returns the trajectory on the CPU, in the order of the prompts.
         """
+        canvases = torch.full((len(prompts), settings.length), self.mask_id)
+
+        def ended(rows: Tensor, trajectory: Trajectory) -> None:
+            canvases[rows] = trajectory.tokens.masked_fill(trajectory.reveal_step == NEVER, self.mask_id)
+            if finished is not None:
+                finished(rows, trajectory)
+
+        def seen(jobs: Sequence[Job | None], tokens: Tensor) -> None:
+            for job, row in zip(jobs, tokens.cpu(), strict=True):
+                if job is not None:
+                    canvases[job.name[0]] = row
+            if watch is not None:
+                watch(canvases.clone())
+
+        queue = Listed(prompts, keys, ended)
+        self.complete(queue, settings, meter=meter, reach=reach, watch=None if watch is None else seen)
+        if watch is not None:
+            watch(canvases)
+        return queue.collected()
+
+    def complete(
+        self,
+        queue: Queue,
+        settings: Decoding,
+        *,
+        meter: Meter | None = None,
+        reach: Reach | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        """Denoise what a queue has, in eval mode (see `denoise`)."""
         check_denoising(self.block_length, settings)
-        settings = replace(settings, suppress=tuple(sorted({*settings.suppress, *self.suppress})))
-        with self.decoding():
-            return denoise(
-                self.site_logits,
-                prompts,
-                settings,
-                keys,
-                mask_id=self.mask_id,
-                end_ids=self.end_ids,
-                pad_id=self.pad_id,
+        remember = self.block_length is not None and settings.prefix_cache and not self.module.shift
+        layout = Layout(self.mask_id, self.end_ids, self.pad_id, self.block_length is not None)
+        with self.decoding(), self.module.compiled(settings.compile):
+            denoise(
+                self.module,
+                queue,
+                replace(settings, suppress=tuple(sorted({*settings.suppress, *self.suppress}))),
+                layout,
+                vocabulary=self.module.network.get_output_embeddings().weight.shape[0],
                 device=self.device,
                 watch=watch,
-                finished=finished,
                 meter=meter,
-                blocks_of_prompt=self.block_length is not None,
-                cached=self.module if self.block_length and settings.prefix_cache else None,
+                remember=remember,  # with a shift, a block's first logits stand in the block before it
+                fixed=settings.compile is not None,
                 reach=reach,
-            ).to("cpu")
+            )
 
     def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Decoding) -> Trajectory:
         """A given completion as a trajectory of one row, revealed from left to right."""
@@ -118,6 +150,8 @@ def check_denoising(block_length: int | None, settings: Decoding, key: str = "de
     """
     if settings.continuous:
         raise InputError(f"{key}.continuous is for autoregressive models and this one denoises; leave it out")
+    if settings.compile is not None and block_length is not None and settings.prefix_cache:
+        raise InputError(f"{key}.compile needs static shapes and {key}.prefix_cache has none; leave one of them out")
     if settings.length % settings.block_length:
         raise InputError(
             f"{key}.block_length {settings.block_length} does not divide {key}.length {settings.length}; "

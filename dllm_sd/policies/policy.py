@@ -1,9 +1,10 @@
 """What a policy is: it decodes to a trajectory, and it gives logits at the sites of a view."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dllm_sd.trajectory import Reach, Trajectory, Unit
@@ -23,12 +24,26 @@ class View:
     """bool ``[n s]``, true where attention may look."""
     sites: Tensor
     """bool ``[n s]``, ``m`` of them true."""
+    rows: Tensor | None = None
+    """int64 ``[n]``: the row of ids and mask that each row of sites is about, where there are fewer of those."""
 
     def trimmed(self) -> "View":
         """The same view without leading and trailing columns that are padding in every row."""
         used = self.mask.any(0).nonzero()[:, 0]
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, self.mask.shape[1])
-        return View(self.ids[:, first:last], self.mask[:, first:last], self.sites[:, first:last])
+        return replace(
+            self, ids=self.ids[:, first:last], mask=self.mask[:, first:last], sites=self.sites[:, first:last]
+        )
+
+    def distinct(self) -> "View":
+        """The same view with equal rows of ids and mask but once."""
+        seen = torch.where(self.mask, self.ids, -1)
+        kept, rows = seen.unique(dim=0, return_inverse=True)
+        if len(kept) == len(seen) or self.rows is not None:
+            return self
+        index = torch.empty(len(kept), dtype=torch.int64, device=rows.device)
+        index[rows] = torch.arange(len(rows), device=rows.device)
+        return replace(self, ids=self.ids[index], mask=self.mask[index], rows=rows)
 
 
 class Policy(Protocol):
@@ -41,7 +56,7 @@ class Policy(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """Called with ``(ids, mask, sites)`` of a view; returns logits ``[m v]``. This is what processes wrap."""
+        """A `SiteHead`: of ``(ids, mask, sites)`` it makes logits ``[m v]``. This is what processes wrap."""
         ...
 
     def decode(
@@ -59,6 +74,10 @@ class Policy(Protocol):
         ``finished`` is called with the rows that have just ended and their trajectory, ``meter`` counts the cost, and
         decoding stops at ``reach`` if one is given.
         """
+        ...
+
+    def complete(self, queue: Any, settings: Any, *, meter: Any = None, reach: Reach | None = None) -> None:
+        """Complete what a `queue.Queue` has, each job as `decode` would."""
         ...
 
     def extent(self, unit: Unit, settings: Any) -> int:

@@ -4,7 +4,9 @@ A position of a block-causal model sees its own and earlier blocks only, so the 
 be kept, and a decoding step reads no more than the active block. Bidirectional models have no such cache.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,31 +26,20 @@ def block_causal(position: Tensor, mask: Tensor, block_length: int) -> Tensor:
     return (seen | itself)[:, None]
 
 
-class _Denoiser(Protocol):
-    def __call__(self, ids: Tensor, mask: Tensor, sites: Tensor, window: "Window") -> Tensor: ...
-
-
 class PrefixCache:
-    """Logits of the active blocks of ``b`` rows that are being decoded, with the finished blocks remembered."""
+    """Reads the active blocks of rows that are being decoded, with their finished blocks remembered."""
 
-    def __init__(
-        self, module: _Denoiser, prompt_ids: Tensor, prompt_mask: Tensor, length: int, block_length: int, slots: int
-    ) -> None:
+    def __init__(self, module: Callable[..., Any], slots: int, width: int, block_length: int) -> None:
         """Begin with nothing remembered.
 
         Args:
             module: a `SiteHead`.
-            prompt_ids: int64 ``[b p]``, padded on the left.
-            prompt_mask: bool ``[b p]``.
-            length: ``l``, completion positions.
-            block_length: positions of a block, counted from the first real prompt token.
             slots: rows that are decoded at the same time.
+            width: tokens of the longest row.
+            block_length: positions of a block, counted from the first real prompt token.
         """
-        self.module, self.prompt_ids, self.block_length = module, prompt_ids, block_length
-        self.width = prompt_ids.shape[1] + length
-        self.padding = (~prompt_mask).sum(1)
-        self.prompt_blocks = prompt_mask.sum(1) // block_length
-        self.stored = torch.zeros(slots, dtype=torch.int64, device=prompt_ids.device)
+        self.module, self.width, self.block_length = module, width, block_length
+        self.stored = torch.zeros(slots, dtype=torch.int64)
         """int64 ``[slots]``: leading blocks that are remembered."""
         self.keys: dict[int, Tensor] = {}
         """By layer, ``[slots s+1 heads width]``; the last position takes what stands outside a row."""
@@ -56,67 +47,83 @@ class PrefixCache:
 
     def begin(self, slots: Tensor) -> None:
         """Forget what some slots remember: other rows take them."""
+        self.stored = self.stored.to(slots.device)
         self.stored[slots] = 0
 
-    def __call__(self, rows: Tensor, slots: Tensor, tokens: Tensor, active: Tensor, block: Tensor) -> Tensor:
-        """Logits ``[m v]`` at the sites, row by row from left to right.
+    def __call__(
+        self,
+        slots: Tensor,
+        prompt: Tensor,
+        real: Tensor,
+        tokens: Tensor,
+        sites: Tensor,
+        block: Tensor,
+        read: Callable[[Tensor, Any], Any],
+    ) -> Any:
+        """What ``read`` makes of the hidden states at the sites, row by row from left to right (see `SiteHead`).
 
         Args:
-            rows: int64 ``[r]``, which of the ``b`` rows.
-            slots: int64 ``[r]``, where each of them is remembered.
+            slots: int64 ``[r]``, where each row is remembered.
+            prompt: int64 ``[r p]``, padded on the left.
+            real: bool ``[r p]``, true at real prompt tokens.
             tokens: int64 ``[r l]``, their completion sides.
-            active: bool ``[r l]``, the sites; all of them in the row's active block.
+            sites: bool ``[r l]``; all of them in the row's active block.
             block: int64 ``[r]``, the active block, counted from the one in which the completion begins.
+            read: see `SiteHead.forward`.
         """
-        ids = torch.cat([self.prompt_ids[rows], tokens], 1)
-        sites = torch.cat([torch.zeros_like(self.prompt_ids[rows], dtype=torch.bool), active], 1)
-        target = self.prompt_blocks[rows] + block
+        rows = _Rows(torch.cat([prompt, tokens], 1), (~real).sum(1), torch.cat([torch.zeros_like(real), sites], 1))
+        whole = real.sum(1) // self.block_length  # blocks of the prompt, which are read at once
+        target = whole + block
         while bool((behind := self.stored[slots] < target).any()):
-            late, place = rows[behind], slots[behind]
-            stored, prompt = self.stored[place], self.prompt_blocks[late]
-            until = torch.where(stored < prompt, prompt, stored + 1)  # the prompt's whole blocks at once
-            self._read(ids[behind], late, place, stored, until, None)
-            self.stored[place] = until
-        return self._read(ids, rows, slots, target, target + 1, sites)
+            late, stored = slots[behind], self.stored[slots[behind]]
+            until = torch.where(stored < whole[behind], whole[behind], stored + 1)
+            self._read(rows.some(behind), late, stored, until, None)
+            self.stored[late] = until
+        return self._read(rows, slots, target, target + 1, read)
 
-    def _read(
-        self, ids: Tensor, rows: Tensor, slots: Tensor, first: Tensor, until: Tensor, sites: Tensor | None
-    ) -> Tensor:
-        """Run blocks ``first`` to ``until`` (exclusive) of some rows; without sites, remember them."""
+    def _read(self, rows: "_Rows", slots: Tensor, first: Tensor, until: Tensor, read: Any) -> Any:
+        """Run blocks ``first`` to ``until`` (exclusive) of some rows; without ``read``, remember them."""
         start, stop = first * self.block_length, until * self.block_length
-        position = start[:, None] + torch.arange(int((stop - start).max()), device=ids.device)
-        column = position + self.padding[rows, None]
-        real = (position < stop[:, None]) & (column < self.width)
-        inside = column.clamp(max=self.width - 1)
-        place = column.masked_fill(~real, self.width)
-        window = Window(self, slots, self.padding[rows], position, place, start, writes=sites is None)
-        wanted = torch.zeros_like(real) if sites is None else sites.gather(1, inside) & real
-        return self.module(ids.gather(1, inside), real, wanted, window)
+        position = start[:, None] + torch.arange(int((stop - start).max()), device=slots.device)
+        column = position + rows.padding[:, None]
+        real = (position < stop[:, None]) & (column < rows.ids.shape[1])
+        inside = column.clamp(max=rows.ids.shape[1] - 1)
+        place = position.masked_fill(~real, self.width)
+        window = Window(self, slots, position, place, start, writes=read is None)
+        sites = torch.zeros_like(real) if read is None else rows.sites.gather(1, inside) & real
+        return self.module(rows.ids.gather(1, inside), real, sites, window, read=read or _nothing)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Whole rows: ids int64 and sites bool ``[r s]``, and how many columns before each are padding ``[r]``."""
+
+    ids: Tensor
+    padding: Tensor
+    sites: Tensor
+
+    def some(self, chosen: Tensor) -> "_Rows":
+        return _Rows(self.ids[chosen], self.padding[chosen], self.sites[chosen])
+
+
+def _nothing(hidden: Tensor, head: Any) -> None:
+    """A reader that wants no logits."""
 
 
 class Window:
     """Some blocks of some rows, in the shape that the attention layers of transformers ask of a cache."""
 
     def __init__(
-        self,
-        cache: PrefixCache,
-        slots: Tensor,
-        padding: Tensor,
-        position: Tensor,
-        column: Tensor,
-        start: Tensor,
-        writes: bool,
+        self, cache: PrefixCache, slots: Tensor, position: Tensor, place: Tensor, start: Tensor, writes: bool
     ) -> None:
-        """See `PrefixCache`; ``position`` and ``column`` are int64 ``[r w]``, the others int64 ``[r]``."""
-        self.cache, self.slots, self.padding = cache, slots, padding
-        self.position, self.column, self.start, self.writes = position, column, start, writes
+        """See `PrefixCache`; ``position`` and ``place`` are int64 ``[r w]``, the others int64 ``[r]``."""
+        self.cache, self.slots = cache, slots
+        self.position, self.place, self.start, self.writes = position, place, start, writes
 
     def attention(self, real: Tensor) -> Tensor:
         """bool ``[r 1 w s+w]``: every remembered position, then `block_causal` inside the window."""
-        cache = self.cache
-        place = torch.arange(cache.width, device=real.device) - self.padding[:, None]
-        before = (place >= 0) & (place < self.start[:, None])
-        within = block_causal(self.position, real, cache.block_length)
+        before = torch.arange(self.cache.width, device=real.device) < self.start[:, None]
+        within = block_causal(self.position, real, self.cache.block_length)
         return torch.cat([before[:, None, None].expand(-1, 1, real.shape[1], -1), within], -1)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -129,5 +136,5 @@ class Window:
             store[layer] = new.new_zeros(rows, self.cache.width + 1, heads, width)
         before = store[layer][self.slots, :-1].transpose(1, 2)
         if self.writes:
-            store[layer][self.slots[:, None], self.column] = new.transpose(1, 2)
+            store[layer][self.slots[:, None], self.place] = new.transpose(1, 2)
         return torch.cat([before, new], 2)

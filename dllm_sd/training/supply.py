@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from dllm_sd.attempts import Crew
 from dllm_sd.config import Config
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import Teacher, Weights
@@ -36,7 +37,8 @@ class Supply:
     ) -> None:
         """For a run whose policy is wrapped in ``module``; ``models`` are all that teach or write."""
         self.config, self.method, self.policy, self.module = config, config.method, policy, module
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        several = accelerator.num_processes > 1
+        self.crew = Crew(accelerator.process_index, accelerator.num_processes, gather_object if several else list)
         self.feed = Feed(problems, policy, config.task, config.seed, config.max_prompt)
         self.roller = Roller(self.method.rollout, policy, models, accelerator)
         teachers = [models[weights] for weights in self.method.weights()]
@@ -66,14 +68,9 @@ class Supply:
     def _dealt(
         self, rule: PassAtK | Demonstrations, prompted: Sequence[Prompted], seed: int, batch: int
     ) -> list[list[Rollout]]:
-        """The attempts at each problem, from all processes."""
-        mine = prompted[self.rank :: self.world]
+        """The attempts at each problem, by all processes together."""
         with self.roller.present(self.module):
-            tried = rule(self.policy, self.config.task, mine, self.config.decode, seed, batch) if mine else []
-        if self.world > 1:
-            dealt = sorted(gather_object(list(enumerate(tried))), key=lambda pair: pair[0])
-            tried = [attempts for _, attempts in dealt]
-        return tried
+            return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.crew)
 
     def _attempt(self, count: int) -> list[Rollout]:
         """One attempt of the model as it is at each of the first problems, for a bank of skills."""

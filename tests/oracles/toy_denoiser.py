@@ -1,13 +1,18 @@
 """Toy denoisers: that of the golden decodings (two tables make the logits of a canvas), and one made of noise."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.denoising import denoise
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.queue import Job, Listed
+from dllm_sd.policies.slots import Layout
 from dllm_sd.randomness import key_tensor, make_key, uniform
-from dllm_sd.trajectory import Trajectory
+from dllm_sd.trajectory import NEVER, Trajectory
 from tests.oracles.fixtures import golden
 
 
@@ -40,6 +45,41 @@ class Recorder:
         keys = key_tensor([make_key(*row.tolist()) for row in view.ids])
         table = uniform(keys, view.ids.shape[1] * self.v).view(*view.ids.shape, self.v)
         return 6 * table[view.sites]
+
+
+def denoised(
+    model: Callable[[View], Tensor],
+    prompts: Sequence[Sequence[int]],
+    settings: Decoding,
+    keys: Sequence[int],
+    *,
+    mask_id: int,
+    end_ids: tuple[int, ...],
+    pad_id: int,
+    blocks_of_prompt: bool = False,
+    watch: Callable[[Tensor], None] | None = None,
+    **options: Any,
+) -> Trajectory:
+    """What `denoise` makes of prompts with a function from a view to logits ``[m v]`` in the place of a network."""
+
+    def module(ids: Tensor, mask: Tensor, sites: Tensor, read: Any) -> Any:
+        return read(model(View(ids, mask, sites)).clone(), lambda logits: logits.clone())
+
+    canvases = torch.full((len(prompts), settings.length), mask_id)
+
+    def seen(jobs: Sequence[Job | None], tokens: Tensor) -> None:
+        for job, row in zip(jobs, tokens, strict=True):
+            if job is not None:
+                canvases[job.name[0]] = row
+        if watch is not None:
+            watch(canvases.clone())
+
+    queue, layout = Listed(prompts, keys), Layout(mask_id, end_ids, pad_id, blocks_of_prompt)
+    denoise(module, queue, settings, layout, vocabulary=12, watch=watch and seen, **options)
+    done = queue.collected()
+    if watch is not None:
+        watch(done.tokens.masked_fill(done.reveal_step == NEVER, mask_id))
+    return done
 
 
 def decoding_cases() -> list[tuple[dict[str, Any], dict[str, Tensor]]]:

@@ -18,7 +18,8 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies import continuous
 from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.policies.continuous import TurnChoice
-from dllm_sd.policies.decoding import Decoding, Meter, draw, drawn_logp
+from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.policies.drawing import draw
 from dllm_sd.policies.model import Lora, Shape
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
@@ -400,14 +401,12 @@ def test_a_slot_draws_what_its_row_draws_at_its_step(choice):
     argument = choice.prepare_tensor_args(waiting([("2", 1), ("0", 5), ("1", 12)]))
     assert argument.tolist() == [12, 3, 11]
     forced = choice(scores, argument)
-    allowed = scores.index_fill(-1, torch.tensor([3, 5]), -torch.inf)
     for slot, (row, step) in enumerate([(2, 0), (0, 3), (1, 5)]):
         u = uniform(fold(key_tensor([KEYS[row]]), step), 1)[:, 0]
-        token = draw(allowed[slot : slot + 1], choice.settings, u)
-        assert int(forced[slot].argmax()) == int(token)
+        drawn = draw(scores[slot : slot + 1].clone(), choice.settings, torch.tensor([3, 5]), u)
+        assert int(forced[slot].argmax()) == int(drawn.token)
         assert sorted(forced[slot].tolist())[-2:] == [-torch.inf, 0.0]
-        expected = drawn_logp(scores[slot : slot + 1], choice.settings, token)
-        assert torch.equal(choice.logp[row * 6 + step], expected[0])
+        assert torch.equal(choice.logp[row * 6 + step], drawn.logp[0])
     assert int(choice.logp[:-1].isnan().logical_not().sum()) == 3
 
 

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from dllm_sd.canvases import DecoderSteps
-from dllm_sd.policies.decoding import Decoding, Meter, draw, drawn_logp, warp
+from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.policies.drawing import draw, first_largest, invert, warp
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
@@ -35,6 +36,9 @@ SAMPLING = {
     "both": Decoding(temperature=0.8, top_k=7, top_p=0.6),
 }
 NAMES = pytest.mark.parametrize("name", SAMPLING)
+
+
+NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
 @pytest.fixture(scope="module")
@@ -83,30 +87,60 @@ def test_the_token_is_the_inverse_of_the_distribution(logits, name):
         inverse(kept(row, settings.temperature, settings.top_k, settings.top_p), x)
         for row, x in zip(logits.tolist(), u.tolist(), strict=True)
     ]
-    assert draw(logits, settings, u).tolist() == plain
+    assert draw(logits.clone(), settings, NOTHING, u).token.tolist() == plain
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable(logits):
     settings = SAMPLING["both"]
     n = 20_000
-    drawn = draw(logits[:1].expand(n, -1), settings, uniform(key_tensor([7]), n)[0])
-    shares = drawn.bincount(minlength=23) / n
+    drawn = draw(logits[:1].repeat(n, 1), settings, NOTHING, uniform(key_tensor([7]), n)[0])
+    shares = drawn.token.bincount(minlength=23) / n
     torch.testing.assert_close(shares, warp(logits[:1], settings).softmax(-1)[0], atol=0.012, rtol=0)
 
 
 def test_at_temperature_0_the_largest_is_taken_and_filters_have_no_say(logits):
     greedy = Decoding(top_k=1, top_p=0.1)
     for u in (0.01, 0.99):
-        assert torch.equal(draw(logits, greedy, torch.full((40,), u)), logits.argmax(-1))
+        assert torch.equal(draw(logits.clone(), greedy, NOTHING, torch.full((40,), u)).token, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
 def test_the_log_probability_is_before_the_filters_and_after_the_temperature(logits, temperature):
-    token = draw(logits, Decoding(), torch.zeros(40))
-    expected = (logits.double() / (temperature or 1)).log_softmax(-1)[torch.arange(40), token]
+    u, rows = uniform(key_tensor([3]), 40)[0], torch.arange(40)
     for filters in (Decoding(), Decoding(top_k=1), Decoding(top_p=0.5)):
-        found = drawn_logp(logits, replace(filters, temperature=temperature), token)
-        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+        for never in (NOTHING, torch.tensor([2, 7, 19])):
+            found = draw(logits.clone(), replace(filters, temperature=temperature), never, u)
+            assert not torch.isin(found.token, never).any()
+            expected = (logits.double() / (temperature or 1)).log_softmax(-1)[rows, found.token]
+            torch.testing.assert_close(found.logp.double(), expected, atol=1e-5, rtol=0)
+            own = logits.double().log_softmax(-1)[rows, found.token]
+            torch.testing.assert_close(found.own.double(), own, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found.normaliser, logits.logsumexp(-1), atol=1e-5, rtol=0)
+
+
+def test_what_is_never_drawn_may_be_far_more_probable_than_all_the_rest(logits):
+    far, never = logits.clone(), torch.tensor([4])
+    far[:, 4] = 500.0
+    for temperature in (0.0, 0.1, 1.0):
+        settings, u = Decoding(temperature=temperature), uniform(key_tensor([3]), 40)[0]
+        ours, plain = draw(far.clone(), settings, never, u), draw(logits.clone(), settings, never, u)
+        assert torch.equal(ours.token, plain.token)
+        expected = (far / (temperature or 1)).log_softmax(-1).gather(1, ours.token[:, None])[:, 0]
+        torch.testing.assert_close(ours.logp, expected, atol=1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
+def test_searching_by_runs_finds_what_a_search_of_the_whole_finds(size):
+    generator = torch.Generator().manual_seed(size)
+    weight = torch.rand((400, size), generator=generator, dtype=torch.float64)
+    weight = weight.masked_fill(torch.rand((400, size), generator=generator) < 0.3, 0.0)
+    weight[:, -1] += 1e-3  # none is empty
+    u = torch.rand(400, generator=generator)
+    until = weight.cumsum(-1)
+    whole = torch.searchsorted(until, u.double()[:, None] * until[:, -1:])[:, 0]
+    assert torch.equal(invert(weight, u), whole)
+    ties = torch.randint(3, (400, size), generator=generator).float()
+    assert torch.equal(first_largest(ties), ties.argmax(-1))
 
 
 # The denoiser

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dllm_sd.canvases import DecoderSteps
 from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.denoising import denoise
 from dllm_sd.trajectory import Trajectory
-from tests.oracles.toy_denoiser import ToyDenoiser, decoding_cases, no_keys
+from tests.oracles.toy_denoiser import ToyDenoiser, decoding_cases, denoised, no_keys
 
 pytestmark = pytest.mark.fixture
 
@@ -26,7 +25,7 @@ def decode(case: dict[str, Any], stored: dict[str, Tensor], early_end: bool) -> 
         guidance=case["cfg_scale"],
         early_end=early_end,
     )
-    trajectory = denoise(
+    trajectory = denoised(
         ToyDenoiser(stored["A"], stored["B"]),
         stored["prompt_ids"].tolist(),
         settings,

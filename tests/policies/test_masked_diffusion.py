@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.policies.decoding import Decoding, Meter, sample
-from dllm_sd.policies.denoising import denoise
+from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.policies.drawing import invert
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
 from tests.oracles.decoding import decode_one, full_logits, transfer_counts
-from tests.oracles.toy_denoiser import Recorder
+from tests.oracles.toy_denoiser import Recorder, denoised
 
 PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21]]
 KEYS = [make_key("row", i) for i in range(len(PROMPTS))]
@@ -109,7 +109,8 @@ def test_every_row_is_reported_once_when_it_ends_and_slots_are_refilled(policy, 
     for row, one in reported.items():
         assert_same(one, together.select(torch.tensor([row])))
     ends = [0] * min(batch_size, len(prompts))  # when each slot is free again, by hand
-    for count in together.num_steps.tolist():
+    steps = together.num_steps.tolist()
+    for count in (steps[row] for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))):
         ends[ends.index(min(ends))] += count
     assert (meter.rows, meter.forwards) == (sum(together.num_steps.tolist()), max(ends))
     assert meter.occupancy == meter.rows / (max(ends) * len(ends))
@@ -162,7 +163,7 @@ def test_an_early_end_saves_steps_and_changes_nothing_before_the_end(policy):
 @pytest.mark.parametrize("settings", [SHORT, replace(SHORT, threshold=0.5), replace(SHORT, steps=27)], ids=repr)
 def test_logits_are_asked_for_exactly_the_masked_positions_of_each_rows_active_block(settings):
     model, seen = Recorder(), []
-    done = denoise(model, [[1], [2], [3], [4]], settings, KEYS[:4], **TOY, watch=seen.append)
+    done = denoised(model, [[1], [2], [3], [4]], settings, KEYS[:4], **TOY, watch=seen.append)
     asked = 0
     for view in model.asked:
         completion = view.ids[:, 1:]
@@ -209,7 +210,7 @@ def test_the_mask_suppressed_and_unknown_tokens_are_never_committed(make_policy,
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature_without_what_is_suppressed():
     logits = torch.linspace(-2, 3, 12)
     settings = Decoding(length=40, block_length=40, temperature=2.0, suppress=(5,), early_end=False, order="random")
-    drawn = denoise(
+    drawn = denoised(
         lambda view: logits.expand(int(view.sites.sum()), 12),
         [[1]] * 500,
         settings,
@@ -233,7 +234,7 @@ def test_a_position_that_was_not_committed_draws_anew_at_the_next_step():
     logits = torch.tensor([0.7, 0.3, 0.0]).log()
     settings = Decoding(length=8, block_length=8, tokens_per_step=1, temperature=1.0, early_end=False)
     keys, ids = [make_key("anew", i) for i in range(2000)], {**TOY, "mask_id": 2}
-    drawn = denoise(lambda view: logits.expand(int(view.sites.sum()), 3), [[0]] * 2000, settings, keys, **ids)
+    drawn = denoised(lambda view: logits.expand(int(view.sites.sum()), 3), [[0]] * 2000, settings, keys, **ids)
     chance = 0.3 ** torch.arange(1, 9).double()  # the rarer token is committed only where all that is masked drew it
     deviation = (2000 * chance * (1 - chance)).sum().sqrt()
     assert abs((drawn.tokens == 1).sum() - 2000 * chance.sum()) < 5 * deviation
@@ -242,15 +243,15 @@ def test_a_position_that_was_not_committed_draws_anew_at_the_next_step():
 def test_sampling_follows_the_distribution_down_to_the_tail():
     p = torch.tensor([0.4, 0.0, 0.3, 1e-3, 0.2, 0.09, 0.009, 0.0])
     u = uniform(key_tensor([make_key("sample")]), 200_000)[0]
-    assert_frequencies(sample(p.log().expand(200_000, 8), u), p)
+    assert_frequencies(invert(p.expand(200_000, 8), u), p)
 
 
 def test_sampling_takes_valid_tokens_at_the_edges_of_the_interval():
     p = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
     u = torch.tensor([2.0**-24, 0.5, 1 - 2.0**-24])
-    assert sample(p.log().expand(3, 5), u).tolist() == [1, 1, 3]
+    assert invert(p.expand(3, 5), u).tolist() == [1, 1, 3]
     wide = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0)) * 3
-    token = sample(wide, u)
+    token = invert(wide.softmax(-1), u)
     assert ((token >= 0) & (token < 100_000)).all()
     assert (wide.softmax(-1).gather(1, token[:, None]) > 0).all()
 
@@ -264,7 +265,7 @@ def test_tokens_that_the_model_rules_out_are_never_taken_and_spoil_no_order(orde
 
     def decode(impossible: float) -> Trajectory:
         settings = replace(SHORT, order=order, early_end=False)
-        return denoise(lambda view: model(view, impossible), [[1], [2], [3]], settings, KEYS[:3], **TOY)
+        return denoised(lambda view: model(view, impossible), [[1], [2], [3]], settings, KEYS[:3], **TOY)
 
     never = decode(-torch.inf)
     assert not (never.tokens == 3).any()
@@ -274,7 +275,8 @@ def test_tokens_that_the_model_rules_out_are_never_taken_and_spoil_no_order(orde
 def test_decoding_runs_in_eval_mode_without_gradient_and_restores_the_mode(make_policy):
     policy = make_policy()
     modes = []
-    policy.module.register_forward_hook(lambda module, args, out: modes.append((module.training, out.requires_grad)))
+    head = policy.module.network.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: modes.append((policy.module.training, out.requires_grad)))
     for training in (True, False):
         policy.module.train(training)
         policy.decode(PROMPTS[:1], SHORT, KEYS[:1])

@@ -58,11 +58,10 @@ def recorded(policy: MaskedDiffusion) -> Iterator[list[Tensor]]:
     """The logits of every decoding step; reading what is only to be remembered has none."""
     seen: list[Tensor] = []
 
-    def note(module: nn.Module, args: Any, logits: Any) -> None:
-        if len(logits):
-            seen.append(logits)
+    def note(module: nn.Module, args: Any, logits: Tensor) -> None:
+        seen.append(logits.clone())  # who draws from them overwrites them
 
-    hook = policy.module.register_forward_hook(note)
+    hook = policy.module.network.get_output_embeddings().register_forward_hook(note)
     try:
         yield seen
     finally:
@@ -170,7 +169,11 @@ def test_nothing_is_cached_where_logits_speak_about_the_next_position(make_polic
 
 def test_a_step_reads_the_active_block_only_and_a_finished_block_once(policies: dict[int, MaskedDiffusion]):
     policy, width = policies[4], []
-    hook = policy.module.register_forward_hook(lambda module, args, out: width.append((args[0].shape[1], len(out) > 0)))
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        width.append((args[0].shape[1], out is not None))
+
+    hook = policy.module.register_forward_hook(note)
     policy.decode(PROMPTS[5:6], settings_of(4, {"early_end": False}), KEYS[5:6])  # 9 tokens: 2 blocks and 1 more
     hook.remove()
     steps = [(4, True)]

@@ -26,7 +26,8 @@ from dllm_sd.policies.subspace import (
     projected,
     projector,
 )
-from dllm_sd.policies.weights import switched, without_peft_warning
+from dllm_sd.policies.swapping import switched
+from dllm_sd.policies.weights import without_peft_warning
 from tests.oracles import subspace as oracle
 
 IDS = torch.tensor([4, 5, 14, 6, 9, 12, 7, 8])
