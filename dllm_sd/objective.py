@@ -4,30 +4,35 @@
 
 `plan_update` lays out a whole update in integer tensors and counts its sites, before any model runs; `grade` computes
 the loss of some of its canvases. The sum over any partition of the canvases is the loss of the update, so that
-micro-batches and processes cannot change it.
+micro-batches and processes cannot change it. Within a micro-batch the sites are taken in chunks, and the gradient of a
+chunk is computed with its loss (`losses.chunks`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor
 
 from dllm_sd.canvases import Canvases
+from dllm_sd.losses.chunks import Spoken, swept
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
 from dllm_sd.losses.sites import choose
-from dllm_sd.losses.supports import at_least_float32
-from dllm_sd.losses.trust import Drawn
+from dllm_sd.losses.supports import floor_logp
+from dllm_sd.losses.trust import Drawn, Pooling
 from dllm_sd.method import Average, Method
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import Head, Read
 from dllm_sd.rollouts import Rollouts
 from dllm_sd.teachers import Reading, Scene
 from dllm_sd.trajectory import left_pad
 
-SiteLogits = Callable[[View], Tensor]
-
+Student = Callable[[View, Read], Any]
+"""Reads a view and returns what ``read`` makes of hidden states and head; see `site_head.ask`."""
+Teacher = Callable[[View], Spoken]
 
 _BY_CANVAS = ("candidates", "quota", "coefficient", "rollout_weight", "belief")
 
@@ -180,71 +185,120 @@ def _mean(average: Average, rows: Tensor, quota: Tensor, rollouts: int) -> Tenso
     return mean.nan_to_num(0.0)  # 0 / 0 where a canvas or rollout has no site
 
 
-def grade(method: Method, plan: Plan, student: SiteLogits, teachers: Sequence[SiteLogits]) -> Graded:
+def grade(method: Method, plan: Plan, student: Student, teachers: Sequence[Teacher]) -> Graded:
     """The equation, on the canvases of ``plan`` (a part of an update, on the device of the models).
 
     Args:
         method: the parts.
         plan: what is read and where it is graded.
-        student: logits with gradient.
-        teachers: one per context, logits without gradient.
+        student: lets somebody read the hidden states, with gradient.
+        teachers: one per context, without gradient.
     """
     canvases, sites = plan.canvases, plan.candidates
-    teacher_logits = [
-        teacher(_view(reading.ids, reading.mask, sites)).detach()
+    spoken = [
+        teacher(_view(reading.ids, reading.mask, sites))
         for teacher, reading in zip(teachers, plan.readings, strict=True)
     ]
     if method.sites.score is not None:
-        sites = choose(plan.candidates, plan.quota, method.sites.score(teacher_logits[0]))
-        teacher_logits = [logits[sites[plan.candidates]] for logits in teacher_logits]
-    student_logp = _log_softmax(student(_view(canvases.ids, canvases.mask, sites)), method.temperature)
-    teacher_logp = student_logp.new_zeros((0, *student_logp.shape))
-    if teacher_logits:
-        teacher_logp = _log_softmax(torch.stack(teacher_logits), method.temperature)
+        first = spoken[0]
+        sites = choose(sites, plan.quota, torch.cat([method.sites.score(first.at(rows)) for rows in first.chunks()]))
+        spoken = [one.select(sites[plan.candidates]) for one in spoken]
+    equation = _Equation(method, plan, sites, spoken)
+    loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
+    measures = {name: columns.pop(name) for name in method.target.measured}
+    return Graded(loss, sites=sites, measures=measures, **columns)
 
-    token, canvas = canvases.tokens[sites], sites.nonzero()[:, 0]
-    drawn = Drawn(token, -token_nll(student_logp.detach(), token), canvases.old_logp[sites], canvas)
-    student_u, teacher_u = method.support(student_logp, teacher_logp)
-    target = method.target(teacher_u)
-    divergence = method.divergence(student_u, target, token)
-    trust = method.trust(student_u, target, drawn, plan.rollout_weight[canvas]).to(divergence.dtype)
-    if method.target.keeps_contexts:
-        trust = trust * plan.belief[canvas].T.to(divergence.dtype)
-    coefficient = plan.coefficient[canvas].to(divergence.dtype)
-    term = einsum(divergence, trust, coefficient, "t m, t m, m -> m")
-    return Graded(
-        term.sum(),
-        term=term.detach(),
-        sites=sites,
-        measures=method.target.measures(teacher_u),
-        **_describe(method, student_logp, teacher_logp, student_u, target, token),
-    )
+
+class _Equation:
+    """``support -> target -> divergence [t i] x trust [t i]`` at some of the sites, each for itself."""
+
+    def __init__(self, method: Method, plan: Plan, sites: Tensor, teachers: Sequence[Spoken]) -> None:
+        self.method, self.teachers = method, teachers
+        self.canvas = sites.nonzero()[:, 0]
+        self.token, self.old_logp = plan.canvases.tokens[sites], plan.canvases.old_logp[sites]
+        self.weight, self.belief = plan.rollout_weight[self.canvas], plan.belief[self.canvas].T
+        self.coefficient = plan.coefficient[self.canvas]
+        self.pooled: Tensor | None = None
+
+    def read(self, hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its columns ``[m]``; inside the student's forward."""
+        student, trust = Spoken.now(hidden, head), self.method.trust
+        with torch.autocast(hidden.device.type, enabled=False):
+            if isinstance(trust, Pooling) and len(student.chunks()) > 1:  # no chunk has all sites of a canvas
+                with torch.no_grad():
+                    found = [self._evidence(trust, student, rows) for rows in student.chunks()]
+                self.pooled = trust.pooled(torch.cat(found, 1), self.canvas, self.weight)
+            return swept(student, head.trained, self)
+
+    def __call__(self, logits: Callable[[], Tensor], rows: slice) -> dict[str, Tensor]:
+        """Columns ``[i]`` of the chunk ``rows``."""
+        method, token = self.method, self.token[rows]
+        student_logp, teacher_logp = self._logp(logits, rows)
+        student_u, teacher_u = method.support(student_logp, teacher_logp)
+        target = method.target(teacher_u)
+        divergence = method.divergence.measure(student_u, target, token)
+        trust = self._trust(student_logp.detach(), student_u.detach(), target, rows).to(divergence.value.dtype)
+        coefficient = self.coefficient[rows].to(divergence.value.dtype)
+        term = einsum(divergence.value, trust, coefficient, "t i, t i, i -> i")
+        with torch.no_grad():
+            return {
+                "term": term,
+                "value": divergence.unclipped.sum(0),
+                "clip_share": divergence.clip_share.mean(0),
+                **_described(student_logp, teacher_logp, token),
+                **method.target.measures(teacher_u),
+            }
+
+    def _logp(self, logits: Callable[[], Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+        """Student ``[i v]`` and teachers ``[c i v]``."""
+        student = _log_softmax(logits(), self.method.temperature)
+        with torch.no_grad():
+            teachers = [_log_softmax(teacher.at(rows), self.method.temperature) for teacher in self.teachers]
+        if len(teachers) == 1:
+            return student, teachers[0][None]
+        return student, torch.stack(teachers) if teachers else student.new_zeros((0, *student.shape))
+
+    def _evidence(self, trust: Pooling, student: Spoken, rows: slice) -> Tensor:
+        """``[t i]``."""
+        student_u, teacher_u = self.method.support(*self._logp(lambda: student.at(rows), rows))
+        return trust.evidence(student_u, self.method.target(teacher_u), self.token[rows])
+
+    def _trust(self, student_logp: Tensor, student_u: Tensor, target: Tensor, rows: slice) -> Tensor:
+        """``[t i]``."""
+        if self.pooled is not None:
+            trust = self.pooled[:, rows]
+        else:
+            token = self.token[rows]
+            drawn = Drawn(token, -token_nll(student_logp, token), self.old_logp[rows], self.canvas[rows])
+            trust = self.method.trust(student_u, target, drawn, self.weight[rows])
+        if self.method.target.keeps_contexts:
+            trust = trust * self.belief[:, rows].to(trust.dtype)
+        return trust
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return (at_least_float32(logits) / temperature).log_softmax(-1)
+    """In float32 at least."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return (logits if temperature == 1 else logits.to(dtype) / temperature).log_softmax(-1, dtype=dtype)
 
 
-@torch.no_grad()
-def _describe(
-    method: Method, student_logp: Tensor, teacher_logp: Tensor, student_u: Tensor, target: Tensor, token: Tensor
-) -> dict[str, Tensor]:
-    entries = method.divergence.entries(student_u, target, token)
-    unknown = torch.full_like(student_logp[:, 0], torch.nan)
-    has_teacher = len(teacher_logp) > 0
-    return {
-        "value": entries.sum((0, -1)),
-        "clip_share": method.divergence.clip_share(entries).mean(0),
-        "student_entropy": entropy(student_logp),
-        "teacher_entropy": entropy(teacher_logp[0]) if has_teacher else unknown,
-        "advantage": drawn_gap(student_logp, teacher_logp[:1], token)[0] if has_teacher else unknown,
-        "agreement": (student_logp.argmax(-1) == teacher_logp[0].argmax(-1)).to(unknown) if has_teacher else unknown,
+def _described(student_logp: Tensor, teacher_logp: Tensor, token: Tensor) -> dict[str, Tensor]:
+    """What is logged about each site whatever the loss, ``[i]`` each."""
+    found = {"student_entropy": entropy(student_logp)}
+    if not len(teacher_logp):
+        unknown = torch.full_like(found["student_entropy"], torch.nan)
+        return found | dict.fromkeys(("teacher_entropy", "advantage", "agreement"), unknown)
+    first = teacher_logp[0]
+    return found | {
+        "teacher_entropy": entropy(first),
+        "advantage": drawn_gap(student_logp, first[None], token)[0],
+        "agreement": (student_logp.argmax(-1) == first.argmax(-1)).to(first.dtype),
     }
 
 
 def entropy(logp: Tensor) -> Tensor:
     """Entropy in nats of ``logp [... v]``, ``-> [...]``."""
-    return -torch.xlogy(logp.exp(), logp.exp()).sum(-1)
+    return -einsum(logp.exp(), floor_logp(logp), "... v, ... v -> ...")
 
 
 def _view(ids: Tensor, mask: Tensor, sites: Tensor) -> View:

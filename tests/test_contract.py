@@ -24,7 +24,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook
 
 from dllm_sd.cli import main
 from dllm_sd.config import Config, build_config
@@ -317,35 +316,39 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
         pieces.append(Piece(now[0], now[1], plan.canvases.rows.tolist(), plan.canvases.steps.tolist()))
         return grade(method, plan, student, teachers)
 
-    def asking(self: Teacher, view: Any) -> Tensor:
+    def asking(self: Teacher, view: Any) -> Any:
         now[2] = self
         try:
             return ask(self, view)
         finally:
             now[2] = None
 
-    def reading(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if not now or not isinstance(module, SiteHead):
-            return
-        ids, mask, sites = inputs
-        read = Read(ids.clone(), mask.clone(), sites.clone(), output.detach().clone())
-        if now[2] is not None:
-            assert not output.requires_grad
-            pieces[-1].teachers.append((now[2], read))
-        else:
-            assert output.requires_grad
-            assert pieces[-1].student is None
-            pieces[-1].student = read
+    def reading(module: SiteHead, ids: Tensor, mask: Tensor, sites: Tensor, **options: Any) -> Any:
+        if not now:
+            return forward(module, ids, mask, sites, **options)
+        rows, inner = options["rows"], options["read"]
+        rows = torch.arange(len(ids)) if rows is None else rows
 
-    hook = register_module_forward_hook(reading)
+        def looking(hidden: Tensor, head: Any) -> Any:
+            read = Read(ids[rows].clone(), mask[rows].clone(), sites.clone(), head(hidden).detach().clone())
+            if now[2] is not None:
+                assert not hidden.requires_grad
+                pieces[-1].teachers.append((now[2], read))
+            else:
+                assert hidden.requires_grad
+                assert pieces[-1].student is None
+                pieces[-1].student = read
+            return inner(hidden, head)
+
+        return forward(module, ids, mask, sites, **{**options, "read": looking})
+
+    forward = SiteHead.forward
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiteHead, "forward", reading)
         patch.setattr(Trainer, "_learn", learning)
         patch.setattr(trainer_module, "grade", grading)
         patch.setattr(Teacher, "__call__", asking)
-        try:
-            yield
-        finally:
-            hook.remove()
+        yield
 
 
 def copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

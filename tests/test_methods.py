@@ -4,7 +4,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
 
 from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
 from dllm_sd.errors import InputError
@@ -32,6 +31,7 @@ from dllm_sd.objective import Graded, grade, plan_update
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import Read, ask
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, Correct, Demonstrations, PassAtK, Prompted, gather
 from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
@@ -119,9 +119,9 @@ class Run:
         names, values = zip(*trained(policy).items(), strict=True)
         self.gradient = dict(zip(names, torch.autograd.grad(self.graded.loss, values, allow_unused=True), strict=True))
 
-    def student(self, view: View) -> Tensor:
+    def student(self, view: View, read: Read) -> Any:
         self.views.append(view)
-        return self.policy.module(view.ids, view.mask, view.sites)
+        return ask(self.policy.module, view, read)
 
 
 @NAMES

@@ -6,21 +6,19 @@ float32 inside (float64 stays float64); nothing here sums over the sites ``m``: 
 
 from dllm_sd.losses.divergences import (
     DIVERGENCES,
-    Divergence,
     ForwardKL,
     GeneralisedJSD,
-    PolicyGradient,
     ReverseKL,
     TokenNLL,
     clip_share,
     clipped_sum,
-    clipped_surrogate,
     jsd_entries,
     kl_entries,
-    log_ratio_advantage,
     token_nll,
 )
 from dllm_sd.losses.gap import GatedGap, drawn_gap, gate, local_support
+from dllm_sd.losses.measured import Divergence, Measured
+from dllm_sd.losses.policy_gradient import PolicyGradient, clipped_surrogate, log_ratio_advantage
 from dllm_sd.losses.supports import (
     SUPPORTS,
     FullVocabulary,
@@ -65,6 +63,7 @@ __all__ = [
     "GeneralisedJSD",
     "GroupAdvantage",
     "ImportanceCap",
+    "Measured",
     "OutcomeValidated",
     "Plain",
     "PolicyGradient",

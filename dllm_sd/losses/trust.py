@@ -9,6 +9,7 @@ log-probabilities now and when it was drawn. Factors are constants: no gradient 
 Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -59,6 +60,18 @@ class Trust(Protocol):
     def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
         """``[m u], [t m u], drawn [m], [m] -> [t m]``, detached."""
         ...
+
+
+class Pooling(ABC):
+    """A trust whose factors depend on all sites of a canvas, in two steps, so that these need not be here at once."""
+
+    @abstractmethod
+    def evidence(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """What it wants to know of each site, ``[m v], [t m v], [m] -> [t m]``, detached."""
+
+    @abstractmethod
+    def pooled(self, evidence: Tensor, canvas: Tensor, weight: Tensor) -> Tensor:
+        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be here."""
 
 
 def group_advantage(reward: Tensor, group: Tensor, normalise: bool, epsilon: float) -> Tensor:
@@ -215,7 +228,7 @@ class GroupAdvantage:
 
 
 @dataclass(frozen=True)
-class OutcomeValidated:
+class OutcomeValidated(Pooling):
     """Each teacher is believed on a rollout as far as the rollout's outcome bears it out: factor +1, -1 or 0.
 
     A teacher supports a canvas if its gap to the student at the drawn tokens, cut at +-``clip``, is above ``threshold``
@@ -248,17 +261,29 @@ class OutcomeValidated:
         """``[b], [b] -> [b]``: 1 where the rollout was right, else -1."""
         return torch.where(reward >= self.at_least, 1, -1).to(at_least_float32(reward).dtype)
 
+    def evidence(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """The cut gap of each site, ``[m v], [t m v], [m] -> [t m]``, detached."""
+        return drawn_gap(student_logp.detach(), target_logp, token, self.local).clamp(-self.clip, self.clip)
+
     def support(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn) -> Tensor:
         """How far each target supports the canvas of each site, ``[m v], [t m v], drawn [m] -> [t m]``."""
-        gap = drawn_gap(student_logp.detach(), target_logp, drawn.token, self.local).clamp(-self.clip, self.clip)
-        canvas, count = drawn.canvas.unique(return_inverse=True, return_counts=True)[1:]
-        total = gap.new_zeros(len(gap), len(count)).index_add(1, canvas, gap)
-        return (total / count)[:, canvas]
+        return _mean_over_canvas(self.evidence(student_logp, target_logp, drawn.token), drawn.canvas)
+
+    def pooled(self, evidence: Tensor, canvas: Tensor, weight: Tensor) -> Tensor:
+        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be here."""
+        support = _mean_over_canvas(evidence, canvas)
+        return weight.detach().to(support.dtype) * support.sign() * (support.abs() > self.threshold)
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
         """``[m v], [t m v], drawn [m], [m] -> [t m]``."""
-        support = self.support(student_logp, target_logp, drawn)
-        return weight.detach().to(support.dtype) * support.sign() * (support.abs() > self.threshold)
+        return self.pooled(self.evidence(student_logp, target_logp, drawn.token), drawn.canvas, weight)
+
+
+def _mean_over_canvas(value: Tensor, canvas: Tensor) -> Tensor:
+    """At each site the mean over all sites of its canvas, ``[t m], [m] -> [t m]``."""
+    index, count = canvas.unique(return_inverse=True, return_counts=True)[1:]
+    total = value.new_zeros(len(value), len(count)).index_add(1, index, value)
+    return (total / count)[:, index]
 
 
 TRUSTS: dict[str, type] = {

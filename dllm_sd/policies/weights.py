@@ -4,26 +4,27 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.func import functional_call
 from torch.nn import Parameter
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.chunks import Spoken
 from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.policies.adapters import check_scale
 from dllm_sd.policies.policy import Policy, View
-from dllm_sd.policies.site_head import evaluating
+from dllm_sd.policies.site_head import Head, ask, evaluating
+from dllm_sd.policies.swapping import swapped, switched
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ class Teacher:
         self._slots: dict[str, Tensor] = {}
         self.copy: dict[str, Tensor] = {}
         live = trained(policy)
+        names = {id(value): name for name, value in self.policy.module.named_parameters()}
+        self._full_names = {name: names[id(value)] for name, value in self._head.named_parameters()}
         if self._adapter is not None:
             self._slots = _slots(policy, self._adapter)
             self.copy = {name: _precise(weights, value) for name, value in self._slots.items()}
@@ -176,16 +179,43 @@ class Teacher:
             self._set(weights.read(policy))
 
     @torch.no_grad()
-    def __call__(self, view: View) -> Tensor:
-        """Logits ``[m v]``."""
+    def __call__(self, view: View) -> Spoken:
+        """What it says at the sites: logits if they are few, else hidden states and the head that reads them later."""
         module = self.policy.module
         with evaluating(module), self.present():
-            return module(view.ids, view.mask, view.sites)
+            return ask(module, view, self._spoken)
+
+    def _spoken(self, hidden: Tensor, head: Head) -> Spoken:
+        now = Spoken.now(hidden, head)
+        if len(now.chunks()) == 1:
+            return Spoken(now.at(slice(None)))
+        own = {
+            name: _whole(self.copy[full]).to(value.dtype)
+            for name, value in self._head.named_parameters()
+            if (full := self._full_names.get(name)) in self.copy
+        }
+        return replace(now, head=partial(self._logits, own))
+
+    @property
+    def _head(self) -> nn.Module:
+        module: Any = self.policy.module
+        return module.network.get_output_embeddings()
+
+    def _logits(self, own: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        """``[i h] -> [i v]``, even in the middle of the student's forward."""
+        head = self._head
+        with evaluating(head), switched(head, self._adapter) if self._switches else nullcontext():
+            module: Any = self.policy.module
+            return functional_call(head, own, (hidden,)) if own else module.logits(hidden)
+
+    @property
+    def _switches(self) -> bool:
+        return _peft(self.policy) is not None and self.weights.stored
 
     def present(self) -> AbstractContextManager[None]:
         """The teacher's weights in the place of those of `policy`."""
         model = _peft(self.policy)
-        if model is not None and self.weights.stored:
+        if model is not None and self._switches:
             return switched(model, self._adapter)
         return swapped(self.policy.module, self.copy) if self.copy else nullcontext()
 
@@ -257,65 +287,6 @@ def without_peft_warning() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def switched(model: PeftModel, adapter: str | None) -> Iterator[None]:
-    """Another adapter inside, or none; for calls without gradient.
-
-    PEFT's own switches also set `requires_grad`, on the sharded or on the gathered parameters, whichever are in
-    place at that moment; here the flags stay as they are.
-    """
-    layers: list[Any] = [
-        part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
-    former = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-        yield
-    finally:
-        for layer, (active, disabled) in zip(layers, former, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
-
-
-@contextmanager
-def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights inside, the former ones after it bit by bit; sharded parameters take sharded weights.
-
-    Only data is exchanged, so that a graph that was recorded before is still good for a backward pass.
-    """
-    reshard(module)
-    live = {name: value for name, value in module.named_parameters() if name in weights}
-    former: dict[str, Tensor] = {}
-    try:
-        for name, value in live.items():
-            if isinstance(value, DTensor):  # FSDP2 gathers from this very memory
-                local, other = value.to_local(), weights[name]
-                assert isinstance(other, DTensor)
-                former[name] = local.clone()
-                local.copy_(other.to_local())
-            else:
-                former[name] = value.data
-                value.data = weights[name].to(value.dtype)
-        yield
-    finally:
-        for name, data in former.items():
-            value = live[name]
-            if isinstance(value, DTensor):
-                value.to_local().copy_(data)
-            else:
-                value.data = data
-        reshard(module)
-
-
-def reshard(module: nn.Module) -> None:
-    """Drop the full parameters that FSDP2 keeps after a forward pass without gradient; nothing for other modules."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
 def _peft(policy: Policy) -> PeftModel | None:
     model = getattr(policy.module, "model", None)
     return model if isinstance(model, PeftModel) else None
@@ -336,3 +307,7 @@ def _slots(policy: Policy, adapter: str) -> dict[str, Tensor]:
 def _precise(weights: Weights, value: Tensor) -> Tensor:
     """In bfloat16 the small steps of an average would round to nothing."""
     return at_least_float32(value) if isinstance(weights, Ema) else value
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from math import ceil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.objective import Graded, Plan, grade, plan_update
 from dllm_sd.pairing import check_data, check_model
 from dllm_sd.policies.loading import build_policy, make_teacher
-from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollouts
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_span
 from dllm_sd.training.advantage import region_map, region_metrics, region_sums
+from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.checkpoint import (
     State,
     best_checkpoint,
@@ -181,17 +182,15 @@ class Trainer:
         """The gradient of the whole update, in micro-batches over all processes, then one optimizer step."""
         self.module.train()
         torch.manual_seed(make_key(self.config.seed, update, self.rank, "dropout"))
-        order = plan.canvases.mask.sum(1).argsort(stable=True)
-        mine = order[self.rank :: self.world]
-        size = max(1, self.config.optim.tokens_per_batch // plan.width)
-        count = ceil(ceil(len(order) / self.world) / size)  # the same on every process, as collectives must be
+        batches = micro_batches(plan, self.config.optim.tokens_per_batch, self.world)
+        student = partial(ask, self.module)
         parts: Parts = []
-        for i in range(count):
-            index = mine[i * size : (i + 1) * size]
+        for i, shares in enumerate(batches):
+            index = shares[self.rank]
             idle = len(index) == 0  # nothing left for this process: join the collectives, add nothing
-            piece = plan.select(order[:1] if idle else index).to(self.accelerator.device)
-            with nullcontext() if i == count - 1 else self.accelerator.no_sync(self.module):
-                graded = grade(self.method, piece, self._student, self.teachers)
+            piece = plan.select(shares[0][:1] if idle else index).to(self.accelerator.device)
+            with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
+                graded = grade(self.method, piece, student, self.teachers)
                 self.accelerator.backward(graded.loss * (0 if idle else self.world))  # averaged over processes
             if not idle:
                 parts.append((piece, graded))
@@ -205,9 +204,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return parts, float(norm)
-
-    def _student(self, view: View) -> Tensor:
-        return self.module(view.ids, view.mask, view.sites)
 
     def _answers(self, rollouts: Rollouts) -> Tensor | None:
         if not rollouts.size or not any(context.needs_answer_span for context in self.method.contexts):

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases, DecoderSteps
 from dllm_sd.losses import FullVocabulary, GeneralisedJSD, ReverseKL, TopK
+from dllm_sd.losses.chunks import Spoken
 from dllm_sd.losses.sites import Revealed, TeacherTop, choose
 from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
 from dllm_sd.objective import grade, plan_update
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import Head
 from dllm_sd.rollouts import PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory
@@ -99,9 +101,9 @@ def of_case(case: dict[str, Any]) -> Method:
     )
 
 
-def stored_logits(logits: Tensor, rows: slice) -> Callable[[View], Tensor]:
-    """A model that gives the stored logits, row by row."""
-    return lambda view: logits[rows][view.sites]
+def stored_logits(logits: Tensor, rows: slice) -> Callable[[View], Spoken]:
+    """A teacher that gives the stored logits, row by row."""
+    return lambda view: Spoken(logits[rows][view.sites])
 
 
 def graded(method: Method, part: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +112,9 @@ def graded(method: Method, part: int, rows: slice) -> tuple[Tensor, Tensor, Tens
     plan = plan_update(method, Rollouts((rollout,), {"rejected": 0.0}), no_keys(1), part)
     assert plan is not None
     student = TENSORS["student_logits"].clone().requires_grad_()
-    out = grade(method, plan, stored_logits(student, rows), [stored_logits(TENSORS["teacher_logits"], rows)])
+    said = stored_logits(student, rows)
+    reads = lambda view, read: read(said(view).hidden, Head(said(view).head))  # noqa: E731
+    out = grade(method, plan, reads, [stored_logits(TENSORS["teacher_logits"], rows)])
     (gradient,) = torch.autograd.grad(out.loss, student)
     return out.loss.detach(), gradient[rows], out.sites
 
