@@ -21,9 +21,14 @@ from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import TeacherTop
 from dllm_sd.losses.supports import TopK
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.denoising import CHUNK, CHUNK_ELSEWHERE
+from dllm_sd.policies.drawing import RUN
 from dllm_sd.policies.families import CAUSAL, FAMILIES, MARK
 from dllm_sd.policies.loading import DTYPES
+from dllm_sd.policies.slots import READ, READ_ELSEWHERE
 from dllm_sd.policies.weights import Base, Ema
+from dllm_sd.rollouts import PassAtK
 
 SECOND_READERS = ("k_proj", "v_proj", "up_proj")
 """Linear layers that read the same tensor as another one, which autograd keeps once."""
@@ -109,7 +114,7 @@ def estimate(
     share = processes if sharded else 1
     canvas = config.max_prompt + config.decode.length
     canvases = max(1, config.optim.tokens_per_batch // canvas)
-    decode, tokens, decoded = config.decode, canvases * canvas, config.decode.batch_size * canvas
+    tokens, decoded = canvases * canvas, config.decode.batch_size * canvas
     candidates, sites = (x * shape.vocabulary for x in _sites(config, canvases, shape.causal))
     saved, again = shape.saved(tokens, canvas)
     transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
@@ -121,9 +126,7 @@ def estimate(
     gathered, whole = outside + 2 * max(shape.of_layers), shape.weights
     if shape.autocast:  # FSDP2 gathers in the type that computes
         gathered, whole = (size * shape.compute // shape.residual for size in (gathered, whole))
-    logits = decode.batch_size * (1 if shape.causal else decode.block_length) * shape.vocabulary * shape.wide
-    samples = max(getattr(config.method.rollout, "temperature", 0.0), config.eval.temperature) > 0
-    read = decode.batch_size * max(config.max_prompt, decode.block_length) if shape.remembered else decoded
+    read, logits = _decoding(config, shape, device)
     return Memory(
         parameters=shape.parameters,
         trainable=shape.trainable,
@@ -141,8 +144,7 @@ def estimate(
         step=shape.bytes_trained // share if device != "cpu" else 2 * shape.largest * shape.trained_bytes,
         held=(whole if sharded else 0) + shape.merged + decoded * shape.remembered,
         rollouts=shape.forward(read, canvas, decoding=True),
-        rollout_logits=read * shape.hidden * shape.residual
-        + logits * (5 if samples or decode.guidance or decode.order == "entropy" else 2),
+        rollout_logits=read * shape.hidden * shape.residual + logits,
     )
 
 
@@ -266,6 +268,22 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 def _mixtures(layer: nn.Module) -> Iterator[Any]:
     """Modules that hold the weights of many experts in one tensor; adapters pass them over."""
     return (x for x in layer.modules() if getattr(getattr(x, "gate_up_proj", None), "ndim", 0) == 3)
+
+
+def _decoding(config: Config, shape: _Shape, device: str) -> tuple[int, int]:
+    """Positions that one forward of a decoder reads, and bytes of the logits and their copies that choosing holds."""
+    decode, longest = config.decode, config.max_prompt
+    filters = any(x.top_k or x.top_p < 1 for x in (decode, config.method.rollout) if isinstance(x, Decoding | PassAtK))
+    copies = 2 + max(shape.vocabulary % RUN > 0, shape.logit / shape.wide * (shape.logit < shape.wide)) + 4 * filters
+    if shape.causal:
+        return decode.batch_size * longest, int(decode.batch_size * shape.vocabulary * shape.wide * (2 + copies))
+    width = max(longest, decode.block_length) if shape.remembered else longest + decode.length
+    rows = decode.batch_size
+    if not shape.remembered and decode.compile is None:
+        rows = max(1, min(rows, READ.get(device, READ_ELSEWHERE) // width))
+    held = min(rows * decode.block_length * shape.vocabulary, CHUNK.get(device, CHUNK_ELSEWHERE))
+    copies += 2 * bool(decode.guidance) + 3 * (decode.order == "entropy")
+    return rows * width, int(held * shape.wide * copies)
 
 
 def _sites(config: Config, canvases: int, causal: bool) -> tuple[int, int]:

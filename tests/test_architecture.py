@@ -27,7 +27,7 @@ LAYERS = [
         "generations",
         "comparison",
     ),
-    *("policies", "writers", "likelihood", "horizons", "rollouts", "teachers"),
+    *("policies", "writers", "likelihood", "horizons", "attempts", "rollouts", "teachers"),
     *(
         "method",
         "methods",

@@ -31,7 +31,8 @@ from dllm_sd.policies.blueprint import read_blueprint
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.denoising import denoise
 from dllm_sd.policies.loading import AnyPolicy, build_policy, skeleton
-from dllm_sd.policies.policy import View
+from dllm_sd.policies.queue import Listed
+from dllm_sd.policies.slots import Layout
 from dllm_sd.policies.weights import Teacher, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout, Rollouts
@@ -150,8 +151,13 @@ def rollouts(config: Config, rows: int) -> Rollouts:
         order="random",
     )
     keys = [make_key("memory", row) for row in range(rows)]
-    flat: Callable[[View], Tensor] = lambda view: torch.zeros(int(view.sites.sum()), 8)  # noqa: E731
-    trajectory = denoise(flat, prompts, settings, keys, mask_id=7, end_ids=(8,), pad_id=9)
+    queue = Listed(prompts, keys)
+
+    def flat(ids: Tensor, mask: Tensor, sites: Tensor, read: Callable[..., Any]) -> Any:
+        return read(torch.zeros(int(sites.sum()), 8), torch.clone)
+
+    denoise(flat, queue, settings, Layout(mask_id=7, end_ids=(8,), pad_id=9), vocabulary=8)
+    trajectory = queue.collected()
     kept = []
     for row in range(rows):
         score = float(row % 2)
@@ -191,6 +197,7 @@ class Measured:
     def __init__(self, config: Config, device: str) -> None:
         self.config, self.device = config, device
         self.policy = build_policy(config.model, device)
+        self.policy.suppress = ()  # a tokenizer that belongs to the head knows nearly all of its rows
         shared = {weights: Teacher(weights, self.policy) for weights in config.method.weights()}
         self.teachers = [shared[weights] for weights in config.method.weights()]
         self.parameters = list(trained(self.policy).values())
