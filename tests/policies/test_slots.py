@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies import denoising, slots
@@ -196,3 +197,41 @@ def test_compiled_layers_change_nothing(policy: Any):
     for _ in range(2):  # the second time from what was compiled
         assert_same(policy.decode(PROMPTS, replace(SHORT, compile="default"), KEYS), expected)
         assert policy.module.body is None
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operations that make a host wait for its device: values as Python numbers, results of unknown size."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or name.lstrip("_") in {wait.lstrip("_") for wait in self.WAITS}:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_fixed_shapes_waits_for_nothing_on_the_device(policy: Any, name: str, monkeypatch: Any):
+    settings, steps, read = replace(CASES[name], batch_size=4), 0, HostReads()
+    step = denoising._Stepper.__call__
+
+    def watched(self: Any, group: Any) -> None:
+        nonlocal steps
+        steps += 1
+        with read:
+            step(self, group)
+
+    monkeypatch.setattr(denoising._Stepper, "__call__", watched)
+    fixed(policy, settings)
+    assert steps > 5
+    assert read.seen == []
+    policy.decode(PROMPTS, settings, KEYS)  # what is masked is known to the device alone
+    assert "nonzero" in read.seen or "index" in read.seen
