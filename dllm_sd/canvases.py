@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class CanvasRule(Protocol):
         """Canvases of pass ``part`` out of ``parts`` over the same rollouts; ``keys [b]`` seed each rollout's draws."""
         ...
 
+    @property
+    def subset(self) -> int | None:
+        """So many of a rollout's canvases, drawn at random, stand for all of them (`drawn_share`)."""
+        ...
+
 
 @dataclass(frozen=True)
 class DecoderSteps:
@@ -75,6 +80,13 @@ class DecoderSteps:
     """False makes all chunks of a rollout equally long and drops the steps that are left over."""
     prompt_ends: bool = False
     """True takes an end token inside the prompt for the end of the completion, so that nothing is left to train on."""
+    subset: int | None = None
+    """Grade so many steps of each rollout and pass, drawn at random and weighted so that the expected loss and gradient
+    are those of all steps, whatever the average; null grades all."""
+
+    def __post_init__(self) -> None:
+        if self.subset is not None and self.subset < 1:
+            raise InputError("method.canvases.subset must be at least 1 step, or null for all of them")
 
     def usable(self, trajectory: Trajectory) -> Tensor:
         """bool ``[b k]``: the steps whose canvases count, before chunking."""
@@ -145,6 +157,7 @@ class RandomMasks:
     """Smallest masking probability; the weight ``1/t`` is bounded by its inverse."""
     end_padding: bool = True
     """Train on the padding behind the end token too, as LLaDA does; False leaves it masked and ungraded."""
+    subset: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.draws < 1 or not 0 < self.t_min < 1:
@@ -183,6 +196,7 @@ class AllMasked:
 
     prompt_mask_ratio: float = 0.15
     """Probability with which each prompt token is replaced by the mask token."""
+    subset: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_mask_ratio < 1:
@@ -207,6 +221,30 @@ class AllMasked:
 
 
 CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": RandomMasks, "all_masked": AllMasked}
+
+
+def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], part: int) -> Tensor:
+    """How much each canvas counts if ``subset`` of each rollout's canvases stand for all of them.
+
+    They are drawn without replacement, all alike likely, and each counts as many times as there are canvases for one
+    that is drawn (Horvitz and Thompson, 1952): sums over canvases keep their expectation.
+
+    Args:
+        rows: int64 ``[n]``, index of the rollout.
+        steps: int64 ``[n]``.
+        subset: how many are drawn of each rollout, or all if there are fewer.
+        keys: one key a rollout, ``[b]``.
+        part: of the passes over these rollouts.
+
+    Returns:
+        float64 ``[n]``, 0 for those that are not drawn.
+    """
+    base = torch.tensor([make_key(key, "subset", part) for key in keys], dtype=torch.int64)
+    lot = uniform(fold(base[rows], steps), 1)[:, 0]
+    same = rows[:, None] == rows
+    ahead = (lot[:, None] > lot) | ((lot[:, None] == lot) & (steps[:, None] > steps))
+    rank, count = (same & ahead).sum(1), same.sum(1)
+    return torch.where(rank < subset, count / count.clamp(max=subset), 0).double()
 
 
 def whole_sequence(trajectory: Trajectory) -> Canvases:

@@ -16,7 +16,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from dllm_sd.canvases import Canvases
+from dllm_sd.canvases import Canvases, drawn_share
 from dllm_sd.losses.chunks import Spoken, swept
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
@@ -161,6 +161,9 @@ def plan_update(
     coefficient = canvases.weight.double() * mean
     plan = Plan(canvases, readings, candidates, quota, coefficient, weight[canvases.rows], belief)
     plan = plan.select((quota > 0) & ((plan.rollout_weight != 0) | method.trust.always_counts))
+    if method.canvases.subset is not None:
+        share = drawn_share(plan.canvases.rows, plan.canvases.steps, method.canvases.subset, keys, part)
+        plan = replace(plan, coefficient=plan.coefficient * share).select(share > 0)
     return plan if plan.size else None
 
 

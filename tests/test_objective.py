@@ -1,11 +1,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations, product
+from math import prod
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dllm_sd import canvases as canvases_module
 from dllm_sd.canvases import AllMasked, DecoderSteps
 from dllm_sd.losses import (
     Each,
@@ -218,6 +221,69 @@ def test_equal_canvases_are_read_once(pair, monkeypatch):
     assert read == [4, 8]
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-12, rtol=1e-12)
     assert_same_gradients(results[0][1], results[1][1], 1e-7)  # RMSNorm computes in float32
+
+
+@pytest.mark.parametrize("average", ["sites", "canvases", "steps", "step_sums", "rollouts"])
+def test_a_subset_of_the_steps_has_the_expected_loss_and_gradient_of_all(pair, average, monkeypatch):
+    rollouts = rollouts_of(two_long(pair.trajectory))
+    method = replace(METHODS["d_opsd"].method, average=average)
+    whole = planned(method, rollouts)
+    loss = pair.loss(method, whole)
+    expected = [loss.detach(), *pair.gradient(loss)]
+    part = replace(method, canvases=DecoderSteps(subset=2))
+    counts = whole.canvases.rows.bincount().tolist()
+    assert min(counts) > 2
+    losses = []
+    for drawn in product(*(combinations(range(count), 2) for count in counts)):
+        chosen = torch.cat(
+            [torch.zeros(n).index_fill(0, torch.tensor(x), -1) for n, x in zip(counts, drawn, strict=True)]
+        )
+        monkeypatch.setattr(canvases_module, "uniform", lambda *_, chosen=chosen: chosen[:, None])
+        plan = planned(part, rollouts)
+        assert plan.canvases.rows.bincount().tolist() == [2, 2]
+        losses.append(plan)
+    assert len(losses) == prod(n * (n - 1) // 2 for n in counts)
+    mean = torch.zeros(whole.size, dtype=torch.float64)
+    at = {pair: i for i, pair in enumerate(zip(*places(whole), strict=True))}
+    for plan in losses:
+        for place, coefficient in zip(zip(*places(plan), strict=True), plan.coefficient, strict=True):
+            mean[at[place]] += coefficient / len(losses)
+    torch.testing.assert_close(mean, whole.coefficient, atol=1e-14, rtol=1e-12)  # so every term has its expectation
+    few = losses[:: len(losses) // 10]
+    for plan in few:  # and a plan's loss is the sum of its coefficients' terms
+        index = torch.tensor([at[place] for place in zip(*places(plan), strict=True)])
+        same = replace(whole.select(index), coefficient=plan.coefficient)
+        assert torch.equal(pair.loss(part, plan), pair.loss(method, same))
+    ours = pair.loss(method, replace(whole, coefficient=mean))
+    for mine, value in zip([ours.detach(), *pair.gradient(ours)], expected, strict=True):
+        torch.testing.assert_close(mine, value, atol=1e-12, rtol=1e-9)
+
+
+def two_long(trajectory: Trajectory) -> Trajectory:
+    """Without its end token every rollout counts to its last step; of two that differ in length."""
+    length = torch.tensor([12, 8])
+    tokens = trajectory.tokens[:2].masked_fill(trajectory.tokens[:2] == trajectory.end_ids[0], 5)
+    steps = torch.arange(12).expand(2, -1) // 2
+    picked = trajectory.select(torch.tensor([0, 1]))
+    return replace(
+        picked, tokens=tokens, length=length, reveal_step=torch.where(steps < length[:, None] // 2, steps, -1)
+    )
+
+
+def places(plan: Plan) -> tuple[list[int], list[int]]:
+    return plan.canvases.rows.tolist(), plan.canvases.steps.tolist()
+
+
+def test_a_subset_is_drawn_by_the_rollouts_key_alone(pair):
+    method = replace(METHODS["d_opsd"].method, canvases=DecoderSteps(subset=3))
+    both = rollouts_of(two_long(pair.trajectory))
+    one = Rollouts((both.kept[1],), both.counts)
+    plan, alone = plan_update(method, both, [5, 7]), plan_update(method, one, [7])
+    assert plan is not None
+    assert alone is not None
+    assert torch.equal(alone.canvases.steps, plan.canvases.steps[plan.canvases.rows == 1])
+    drawn = [plan_update(method, one, [key]) for key in range(8)]
+    assert len({tuple(plan.canvases.steps.tolist()) for plan in drawn if plan is not None}) > 1
 
 
 def test_with_dropout_equal_canvases_are_read_apart(make_policy):
