@@ -41,7 +41,7 @@ class Attempt:
 
 
 class Attempts:
-    """A `Queue` of attempts, those at the problems least tried first."""
+    """A `Queue` of attempts: the problems least tried first, and of them the longest, as neighbours of like length."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class Attempts:
         self.until_solved, self.crew = until_solved, crew or Crew()
         self.ahead = ahead if until_solved else limit
         self.longest = max(map(len, prompts), default=0)
+        self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.most = len(prompts) * min(limit, 1 + self.ahead)
         self.patience = STEPS if self.crew.size > 1 else None
         self.begun = [0] * len(prompts)
@@ -132,7 +133,7 @@ class Attempts:
         """What each process is to begin: the next job always goes to whoever has most room."""
         dealt: list[list[tuple[int, int]]] = [[] for _ in rooms]
         for level in range(1 + self.ahead):
-            for problem in sorted(range(len(self.prompts)), key=lambda i: (self.begun[i], i)):
+            for problem in sorted(self.order, key=lambda i: self.begun[i]):
                 number = self.begun[problem]
                 due = number <= self.failed[problem] + level and number < self.limit and problem not in self.solved
                 if due and max(rooms) > 0:

@@ -127,9 +127,9 @@ def test_no_process_is_without_work_while_another_has_some_to_give():
         assert abs(free - also_free) <= 2
 
 
-def test_the_least_tried_problems_come_first():
+def test_the_least_tried_problems_come_first_and_of_them_the_longest():
     queue = Attempts(PROMPTS[:4], key, Grader(), limit=3, until_solved=False)
-    assert [job.name for job in queue.take(5) or []] == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1)]
+    assert [job.name for job in queue.take(5) or []] == [(3, 0), (2, 0), (1, 0), (0, 0), (3, 1)]
     assert queue.most == 12
     assert queue.longest == 4
 
