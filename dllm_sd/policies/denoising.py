@@ -111,7 +111,7 @@ class _Stepper:
         if remember and self.settings.guidance == 0:
             width = slots.prompt_ids.shape[1] + self.settings.length
             self.cache = PrefixCache(module, len(slots.jobs), width, self.settings.block_length)
-        self.whole = whole and self.cache is None
+        self.whole = whole
         """Whether whole active blocks are read, whose size the host knows, or only what is masked in them."""
         self.never = never_drawn(self.settings, (slots.layout.mask_id,), slots.device)
         self.place = torch.arange(self.settings.block_length, device=slots.device)
@@ -166,14 +166,19 @@ class _Stepper:
         """The proposals ``[m]`` of the network."""
         slots, rows, length = self.slots, group.slots, self.settings.length
         tokens = slots.tokens[rows, :-1]
-        sites = torch.zeros_like(slots.tokens[rows], dtype=torch.bool).scatter(1, at, masked)[:, :-1]
+        sites: Tensor | None = None
+        if not self.whole:
+            sites = torch.zeros_like(slots.tokens[rows], dtype=torch.bool).scatter(1, at, masked)[:, :-1]
         read = partial(propose, settings=self.settings, never=self.never, u=u, rows=self.rows)
         start = slots.prompt_ids.shape[1] - group.prompt
         prompt, real = slots.prompt_ids[rows, start:], slots.prompt_mask[rows, start:]
         if self.cache is not None:
             return self.cache(rows, prompt, real, tokens, sites, slots.block[rows], read)
-        mask = torch.cat([real, torch.ones_like(sites)], 1)
-        where = group.prompt + at.clamp(max=length - 1) if self.whole else torch.cat([torch.zeros_like(real), sites], 1)
+        mask = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], 1)
+        if sites is None:
+            where = group.prompt + at.clamp(max=length - 1)
+        else:
+            where = torch.cat([torch.zeros_like(real), sites], 1)
         if self.settings.guidance:
             blank = torch.full_like(prompt, slots.layout.mask_id)
             states = self.module(torch.cat([blank, tokens], 1), mask, where, read=lambda hidden, head: hidden)

@@ -56,7 +56,7 @@ class PrefixCache:
         prompt: Tensor,
         real: Tensor,
         tokens: Tensor,
-        sites: Tensor,
+        sites: Tensor | None,
         block: Tensor,
         read: Callable[[Tensor, Any], Any],
     ) -> Any:
@@ -67,30 +67,36 @@ class PrefixCache:
             prompt: int64 ``[r p]``, padded on the left.
             real: bool ``[r p]``, true at real prompt tokens.
             tokens: int64 ``[r l]``, their completion sides.
-            sites: bool ``[r l]``; all of them in the row's active block.
+            sites: bool ``[r l]``, all of them in the row's active block; None is the whole of it.
             block: int64 ``[r]``, the active block, counted from the one in which the completion begins.
             read: see `SiteHead.forward`.
         """
-        rows = _Rows(torch.cat([prompt, tokens], 1), (~real).sum(1), torch.cat([torch.zeros_like(real), sites], 1))
+        marked = None if sites is None else torch.cat([torch.zeros_like(real), sites], 1)
+        rows = _Rows(torch.cat([prompt, tokens], 1), (~real).sum(1), marked)
         whole = real.sum(1) // self.block_length  # blocks of the prompt, which are read at once
         target = whole + block
         while bool((behind := self.stored[slots] < target).any()):
             late, stored = slots[behind], self.stored[slots[behind]]
             until = torch.where(stored < whole[behind], whole[behind], stored + 1)
-            self._read(rows.some(behind), late, stored, until, None)
+            blocks = int((until - stored).max())
+            self._read(rows.some(behind), late, stored, until, blocks, None)
             self.stored[late] = until
-        return self._read(rows, slots, target, target + 1, read)
+        return self._read(rows, slots, target, target + 1, 1, read)
 
-    def _read(self, rows: "_Rows", slots: Tensor, first: Tensor, until: Tensor, read: Any) -> Any:
-        """Run blocks ``first`` to ``until`` (exclusive) of some rows; without ``read``, remember them."""
+    def _read(self, rows: "_Rows", slots: Tensor, first: Tensor, until: Tensor, most: int, read: Any) -> Any:
+        """Run the ``most`` blocks ``first`` to ``until`` (exclusive) of some rows; without ``read``, remember them."""
         start, stop = first * self.block_length, until * self.block_length
-        position = start[:, None] + torch.arange(int((stop - start).max()), device=slots.device)
+        index = torch.arange(most * self.block_length, device=slots.device)
+        position = start[:, None] + index
         column = position + rows.padding[:, None]
         real = (position < stop[:, None]) & (column < rows.ids.shape[1])
         inside = column.clamp(max=rows.ids.shape[1] - 1)
         place = position.masked_fill(~real, self.width)
         window = Window(self, slots, position, place, start, writes=read is None)
-        sites = torch.zeros_like(real) if read is None else rows.sites.gather(1, inside) & real
+        if read is None:
+            sites = torch.zeros_like(real)
+        else:
+            sites = index.expand_as(place) if rows.sites is None else rows.sites.gather(1, inside) & real
         return self.module(rows.ids.gather(1, inside), real, sites, window, read=read or _nothing)
 
 
@@ -100,10 +106,10 @@ class _Rows:
 
     ids: Tensor
     padding: Tensor
-    sites: Tensor
+    sites: Tensor | None
 
     def some(self, chosen: Tensor) -> "_Rows":
-        return _Rows(self.ids[chosen], self.padding[chosen], self.sites[chosen])
+        return _Rows(self.ids[chosen], self.padding[chosen], None)
 
 
 def _nothing(hidden: Tensor, head: Any) -> None:

@@ -67,6 +67,20 @@ def test_fixed_shapes_change_nothing_where_blocks_begin_in_the_prompt(make_polic
     assert_same(fixed(policy, settings), policy.decode(PROMPTS, settings, KEYS))
 
 
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_whole_blocks_change_nothing_with_the_prefix_cache(make_policy: Any, threshold: float | None, monkeypatch: Any):
+    policy, settings = make_policy(block_length=6), replace(SHORT, threshold=threshold)
+    expected, sizes = policy.decode(PROMPTS, settings, KEYS), []
+    stepper = denoising._Stepper.__init__
+    monkeypatch.setattr(denoising._Stepper, "__init__", lambda *args: stepper(*args[:-1], True))
+    head = policy.module.network.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    assert_same(policy.decode(PROMPTS, settings, KEYS), expected)
+    hook.remove()
+    assert sizes
+    assert all(size % 6 == 0 for size in sizes)
+
+
 def test_fixed_shapes_change_nothing_where_logits_speak_about_the_next_position(make_policy: Any):
     policy = make_policy()
     policy.module.shift = True
