@@ -29,9 +29,12 @@ from dllm_sd.policies.loading import DTYPES
 from dllm_sd.policies.slots import READ, READ_ELSEWHERE
 from dllm_sd.policies.weights import Base, Ema
 from dllm_sd.rollouts import PassAtK
+from dllm_sd.training.optim import FUSED
 
 SECOND_READERS = ("k_proj", "v_proj", "up_proj")
 """Linear layers that read the same tensor as another one, which autograd keeps once."""
+EIGHT_BITS = 2 * (1 + 4 / 256)
+"""Bytes of both states of a weight in 8 bits, with a float32 scale for each 256 of them."""
 BITS = 4.127
 """Bits of a 4-bit weight: NF4 and its doubly quantised constants (QLoRA, arXiv 2305.14314, Sec. 3)."""
 
@@ -51,7 +54,7 @@ class Memory:
     weights: int
     """Bytes of all weights, adapters included; always there."""
     optimizer: int
-    """Bytes of AdamW's two states; always there."""
+    """Bytes of the optimizer's two states; always there."""
     copies: int
     """Bytes of the teachers' own weights; always there."""
     gradients: int
@@ -108,9 +111,9 @@ def estimate(
         config: the run.
         processes: how many there are; each has its own rollouts and micro-batches.
         sharded: FSDP2 (weights, gradients, optimizer and copies are divided) instead of DDP. Not measured yet.
-        device: ``cpu``, or ``cuda``, where AdamW makes one temporary of all trained weights at once.
+        device: ``cpu`` or ``cuda``, where the step is fused; elsewhere it makes one temporary of all trained weights.
     """
-    shape = _Shape(network, config)
+    shape, plain = _Shape(network, config), config.optim.name == "adamw"
     share = processes if sharded else 1
     canvas = config.max_prompt + config.decode.length
     canvases = max(1, config.optim.tokens_per_batch // canvas)
@@ -133,7 +136,7 @@ def estimate(
         tokens=tokens,
         sites=sites // shape.vocabulary,
         weights=shape.weights // share,
-        optimizer=2 * shape.bytes_trained // share,
+        optimizer=(2 * shape.bytes_trained if plain else int(shape.trainable * EIGHT_BITS)) // share,
         copies=copies // share,
         gradients=shape.bytes_trained // share * (2 if processes > 1 and not sharded else 1),
         gathered=gathered if sharded else 0,
@@ -141,7 +144,7 @@ def estimate(
         activations=saved,
         losses=int(sites * shape.wide * _loss_copies(config, shape)),
         backward=max(again + transient + shape.dequantised, head_gradient + sites * shape.wide),
-        step=shape.bytes_trained // share if device != "cpu" else 2 * shape.largest * shape.trained_bytes,
+        step=0 if device in FUSED or not plain else shape.bytes_trained // share,
         held=(whole if sharded else 0) + shape.merged + decoded * shape.remembered,
         rollouts=shape.forward(read, canvas, decoding=True),
         rollout_logits=read * shape.hidden * shape.residual + logits,
@@ -179,7 +182,6 @@ class _Shape:
         self.parameters = _count(every) + sum(adapters) + _count(saved)
         self.trainable = sum(adapters) + _count(saved) if lora else self.parameters
         self.bytes_trained = sum(adapters) * self.wide + _count(saved) * itemsize if lora else _count(every) * itemsize
-        self.largest = max([x.numel() for x in (saved if lora else every)], default=self.rank * self.widest_adapter)
         self.of_layers = [_count(x) * itemsize + n * self.wide for x, n in zip(inside, adapters, strict=True)]
         self.dequantised = 0
         if model.quantization == "4bit":

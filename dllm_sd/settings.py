@@ -11,6 +11,8 @@ from dllm_sd.errors import InputError
 class Optim:
     """AdamW, its schedule, and how an update is cut into micro-batches."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """PyTorch's AdamW, fused on CPUs and CUDA; or that of bitsandbytes (extra `quant`), with states in 8 bits."""
     lr: float = 5e-6
     betas: tuple[float, ...] = (0.9, 0.99)
     eps: float = 1e-8

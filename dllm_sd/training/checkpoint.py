@@ -22,7 +22,9 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import Teacher, placed_like, trained
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.sharding import gather_tensors
+from dllm_sd.training.optim import load_state, state_tensors
+from dllm_sd.training.sharding import fill, gather_tensors
+from dllm_sd.training.zero import ZeroOptimizer, shape_of
 from dllm_sd.trajectory import Trajectory
 
 
@@ -140,27 +142,26 @@ def load_weights(policy: Policy, folder: Path) -> None:
         name = sorted(saved.keys() ^ live.keys())[0]
         raise InputError(f"checkpoint {folder} and the model differ in {name!r}; load it with the config of its run")
     for name, value in live.items():
-        if value.shape != saved[name].shape:
+        if shape_of(value) != saved[name].shape:
             raise InputError(f"checkpoint {folder} has another shape for {name!r}; load it with the config of its run")
-        value.copy_(placed_like(saved[name], value))
+        fill(value, saved[name])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, policy: Policy) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer | ZeroOptimizer, policy: Policy) -> dict[str, Tensor]:
     """The optimizer's state by parameter name: ``{parameter}/{entry}``."""
-    names = {id(value): name for name, value in trained(policy).items()}
-    return {
-        f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
-    }
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.tensors(trained(policy))
+    return state_tensors(optimizer, trained(policy))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, policy: Policy, saved: Mapping[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave."""
-    live = trained(policy)
-    for key, value in saved.items():
-        name, entry = key.rsplit("/", 1)
-        optimizer.state[live[name]][entry] = value if entry == "step" else placed_like(value, live[name])
+def load_optimizer(
+    optimizer: torch.optim.Optimizer | ZeroOptimizer, policy: Policy, saved: Mapping[str, Tensor]
+) -> None:
+    """Restore what `optimizer_tensors` gave, after the weights."""
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.load(trained(policy), saved)
+    else:
+        load_state(optimizer, trained(policy), saved)
 
 
 def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -220,7 +221,7 @@ def save_best(run: Path, weights: Mapping[str, Tensor], state: State) -> None:
 
 
 def run_tensors(
-    policy: Policy, optimizer: torch.optim.Optimizer, teachers: Sequence[Teacher]
+    policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[Teacher]
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint by file; under FSDP2 all processes must call it, and the first gets them whole."""
     tensors = {WEIGHTS: trained(policy), OPTIMIZER: optimizer_tensors(optimizer, policy)}
@@ -240,7 +241,7 @@ def save_run(
 
 
 def restore_run(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teachers: Sequence[Teacher]
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[Teacher]
 ) -> tuple[State, Rollouts | None]:
     """Put a checkpoint back into a freshly built run."""
     tree = read_state(folder)

@@ -1,25 +1,93 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW, fused or in 8 bits, its state by name, and its learning-rate schedule."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from dllm_sd.errors import InputError
+from dllm_sd.policies.weights import placed_like
 from dllm_sd.settings import Optim
 
+FUSED = ("cpu", "cuda")
+"""Kinds of devices whose fused AdamW takes the steps of the plain one: equal in float32 and float64 to rounding, and
+rounded once instead of several times in bfloat16."""
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optim) -> torch.optim.AdamW:
+
+def check_optimizer(settings: Optim, device: torch.device, sharded: bool) -> None:
+    """Refuse what cannot run here, before any weight is read.
+
+    Raises:
+        InputError: naming the key, and the remedy.
+    """
+    if settings.name != "adamw_8bit":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise InputError("optim.name=adamw_8bit needs bitsandbytes: pip install 'dllm-sd[quant]', or use adamw")
+    if sharded:
+        raise InputError("optim.name=adamw_8bit does not know FSDP2's pieces; use adamw, or launch with ddp.yaml")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"optim.name=adamw_8bit was never seen to work on {device.type}; use adamw")
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optim) -> torch.optim.Optimizer:
     """AdamW over the trained parameters."""
-    return torch.optim.AdamW(
-        list(parameters),
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    chosen = list(parameters)
+    options: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": (settings.betas[0], settings.betas[1]),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "adamw_8bit":
+        if any(value.dtype == torch.float64 for value in chosen):
+            raise InputError("optim.name=adamw_8bit takes no float64; use adamw, or another model.dtype")
+        return import_module("bitsandbytes.optim").AdamW8bit(chosen, **options)
+    return torch.optim.AdamW(chosen, **options, fused=all(value.device.type in FUSED for value in chosen) or None)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state by parameter name, ``{parameter}/{entry}``; the fixed table of 8-bit numbers is left out."""
+    names = {id(value): name for name, value in parameters.items()}
+    return {
+        f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
+        for parameter, entries in optimizer.state.items()
+        for key, value in entries.items()
+        if not key.startswith("qmap")
+    }
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
+) -> None:
+    """Restore what `state_tensors` gave.
+
+    Raises:
+        InputError: if another kind of optimizer gave it.
+    """
+    maker: Any = getattr(optimizer, "init_state", None)  # that of 8 bits
+    if saved and any(key.endswith("/exp_avg") for key in saved) == (maker is not None):
+        raise InputError("the checkpoint was written with another optim.name; set the one of its run")
+    group: Any = optimizer.param_groups[0]
+    if maker is not None:
+        for i, value in enumerate(group["params"]):
+            maker(group, value, 0, i)
+    fused = bool(group.get("fused"))
+    for key, value in saved.items():
+        name, entry = key.rsplit("/", 1)
+        parameter = parameters[name]
+        state = optimizer.state[parameter]
+        if entry == "step" and maker is not None:
+            state[entry] = int(value)
+        elif entry == "step":
+            state[entry] = value.to(parameter.device) if fused else value  # where the fused step looks for it
+        else:
+            state[entry] = value.to(parameter.device) if maker is not None else placed_like(value, parameter)
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, settings: Optim, updates: int) -> Callable[[int], float]:

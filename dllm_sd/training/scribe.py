@@ -110,7 +110,7 @@ class Scribe:
                 own = {name: value for name, value in every.items() if adapters.isdisjoint(name.split("."))}
                 for name, value in sorted((own | (model.copy if adapters else {})).items()):
                     digest.update(
-                        f"{name} {tuple(value.shape)} {float(whole(value.detach()).double().sum())!r}".encode()
+                        f"{name} {tuple(value.shape)} {float(whole(value).detach().double().sum())!r}".encode()
                     )
             decoding = {key: value for key, value in to_tree(self.decode).items() if key not in _FREE}
             self._identities[weights] = {**to_tree(weights, WEIGHTS), "sum": digest.hexdigest(), "decode": decoding}

@@ -1,6 +1,6 @@
-"""Parameters in pieces over the processes (FSDP2): start, gather for decoding, and whole tensors for checkpoints.
+"""Parameters in pieces over the processes (FSDP2, ZeRO): start, gather for decoding, whole tensors for checkpoints.
 
-Without FSDP2 everything here leaves its argument as it is.
+Without them everything here leaves its argument as it is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,34 +13,61 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from dllm_sd.config import Config
 from dllm_sd.errors import InputError
+from dllm_sd.policies.weights import placed_like
+from dllm_sd.training.optim import check_optimizer
+from dllm_sd.training.zero import ZeroAccelerator, ZeroOptimizer, assembled, decoding, in_pieces, read_stage
 
 
-def start_accelerator(autocast: bool) -> Accelerator:
+class InPieces(Accelerator):
+    """FSDP2 whose gradients are summed over processes, and cut, after every micro-batch.
+
+    To wait for the last one, as accelerate does, holds the gradient of all weights whole on every process.
+    """
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """Nothing to put off."""
+        yield
+
+
+def start_accelerator(config: Config) -> Accelerator:
     """The processes as `accelerate launch` laid them out.
 
     Raises:
-        InputError: if its configuration asks for what the trainer cannot do.
+        InputError: if its configuration asks for what the trainer or the run cannot do.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if autocast else "no")
+    precision = "bf16" if config.optim.autocast else "no"
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return ZeroAccelerator(read_stage(config), precision)
+    asked = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    accelerator = (InPieces if asked else Accelerator)(mixed_precision=precision)
     state = accelerator.state
     plugin: FullyShardedDataParallelPlugin | None = getattr(state, "fsdp_plugin", None)
-    asked = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if plugin is None and asked and state.distributed_type == DistributedType.MULTI_CPU:
         plugin = FullyShardedDataParallelPlugin()  # accelerate itself takes no notice of FSDP on CPUs
         state.fsdp_plugin = plugin
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    if state.distributed_type == DistributedType.DEEPSPEED:
-        raise InputError("DeepSpeed is not supported; configs/accelerate/zero2.yaml does the same with FSDP2")
+    check_optimizer(config.optim, accelerator.device, plugin is not None)
     if plugin is None:
         return accelerator
     if plugin.fsdp_version != 2:
         raise InputError("FSDP 1 is not supported; set fsdp_version to 2 in the accelerate config")
     if plugin.cpu_ram_efficient_loading:
         raise InputError("every process loads the model; set fsdp_cpu_ram_efficient_loading to false")
-    if autocast:  # gradients are summed over processes in float32, as without FSDP2
+    if precision == "bf16":  # gradients are summed over processes in float32, as without FSDP2
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer | ZeroOptimizer]:
+    """The module that learns on all processes, and the optimizer that steps; FSDP2 and ZeRO cut both in place."""
+    if isinstance(accelerator, ZeroAccelerator):
+        return accelerator.start(module, optimizer)
+    return accelerator.prepare(module, optimizer)[0], optimizer
 
 
 @contextmanager
@@ -57,7 +84,7 @@ def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        with accelerator.autocast():
+        with decoding(module), accelerator.autocast():
             yield
     finally:
         for part in parts:
@@ -67,7 +94,17 @@ def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
 
 def whole(value: Tensor) -> Tensor:
     """A tensor that may lie in pieces, as one on every process: to be called by all of them."""
+    if in_pieces(value):
+        with assembled([value]):
+            return value.detach().clone()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def fill(value: Tensor, other: Tensor) -> None:
+    """Put a whole tensor, which every process has, into one that may lie in pieces."""
+    with assembled([value], changed=True):
+        value.copy_(placed_like(other, value))
 
 
 def gather_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,10 +114,10 @@ def gather_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     kept: dict[str, Tensor] = {}
     for name, value in values.items():
-        if not isinstance(value, DTensor):
+        if not isinstance(value, DTensor) and not in_pieces(value):
             kept[name] = value
             continue
-        full = whole(value.detach())
+        full = whole(value if in_pieces(value) else value.detach())
         if distributed.get_rank() == 0:
             kept[name] = full.cpu()
     return kept

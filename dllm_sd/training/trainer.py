@@ -48,8 +48,9 @@ from dllm_sd.training.metrics import (
 )
 from dllm_sd.training.optim import build_optimizer, learning_rate
 from dllm_sd.training.progress import Interrupt, Progress
-from dllm_sd.training.sharding import gather_tensors, gathered, start_accelerator, whole
+from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, whole
 from dllm_sd.training.supply import Supply
+from dllm_sd.training.zero import shape_of
 
 Parts = list[tuple[Plan, Graded]]
 
@@ -60,7 +61,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         """Prepare data, folder and model, in this order: what is cheap to refuse is refused first."""
         self.config, self.method, self.run = config, config.method, Path(config.run)
-        self.accelerator = start_accelerator(config.optim.autocast is not None)
+        self.accelerator = start_accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         problems = config.task.problems("train")
@@ -75,7 +76,7 @@ class Trainer:
         adapters = {weights: add_adapter(weights, self.policy) for weights in self.method.models()}
         self.optimizer = build_optimizer(trained(self.policy).values(), config.optim)
         self.lr = learning_rate(self.optimizer, config.optim, config.updates)
-        self.module, _ = self.accelerator.prepare(self.policy.module, self.optimizer)  # FSDP2 shards both in place
+        self.module, self.optimizer = prepare(self.accelerator, self.policy.module, self.optimizer)
         self.models = {
             weights: make_teacher(weights, self.policy, adapter, config.model) for weights, adapter in adapters.items()
         }
@@ -337,6 +338,6 @@ class Trainer:
 
 
 def _counts(module: nn.Module) -> str:
-    sizes = [(value.numel(), value.requires_grad) for value in module.parameters()]
+    sizes = [(shape_of(value).numel(), value.requires_grad) for value in module.parameters()]
     total, ours = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     return f"{total:,} parameters, {ours:,} of them trained ({ours / total:.1%})"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dllm_sd.cli import main
@@ -78,7 +79,11 @@ def check_pieces(trainer: Trainer) -> None:
     held = sum(value.to_local().numel() for value in parameters.values() if isinstance(value, DTensor))
     assert held < 0.6 * sum(value.numel() for value in parameters.values())
     assert all(isinstance(value, DTensor) for teacher in trainer.teachers for value in teacher.copy.values())
-    assert sum(type(part).__name__.startswith("FSDP") for part in trainer.module.modules()) > 2
+    parts = [part for part in trainer.module.modules() if isinstance(part, FSDPModule)]
+    assert len(parts) > 2
+    with trainer.accelerator.no_sync(trainer.module):  # no gradient is ever kept whole
+        groups = [part._get_fsdp_state()._fsdp_param_group for part in parts]
+        assert all(group.reduce_grads for group in groups if group is not None)
 
 
 def check_refusal(run: Path) -> None:
@@ -194,20 +199,21 @@ def test_a_non_finite_loss_on_one_process_is_written_down(runs: Path) -> None:
     [({"FSDP_VERSION": "1"}, "fsdp_version"), ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "ram_efficient")],
 )
 def test_other_kinds_of_sharding_are_refused(
-    monkeypatch: pytest.MonkeyPatch, changes: Mapping[str, str], words: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: Mapping[str, str], words: str
 ) -> None:
     class Stub:
         """What accelerate gives to one of two CPU processes."""
 
         def __init__(self, mixed_precision: str) -> None:
             self.state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, mixed_precision=mixed_precision)
+            self.device = torch.device("cpu")
 
     for key, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **changes}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(sharding, "Accelerator", Stub)
+    monkeypatch.setattr(sharding, "InPieces", Stub)
     monkeypatch.setattr(sharding, "PartialState", SimpleNamespace)
     with pytest.raises(InputError, match=words):
-        sharding.start_accelerator(False)
+        sharding.start_accelerator(config_of("full", tmp_path))
 
 
 if __name__ == "__main__":

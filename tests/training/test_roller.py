@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
@@ -18,7 +19,6 @@ from dllm_sd.policies.weights import Base, Live, Teacher, trained
 from dllm_sd.rollouts import PassAtK
 from dllm_sd.tasks.task import Problem
 from dllm_sd.training.roller import Roller, supervised
-from dllm_sd.training.sharding import start_accelerator
 from dllm_sd.training.trainer import Trainer
 
 DECODE = Decoding(length=16, block_length=4, tokens_per_step=1)
@@ -55,7 +55,7 @@ def tokens(policy: AnyPolicy) -> list[list[int]]:
 
 
 def roller(policy: AnyPolicy, part: Live | Base | Subspace) -> Roller:
-    return Roller(PassAtK(policy=part), policy, {Base(): Teacher(Base(), policy)}, start_accelerator(False))
+    return Roller(PassAtK(policy=part), policy, {Base(): Teacher(Base(), policy)}, Accelerator())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["full", "lora", "autoregressive"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import AnyPolicy
@@ -14,7 +15,6 @@ from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teac
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers import Reasoning
 from dllm_sd.training.scribe import Scribe
-from dllm_sd.training.sharding import start_accelerator
 from tests.training.several import Processes, gathering, move
 
 PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21]]
@@ -118,7 +118,7 @@ def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, mo
 
 def test_a_real_accelerator_of_one_process_gathers_nothing(build):
     teacher = [Teacher(Live(), build())]
-    assert Scribe(teacher, DECODE, start_accelerator(False))(0, PROMPTS, REASONING, KEYS) == write(teacher)
+    assert Scribe(teacher, DECODE, Accelerator())(0, PROMPTS, REASONING, KEYS) == write(teacher)
 
 
 def test_writing_leaves_modes_and_random_numbers_alone(build):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from dllm_sd.errors import InputError
@@ -18,7 +19,6 @@ from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Peer, Snapshot
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.scribe import Scribe
-from dllm_sd.training.sharding import start_accelerator
 from dllm_sd.writers import Cache, Request, Sampling
 from tests.training.several import Processes, gathering, move
 
@@ -38,7 +38,7 @@ def texts(policy: AnyPolicy) -> list[str]:
 
 
 def scribe(models: dict[Any, Teacher], folder: Path, longest: int = 100) -> Scribe:
-    return Scribe([], DECODE, start_accelerator(False), models, Cache(folder), longest)
+    return Scribe([], DECODE, Accelerator(), models, Cache(folder), longest)
 
 
 @KINDS
