@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dllm_sd.canvases import AllMasked, DecoderSteps
 from dllm_sd.config import Config
-from dllm_sd.losses.divergences import ForwardKL, GeneralisedJSD, PolicyGradient, TokenNLL
+from dllm_sd.losses.chunks import at_once
+from dllm_sd.losses.divergences import GeneralisedJSD, PolicyGradient, TokenNLL
 from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import TeacherTop
@@ -62,11 +63,13 @@ class Memory:
     gathered: int
     """Bytes of weights that FSDP has gathered while learning."""
     teacher: int
-    """Bytes that a teacher's forward adds: its activations, then its logits at the candidates."""
+    """Bytes that a teacher's forward adds: its activations, then its logits at the candidates, or hidden states there
+    where a chunk of the loss does not hold all sites."""
     activations: int
     """Bytes that autograd keeps of the student's forward."""
     losses: int
-    """Bytes of logits and losses, added to the activations: copies of sites x vocabulary in float32."""
+    """Bytes of logits and losses, added to the activations: copies of chunk x vocabulary in float32, the gradients of
+    hidden states and of a trained head."""
     backward: int
     """Bytes that backward adds to the activations after the losses: a layer's gradients, or that of the head; under
     gradient checkpointing also the activations of one layer."""
@@ -118,13 +121,15 @@ def estimate(
     canvas = config.max_prompt + config.decode.length
     canvases = max(1, config.optim.tokens_per_batch // canvas)
     tokens, decoded = canvases * canvas, config.decode.batch_size * canvas
-    candidates, sites = (x * shape.vocabulary for x in _sites(config, canvases, shape.causal))
+    candidates, sites = _sites(config, canvases, shape.causal)
     saved, again = shape.saved(tokens, canvas)
     transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
     head_gradient = 0 if shape.rank else shape.head * shape.trained_bytes
     copies, cast = _copies(config, shape, sharded)
     contexts, asks = len(config.method.contexts), config.method.sites.score is not None
-    scored = candidates * shape.logit * (contexts + asks)
+    few = at_once(shape.vocabulary, device)
+    said = shape.vocabulary * shape.logit if candidates <= few else shape.hidden * shape.residual
+    scored = candidates * said * contexts + min(candidates, few) * shape.vocabulary * shape.logit * asks
     outside = shape.weights - sum(shape.of_layers)
     gathered, whole = outside + 2 * max(shape.of_layers), shape.weights
     if shape.autocast:  # FSDP2 gathers in the type that computes
@@ -134,7 +139,7 @@ def estimate(
         parameters=shape.parameters,
         trainable=shape.trainable,
         tokens=tokens,
-        sites=sites // shape.vocabulary,
+        sites=sites,
         weights=shape.weights // share,
         optimizer=(2 * shape.bytes_trained if plain else int(shape.trainable * EIGHT_BITS)) // share,
         copies=copies // share,
@@ -142,8 +147,8 @@ def estimate(
         gathered=gathered if sharded else 0,
         teacher=cast // share + max(shape.forward(tokens, canvas), scored) if contexts else 0,
         activations=saved,
-        losses=int(sites * shape.wide * _loss_copies(config, shape)),
-        backward=max(again + transient + shape.dequantised, head_gradient + sites * shape.wide),
+        losses=_losses(config, shape, sites, few, head_gradient) + (scored if candidates > few else 0),
+        backward=max(again + transient + shape.dequantised, head_gradient),
         step=0 if device in FUSED or not plain else shape.bytes_trained // share,
         held=(whole if sharded else 0) + shape.merged + decoded * shape.remembered,
         rollouts=shape.forward(read, canvas, decoding=True),
@@ -311,18 +316,18 @@ def _sites(config: Config, canvases: int, causal: bool) -> tuple[int, int]:
     return canvases * candidates, canvases * sites
 
 
-def _loss_copies(config: Config, shape: _Shape) -> float:
-    """How many tensors of sites x vocabulary are alive at the worst moment: when a site is described for the log."""
+def _losses(config: Config, shape: _Shape, sites: int, few: int, head: int) -> int:
+    """Bytes at the worst moment of a chunk of sites: in its loss, or when it adds to the gradient of the head."""
     method, c = config.method, len(config.method.contexts)
-    raw = c * (shape.logit / shape.wide)  # the teachers' logits
+    chunk, several = min(sites, few) * shape.vocabulary * shape.wide, sites > few
+    raw = c * (shape.logit / shape.wide) * (not several)  # the teachers' logits, if they are kept
     if isinstance(method.divergence, TokenNLL | PolicyGradient | GatedGap) or isinstance(method.support, TopK):
-        return 4 + c + raw
-    clipped = c * (method.divergence.clip == "entry")
-    if isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1:
-        return 3 + 15 * c + raw + clipped
-    if isinstance(method.divergence, ForwardKL):
-        return 2 + 6 * c + raw + clipped
-    return 4 + 5 * c + raw + clipped
+        copies = 3 + c
+    else:
+        jensen = isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1
+        copies = max(3 + 4 * c, 2 + 5 * c) if jensen else 3 + 4 * c
+    inside = max((copies + raw) * chunk + several * head, (1 + raw) * chunk + (1 + several) * head)
+    return int(inside) + sites * shape.hidden * shape.residual
 
 
 def _copies(config: Config, shape: _Shape, sharded: bool) -> tuple[int, int]:

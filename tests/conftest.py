@@ -13,6 +13,7 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
+from tests import exact  # noqa: F401
 from tests.oracles.toy_denoiser import denoised
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other

@@ -69,7 +69,8 @@ def test_the_tokens_and_logits_of_a_micro_batch_by_hand(needed):
     memory = needed({**BFLOAT16, "lora": LORA}, keys)
     assert (memory.tokens, memory.sites) == (16 * 512, 16 * 2)
     logits = 4 * 32 * 126_464
-    assert memory.losses == 9.5 * logits  # 9 in float32, and the teacher's in bfloat16
+    hidden = 32 * 4096 * 2
+    assert memory.losses == 7.5 * logits + hidden  # 7 in float32, and the teacher's in bfloat16
     assert memory.rollout_logits == 2.5 * 2**27 * 4 + 64 * 512 * 4096 * 2  # a chunk, and the last hidden states
     grpo = needed({**BFLOAT16, "lora": LORA}, {**keys, "method": "diffu_grpo"})
     assert grpo.sites == 16 * 256

@@ -1,6 +1,7 @@
 """Time and peak memory of the loss at autoregressive sites, beside the naive form, TRL's and Liger's chunked ones.
 
     python tools/bench_loss.py [--vocabulary 151936] [--rows 2] [--prompt 128] [--tokens 128] [--loss jsd|reverse_kl]
+    python tools/bench_loss.py --rows 32 --tokens 256 --only ours                  # 8,192 sites
     python tools/bench_loss.py --rows 1 --prompt 16 --tokens 16 --repeats 1       # seconds
 
 All forms start from the same hidden states and output heads and end with the gradient of both, each in a process of its
@@ -24,14 +25,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from dllm_sd.canvases import AllMasked
+from dllm_sd.losses.chunks import Spoken
 from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.method import Method
 from dllm_sd.objective import Plan, grade, plan_update
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import Head, Read
 from dllm_sd.policies.weights import Live
 from dllm_sd.rollouts import All, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
@@ -44,7 +48,7 @@ class Case:
     """Hidden states ``[n p+l h]`` and heads ``[v h]`` of both; position ``i`` speaks about token ``i``."""
 
     student: Tensor
-    head: Tensor
+    head: Parameter
     teacher: Tensor
     teacher_head: Tensor
     tokens: Tensor
@@ -94,19 +98,18 @@ def case(options: argparse.Namespace) -> Case:
     heads = [torch.randn(v, h, device=device, dtype=dtype).div_(math.sqrt(h)) for _ in range(2)]
     sites = torch.zeros((n, p + length), dtype=torch.bool, device=device)
     sites[:, p:] = True
-    student, head = states[0].requires_grad_(), heads[0].requires_grad_()
+    student, head = states[0].requires_grad_(), Parameter(heads[0])
     return Case(student, head, states[1], heads[1], tokens.to(device), sites, method, plan.to(device), beta)
 
 
 def ours(x: Case) -> Tensor:
     """The equation of the package."""
 
-    def student(view: View) -> Tensor:
-        return linear(x.student[view.sites], x.head)
+    def student(view: View, read: Read) -> Any:
+        return read(x.student[view.sites], Head(lambda hidden: linear(hidden, x.head), (x.head,)))
 
-    def teacher(view: View) -> Tensor:
-        with torch.no_grad():
-            return linear(x.teacher[view.sites], x.teacher_head)
+    def teacher(view: View) -> Spoken:
+        return Spoken(x.teacher[view.sites], lambda hidden: linear(hidden, x.teacher_head))
 
     return grade(x.method, x.plan, student, [teacher]).loss
 
@@ -213,6 +216,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--only", choices=tuple(FORMS), nargs="+", help="these forms, the first of which is compared")
     parser.add_argument("--form", choices=tuple(FORMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.form:
@@ -223,7 +227,7 @@ def main() -> None:
     print(f"{sites * options.vocabulary * 4 / 2**20:.0f} MiB; {options}")
     print(f"{'':>7} {'seconds':>8} {'MiB':>9} {'time x':>7} {'memory x':>8} {'loss diff':>9} {'gradient diff':>13}")
     first = None
-    for form in FORMS:
+    for form in options.only or FORMS:
         if (found := run(form)) is None:
             continue
         first = first or found

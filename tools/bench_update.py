@@ -1,126 +1,209 @@
-"""Time and peak memory of one update, beside the naive form that keeps the logits of whole canvases.
+"""Time and peak memory of one update of d-OPSD's loss, beside the published form that keeps logits of whole canvases.
 
-    python tools/bench_update.py [--vocabulary 126464] [--tokens 456] [--canvases 16] [--sites 2]
+    python tools/bench_update.py [--canvases 108] [--tokens 456] [--body 100m] [--batch 2048] [--naive-canvases 4]
 
-Both forms run the same body on the same canvases with the same loss (reverse KL, full vocabulary), each in a process
-of its own so that the peaks do not mix. Printed: seconds (median of the repeats), peak memory above the weights and
-their gradient, ratios, and how far loss and gradient differ. Times on shared machines are noisy: compare the ratios.
+One rollout whose steps commit `--sites` tokens each; the teacher reads its later blocks, the divergence is the reverse
+KL over the whole vocabulary. ``ours`` is the path of the trainer: `plan_update`, `micro_batches`, `grade`, backward.
+``naive`` keeps the logits of student and teacher and their float32 softmax over whole canvases, as the published
+trainer does. ``body`` runs the same forwards and backward without head and loss: what a form needs beyond it is due to
+logits. Each runs in a process of its own, so that peaks do not mix; `naive` on the first canvases only, since all do
+not fit. Printed: seconds a canvas, peak memory above weights and gradients, the part of it that is due to logits,
+seconds outside of forwards and backwards, and how far loss and gradient norm are from ours on the same canvases.
 """
 
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from dllm_sd.policies.site_head import SiteHead
-
-
-def problem(options: argparse.Namespace) -> tuple[LlamaForCausalLM, Tensor, Tensor, Tensor]:
-    """A small body under a large head; student and teacher canvases ``[n s]`` and sites ``[n s]``."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=4,
-        intermediate_size=3 * options.width,
-    )
-    config.is_causal = False
-    model = LlamaForCausalLM(config).to(options.device).eval()
-    shape = (options.canvases, options.tokens)
-    student = torch.randint(options.vocabulary, shape, device=options.device)
-    teacher = torch.randint(options.vocabulary, shape, device=options.device)
-    sites = torch.zeros(shape, dtype=torch.bool, device=options.device)
-    sites[:, -options.sites :] = True
-    return model, student, teacher, sites
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
+from dllm_sd.objective import Plan, grade, plan_update
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.policies.policy import View
+from dllm_sd.policies.site_head import ask
+from dllm_sd.policies.weights import Live, Teacher
+from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.training.batching import micro_batches
+from dllm_sd.trajectory import Trajectory
+from tools.naive import BODIES, body
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean reverse KL over sites of logits ``[m v]``."""
-    log_s, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    return (log_s.exp() * (log_s - log_t)).sum(-1).mean()
+class Clock:
+    """Seconds inside forwards and backwards."""
 
+    def __init__(self) -> None:
+        self.inside = 0.0
 
-def gathered(model: LlamaForCausalLM, student: Tensor, teacher: Tensor, sites: Tensor) -> Tensor:
-    """Ours: hidden states are gathered before the head."""
-    module, mask = SiteHead(model), torch.ones_like(sites)
-    with torch.no_grad():
-        target = module(teacher, mask, sites)
-    return reverse_kl(module(student, mask, sites), target)
-
-
-def naive(model: LlamaForCausalLM, student: Tensor, teacher: Tensor, sites: Tensor) -> Tensor:
-    """The published form: logits of the whole canvas for student and teacher, then the sites."""
-    with torch.no_grad():
-        target = model(input_ids=teacher, use_cache=False).logits
-    logits = model(input_ids=student, use_cache=False).logits
-    return reverse_kl(logits[sites], target[sites])
-
-
-def measure(form: Callable[..., Tensor], options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak bytes of forward and backward, above what the weights and their gradient hold."""
-    model, *canvases = problem(options)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    cuda = options.device == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    loss = torch.zeros(())
-    for _ in range(options.repeats):
-        model.zero_grad(set_to_none=False)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count this."""
         start = time.perf_counter()
-        loss = form(model, *canvases)
+        yield
+        self.inside += time.perf_counter() - start
+
+
+def rollout(options: argparse.Namespace, policy: MaskedDiffusion) -> Rollouts:
+    """A rollout of as many steps as there are canvases, from left to right within its blocks."""
+    length = options.canvases * options.sites
+    prompt = options.tokens - length
+    generator = torch.Generator().manual_seed(0)
+    trajectory = Trajectory(
+        prompt_ids=torch.randint(5, 25, (1, prompt), generator=generator),
+        prompt_mask=torch.ones((1, prompt), dtype=torch.bool),
+        tokens=torch.randint(5, 25, (1, length), generator=generator),
+        reveal_step=torch.arange(length)[None] // options.sites,
+        length=torch.tensor([length]),
+        block_length=length // 2 if options.blocks is None else length // options.blocks,
+        mask_id=policy.mask_id,
+        end_ids=tuple(policy.end_ids),
+        pad_id=policy.pad_id,
+    )
+    return Rollouts((Rollout(Problem("0", {}), 0, "", Grade(True, 1.0, None), trajectory),), {"rejected": 0.0})
+
+
+def ours(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
+    """Micro-batches through the equation."""
+    loss, teacher, student = torch.zeros(()), Teacher(Live(), policy), partial(ask, policy.module)
+    policy.module.train()
+
+    def timed(form: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with clock.running():
+                return form(*arguments)
+
+        return call
+
+    for (index,) in micro_batches(plan, batch):
+        graded = grade(method, plan.select(index).to(policy.device), timed(student), [timed(teacher)])
+        with clock.running():
+            graded.loss.backward()
+        loss += graded.loss.detach().cpu()
+    return loss
+
+
+def views(plan: Plan) -> tuple[View, View]:
+    """What student and teacher read."""
+    prompt = torch.zeros_like(plan.canvases.ids[:, : -plan.candidates.shape[1]], dtype=torch.bool)
+    sites = torch.cat([prompt, plan.candidates], 1)
+    reading = plan.readings[0]
+    return View(plan.canvases.ids, plan.canvases.mask, sites), View(reading.ids, reading.mask, sites)
+
+
+def naive(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
+    """Logits and softmax of whole canvases, then the sites."""
+    network, total = policy.module.network, torch.zeros(())
+    for (index,) in micro_batches(plan, batch):
+        piece = plan.select(index)
+        student, teacher = views(piece)
+        with torch.no_grad():
+            target = network(input_ids=teacher.ids, use_cache=False).logits.float().log_softmax(-1)
+        logp = network(input_ids=student.ids, use_cache=False).logits.float().log_softmax(-1)
+        value = (logp.exp() * (logp - target)).sum(-1)[student.sites]
+        loss = (value * piece.coefficient.repeat_interleave(piece.quota).float()).sum()
         loss.backward()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        total += loss.detach()
+    return total
+
+
+def bare(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
+    """The forwards and the backward of the body alone."""
+    for (index,) in micro_batches(plan, batch):
+        student, teacher = views(plan.select(index))
+        with torch.no_grad():
+            ask(policy.module, teacher, lambda hidden, head: hidden)
+        ask(policy.module, student, lambda hidden, head: hidden.sum()).backward()
+    return torch.zeros(())
+
+
+FORMS = {"ours": ours, "ours, same canvases": ours, "naive": naive, "body": bare}
+
+
+def resident() -> int:
+    """Bytes of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(form: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak bytes of an update up to its gradient."""
+    policy = body(options, options.vocabulary)
+    parameters = list(policy.module.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    method: Any = METHODS["d_opsd"].method
+    rollouts = rollout(options, policy)
+    warm = plan_update(method, rollouts, rollouts.keys(0, 0))
+    assert warm is not None
+    FORMS[form](policy, method, warm.select(torch.arange(1)), options.batch, Clock())
+    policy.module.zero_grad(set_to_none=False)
+    before = resident()
+    start, clock = time.perf_counter(), Clock()
+    plan = plan_update(method, rollouts, rollouts.keys(0, 0))
+    assert plan is not None
+    plan = plan if form == "ours" else plan.select(torch.arange(min(options.naive_canvases, plan.size)))
+    loss = FORMS[form](policy, method, plan, options.batch, clock)
+    seconds = time.perf_counter() - start
+    norm = torch.stack([x.grad.norm() for x in parameters if x.grad is not None]).norm()
     return {
-        "seconds": statistics.median(seconds),
-        "bytes": peak - before,
-        "loss": float(loss.detach()),
+        "canvases": plan.size,
+        "seconds": seconds / plan.size,
+        "outside": (seconds - clock.inside) / seconds if form.startswith("ours") else None,
+        "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20,
+        "loss": float(loss),
         "gradient_norm": float(norm),
     }
 
 
 def main() -> None:
-    """Run both forms and print the comparison."""
+    """Run the forms and print the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--body", choices=tuple(BODIES), default="100m")
     parser.add_argument("--vocabulary", type=int, default=126_464)
     parser.add_argument("--tokens", type=int, default=456)
-    parser.add_argument("--canvases", type=int, default=16)
+    parser.add_argument("--canvases", type=int, default=108)
+    parser.add_argument("--naive-canvases", type=int, default=4)
     parser.add_argument("--sites", type=int, default=2)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--blocks", type=int, help="of the completion; 2 by default")
+    parser.add_argument("--batch", type=int, default=2048, help="padded tokens of a micro-batch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--form", choices=("gathered", "naive"), help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", choices=tuple(FORMS), nargs="+")
+    parser.add_argument("--form", choices=tuple(FORMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.form:
-        print(json.dumps(measure({"gathered": gathered, "naive": naive}[options.form], options)))
+        print(json.dumps(measure(options.form, options)))
         return
-    results = {}
-    for form in ("gathered", "naive"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--form", form]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {options}")
+    print(f"{'':>20} {'canvases':>8} {'s/canvas':>9} {'MiB':>8} {'outside':>8} {'loss':>12} {'gradient norm':>14}")
+    found: dict[str, dict[str, Any]] = {}
+    for form in options.only or FORMS:
+        command = [sys.executable, "-m", "tools.bench_update", *sys.argv[1:], "--form", form]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        results[form] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{form:>9}: {results[form]['seconds']:8.3f} s  {results[form]['bytes'] / 2**20:9.1f} MiB", flush=True)
-    ours, theirs = results["gathered"], results["naive"]
-    print(f"  ratio: {theirs['seconds'] / ours['seconds']:8.2f} x  {theirs['bytes'] / max(1, ours['bytes']):9.1f} x")
-    print(f"relative difference of the loss {abs(ours['loss'] / theirs['loss'] - 1):.1e}", end=", ")
-    print(f"of the gradient norm {abs(ours['gradient_norm'] / theirs['gradient_norm'] - 1):.1e}")
+        x = found[form] = json.loads(done.stdout.splitlines()[-1])
+        outside = "" if x["outside"] is None else f"{x['outside']:.2%}"
+        print(
+            f"{form:>20} {x['canvases']:>8} {x['seconds']:>9.3f} {x['mib']:>8.0f} {outside:>8} {x['loss']:>12.5e} "
+            f"{x['gradient_norm']:>14.6e}",
+            flush=True,
+        )
+    if not {"ours, same canvases", "naive", "body"} <= found.keys():
+        return
+    mine, other, plain = (found[name] for name in ("ours, same canvases", "naive", "body"))
+    due = [max(1.0, x["mib"] - plain["mib"]) for x in (other, mine)]
+    print(f"due to logits: {due[0]:.0f} and {due[1]:.0f} MiB, {due[0] / due[1]:.1f} x; ", end="")
+    gaps = [abs(other[name] / mine[name] - 1) for name in ("loss", "gradient_norm")]
+    print(f"time {other['seconds'] / mine['seconds']:.2f} x; differences: loss {gaps[0]:.1e}, norm {gaps[1]:.1e}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,11 +33,13 @@ from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.denoising import denoise
 from dllm_sd.policies.loading import AnyPolicy, build_policy, skeleton
 from dllm_sd.policies.queue import Listed
+from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.slots import Layout
 from dllm_sd.policies.weights import Teacher, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.optim import build_optimizer
 
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
@@ -220,14 +223,13 @@ class Measured:
         kept = rollouts(config, 2 * config.optim.tokens_per_batch // (config.max_prompt + config.decode.length))
         plan = plan_update(config.method, kept, kept.keys(0, 0))
         assert plan is not None
-        size = max(1, config.optim.tokens_per_batch // plan.canvases.ids.shape[1])
-        shuffled = torch.randperm(plan.size, generator=torch.Generator().manual_seed(0))
-        batches = shuffled.split(size)[:2]
-        self.peak_of_update = peak(lambda: self._learn(plan, batches), self.device)
+        shuffled = plan.select(torch.randperm(plan.size, generator=torch.Generator().manual_seed(0)))
+        batches = [index for (index,) in micro_batches(shuffled, config.optim.tokens_per_batch)][:2]
+        self.peak_of_update = peak(lambda: self._learn(shuffled, batches), self.device)
 
     def _learn(self, plan: Plan, batches: Iterable[Tensor]) -> None:
         self.module.train()
-        student = lambda view: self.module(view.ids, view.mask, view.sites)  # noqa: E731
+        student = partial(ask, self.module)
         parts = []
         for index in batches:
             piece = plan.select(index).to(self.device)

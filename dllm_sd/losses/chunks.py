@@ -15,8 +15,13 @@ from torch import Tensor
 
 from dllm_sd.losses.supports import at_least_float32
 
-#: Logits of a chunk, as many numbers at most: 32 MiB in float32, or four times that on an accelerator.
-CHUNK = {"cpu": 2**23, "cuda": 2**25}
+#: Logits of a chunk, as many numbers at most: 16 MiB in float32, or eight times that on an accelerator.
+CHUNK = {"cpu": 2**22, "cuda": 2**25}
+
+
+def at_once(vocabulary: int, device: str) -> int:
+    """Sites of a chunk."""
+    return max(1, CHUNK.get(device, CHUNK["cuda"]) // vocabulary)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Spoken:
         """All sites, so many at a time as one may hold the logits of."""
         with torch.no_grad():
             vocabulary = self.logits(self.hidden[:0]).shape[-1]
-        size = max(1, CHUNK.get(self.hidden.device.type, CHUNK["cuda"]) // vocabulary)
+        size = at_once(vocabulary, self.hidden.device.type)
         return [slice(start, start + size) for start in range(0, max(1, len(self.hidden)), size)]
 
 

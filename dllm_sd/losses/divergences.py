@@ -32,6 +32,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.measured import Measured, unclipped
 from dllm_sd.losses.policy_gradient import PolicyGradient
+from dllm_sd.losses.summed import summed
 from dllm_sd.losses.supports import floor_logp
 
 Clip = Literal["none", "token", "entry"]
@@ -97,6 +98,11 @@ class _Clipped(ABC):
         if not self.clip_at > 0:
             raise InputError(f"divergence.clip_at is {self.clip_at}: give a number above 0, or set clip to 'none'.")
 
+    @property
+    @abstractmethod
+    def _beta(self) -> float:
+        """As in `jsd_entries`."""
+
     @abstractmethod
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""
@@ -106,19 +112,25 @@ class _Clipped(ABC):
         return clip_share(entries, self.clip, self.clip_at)
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [t m]``."""
-        return clipped_sum(self.entries(student_logp, target_logp, token), self.clip, self.clip_at)
+        """``[m u], [t m u], [m] -> [t m]``, with gradient to the student."""
+        return self.measure(student_logp, target_logp, token).value
 
     def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
         """``[m u], [t m u], [m] -> [t m]`` each."""
-        entries = self.entries(student_logp, target_logp, token)
-        value, known = clipped_sum(entries, self.clip, self.clip_at), entries.detach()
-        return Measured(value, value.detach() if self.clip == "none" else known.sum(-1), self.clip_share(known))
+        clip_at = self.clip_at if self.clip == "entry" else None
+        value, total, share = summed(student_logp, target_logp, self._beta, clip_at)
+        if self.clip == "token":
+            return Measured(value.clamp(max=self.clip_at), total, (total > self.clip_at).to(total.dtype))
+        return Measured(value, total, share)
 
 
 @dataclass(frozen=True)
 class ForwardKL(_Clipped):
     """``KL(target || student)``: the student must cover what the target allows."""
+
+    @property
+    def _beta(self) -> float:
+        return 0.0
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``: ``T (log T - log S)``."""
@@ -128,6 +140,10 @@ class ForwardKL(_Clipped):
 @dataclass(frozen=True)
 class ReverseKL(_Clipped):
     """``KL(student || target)``: the student must avoid what the target forbids (d-OPSD, equation 12)."""
+
+    @property
+    def _beta(self) -> float:
+        return 1.0
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``: ``S (log S - log T)``."""
@@ -148,6 +164,10 @@ class GeneralisedJSD(_Clipped):
         super().__post_init__()
         if not 0 <= self.beta <= 1:
             raise InputError(f"divergence.beta is {self.beta}: give a number from 0 (forward KL) to 1 (reverse KL).")
+
+    @property
+    def _beta(self) -> float:
+        return self.beta
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``."""

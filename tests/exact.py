@@ -1,0 +1,24 @@
+"""RMSNorm of the tests' models in their own type: transformers normalises in float32, whose rounding hides equality.
+
+Importing this is enough; processes that a test starts import it with the test's file.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_sd.losses.supports import at_least_float32
+
+
+def normalise(self: Any, hidden_states: Tensor) -> Tensor:
+    """As transformers does it, but float64 stays float64."""
+    wide = at_least_float32(hidden_states)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * wide.to(hidden_states.dtype)
+
+
+for family in ("llama", "qwen2", "qwen3"):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    getattr(module, f"{family.capitalize()}RMSNorm").forward = normalise
