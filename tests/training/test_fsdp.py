@@ -19,9 +19,11 @@ from torch.distributed.tensor import DTensor
 from dllm_sd.cli import main
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
+from dllm_sd.losses.chunks import CHUNK
 from dllm_sd.training import sharding
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
+from tests import exact  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
@@ -105,6 +107,7 @@ def check_refusal(run: Path) -> None:
 def work(folder: Path) -> None:
     """What two processes do together; the test process looks at the runs that they leave in ``folder``."""
     torch.set_num_threads(1)
+    CHUNK["cpu"] = 64  # logits of one or two sites at a time, which one process does not do
     file, run = folder / "full.yaml", folder / "two" / "full"
     file.write_text(json.dumps({**BASE, **CASES["full"]}))
     assert main(["train", str(file), f"run={run}"]) == 0
