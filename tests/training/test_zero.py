@@ -158,6 +158,7 @@ def assert_same(one: Path, other: Path) -> None:
                 torch.testing.assert_close(x[key], y[key], rtol=0, atol=2e-5, msg=f"{name}: {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["two", "one_then_two", "two_then_one"])
 def test_zero_on_two_processes_learns_what_one_process_learns(runs: tuple[Path, int], kind: str) -> None:
     folder, stage = runs
@@ -169,6 +170,7 @@ def test_zero_on_two_processes_learns_what_one_process_learns(runs: tuple[Path, 
         assert any(line["canvases"] % 2 for line in lines) == (case == "lora")
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_on_one_process_is_written_down(runs: tuple[Path, int]) -> None:
     folder, stage = runs
     assert json.loads((folder / f"refused{stage}" / "nonfinite.json").read_text())["update"] == 1
