@@ -20,6 +20,7 @@ from dllm_sd.canvases import Canvases, drawn_share
 from dllm_sd.losses.chunks import Spoken, swept
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
+from dllm_sd.losses.measured import measure
 from dllm_sd.losses.sites import choose
 from dllm_sd.losses.supports import floor_logp
 from dllm_sd.losses.trust import Drawn, Pooling
@@ -239,7 +240,7 @@ class _Equation:
         student_logp, teacher_logp = self._logp(logits, rows)
         student_u, teacher_u = method.support(student_logp, teacher_logp)
         target = method.target(teacher_u)
-        divergence = method.divergence.measure(student_u, target, token)
+        divergence = measure(method.divergence, student_u, target, token)
         trust = self._trust(student_logp.detach(), student_u.detach(), target, rows).to(divergence.value.dtype)
         coefficient = self.coefficient[rows].to(divergence.value.dtype)
         term = einsum(divergence.value, trust, coefficient, "t i, t i, i -> i")
@@ -301,7 +302,7 @@ def _described(student_logp: Tensor, teacher_logp: Tensor, token: Tensor) -> dic
 
 def entropy(logp: Tensor) -> Tensor:
     """Entropy in nats of ``logp [... v]``, ``-> [...]``."""
-    return -einsum(logp.exp(), floor_logp(logp), "... v, ... v -> ...")
+    return -logp.exp().mul_(floor_logp(logp)).sum(-1)
 
 
 def _view(ids: Tensor, mask: Tensor, sites: Tensor) -> View:

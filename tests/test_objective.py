@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import prod
 from typing import Any
@@ -159,7 +159,23 @@ def test_any_partition_of_the_canvases_sums_to_the_same_loss_and_gradient(pair, 
         assert_same_gradients(pair.gradient(torch.stack(losses).sum()), gradient, 1e-12)
 
 
+@dataclass(frozen=True)
+class Hellinger:
+    """The divergence of docs/adding_a_part.md: what a fork writes, and no more."""
+
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        return ((student_logp / 2).exp() - (target_logp / 2).exp()).square() / 2
+
+    def clip_share(self, entries: Tensor) -> Tensor:
+        return torch.zeros_like(entries.sum(-1))
+
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        return self.entries(student_logp, target_logp, token).sum(-1)
+
+
+FORKED: Any = Hellinger()
 CHUNKED = PARTITIONED | {
+    "forked": replace(METHODS["d_opsd"].method, divergence=FORKED),
     "sgsd": METHODS["d_rcsd"].method,
     "pmi": METHODS["d_opsd_pmi"].method,
     "psd": METHODS["d_demo_psd"].method,

@@ -3,7 +3,7 @@
 A divergence is called as ``divergence(student_logp [m u], target_logp [t m u], token [m]) -> [t m]``.
 It returns one value per target and site; the only sum inside is the one over the support ``u``. For the log, every
 divergence also has ``entries(student_logp, target_logp, token) -> [t m u]`` (the summands before any clip) and
-``clip_share(entries) -> [t m]``; ``measure`` gives value and log in one evaluation.
+``clip_share(entries) -> [t m]``; it may have ``measure``, which gives value and log in one evaluation.
 
 Clips (field ``clip``, threshold ``clip_at``):
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.gap import GatedGap
-from dllm_sd.losses.measured import Measured, unclipped
+from dllm_sd.losses.measured import Measured
 from dllm_sd.losses.policy_gradient import PolicyGradient
 from dllm_sd.losses.summed import summed
 from dllm_sd.losses.supports import floor_logp
@@ -192,10 +192,6 @@ class TokenNLL:
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m v], any, [m] -> [1 m]``."""
         return rearrange(token_nll(student_logp, token), "m -> 1 m")
-
-    def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
-        """``[m v], any, [m] -> [1 m]`` each."""
-        return unclipped(self(student_logp, target_logp, token))
 
 
 DIVERGENCES: dict[str, type] = {

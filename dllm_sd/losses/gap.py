@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from dllm_sd.errors import InputError
-from dllm_sd.losses.measured import Measured, unclipped
 from dllm_sd.losses.supports import floor_logp
 
 
@@ -102,7 +101,3 @@ class GatedGap:
         student, target, _ = local_support(student_logp, target_logp.detach(), token, self.local)
         student, target = floor_logp(student), floor_logp(target)
         return gate((target.exp() * (target - student)).sum(-1), self.tau)
-
-    def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
-        """``[m v], [t m v], [m] -> [t m]`` each."""
-        return unclipped(self(student_logp, target_logp, token))

@@ -3,7 +3,7 @@
 Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,11 +21,7 @@ class Measured(NamedTuple):
 
 
 class Divergence(Protocol):
-    """What the objective calls."""
-
-    def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
-        """``[m u], [t m u], [m] -> [t m]`` each; the summands are computed once."""
-        ...
+    """What a divergence must have."""
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m]``, with the part's clip applied."""
@@ -40,6 +36,20 @@ class Divergence(Protocol):
         ...
 
 
-def unclipped(value: Tensor) -> Measured:
-    """A divergence ``[t m]`` without a clip."""
-    return Measured(value, value.detach(), torch.zeros_like(value.detach()))
+@runtime_checkable
+class SelfMeasuring(Divergence, Protocol):
+    """A divergence that computes its value and what is logged about it in one go."""
+
+    def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
+        """``[m u], [t m u], [m] -> [t m]`` each."""
+        ...
+
+
+def measure(divergence: Divergence, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
+    """``[m u], [t m u], [m] -> [t m]`` each, in one go where the divergence can, else from value and summands."""
+    if isinstance(divergence, SelfMeasuring):
+        return divergence.measure(student_logp, target_logp, token)
+    value = divergence(student_logp, target_logp, token)
+    with torch.no_grad():
+        entries = divergence.entries(student_logp, target_logp, token)
+        return Measured(value, entries.sum(-1), divergence.clip_share(entries))

@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.losses.measured import Measured, unclipped
 from dllm_sd.losses.supports import floor_logp
 
 #: Log-ratios of two policies are cut at this distance from 0 (verl's constant), so that their exponential is finite.
@@ -102,14 +101,6 @@ class PolicyGradient:
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [1 m]``."""
         return self._summands(student_logp, target_logp, token, clipped=True).sum(-1)
-
-    def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
-        """``[m u], [t m u], [m] -> [1 m]`` each."""
-        value = self(student_logp, target_logp, token)
-        if self.surrogate == "log":
-            return unclipped(value)
-        with torch.no_grad():
-            return unclipped(value)._replace(unclipped=self.entries(student_logp, target_logp, token).sum(-1))
 
     def _summands(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, clipped: bool) -> Tensor:
         """``[1 m u]`` or ``[1 m 1]``."""
