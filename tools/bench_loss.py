@@ -1,20 +1,19 @@
 """Time and peak memory of the loss at autoregressive sites, beside the naive form, TRL's and Liger's chunked ones.
 
-    python tools/bench_loss.py [--vocabulary 151936] [--rows 2] [--prompt 128] [--tokens 128] [--loss jsd|reverse_kl]
-    python tools/bench_loss.py --rows 32 --tokens 256 --only ours                  # 8,192 sites
-    python tools/bench_loss.py --rows 1 --prompt 16 --tokens 16 --repeats 1       # seconds
+    python -m tools.bench_loss [--vocabulary 151936] [--rows 2] [--prompt 128] [--tokens 128] [--loss jsd|reverse_kl]
+    python -m tools.bench_loss --rows 32 --tokens 256 --only ours                # 8,192 sites
+    python -m tools.bench_loss --rows 1 --prompt 16 --tokens 16 --repeats 1     # seconds
 
 All forms start from the same hidden states and output heads and end with the gradient of both, each in a process of its
-own so that the peaks do not mix. ``ours`` is `objective.grade`, ``bare`` the same formula at the sites without what is
-logged about them, ``naive`` the logits of whole sequences in float32. Printed: seconds (median of the repeats), peak
-memory above weights and their gradient, ratios to ours, and how far loss and gradient differ from ours.
+own. ``ours`` is `objective.grade`, ``bare`` the same formula at the sites without what is logged about them, ``naive``
+the logits of whole sequences in float32. Printed: core seconds (median of the repeats), peak memory above weights and
+their gradient (every allocation counted), ratios to ours, and how far loss and gradient differ from ours.
 """
 
 import argparse
 import importlib.util
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from dllm_sd.rollouts import All, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.trajectory import Trajectory
+from tools.check_memory import peak
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,11 @@ def liger(x: Case) -> Tensor:
     return loss(x.student[x.sites], x.head, x.teacher[x.sites], x.teacher_head, x.tokens.flatten())
 
 
+def now() -> float:
+    """Seconds of this process's cores, which other processes do not lengthen; on a GPU those of the clock."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 FORMS: dict[str, Callable[[Case], Tensor]] = {"ours": ours, "bare": bare, "naive": naive, "trl": trl, "liger": liger}
 PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
 
@@ -165,26 +170,22 @@ def measure(form: Callable[[Case], Tensor], options: argparse.Namespace) -> dict
     leaves = (x.student, x.head)
     for leaf in leaves:
         leaf.grad = torch.zeros_like(leaf).zero_()  # touched, so that it is in memory before the peak is read
-    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     seconds, loss = [], torch.zeros(())
     for _ in range(options.repeats):
         for leaf in leaves:
             assert leaf.grad is not None
             leaf.grad.zero_()
-        start = time.perf_counter()
+        start = now()
         loss = form(x)
         loss.backward()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds.append(now() - start)
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     probe = [gradient.flatten()[:: max(1, gradient.numel() // 4096)].tolist() for gradient in gradients]
     return {
         "seconds": statistics.median(seconds),
-        "bytes": peak - before,
+        "bytes": peak(lambda: form(x).backward(), options.device),
         "loss": float(loss.detach()),
         "probe": probe[0] + probe[1],
     }
@@ -196,7 +197,9 @@ def run(form: str) -> dict[str, Any] | None:
     if package and importlib.util.find_spec(package) is None:
         print(f"{form:>6}: not installed", flush=True)
         return None
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--form", form], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench_loss", *sys.argv[1:], "--form", form], capture_output=True, text=True
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         print(f"{form:>6}: failed ({reason:.100})", flush=True)

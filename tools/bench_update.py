@@ -1,26 +1,25 @@
 """Time and peak memory of one update of d-OPSD's loss, beside the published form that keeps logits of whole canvases.
 
-    python tools/bench_update.py [--canvases 108] [--tokens 456] [--body 100m] [--batch 2048] [--naive-canvases 4]
+    python -m tools.bench_update [--canvases 108] [--tokens 456] [--body 100m] [--batch 2048] [--naive-canvases 4]
 
 One rollout whose steps commit `--sites` tokens each; the teacher reads its later blocks, the divergence is the reverse
 KL over the whole vocabulary. ``ours`` is the path of the trainer: `plan_update`, `micro_batches`, `grade`, backward.
 ``naive`` keeps the logits of student and teacher and their float32 softmax over whole canvases, as the published
-trainer does. ``body`` runs the same forwards and backward without head and loss: what a form needs beyond it is due to
-logits. Each runs in a process of its own, so that peaks do not mix; `naive` on the first canvases only, since all do
-not fit. Printed: seconds a canvas, peak memory above weights and gradients, the part of it that is due to logits,
-seconds outside of forwards and backwards, and how far loss and gradient norm are from ours on the same canvases.
+trainer does. ``body`` runs the same forwards and backward with a gradient of the head but without logits: what a form
+needs beyond it is due to them. Each runs in a process of its own; ``naive`` on the first canvases only, since all do
+not fit. Printed: core seconds a canvas, peak memory of a micro-batch above weights and gradients (every allocation
+counted), the part of it that is due to logits, the share of time outside of forwards and backwards, and how far loss
+and gradient norm are from ours on the same canvases.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,13 @@ from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.trajectory import Trajectory
+from tools.check_memory import peak
 from tools.naive import BODIES, body
+
+
+def now() -> float:
+    """Seconds of this process's cores, which other processes do not lengthen; on a GPU those of the clock."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 class Clock:
@@ -49,9 +54,9 @@ class Clock:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count this."""
-        start = time.perf_counter()
+        start = now()
         yield
-        self.inside += time.perf_counter() - start
+        self.inside += now() - start
 
 
 def rollout(options: argparse.Namespace, policy: MaskedDiffusion) -> Rollouts:
@@ -123,16 +128,11 @@ def bare(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock:
         student, teacher = views(plan.select(index))
         with torch.no_grad():
             ask(policy.module, teacher, lambda hidden, head: hidden)
-        ask(policy.module, student, lambda hidden, head: hidden.sum()).backward()
+        ask(policy.module, student, lambda hidden, head: hidden.sum() + head.trained[0].square().sum()).backward()
     return torch.zeros(())
 
 
 FORMS = {"ours": ours, "ours, same canvases": ours, "naive": naive, "body": bare}
-
-
-def resident() -> int:
-    """Bytes of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(form: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -147,19 +147,20 @@ def measure(form: str, options: argparse.Namespace) -> dict[str, Any]:
     assert warm is not None
     FORMS[form](policy, method, warm.select(torch.arange(1)), options.batch, Clock())
     policy.module.zero_grad(set_to_none=False)
-    before = resident()
-    start, clock = time.perf_counter(), Clock()
+    start, clock = now(), Clock()
     plan = plan_update(method, rollouts, rollouts.keys(0, 0))
     assert plan is not None
     plan = plan if form == "ours" else plan.select(torch.arange(min(options.naive_canvases, plan.size)))
     loss = FORMS[form](policy, method, plan, options.batch, clock)
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     norm = torch.stack([x.grad.norm() for x in parameters if x.grad is not None]).norm()
+    first = micro_batches(plan, options.batch)[0][0]
+    highest = peak(lambda: FORMS[form](policy, method, plan.select(first), options.batch, Clock()), options.device)
     return {
         "canvases": plan.size,
         "seconds": seconds / plan.size,
         "outside": (seconds - clock.inside) / seconds if form.startswith("ours") else None,
-        "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20,
+        "mib": highest / 2**20,
         "loss": float(loss),
         "gradient_norm": float(norm),
     }
