@@ -99,11 +99,11 @@ class _Sweep:
         """The sum, and its gradient to hidden states and parameters where wanted."""
         gradients: list[Tensor | None] = [torch.zeros_like(self.spoken.hidden) if wanted[0] else None]
         gradients += [None] * len(self.trained)
-        parts = [self._chunk(rows, wanted, gradients) for rows in self.spoken.chunks()]
-        self.columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for rows in self.spoken.chunks():
+            self._chunk(rows, wanted, gradients)
         return self.columns[self.term].sum(), gradients
 
-    def _chunk(self, rows: slice, wanted: Sequence[bool], gradients: list[Tensor | None]) -> dict[str, Tensor]:
+    def _chunk(self, rows: slice, wanted: Sequence[bool], gradients: list[Tensor | None]) -> None:
         with torch.set_grad_enabled(any(wanted)):
             hidden = self.spoken.hidden[rows].detach().requires_grad_(wanted[0])
             found = self.equation(lambda: self.spoken.logits(hidden), rows)
@@ -112,7 +112,10 @@ class _Sweep:
                 values = torch.autograd.grad(found[self.term].sum(), [*leaves.values()], allow_unused=True)
                 for i, value in zip(leaves, values, strict=True):
                     _add(gradients, i, value, rows)
-        return {name: value.detach() for name, value in found.items()}
+        for name, value in found.items():  # into columns made once: small ones between chunks would break up the heap
+            if name not in self.columns:
+                self.columns[name] = value.new_empty(len(self.spoken.hidden))
+            self.columns[name][rows] = value.detach()
 
 
 def _add(gradients: list[Tensor | None], i: int, value: Tensor | None, rows: slice) -> None:
