@@ -1,9 +1,9 @@
 """Decoding side by side with the published procedure: pass@k on prompts of unequal length, retries until solved.
 
-    python tools/bench_decode.py [--body tiny|100m] [--problems 64] [--naive-problems 8] [--attempts 8] [--early-end]
-    python tools/bench_decode.py --problems 4 --length 32 --greedy 2              # seconds
-    python tools/bench_decode.py --sweep prompts|length|vocabulary|steps|attempts
-    python tools/bench_decode.py --features [--hidden 256 --layers 4 --vocab 32000 --rank 64 --prompts 8]
+    python -m tools.bench_decode [--body tiny|100m] [--problems 64] [--naive-problems 8] [--attempts 8] [--early-end]
+    python -m tools.bench_decode --problems 4 --length 32 --greedy 2              # seconds
+    python -m tools.bench_decode --sweep prompts|length|vocabulary|steps|attempts
+    python -m tools.bench_decode --features [--hidden 256 --layers 4 --vocab 32000 --rank 64 --prompts 8]
 
 Ours is PassAtK as the trainer runs it. The naive side (tools/naive.py) decodes one canvas at a time with logits of all
 positions at every step. Both meet the same verdicts, so they need the same attempts. Printed: seconds, rollouts (that
@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import naive
 import torch
 from torch import nn
 
@@ -33,6 +32,7 @@ from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import PassAtK, Rollout, prompt_tokens
 from dllm_sd.trajectory import Trajectory
+from tools import naive
 
 SWEEPS = {
     "prompts": "problems",
@@ -216,6 +216,7 @@ def features(options: argparse.Namespace) -> None:
     settings = Decoding(length=options.length, block_length=options.block, tokens_per_step=2, early_end=False)
 
     policy = build_policy(replace(model, lora=Lora(rank=options.rank)), options.device)
+    policy.suppress = ()
     apart, first = timed(policy, settings, options.prompts)
     policy.merge_rollouts = True
     folded, second = timed(policy, settings, options.prompts)
@@ -224,6 +225,7 @@ def features(options: argparse.Namespace) -> None:
     print(f"ratio {apart / folded:.2f} (equal tokens {same:.1%})")
 
     policy = build_policy(replace(model, block_length=options.block), options.device)
+    policy.suppress = ()
     cached, first = timed(policy, settings, options.prompts)
     plain, second = timed(policy, replace(settings, prefix_cache=False), options.prompts)
     same = float((first.tokens == second.tokens).float().mean())

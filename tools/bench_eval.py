@@ -1,7 +1,7 @@
 """Tokens per second of `evaluate`, beside decoding alone and beside the published procedure one problem at a time.
 
-    python tools/bench_eval.py [--body tiny|100m] [--problems 64] [--naive-problems 8] [--attempts 1] [--record]
-    python tools/bench_eval.py --problems 4 --length 32 --naive-problems 2        # seconds
+    python -m tools.bench_eval [--body tiny|100m] [--problems 64] [--naive-problems 8] [--attempts 1] [--record]
+    python -m tools.bench_eval --problems 4 --length 32 --naive-problems 2        # seconds
 
 All three decode the same prompts greedily in one run. The difference of the first two is what an evaluation adds:
 prompts, texts, grades, and with ``--record`` the file of attempts. Tokens count up to the end of a completion.
@@ -11,12 +11,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import naive
 import torch
 
 from dllm_sd.evaluation import evaluate
 from dllm_sd.randomness import make_key
 from dllm_sd.recording import Record, begin
+from tools import naive
 
 
 def main() -> None:
