@@ -1,9 +1,10 @@
 """RMSNorm of the tests' models in their own type: transformers normalises in float32, whose rounding hides equality.
 
-Importing this is enough; processes that a test starts import it with the test's file.
+Importing this is enough. ``python -m tests.exact ...`` is ``python -m dllm_sd ...`` with it.
 """
 
 import importlib
+import runpy
 from typing import Any
 
 import torch
@@ -22,3 +23,6 @@ def normalise(self: Any, hidden_states: Tensor) -> Tensor:
 for family in ("llama", "qwen2", "qwen3"):
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     getattr(module, f"{family.capitalize()}RMSNorm").forward = normalise
+
+if __name__ == "__main__":
+    runpy.run_module("dllm_sd", run_name="__main__")

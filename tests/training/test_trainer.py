@@ -260,13 +260,14 @@ def test_patience_ends_training(tmp_path: Path) -> None:
 
 
 def launch(run: Path, *prefix: str, **environment: str) -> subprocess.Popen[str]:
-    """The command line on a YAML file, as a process of its own."""
+    """The command line on a YAML file, as a process of its own; its norms are those of this process."""
     file = run.parent / "small.yaml"
     file.write_text(json.dumps(TREE))
-    command = [*(prefix or (sys.executable, "-m", "dllm_sd")), "train", str(file), f"run={run}"]
+    command = [*(prefix or (sys.executable, "-m", "tests.exact")), "train", str(file), f"run={run}"]
     return subprocess.Popen(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -313,7 +314,7 @@ def test_ctrl_c_saves_and_exits_with_130(whole: Path, tmp_path: Path) -> None:
 def test_two_processes_give_the_same_updates_as_one(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-    process = launch(run, *launcher, "--main_process_port", "0", "-m", "dllm_sd", ACCELERATE_USE_CPU="true")
+    process = launch(run, *launcher, "--main_process_port", "0", "-m", "tests.exact", ACCELERATE_USE_CPU="true")
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert_same_run(whole, run, 1e-9)
