@@ -71,7 +71,7 @@ def test_fixed_shapes_change_nothing_where_blocks_begin_in_the_prompt(make_polic
 def test_whole_blocks_change_nothing_with_the_prefix_cache(make_policy: Any, threshold: float | None, monkeypatch: Any):
     policy, settings = make_policy(block_length=6), replace(SHORT, threshold=threshold)
     expected, sizes = policy.decode(PROMPTS, settings, KEYS), []
-    stepper = denoising._Stepper.__init__
+    stepper: Any = denoising._Stepper.__init__
     monkeypatch.setattr(denoising._Stepper, "__init__", lambda *args: stepper(*args[:-1], True))
     head = policy.module.network.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
