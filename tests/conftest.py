@@ -18,6 +18,14 @@ from tests.oracles.toy_denoiser import denoised
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
+HEAVY = ("training", "test_contract.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker waits for another one at the end."""
+    items.sort(key=lambda item: not any(part in HEAVY for part in item.path.parts))
+
+
 SHAPE = Shape(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
 
 
