@@ -107,7 +107,7 @@ def check_refusal(run: Path) -> None:
 def work(folder: Path) -> None:
     """What two processes do together; the test process looks at the runs that they leave in ``folder``."""
     torch.set_num_threads(1)
-    CHUNK["cpu"] = 256  # logits of ten sites at a time, which one process does not do
+    CHUNK["cpu"] = 64  # logits of one or two sites at a time, which one process does not do
     file, run = folder / "full.yaml", folder / "two" / "full"
     file.write_text(json.dumps({**BASE, **CASES["full"]}))
     assert main(["train", str(file), f"run={run}"]) == 0
