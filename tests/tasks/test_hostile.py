@@ -128,6 +128,10 @@ def crafted() -> Iterator[str]:
         yield f"\\boxed{{{body}"
 
 
+QUICK = 0.1
+"""Seconds of a core, on machines that other programs make twice as slow."""
+
+
 def scattered(count: int, seed: int = 0) -> Iterator[str]:
     """Random strings, half of pieces that graders look for, half of any characters."""
     draws = random.Random(seed)
@@ -155,7 +159,7 @@ def seconds(texts: Iterator[str]) -> list[tuple[float, str, str]]:
 
 def check(spent: list[tuple[float, str, str]]) -> None:
     late = spent[min(int(0.9999 * len(spent)), len(spent) - 1)]
-    assert late[0] <= 0.05, late
+    assert late[0] <= QUICK, late
     assert spent[-1][0] < 1, spent[-1]
 
 
@@ -164,7 +168,7 @@ def test_crafted_texts_are_graded_quickly() -> None:
     assert len(texts) > 500
     spent = seconds(iter(texts))
     assert spent[-1][0] < 1, spent[-1]
-    assert spent[int(0.99 * len(spent))][0] <= 0.05, spent[int(0.99 * len(spent))]
+    assert spent[int(0.99 * len(spent))][0] <= QUICK, spent[int(0.99 * len(spent))]
 
 
 def test_random_texts_are_graded_quickly() -> None:
