@@ -5,7 +5,7 @@ Decoding order never changes a result: attempt ``a`` of a problem is a function 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -179,8 +179,15 @@ class PassAtK:
             return text, task.grade(prompted[i].problem, text)
 
         prompts = [item.prompt for item in prompted]
-        rule: Any = {"limit": self.attempts, "until_solved": self.until_solved, "ahead": self.ahead}
-        queue = Attempts(prompts, key, grade, **rule, crew=crew)
+        queue = Attempts(
+            prompts,
+            key,
+            grade,
+            limit=self.attempts,
+            until_solved=self.until_solved,
+            ahead=self.ahead,
+            crew=crew,
+        )
         policy.complete(queue, decode, reach=self.reach(policy, decode, update))
         return [
             [Rollout(item.problem, x.number, x.text, x.grade, x.trajectory, queue.counts(x)) for x in tried]

@@ -78,7 +78,7 @@ def denoise(
     stepper = _Stepper(module, slots, vocabulary, remember, fixed or device.type != "cpu")
     steps = most = 0
     patience = queue.patience or (1 if device.type == "cpu" else LOOK)
-    while (jobs := queue.take(len(slots.jobs) - len(slots.taken))) is not None:
+    while (jobs := queue.take(len(slots.vacant))) is not None:
         if unwanted := [slot for slot, job in enumerate(slots.jobs) if job is not None and not queue.wanted(job)]:
             slots.free(unwanted)
         if jobs:

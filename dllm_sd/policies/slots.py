@@ -75,9 +75,14 @@ class Slots:
         """Slots with a row."""
         return [slot for slot, job in enumerate(self.jobs) if job is not None]
 
+    @property
+    def vacant(self) -> list[int]:
+        """Slots without one."""
+        return [slot for slot, job in enumerate(self.jobs) if job is None]
+
     def begin(self, jobs: Sequence[Job]) -> Tensor:
         """Put jobs into free slots, int64 ``[j]``."""
-        free = [slot for slot, job in enumerate(self.jobs) if job is None][: len(jobs)]
+        free = self.vacant[: len(jobs)]
         slots = torch.tensor(free, device=self.device)
         ids, mask = (x.to(self.device) for x in left_pad([job.prompt for job in jobs], self.layout.pad_id))
         start = self.prompt_ids.shape[1] - ids.shape[1]
@@ -103,8 +108,7 @@ class Slots:
         taken = self.taken
         if fixed:
             rows = min(len(self.jobs), 1 << max(0, len(taken) - 1).bit_length())
-            free = [slot for slot, job in enumerate(self.jobs) if job is None]
-            chosen = (taken + free)[:rows]
+            chosen = (taken + self.vacant)[:rows]
             return [Group(torch.tensor(chosen, device=self.device), self.prompt_ids.shape[1])] if taken else []
         sizes = {slot: len(job.prompt) for slot, job in enumerate(self.jobs) if job is not None}
         order = sorted(taken, key=lambda slot: -sizes[slot])
