@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     *(
         "errors",
+        "files",
         "randomness",
         "estimates",
         "losses",
@@ -110,7 +111,7 @@ def test_the_trainer_and_the_objective_know_no_method_by_name():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_a_file_is_named_after_its_concept_and_stays_short(file: Path):
     assert file.stem not in {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 350
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 450
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,41 @@
+"""The one way to write a file: it appears whole or not at all, and never through a symbolic link."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by ``content`` (text as UTF-8); a reader, or a crash, sees the former file or the new one.
+
+    Raises:
+        OSError: if it cannot be written; the former file is as it was.
+    """
+    with replacing(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` when the block ends without an exception.
+
+    It is written beside ``path`` as ``.{name}.partial``, flushed to disk and renamed. Whatever has that name already,
+    such as the leftover of a crash or a symbolic link, is removed and not followed.
+
+    Raises:
+        OSError: if it cannot be written; the former file is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
