@@ -1,9 +1,11 @@
 """Rollouts: decode, grade, retry what is not solved yet, keep, gate.
 
-Decoding order never changes a result: attempt ``a`` of a problem is a function of (seed, update, problem, attempt).
+Decoding order never changes a result: attempt ``a`` of a problem is a function of (seed, update, problem, attempt), and
+of which occurrence of the problem it is where one batch holds several.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
@@ -22,12 +24,34 @@ from dllm_sd.tasks.task import Grade, Problem, Task
 from dllm_sd.trajectory import Reach, Trajectory, concatenate
 
 
+def key_parts(problem: Problem, occurrence: int) -> tuple[str, ...]:
+    """What the keys of one occurrence of a problem in a batch are made of; the first has the problem's id alone."""
+    return (problem.id, f"occurrence {occurrence}") if occurrence else (problem.id,)
+
+
 @dataclass(frozen=True)
 class Prompted:
     """A problem with its prompt tokens."""
 
     problem: Problem
     prompt: tuple[int, ...]
+    occurrence: int = 0
+    """How often a problem of this id stands before it in the same batch."""
+
+    @property
+    def key_parts(self) -> tuple[str, ...]:
+        """What tells it apart from all others of the batch (`key_parts`)."""
+        return key_parts(self.problem, self.occurrence)
+
+
+def with_occurrences(prompted: Iterable[Prompted]) -> list[Prompted]:
+    """A batch whose problems know how often they stood in it before, so that no two have the same random numbers."""
+    met = Counter[str]()
+    numbered = []
+    for item in prompted:
+        numbered.append(replace(item, occurrence=met[item.problem.id]))
+        met[item.problem.id] += 1
+    return numbered
 
 
 def prompt_tokens(policy: Policy, task: Task, problem: Problem, longest: int) -> Prompted | None:
@@ -53,6 +77,13 @@ class Rollout:
     """How far each context is believed beside the others; empty where all count the same."""
     notes: tuple[str | None, ...] = ()
     """The hint in each teacher's prompt, as text."""
+    occurrence: int = 0
+    """`Prompted.occurrence`: a data set may be smaller than a batch, and an epoch may end within one."""
+
+    @property
+    def key_parts(self) -> tuple[str, ...]:
+        """What the attempts at one occurrence of a problem, a group, have in common (`key_parts`)."""
+        return key_parts(self.problem, self.occurrence)
 
 
 @dataclass(frozen=True)
@@ -84,13 +115,13 @@ class Rollouts:
 
     @property
     def group(self) -> Tensor:
-        """int64 ``[b]``, equal for rollouts of one problem."""
-        number = {problem_id: i for i, problem_id in enumerate(dict.fromkeys(r.problem.id for r in self.kept))}
-        return torch.tensor([number[rollout.problem.id] for rollout in self.kept], dtype=torch.int64)
+        """int64 ``[b]``, equal for rollouts of one occurrence of a problem."""
+        number = {parts: i for i, parts in enumerate(dict.fromkeys(rollout.key_parts for rollout in self.kept))}
+        return torch.tensor([number[rollout.key_parts] for rollout in self.kept], dtype=torch.int64)
 
     def keys(self, seed: int, update: int) -> list[int]:
         """One key a rollout for the random choices of teachers and masks."""
-        return [make_key(seed, update, rollout.problem.id, rollout.attempt, "canvases") for rollout in self.kept]
+        return [make_key(seed, update, *rollout.key_parts, rollout.attempt, "canvases") for rollout in self.kept]
 
 
 class RolloutRule(Protocol):
@@ -172,7 +203,7 @@ class PassAtK:
         decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
         def key(i: int, attempt: int) -> int:
-            return make_key(seed, update, prompted[i].problem.id, attempt, "decode")
+            return make_key(seed, update, *prompted[i].key_parts, attempt, "decode")
 
         def grade(i: int, one: Trajectory) -> tuple[str, Grade]:
             text = policy.text(one.tokens[0, : int(one.length)].tolist())
@@ -190,7 +221,13 @@ class PassAtK:
         )
         policy.complete(queue, decode, reach=self.reach(policy, decode, update))
         return [
-            [Rollout(item.problem, x.number, x.text, x.grade, x.trajectory, queue.counts(x)) for x in tried]
+            [
+                Rollout(
+                    *(item.problem, x.number, x.text, x.grade, x.trajectory, queue.counts(x)),
+                    occurrence=item.occurrence,
+                )
+                for x in tried
+            ]
             for item, tried in zip(prompted, queue.collected(), strict=True)
         ]
 
@@ -250,7 +287,7 @@ class Demonstrations:
         if len(tokens) > decode.length:
             return []
         trajectory = policy.demonstration(item.prompt, tokens, decode)
-        return [Rollout(item.problem, 0, reference, Grade(True, 1.0, None), trajectory)]
+        return [Rollout(item.problem, 0, reference, Grade(True, 1.0, None), trajectory, occurrence=item.occurrence)]
 
 
 ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrations}

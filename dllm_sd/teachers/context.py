@@ -74,11 +74,11 @@ class Occasion:
     rollout: Rollout
     """The one that the teacher will grade."""
     group: Sequence[Rollout]
-    """All attempts at the problem, in order."""
+    """All attempts at this occurrence of the problem, in order."""
     task: Task
     """Asks the question."""
     key: int
-    """Of the problem, for random choices."""
+    """Of this occurrence of the problem, for random choices."""
     problems: Sequence[Problem] = ()
     """The training problems, for hints that belong to others."""
     pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs

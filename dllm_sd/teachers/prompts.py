@@ -65,13 +65,13 @@ def inform(
     hints = [context.hint for context in contexts]
     if not any(hints):
         return rollouts
-    groups: dict[str, list[Rollout]] = {}
+    groups: dict[tuple[str, ...], list[Rollout]] = {}
     for rollout in rollouts.chosen:
-        groups.setdefault(rollout.problem.id, []).append(rollout)
+        groups.setdefault(rollout.key_parts, []).append(rollout)
     occasions = [
         Occasion(
-            *(rollout, groups[rollout.problem.id], task),
-            make_key(*batch, rollout.problem.id, "hint"),
+            *(rollout, groups[rollout.key_parts], task),
+            make_key(*batch, *rollout.key_parts, "hint"),
             sources.problems,
             sources.pairs,
         )
@@ -103,7 +103,7 @@ def inform(
     for context, hint in enumerate(hints):
         if hint and hint.reasoning and kept:
             read = [rollout.teacher_prompts[context] or () for rollout in kept]
-            keys = [make_key(*batch, rollout.problem.id, rollout.attempt, "analysis", context) for rollout in kept]
+            keys = [make_key(*batch, *rollout.key_parts, rollout.attempt, "analysis", context) for rollout in kept]
             texts = analyse(context, read, hint.reasoning, keys)
             openings = [policy.encode_completion(f"{text.strip()}{hint.reasoning.transition}", False) for text in texts]
             kept = [_opened(rollout, context, opening) for rollout, opening in zip(kept, openings, strict=True)]
@@ -147,7 +147,7 @@ def _key(hint: AnyHint, rollout: Rollout, batch: tuple[int, int]) -> int:
     """Of a text: one for each rollout, or for each problem whenever it is met."""
     if hint.per_problem:
         return make_key(batch[0], rollout.problem.id, "writing")
-    return make_key(*batch, rollout.problem.id, rollout.attempt, "writing")
+    return make_key(*batch, *rollout.key_parts, rollout.attempt, "writing")
 
 
 def prompt_tokens(ask: Ask, hint: AnyHint, policy: Policy) -> tuple[int, ...] | None:

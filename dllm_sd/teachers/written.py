@@ -120,7 +120,7 @@ class Rubric(Prompt):
         problems = occasion.problems
         for draw in range(_DRAWS if len(problems) else 0):
             problem = problems[make_key(key, draw) % len(problems)]
-            if problem.id != occasion.rollout.problem.id and (found := self._of(problem)) is not None:
+            if problem != occasion.rollout.problem and (found := self._of(problem)) is not None:
                 return found
         return None
 

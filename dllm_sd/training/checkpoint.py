@@ -180,6 +180,7 @@ def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, An
             {
                 "problem": {"id": rollout.problem.id, "fields": dict(rollout.problem.fields)},
                 "attempt": rollout.attempt,
+                "occurrence": rollout.occurrence,
                 "text": rollout.text,
                 "grade": {"correct": grade.correct, "score": grade.score, "parsed": grade.parsed},
                 "teacher_prompts": rollout.teacher_prompts,
@@ -200,6 +201,7 @@ def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rol
         Rollout(
             problem=Problem(**entry["problem"]),
             attempt=entry["attempt"],
+            occurrence=entry.get("occurrence", 0),
             text=entry["text"],
             grade=Grade(**entry["grade"]),
             trajectory=Trajectory(

@@ -6,7 +6,7 @@ from functools import lru_cache
 from dllm_sd.errors import InputError
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key, permutation
-from dllm_sd.rollouts import Prompted, prompt_tokens
+from dllm_sd.rollouts import Prompted, prompt_tokens, with_occurrences
 from dllm_sd.tasks.task import Problem, Task
 
 
@@ -24,8 +24,8 @@ class Feed:
         """The next ``count`` problems from position ``cursor``.
 
         Returns:
-            The problems with their prompts, the position after them, and how many were left out on the way because
-            their prompt exceeds `max_prompt`.
+            The problems with their prompts and occurrences, the position after them, and how many were left out on the
+            way because their prompt exceeds `max_prompt`.
 
         Raises:
             InputError: if a whole epoch holds no prompt that is short enough.
@@ -44,4 +44,4 @@ class Feed:
             else:
                 taken.append(prompted)
                 barren = 0
-        return taken, cursor, dropped
+        return with_occurrences(taken), cursor, dropped

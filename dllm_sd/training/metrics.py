@@ -114,6 +114,7 @@ def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
         **rollout.problem.fields,
         "update": update,
         "problem": rollout.problem.id,
+        "occurrence": rollout.occurrence,
         "attempt": rollout.attempt,
         "correct": grade.correct,
         "score": grade.score,
@@ -131,6 +132,7 @@ def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[st
         found.append(
             {
                 "problem": rollout.problem.id,
+                "occurrence": rollout.occurrence,
                 "attempt": rollout.attempt,
                 "step": int(plan.canvases.steps[canvas[i]]),
                 "position": int(position[i]),

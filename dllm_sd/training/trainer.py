@@ -219,7 +219,10 @@ class Trainer:
         broken = gather_object(broken) if self.world > 1 else broken
         file = self.run / "nonfinite.json"
         if self.main:
-            kept = [{"problem": rollout.problem.id, "attempt": rollout.attempt} for rollout in rollouts.kept]
+            kept = [
+                {"problem": one.problem.id, "occurrence": one.occurrence, "attempt": one.attempt}
+                for one in rollouts.kept
+            ]
             file.write_text(
                 json.dumps({"update": update, "sites": broken, "rollouts": kept}, indent=1), encoding="utf-8"
             )

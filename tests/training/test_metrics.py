@@ -178,7 +178,8 @@ def test_a_sample_holds_the_fields_of_its_problem_and_the_verdict(noise: Any):
     problem = Problem("sudoku/train/3", {"puzzle": "12", "solution": "34"})
     rollout = Rollout(problem, 2, "56", Grade(False, 0.5, "5"), noise(b=1))
     assert sample_entry(7, rollout) == {
-        **{"puzzle": "12", "solution": "34", "update": 7, "problem": "sudoku/train/3", "attempt": 2},
+        **{"puzzle": "12", "solution": "34", "update": 7, "problem": "sudoku/train/3"},
+        **{"occurrence": 0, "attempt": 2},
         **{"correct": False, "score": 0.5, "parsed": "5", "generation": "56"},
     }
 

@@ -1,0 +1,156 @@
+"""One problem several times in a batch: other random numbers and a group of its own each time, for every method."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from dllm_sd.horizons import Complete
+from dllm_sd.method import Method
+from dllm_sd.methods import METHODS
+from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.loading import AnyPolicy
+from dllm_sd.randomness import make_key
+from dllm_sd.rollouts import All, PassAtK, Prompted, Rollout, Rollouts, gather, with_occurrences
+from dllm_sd.tasks.task import Grade, Problem, Unguessable
+from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.teachers.writing import Writing
+from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
+from dllm_sd.training.feed import Feed
+from dllm_sd.training.metrics import sample_entry
+from dllm_sd.writers import Request, Written
+
+SEED, BATCH, COUNT, ATTEMPTS = 5, 3, 6, 3
+DECODE = Decoding(length=12, block_length=4, tokens_per_step=2)
+DECODED = {name: row.method for name, row in METHODS.items() if isinstance(row.method.rollout, PassAtK)}
+
+
+class Sums(Unguessable):
+    """A random model is right about half of the time."""
+
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{problem.fields['question']}=" if question else "="}]
+
+    def reference(self, problem: Problem) -> str | None:
+        return problem.fields["answer"]
+
+    final_answer = reference
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        correct = sum(map(ord, completion)) % 2 == 0
+        return Grade(correct, float(correct), None)
+
+
+TASK: Any = Sums()
+TWO = [Problem(f"p{i}", {"question": f"{i}+2", "answer": f"{i + 2}", "rubric": ["1+2", "3"]}) for i in range(2)]
+
+
+@pytest.fixture(scope="module", params=["masked_diffusion", "autoregressive"])
+def backbone(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> AnyPolicy:
+    return make_policy() if request.param == "masked_diffusion" else make_policy(as_="autoregressive")
+
+
+def dealt(policy: AnyPolicy, problems: Sequence[Problem] = TWO) -> list[Prompted]:
+    return Feed(problems, policy, TASK, SEED, 64).take(0, COUNT)[0]
+
+
+def in_digits(part: Any) -> Any:
+    """A context whose templates the tiny tokenizer can read, and whose writer may fail as often as it likes."""
+    if not is_dataclass(part):
+        return part
+    if isinstance(part, Writing):
+        return replace(part, tolerance=1.0)
+    changes: dict[str, Any] = {f.name: in_digits(getattr(part, f.name)) for f in fields(part) if f.init}
+    if "template" in changes:
+        changes["template"] = "{question}({hint})" + ("{reference}" if changes.get("reference") is True else "")
+    return replace(part, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def rolled(method: Method, policy: AnyPolicy) -> Rollouts:
+    """A batch of two problems, three times each, all attempts made and kept at temperature 1."""
+    changes = {"problems": COUNT, "attempts": ATTEMPTS, "keep": "all", "until_solved": False, "temperature": 1.0}
+    rule = replace(method.rollout, **changes, top_k=0, top_p=1.0, horizon=Complete())
+    return gather(rule, All(), rule(policy, TASK, dealt(policy), DECODE, SEED, BATCH))
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_every_rollout_of_a_batch_has_its_own_keys_group_and_hints(name: str, backbone: AnyPolicy):
+    method, asked = DECODED[name], []
+
+    def write(writing: Writing, requests: Sequence[Request]) -> list[Written]:
+        asked.extend(requests)
+        return [Written(None, "silent")] * len(requests)
+
+    def analyse(context: int, prompts: Any, reasoning: Any, keys: Sequence[int]) -> list[str]:
+        assert len(set(keys)) == len(prompts)
+        return ["1"] * len(prompts)
+
+    rollouts = rolled(method, backbone)
+    assert rollouts.size == COUNT * ATTEMPTS
+    assert len(set(rollouts.keys(SEED, BATCH))) == rollouts.size
+    assert len({rollout.text for rollout in rollouts.kept}) > rollouts.size * 0.8  # 12 tokens of 25
+    assert rollouts.group.bincount().tolist() == [ATTEMPTS] * COUNT
+    contexts = tuple(map(in_digits, method.contexts))
+    found = inform(rollouts, contexts, TASK, backbone, analyse, (SEED, BATCH), Sources(TWO, write))
+    own = {parts: {one.text for one in rollouts.kept if one.key_parts == parts} for parts in parts_of(rollouts)}
+    for context, hint in enumerate(part.hint for part in contexts):
+        if hint is not None and hint.needs_group and hint.writing is None:
+            assert found.size
+            assert all(one.notes[context] in own[one.key_parts] for one in found.kept)
+        if hint is not None and hint.writing is not None:
+            distinct = {request.key for request in asked}
+            assert len(distinct) == (len(TWO) if hint.per_problem else rollouts.size)
+
+
+def parts_of(rollouts: Rollouts) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(rollout.key_parts for rollout in rollouts.kept))
+
+
+def test_the_first_occurrence_has_the_keys_of_a_problem_that_comes_once(policy: AnyPolicy):
+    one, two, three = with_occurrences([Prompted(TWO[0], (4,))] * 3)
+    assert (one.key_parts, two.key_parts, three.key_parts) == (
+        ("p0",),
+        ("p0", "occurrence 1"),
+        ("p0", "occurrence 2"),
+    )
+    rollouts = Rollouts(tuple(a_rollout(policy, item) for item in (one, two)), {})
+    assert rollouts.keys(1, 2)[0] == make_key(1, 2, "p0", 0, "canvases")
+
+
+def a_rollout(policy: AnyPolicy, item: Prompted, attempt: int = 0) -> Rollout:
+    trajectory = policy.demonstration(item.prompt, [5, 6], DECODE)
+    return Rollout(item.problem, attempt, "12", Grade(True, 1.0, None), trajectory, occurrence=item.occurrence)
+
+
+def test_different_problems_of_one_id_are_told_apart(policy: AnyPolicy):
+    twins = [replace(problem, id="same") for problem in TWO]
+    prompted = dealt(policy, twins)
+    assert len({item.key_parts for item in prompted}) == COUNT
+    rollouts = Rollouts(tuple(a_rollout(policy, item) for item in prompted), {})
+    assert rollouts.group.tolist() == list(range(COUNT))
+
+
+def test_a_batch_across_epochs_counts_from_its_own_start(policy: AnyPolicy):
+    feed, cursor = Feed([replace(TWO[0], id=f"p{i}") for i in range(5)], policy, TASK, SEED, 64), 0
+    for _ in range(7):
+        taken, cursor, _ = feed.take(cursor, 3)
+        assert len({item.key_parts for item in taken}) == 3
+        first = {item.problem.id for item in taken}
+        assert {item.problem.id for item in taken if item.occurrence == 0} == first
+
+
+def test_how_many_are_decoded_at_once_changes_no_occurrence(policy: AnyPolicy):
+    rule = PassAtK(problems=COUNT, attempts=ATTEMPTS, keep="all", until_solved=False, temperature=1.0)
+    whole, pairs = (
+        rule(policy, TASK, dealt(policy), replace(DECODE, batch_size=size), SEED, BATCH) for size in (64, 2)
+    )
+    assert [[one.text for one in attempts] for attempts in whole] == [[x.text for x in tried] for tried in pairs]
+
+
+def test_occurrences_are_in_checkpoints_and_samples(policy: AnyPolicy):
+    rollouts = Rollouts(tuple(a_rollout(policy, item) for item in dealt(policy)), {})
+    again = load_rollouts(*rollout_tensors(rollouts))
+    assert [one.occurrence for one in again.kept] == [one.occurrence for one in rollouts.kept]
+    assert again.keys(1, 2) == rollouts.keys(1, 2)
+    assert [sample_entry(1, one)["occurrence"] for one in rollouts.kept] == [one.occurrence for one in rollouts.kept]
