@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from dllm_sd.errors import InputError
 from dllm_sd.randomness import fold, make_key, uniform
+from dllm_sd.ranges import Count, Range, Ranged, ShareBelowOne, Size
 from dllm_sd.trajectory import NEVER, Trajectory, is_any_of
 
 
@@ -65,7 +65,7 @@ class CanvasRule(Protocol):
 
 
 @dataclass(frozen=True)
-class DecoderSteps:
+class DecoderSteps(Ranged, key="method.canvases"):
     """The canvases that the decoder really saw, one per decoding step (d-OPSD, arXiv 2606.18195, Eq. 7).
 
     With the defaults every step up to the one that fixes the end token is used. The other fields are quirks of
@@ -80,13 +80,9 @@ class DecoderSteps:
     """False makes all chunks of a rollout equally long and drops the steps that are left over."""
     prompt_ends: bool = False
     """True takes an end token inside the prompt for the end of the completion, so that nothing is left to train on."""
-    subset: int | None = None
+    subset: Count | None = None
     """Grade so many steps of each rollout and pass, drawn at random and weighted so that the expected loss and gradient
     are those of all steps, whatever the average; null grades all."""
-
-    def __post_init__(self) -> None:
-        if self.subset is not None and self.subset < 1:
-            raise InputError("method.canvases.subset must be at least 1 step, or null for all of them")
 
     def usable(self, trajectory: Trajectory) -> Tensor:
         """bool ``[b k]``: the steps whose canvases count, before chunking."""
@@ -137,7 +133,7 @@ class DecoderSteps:
 
 
 @dataclass(frozen=True)
-class RandomMasks:
+class RandomMasks(Ranged, key="method.canvases"):
     """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
 
     A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
@@ -151,17 +147,13 @@ class RandomMasks:
     terms at a time).
     """
 
-    draws: int = 1
+    draws: Size = 1
     """Masks per rollout and pass."""
-    t_min: float = 0.001
+    t_min: Annotated[float, Range(above=0, below=1)] = 0.001
     """Smallest masking probability; the weight ``1/t`` is bounded by its inverse."""
     end_padding: bool = True
     """Train on the padding behind the end token too, as LLaDA does; False leaves it masked and ungraded."""
     subset: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        if self.draws < 1 or not 0 < self.t_min < 1:
-            raise InputError("random_masks needs draws >= 1 and t_min between 0 and 1; correct method.canvases")
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
         if trajectory.causal:
@@ -188,19 +180,15 @@ class RandomMasks:
 
 
 @dataclass(frozen=True)
-class AllMasked:
+class AllMasked(Ranged, key="method.canvases"):
     """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
     Each pass over the same rollouts draws another prompt mask.
     """
 
-    prompt_mask_ratio: float = 0.15
+    prompt_mask_ratio: ShareBelowOne = 0.15
     """Probability with which each prompt token is replaced by the mask token."""
     subset: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.prompt_mask_ratio < 1:
-            raise InputError("method.canvases.prompt_mask_ratio must be at least 0 and below 1")
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
         if trajectory.causal:

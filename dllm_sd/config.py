@@ -10,31 +10,32 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError, on_one_line, shown
 from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.model import Model
+from dllm_sd.ranges import Count, Ranged, Seed, Size, check
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Ranged, key=""):
     """One run."""
 
     task: Task = field(metadata={"parts": TASKS})
     run: str = "runs/unnamed"
     """Folder of the run."""
-    seed: int = 0
-    updates: int = 500
+    seed: Seed = 0
+    updates: Count = 500
     model: Model = Model()
     decode: Decoding = Decoding()
     method: Method = Method()
@@ -44,7 +45,7 @@ class Config:
     log: Log = Log()
     peers: Peers | None = None
     """Two students that teach each other; None trains one model."""
-    max_prompt: int = 512
+    max_prompt: Size = 512
     """Longest prompt in tokens; problems with longer prompts are left out and counted, never cut."""
     cache: str | None = None
     """Folder of what writers wrote, by content, to be found by other runs too; None is `written` in the run folder."""
@@ -53,8 +54,7 @@ class Config:
     changed settings, `fresh` discards what the folder holds of a former run."""
 
     def __post_init__(self) -> None:
-        if self.updates < 1 or self.max_prompt < 1:
-            raise InputError("updates and max_prompt must be at least 1")
+        super().__post_init__()
         if not self.run:
             raise InputError("run is empty; name the folder of the run")
         begun = [i for i, one in enumerate(self.peers.students) if one.start] if self.peers else []
@@ -93,7 +93,7 @@ def find_config(name: str) -> Path:
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
-    raise InputError(f"there is no config file {name!r}; {_hint(name, shipped, 'shipped configs:')}")
+    raise InputError(f"there is no config file {shown(name)}; {_hint(name, shipped, 'shipped configs:')}")
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -176,16 +176,16 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
         if isinstance(tree, Mapping) and "name" in tree:
             name = str(tree["name"])
             if name not in METHODS:
-                raise InputError(f"method {name!r} is unknown; {_hint(name, METHODS, 'choose from')}")
+                raise InputError(f"method {shown(name)} is unknown; {_hint(name, METHODS, 'choose from')}")
             base = METHODS[name].method
             tree = {key: value for key, value in tree.items() if key != "name"}
     if not isinstance(tree, Mapping):
-        raise InputError(f"{path or 'the config'} must be a mapping of keys, not {tree!r}")
+        raise InputError(f"{path or 'the config'} must be a mapping of keys, not {shown(tree)}")
     known = {_key(f): f for f in fields(cls) if f.init}
     for key in tree:
         if key not in known:
             raise InputError(f"unknown key {_join(path, str(key))!r}; {_hint(key, known, 'known keys:')}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for key, f in known.items():
         here, hint = _join(path, key), hints[f.name]
@@ -193,6 +193,7 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
         if key in tree:
             parts = f.metadata.get("parts")
             read = _parts(hint, tree[key], here, former, parts) if parts else _value(hint, tree[key], here, former)
+            check(hint, read, here)
             values[f.name] = read
         elif base is not None:
             values[f.name] = former
@@ -224,13 +225,13 @@ def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
     if isinstance(tree, str):
         tree = {"name": tree}
     if not isinstance(tree, Mapping):
-        raise InputError(f"{path} must name a part ({', '.join(table)}), not {tree!r}")
+        raise InputError(f"{path} must name a part ({', '.join(table)}), not {shown(tree)}")
     tree = dict(tree)
     name = tree.pop("name", None)
     if name is None and base is None:
         raise InputError(f"{path}.name is missing; choose from {', '.join(table)}")
     if name is not None and str(name) not in table:
-        raise InputError(f"{path}.name {name!r} is unknown; {_hint(name, table, 'choose from')}")
+        raise InputError(f"{path}.name {shown(name)} is unknown; {_hint(name, table, 'choose from')}")
     if name is None or (base is not None and table[name] is type(base)):
         return _build(type(base), tree, path, base)
     return _build(table[name], tree, path, None)
@@ -238,20 +239,24 @@ def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
 
 def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     """``value`` as the type ``hint``, or one sentence why not; what a mapping leaves out comes from ``base``."""
+    hint = _plain(hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        options = [option for option in arguments if option is not type(None)]
+        options = [_plain(option) for option in arguments if option is not type(None)]
         return _value(next((option for option in options if type(value) is option), options[0]), value, path, base)
     if origin is Literal:
         if value in arguments:
             return value
-        raise InputError(f"{path} is {value!r}; choose from {', '.join(map(str, arguments))}")
+        raise InputError(f"{path} is {shown(value)}; choose from {', '.join(map(str, arguments))}")
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise InputError(f"{path} must be a list, not {value!r}")
-        return tuple(_value(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
+            raise InputError(f"{path} must be a list, not {shown(value)}")
+        if arguments[-1] is not ... and len(value) != len(arguments):
+            raise InputError(f"{path} lists {len(value)} values; give {len(arguments)}")
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return tuple(_value(kind, item, f"{path}.{i}") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
     if is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else _build(hint, value, path, base if isinstance(base, hint) else None)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -266,7 +271,12 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return dict(value)
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a mapping")
-    raise InputError(f"{path} must be {wanted}, not {value!r}")
+    raise InputError(f"{path} must be {wanted}, not {shown(value)}")
+
+
+def _plain(hint: Any) -> Any:
+    """A type without what is annotated to it."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _hint(name: Any, known: Iterable[str], otherwise: str) -> str:

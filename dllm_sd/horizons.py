@@ -6,9 +6,9 @@ What lies beyond is never decoded, so that a shorter horizon costs less. Source:
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from dllm_sd.errors import InputError
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.policy import Policy
+from dllm_sd.ranges import Count, Natural, PositiveShare, Ranged
 from dllm_sd.trajectory import Reach
 
 
@@ -29,17 +29,13 @@ class Complete:
 
 
 @dataclass(frozen=True)
-class Truncated:
+class Truncated(Ranged, key="method.rollout.horizon"):
     """The first part of every completion (TOPD, arXiv 2605.31490, Eq. 12: ``H = ratio T``)."""
 
-    ratio: float = 0.25
+    ratio: PositiveShare = 0.25
     """Share of the canvas's blocks or steps (autoregressive: of `decode.length`), rounded, at least one."""
     unit: Literal["blocks", "steps"] = "blocks"
     """On masked diffusion the first blocks, or the first decoding steps; autoregressive, both are tokens."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise InputError("method.rollout.horizon.ratio must be above 0 and at most 1")
 
     def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach:
         whole = policy.extent(self.unit, settings)
@@ -47,19 +43,15 @@ class Truncated:
 
 
 @dataclass(frozen=True)
-class Progressive:
+class Progressive(Ranged, key="method.rollout.horizon"):
     """A horizon that grows: ``min(T, start + step floor(update / every))`` (POPD, arXiv 2605.31490, Eq. 10, 11)."""
 
-    start: int = 1
+    start: Count = 1
     """Blocks or steps (autoregressive: tokens) at first; the paper does not say its value."""
-    step: int = 1
-    every: int = 1
+    step: Natural = 1
+    every: Count = 1
     """Updates between two growths."""
     unit: Literal["blocks", "steps"] = "blocks"
-
-    def __post_init__(self) -> None:
-        if min(self.start, self.every) < 1 or self.step < 0:
-            raise InputError("method.rollout.horizon needs start and every of 1 or more, and step of 0 or more")
 
     def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach:
         grown = self.start + self.step * (update // self.every)

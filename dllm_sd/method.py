@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dllm_sd.canvases import CANVASES, AllMasked, DecoderSteps, RandomMasks
 from dllm_sd.errors import InputError
@@ -21,6 +21,7 @@ from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, TopK
 from dllm_sd.losses.targets import TARGETS, Barycenter, Each, Plain, PurifiedPMI, Sampled
 from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage, ImportanceCap, OutcomeValidated
 from dllm_sd.policies.weights import WEIGHTS, Base, Live, Weights
+from dllm_sd.ranges import Range, Ranged
 from dllm_sd.rollouts import GATES, ROLLOUTS, All, Correct, Demonstrations, Mixed, PassAtK, Score
 from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, Library, Skills, Suffix
 from dllm_sd.teachers.writing import Writing
@@ -35,7 +36,7 @@ def _slot(table: Mapping[str, type], default: Callable[[], Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Ranged, key="method"):
     """One part per slot (see docs/concepts.md for the question that each slot answers)."""
 
     rollout: PassAtK | Demonstrations = _slot(ROLLOUTS, PassAtK)
@@ -53,7 +54,7 @@ class Method:
     trust: Equal | GroupAdvantage | ImportanceCap | OutcomeValidated = _slot(TRUSTS, Equal)
     library: Library | None = None
     """The bank that `skills` contexts draw on."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(least=0.001, most=1000)] = 1.0
     """Softmax temperature of student and teachers in the loss."""
     average: Average = "sites"
     """What the loss is a mean over, counted over the whole update and all processes: `sites`; `canvases`, the
@@ -63,8 +64,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
-        if not self.temperature > 0:
-            raise InputError("method.temperature must be above 0")
+        super().__post_init__()
         checks = (_check_contexts, _check_library, _check_sites, _check_target, _check_divergence, _check_gap)
         for check in (*checks, _check_group, _check_cap):
             check(self)

@@ -20,6 +20,7 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.subspace import Subspace
 from dllm_sd.policies.weights import Base, Live
 from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Natural, PositiveShare, Ranged, Share, Size, Temperature
 from dllm_sd.tasks.task import Grade, Problem, Task
 from dllm_sd.trajectory import Reach, Trajectory, concatenate
 
@@ -157,36 +158,35 @@ ROLLING: dict[str, type] = {"live": Live, "base": Base, "subspace": Subspace}
 
 
 @dataclass(frozen=True)
-class PassAtK:
+class PassAtK(Ranged, key="method.rollout"):
     """Sample until solved, at most `attempts` times a problem (pass@k resampling, arXiv 2606.18195, Sec. 3.3).
 
     Only problems not yet solved are tried again, in any free slot of any process; the outcome is that of a serial loop.
     """
 
-    problems: int = 16
-    attempts: int = 8
+    problems: Size = 16
+    attempts: Size = 8
     keep: Literal["first", "best", "all"] = "first"
     """The first correct attempt (or the last one if none is), the best by score (the latest of equals), or all."""
     until_solved: bool = True
     """False makes every attempt, solved or not."""
-    ahead: int = 0
+    ahead: Natural = 0
     """Further attempts at an unsolved problem that may begin early where decoding slots would stay empty; those behind
     the first correct one are dropped. Worth it only where few rows leave a device idle."""
-    temperature: float = 0.9
-    top_k: int = 0
+    temperature: Temperature = 0.9
+    top_k: Natural = 0
     """As in `decode`, which is for evaluations."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     policy: Live | Base | Subspace = field(default_factory=Live, metadata={"parts": ROLLING})
     """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
     horizon: Complete | Truncated | Progressive = field(default_factory=Complete, metadata={"parts": HORIZONS})
     """How much of a completion is generated."""
-    passes: int = 1
+    passes: Size = 1
     """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
     decodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if min(self.problems, self.attempts, self.passes) < 1 or self.ahead < 0:
-            raise InputError("method.rollout's problems, attempts and passes must be at least 1, and ahead at least 0")
+        super().__post_init__()
         if self.keep == "all" and self.until_solved:
             raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
 
@@ -246,16 +246,12 @@ class PassAtK:
 
 
 @dataclass(frozen=True)
-class Demonstrations:
+class Demonstrations(Ranged, key="method.rollout"):
     """The data set's reference completions instead of the policy's own (supervised fine-tuning)."""
 
-    problems: int = 32
-    passes: int = 1
+    problems: Size = 32
+    passes: Size = 1
     decodes: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if min(self.problems, self.passes) < 1:
-            raise InputError("method.rollout's problems and passes must be at least 1")
 
     def __call__(
         self,
@@ -315,10 +311,10 @@ class Correct:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Ranged, key="method.gate"):
     """Rollouts that score at least `at_least` (partial credit)."""
 
-    at_least: float = 0.25
+    at_least: Share = 0.25
     count_rejected: bool = False
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:

@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     *(
         "errors",
+        "ranges",
         "files",
         "randomness",
         "estimates",

@@ -185,7 +185,7 @@ LATER = "method.contexts reveals later blocks, which a block-causal model never 
         (["model.block_length=4", "method=d_opsd"], LATER),
         (["model.block_length=4", "method=d_opsd_paper"], LATER),
         (["model.block_length=4", "method=diffu_grpo"], "method.canvases all_masked hides blocks that a block-causal"),
-        (["model.block_length=0"], "the attention block length must be at least 1, not 0; set model.block_length"),
+        (["model.block_length=0"], "model.block_length is 0; give a whole number from 1 to 1048576, or null"),
         (["model.thinking=false"], "model.thinking is set, but the chat template has no thinking switch; leave it out"),
         (["model.mask_token=25"], "model.shape has 25 embedding rows, but the tokenizer knows 25 tokens and the mask"),
         (["model.end_tokens=['<end>']"], "the tokenizer of model.shape has no token '<end>'; mend model.end_tokens"),

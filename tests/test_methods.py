@@ -305,8 +305,14 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         lambda: Method(support=TopK(of="rollout", rest="keep"), divergence=PolicyGradient()),
         "add a snapshot context",
     ),
-    "a temperature of nothing": (lambda: Method(temperature=0.0), "method.temperature must be above 0"),
-    "a negative temperature": (lambda: Method(temperature=-1.0), "method.temperature must be above 0"),
+    "a temperature of nothing": (
+        lambda: Method(temperature=0.0),
+        "method.temperature is .*; give a number from 0.001 to 1000",
+    ),
+    "a negative temperature": (
+        lambda: Method(temperature=-1.0),
+        "method.temperature is .*; give a number from 0.001 to 1000",
+    ),
     # Accepted, these fail at the first update or skip all of them.
     "each of no teachers": (lambda: Method(contexts=(), target=Each()), "context"),
     "the end of the trajectory with a teacher's choice": (

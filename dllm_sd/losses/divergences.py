@@ -34,6 +34,7 @@ from dllm_sd.losses.measured import Measured
 from dllm_sd.losses.policy_gradient import PolicyGradient
 from dllm_sd.losses.summed import summed
 from dllm_sd.losses.supports import floor_logp
+from dllm_sd.ranges import Positive, Ranged, Share
 
 Clip = Literal["none", "token", "entry"]
 
@@ -84,19 +85,18 @@ def clip_share(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clipped(ABC):
+class _Clipped(Ranged, ABC, key="method.divergence"):
     """What the divergences between distributions share: the fields of the clip, and the sum over the support."""
 
     clip: Clip = "none"
     """``none``, ``token``, or ``entry`` (not a divergence; see the top of this file)."""
-    clip_at: float = 0.05
+    clip_at: Positive = 0.05
     """The threshold."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.clip not in ("none", "token", "entry"):
             raise InputError(f"divergence.clip is {self.clip!r}: choose 'none', 'token' or 'entry'.")
-        if not self.clip_at > 0:
-            raise InputError(f"divergence.clip_at is {self.clip_at}: give a number above 0, or set clip to 'none'.")
 
     @property
     @abstractmethod
@@ -157,13 +157,8 @@ class GeneralisedJSD(_Clipped):
     For ``beta`` strictly between 0 and 1 it is at most log 2 at every site.
     """
 
-    beta: float = 0.5
+    beta: Share = 0.5
     """Weight of the target in the mixture, from 0 (means forward KL) to 1 (means reverse KL)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta <= 1:
-            raise InputError(f"divergence.beta is {self.beta}: give a number from 0 (forward KL) to 1 (reverse KL).")
 
     @property
     def _beta(self) -> float:

@@ -14,8 +14,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dllm_sd.errors import InputError
 from dllm_sd.losses.supports import floor_logp
+from dllm_sd.ranges import Count, Positive, Ranged
 
 
 def local_support(student_logp: Tensor, target_logp: Tensor, token: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +64,7 @@ def gate(gap: Tensor, tau: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GatedGap:
+class GatedGap(Ranged, key="method.divergence"):
     """The gated gap between each target and the student at the drawn token; the support must be ``full``.
 
     Its gradient pulls the token's log-probability towards the target's, hardest at a gap of about 1.2 for ``tau = 1``
@@ -77,14 +77,8 @@ class GatedGap:
             most probable tokens and the drawn one, both renormalised there (an option of the released code).
     """
 
-    tau: float = 1.0
-    local: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise InputError(f"divergence.tau is {self.tau}: give a number above 0, such as 1.")
-        if self.local is not None and self.local < 1:
-            raise InputError(f"divergence.local is {self.local}: give a number of tokens from 1 on, or null.")
+    tau: Positive = 1.0
+    local: Count | None = None
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m v], [t m v], [m] -> [t m 1]``: a site has one summand."""

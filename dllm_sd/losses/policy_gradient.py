@@ -7,7 +7,7 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.supports import floor_logp
+from dllm_sd.ranges import Positive, Range, Ranged
 
 #: Log-ratios of two policies are cut at this distance from 0 (verl's constant), so that their exponential is finite.
 MAX_LOG_RATIO = 20.0
@@ -46,7 +47,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, ratio_clip: float, d
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(Ranged, key="method.divergence"):
     """Policy gradient with the log-ratio of teacher and rollout policy as the reward of every kept token.
 
     On-policy and with ``weight = student`` its gradient is that of the reverse KL on the kept entries, with the
@@ -69,19 +70,16 @@ class PolicyGradient:
 
     tokens: Literal["support", "sampled"] = "support"
     weight: Literal["student", "teacher", "uniform"] = "student"
-    ratio_clip: float = 0.2
-    dual_clip: float | None = 3.0
+    ratio_clip: Positive = 0.2
+    dual_clip: Annotated[float, Range(above=1)] | None = 3.0
     surrogate: Literal["ratio", "log"] = "ratio"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens not in ("support", "sampled"):
             raise InputError(f"divergence.tokens is {self.tokens!r}: choose 'support' or 'sampled'.")
         if self.weight not in ("student", "teacher", "uniform"):
             raise InputError(f"divergence.weight is {self.weight!r}: choose 'student', 'teacher' or 'uniform'.")
-        if not self.ratio_clip > 0:
-            raise InputError(f"divergence.ratio_clip is {self.ratio_clip}: give a number above 0, such as 0.2.")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise InputError(f"divergence.dual_clip is {self.dual_clip}: give a number above 1, or null for no bound.")
         if self.surrogate not in ("ratio", "log"):
             raise InputError(f"divergence.surrogate is {self.surrogate!r}: choose 'ratio' or 'log'.")
 

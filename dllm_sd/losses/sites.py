@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dllm_sd.errors import InputError
+from dllm_sd.ranges import Count, Ranged
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,17 @@ class AllMasked:
 
 
 @dataclass(frozen=True)
-class TeacherTop:
+class TeacherTop(Ranged, key="method.sites"):
     """The `count` masked positions of the active block of which the teacher is most confident (2606.18195, Sec. 3.2).
 
     The teacher may choose a position again at the next step, so the choices do not partition the completion.
     """
 
-    count: int | None = None
+    count: Count | None = None
     """How many; None takes as many as the student commits at this step (on canvases that no decoder saw: all)."""
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
     content: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise InputError("method.sites.count must be at least 1, or null for as many as the student commits")
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]``."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Count, Ranged
 
 #: A probability of zero counts as ``exp(LOG_ZERO)``: still exactly 0.0 as a number, but its logarithm is finite.
 LOG_ZERO = -1e4
@@ -102,7 +103,7 @@ class FullVocabulary:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Ranged, key="method.support"):
     """The ``k`` most probable entries of one distribution, for all distributions alike.
 
     Source: d-OPSD and OPSD (k = 20 of the teacher, renormalised); SDPO (of the student, with a tail bucket);
@@ -117,13 +118,12 @@ class TopK:
             leaves the kept log-probabilities as they were (``u = k``; no distribution).
     """
 
-    k: int = 20
+    k: Count = 20
     of: Literal["teacher", "student", "rollout"] = "teacher"
     rest: Literal["renormalise", "bucket", "keep"] = "renormalise"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"support.k is {self.k}: keep at least 1 entry, or choose the support 'full'.")
+        super().__post_init__()
         if self.of not in ("teacher", "student", "rollout"):
             raise InputError(f"support.of is {self.of!r}: choose 'teacher', 'student' or 'rollout'.")
         if self.rest not in CLOSE:

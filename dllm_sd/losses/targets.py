@@ -9,7 +9,7 @@ Axes: ``m`` graded sites, ``c`` teacher contexts, ``t`` targets, ``u`` support, 
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import jsd_entries, kl_entries
 from dllm_sd.losses.supports import floor_logp
+from dllm_sd.ranges import Positive, Range, Ranged, Share
 
 
 class Target(Protocol):
@@ -110,7 +111,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class PurifiedPMI:
+class PurifiedPMI(Ranged, key="method.target"):
     """The plain base, moved by what the question adds to the reference: ``c = 3``, ``t = 1``.
 
     ``softmax(log plain + D / beta)`` with ``D = bound tanh(centred(log informed - log reference_only) / bound)``.
@@ -127,18 +128,15 @@ class PurifiedPMI:
             weighted by the plain ``base``'s probability (our ablation: the many improbable entries do not rule it).
     """
 
-    beta: float = 1.0
-    bound: float | None = 10.0
+    beta: Positive = 1.0
+    bound: Positive | None = 10.0
     centre: Literal["uniform", "base"] = "uniform"
     contexts: ClassVar[int | None] = 3
     keeps_contexts: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ("target/shift", "target/bound_share")
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise InputError(f"target.beta is {self.beta}: give a number above 0, such as 1.")
-        if self.bound is not None and not self.bound > 0:
-            raise InputError(f"target.bound is {self.bound}: give a number above 0, or null for no bound.")
+        super().__post_init__()
         if self.centre not in ("uniform", "base"):
             raise InputError(f"target.centre is {self.centre!r}: choose 'uniform' or 'base'.")
 
@@ -179,7 +177,7 @@ class PurifiedPMI:
 
 
 @dataclass(frozen=True)
-class Barycenter:
+class Barycenter(Ranged, key="method.target"):
     """The informed teacher, pulled back to the plain one where the two disagree: ``c = 2``, ``t = 1``.
 
     ``log_softmax((1 - a) log informed + a log plain)`` with ``a = 2 alpha_max (sigmoid(beta d) - 1/2)`` and ``d`` the
@@ -193,20 +191,12 @@ class Barycenter:
         floor: smaller probabilities of either distribution count as this, without renormalising.
     """
 
-    beta: float = 50.0
-    alpha_max: float = 0.15
-    floor: float = 1e-8
+    beta: Positive = 50.0
+    alpha_max: Share = 0.15
+    floor: Annotated[float, Range(above=0, below=1)] = 1e-8
     contexts: ClassVar[int | None] = 2
     keeps_contexts: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ("target/disagreement", "target/alpha")
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise InputError(f"target.beta is {self.beta}: give a number above 0, such as 50.")
-        if not 0 <= self.alpha_max <= 1:
-            raise InputError(f"target.alpha_max is {self.alpha_max}: give a number from 0 to 1, such as 0.15.")
-        if not 0 < self.floor < 1:
-            raise InputError(f"target.floor is {self.floor}: give a probability above 0 and below 1, such as 1e-8.")
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[2 m u] -> [1 m u]``, detached."""

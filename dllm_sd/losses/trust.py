@@ -21,6 +21,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
 from dllm_sd.losses.supports import at_least_float32, floor_logp
+from dllm_sd.ranges import Count, NonNegative, Positive, Ranged, Share
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Equal:
 
 
 @dataclass(frozen=True)
-class ImportanceCap:
+class ImportanceCap(Ranged, key="method.trust"):
     """Importance weight of the drawn token, truncated: ``min(exp(clamp(logp - old_logp)), cap)``.
 
     It corrects for a student that has moved since the rollouts were made, or for a decoder that drew from another
@@ -142,16 +143,10 @@ class ImportanceCap:
         clamp: largest absolute log-ratio, against overflow.
     """
 
-    cap: float = 2.0
-    clamp: float = 20.0
+    cap: Positive = 2.0
+    clamp: Positive = 20.0
     always_counts: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not self.cap > 0:
-            raise InputError(f"trust.cap is {self.cap}: give a number above 0, such as 2.")
-        if not self.clamp > 0:
-            raise InputError(f"trust.clamp is {self.clamp}: give a number above 0, such as 20.")
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: ones."""
@@ -168,7 +163,7 @@ class ImportanceCap:
 
 
 @dataclass(frozen=True)
-class GroupAdvantage:
+class GroupAdvantage(Ranged, key="method.trust"):
     """Group-relative advantage with PPO's clip and a KL penalty: diffu-GRPO (d1, arXiv 2504.12216) on ``token_nll``.
 
     The factors are such that the *gradient* of factor x NLL is exactly that of
@@ -187,18 +182,10 @@ class GroupAdvantage:
     """
 
     normalise: bool = True
-    epsilon: float = 1e-4
-    ratio_clip: float = 0.5
-    kl: float = 0.0
+    epsilon: Positive = 1e-4
+    ratio_clip: Positive = 0.5
+    kl: NonNegative = 0.0
     needs_old_logp: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise InputError(f"trust.epsilon is {self.epsilon}: give a number above 0, such as 1e-4.")
-        if not self.ratio_clip > 0:
-            raise InputError(f"trust.ratio_clip is {self.ratio_clip}: give a number above 0, such as 0.5.")
-        if not self.kl >= 0:
-            raise InputError(f"trust.kl is {self.kl}: give 0 (no penalty) or a number above 0, such as 0.04.")
 
     @property
     def always_counts(self) -> bool:
@@ -228,7 +215,7 @@ class GroupAdvantage:
 
 
 @dataclass(frozen=True)
-class OutcomeValidated(Pooling):
+class OutcomeValidated(Ranged, Pooling, key="method.trust"):
     """Each teacher is believed on a rollout as far as the rollout's outcome bears it out: factor +1, -1 or 0.
 
     A teacher supports a canvas if its gap to the student at the drawn tokens, cut at +-``clip``, is above ``threshold``
@@ -244,18 +231,12 @@ class OutcomeValidated(Pooling):
         local: as in divergence ``gated_gap``; set both to the same.
     """
 
-    clip: float = 3.0
-    threshold: float = 0.05
-    at_least: float = 1.0
-    local: int | None = None
+    clip: Positive = 3.0
+    threshold: NonNegative = 0.05
+    at_least: Share = 1.0
+    local: Count | None = None
     always_counts: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not self.clip > 0:
-            raise InputError(f"trust.clip is {self.clip}: give a number above 0, such as 3.")
-        if not self.threshold >= 0:
-            raise InputError(f"trust.threshold is {self.threshold}: give a number from 0 on, such as 0.05.")
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: 1 where the rollout was right, else -1."""

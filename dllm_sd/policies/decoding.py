@@ -1,50 +1,51 @@
 """How completions are decoded: the keys of `decode`, and what a decoding costs."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Natural, PositiveShare, Range, Ranged, Size, Temperature
 
 Order = Literal["confidence", "margin", "entropy", "random", "left_to_right"]
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Decoding(Ranged, key="decode"):
     """How completions are decoded (the keys of `decode`).
 
     An autoregressive model writes from left to right, one token a step: for it the keys from `block_length` to `order`
     have no meaning and are not read, and `threshold` and `guidance` are refused.
     """
 
-    length: int = 256
+    length: Size = 256
     """``l``, completion positions: a canvas's, or the most that an autoregressive model may write."""
-    block_length: int = 32
+    block_length: Size = 32
     """Positions of a block; blocks are denoised from left to right. Equal to `length` for a single block."""
-    tokens_per_step: int = 2
+    tokens_per_step: Size = 2
     """Tokens committed at each step."""
-    steps: int | None = None
+    steps: Size | None = None
     """Total steps instead of `tokens_per_step`, as LLaDA counts: each block takes ``steps // blocks`` of them."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """0 is greedy; else tokens are sampled from the exact softmax of logits / temperature."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Sample from the so many most probable tokens only; 0 from all."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Sample from the most probable tokens that together hold this much probability; 1 from all."""
     order: Order = "confidence"
     """Which positions are committed first: by probability of the token, top-2 margin, negative entropy, at random,
     or from left to right."""
-    threshold: float | None = None
+    threshold: PositiveShare | None = None
     """Commit everything in the active block at least this probable, and at least one token, instead of a fixed
     number (Fast-dLLM, arXiv 2505.22618). Another policy, not a faster equal one."""
-    guidance: float = 0.0
+    guidance: Annotated[float, Range(least=0, most=1000)] = 0.0
     """Classifier-free guidance scale (LLaDA's `cfg_scale`): logits = u + (1 + guidance) (l - u), u without prompt."""
     early_end: bool = True
     """Stop a row once everything up to its first end token is fixed; what is fixed cannot change any more."""
-    suppress: tuple[int, ...] = ()
+    suppress: tuple[Natural, ...] = ()
     """Token ids that are never sampled. The mask token never is."""
     prefix_cache: bool = True
     """Reuse the keys and values of finished blocks. Block-causal models only, where it is exact; others have none."""
-    batch_size: int = 64
+    batch_size: Size = 64
     """Rows decoded together. Memory only: it changes no result."""
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """The mode of `torch.compile` for the layers (`reduce-overhead` records CUDA graphs). Rows are then read in powers
@@ -55,14 +56,7 @@ class Decoding:
     meant for GPUs). Results are the same up to the rounding of attention kernels."""
 
     def __post_init__(self) -> None:
-        if min(self.length, self.block_length, self.tokens_per_step, self.batch_size) < 1:
-            raise InputError("decode.length, block_length, tokens_per_step and batch_size must be at least 1")
-        if self.temperature < 0:
-            raise InputError("decode.temperature must be 0 (greedy) or larger")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError("decode.top_k must be 0 (all) or more, and decode.top_p above 0 and at most 1")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise InputError("decode.threshold is a probability; give a number above 0 and at most 1, or null")
+        super().__post_init__()
         if self.threshold is not None and self.order != "confidence":
             raise InputError("decode.threshold compares probabilities; set decode.order to confidence")
         if self.threshold is not None and self.steps is not None:

@@ -1,18 +1,19 @@
 """The keys of `model`: which checkpoint, how it is read, and what of it is trained."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Count, Natural, Range, Ranged, Seed, ShareBelowOne, Size
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Ranged, key="model.lora"):
     """Low-rank adapters (PEFT)."""
 
-    rank: int = 128
-    alpha: int = 64
-    dropout: float = 0.0
+    rank: Annotated[int, Range(least=1, most=2**16)] = 128
+    alpha: Count = 64
+    dropout: ShareBelowOne = 0.0
     targets: tuple[str, ...] | None = None
     """Kinds of linear layers; None takes the family's, all seven."""
     modules_to_save: tuple[str, ...] = ()
@@ -24,35 +25,35 @@ class Lora:
     adapters cost much; needs a second copy of the adapted weights, and in bfloat16 rounds the sum."""
 
     def __post_init__(self) -> None:
-        if min(self.rank, self.alpha) < 1 or not 0 <= self.dropout < 1 or self.targets == ():
-            raise InputError("model.lora needs rank and alpha of 1 or more, dropout from 0 to below 1, and targets")
+        super().__post_init__()
+        if self.targets == ():
+            raise InputError("model.lora.targets is []; name kinds of linear layers, or give null for the family's")
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Ranged, key="model.shape"):
     """The shape of a randomly initialised model: Llama (LLaDA's, if bidirectional) or Qwen3, untied."""
 
     architecture: Literal["llama", "qwen3"] = "llama"
-    hidden_size: int = 64
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 2
-    intermediate_size: int = 192
-    vocab_size: int | None = None
+    hidden_size: Annotated[int, Range(least=1, most=2**16)] = 64
+    num_hidden_layers: Annotated[int, Range(least=1, most=512)] = 4
+    num_attention_heads: Annotated[int, Range(least=1, most=1024)] = 2
+    intermediate_size: Size = 192
+    vocab_size: Annotated[int, Range(least=1, most=2**22)] | None = None
     """Rows of embedding and head; None takes what the tokenizer needs."""
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    max_position_embeddings: Annotated[int, Range(least=1, most=2**24)] = 4096
+    rope_theta: Annotated[float, Range(least=1, most=1e12)] = 10000.0
+    rms_norm_eps: Annotated[float, Range(above=0, most=1)] = 1e-5
+    initializer_range: Annotated[float, Range(least=0, most=100)] = 0.02
 
     def __post_init__(self) -> None:
-        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size) < 1:
-            raise InputError("model.shape needs sizes and numbers of 1 or more")
+        super().__post_init__()
         if self.hidden_size % (2 * self.num_attention_heads):
             raise InputError("model.shape.hidden_size must be a multiple of twice model.shape.num_attention_heads")
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Ranged, key="model"):
     """Which model is trained (the keys of `model`)."""
 
     path: str | None = None
@@ -63,11 +64,11 @@ class Model:
     token; it then has to learn denoising (method `sft`)."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer where it is not beside the model."""
-    mask_token: str | int | None = None
+    mask_token: str | Natural | None = None
     """The mask token, or its id, where neither the checkpoint nor its tokenizer names it."""
     end_tokens: tuple[str, ...] | None = None
     """Tokens that end a completion, the one that ends a turn first; None takes the checkpoint's."""
-    block_length: int | None = None
+    block_length: Size | None = None
     """Positions of an attention block (block-causal checkpoints); None takes the checkpoint's."""
     chat_template: str | None = None
     """Jinja text of a chat template instead of the checkpoint's."""
@@ -76,7 +77,7 @@ class Model:
     random_init: bool = False
     """Random weights (seeded by `seed`) in the architecture of `path`, or of `shape` without a path."""
     shape: Shape = Shape()
-    seed: int = 0
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     quantization: Literal["4bit"] | None = None
@@ -86,6 +87,7 @@ class Model:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.quantization and not self.lora:
             raise InputError("model.quantization cannot be trained itself; set model.lora as well")
         if self.quantization and self.random_init:

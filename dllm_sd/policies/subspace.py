@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from dllm_sd.errors import InputError
 from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.policies.site_head import SiteHead, evaluating
+from dllm_sd.ranges import Count, Natural, PositiveShare, Ranged, Size, check
 
 KEY = "method.rollout.policy"
 """Where the fields of `Subspace` stand in a config."""
@@ -57,34 +58,33 @@ class Gradients:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subspace:
+class Subspace(Ranged, key=KEY):
     """Which part of keys and values is kept while the policy writes; the defaults are those of SPD."""
 
-    rank: int | None = None
+    rank: Count | None = None
     """Dimensions that are kept; None keeps half of them."""
-    energy: float | None = None
+    energy: PositiveShare | None = None
     """Keep as many dimensions as hold this share of the squared gradients, instead of a fixed `rank`."""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     """Layers, counted from zero; None takes the last one and the middle one."""
     centre: bool = True
     """Whether the mean gradient is subtracted first. The authors' code does so, the paper does not mention it."""
     project: Literal["both", "keys", "values"] = "both"
     """What is projected."""
-    calibration: int = 50
+    calibration: Size = 50
     """Examples that the gradients are taken from."""
-    longest: int = 256
+    longest: Size = 256
     """Tokens of an example that are read; what comes after them is cut off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_choice(self.rank, self.energy)
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise InputError(f"{KEY}.layers is {list(self.layers)}; give layers counted from 0, such as [12, 23]")
+        if self.layers == ():
+            raise InputError(f"{KEY}.layers is []; give layers counted from 0, such as [12, 23]")
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
             raise InputError(f"{KEY}.layers names a layer twice; name each once")
         if self.project not in ("both", "keys", "values"):
             raise InputError(f"{KEY}.project is {self.project!r}; choose both, keys or values")
-        if min(self.calibration, self.longest) < 1:
-            raise InputError(f"{KEY}.calibration and {KEY}.longest must be at least 1")
 
     def chosen(self, count: int, dimension: int) -> tuple[int, ...]:
         """The layers of a network with ``count`` layers, whose keys and values have ``dimension`` dimensions.
@@ -129,10 +129,8 @@ def check_rank(rank: int | None, dimension: int) -> None:
 def _check_choice(rank: int | None, energy: float | None) -> None:
     if rank is not None and energy is not None:
         raise InputError(f"{KEY}.rank and {KEY}.energy are two ways to say the same; set one of them to null")
-    if rank is not None and rank < 1:
-        raise InputError(f"{KEY}.rank is {rank}; give at least 1, or null for half of the dimensions")
-    if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"{KEY}.energy is {energy}; give a share above 0 and at most 1, such as 0.95")
+    check(Count | None, rank, f"{KEY}.rank")
+    check(PositiveShare | None, energy, f"{KEY}.energy")
 
 
 def projector(gradients: Tensor, rank: int | None = None, energy: float | None = None, centre: bool = True) -> Tensor:

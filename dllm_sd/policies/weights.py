@@ -25,6 +25,7 @@ from dllm_sd.policies.adapters import check_scale
 from dllm_sd.policies.policy import Policy, View
 from dllm_sd.policies.site_head import Head, ask, evaluating
 from dllm_sd.policies.swapping import swapped, switched
+from dllm_sd.ranges import Count, Ranged, Share
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,11 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Ema:
+class Ema(Ranged, key="method.teacher"):
     """An exponential moving average of the student: copy <- decay copy + (1 - decay) live, after every update."""
 
-    decay: float = 0.99
+    decay: Share = 0.99
     stored: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1:
-            raise InputError("method.teacher.decay must be between 0 and 1")
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """Move the average."""
@@ -65,15 +62,11 @@ class Ema:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Ranged, key="method.teacher"):
     """A copy of the student, renewed every `every` updates."""
 
-    every: int = 25
+    every: Count = 25
     stored: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise InputError("method.teacher.every must be at least 1 update")
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """Renew the copy when its time has come; `update` counts from 1."""

@@ -12,8 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Count, Natural, Range, Ranged, Share
 from dllm_sd.skills.answers import MAX_TEXT, parse_items, without_thinking
 from dllm_sd.skills.bank import DYNAMIC, Bank, Item, Mistake, Skill, distinct, is_dynamic, numbered, text_names, texts
 from dllm_sd.tasks.datafile import chat, render
@@ -94,7 +96,7 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction:
+class Extraction(Ranged, key="extraction"):
     """How attempts become skills and mistakes; the figures are those of SGSD but for `longest`."""
 
     success: str = SUCCESS
@@ -104,29 +106,30 @@ class Extraction:
     merge_skills: str = MERGE_SKILLS
     """Asks for fewer skills: `{items}`, as JSON."""
     merge_mistakes: str = MERGE_MISTAKES
-    steps: int = 6
+    steps: Natural = 6
     """Most steps of a success that are shown."""
-    step_length: int = 280
+    step_length: Count = 280
     """Characters of a step that are shown."""
-    success_length: int = 1600
+    success_length: Annotated[int, Range(least=40)] = 1600
     """Characters of a success that are shown, half of them from its start and half from its end."""
-    failure_length: int = 2200
-    most: int = 3
+    failure_length: Annotated[int, Range(least=40)] = 2200
+    most: Count = 3
     """Most entries that are taken from one attempt."""
-    longest: int = 1000
+    longest: Count = 1000
     """Longest text of an entry in characters; an entry with a longer one is left out."""
-    group: int = 32
+    group: Annotated[int, Range(least=2)] = 32
     """Entries that are merged at once."""
-    patience: int = 3
+    patience: Count = 3
     """Merging stops after so many layers in a row that shorten nothing."""
-    threshold: float = 0.8
+    threshold: Share = 0.8
     """The bank is updated only while the share of right attempts is below this."""
-    growth: int = 5
+    growth: Natural = 5
     """Most entries by which an update may lengthen the added skills, and the added mistakes."""
-    capacity: int = 30
+    capacity: Count = 30
     """Most added skills, and most added mistakes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         attempt = ("problem", "steps", "excerpt", "answer", "truth")
         slots = {"success": attempt, "failure": attempt, "merge_skills": ("items",), "merge_mistakes": ("items",)}
         for name, known in slots.items():
@@ -134,12 +137,6 @@ class Extraction:
             one, other = (render(getattr(self, name), dict.fromkeys(known, text), key) for text in "12")
             if one == other:
                 raise InputError(f"{key} shows nothing; give it some of {', '.join(f'{{{slot}}}' for slot in known)}.")
-        least = {"steps": 0, "step_length": 1, "success_length": 40, "failure_length": 40, "most": 1, "longest": 1}
-        for name, number in (least | {"group": 2, "patience": 1, "growth": 0, "capacity": 1}).items():
-            if getattr(self, name) < number:
-                raise InputError(f"extraction.{name} is {getattr(self, name)}; give at least {number}.")
-        if not 0 <= self.threshold <= 1:
-            raise InputError(f"extraction.threshold is {self.threshold}; give a share from 0 to 1.")
 
 
 def cold_start(memories: Sequence[Memory], write: Write, settings: Extraction) -> tuple[Bank, Counts]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.randomness import make_key, permutation
+from dllm_sd.ranges import Count, Ranged
 from dllm_sd.skills.bank import Bank, Mistake, Skill, texts
 from dllm_sd.tasks.datafile import render
 
@@ -51,7 +52,7 @@ class Retriever(Protocol):
 
 
 @dataclass(frozen=True)
-class Lexical:
+class Lexical(Ranged, key="retriever"):
     """Cosine of tf-idf vectors, from 0 (no word in common) to 1; it needs no model and is the same everywhere.
 
     A word weighs ``(1 + ln n) ln(1 + (N - d + 1/2) / (d + 1/2))``, with ``n`` its count in the text and ``d`` the
@@ -62,11 +63,7 @@ class Lexical:
         letters: words are compared by so many first letters, in lower case, so that ``triangles`` is ``triangle``.
     """
 
-    letters: int = 6
-
-    def __post_init__(self) -> None:
-        if self.letters < 1:
-            raise InputError(f"retriever.letters is {self.letters}: give at least 1, such as 6.")
+    letters: Count = 6
 
     def __call__(self, texts: Sequence[str]) -> Rank:
         counts = [self._words(text) for text in texts]

@@ -7,6 +7,7 @@ from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, needed
 from dllm_sd.tasks.grading import MAX_TEXT, last_answer, last_boxed
 from dllm_sd.tasks.sources import Sourced
@@ -43,7 +44,7 @@ class Choice(Sourced):
 
     data: str | None = None
     data_test: str | None = None
-    size_dev: int = 50
+    size_dev: Natural = 50
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "\\boxed{{{answer}}}"
@@ -51,7 +52,7 @@ class Choice(Sourced):
     answered_by: ClassVar[str] = "answer"
 
     def __post_init__(self) -> None:
-        self.check_size()
+        super().__post_init__()
         self.check_templates(("question", "letters"), ("answer",))
 
     def grade(self, problem: Problem, completion: str) -> Grade:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Natural, Range, Seed
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import evaluate, marked_expression
 from dllm_sd.tasks.published import countdown_expression, python_value, reaches, uses
@@ -16,6 +17,9 @@ from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 _ATTEMPTS = 20_000  # draws before a generated problem is given up
 _BLIND = 4  # numbers up to which all blind expressions are counted
 
+Numbers = Annotated[int, Range(least=2, most=6)]
+Number = Annotated[int, Range(least=1, most=10_000)]
+Target = Annotated[int, Range(least=1, most=1_000_000)]
 _PROMPT = """\
 Numbers: {numbers}
 Target: {target}
@@ -38,16 +42,16 @@ class Countdown(Sized):
     allowed, ``3.2`` uses the numbers 3 and 2, values may differ by 1e-5); see ``published``.
     """
 
-    numbers_min: int = 3
-    numbers_max: int = 4
-    number_min: int = 1
-    number_max: int = 99
-    target_min: int = 10
-    target_max: int = 100
-    size_train: int = 1_000_000
-    size_dev: int = 1024
-    size_test: int = 1024
-    seed: int = 0
+    numbers_min: Numbers = 3
+    numbers_max: Numbers = 4
+    number_min: Number = 1
+    number_max: Number = 99
+    target_min: Target = 10
+    target_max: Target = 100
+    size_train: Natural = 1_000_000
+    size_dev: Natural = 1024
+    size_test: Natural = 1024
+    seed: Seed = 0
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "\\boxed{{{solution}}}"
@@ -59,17 +63,11 @@ class Countdown(Sized):
     final: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
-        for low, high, floor, ceiling in (
-            ("numbers_min", "numbers_max", 2, 6),
-            ("number_min", "number_max", 1, 10_000),
-            ("target_min", "target_max", 1, 1_000_000),
-        ):
-            if not floor <= getattr(self, low) <= getattr(self, high) <= ceiling:
-                raise InputError(
-                    f"task.{low} ({getattr(self, low)}) and task.{high} ({getattr(self, high)}) must be ordered and "
-                    f"lie in {floor}..{ceiling}; correct them."
-                )
-        self.check_sizes()
+        super().__post_init__()
+        for name in ("numbers", "number", "target"):
+            low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            if low > high:
+                raise InputError(f"task.{name}_min ({low}) is above task.{name}_max ({high}); correct one of them.")
         check_mode(self.mode)
         self.check_templates(("numbers", "target"), ("solution",))
 

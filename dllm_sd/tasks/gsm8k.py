@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.grading import final_number, gold_number
 from dllm_sd.tasks.published import gsm8k_gold, gsm8k_number
@@ -35,7 +36,7 @@ class Gsm8k(Sourced):
 
     data: str | None = None
     data_test: str | None = None
-    size_dev: int = 500
+    size_dev: Natural = 500
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "{solution}\n\\boxed{{{answer}}}"
@@ -44,7 +45,7 @@ class Gsm8k(Sourced):
     answered_by: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
-        self.check_size()
+        super().__post_init__()
         check_mode(self.mode)
         self.check_templates(("question",), ("answer", "solution"))
 

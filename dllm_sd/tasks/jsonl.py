@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Natural
 from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.datafile import Entry, Row, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
@@ -39,11 +40,11 @@ class Jsonl(Sourced):
     answer_field: str = "answer"
     reference_field: str | None = None
     grader: Literal["exact", "number", "expression", "math", "choice", "rubric"] = "exact"
-    size_dev: int = 500
+    size_dev: Natural = 500
     title: ClassVar[str] = "jsonl"
 
     def __post_init__(self) -> None:
-        self.check_size()
+        super().__post_init__()
         if self.grader not in _GRADERS:
             raise InputError(f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}.")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.equality import marked_answer, need_algebra, same, same_published, same_value
 from dllm_sd.tasks.grading import last_boxed
@@ -36,7 +37,7 @@ class Math(Sourced):
 
     data: str | None = None
     data_test: str | None = None
-    size_dev: int = 500
+    size_dev: Natural = 500
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "{solution}"
@@ -46,7 +47,7 @@ class Math(Sourced):
     answered_by: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
-        self.check_size()
+        super().__post_init__()
         check_mode(self.mode)
         check_equality(self.equality)
         if self.mode == "compatible" and self.equality != "text":

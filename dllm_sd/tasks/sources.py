@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Natural, Ranged
 from dllm_sd.tasks.datafile import (
     Entry,
     Generated,
@@ -23,7 +24,7 @@ from dllm_sd.tasks.datafile import (
 from dllm_sd.tasks.task import Problem, Split, Unguessable
 
 
-class Asked(Unguessable):
+class Asked(Ranged, Unguessable, key="task"):
     """Asks by the template ``prompt`` and answers by the template ``answer``, which needs the field ``answered_by``.
 
     The field ``final`` of a problem holds its answer alone.
@@ -70,9 +71,9 @@ class Asked(Unguessable):
 class Sized(Asked):
     """Generated without end, or read from ``data`` and ``data_test``; the three sizes say how many problems to use."""
 
-    size_train: int
-    size_dev: int
-    size_test: int
+    size_train: Natural
+    size_dev: Natural
+    size_test: Natural
     data: str | None
     data_test: str | None
     title: ClassVar[str]  # the name of the task, in the ids of its problems
@@ -84,12 +85,6 @@ class Sized(Asked):
     @abstractmethod
     def entry(self, row: Row) -> Entry:
         """A row of a file, checked and made into fields."""
-
-    def check_sizes(self) -> None:
-        """Refuse sizes below zero."""
-        for name in ("size_train", "size_dev", "size_test"):
-            if getattr(self, name) < 0:
-                raise InputError(f"task.{name} must not be negative; it counts problems.")
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """The first problems of a split, as many as its size says; an InputError where it is 0."""
@@ -110,7 +105,7 @@ class Sized(Asked):
 class Sourced(Asked):
     """Read from files or hub datasets; ``size_dev`` training rows are held out by a permutation that never changes."""
 
-    size_dev: int
+    size_dev: Natural
     data: str | None
     data_test: str | None
     title: ClassVar[str]  # the name of the task, in the ids of its problems
@@ -118,11 +113,6 @@ class Sourced(Asked):
     @abstractmethod
     def entries(self, rows: list[Row]) -> Iterable[Entry]:
         """Rows checked and made into fields."""
-
-    def check_size(self) -> None:
-        """Refuse a dev split of less than nothing."""
-        if self.size_dev < 0:
-            raise InputError("task.size_dev must not be negative; it counts problems.")
 
     def load(self) -> tuple[list[Row], list[Row]]:
         """The rows to train on and those to test on."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Count, Natural, Seed
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import MAX_TEXT, last_answer
 from dllm_sd.tasks.grids import completions, grids, has_holes_only, large_grid, large_puzzle, obeys, worked_steps
@@ -61,12 +62,12 @@ class Sudoku(Sized):
     to one split only.
     """
 
-    empties_min: int = 6
-    empties_max: int = 10
-    size_train: int = 1_000_000
-    size_dev: int = 1024
-    size_test: int = 3072
-    seed: int = 0
+    empties_min: Count = 6
+    empties_max: Count = 10
+    size_train: Natural = 1_000_000
+    size_dev: Natural = 1024
+    size_test: Natural = 3072
+    seed: Seed = 0
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "<answer>{solution}</answer>"
@@ -79,6 +80,7 @@ class Sudoku(Sized):
     final: ClassVar[str] = "solution"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size not in _MOST_EMPTY:
             raise InputError(f"task.size is {self.size!r}; choose 4 or 9.")
         most = _MOST_EMPTY[self.size]
@@ -88,7 +90,6 @@ class Sudoku(Sized):
                 f"lie in 1..{most}, beyond which {'no puzzle has' if most == 12 else 'few puzzles have'} one solution; "
                 "correct them."
             )
-        self.check_sizes()
         check_mode(self.mode)
         if self.mode == "compatible" and self.size != 4:
             raise InputError("task.mode compatible knows 4x4 puzzles only; set task.size to 4 or task.mode to default.")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.canvases import Canvases
+from dllm_sd.ranges import Ranged, Size, Temperature
 from dllm_sd.rollouts import Rollout
 from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.task import Problem, Task
@@ -47,7 +48,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Reasoning:
+class Reasoning(Ranged):
     """The teacher writes an analysis before it grades; it stands at the start of its turn, before the completion."""
 
     instruction: str = (
@@ -57,9 +58,9 @@ class Reasoning:
     """Follows the hint in the prompt of the analysis."""
     transition: str = "\n\nNow I solve the problem on my own, step by step, and mention no such material.\n\n"
     """Stands between the analysis and the completion."""
-    length: int = 1024
+    length: Size = 1024
     """Longest analysis in tokens (of a denoiser, the length of its canvas)."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
 
 
 def no_pairs(problem: Problem, key: int) -> Sequence[Pair]:

@@ -12,6 +12,7 @@ import torch
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Count, Ranged, Share
 from dllm_sd.tasks.datafile import render
 from dllm_sd.teachers.context import Ask, Occasion, Reading, Reasoning, Scene, show
 from dllm_sd.teachers.writing import Message, Writing
@@ -38,14 +39,14 @@ Solve the problem afresh and answer it correctly."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class Prompt(Ranged):
     """What all hints share: the limits of the prompt, and that they reveal nothing on the canvas."""
 
     thinking: bool | None = None
     """The chat template's thinking switch for this teacher; None as for the student."""
     reasoning: Reasoning | None = None
     """Set it (to ``{}`` for its defaults) and the teacher writes an analysis before it grades."""
-    longest: int = 10240
+    longest: Count = 10240
     """Longest prompt of the teacher in tokens, without an analysis."""
     overflow: Literal["drop", "cut"] = "drop"
     """What happens to a longer one: the rollout is dropped and counted, or the hint is cut at its end."""
@@ -60,10 +61,6 @@ class Prompt:
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
         """Nothing is told apart."""
         return []
-
-    def __post_init__(self) -> None:
-        if self.longest < 1:
-            raise InputError("a context's longest prompt must be at least 1 token")
 
     @property
     def hint(self) -> Self:
@@ -107,7 +104,7 @@ class Reference(Prompt):
 class Sibling(Prompt):
     """A successful attempt at the same problem in the prompt (SDPO, arXiv 2601.20802; DemoPSD, arXiv 2607.02502)."""
 
-    at_least: float = 1.0
+    at_least: Share = 1.0
     """Score from which an attempt counts as successful."""
     own: bool = False
     """Whether the rollout itself may be its hint; else a lone success has none."""

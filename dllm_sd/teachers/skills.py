@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Natural, Ranged, Size
 from dllm_sd.skills import RETRIEVERS, AnyRetriever, Bank, Extraction, Lexical, Pair, format_pair, retrieve
 from dllm_sd.tasks.datafile import Generated, render
 from dllm_sd.tasks.task import Problem, Task
@@ -23,27 +24,23 @@ mention them:
 
 
 @dataclass(frozen=True)
-class Library:
+class Library(Ranged, key="method.library"):
     """The bank of skills that a run draws on (SGSD, arXiv 2605.28791)."""
 
     path: str | None = None
     """A bank's JSON file. None makes one first, from `memories` attempts of the model itself at training problems."""
     retriever: AnyRetriever = field(default_factory=Lexical, metadata={"parts": RETRIEVERS})
-    count: int = 8
+    count: Size = 8
     """Pairs of a skill and a mistake that are found for each problem; there must be a context for each."""
     problem: str | None = None
     """How a problem reads where the bank is asked for it and where it is extracted from, a template over the problem's
     fields such as `{problem}` (SGSD); None takes the whole prompt."""
-    memories: int = 256
-    every: int = 25
+    memories: Size = 256
+    every: Natural = 25
     """Updates between two updates of the bank, from the rollouts of the last one; 0 leaves it as it is."""
     writing: Writing = field(default_factory=Writing)
     """Who extracts and merges."""
     extraction: Extraction = field(default_factory=Extraction)
-
-    def __post_init__(self) -> None:
-        if min(self.count, self.memories) < 1 or self.every < 0:
-            raise InputError("method.library needs count and memories of 1 or more, and every of 0 or more")
 
     @property
     def needs_writer(self) -> bool:
@@ -79,15 +76,13 @@ class Library:
 class Skills(Prompt):
     """The pair of one rank among those that the run's bank holds for the problem: one teacher of a pool."""
 
-    rank: int = 0
+    rank: Natural = 0
     """Which pair, 0 the best."""
     template: str = SKILLS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template)
-        if self.rank < 0:
-            raise InputError("a skills context's rank counts from 0")
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None where the bank holds fewer pairs; the pair's weight is how far this teacher is believed."""

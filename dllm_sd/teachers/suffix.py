@@ -10,6 +10,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.sites import rank_descending
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
+from dllm_sd.ranges import Natural, Ranged, Share
 from dllm_sd.rollouts import Rollout
 from dllm_sd.teachers.context import Reading, Scene, show
 from dllm_sd.teachers.table import HINTS, AnyHint
@@ -17,7 +18,7 @@ from dllm_sd.trajectory import NEVER
 
 
 @dataclass(frozen=True)
-class Suffix:
+class Suffix(Ranged):
     """Reveal a share of the positions still masked, with the rollout's final tokens (arXiv 2606.18195, Eq. 8).
 
     Graded sites are never revealed. The paper draws from all masked positions, the released code from later blocks.
@@ -25,7 +26,7 @@ class Suffix:
 
     scope: Literal["later_blocks", "all_masked", "active_block"] = "later_blocks"
     """Where to reveal: blocks after the active one, everything masked, or the rest of the active block."""
-    ratio: float = 0.25
+    ratio: Share = 0.25
     """Share of the positions in scope; ``floor(ratio * count)`` are revealed."""
     end_padding: bool = True
     """Whether the padding behind the end token may be revealed too."""
@@ -42,8 +43,7 @@ class Suffix:
     reveals: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise InputError("the suffix context's ratio must be between 0 and 1")
+        super().__post_init__()
         if self.stop_at_end and self.scope != "later_blocks":
             raise InputError("stop_at_end is a rule of scope later_blocks; set it to false for other scopes")
 
@@ -109,10 +109,10 @@ class Suffix:
 
 
 @dataclass(frozen=True)
-class LaterStep:
+class LaterStep(Ranged):
     """The canvas of a later step of the same trajectory, graded sites masked again (after arXiv 2607.04428)."""
 
-    ahead: int | None = 8
+    ahead: Natural | None = 8
     """How many decoding steps later; None looks at the finished completion."""
     prompt: AnyHint | None = field(default=None, metadata={"parts": HINTS})
     """A hint in the teacher's prompt."""
@@ -121,10 +121,6 @@ class LaterStep:
     needs_answer_span: ClassVar[bool] = False
     shows_later_blocks: ClassVar[bool] = False
     """It shows the active block too."""
-
-    def __post_init__(self) -> None:
-        if self.ahead is not None and self.ahead < 0:
-            raise InputError("the later_step context's ahead must be 0 or more, or null for the end")
 
     @property
     def hint(self) -> AnyHint | None:

@@ -1,10 +1,9 @@
 """What a writer is asked for, how it is to draw its words, and what comes back."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dllm_sd.errors import InputError
+from dllm_sd.ranges import PositiveShare, Ranged, Size, Temperature
 
 
 @dataclass(frozen=True)
@@ -18,25 +17,17 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Ranged):
     """How a writer draws its words."""
 
-    length: int = 1024
+    length: Size = 1024
     """Longest text, in tokens."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """0 takes the likeliest token each time."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Probability mass that is drawn from; 1 is all of it."""
     thinking: bool | None = None
     """The thinking switch of chat templates that have one; None leaves it to the writer."""
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise InputError("a writer's length is the longest text in tokens; give at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError("a writer's temperature must be a finite number; give at least 0")
-        if not 0 < self.top_p <= 1:
-            raise InputError("a writer's top_p is a share of the probability; give a number above 0, at most 1")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from itertools import count
 from socket import socket
 from threading import Event, Lock
 from time import monotonic
-from typing import Any, cast
+from typing import Annotated, Any, cast
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler
@@ -28,6 +28,7 @@ from urllib.request import Request as Post
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Natural, Range, Ranged
 from dllm_sd.writers.cache import Cache, ask_once
 from dllm_sd.writers.request import Request, Sampling, Written
 
@@ -43,7 +44,7 @@ DOWN_AFTER = 5
 
 
 @dataclass(frozen=True)
-class Server:
+class Server(Ranged):
     """A server with an OpenAI-compatible interface, such as vLLM, SGLang or a paid one.
 
     Proxies are those of the environment (``https_proxy``, ``no_proxy``).
@@ -55,29 +56,22 @@ class Server:
     """Name of the model, as the server knows it."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the secret; without it no secret is sent."""
-    timeout: float = 120.0
+    timeout: Annotated[float, Range(above=0, most=LONGEST_TRY)] = 120.0
     """Seconds for one try, from the connection to the last byte."""
-    retries: int = 4
+    retries: Natural = 4
     """Further tries for a text after one that failed."""
-    backoff: float = 1.0
+    backoff: Annotated[float, Range(least=0, most=LONGEST_WAIT)] = 1.0
     """Most seconds until the second try; they double from try to try."""
-    concurrency: int = 8
+    concurrency: Annotated[int, Range(least=1, most=1024)] = 8
     """Texts that are asked for at the same time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_url(self.url)
         if not self.model:
             raise InputError("a writer's model is empty; give the name under which the server knows it")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             raise InputError("a writer's key_variable is no name of an environment variable; put the secret into one")
-        if not 0 < self.timeout <= LONGEST_TRY:
-            raise InputError(f"a writer's timeout must be above 0 and at most {LONGEST_TRY:.0f} seconds")
-        if not 0 <= self.backoff <= LONGEST_WAIT:
-            raise InputError(f"a writer's backoff must be from 0 to {LONGEST_WAIT:.0f} seconds")
-        if self.retries < 0:
-            raise InputError("a writer's retries must be at least 0")
-        if self.concurrency < 1:
-            raise InputError("a writer's concurrency must be at least 1")
 
     @property
     def identity(self) -> Mapping[str, Any]:

@@ -41,7 +41,7 @@ def test_teacher_top_chooses_within_the_active_block_and_never_more_than_there_i
 
 
 def test_teacher_top_refuses_a_count_below_one():
-    with pytest.raises(InputError, match="count must be at least 1"):
+    with pytest.raises(InputError, match="count is 0; give a whole number of at least 1, or null"):
         TeacherTop(count=0)
 
 

@@ -302,12 +302,12 @@ def test_text_and_tokens_go_back_and_forth(policy):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"length": 0}, "at least 1"),
+        ({"length": 0}, "decode.length is 0; give a whole number from 1 to"),
         ({"temperature": -1.0}, "temperature"),
-        ({"top_k": -1}, "top_k must be 0"),
-        ({"top_p": 0.0}, "top_p above 0"),
+        ({"top_k": -1}, "decode.top_k is -1; give a whole number of at least 0"),
+        ({"top_p": 0.0}, "decode.top_p is 0; give a number above 0 and at most 1"),
         ({"top_p": 1.1}, "at most 1"),
-        ({"threshold": 1.1}, "threshold is a probability"),
+        ({"threshold": 1.1}, "decode.threshold is 1.1; give a number above 0 and at most 1, or null"),
         ({"threshold": 0.9, "order": "margin"}, "order to confidence"),
         ({"threshold": 0.9, "steps": 18}, "steps to null"),
     ],

@@ -134,17 +134,17 @@ def test_a_projector_has_at_least_float32(given: torch.dtype):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"rank": 0}, "rank is 0; give at least 1"),
+        ({"rank": 0}, "rank is 0; give a whole number of at least 1"),
         ({"rank": 2, "energy": 0.5}, "set one of them to null"),
-        ({"energy": 0.0}, "energy is 0.0; give a share above 0"),
+        ({"energy": 0.0}, "energy is 0; give a number above 0"),
         ({"energy": 1.5}, "at most 1"),
-        ({"energy": float("nan")}, "give a share"),
+        ({"energy": float("nan")}, "give a number above 0"),
         ({"layers": ()}, "layers is"),
-        ({"layers": (0, -1)}, "counted from 0"),
+        ({"layers": (0, -1)}, "layers.1 is -1"),
         ({"layers": (1, 1)}, "a layer twice"),
         ({"project": "queries"}, "choose both, keys or values"),
-        ({"calibration": 0}, "at least 1"),
-        ({"longest": 0}, "at least 1"),
+        ({"calibration": 0}, "from 1 to"),
+        ({"longest": 0}, "from 1 to"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(wrong: dict[str, Any], said: str):

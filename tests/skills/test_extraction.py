@@ -321,12 +321,12 @@ def test_prompts_can_be_replaced_and_are_checked():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"group": 1}, "extraction.group is 1; give at least 2"),
-        ({"patience": 0}, "extraction.patience is 0; give at least 1"),
-        ({"most": 0}, "extraction.most is 0; give at least 1"),
-        ({"growth": -1}, "extraction.growth is -1; give at least 0"),
-        ({"failure_length": 39}, "extraction.failure_length is 39; give at least 40"),
-        ({"threshold": 1.5}, "extraction.threshold is 1.5; give a share from 0 to 1"),
+        ({"group": 1}, "extraction.group is 1; give a whole number of at least 2"),
+        ({"patience": 0}, "extraction.patience is 0; give a whole number of at least 1"),
+        ({"most": 0}, "extraction.most is 0; give a whole number of at least 1"),
+        ({"growth": -1}, "extraction.growth is -1; give a whole number of at least 0"),
+        ({"failure_length": 39}, "extraction.failure_length is 39; give a whole number of at least 40"),
+        ({"threshold": 1.5}, "extraction.threshold is 1.5; give a number from 0 to 1"),
     ],
     ids=count(),
 )

@@ -110,7 +110,7 @@ def test_the_prompt_asks_for_a_box():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size_dev": -1}, r"task\.size_dev must not be negative"),
+        ({"size_dev": -1}, r"task\.size_dev is -1; give"),
         ({"prompt": "{text}"}, r"task\.prompt asks for \{text\}"),
         ({"answer": r"\boxed{answer}}"}, r"task\.answer is not a template"),
     ],

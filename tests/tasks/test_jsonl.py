@@ -94,7 +94,7 @@ def test_wrong_fields_and_missing_splits_are_refused(tmp_path: Path):
         InputError, match=r"task\.grader is 'loose'; choose exact, number, expression, math, choice or rubric"
     ):
         Jsonl(grader="loose")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InputError, match=r"task\.size_dev must not be negative"):
+    with pytest.raises(InputError, match=r"task\.size_dev is -1; give"):
         Jsonl(size_dev=-1)
     with pytest.raises(InputError, match=r"set task\.data to a file"):
         Jsonl().problems("train")

@@ -132,7 +132,7 @@ def test_the_marked_answer_is_found(text: str, found: str | None) -> None:
     [
         ({"mode": "loose"}, r"task\.mode is 'loose'; choose default or compatible"),
         ({"equality": "loose"}, r"task\.equality is 'loose'; choose text or symbolic"),
-        ({"size_dev": -1}, r"task\.size_dev must not be negative"),
+        ({"size_dev": -1}, r"task\.size_dev is -1; give"),
         ({"prompt": "{question}"}, r"task\.prompt asks for \{question\}"),
     ],
 )

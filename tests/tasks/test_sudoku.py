@@ -214,7 +214,7 @@ def test_steps_are_worked_out_only_for_a_template_that_asks_for_them(monkeypatch
         ({"empties_min": 9, "empties_max": 8}, r"task\.empties_min \(9\)"),
         ({"empties_min": 0}, r"task\.empties_min"),
         ({"empties_max": 13}, r"task\.empties_max \(13\)"),
-        ({"size_dev": -1}, r"task\.size_dev must not be negative"),
+        ({"size_dev": -1}, r"task\.size_dev is -1; give"),
         ({"prompt": "{solution}"}, r"task\.prompt asks for \{solution\}"),
         ({"prompt": "{puzzle}{steps}"}, r"task\.prompt asks for \{steps\}; .*of which there are: \{puzzle\}\.$"),
         ({"answer": "{step}"}, r"task\.answer asks for \{step\}; .*there are: \{puzzle\}, \{solution\}, \{steps\}\.$"),

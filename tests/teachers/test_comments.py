@@ -155,7 +155,7 @@ def test_too_much_dropped_feedback_stops_the_run():
         ({"prompt": "{question}"}, "the context's prompt has no {response}; say where it stands"),
         ({"prompt": "{response}{answer}"}, "the context's prompt asks for {answer}"),
         ({"prompt": "{response"}, "the context's prompt is not a template"),
-        ({"longest": 0}, "longest prompt must be at least 1"),
+        ({"longest": 0}, ".longest is 0; give a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_one_sentence(options: dict[str, Any], says: str):

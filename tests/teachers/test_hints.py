@@ -186,7 +186,7 @@ def test_a_template_may_leave_out_the_question(group):
 
 @pytest.mark.parametrize("build", [Reference, Sibling, NoQuestion])
 def test_a_longest_prompt_of_nothing_is_refused(build):
-    with pytest.raises(InputError, match="longest prompt must be at least 1"):
+    with pytest.raises(InputError, match="longest is 0; give a whole number of at least 1"):
         build(longest=0)
 
 

@@ -170,17 +170,17 @@ def test_of_problems_that_are_made_one_is_looked_at():
     "options", [{"count": 0}, {"memories": 0}, {"every": -1}], ids=lambda options: next(iter(options))
 )
 def test_a_library_without_a_sane_size_is_refused(options: dict[str, int]):
-    with pytest.raises(InputError, match=r"^method\.library needs count and memories of 1 or more, and every of 0"):
+    with pytest.raises(InputError, match=r"^method\.library\.\w+ is -?[01]; give a whole number"):
         Library(**options)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rank": -1}, "a skills context's rank counts from 0"),
+        ({"rank": -1}, "Skills.rank is -1; give a whole number of at least 0"),
         ({"template": "{question}"}, "the context's template has no {hint}"),
         ({"template": "{hint}{title}"}, "asks for {title}"),
-        ({"longest": 0}, "longest prompt must be at least 1"),
+        ({"longest": 0}, ".longest is 0; give a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_one_sentence(options: dict[str, object], says: str):

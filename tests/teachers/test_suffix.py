@@ -247,10 +247,10 @@ def test_a_later_step_shows_what_was_committed_until_then(noise, ahead):
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: Suffix(ratio=1.1), "between 0 and 1"),
-        (lambda: Suffix(ratio=-0.1), "between 0 and 1"),
+        (lambda: Suffix(ratio=1.1), "ratio is .*; give a number from 0 to 1"),
+        (lambda: Suffix(ratio=-0.1), "ratio is .*; give a number from 0 to 1"),
         (lambda: Suffix(scope="all_masked", stop_at_end=True), "later_blocks"),
-        (lambda: LaterStep(ahead=-1), "0 or more"),
+        (lambda: LaterStep(ahead=-1), "ahead is -1; give a whole number of at least 0, or null"),
     ],
 )
 def test_impossible_contexts_are_refused(build, says):

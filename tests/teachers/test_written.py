@@ -282,15 +282,15 @@ def test_a_rollout_without_the_reference_that_is_wanted_is_left_out():
     [
         (lambda: Rubric(), "set source to written and writing, or neither"),
         (lambda: Rubric(source="data", writing=Writing()), "set source to written and writing, or neither"),
-        (lambda: unwritten("generic", longest=0), "longest prompt must be at least 1"),
+        (lambda: unwritten("generic", longest=0), ".longest is 0; give a whole number of at least 1"),
         (lambda: Rubric(source="data", template="{question}"), "the context's template has no {hint}"),
         (lambda: Rubric(source="data", template="{hint}{reference}"), "asks for {reference}"),
         (lambda: Rubric(source="data", template="{hint}{answer}", reference=True), "asks for {answer}"),
         (lambda: Critique(writing=None), "a critique context needs somebody who writes it; set its writing"),
         (lambda: Critique(template="{question}"), "the context's template has no {hint}"),
         (lambda: Critique(template="{hint}{truth}"), "asks for {truth}"),
-        (lambda: Writing(tolerance=-0.1), "writing.tolerance is a share; give a number from 0 to 1"),
-        (lambda: Writing(tolerance=1.1), "writing.tolerance is a share; give a number from 0 to 1"),
+        (lambda: Writing(tolerance=-0.1), "Writing.tolerance is"),
+        (lambda: Writing(tolerance=1.1), "Writing.tolerance is"),
         (lambda: Writing(writer=Server()), "url"),
     ],
 )

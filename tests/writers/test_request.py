@@ -31,13 +31,13 @@ from dllm_sd.writers import Sampling, Server
         ({"model": ""}, "a writer's model is empty; give the name"),
         ({"key_variable": "sk-pass-w0rd"}, "key_variable is no name of an environment variable"),
         ({"key_variable": ""}, "key_variable is no name of an environment variable"),
-        ({"timeout": 0.0}, "a writer's timeout must be above 0 and at most 86400 seconds"),
-        ({"timeout": float("nan")}, "a writer's timeout"),
-        ({"timeout": float("inf")}, "a writer's timeout"),
-        ({"backoff": -1.0}, "a writer's backoff must be from 0 to 60 seconds"),
-        ({"backoff": float("inf")}, "a writer's backoff"),
-        ({"retries": -1}, "a writer's retries must be at least 0"),
-        ({"concurrency": 0}, "a writer's concurrency must be at least 1"),
+        ({"timeout": 0.0}, "Server.timeout is 0; give a number above 0 and at most 86400"),
+        ({"timeout": float("nan")}, "Server.timeout is"),
+        ({"timeout": float("inf")}, "Server.timeout is"),
+        ({"backoff": -1.0}, "Server.backoff is -1; give a number from 0 to 60"),
+        ({"backoff": float("inf")}, "Server.backoff is"),
+        ({"retries": -1}, "Server.retries is -1; give a whole number of at least 0"),
+        ({"concurrency": 0}, "Server.concurrency is 0; give a whole number from 1 to"),
     ],
 )
 def test_a_server_without_a_meaning_is_refused_in_a_sentence(options: dict[str, Any], message: str):
@@ -57,13 +57,13 @@ def test_base_urls_are_taken(url: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 0}, "a writer's length is the longest text in tokens; give at least 1"),
-        ({"temperature": -0.1}, "a writer's temperature"),
-        ({"temperature": float("nan")}, "a writer's temperature"),
-        ({"temperature": float("inf")}, "a writer's temperature"),
-        ({"top_p": 0.0}, "a writer's top_p"),
-        ({"top_p": 1.1}, "a writer's top_p"),
-        ({"top_p": float("nan")}, "a writer's top_p"),
+        ({"length": 0}, "Sampling.length is 0; give a whole number from 1 to"),
+        ({"temperature": -0.1}, "Sampling.temperature is"),
+        ({"temperature": float("nan")}, "Sampling.temperature is"),
+        ({"temperature": float("inf")}, "Sampling.temperature is"),
+        ({"top_p": 0.0}, "Sampling.top_p is"),
+        ({"top_p": 1.1}, "Sampling.top_p is"),
+        ({"top_p": float("nan")}, "Sampling.top_p is"),
     ],
 )
 def test_a_sampling_without_a_meaning_is_refused_in_a_sentence(options: dict[str, Any], message: str):

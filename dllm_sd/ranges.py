@@ -1,0 +1,137 @@
+"""Which numbers a field may hold: declared in its type, checked wherever an object is built.
+
+``cap: Annotated[float, Range(above=0)] = 2.0``, or one of the names below. A number without a range is still finite and
+at most 2^53 in size.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from dllm_sd.errors import InputError, shown
+
+LIMIT = 2**53
+"""No number is larger, in either direction: up to here floats of 64 bits hold every whole number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers from `least` to `most` that are also larger than `above` and smaller than `below`."""
+
+    least: float = -LIMIT
+    most: float = LIMIT
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is one of them."""
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def words(self, value: float) -> str:
+        """What follows "a number" where ``value`` was refused; the limit of all numbers is named if it was reached."""
+        low = f"above {_plain(self.above)}" if self.above >= self.least else ""
+        if not low and (self.least > -LIMIT or value < -LIMIT):
+            low = f"of at least {_plain(self.least)}"
+        high = f"below {_plain(self.below)}" if self.below <= self.most else ""
+        if not high and (self.most < LIMIT or value > LIMIT):
+            high = f"at most {_plain(self.most)}"
+        if low.startswith("of") and high.startswith("at most"):
+            return f"from {_plain(self.least)} to {_plain(self.most)}"
+        if not low and high.startswith("at most"):
+            return f"of {high}"
+        return " and ".join(word for word in (low, high) if word) or "that is finite"
+
+
+Natural = Annotated[int, Range(least=0)]
+"""A count that may be 0."""
+Count = Annotated[int, Range(least=1)]
+"""A count of at least 1 that costs nothing by itself, such as an interval."""
+Size = Annotated[int, Range(least=1, most=2**20)]
+"""A count that time and memory grow with: of positions, rows, problems, draws."""
+Seed = Annotated[int, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+ShareBelowOne = Annotated[float, Range(least=0, below=1)]
+PositiveShare = Annotated[float, Range(above=0, most=1)]
+Temperature = Annotated[float, Range(least=0, most=1000)]
+"""A temperature of sampling; 0 is greedy."""
+
+
+class Ranged:
+    """A dataclass whose numbers are checked when it is built. A ``__post_init__`` of its own calls this one first.
+
+    ``class Decoding(Ranged, key="decode")`` says where its fields stand in a config, for messages; without a ``key``
+    they have the name of the class.
+    """
+
+    _key: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, key: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if key is not None:
+            cls._key = key
+
+    def __post_init__(self) -> None:
+        hints, key = _hints(type(self)), type(self).__name__ if self._key is None else self._key
+        for f in fields(self):  # pyright: ignore[reportArgumentType]
+            check(hints[f.name], getattr(self, f.name), f"{key}.{f.name}".lstrip("."))
+
+
+def check(hint: Any, value: Any, key: str, optional: bool = False) -> None:
+    """Refuse a ``value`` that holds a number outside the range that ``hint`` declares for it.
+
+    Args:
+        hint: type of a field, with its annotations: a number, or an optional one, or a tuple of them. All other types
+            are not looked at.
+        value: what the field shall hold.
+        key: names the field.
+        optional: whether the field may hold None as well, which a refusal then mentions.
+
+    Raises:
+        InputError: naming the key, or that of a tuple's entry, such as ``optim.betas.1``.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated and arguments[0] in (int, float):
+        declared = next((one for one in arguments[1:] if isinstance(one, Range)), Range())
+        _check_number(arguments[0], declared, value, key, optional)
+    elif origin is Annotated:
+        check(arguments[0], value, key, optional)
+    elif hint in (int, float):
+        _check_number(hint, Range(), value, key, optional)
+    elif origin in (Union, UnionType):
+        options = [option for option in arguments if option is not NoneType]
+        for option in options if value is not None and (len(options) == 1 or isinstance(value, Real)) else ():
+            check(option, value, key, NoneType in arguments)
+    elif origin is tuple and isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            check(arguments[0 if arguments[-1] is ... else i], item, f"{key}.{i}")
+
+
+def _check_number(number: type, declared: Range, value: Any, key: str, optional: bool) -> None:
+    noun, kind = ("a whole number", Integral) if number is int else ("a number", Real)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise InputError(f"{key} must be {noun}{' or null' if optional else ''}, not {shown(value)}")
+    if not declared.holds(value):
+        words, written = declared.words(_float(value)), _plain(value)
+        raise InputError(f"{key} is {written}; give {noun} {words}{', or null' if optional else ''}")
+
+
+def _plain(value: Any) -> str:
+    return shown(value).removesuffix(".0")
+
+
+def _float(value: Any) -> float:
+    """``value`` as a float; an infinity for whole numbers that are too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, 1 if value > 0 else -1)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
