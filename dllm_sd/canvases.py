@@ -229,10 +229,14 @@ def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], p
     """
     base = torch.tensor([make_key(key, "subset", part) for key in keys], dtype=torch.int64)
     lot = uniform(fold(base[rows], steps), 1)[:, 0]
-    same = rows[:, None] == rows
-    ahead = (lot[:, None] > lot) | ((lot[:, None] == lot) & (steps[:, None] > steps))
-    rank, count = (same & ahead).sum(1), same.sum(1)
-    return torch.where(rank < subset, count / count.clamp(max=subset), 0).double()
+    order = steps.argsort(stable=True)  # by rollout, then lot, then step: the last key is sorted by first
+    for key in (lot, rows):
+        order = order[key[order].argsort(stable=True)]
+    count = rows.bincount()
+    first = count.cumsum(0) - count
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))) - first[rows]
+    size = count[rows]
+    return torch.where(rank < subset, size / size.clamp(max=subset), 0).double()
 
 
 def whole_sequence(trajectory: Trajectory) -> Canvases:

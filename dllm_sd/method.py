@@ -69,6 +69,11 @@ class Method(Ranged, key="method"):
         for check in (*checks, _check_group, _check_cap):
             check(self)
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What target and trust log about themselves, by name."""
+        return (*self.target.measured, *self.trust.measured)
+
     def weights(self) -> tuple[Weights, ...]:
         """One set of teacher weights for each context."""
         return self.teacher * len(self.contexts) if len(self.teacher) == 1 else self.teacher

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 from dllm_sd.canvases import Canvases, drawn_share
@@ -95,14 +94,14 @@ class Graded:
     """Scalar with gradient."""
     value: Tensor
     """``[m]``: divergence before clip and trust, summed over targets."""
-    clip_share: Tensor
-    """``[m]``."""
+    clipped: Tensor
+    """``[m]``: the same behind the clip."""
     student_entropy: Tensor
     """``[m]``, nats, full vocabulary."""
     teacher_entropy: Tensor
     """``[m]`` of the first context's teacher; NaN without one."""
     measures: dict[str, Tensor]
-    """``[m]`` each: what the target says of itself."""
+    """``[m]`` each: what target and trust say of themselves."""
     advantage: Tensor
     """``[m]``: log-probability of the drawn token under the first teacher less the student's; NaN without a teacher."""
     agreement: Tensor
@@ -209,7 +208,7 @@ def grade(method: Method, plan: Plan, student: Student, teachers: Sequence[Teach
         spoken = [one.select(sites[plan.candidates]) for one in spoken]
     equation = _Equation(method, plan, sites, spoken)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
-    measures = {name: columns.pop(name) for name in method.target.measured}
+    measures = {name: columns.pop(name) for name in method.measured}
     return Graded(loss, sites=sites, measures=measures, **columns)
 
 
@@ -240,18 +239,21 @@ class _Equation:
         student_logp, teacher_logp = self._logp(logits, rows)
         student_u, teacher_u = method.support(student_logp, teacher_logp)
         target = method.target(teacher_u)
-        divergence = measure(method.divergence, student_u, target, token)
-        trust = self._trust(student_logp.detach(), student_u.detach(), target, rows).to(divergence.value.dtype)
-        coefficient = self.coefficient[rows].to(divergence.value.dtype)
-        term = einsum(divergence.value, trust, coefficient, "t i, t i, i -> i")
+        value, unclipped = measure(method.divergence, student_u, target, token)
         with torch.no_grad():
-            return {
-                "term": term,
-                "value": divergence.unclipped.sum(0),
-                "clip_share": divergence.clip_share.mean(0),
+            drawn = Drawn(token, -token_nll(student_logp, token), self.old_logp[rows], self.canvas[rows])
+            given = student_u.detach(), target, drawn, self.weight[rows]
+            trust = self._trust(given, rows)[: len(value)]  # policies that are no targets come last and have no value
+            assert trust.shape == value.shape, f"trust {[*trust.shape]} for values {[*value.shape]}"
+            factor = trust.to(value.dtype) * self.coefficient[rows].to(value.dtype)
+            columns = {
+                "value": unclipped.sum(0),
+                "clipped": value.sum(0),
                 **_described(student_logp, teacher_logp, token),
                 **method.target.measures(teacher_u),
+                **method.trust.measures(*given),
             }
+        return {"term": (value * factor).sum(0), **columns}
 
     def _logp(self, logits: Callable[[], Tensor], rows: slice) -> tuple[Tensor, Tensor]:
         """Student ``[i v]`` and teachers ``[c i v]``."""
@@ -267,14 +269,9 @@ class _Equation:
         student_u, teacher_u = self.method.support(*self._logp(lambda: student.at(rows), rows))
         return trust.evidence(student_u, self.method.target(teacher_u), self.token[rows])
 
-    def _trust(self, student_logp: Tensor, student_u: Tensor, target: Tensor, rows: slice) -> Tensor:
-        """``[t i]``."""
-        if self.pooled is not None:
-            trust = self.pooled[:, rows]
-        else:
-            token = self.token[rows]
-            drawn = Drawn(token, -token_nll(student_logp, token), self.old_logp[rows], self.canvas[rows])
-            trust = self.method.trust(student_u, target, drawn, self.weight[rows])
+    def _trust(self, given: tuple[Tensor, Tensor, Drawn, Tensor], rows: slice) -> Tensor:
+        """``[t i]`` from the arguments of a trust."""
+        trust = self.method.trust(*given) if self.pooled is None else self.pooled[:, rows]
         if self.method.target.keeps_contexts:
             trust = trust * self.belief[:, rows].to(trust.dtype)
         return trust

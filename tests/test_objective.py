@@ -166,9 +166,6 @@ class Hellinger:
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         return ((student_logp / 2).exp() - (target_logp / 2).exp()).square() / 2
 
-    def clip_share(self, entries: Tensor) -> Tensor:
-        return torch.zeros_like(entries.sum(-1))
-
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         return self.entries(student_logp, target_logp, token).sum(-1)
 
@@ -414,7 +411,7 @@ def test_what_is_logged_describes_the_sites(pair):
     assert len(described.value) == plan.num_sites == int(described.sites.sum())
     torch.testing.assert_close(described.term.sum(), described.loss.detach())
     torch.testing.assert_close(described.value.mean(), described.loss.detach())
-    assert not described.clip_share.any()
+    assert torch.equal(described.clipped, described.value)
     assert ((described.agreement == 0) | (described.agreement == 1)).all()
     assert described.teacher_entropy.isfinite().all()
     likelihood = METHODS["rft_trajectory"].method

@@ -1,9 +1,10 @@
 """Divergences: how far the student is from its target at every graded site.
 
 A divergence is called as ``divergence(student_logp [m u], target_logp [t m u], token [m]) -> [t m]``.
-It returns one value per target and site; the only sum inside is the one over the support ``u``. For the log, every
-divergence also has ``entries(student_logp, target_logp, token) -> [t m u]`` (the summands before any clip) and
-``clip_share(entries) -> [t m]``; it may have ``measure``, which gives value and log in one evaluation.
+It returns one value per target and site (``token_nll`` and ``policy_gradient`` one per site: ``[1 m]``); the only sum
+inside is the one over the support ``u``. For the log, every divergence also has
+``entries(student_logp, target_logp, token) -> [t m u]``, the summands before any clip; it may have ``measure``, which
+gives the values with and without the clip in one evaluation.
 
 Clips (field ``clip``, threshold ``clip_at``):
 
@@ -76,7 +77,11 @@ def clipped_sum(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
 
 
 def clip_share(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
-    """What the clip cuts, ``[... u] -> [...]``: the share of entries above it, or 0 or 1 for the whole token."""
+    """How many entries the clip cuts, ``[... u] -> [...]``: the share above it, or 0 or 1 for the whole token.
+
+    The released code of d-OPSD logs this. It says little where the vocabulary is large: a clip that takes half of the
+    divergence may touch two entries in a hundred thousand. A run logs the share of the divergence instead.
+    """
     if clip == "entry":
         return (entries > clip_at).to(entries.dtype).mean(-1)
     if clip == "token":
@@ -107,10 +112,6 @@ class _Clipped(Ranged, ABC, key="method.divergence"):
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""
 
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[t m u] -> [t m]``."""
-        return clip_share(entries, self.clip, self.clip_at)
-
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m]``, with gradient to the student."""
         return self.measure(student_logp, target_logp, token).value
@@ -118,10 +119,8 @@ class _Clipped(Ranged, ABC, key="method.divergence"):
     def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
         """``[m u], [t m u], [m] -> [t m]`` each."""
         clip_at = self.clip_at if self.clip == "entry" else None
-        value, total, share = summed(student_logp, target_logp, self._beta, clip_at)
-        if self.clip == "token":
-            return Measured(value.clamp(max=self.clip_at), total, (total > self.clip_at).to(total.dtype))
-        return Measured(value, total, share)
+        value, total = summed(student_logp, target_logp, self._beta, clip_at)
+        return Measured(value.clamp(max=self.clip_at) if self.clip == "token" else value, total)
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,6 @@ class TokenNLL:
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m v], any, [m] -> [1 m 1]``."""
         return rearrange(token_nll(student_logp, token), "m -> 1 m 1")
-
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[1 m 1] -> [1 m]``: zeros, nothing is clipped."""
-        return torch.zeros_like(entries.sum(-1))
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m v], any, [m] -> [1 m]``."""

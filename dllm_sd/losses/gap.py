@@ -84,10 +84,6 @@ class GatedGap(Ranged, key="method.divergence"):
         """``[m v], [t m v], [m] -> [t m 1]``: a site has one summand."""
         return self(student_logp, target_logp, token)[..., None]
 
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[t m 1] -> [t m]``: zeros, nothing is clipped."""
-        return torch.zeros_like(entries[..., 0])
-
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m v], [t m v], [m] -> [t m]``."""
         if self.local is None:

@@ -1,4 +1,4 @@
-"""What the objective asks of a divergence: its value, and what is logged about it, in one evaluation.
+"""What the objective asks of a divergence: its value, and the same before the clip, in one evaluation.
 
 Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -10,14 +10,12 @@ from torch import Tensor
 
 
 class Measured(NamedTuple):
-    """A divergence and what is logged about it."""
+    """A divergence with and without its clip."""
 
     value: Tensor
     """``[t m]``, with the part's clip applied, with gradient."""
     unclipped: Tensor
-    """``[t m]``, detached."""
-    clip_share: Tensor
-    """``[t m]``, detached: the share of each site's summands (or of its one sum) that the clip cuts."""
+    """``[t m]``, before any clip, detached."""
 
 
 class Divergence(Protocol):
@@ -31,14 +29,10 @@ class Divergence(Protocol):
         """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""
         ...
 
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[t m u] -> [t m]``: the share of each site's summands (or of its one sum) that the clip cuts."""
-        ...
-
 
 @runtime_checkable
 class SelfMeasuring(Divergence, Protocol):
-    """A divergence that computes its value and what is logged about it in one go."""
+    """A divergence that computes its values with and without the clip in one go."""
 
     def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
         """``[m u], [t m u], [m] -> [t m]`` each."""
@@ -51,5 +45,4 @@ def measure(divergence: Divergence, student_logp: Tensor, target_logp: Tensor, t
         return divergence.measure(student_logp, target_logp, token)
     value = divergence(student_logp, target_logp, token)
     with torch.no_grad():
-        entries = divergence.entries(student_logp, target_logp, token)
-        return Measured(value, entries.sum(-1), divergence.clip_share(entries))
+        return Measured(value, divergence.entries(student_logp, target_logp, token).sum(-1))

@@ -89,15 +89,11 @@ class PolicyGradient(Ranged, key="method.divergence"):
         return log_ratio_advantage(rollout, teacher, self.weight)
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [1 m u]`` (``[1 m 1]`` for ``sampled``): the summands before any clip."""
+        """``[m u], [t m u], [m] -> [1 m u]`` (``[1 m 1]`` for ``sampled``): the summands with unclipped ratios."""
         return self._summands(student_logp, target_logp, token, clipped=False)
 
-    def clip_share(self, entries: Tensor) -> Tensor:
-        """``[1 m u] -> [1 m]``: zeros. What is clipped depends on the ratios, which ``entries`` do not show."""
-        return torch.zeros_like(entries.sum(-1))
-
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [1 m]``."""
+        """``[m u], [t m u], [m] -> [1 m]``: one value, the rollouts' policy being no target."""
         return self._summands(student_logp, target_logp, token, clipped=True).sum(-1)
 
     def _summands(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, clipped: bool) -> Tensor:

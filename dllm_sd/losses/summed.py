@@ -17,8 +17,7 @@ from dllm_sd.losses.supports import LOG_ZERO, floor_logp
 def summed(student_logp: Tensor, target_logp: Tensor, beta: float, clip_at: float | None) -> tuple[Tensor, ...]:
     """The generalised Jensen-Shannon divergence (0: forward KL, 1: reverse KL), summands clipped at ``clip_at``.
 
-    ``[m u], [t m u] -> [t m]``: the sum, with gradient to the student; the sum before the clip; the share of summands
-    that the clip cuts.
+    ``[m u], [t m u] -> [t m]``: the sum, with gradient to the student, and the sum before the clip.
     """
     found: Any = _Summed.apply(student_logp, target_logp, beta, clip_at)
     return found
@@ -28,21 +27,19 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student_logp: Tensor, target_logp: Tensor, beta: float, clip_at: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         entries, slope = _entries(floor_logp(student_logp), floor_logp(target_logp), beta)
         if beta == 0:  # elsewhere the slope is 0 where the student's probability is
             slope.masked_fill_(student_logp < LOG_ZERO, 0)
         total = entries.sum(-1)
-        value, share = total, torch.zeros_like(total)
-        if clip_at is not None:
-            cut = entries > clip_at
-            slope.masked_fill_(cut, 0)
-            value, share = entries.clamp_(max=clip_at).sum(-1), cut.to(entries.dtype).mean(-1)
+        if clip_at is None:
+            value, total = total, total.clone()
         else:
-            total = total.clone()
+            slope.masked_fill_(entries > clip_at, 0)
+            value = entries.clamp_(max=clip_at).sum(-1)
         ctx.slope, ctx.type = slope if ctx.needs_input_grad[0] else None, student_logp.dtype
-        ctx.mark_non_differentiable(total, share)
-        return value, total, share
+        ctx.mark_non_differentiable(total)
+        return value, total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,8 @@ A trust has two methods. ``rollout_weight(reward [b], group [b]) -> [b]`` weighs
 of the problem, and all rollouts of a problem must be in the same call. The weight is handed down to the rollout's
 sites as ``weight [m]``, and ``trust(student_logp [m u], target_logp [t m u], drawn, weight [m]) -> [t m]`` turns
 it into the factor of each divergence value; ``drawn`` is the token that stands at each site in the rollout, with its
-log-probabilities now and when it was drawn. Factors are constants: no gradient flows through them.
+log-probabilities now and when it was drawn. Factors are constants: no gradient flows through them. For the log,
+``trust.measures(...) -> {name: [m]}`` says of the same arguments how often a clip or cap acts.
 
 Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from dllm_sd.errors import InputError
@@ -54,6 +55,11 @@ class Trust(Protocol):
         """Whether a rollout of weight 0 still adds to the loss, so that its canvases must be read."""
         ...
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of `measures`."""
+        ...
+
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``."""
         ...
@@ -62,8 +68,22 @@ class Trust(Protocol):
         """``[m u], [t m u], drawn [m], [m] -> [t m]``, detached."""
         ...
 
+    def measures(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> dict[str, Tensor]:
+        """``[m u], [t m u], drawn [m], [m] -> {name: [m]}``: what is logged about each site."""
+        ...
 
-class Pooling(ABC):
+
+class Unmeasured:
+    """A trust that neither clips nor caps, so that there is nothing to log."""
+
+    measured: ClassVar[tuple[str, ...]] = ()
+
+    def measures(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+class Pooling(Unmeasured, ABC):
     """A trust whose factors depend on all sites of a canvas, in two steps, so that these need not be here at once."""
 
     @abstractmethod
@@ -79,15 +99,21 @@ def group_advantage(reward: Tensor, group: Tensor, normalise: bool, epsilon: flo
     """Reward minus the mean of its group, ``[b], [b] -> [b]``; a rollout alone in its group gets 0.
 
     ``normalise`` divides by (unbiased standard deviation of the group + ``epsilon``). Computed in float64 and
-    returned in the dtype of ``reward`` (float32 where that is an integer), so equal rewards give 0 up to 1e-12.
+    returned in the dtype of ``reward`` (float32 where that is an integer), from the group's lowest reward on, so that
+    equal rewards give exactly 0.
     Source: GRPO (arXiv 2402.03300), section 4.1; without ``normalise`` Dr. GRPO and d1's released code.
     """
-    same = (rearrange(group, "b -> b 1") == rearrange(group, "b -> 1 b")).double()
-    size = same.sum(-1)
-    mean = einsum(same, reward.double(), "b other, other -> b") / size
-    centred = reward.double() - mean
+    index, size = group.unique(return_inverse=True, return_counts=True)[1:]
+
+    def total(x: Tensor) -> Tensor:
+        """The sum over each rollout's group, ``[b] -> [b]``."""
+        return x.new_zeros(len(size)).index_add(0, index, x)[index]
+
+    lowest = reward.double().new_zeros(len(size)).scatter_reduce(0, index, reward.double(), "amin", include_self=False)
+    above, size = reward.double() - lowest[index], size[index]
+    centred = above - total(above) / size
     if normalise:
-        variance = einsum(same, centred.square(), "b other, other -> b") / (size - 1).clamp(min=1)
+        variance = total(centred.square()) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + epsilon)
     return centred.to(at_least_float32(reward).dtype)
 
@@ -100,8 +126,15 @@ def surrogate_factor(logp: Tensor, old_logp: Tensor, advantage: Tensor, ratio_cl
     ``-logp`` is the negative of it. Source: PPO (arXiv 1707.06347), equation 7.
     """
     ratio = (logp - old_logp).exp()
-    inside = torch.where(advantage > 0, ratio <= 1 + ratio_clip, ratio >= 1 - ratio_clip)
-    return torch.where(inside, advantage * ratio, 0)
+    return torch.where(outside_clip(ratio, advantage, ratio_clip), 0, advantage * ratio)
+
+
+def outside_clip(ratio: Tensor, advantage: Tensor, ratio_clip: float) -> Tensor:
+    """Whether PPO's clip ends the gradient, bool: the ratio went too far in the advantage's direction, ``[m] -> [m]``.
+
+    An advantage of 0 has no direction.
+    """
+    return torch.where(advantage > 0, ratio > 1 + ratio_clip, ratio < 1 - ratio_clip) & (advantage != 0)
 
 
 def k3_factor(logp: Tensor, reference_logp: Tensor) -> Tensor:
@@ -114,7 +147,7 @@ def k3_factor(logp: Tensor, reference_logp: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Equal:
+class Equal(Unmeasured):
     """Every rollout and every target counts the same: factor 1."""
 
     always_counts: ClassVar[bool] = False
@@ -147,6 +180,7 @@ class ImportanceCap(Ranged, key="method.trust"):
     clamp: Positive = 20.0
     always_counts: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: ones."""
@@ -154,12 +188,20 @@ class ImportanceCap(Ranged, key="method.trust"):
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
         """``[m u], [t m u], drawn [m], [m] -> [t m]``; without targets ``[1 m]``."""
+        factor = (weight.detach() * self._ratio(drawn).clamp(max=self.cap)).to(at_least_float32(student_logp).dtype)
+        return repeat(factor, "m -> t m", t=max(1, len(target_logp)))
+
+    def measures(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> dict[str, Tensor]:
+        """``trust/clipped`` is 1 where the weight is above the cap."""
+        ratio = self._ratio(drawn)
+        return {"trust/clipped": (ratio > self.cap).to(ratio.dtype)}
+
+    def _ratio(self, drawn: Drawn) -> Tensor:
+        """The importance weight before the cap, ``[m]``."""
         if drawn.old_logp.isnan().any():
             raise InputError("these rollouts carry no log-probabilities; set method.trust to equal.")
         log_ratio = floor_logp(drawn.logp.detach()) - floor_logp(drawn.old_logp.detach())
-        ratio = log_ratio.clamp(-self.clamp, self.clamp).exp().clamp(max=self.cap)
-        factor = (weight.detach() * ratio).to(at_least_float32(student_logp).dtype)
-        return repeat(factor, "m -> t m", t=max(1, len(target_logp)))
+        return log_ratio.clamp(-self.clamp, self.clamp).exp()
 
 
 @dataclass(frozen=True)
@@ -186,6 +228,7 @@ class GroupAdvantage(Ranged, key="method.trust"):
     ratio_clip: Positive = 0.5
     kl: NonNegative = 0.0
     needs_old_logp: ClassVar[bool] = False
+    measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
 
     @property
     def always_counts(self) -> bool:
@@ -199,13 +242,23 @@ class GroupAdvantage(Ranged, key="method.trust"):
     def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
         """``[m v], [t m v], drawn [m], [m] -> [1 m]`` with ``t`` of 0, 1 or 2."""
         self._check(len(target_logp))
-        logp = -token_nll(student_logp.detach(), drawn.token)
-        others = [-token_nll(policy.detach(), drawn.token) for policy in target_logp]
-        old = others[-1] if len(others) > (self.kl > 0) else logp
+        logp, old = self._now_and_then(student_logp, target_logp, drawn.token)
         factor = surrogate_factor(logp, old, weight.detach().to(logp.dtype), self.ratio_clip)
         if self.kl > 0:
-            factor = factor + self.kl * k3_factor(logp, others[0])
+            factor = factor + self.kl * k3_factor(logp, -token_nll(target_logp[0].detach(), drawn.token))
         return rearrange(factor, "m -> 1 m")
+
+    def measures(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> dict[str, Tensor]:
+        """``trust/clipped`` is 1 where the clip of the ratio ends the surrogate's gradient."""
+        logp, old = self._now_and_then(student_logp, target_logp, drawn.token)
+        outside = outside_clip((logp - old).exp(), weight, self.ratio_clip)
+        return {"trust/clipped": outside.to(logp.dtype)}
+
+    def _now_and_then(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens under the student and the policy that made the rollouts, ``[m]`` each."""
+        logp = -token_nll(student_logp.detach(), token)
+        old = -token_nll(target_logp[-1].detach(), token) if len(target_logp) > (self.kl > 0) else logp
+        return logp, old
 
     def _check(self, targets: int) -> None:
         if self.kl > 0 and targets == 0:

@@ -15,9 +15,11 @@ def micro_batches(plan: Plan, tokens: int, processes: int = 1) -> list[list[Tens
     """
     order = by_length(plan)
     first, last = (x[order] for x in extents(plan))
+    most = (tokens // (last - first).amax(1).clamp(min=1)).clamp(min=1) * processes  # what can fit from here on
     batches, start = [], 0
     while start < len(order):
-        low, high = first[start:].cummin(0).values, last[start:].cummax(0).values
+        window = slice(start, start + int(most[start]))
+        low, high = first[window].cummin(0).values, last[window].cummax(0).values
         width = (high - low).amax(1)
         each = torch.arange(len(width)) // processes + 1  # canvases of the fullest process
         fits = int((width * each <= tokens).sum())  # both grow

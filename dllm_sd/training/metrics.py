@@ -56,7 +56,6 @@ class MetricsLog:
 
 SITE_MEANS = {
     "divergence": "value",
-    "clip_share": "clip_share",
     "student/entropy": "student_entropy",
     "teacher/entropy": "teacher_entropy",
     "teacher/agreement": "agreement",
@@ -66,20 +65,33 @@ SITE_MEANS = {
 
 
 def site_sums(graded: Sequence[Graded], measured: Sequence[str], device: torch.device) -> Tensor:
-    """Sums to be added over processes, float64: loss, sites, the fields of `SITE_MEANS`, what the target measures."""
-    total = torch.zeros(2 + len(SITE_MEANS) + len(measured), dtype=torch.float64, device=device)
+    """Sums to be added over processes, float64: loss, sites, `Graded.clipped`, the fields of `SITE_MEANS`, measures."""
+    total = torch.zeros(3 + len(SITE_MEANS) + len(measured), dtype=torch.float64, device=device)
     for part in graded:
-        values = [getattr(part, name) for name in SITE_MEANS.values()] + [part.measures[name] for name in measured]
-        fields = [value.double().sum() for value in values]
+        values = [part.clipped, *(getattr(part, name) for name in SITE_MEANS.values())]
+        fields = [value.double().sum() for value in (*values, *(part.measures[name] for name in measured))]
         total += torch.stack([part.loss.detach().double(), part.value.new_tensor(part.value.numel()).double(), *fields])
     return total
 
 
 def site_metrics(sums: Tensor, measured: Sequence[str]) -> dict[str, float]:
     """Metrics from the added sums; a mean that is not defined (no teacher) is left out."""
-    loss, sites, *rest = sums.tolist()
-    means = {name: value / sites for name, value in zip([*SITE_MEANS, *measured], rest, strict=True)}
-    return {"loss": loss, "sites": int(sites), **{name: v for name, v in means.items() if not math.isnan(v)}}
+    loss, sites, clipped, *rest = sums.tolist()
+    found = dict(zip([*SITE_MEANS, *measured], rest, strict=True))
+    shares = {name: total / sites for name, total in found.items()} | {"clip_share": cut(found["divergence"], clipped)}
+    return {"loss": loss, "sites": int(sites), **{name: v for name, v in shares.items() if not math.isnan(v)}}
+
+
+def cut(unclipped: float, clipped: float) -> float:
+    """The share of a divergence that its clip takes, from its sums over all sites before and behind the clip.
+
+    A clip of entries takes positive summands alone: where it makes the sum negative, the share is above 1. The clip of
+    a policy gradient's ratio can raise the surrogate: there the share can be negative. NaN where there is no share.
+    """
+    taken = unclipped - clipped
+    if not taken:
+        return 0.0
+    return taken / unclipped if unclipped else math.nan
 
 
 WRITING = ("written", "cached")

@@ -159,7 +159,7 @@ class Trainer:
             self.state.skipped += 1
         else:
             parts, norm = self._learn(plan, self.rollouts, update, lr)
-            names = self.method.target.measured
+            names = self.method.measured
             sums = self._sum(site_sums([graded for _, graded in parts], names, self.accelerator.device))
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
             regions = region_map(self.policy, self.method.contexts, self.rollouts)

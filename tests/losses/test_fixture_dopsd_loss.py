@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_sd.losses import FullVocabulary, GeneralisedJSD, Plain, TopK, top_k_overlap
+from dllm_sd.losses import FullVocabulary, GeneralisedJSD, Plain, TopK, clip_share, top_k_overlap
 from tests.oracles.fixtures import assert_same_grad, assert_same_loss, golden
 
 pytestmark = pytest.mark.fixture
@@ -28,7 +28,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, settings: dict[st
     support, part = parts(settings)
     student, teacher = support(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)[None])
     target, token = Plain()(teacher), torch.zeros(len(student), dtype=torch.int64)
-    return part(student, target, token)[0], part.clip_share(part.entries(student, target, token))[0]
+    return part(student, target, token)[0], clip_share(part.entries(student, target, token), part.clip, part.clip_at)[0]
 
 
 def at_sites(logits: Tensor, sites: Tensor) -> Tensor:

@@ -39,14 +39,14 @@ def graded(method: Method, plan: Plan, student: Logits, teachers: Sequence[Logit
     trust = method.trust(student_u, target, drawn, plan.rollout_weight[canvas])
     if method.target.keeps_contexts:
         trust = trust * plan.belief[canvas].T
-    term = (divergence * trust).sum(0) * plan.coefficient[canvas]
+    term = sum(value * trust[t] for t, value in enumerate(divergence)) * plan.coefficient[canvas]
     with torch.no_grad():
-        entries = method.divergence.entries(student_u, target, token)
         columns = {
-            "value": entries.sum((0, -1)),
-            "clip_share": method.divergence.clip_share(entries).mean(0),
+            "value": method.divergence.entries(student_u, target, token).sum((0, -1)),
+            "clipped": divergence.sum(0),
             "student_entropy": -torch.xlogy(student_logp.exp(), student_logp.exp()).sum(-1),
             **method.target.measures(teacher_u),
+            **method.trust.measures(student_u, target, drawn, plan.rollout_weight[canvas]),
         }
         if said:
             first = teacher_logp[0]

@@ -101,7 +101,8 @@ def test_tensorboard_gets_the_numbers_the_samples_and_the_picture(tmp_path: Path
 
 def graded(value: list[float], loss: float, **fields: list[float]) -> Graded:
     m = len(value)
-    tensors = {name: torch.tensor(fields.get(name, [0.0] * m)) for name in ("clip_share", "student_entropy")}
+    tensors = {"clipped": torch.tensor(fields.get("clipped", value))}
+    tensors |= {"student_entropy": torch.tensor(fields.get("student_entropy", [0.0] * m))}
     tensors |= {
         name: torch.tensor(fields.get(name, [nan] * m)) for name in ("teacher_entropy", "agreement", "advantage")
     }
@@ -128,7 +129,7 @@ def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
             advantage=[1.0],
             teacher_entropy=[1.0],
             student_entropy=[4.0],
-            clip_share=[1.0],
+            clipped=[4.0],
         ),
     ]
     metrics = site_metrics(site_sums(parts, (), torch.device("cpu")), ())
@@ -136,13 +137,33 @@ def test_losses_add_up_and_the_rest_is_a_mean_over_all_sites():
         "loss": 0.75,
         "sites": 4,
         "divergence": 4.0,
-        "clip_share": 0.25,
+        "clip_share": 6 / 16,
         "student/entropy": 1.0,
         "teacher/entropy": 1.0,
         "teacher/agreement": 0.75,
         "teacher/advantage": -0.5,
     }
     assert isinstance(metrics["sites"], int)
+
+
+@pytest.mark.parametrize(
+    ("unclipped", "clipped", "share"),
+    [
+        ([2.0, 6.0], [1.0, 3.0], 0.5),
+        ([0.5, 0.5], [0.5, 0.5], 0.0),
+        ([0.0], [0.0], 0.0),
+        ([1.0, 1.0], [-0.5, -0.5], 1.5),  # a clip of entries makes the sum negative
+        ([-1.0], [-0.5], 0.5),
+    ],
+)
+def test_the_clips_share_is_that_of_the_sums_and_not_a_mean_over_sites(unclipped, clipped, share):
+    parts = [graded([value], 0.0, clipped=[after]) for value, after in zip(unclipped, clipped, strict=True)]
+    assert site_metrics(site_sums(parts, (), torch.device("cpu")), ())["clip_share"] == pytest.approx(share)
+
+
+def test_there_is_no_share_of_nothing():
+    metrics = site_metrics(site_sums([graded([0.0], 0.0, clipped=[-1.0])], (), torch.device("cpu")), ())
+    assert "clip_share" not in metrics
 
 
 def test_without_a_teacher_nothing_is_said_about_it():
@@ -153,9 +174,10 @@ def test_without_a_teacher_nothing_is_said_about_it():
 
 def test_cutting_an_update_into_parts_does_not_change_its_metrics():
     alpha = "target/alpha"
-    whole = graded([1.0, 2.0, 4.0], 0.75, agreement=[1.0, 0.0, 1.0], **{alpha: [0.5, 0.25, 0.75]})
-    parts = [graded([1.0, 2.0], 0.5, agreement=[1.0, 0.0], **{alpha: [0.5, 0.25]})]
-    parts += [graded([4.0], 0.25, agreement=[1.0], **{alpha: [0.75]})]
+    clipped = [1.0, 1.5, 0.0]
+    whole = graded([1.0, 2.0, 4.0], 0.75, clipped=clipped, agreement=[1.0, 0.0, 1.0], **{alpha: [0.5, 0.25, 0.75]})
+    parts = [graded([1.0, 2.0], 0.5, clipped=clipped[:2], agreement=[1.0, 0.0], **{alpha: [0.5, 0.25]})]
+    parts += [graded([4.0], 0.25, clipped=clipped[2:], agreement=[1.0], **{alpha: [0.75]})]
     device = torch.device("cpu")
     metrics = site_metrics(site_sums(parts, [alpha], device), [alpha])
     assert metrics == site_metrics(site_sums([whole], [alpha], device), [alpha])
