@@ -1,0 +1,96 @@
+"""Attack runs of the program and count how they stand it: `python -m tools.attack_runs KIND ...`.
+
+kills    a command is killed before each file operation and in the middle of each write, then run again
+writes   a file operation fails (disk full, read-only, denied, broken), then the command is run again
+damage   files of a run folder, and values in them, are damaged; then it is continued, evaluated and exported
+races    the same command twice at the same time
+configs  hostile configs, overrides and command lines
+ranks    one of two processes is killed, then both are started again (half a minute each)
+
+Small random models, in forked children of one process: about a second an attack. A row of the table counts ok (as if
+nothing had happened), sentence (refused in one sentence, nothing lost) and FAULT (a traceback, a difference, a hang,
+silence). Faults are printed, and everything is written to `--out`. Exit status 1 if there is a fault.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+
+from tools.attacks import configs, damage, kills, races, ranks, writes
+from tools.attacks.cases import CASES, writer
+from tools.attacks.findings import Finding, keep, report
+
+KINDS = ("kills", "writes", "damage", "races", "configs", "ranks")
+LARGE = ("peers", "tensorboard")
+"""Cases with many operations, of which as many as `MOST` are attacked unless `--points` says otherwise."""
+MOST = 40
+
+
+def attacks(kind: str, names: Sequence[str], points: int | None, folder: Path, url: str) -> Iterator[Finding]:
+    """The findings of a kind, one after the other."""
+    if kind == "configs":
+        yield from configs.attack(folder, points)
+    elif kind == "ranks":
+        yield from ranks.attack(folder, points)
+    elif kind == "damage":
+        for victim in damage.victims(folder, url):
+            if not names or victim.name in names:
+                yield from damage.attack(victim, points)
+    elif kind == "races":
+        for i, (name, more) in enumerate(races.RACES):
+            if not names or name in names:
+                yield from races.attack(kills.follow(CASES[name], folder / str(i), url), more, points or 12)
+    else:
+        act = {"kills": kills.attack, "writes": writes.attack}[kind]
+        for name in names or CASES:
+            course = kills.follow(CASES[name], folder / name, url)
+            yield from act(course, points or (MOST if name in LARGE else None))
+            shutil.rmtree(course.folder)
+
+
+def quick(folder: Path, url: str) -> Iterator[Finding]:
+    """A small sample of all kinds but ranks, on one run."""
+    course = kills.follow(CASES["ema"], folder / "ema", url)
+    yield from kills.attack(course, 6)
+    yield from kills.check(course, 2)
+    yield from writes.attack(course, 4)
+    yield from races.attack(course, points=2, times=0)
+    yield from damage.attack(damage.stopped(course, "000002"), 6)
+    yield from configs.attack(folder, 8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the attacks that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND", help="default: all but ranks")
+    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="of runs; default: all")
+    parser.add_argument("--points", type=int, metavar="N", help="so many attacks of each case, evenly spread")
+    parser.add_argument("--quick", action="store_true", help="a small sample of all kinds but ranks, in 20 s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="all findings, a JSON object a line")
+    options = parser.parse_args(arguments)
+    folder, found, started = Path(mkdtemp(prefix="attacks")), list[Finding](), time.perf_counter()
+    try:
+        with writer() as url:
+            for finding in quick(folder, url) if options.quick else _all(options, folder, url):
+                found.append(finding)
+                if finding.outcome == "FAULT":
+                    print(f"FAULT {finding.kind}: {finding.case}: {finding.attack}\n      {finding.words}", flush=True)
+    finally:
+        shutil.rmtree(folder)
+        if options.out:
+            keep(found, options.out)
+    print("\n".join(report(found)), f"\n{time.perf_counter() - started:.0f} s", sep="")
+    return int(any(finding.outcome == "FAULT" for finding in found))
+
+
+def _all(options: argparse.Namespace, folder: Path, url: str) -> Iterator[Finding]:
+    for kind in options.kinds or [kind for kind in KINDS if kind != "ranks"]:
+        yield from attacks(kind, options.cases, options.points, folder / kind, url)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""A command is killed before each of its file operations, and in the middle of each write; then it is run again.
+
+One run is enough for all points: before every operation the whole working folder is copied, which is what a kill would
+leave there. A file that grew from one operation to the next is also left half-written. Outcomes: ok, the command run
+again ends like the undisturbed one, bit for bit; anything else is a fault.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tools.attacks import child
+from tools.attacks.cases import Case
+from tools.attacks.contents import contents, differences
+from tools.attacks.findings import Finding, spread
+from tools.attacks.watch import Operation, Watch
+
+KILLED = 137
+
+
+@dataclass(frozen=True)
+class Course:
+    """An undisturbed run of a case, seen before each of its operations."""
+
+    case: Case
+    folder: Path
+    """Holds `before` (the working folder before the command), `after`, and the states, by number."""
+    operations: tuple[str, ...]
+
+    def state(self, number: int) -> Path:
+        """The working folder before an operation; the last is that behind all."""
+        return self.folder / (f"{number:04d}" if number < len(self.operations) else "after")
+
+
+def follow(case: Case, folder: Path, url: str) -> Course:
+    """Run a case undisturbed and keep every state that it passes through."""
+    before, after, log = folder / "before", folder / "after", folder / "operations"
+    case.prepare(before, url)
+    for words in case.before:
+        _done(child.run(words, before))
+    shutil.copytree(before, after, symlinks=True)
+
+    def keep(operation: Operation) -> None:
+        shutil.copytree(after, folder / f"{operation.number:04d}", symlinks=True)
+        with log.open("a") as file:
+            file.write(f"{operation}\n")
+
+    _done(child.run(case.command, after, lambda: Watch(after, keep), seconds=300))
+    return Course(case, folder, tuple(log.read_text().splitlines()))
+
+
+def _done(ended: child.Ended) -> None:
+    if ended.status != 0:
+        raise RuntimeError(f"an undisturbed command failed: {ended}\n{ended.err}")
+
+
+def states(course: Course) -> Iterator[tuple[str, Path]]:
+    """What a kill may leave, each once: before every operation, and with every written file half-written."""
+    seen: set[str] = set()
+    for number in range(len(course.operations) + 1):
+        here = course.state(number)
+        if number:
+            for name in _grown(course.state(number - 1), here):
+                half = course.folder / "half" / f"{number:04d} {name.replace('/', ' ')}"
+                shutil.copytree(here, half, symlinks=True)
+                _halve(half / name, course.state(number - 1) / name)
+                yield f"in the middle of {name}, before {_label(course, number)}", half
+        if (key := _digest(here)) not in seen:
+            seen.add(key)
+            yield f"before {_label(course, number)}", here
+
+
+def _label(course: Course, number: int) -> str:
+    return course.operations[number] if number < len(course.operations) else "its end"
+
+
+def _grown(old: Path, new: Path) -> list[str]:
+    """Files that hold something that no file held before."""
+    files = [path for path in new.rglob("*") if path.is_file() and "tb" not in path.parts]
+    known = {path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    return sorted(str(path.relative_to(new)) for path in files if path.read_bytes() not in known)
+
+
+def _halve(file: Path, former: Path) -> None:
+    data = file.read_bytes()
+    start = former.read_bytes() if former.is_file() else b""
+    start = start if data.startswith(start) else b""
+    file.write_bytes(data[: len(start) + (len(data) - len(start)) // 2])
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        content = path.read_bytes() if path.is_file() else b"folder"
+        digest.update(f"{path.relative_to(folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def attack(course: Course, points: int | None = None) -> Iterator[Finding]:
+    """Run the command again from every state, or from ``points`` of them."""
+    wanted, every = contents(course.state(len(course.operations))), list(states(course))
+    for number in spread(len(every), points):
+        name, folder = every[number]
+        work = course.folder / "work"
+        shutil.copytree(folder, work, symlinks=True)
+        yield again(course.case, work, wanted, "kills", name)
+        shutil.rmtree(work)
+
+
+def again(case: Case, work: Path, wanted: dict[str, object], kind: str, name: str) -> Finding:
+    """Run the command of a case in a folder in which it was stopped, and compare what comes of it."""
+    ended = child.run(case.command, work)
+    if ended.status != 0:
+        return Finding(kind, case.name, name, "FAULT", f"run again: {ended}")
+    wrong = differences(wanted, contents(work))
+    return Finding(kind, case.name, name, "FAULT" if wrong else "ok", "; ".join(wrong[:3]))
+
+
+def check(course: Course, points: int) -> Iterator[Finding]:
+    """Kill the command itself at a few operations: what it leaves must be the state that was copied."""
+    for number in spread(len(course.operations), points):
+        work = course.folder / "work"
+        shutil.copytree(course.folder / "before", work, symlinks=True)
+        ended = child.run(course.case.command, work, partial(Watch, work, partial(_stop, number)))
+        wrong = differences(contents(course.state(number)), contents(work))
+        wrong += [] if ended.status == KILLED else [str(ended)]
+        name = f"really killed before {course.operations[number]}"
+        yield Finding("kills", course.case.name, name, "FAULT" if wrong else "ok", "; ".join(wrong[:3]))
+        shutil.rmtree(work)
+
+
+def _stop(number: int, operation: Operation) -> None:
+    if operation.number == number:
+        os._exit(KILLED)

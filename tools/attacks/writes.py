@@ -1,0 +1,94 @@
+"""A file operation of a command fails; then it is run again without the fault.
+
+At one operation the system says that the disk is full (from there on nothing can be made), that it is read-only (from
+there on nothing can be changed), that permission is denied, or that the device failed (this operation alone); or a file
+cannot grow beyond half of its size. Outcomes: sentence, the command ends with status 1 or 2 and one sentence, keeps
+every checkpoint that was whole, and ends like the undisturbed one when run again; ok, it goes on and ends so at once.
+"""
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools.attacks import child
+from tools.attacks.contents import contents, differences
+from tools.attacks.findings import Finding, spread
+from tools.attacks.kills import Course, again
+from tools.attacks.watch import MAKING, Operation, Watch
+
+FAULTS = {"full disk": errno.ENOSPC, "read-only": errno.EROFS, "denied": errno.EACCES, "broken": errno.EIO}
+LASTING = ("full disk", "read-only")
+HALF = "no room for half of it"
+
+
+class Fault:
+    """Raises an error at operation ``number`` of a process, and goes on as such a disk would."""
+
+    def __init__(self, number: int, fault: str, size: int, saved: Path, root: Path) -> None:
+        self.number, self.fault, self.size, self.saved, self.root = number, fault, size, saved, root
+
+    def __call__(self, operation: Operation) -> None:
+        """Called before each operation."""
+        if operation.number == self.number:
+            self.saved.write_text("\n".join(whole_checkpoints(self.root)))
+        if self.fault == HALF:
+            if operation.number == self.number:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return
+        code = FAULTS[self.fault]
+        due = operation.number == self.number or (operation.number > self.number and self.fault in LASTING)
+        if due and (self.fault != "full disk" or operation.event in MAKING):
+            raise OSError(code, os.strerror(code), operation.path)
+
+
+def whole_checkpoints(folder: Path) -> list[str]:
+    """The complete checkpoints under a folder."""
+    found = [path.parent for path in folder.rglob("state.json")]
+    return sorted(str(path.relative_to(folder)) for path in found if path.name.isdigit())
+
+
+def attack(course: Course, points: int | None = None) -> Iterator[Finding]:
+    """Let each operation fail in one of the ways, in turn."""
+    wanted = contents(course.state(len(course.operations)))
+    for place, number in enumerate(spread(len(course.operations), points)):
+        label = course.operations[number]
+        fault = [*FAULTS][place % len(FAULTS)]
+        yield _fail(course, number, fault, 0, wanted)
+        size = _half(course, number)
+        if size is not None and label.split()[1] in ("open", "attacks.save_file"):
+            yield _fail(course, number, HALF, size, wanted)
+
+
+def _half(course: Course, number: int) -> int | None:
+    """Bytes up to the middle of what an operation writes; None where it writes nothing that stays."""
+    name = course.operations[number].split(maxsplit=2)[2]
+    old, new = course.state(number) / name, course.state(number + 1) / name
+    if not new.is_file():
+        return None
+    before = old.stat().st_size if old.is_file() else 0
+    grown = new.stat().st_size - before
+    return before + grown // 2 if grown > 0 else new.stat().st_size // 2
+
+
+def _fail(course: Course, number: int, fault: str, size: int, wanted: dict[str, object]) -> Finding:
+    work, saved, case = course.folder / "work", course.folder / "saved", course.case
+    shutil.copytree(course.folder / "before", work, symlinks=True)
+    act = Fault(number, fault, size, saved, work)
+    try:
+        ended = child.run(case.command, work, lambda: Watch(work, act))
+        name = f"{fault} at {course.operations[number]}"
+        if ended.status == 0:
+            wrong = differences(wanted, contents(work))
+            return Finding("writes", case.name, name, "FAULT" if wrong else "ok", "; ".join(wrong[:3]))
+        if ended.sentence is None:
+            return Finding("writes", case.name, name, "FAULT", str(ended))
+        left = whole_checkpoints(work)
+        if lost := [path for path in saved.read_text().split() if not left or path > max(left)]:
+            return Finding("writes", case.name, name, "FAULT", f"lost checkpoint {lost[0]}: {ended.sentence}")
+        found = again(case, work, wanted, "writes", name)
+        return found if found.outcome == "FAULT" else Finding("writes", case.name, name, "sentence", ended.sentence)
+    finally:
+        shutil.rmtree(work)
