@@ -34,6 +34,9 @@ class Canvases:
     """bool ``[n l]``, the masked positions of the active block."""
     revealed: Tensor
     """bool ``[n l]``, what the student commits here; for a canvas that no decoder saw, everything masked."""
+    gradable: Tensor
+    """bool ``[n l]``: positions whose token is known, behind the end only as far as the rule grades its padding. What
+    is masked elsewhere is context, and never a site."""
     tokens: Tensor
     """int64 ``[n l]``, the final completion."""
     weight: Tensor
@@ -80,6 +83,9 @@ class DecoderSteps(Ranged, key="method.canvases"):
     """False makes all chunks of a rollout equally long and drops the steps that are left over."""
     prompt_ends: bool = False
     """True takes an end token inside the prompt for the end of the completion, so that nothing is left to train on."""
+    end_padding: bool = False
+    """Grade positions behind the end token too, where the decoder filled them before it; the released d-OPSD code
+    does."""
     subset: Count | None = None
     """Grade so many steps of each rollout and pass, drawn at random and weighted so that the expected loss and gradient
     are those of all steps, whatever the average; null grades all."""
@@ -117,7 +123,9 @@ class DecoderSteps(Ranged, key="method.canvases"):
             first, last = count // parts * part, count // parts * (part + 1)
         rows, steps = (usable & (order >= first) & (order < last)).nonzero(as_tuple=True)
         masked = trajectory.masked(rows, steps)
-        known = trajectory.reveal_step[rows] != NEVER
+        known = trajectory.reveal_step != NEVER
+        gradable = known if self.end_padding else known & ~trajectory.is_behind_end
+        known = known[rows]
         return Canvases(
             rows=rows,
             steps=steps,
@@ -126,6 +134,7 @@ class DecoderSteps(Ranged, key="method.canvases"):
             masked=masked & known,
             active=masked & known & (trajectory.block[rows] == trajectory.active_block(rows, steps)[:, None]),
             revealed=trajectory.revealed(rows, steps),
+            gradable=gradable[rows],
             tokens=trajectory.tokens[rows],
             weight=torch.ones(len(rows), device=rows.device),
             old_logp=known_logp(trajectory)[rows],
@@ -137,8 +146,10 @@ class RandomMasks(Ranged, key="method.canvases"):
     """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
 
     A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
+    Answer positions are those that were written, and the end padding if it is asked for. Where a horizon cut, what was
+    never written stays masked and ungraded.
 
-    Each draw masks every position of the completion independently with probability ``t``; the ``t`` of one
+    Each draw masks every answer position independently with probability ``t``; the ``t`` of one
     rollout's draws are spread evenly over ``[t_min, 1]`` with one random offset (low-variance sampling, as in MDLM,
     arXiv 2406.07524).
 
@@ -166,24 +177,26 @@ class RandomMasks(Ranged, key="method.canvases"):
         t = self.t_min + (1 - self.t_min) * ((offset + draw / self.draws) % 1)
         hidden = uniform(fold(base[rows], draw), trajectory.tokens.shape[1]) < t[:, None]
         device = trajectory.tokens.device
+        answer = trajectory.is_written
         if self.end_padding:
-            trajectory = replace(trajectory, length=torch.full_like(trajectory.length, trajectory.tokens.shape[1]))
+            answer |= trajectory.is_behind_end
         rows, hidden = rows.to(device), hidden.to(device)
-        weight = 1 / (t.to(device) * trajectory.length[rows])
+        weight = 1 / (t.to(device) * answer.sum(1).clamp(min=1)[rows])
         if trajectory.blocks_of_prompt:
-            last = trajectory.block.gather(1, trajectory.length[:, None] - 1)[rows, 0]
+            last = trajectory.block.masked_fill(~answer, 0).amax(1)[rows]
             place = (uniform(fold(base, -2), 1)[rows.cpu(), 0] + draw / self.draws) % 1
             block = (place.to(device) * (last + 1)).long()
             hidden &= trajectory.block[rows] == block[:, None]
             weight *= last + 1
-        return _synthetic(trajectory, rows, hidden, weight)
+        return _synthetic(trajectory, rows, answer, hidden, weight)
 
 
 @dataclass(frozen=True)
 class AllMasked(Ranged, key="method.canvases"):
     """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
-    Each pass over the same rollouts draws another prompt mask.
+    Each pass over the same rollouts draws another prompt mask. Tokens that were written are graded; padding behind the
+    end never is.
     """
 
     prompt_mask_ratio: ShareBelowOne = 0.15
@@ -195,9 +208,8 @@ class AllMasked(Ranged, key="method.canvases"):
             return whole_sequence(trajectory)
         device = trajectory.tokens.device
         rows = torch.arange(trajectory.size, device=device)
-        canvases = _synthetic(
-            trajectory, rows, torch.ones_like(trajectory.tokens, dtype=torch.bool), torch.ones(len(rows))
-        )
+        everywhere = torch.ones_like(trajectory.tokens, dtype=torch.bool)
+        canvases = _synthetic(trajectory, rows, trajectory.is_written, everywhere, torch.ones(len(rows)))
         base = torch.tensor([make_key(key, "prompt_mask", part) for key in keys], dtype=torch.int64)
         width = trajectory.prompt_ids.shape[1]
         noise = uniform(base, width).to(device)
@@ -251,6 +263,7 @@ def whole_sequence(trajectory: Trajectory) -> Canvases:
         masked=written,
         active=written,
         revealed=written,
+        gradable=written,
         tokens=trajectory.tokens,
         weight=torch.ones(len(rows), device=rows.device),
         old_logp=known_logp(trajectory),
@@ -270,11 +283,9 @@ def attention_mask(trajectory: Trajectory, rows: Tensor) -> Tensor:
     return torch.cat([trajectory.prompt_mask[rows], completion], 1)
 
 
-def _synthetic(trajectory: Trajectory, rows: Tensor, hidden: Tensor, weight: Tensor) -> Canvases:
-    """Canvases that no decoder saw: ``hidden [n l]`` of the answer is masked, and so is all that stands behind it."""
-    position = torch.arange(hidden.shape[1], device=hidden.device)
-    answer = position < trajectory.length[rows][:, None]
-    tokens = trajectory.tokens[rows]
+def _synthetic(trajectory: Trajectory, rows: Tensor, answer: Tensor, hidden: Tensor, weight: Tensor) -> Canvases:
+    """Canvases that no decoder saw: what is ``hidden [n l]`` or no part of the ``answer [b l]`` is masked."""
+    answer, tokens = answer[rows], trajectory.tokens[rows]
     masked = hidden & answer
     canvas = tokens.masked_fill(masked | ~answer, trajectory.mask_id)
     return Canvases(
@@ -285,6 +296,7 @@ def _synthetic(trajectory: Trajectory, rows: Tensor, hidden: Tensor, weight: Ten
         masked=masked,
         active=masked,
         revealed=masked,
+        gradable=answer,
         tokens=tokens,
         weight=weight.to(torch.float32),
         old_logp=torch.full(tokens.shape, torch.nan, device=tokens.device),

@@ -139,7 +139,8 @@ def plan_update(
     canvases = method.canvases(trajectory, keys, part, method.rollout.passes)
     if canvases.size == 0:
         return None
-    candidates, quota = method.sites(canvases.masked, canvases.active, canvases.revealed)
+    gradable = canvases.gradable
+    candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
     protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
     scene = Scene(canvases, trajectory, protected, answer, keys)
     prompts = zip(*(rollout.teacher_prompts for rollout in rollouts.kept), strict=True)

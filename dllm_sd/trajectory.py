@@ -91,6 +91,12 @@ class Trajectory:
         return (is_any_of(self.tokens.gather(1, last), self.end_ids) & known)[:, 0]
 
     @property
+    def is_behind_end(self) -> Tensor:
+        """bool ``[b l]``: positions behind an end token that was revealed; some may have been revealed before it."""
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return self.ended[:, None] & (position >= self.length[:, None])
+
+    @property
     def block(self) -> Tensor:
         """int64 ``[b l]``: the block of each position; the one in which the completion begins is 0."""
         return block_index(self.prompt_mask, self.tokens.shape[1], self.block_length, self.blocks_of_prompt)

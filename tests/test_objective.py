@@ -114,6 +114,7 @@ def test_the_objective_is_that_of_plain_loops(pair, make_policy, name, rejected)
         full_logits(make_policy()),
         by_teacher=paper,
         clip_at=0.05 if paper else None,
+        end_padding=paper,
     )
     expected = d_opsd.mean_over_steps(steps, 4 + rejected) if paper else d_opsd.mean_over_sites(steps)
     plan = planned(method, rollouts)
@@ -127,7 +128,7 @@ def shown_to_teacher(method: Method, rollouts: Rollouts) -> Callable[[int, int],
     """What the method's teacher sees revealed at a step of a rollout (tested with the contexts, so given here)."""
     trajectory = rollouts.trajectory
     canvases = method.canvases(trajectory, keys(rollouts), 0, 1)
-    sites, _ = method.sites(canvases.masked, canvases.active, canvases.revealed)
+    sites, _ = method.sites(*(x & canvases.gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
     protected = sites if method.sites.score is None else torch.zeros_like(sites)
     shown = method.contexts[0](Scene(canvases, trajectory, protected, None, keys(rollouts))).shown
     at = {pair: i for i, pair in enumerate(zip(canvases.rows.tolist(), canvases.steps.tolist(), strict=True))}
@@ -351,7 +352,12 @@ def test_averages_by_hand(average, coefficients, with_rejected):
 def test_a_step_without_a_site_is_no_step(noise, average):
     """Where the teacher was shown all that could be chosen, nothing is graded and the means are over the rest."""
     rule = METHODS["d_opsd_paper"].method.sites
-    method = Method(contexts=(Suffix(scope="all_masked", ratio=0.6),), sites=rule, average=average)
+    method = Method(
+        canvases=DecoderSteps(end_padding=True),
+        contexts=(Suffix(scope="all_masked", ratio=0.6),),
+        sites=rule,
+        average=average,
+    )
     rollouts = rollouts_of(noise(b=12, tokens_per_step=1, block_length=3))
     plan = planned(method, rollouts)
     assert plan.size < DecoderSteps()(rollouts.trajectory, keys(rollouts), 0, 1).size
@@ -429,5 +435,5 @@ def test_entropy_is_that_of_the_distribution():
 def test_all_masked_sites_grade_every_canvas_at_all_its_masks(pair):
     method = replace(METHODS["d_opsd"].method, contexts=(Nothing(),), sites=AllMaskedSites())
     plan = planned(method, rollouts_of(pair.trajectory))
-    assert torch.equal(plan.quota, plan.canvases.masked.sum(1))
+    assert torch.equal(plan.quota, (plan.canvases.masked & plan.canvases.gradable).sum(1))
     assert pair.loss(method, plan) > 0

@@ -28,20 +28,23 @@ DENOISING: dict[str, Row] = {
     ),
     "d_opsd_paper": Row(
         Method(
+            canvases=DecoderSteps(end_padding=True),
             contexts=(Suffix(scope="all_masked"),),
             sites=TeacherTop(),
             divergence=ReverseKL(clip="token"),
             average="steps",
         ),
         "arXiv 2606.18195, Eq. 8 and 12, App. C",
-        "Suffix drawn from all masked positions, sites chosen by the teacher's probability, pointwise clip 0.05 read "
-        "as a bound on each site's divergence.",
+        "Suffix drawn from all masked positions, sites chosen by the teacher's probability (behind the end too, since "
+        "the sizes of K_t sum to the canvas's length), pointwise clip 0.05 read as a bound on each site's divergence.",
     ),
     "d_opsd_reference": Row(
         Method(
             rollout=PassAtK(problems=4, passes=4),
             gate=Correct(count_rejected=True),
-            canvases=DecoderSteps(last_block=False, last_state=False, remainder=False, prompt_ends=True),
+            canvases=DecoderSteps(
+                last_block=False, last_state=False, remainder=False, prompt_ends=True, end_padding=True
+            ),
             contexts=(Suffix(stop_at_end=True),),
             sites=TeacherTop(count=2, by="logit"),
             support=TopK(k=20),
@@ -51,7 +54,7 @@ DENOISING: dict[str, Row] = {
         "github.com/xingzhejun/d-OPSD, commit 1b55cf3",
         "The released code with its quirks: teacher's top-20 renormalised, clip per vocabulary entry (not a "
         "divergence), two sites by raw logit, later blocks with the end rule, last block never graded, temporal "
-        "chunks as separate updates, failures in the denominator.",
+        "chunks as separate updates, failures in the denominator, padding behind the end graded.",
     ),
     "later_step": Row(
         Method(gate=All(), rollout=PassAtK(attempts=1), contexts=(LaterStep(),)),

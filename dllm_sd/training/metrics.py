@@ -115,8 +115,18 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "rollouts/generated": int(counts["generated"]),
         "rollouts/length": counts["tokens"] / attempts,
         "rollouts/steps": counts["steps"] / attempts,
+        **_behind_end(rollouts),
         **{f"writers/{name}": int(n) for name, n in counts.items() if name in WRITING or name.startswith("dropped/")},
     }
+
+
+def _behind_end(rollouts: Rollouts) -> dict[str, float]:
+    """The share of what the kept rollouts revealed that stands behind their end; nothing where none was kept."""
+    if not rollouts.size:
+        return {}
+    trajectory = rollouts.trajectory
+    known = trajectory.reveal_step != NEVER
+    return {"rollouts/behind_end": float((known & trajectory.is_behind_end).sum() / known.sum().clamp(min=1))}
 
 
 def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:

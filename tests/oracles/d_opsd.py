@@ -38,6 +38,7 @@ def graded_steps(
     teacher: CanvasLogits,
     by_teacher: bool,
     clip_at: float | None,
+    end_padding: bool,
 ) -> list[Step]:
     """Every decoding step up to the one that fixes the end token.
 
@@ -49,6 +50,7 @@ def graded_steps(
         by_teacher: grade the positions of the active block of which the teacher is most confident, as many as the
             student commits; else the positions that the student commits.
         clip_at: bound on the divergence of a site.
+        end_padding: grade positions behind the end token too.
     """
     length = trajectory.tokens.shape[1]
     out = []
@@ -56,6 +58,7 @@ def graded_steps(
         prompt = prompt_of(trajectory, row)
         tokens, reveal = trajectory.tokens[row].tolist(), trajectory.reveal_step[row].tolist()
         last = max(reveal[: int(trajectory.length[row])])
+        end = length if end_padding else int(trajectory.length[row])
         for step in sorted({k for k in reveal if 0 <= k <= last}):
             masked = [not 0 <= reveal[i] < step for i in range(length)]
             canvas = [trajectory.mask_id if masked[i] else tokens[i] for i in range(length)]
@@ -63,10 +66,10 @@ def graded_steps(
             reading = [tokens[i] if revealed[i] else canvas[i] for i in range(length)]
             with torch.no_grad():
                 teacher_logits = teacher([*prompt, *reading])[len(prompt) :]
-            sites = [i for i in range(length) if reveal[i] == step]
+            sites = [i for i in range(end) if reveal[i] == step]
             if by_teacher:
                 block = masked.index(True) // trajectory.block_length
-                inside = [i for i in range(length) if i // trajectory.block_length == block and reveal[i] >= step]
+                inside = [i for i in range(end) if i // trajectory.block_length == block and reveal[i] >= step]
                 open_sites = [i for i in inside if not revealed[i]]
                 confidence = teacher_logits.softmax(-1).amax(-1).tolist()
                 sites = sorted(open_sites, key=lambda i: (-confidence[i], i))[: len(sites)]
