@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.generations import Generation, read_generations
+from dllm_sd.generations import stream_generations
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 
 _BATCH = 2**22  # numbers drawn at a time
@@ -120,12 +121,10 @@ def compare_files(a: Path, b: Path) -> dict[str, Comparison]:
     Raises:
         InputError: naming the file, and the remedy.
     """
-    read = [read_generations(find_generations(path)) for path in (a, b)]
-    one, other = ({found.id: found.fields.get("digest") for found in generations} for generations in read)
+    (left, one), (right, other) = (_read(find_generations(path)) for path in (a, b))
     for problem in one.keys() & other.keys():
-        if None not in (one[problem], other[problem]) and one[problem] != other[problem]:
+        if one[problem] != other[problem]:
             raise InputError(f"{a} and {b} asked different problems under the id {problem!r}; evaluate the same task")
-    left, right = map(verdicts, read)
     if len(left) == len(right) == 1:
         (name_a, only_a), (name_b, only_b) = *left.items(), *right.items()
         return {name_a if name_a == name_b else f"{name_a} | {name_b}": compare(only_a, only_b)}
@@ -134,12 +133,17 @@ def compare_files(a: Path, b: Path) -> dict[str, Comparison]:
     return {name: compare(left[name], right[name]) for name in left if name in right}
 
 
-def verdicts(generations: Sequence[Generation]) -> dict[str, dict[str, list[bool]]]:
-    """Which attempts were correct, by schedule (an unnamed one is called default) and problem."""
+def _read(path: Path) -> tuple[dict[str, dict[str, list[bool]]], dict[str, Any]]:
+    """Which attempts were correct, by schedule (an unnamed one is called default) and problem; what problems hold.
+
+    The latter is the last ``digest`` of each problem, where lines have one.
+    """
     found: dict[str, dict[str, list[bool]]] = {}
-    for item in generations:
+    digests: dict[str, Any] = {}
+    for item in stream_generations(path):
         found.setdefault(item.schedule or "default", {}).setdefault(item.id, []).append(item.correct)
-    return found
+        digests[item.id] = item.fields.get("digest")
+    return found, {problem: digest for problem, digest in digests.items() if digest is not None}
 
 
 def find_generations(path: Path) -> Path:

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 def pass_at_k(attempts: int, correct: int, k: int) -> float:
@@ -24,3 +25,43 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def figures(
+    sizes: Sequence[int], right: Sequence[int], scores: Sequence[float], votes: Callable[[int], Iterable[bool]]
+) -> dict[str, Any]:
+    """The figures of graded attempts, each a mean over problems of what a problem's attempts say.
+
+    ``accuracy`` is avg@k. k is what the problem with the fewest attempts has; pass@k is given for powers of two up to
+    it, and maj@k takes the first k attempts of each problem.
+
+    Args:
+        sizes: how many attempts each problem has.
+        right: how many of them are correct.
+        scores: the mean of their scores.
+        votes: given k, whether the majority of a problem's first k attempts is right; asked for k above 1 only.
+    """
+    n, k = len(sizes), min(sizes)
+    accuracy = _mean((hits / size for size, hits in zip(sizes, right, strict=True)), n)
+    pass_at = {
+        str(j): _mean((pass_at_k(size, hits, j) for size, hits in zip(sizes, right, strict=True)), n) for j in _up_to(k)
+    }
+    tree: dict[str, Any] = {
+        "n": n,
+        "accuracy": accuracy,
+        "ci95": list(wilson_interval(accuracy, n)),
+        "score": _mean(scores, n),
+        "generations": sum(sizes),
+        "pass_at_k": pass_at,
+    }
+    if k > 1:
+        tree |= {"avg_at_k": {str(k): accuracy}, "maj_at_k": {str(k): _mean(map(float, votes(k)), n)}}
+    return tree
+
+
+def _up_to(k: int) -> list[int]:
+    return sorted({2**power for power in range(k.bit_length())} | {k})
+
+
+def _mean(values: Iterable[float], n: int) -> float:
+    return math.fsum(values) / n

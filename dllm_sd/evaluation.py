@@ -133,7 +133,8 @@ def evaluate(
     seconds = time.perf_counter() - start
     by_id = {problem.id: problem for problem in problems}
     graded = [(by_id[group[0].id], line.grade) for group in own for line in group]
-    return _report(own, dropped, counts, seconds, measures(task, graded)), [_item(group) for group in own]
+    asked = list({problem.id: problem for problem, _ in graded}.values())
+    return _report(own, dropped, counts, seconds, measures(task, graded, asked)), [_item(group) for group in own]
 
 
 def evaluate_run(

@@ -19,7 +19,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` when the block ends without an exception.
+    """A file to write to (and read back), which takes the place of ``path`` when the block ends without an exception.
 
     It is written beside ``path`` as ``.{name}.partial``, flushed to disk and renamed. Whatever has that name already,
     such as the leftover of a crash or a symbolic link, is removed and not followed.
@@ -29,9 +29,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -5,14 +5,18 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from dllm_sd.errors import InputError
-from dllm_sd.estimates import majority, pass_at_k, wilson_interval
+from dllm_sd.estimates import figures, majority, wilson_interval
+from dllm_sd.files import replacing
+from dllm_sd.reading import bounded_lines, open_regular, parse_json
+from dllm_sd.tally import Tally
 from dllm_sd.tasks.task import Grade, Problem, Task
 
 _NAMES = ("id", "attempt", "generation", "correct", "score", "parsed", "schedule")
@@ -63,30 +67,72 @@ class Attempts:
     """Names the attempts of a file as its lines come: (schedule, id, attempt), each of which may occur once."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str | None, str], set[int]] = {}
+        self._numbers: dict[str | None, dict[str, int]] = {}  # by schedule: the problems, as they are first seen
+        self._seen: dict[str | None, _Seen] = {}
         self._named: bool | None = None
 
-    def name(self, line: Line, number: int) -> tuple[str | None, str, int]:
-        """What a line is an attempt at. A line without an ``attempt`` is the next one of its problem; where no line
-        has an ``id``, each is a problem of its own."""
+    def name(self, line: Line, number: int) -> tuple[str | None, str, int, int]:
+        """What a line is an attempt at: schedule, problem, the problem's number in the schedule, and the attempt.
+
+        A line without an ``attempt`` is the next one of its problem; where no line has an ``id``, each is a problem of
+        its own.
+        """
         schedule = line.optional("schedule", str, "text")
         given = line.optional("id", (str, int), "text or a whole number")
         if self._named is None:
             self._named = given is not None
         elif self._named != (given is not None):
             raise InputError(f"{line.where}: some lines have an 'id' and others have none; give one to all or to none")
-        problem = f"line {number}" if given is None else str(given)
-        seen = self._seen.setdefault((schedule, problem), set())
         attempt = line.optional("attempt", int, "a whole number")
+        seen = self._seen.setdefault(schedule, _Seen())
+        if given is None:
+            return schedule, f"line {number}", seen.more(), attempt or 0
+        problem, numbers = str(given), self._numbers.setdefault(schedule, {})
+        place = numbers.setdefault(problem, len(numbers))
+        if place == len(seen):
+            seen.more()
         if attempt is None:
-            attempt = len(seen)
-        if attempt in seen:
+            attempt = seen.count(place)
+        if not seen.add(place, attempt):
             raise InputError(
                 f"{line.where}: attempt {attempt} at {problem!r} is there twice; give every line of a problem an "
                 "'attempt' of its own, or none at all"
             )
-        seen.add(attempt)
-        return schedule, problem, attempt
+        return schedule, problem, place, attempt
+
+
+class _Seen:
+    """Which attempts at each problem were seen: how many of 0, 1, 2, ..., and those that came out of turn."""
+
+    def __init__(self) -> None:
+        self._in_turn = array("I")
+        self._others: dict[int, set[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._in_turn)
+
+    def more(self) -> int:
+        """The number of one more problem."""
+        self._in_turn.append(0)
+        return len(self._in_turn) - 1
+
+    def count(self, problem: int) -> int:
+        """How many attempts were seen."""
+        return self._in_turn[problem] + len(self._others.get(problem, ()))
+
+    def add(self, problem: int, attempt: int) -> bool:
+        """Whether the attempt is new."""
+        others = self._others.get(problem, set())
+        if 0 <= attempt < self._in_turn[problem] or attempt in others:
+            return False
+        if attempt != self._in_turn[problem]:
+            self._others.setdefault(problem, others).add(attempt)
+            return True
+        self._in_turn[problem] += 1
+        while self._in_turn[problem] in others:
+            others.remove(self._in_turn[problem])
+            self._in_turn[problem] += 1
+        return True
 
 
 def read_lines(path: Path) -> Iterator[Line]:
@@ -98,7 +144,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     try:
         with _open(path) as file:
             found = False
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(bounded_lines(file, lambda number: f"{path}:{number}"), 1):
                 if raw.strip():
                     found = True
                     yield Line(f"{path}:{number}", _object(raw, number, f"{path}:{number}"))
@@ -109,25 +155,34 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise InputError(f"{path} holds no generations; give a file with one JSON object on each line")
 
 
-def _open(path: Path) -> BinaryIO:
-    # A GzipFile reads bytes like any other file; typeshed alone does not call it a BinaryIO.
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # pyright: ignore[reportReturnType]
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    with open_regular(path) as file:
+        if path.suffix != ".gz":
+            yield file
+            return
+        with gzip.open(file, "rb") as unpacked:  # which reads bytes like any other file; typeshed does not call it so
+            yield unpacked  # pyright: ignore[reportReturnType]
 
 
 def _object(raw: bytes, number: int, where: str) -> dict[str, Any]:
     try:
-        fields = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{where}: this is not UTF-8 text; save the file as UTF-8") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{where}: this is not valid JSON; write one JSON object on each line") from None
+    fields = parse_json(text, f"{where}: this", "write one JSON object on each line")
     if not isinstance(fields, dict):
         raise InputError(f'{where}: this is no JSON object; write one as in {{"id": "1", "generation": "..."}}')
     return fields
 
 
 def read_generations(path: Path) -> list[Generation]:
-    """The graded generations of a file, checked.
+    """The graded generations of a file, checked; see `stream_generations`."""
+    return list(stream_generations(path))
+
+
+def stream_generations(path: Path) -> Iterator[Generation]:
+    """The graded generations of a file, checked, one after another.
 
     Every line needs ``id`` and ``correct``. An absent ``score`` is that of the verdict, and an absent ``attempt`` is
     the next one of its problem.
@@ -135,39 +190,24 @@ def read_generations(path: Path) -> list[Generation]:
     Raises:
         InputError: naming file, line and key, and the remedy.
     """
-    attempts, found = Attempts(), []
+    attempts = Attempts()
     for number, line in enumerate(read_lines(path), 1):
         line.need("id", (str, int), "text or a whole number", "give every line the id of its problem")
-        schedule, problem, attempt = attempts.name(line, number)
+        schedule, problem, _, attempt = attempts.name(line, number)
         correct = line.need("correct", bool, "true or false", "grade the file first: dllm-sd grade FILE --task NAME")
         score, parsed = line.optional("score", (int, float), "a number"), line.fields.get("parsed")
         if score is not None and not math.isfinite(score):
             raise InputError(f"{line.where}: 'score' must be finite, not {score}; correct it or leave it out")
-        found.append(
-            Generation(
-                id=problem,
-                attempt=attempt,
-                generation=line.optional("generation", str, "text") or "",
-                correct=correct,
-                score=float(correct if score is None else score),
-                parsed=parsed if parsed is None or isinstance(parsed, str) else json.dumps(parsed),
-                schedule=schedule,
-                fields={name: value for name, value in line.fields.items() if name not in _NAMES},
-            )
+        yield Generation(
+            id=problem,
+            attempt=attempt,
+            generation=line.optional("generation", str, "text") or "",
+            correct=correct,
+            score=float(correct if score is None else score),
+            parsed=parsed if parsed is None or isinstance(parsed, str) else json.dumps(parsed),
+            schedule=schedule,
+            fields={name: value for name, value in line.fields.items() if name not in _NAMES},
         )
-    return found
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[TextIO]:
-    """A text file to write that takes its name when the block ends, and vanishes if the block fails."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -222,82 +262,60 @@ def grade_file(
     if report_file.exists() and not target.exists():
         raise InputError(f"{report_file} is the report of something else; give another --out")
     attempts = Attempts()
-    schedules: dict[str | None, list[tuple[Problem, Grade]]] = {}
+    schedules: dict[str | None, Tally] = {}
     with ExitStack() as stack:
         stack.enter_context(_new_folder(folder))
-        graded, report_handle = stack.enter_context(_new_file(target)), stack.enter_context(_new_file(report_file))
+        graded, written = stack.enter_context(replacing(target)), stack.enter_context(replacing(report_file))
+        place = 0
         for number, line in enumerate(read_lines(path), 1):
-            schedule, problem_id, _ = attempts.name(line, number)
-            problem, grade = _grade(line, problem_id, task)
-            schedules.setdefault(schedule, []).append((problem, grade))
+            schedule, problem_id, problem, _ = attempts.name(line, number)
+            grade = _grade(line, problem_id, task)
+            schedules.setdefault(schedule, Tally(graded)).add(problem, number, place, grade)
             verdict = {"correct": grade.correct, "score": grade.score, "parsed": grade.parsed}
-            graded.write(json.dumps({**line.fields, **verdict}) + "\n")
+            place += graded.write((json.dumps({**line.fields, **verdict}) + "\n").encode())
         report = {"task": name, "mode": mode, **_report(task, schedules), "settings": dict(settings or {})}
-        report_handle.write(json.dumps(report, indent=1))
+        written.write(json.dumps(report, indent=1).encode())
     return report
 
 
-def _grade(line: Line, problem_id: str, task: Task) -> tuple[Problem, Grade]:
-    """The problem of a line (without the generation, so that a long file stays small) and the verdict."""
+def _grade(line: Line, problem_id: str, task: Task) -> Grade:
     generation = line.need("generation", str, "text", "put the model's output there")
-    problem = Problem(problem_id, {name: value for name, value in line.fields.items() if name != "generation"})
+    fields = {name: value for name, value in line.fields.items() if name != "generation"}
     try:
-        return problem, task.grade(problem, generation)
+        return task.grade(Problem(problem_id, fields), generation)
     except InputError as error:
         raise InputError(f"{line.where}: {error}") from error
 
 
-def _report(task: Task, schedules: Mapping[str | None, Sequence[tuple[Problem, Grade]]]) -> dict[str, Any]:
-    trees = {schedule: _summary(task, graded) for schedule, graded in schedules.items()}
+def _report(task: Task, schedules: Mapping[str | None, Tally]) -> dict[str, Any]:
+    trees = {schedule: _summary(task, tally) for schedule, tally in schedules.items()}
     (first, tree), *others = trees.items()
     if not others:
         return tree
     return {**tree, "schedule": first, "schedules": {str(schedule): tree for schedule, tree in trees.items()}}
 
 
-def _summary(task: Task, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, Any]:
-    problems: dict[str, list[Grade]] = {}
-    for problem, grade in graded:
-        problems.setdefault(problem.id, []).append(grade)
-    tree = {**summarise(problems.values()), **measures(task, graded)}
+def _summary(task: Task, tally: Tally) -> dict[str, Any]:
+    tree = {**tally.figures(), **measures(task, tally.graded, tally.asked)}
     return tree | {"ci95": list(wilson_interval(tree["accuracy"], tree["n"]))}  # of the task's own accuracy, if any
 
 
-def measures(task: Task, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
-    """What a task measures beside the accuracy, and its chance level where it has one."""
-    chance = task.chance(list({problem.id: problem for problem, _ in graded}.values()))
+def measures(task: Task, graded: Sequence[tuple[Problem, Grade]], asked: Sequence[Problem]) -> dict[str, float]:
+    """What a task measures beside the accuracy, and its chance level on the problems ``asked`` where it has one."""
+    chance = task.chance(asked)
     return task.summary(graded) if chance is None else {**task.summary(graded), "chance": chance}
 
 
 def summarise(problems: Collection[Sequence[Grade]]) -> dict[str, Any]:
-    """The figures of graded attempts, each a mean over problems of what a problem's attempts say.
+    """The figures of graded attempts, by problem; see `estimates.figures`."""
 
-    ``accuracy`` is avg@k. k is what the problem with the fewest attempts has; pass@k is given for powers of two up to
-    it, and maj@k takes the first k attempts of each problem.
-    """
-    n, k = len(problems), min(map(len, problems))
-    right = [sum(grade.correct for grade in grades) for grades in problems]
-    counts = list(zip(map(len, problems), right, strict=True))
-    accuracy = _mean(hits / size for size, hits in counts)
-    tree: dict[str, Any] = {
-        "n": n,
-        "accuracy": accuracy,
-        "ci95": list(wilson_interval(accuracy, n)),
-        "score": _mean(math.fsum(grade.score for grade in grades) / len(grades) for grades in problems),
-        "generations": sum(map(len, problems)),
-        "pass_at_k": {str(j): _mean(pass_at_k(size, hits, j) for size, hits in counts) for j in _up_to(k)},
-    }
-    if k > 1:
-        firsts = [grades[:k] for grades in problems]
-        votes = [majority([g.parsed for g in first], [g.correct for g in first]) for first in firsts]
-        tree |= {"avg_at_k": {str(k): accuracy}, "maj_at_k": {str(k): _mean(map(float, votes))}}
-    return tree
+    def votes(k: int) -> Iterator[bool]:
+        for grades in problems:
+            yield majority([grade.parsed for grade in grades[:k]], [grade.correct for grade in grades[:k]])
 
-
-def _up_to(k: int) -> list[int]:
-    return sorted({2**power for power in range(k.bit_length())} | {k})
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return math.fsum(listed) / len(listed)
+    return figures(
+        [len(grades) for grades in problems],
+        [sum(grade.correct for grade in grades) for grades in problems],
+        [math.fsum(grade.score for grade in grades) / len(grades) for grades in problems],
+        votes,
+    )

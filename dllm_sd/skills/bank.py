@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError
+from dllm_sd.reading import parse_json, read_whole
 
 DYNAMIC = "dyn"
 """Ids of entries that training added begin with this and an underscore; only they are ever replaced."""
@@ -96,18 +97,15 @@ def read_bank(path: str | Path) -> Bank:
     """
     where = f"Skill bank {path}"
     try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
-        tree = json.loads(text, parse_constant=_refuse_constant)
+        text = read_whole(Path(path).expanduser()).decode("utf-8-sig")
+        remedy = "correct it or take another copy."
+        tree = parse_json(text, where, remedy, explain=True, parse_constant=_refuse_constant)
         json.dumps(tree, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise InputError(f"{where} cannot be read ({reason}); give the path of a readable file.") from None
     except UnicodeError:
         raise InputError(f"{where} is not UTF-8 text; save the file as UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where} is not valid JSON ({on_one_line(error)}); correct it or take another copy."
-        ) from None
     return build_bank(tree, where)
 
 

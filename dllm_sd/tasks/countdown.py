@@ -1,6 +1,6 @@
 """Countdown: reach a target from given numbers, each used once, with + - * /."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Any, ClassVar
@@ -83,18 +83,13 @@ class Countdown(Sized):
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
         """The share of blind expressions that reach the target, as in ``blind_share``; None where none was counted."""
-        shares = [
-            blind_share(numbers, target)
-            for numbers, target in (_instance(problem.fields, "The problem") for problem in problems)
-            if len(numbers) <= _BLIND
-        ]
-        return mean(shares) if shares else None
+        return _blind_chance(problems)
 
     def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
         """``solved``, and as ``random_fill`` the share that blind expressions solve (up to four numbers)."""
         if not graded:
             return {}
-        chance = self.chance([problem for problem, _ in graded])
+        chance = _blind_chance(problem for problem, _ in graded)
         solved = {"solved": mean([float(grade.correct) for _, grade in graded])}
         return solved if chance is None else {**solved, "random_fill": chance}
 
@@ -126,6 +121,12 @@ class Countdown(Sized):
         numbers, target = _instance(given, row.where)
         fields = {"numbers": numbers, "target": target, "solution": None}
         return Entry(row.number, (tuple(sorted(numbers)), target), fields)
+
+
+def _blind_chance(problems: Iterable[Problem]) -> float | None:
+    instances = (_instance(problem.fields, "The problem") for problem in problems)
+    shares = [blind_share(numbers, target) for numbers, target in instances if len(numbers) <= _BLIND]
+    return mean(shares) if shares else None
 
 
 def blind_share(numbers: Sequence[float], target: float) -> float:

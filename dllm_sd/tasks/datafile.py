@@ -1,7 +1,6 @@
 """Where problems come from: the rows of a file or hub dataset, the splits made of them, the templates they fill."""
 
 import csv
-import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, BinaryIO, overload
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key, permutation
+from dllm_sd.reading import bounded_lines, open_regular, parse_json
 from dllm_sd.tasks.task import Problem, Split
 
 
@@ -43,7 +43,7 @@ def read_rows(path: str, key: str) -> list[Row]:
     """
     where = f"{key}: {path}"
     try:
-        with Path(path).expanduser().open("rb") as file:
+        with open_regular(Path(path).expanduser()) as file:
             read = _csv_rows if path.lower().endswith(".csv") else _json_rows
             rows = list(read(file, where))
     except OSError as error:
@@ -72,7 +72,7 @@ def hub_rows(name: str, config: str | None, split: str, key: str) -> list[Row]:
 
 
 def _lines(file: BinaryIO, where: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(bounded_lines(file, lambda number: f"{where}, line {number}"), 1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
@@ -85,10 +85,7 @@ def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
         if not line.strip():
             continue
         here = f"{where}, line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{here} is not valid JSON; write one JSON object on each line.") from None
+        fields = parse_json(line, here, "write one JSON object on each line.")
         if not isinstance(fields, dict):
             raise InputError(f'{here} is not a JSON object; write one as in {{"field": value}} on each line.')
         yield Row(here, count, fields)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from dllm_sd.errors import InputError
@@ -122,12 +123,15 @@ def _slashed(match: re.Match[str]) -> str:
 
 
 def _fraction(text: str) -> Fraction | None:
-    if not text or len(text) > MAX_DIGITS:
-        return None
+    return None if not text or len(text) > MAX_DIGITS else _short_fraction(text)
+
+
+@lru_cache(maxsize=2**12)  # answers are often the same few numbers, and a fraction takes long to make
+def _short_fraction(text: str) -> Fraction | None:
     over, _, under = text.replace(",", "").partition("/")
     if under and not int(under):
         return None
-    return Fraction(over) / int(under or 1)
+    return Fraction(over) / int(under) if under else Fraction(over)
 
 
 def marked_expression(text: str) -> str | None:
