@@ -8,17 +8,16 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from dllm_sd.errors import InputError, on_one_line, shown
+from dllm_sd.errors import InputError, cut, shown
+from dllm_sd.files import names_file
 from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
+from dllm_sd.plain_yaml import DEEPEST, parse_yaml, read_yaml, write_yaml
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.model import Model
 from dllm_sd.ranges import Count, Ranged, Seed, Size, check
@@ -74,23 +73,17 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         InputError: naming the file or key, and the remedy.
     """
     path = find_config(name)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"config {path} is not valid YAML: {on_one_line(error)}") from error
+    tree = read_yaml(path, f"config {shown(str(path))}")
     if not isinstance(tree, dict):
-        raise InputError(f"config {path} must hold keys such as model, task and method")
-    tree.setdefault("run", f"runs/{path.stem}")
-    return build_config(apply_overrides(tree, overrides))
+        raise InputError(f"config {shown(str(path))} must hold keys such as model, task and method")
+    return build_config(apply_overrides({"run": f"runs/{path.stem}", **tree}, overrides))
 
 
 def find_config(name: str) -> Path:
     """A config's path: the argument itself, or a shipped config of that name."""
-    if Path(name).is_file():
-        return Path(name)
     shipped = shipped_configs()
+    if names_file(name):
+        return Path(name)
     if name in shipped:
         return shipped[name]
     raise InputError(f"there is no config file {shown(name)}; {_hint(name, shipped, 'shipped configs:')}")
@@ -104,29 +97,54 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply ``key=value`` pairs with dotted keys to a plain tree; a replaced `method` starts from its defaults."""
-    try:
-        config = OmegaConf.create(dict(tree))
-    except OmegaConfBaseException as error:
-        raise InputError(f"the config cannot be read: {on_one_line(error)}") from error
+    """A copy of a plain tree with ``key=value`` pairs applied; a replaced `method` starts from its defaults.
+
+    Keys are dotted, with the number of an entry where a list stands (``method.contexts.0.ratio``); values are YAML.
+    """
+    changed = deepcopy(dict(tree))
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"override {override!r} is not of the form key=value")
-        try:
-            value = yaml.safe_load(text) if text else ""
-            for parent in _parents(key):
-                if isinstance(OmegaConf.select(config, parent), str):  # `method: name` grows into a mapping
-                    OmegaConf.update(config, parent, {"name": OmegaConf.select(config, parent)}, merge=False)
-            OmegaConf.update(config, key, value, merge=False, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise InputError(f"override {override!r} cannot be applied: {on_one_line(error)}") from error
-    try:
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(f"the config does not resolve: {on_one_line(error)}") from error
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+        steps = key.split(".")
+        if not equals or not all(steps):
+            raise InputError(f"override {shown(override)} is not of the form key=value")
+        if len(steps) > DEEPEST:
+            raise InputError(f"override {shown(override)} has a key of {len(steps)} parts; no key has as many")
+        value = parse_yaml(text, f"override {shown(override)}") if text else ""
+        _put(changed, steps, value)
+    return changed
+
+
+def _put(tree: dict[str, Any], steps: Sequence[str], value: Any) -> None:
+    """Set the value at the end of ``steps``, making the mappings on the way; a name on the way becomes a mapping."""
+    place: Any = tree
+    for i, step in enumerate(steps):
+        index: Any = _entry(place, step, ".".join(steps[:i])) if isinstance(place, list) else step
+        if i == len(steps) - 1:
+            place[index] = value
+            return
+        inner = place[index] if isinstance(place, list) else place.get(index)
+        if isinstance(inner, str):  # `method: name`
+            inner = {"name": inner}
+        elif not isinstance(inner, dict | list):
+            inner = {}
+        place[index] = place = inner
+
+
+def _entry(entries: list[Any], step: str, path: str) -> int:
+    """The place of a list's entry that an override names; one behind the last entry is made."""
+    number = _number(step, path)
+    if number > len(entries):
+        raise InputError(f"{path}.{number} is no entry of a list of {len(entries)}; number them from 0 without gaps")
+    if number == len(entries):
+        entries.append(None)
+    return number
+
+
+def _number(key: Any, path: str) -> int:
+    """The number of a list's entry that a key says."""
+    if str(key).isascii() and str(key).isdigit() and len(str(key)) < 10 and str(int(key)) == str(key):
+        return int(key)
+    raise InputError(f"{path} is a list; number its entries from 0, as in {path}.0, instead of {shown(key)}")
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
@@ -156,17 +174,12 @@ def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=100)
+    return write_yaml(to_tree(config))
 
 
 def _key(f: Field[Any]) -> str:
     """The config key of a field; they differ where the key is a word of Python."""
     return f.metadata.get("key", f.name)
-
-
-def _parents(key: str) -> list[str]:
-    parts = key.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
@@ -184,7 +197,7 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
     known = {_key(f): f for f in fields(cls) if f.init}
     for key in tree:
         if key not in known:
-            raise InputError(f"unknown key {_join(path, str(key))!r}; {_hint(key, known, 'known keys:')}")
+            raise InputError(f"unknown key {shown(_join(path, str(key)))}; {_hint(key, known, 'known keys:')}")
     hints = typing.get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for key, f in known.items():
@@ -209,11 +222,11 @@ def _parts(hint: Any, tree: Any, path: str, base: Any, table: Mapping[str, type]
     if get_origin(hint) is not tuple:
         return _part(tree, path, base, table)
     former = list(base or ())
-    if isinstance(tree, Mapping) and tree and all(str(key).isdigit() for key in tree):  # contexts.0.ratio=0.5
-        given = {int(key): value for key, value in tree.items()}
-        size = max([*given, len(former) - 1]) + 1
-        if missing := [i for i in range(len(former), size) if i not in given]:
-            raise InputError(f"{path}.{missing[0]} is missing; list entries are numbered from 0 without gaps")
+    if isinstance(tree, Mapping) and tree and "name" not in tree:  # contexts.0.ratio=0.5
+        given = {_number(key, path): value for key, value in tree.items()}
+        size = max(len(former), max(given) + 1)
+        if (missing := next((i for i in range(len(former), size) if i not in given), None)) is not None:
+            raise InputError(f"{path}.{missing} is missing; list entries are numbered from 0 without gaps")
     else:
         given = dict(enumerate(tree if isinstance(tree, list) else [tree]))
         size = len(given)
@@ -282,7 +295,7 @@ def _plain(hint: Any) -> Any:
 def _hint(name: Any, known: Iterable[str], otherwise: str) -> str:
     """The remedy for an unknown name: the known one that it is close to, or all of them."""
     names = list(known)
-    close = difflib.get_close_matches(str(name), names, 1)
+    close = difflib.get_close_matches(cut(str(name)), names, 1)
     return f"did you mean {close[0]!r}?" if close else f"{otherwise} {', '.join(names) or 'none'}"
 
 

@@ -39,3 +39,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def names_file(name: str) -> bool:
+    """Whether ``name`` is the path of a regular file; a name that no path can have is none."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False

@@ -19,6 +19,7 @@ LAYERS = [
         "ranges",
         "files",
         "reading",
+        "plain_yaml",
         "randomness",
         "estimates",
         "losses",

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import LoraConfig
 
 from dllm_sd.errors import InputError
+from dllm_sd.plain_yaml import read_yaml
 
 
 def check_scale(path: str, student: LoraConfig) -> None:
@@ -42,7 +42,7 @@ def _exported(file: Path) -> dict[str, Any]:
 
 def _trained(file: Path) -> dict[str, Any]:
     try:
-        lora = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["lora"]
+        lora = read_yaml(file, str(file))["model"]["lora"]
         return {"rank": lora["rank"], "alpha": lora["alpha"]}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # no run, or one that trained all weights
+    except (OSError, ValueError, TypeError, KeyError):  # no run, or one that trained all weights
         return {}

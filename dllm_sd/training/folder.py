@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dllm_sd.config import Config, to_tree, to_yaml
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError, shown
+from dllm_sd.plain_yaml import read_yaml
 
 CONTENTS = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "nonfinite.json"),
@@ -56,12 +55,9 @@ def prepare_folder(config: Config) -> None:
 
 def read_tree(run: Path, name: str = "config.yaml") -> dict[str, Any]:
     """The config of a run as a plain tree."""
-    try:
-        tree = yaml.safe_load((run / name).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{run / name} cannot be read ({on_one_line(error)}); give another folder") from error
+    tree = read_yaml(run / name, shown(str(run / name)), "give another folder")
     if not isinstance(tree, dict):
-        raise InputError(f"{run / name} is not the config of a run; give another folder")
+        raise InputError(f"{shown(str(run / name))} is not the config of a run; give another folder")
     return tree
 
 
