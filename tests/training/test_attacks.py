@@ -1,11 +1,16 @@
-"""The attacks of `tools/attack_runs.py`: what they look for they would find."""
+"""The attacks of `tools/attack_runs.py`: a small sample finds no fault, and what they look for they would find."""
 
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tools.attacks.child import Ended
+from tools.attacks.configs import all_hostile
 from tools.attacks.contents import contents, differences
+from tools.attacks.damage import BYTES, TEXTS, VALUES, damages
 from tools.attacks.findings import spread
 
 
@@ -14,7 +19,9 @@ def folder(tmp_path: Path) -> Path:
     """A run folder in small."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"update": 1, "loss": 0.5, "time/eval": 3}\n')
-    (tmp_path / "report.json").write_text('{"accuracy": 0.5, "time/updates": 3, "before": {"n": 4, "time/seconds": 1}}')
+    (tmp_path / "report.json").write_text(
+        '{"accuracy": 0.5, "time/updates": 3, "before": {"n": 4, "time/s": 1}}\n'
+    )
     (tmp_path / "model.safetensors").write_bytes(b"12345678")
     return tmp_path
 
@@ -56,3 +63,54 @@ def test_a_lost_file_and_a_link_are_differences(folder: Path) -> None:
 )
 def test_points_are_spread_from_the_first_to_the_last(count: int, points: int | None, numbers: list[int]) -> None:
     assert spread(count, points) == numbers
+
+
+@pytest.mark.parametrize(
+    ("status", "err", "sentence"),
+    [
+        (2, "dllm-sd: seed is -1; give 0 or more\n", "seed is -1; give 0 or more"),
+        (1, "a warning\ndllm-sd: the disk is full\n", "the disk is full"),
+        (1, "Traceback (most recent call last):\nOSError: no\ndllm-sd: the disk is full\n", None),
+        (1, "Traceback (most recent call last):\nOSError: no\n", None),
+        (0, "dllm-sd: a warning\n", None),
+        (-9, "dllm-sd: a warning\n", None),
+        (None, "dllm-sd: a warning\n", None),
+        (2, "", None),
+        (2, "usage: dllm-sd\n", None),
+    ],
+)
+def test_a_refusal_is_a_status_and_a_sentence(status: int | None, err: str, sentence: str | None) -> None:
+    assert Ended(status, "", err, 0.0, 0).sentence == sentence
+
+
+def seen(file: Path) -> bytes | str:
+    """What stands at a path."""
+    return str(file.readlink()) if file.is_symlink() else file.read_bytes() if file.is_file() else f"{file.is_dir()}"
+
+
+def test_every_file_and_every_key_is_damaged_in_every_way(folder: Path, tmp_path: Path) -> None:
+    run, other, work = folder / "run", folder / "run" / "other" / "model.safetensors", folder / "work"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"abcdefgh")
+    for name in ("metrics.jsonl", "report.json", "model.safetensors"):
+        (folder / name).rename(run / name)
+    names: dict[str, set[str]] = {}
+    for name, file, deed in damages(run, [other]):
+        shutil.copytree(run, work)
+        (work / "skills.json").touch()  # marks the working folder
+        inside = file.relative_to(run)
+        deed(work / inside)
+        assert seen(work / inside) != seen(file), f"{name} does nothing to {inside}"
+        names.setdefault(str(inside), set()).add(name)
+        shutil.rmtree(work)
+    assert names.keys() == {"metrics.jsonl", "report.json", "model.safetensors", "other/model.safetensors"}
+    for file, done in names.items():
+        assert {*BYTES, "deleted", "a folder in its place", "a link to nothing", "a link to a copy outside"} <= done
+        assert file.endswith("safetensors") or {*TEXTS} <= done
+    assert {f"accuracy: {value}" for value in VALUES if value != "half"} <= names["report.json"]
+    assert "that of other" in names["model.safetensors"]
+
+
+def test_no_two_hostile_commands_have_one_name() -> None:
+    names = Counter(hostile.name for hostile in all_hostile())
+    assert [name for name, count in names.items() if count > 1] == []

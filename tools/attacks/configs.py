@@ -1,6 +1,6 @@
 """What a user may write, by mistake or in malice, in a config, an override or on the command line.
 
-Outcomes: sentence, status 2 (or 1 where noted) and one sentence of at most 600 characters, within 30 s and 2 GB, and no
+Outcomes: sentence, status 2 (or 1 where noted) and one short sentence, within 30 s and 2 GB, and no
 file is written outside; ok, where it may as well be accepted. All else is a fault.
 """
 
@@ -15,8 +15,8 @@ from tools.attacks import child
 from tools.attacks.cases import CONFIG, SUMS, Case, Words, tree
 from tools.attacks.findings import Finding, spread
 
-SECONDS, MEMORY, LONGEST = 30, 2 * 2**30, 600
-"""Bounds of a refusal, in seconds, bytes and characters."""
+SECONDS, MEMORY, LONGEST, WORD = 30, 2 * 2**30, 1000, 250
+"""Bounds of a refusal, in seconds, bytes and characters, and of what it may repeat of the input."""
 LONG = "x" * 5000
 DIGITS = "9" * 5000
 LOOP = "{% for a in range(10**9) %}x{% endfor %}"
@@ -89,7 +89,7 @@ task.seed:  DIGITS
 task.size:  5
 task.prompt:  {nope} | '{puzzle' | '{puzzle.__class__}' | '{puzzle!r}'
 task:  [] | null | {name: jsonl, data: /dev/zero} | {name: jsonl, data: missing.jsonl} | {name: jsonl, data: .}
-task:  {name: jsonl, data: fifo} | {name: jsonl, data: "a\0b"} | {name: jsonl, data: LONG}
+task:  {name: jsonl, data: "a\0b"} | {name: jsonl, data: LONG}
 task:  {name: jsonl, data: deep.jsonl} | {name: jsonl, data: wide.jsonl} | {name: jsonl}
 task:  {name: jsonl, data: half.jsonl} | {name: jsonl, data: binary.jsonl} | {name: jsonl, data: 5}
 task:  {name: jsonl, data: sums.jsonl, size_dev: -1} | {name: jsonl, data: sums.jsonl, size_dev: 1e9}
@@ -107,7 +107,6 @@ model.seed:  -1
 model.as:  nope
 model.quantization:  4bit
 run:   | file | file/under | /proc/nothing/here | /dev/null/x | LONG | foreign | "a\0b" | [1] | null
-cache:  "a\0b"
 resume:  maybe | []
 peers:  {students: []} | {students: [{name: a, domain: b}]} | 5
 optim.nope:  1
@@ -115,6 +114,7 @@ optim.nope:  1
 """Values of keys that are to be refused."""
 
 WORKING = r"""
+cache:  "a\0b" | /proc/nothing
 optim.lr:  1e30
 optim.warmup:  1000000000
 task.size_train:  1000000000
@@ -128,7 +128,6 @@ checkpoint.every:  1000000000
 checkpoint.keep:  1000000000
 eval.problems:  1000000
 run:  run/../other | ümläut
-cache:  /proc/nothing
 task.prompt:  'pay ${x} {puzzle}' | '{puzzle}\n---\n'
 seed:  9007199254740992
 decode.top_k:  1000000000
@@ -178,7 +177,6 @@ CONFIGS: dict[str, bytes] = {
     "tabs": b"task:\n\tname: coin\n",
     "NUL in run": _text(run="a\0b").encode(),
     "NUL in the model's path": _text(model={"path": "a\0b"}).encode(),
-    "NUL in the cache": _text(cache="a\0b").encode(),
     "long run": _text(run=LONG).encode(),
     "long model path": _text(model={"path": LONG}).encode(),
     "model path is a device": _text(model={"path": "/dev/zero"}).encode(),
@@ -191,6 +189,8 @@ CONFIGS: dict[str, bytes] = {
     "a million keys": b"task: {" + b",".join(b"k%d: 1" % i for i in range(60_000)) + b"}\n",
 }
 """Contents of a config, all to be refused."""
+UNREAD = ("NUL in run", "long run")
+"""Those that `show` may accept: it looks at no run."""
 
 SMALL = ("eval.final_problems=2", "decode.length=8")
 COMMANDS: dict[str, Words] = {
@@ -209,9 +209,7 @@ COMMANDS: dict[str, Words] = {
     "eval into a file": ("eval", "tiny", "--task", "coin", "--out", "file", *SMALL),
     "eval into a long name": ("eval", "tiny", "--task", "coin", "--out", LONG, *SMALL),
     "eval compares devices": ("eval", "--compare", "/dev/zero", "/dev/zero"),
-    "eval compares fifos": ("eval", "--compare", "fifo", "fifo"),
     "grade of a device": ("grade", "/dev/zero", "--task", "coin"),
-    "grade of a fifo": ("grade", "fifo", "--task", "coin"),
     "grade of deep JSON": ("grade", "deep.jsonl", "--task", "coin"),
     "grade of garbage": ("grade", "binary.jsonl", "--task", "coin"),
     "grade into a file": ("grade", "sums.jsonl", "--task", "coin", "--out", "file"),
@@ -233,7 +231,7 @@ def all_hostile() -> list[Hostile]:
         may_work, large = text in working, "000000" in text or "1e9" in text
         found.append(Hostile(f"train {text:.50}", ("train", CONFIG, "run=run", text), may_work=may_work))
         if large:
-            found.append(Hostile(f"show {text:.50}", ("show", CONFIG, text), may_work=may_work))
+            found.append(Hostile(f"show {text:.50}", ("show", CONFIG, text), may_work=True))
     for name, content in CONFIGS.items():
         run = () if " run" in name else ("run=run",)
         found += [
@@ -303,4 +301,6 @@ def _wrong(hostile: Hostile, ended: child.Ended, left: set[str]) -> str | None:
         return "accepted"
     if said is None or ended.status != 2:
         return "no sentence, or not status 2"
-    return None if len(said) <= LONGEST else f"{len(said)} characters"
+    if len(said) > LONGEST or max(map(len, said.split())) > WORD:
+        return f"{len(said)} characters, which repeat the input"
+    return None

@@ -185,7 +185,7 @@ def _judge(
     if ended.status == 0:
         lasting = {key: value for key, value in wanted.items() if key}
         wrong = differences(lasting, now)
-        if name.startswith(("eval", "export")) or "written" in inside.parts:  # where it is not read, it stays as it is
+        if found[""].get(str(inside)) == now.get(str(inside)):  # where it is not read, it stays as it is
             wrong = [words for words in wrong if str(inside) not in words]
         wrong = [words for words in wrong if words != f"left over {OUTSIDE}"]
         if OUTSIDE in now and now[OUTSIDE] != found[""][OUTSIDE]:

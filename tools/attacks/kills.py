@@ -2,7 +2,7 @@
 
 One run is enough for all points: before every operation the whole working folder is copied, which is what a kill would
 leave there. A file that grew from one operation to the next is also left half-written. Outcomes: ok, the command run
-again ends like the undisturbed one, bit for bit; anything else is a fault.
+again ends like the undisturbed one, bit for bit; sentence, it says that all is there already; else a fault.
 """
 
 import hashlib
@@ -114,9 +114,11 @@ def attack(course: Course, points: int | None = None) -> Iterator[Finding]:
 def again(case: Case, work: Path, wanted: dict[str, object], kind: str, name: str) -> Finding:
     """Run the command of a case in a folder in which it was stopped, and compare what comes of it."""
     ended = child.run(case.command, work)
+    wrong = differences(wanted, contents(work))
+    if ended.sentence and not wrong:  # such as an export that is there already
+        return Finding(kind, case.name, name, "sentence", ended.sentence)
     if ended.status != 0:
         return Finding(kind, case.name, name, "FAULT", f"run again: {ended}")
-    wrong = differences(wanted, contents(work))
     return Finding(kind, case.name, name, "FAULT" if wrong else "ok", "; ".join(wrong[:3]))
 
 

@@ -59,15 +59,14 @@ def _meet(one: Words, other: Words, work: Path, number: int | None) -> tuple[chi
     def wait(operation: Operation) -> None:
         if operation.number == number:
             os.write(here[1], b"!")
+            os.close(go[1])
             os.read(go[0], 1)
 
     first = child.Child(child.command(one, lambda: Watch(work, wait)), work)
+    os.close(here[1])  # so that nothing is waited for where the first one never comes there
+    os.close(go[0])
     os.read(here[0], 1)
-    try:
-        second = child.run(other, work, seconds=30)
-    finally:
-        os.write(go[1], b"!")
-    ended = first.wait()
-    for end in (*here, *go):
-        os.close(end)
-    return ended, second
+    second = child.run(other, work, seconds=30)
+    os.close(here[0])
+    os.close(go[1])  # this lets it go on
+    return first.wait(), second

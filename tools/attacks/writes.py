@@ -10,7 +10,7 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tools.attacks import child
@@ -50,6 +50,12 @@ def whole_checkpoints(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in found if path.name.isdigit())
 
 
+def _lost(saved: Sequence[str], left: Sequence[str]) -> list[str]:
+    """Checkpoints that neither they nor later ones of the same run are left of."""
+    later = [(Path(path).parent, path) for path in left]
+    return [path for path in saved if not any(run == Path(path).parent and path <= other for run, other in later)]
+
+
 def attack(course: Course, points: int | None = None) -> Iterator[Finding]:
     """Let each operation fail in one of the ways, in turn."""
     wanted = contents(course.state(len(course.operations)))
@@ -85,8 +91,7 @@ def _fail(course: Course, number: int, fault: str, size: int, wanted: dict[str, 
             return Finding("writes", case.name, name, "FAULT" if wrong else "ok", "; ".join(wrong[:3]))
         if ended.sentence is None:
             return Finding("writes", case.name, name, "FAULT", str(ended))
-        left = whole_checkpoints(work)
-        if lost := [path for path in saved.read_text().split() if not left or path > max(left)]:
+        if lost := _lost(saved.read_text().splitlines(), whole_checkpoints(work)):
             return Finding("writes", case.name, name, "FAULT", f"lost checkpoint {lost[0]}: {ended.sentence}")
         found = again(case, work, wanted, "writes", name)
         return found if found.outcome == "FAULT" else Finding("writes", case.name, name, "sentence", ended.sentence)
