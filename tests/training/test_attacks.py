@@ -19,9 +19,7 @@ def folder(tmp_path: Path) -> Path:
     """A run folder in small."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"update": 1, "loss": 0.5, "time/eval": 3}\n')
-    (tmp_path / "report.json").write_text(
-        '{"accuracy": 0.5, "time/updates": 3, "before": {"n": 4, "time/s": 1}}\n'
-    )
+    (tmp_path / "report.json").write_text('{"accuracy": 0.5, "time/updates": 3, "before": {"n": 4, "time/s": 1}}\n')
     (tmp_path / "model.safetensors").write_bytes(b"12345678")
     return tmp_path
 
