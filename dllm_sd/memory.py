@@ -124,16 +124,17 @@ def estimate(
     candidates, sites = _sites(config, canvases, shape.causal)
     saved, again = shape.saved(tokens, canvas)
     transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
-    head_gradient = 0 if shape.rank else shape.head * shape.trained_bytes
     copies, cast = _copies(config, shape, sharded)
     contexts, asks = len(config.method.contexts), config.method.sites.score is not None
-    few = at_once(shape.vocabulary, device)
+    few = at_once(shape.vocabulary, shape.hidden, device)
     said = shape.vocabulary * shape.logit if candidates <= few else shape.hidden * shape.residual
     scored = candidates * said * contexts + min(candidates, few) * shape.vocabulary * shape.logit * asks
     outside = shape.weights - sum(shape.of_layers)
     gathered, whole = outside + 2 * max(shape.of_layers), shape.weights
     if shape.autocast:  # FSDP2 gathers in the type that computes
         gathered, whole = (size * shape.compute // shape.residual for size in (gathered, whole))
+    of_head, product = _head_gradient(shape, sites > few)
+    joined = shape.head * shape.trained_bytes if of_head and shape.trained_bytes < shape.wide and sites > few else 0
     read, logits = _decoding(config, shape, device)
     return Memory(
         parameters=shape.parameters,
@@ -147,8 +148,8 @@ def estimate(
         gathered=gathered if sharded else 0,
         teacher=cast // share + max(shape.forward(tokens, canvas), scored) if contexts else 0,
         activations=saved,
-        losses=_losses(config, shape, sites, few, head_gradient) + (scored if candidates > few else 0),
-        backward=max(again + transient + shape.dequantised, head_gradient),
+        losses=_losses(config, shape, sites, few, of_head, product) + (scored if candidates > few else 0),
+        backward=max(again + transient + shape.dequantised, of_head + joined),
         step=0 if device in FUSED or not plain else shape.bytes_trained // share,
         held=(whole if sharded else 0) + shape.merged + decoded * shape.remembered,
         rollouts=shape.forward(read, canvas, decoding=True),
@@ -316,7 +317,16 @@ def _sites(config: Config, canvases: int, causal: bool) -> tuple[int, int]:
     return canvases * candidates, canvases * sites
 
 
-def _losses(config: Config, shape: _Shape, sites: int, few: int, head: int) -> int:
+def _head_gradient(shape: _Shape, several: bool) -> tuple[int, int]:
+    """Bytes of the gradient of a trained head, and of what a chunk makes to add to it."""
+    if shape.rank:
+        return 0, 0
+    if not several:  # it is what the only chunk makes
+        return shape.head * shape.trained_bytes, 0
+    return shape.head * shape.wide, shape.head * shape.compute * (shape.compute < shape.wide)
+
+
+def _losses(config: Config, shape: _Shape, sites: int, few: int, head: int, product: int) -> int:
     """Bytes at the worst moment of a chunk of sites: in its loss, or when it adds to the gradient of the head."""
     method, c = config.method, len(config.method.contexts)
     chunk, several = min(sites, few) * shape.vocabulary * shape.wide, sites > few
@@ -326,7 +336,7 @@ def _losses(config: Config, shape: _Shape, sites: int, few: int, head: int) -> i
     else:
         jensen = isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1
         copies = max(3 + 4 * c, 2 + 5 * c) if jensen else 3 + 4 * c
-    inside = max((copies + raw) * chunk + several * head, (1 + raw) * chunk + (1 + several) * head)
+    inside = max((copies + raw) * chunk + several * head, (1 + raw) * chunk + head + product)
     return int(inside) + sites * shape.hidden * shape.residual
 
 

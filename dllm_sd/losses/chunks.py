@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from dllm_sd.losses.supports import at_least_float32
 
-#: Logits of a chunk, as many numbers at most: 16 MiB in float32, or eight times that on an accelerator.
-CHUNK = {"cpu": 2**22, "cuda": 2**25}
+#: Logits of a chunk, as many numbers: 32 MiB in float32 (larger tensors of a CPU are new pages of the system, each
+#: time), or four times that on an accelerator (not measured).
+CHUNK = {"cpu": 2**23, "cuda": 2**25}
 
 
-def at_once(vocabulary: int, device: str) -> int:
-    """Sites of a chunk."""
-    return max(1, CHUNK.get(device, CHUNK["cuda"]) // vocabulary)
+def at_once(vocabulary: int, width: int, device: str) -> int:
+    """Sites ``i`` of a chunk.
+
+    What a chunk costs beside its sites is to read the head and to add to its gradient, ``v h`` numbers each. So wide
+    heads have at least a site for 32 columns (up to 128 sites), however many logits that are: a copy of these is then
+    at most a 32nd of the head.
+    """
+    return max(1, CHUNK.get(device, CHUNK["cuda"]) // vocabulary, min(width // 32, 128))
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Spoken:
         """All sites, so many at a time as one may hold the logits of."""
         with torch.no_grad():
             vocabulary = self.logits(self.hidden[:0]).shape[-1]
-        size = at_once(vocabulary, self.hidden.device.type)
+        size = at_once(vocabulary, self.hidden.shape[-1], self.hidden.device.type)
         return [slice(start, start + size) for start in range(0, max(1, len(self.hidden)), size)]
 
 
@@ -99,14 +107,23 @@ class _Sweep:
         """The sum, and its gradient to hidden states and parameters where wanted."""
         gradients: list[Tensor | None] = [torch.zeros_like(self.spoken.hidden) if wanted[0] else None]
         gradients += [None] * len(self.trained)
-        for rows in self.spoken.chunks():
-            self._chunk(rows, wanted, gradients)
+        chunks = self.spoken.chunks()
+        several = len(chunks) > 1
+        sums = _WeightSums([x for x, want in zip(self.trained, wanted[1:], strict=True) if want and several])
+        for rows in chunks:
+            self._chunk(rows, wanted, gradients, sums)
+        for i, x in enumerate(self.trained, 1):
+            _add(gradients, i, sums.found.get(id(x)), slice(None))
         return self.columns[self.term].sum(), gradients
 
-    def _chunk(self, rows: slice, wanted: Sequence[bool], gradients: list[Tensor | None]) -> None:
+    def _chunk(self, rows: slice, wanted: Sequence[bool], gradients: list[Tensor | None], sums: "_WeightSums") -> None:
+        def logits() -> Tensor:
+            with sums:
+                return self.spoken.logits(hidden)
+
         with torch.set_grad_enabled(any(wanted)):
             hidden = self.spoken.hidden[rows].detach().requires_grad_(wanted[0])
-            found = self.equation(lambda: self.spoken.logits(hidden), rows)
+            found = self.equation(logits, rows)
             if any(wanted):
                 leaves = {i: x for i, x in enumerate((hidden, *self.trained)) if wanted[i]}
                 values = torch.autograd.grad(found[self.term].sum(), [*leaves.values()], allow_unused=True)
@@ -127,6 +144,48 @@ def _add(gradients: list[Tensor | None], i: int, value: Tensor | None, rows: sli
         former[rows] = value
     else:
         gradients[i] = value if former is None else at_least_float32(former).add_(value)
+
+
+class _WeightSums(TorchFunctionMode):
+    """Inside, linear maps add the gradients of their weights to sums, without a new tensor ``[v h]`` for each chunk.
+
+    However the head is made: a module (with bias, adapter, gathered weights) or a function. What is no `linear` of one
+    of the weights, or of states that are no matrix, is left to autograd.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.weights = {id(x) for x in weights}
+        self.found: dict[int, Tensor] = {}
+        """The sums, by the weights' ids."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace `linear`; called for every function of torch."""
+        if func is not linear or kwargs or args[0].dim() != 2 or id(args[1]) not in self.weights:
+            return func(*args, **(kwargs or {}))
+        if id(args[1]) not in self.found:
+            weight = args[1].detach()
+            self.found[id(args[1])] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return _Linear.apply(self.found[id(args[1])], *args)
+
+
+class _Linear(torch.autograd.Function):
+    """`linear`, ``[i h] -> [i v]``; the gradient of the weight goes to a sum ``[v h]``, and autograd gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.total, ctx.hidden, ctx.weight = total, hidden, weight.detach()
+        return linear(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), total, hidden = gradients, ctx.total, ctx.hidden
+        if total.dtype == hidden.dtype == gradient.dtype:
+            total.addmm_(gradient.T, hidden)
+        else:  # of fewer digits than the sum, such as bfloat16
+            total.add_(gradient.T @ hidden.to(gradient.dtype))
+        to_hidden = (gradient @ ctx.weight.to(gradient.dtype)).to(hidden.dtype) if ctx.needs_input_grad[1] else None
+        return None, to_hidden, None, gradient.sum(0) if any(ctx.needs_input_grad[3:]) else None
 
 
 class _GradientAtOnce(torch.autograd.Function):
