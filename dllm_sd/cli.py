@@ -179,7 +179,7 @@ def _load(
     from dllm_sd.config import apply_overrides, build_config
     from dllm_sd.policies.blueprint import model_folder
     from dllm_sd.policies.loading import build_policy, put_on
-    from dllm_sd.training.checkpoint import load_weights, read_state
+    from dllm_sd.training.checkpoint import load_weights, state_of
     from dllm_sd.training.folder import read_tree
 
     run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
@@ -204,7 +204,7 @@ def _load(
     if _is_run(name):
         folder = _checkpoint(run, last)
         load_weights(policy, folder)
-        weights = f"{folder.name}, update {read_state(folder)['update']}"
+        weights = f"{folder.name}, update {state_of(folder).update}"
     return config, policy, weights
 
 

@@ -130,6 +130,8 @@ def evaluate(
         counts = [sum(column) for column in zip(*gather_object([counts]), strict=True)]
     if not own:
         raise InputError(f"no problem is left to evaluate ({dropped} prompts exceed max_prompt {max_prompt}); raise it")
+    if record is not None:
+        record.problems = [group[0].id for group in own]
     seconds = time.perf_counter() - start
     by_id = {problem.id: problem for problem in problems}
     graded = [(by_id[group[0].id], line.grade) for group in own for line in group]
@@ -185,16 +187,18 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
     if processes.is_main_process:
         begin(folder, settings)
     processes.wait_for_everyone()
-    reports: dict[str, Any] = {}
+    reports, evaluated = dict[str, Any](), list[str]()
     for name, overrides in {"trained": {}, **config.eval.schedules}.items():
         record = Record(folder, name, processes.process_index)
         report = evaluate_run(
             policy, config, wanted, processes.process_index, processes.num_processes, overrides, record
         )
-        reports[name] = report.tree()
+        reports[name], evaluated = report.tree(), record.problems
     tree = {"task": settings["task"]["name"], **reports["trained"], "schedules": reports, "settings": settings}
     if processes.is_main_process:
-        finish(folder, [problem.id for problem in wanted])
+        among = set(evaluated)
+        order = [problem.id for problem in wanted if problem.id in among]
+        finish(folder, order, list(reports), config.eval.attempts)
         (folder / "report.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
     return tree
 

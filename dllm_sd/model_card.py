@@ -14,7 +14,7 @@ from dllm_sd.method_page import closest
 from dllm_sd.policies.blueprint import Blueprint, model_folder
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.model import Model
-from dllm_sd.training.checkpoint import read_state
+from dllm_sd.training.checkpoint import state_of
 from dllm_sd.training.folder import read_tree
 
 Layout = Literal["peft", "merged", "original"]
@@ -157,7 +157,7 @@ def _training(trained: Trained | None) -> str:
     slots = {slot: part if isinstance(part, list) else [part] for slot, part in to_tree(method).items()}
     words = {slot: "+".join(part["name"] for part in group if isinstance(part, dict)) for slot, group in slots.items()}
     made = ", ".join(f"{slot} {word}" for slot, word in words.items() if word)
-    update = read_state(trained.checkpoint)["update"]
+    update = state_of(trained.checkpoint).update
     kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
     return (
         f"Method: {_method_name(method)}({made}). Task: `{tree['task']['name']}`. "

@@ -18,7 +18,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.nn import Parameter
 
-from dllm_sd.errors import InputError
+from dllm_sd.checkpoint_files import WEIGHTS as CHECKPOINT_WEIGHTS
+from dllm_sd.checkpoint_files import read_tensors
+from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.finite import find_broken
 from dllm_sd.losses.chunks import Spoken
 from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.policies.adapters import check_scale
@@ -110,9 +113,11 @@ class Peer:
         file = Path(self.path or "") / "adapter_model.safetensors"
         exported = self.path is not None and file.is_file()
         try:
-            found = load_file(file if exported else file.with_name("model.safetensors"))
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"there is no usable peer at {self.path!r} ({type(error).__name__}); {remedy}") from error
+            found = load_file(file) if exported else read_tensors(file.parent, CHECKPOINT_WEIGHTS)
+        except (OSError, SafetensorError, InputError) as error:
+            raise InputError(f"there is no usable peer at {self.path!r} ({on_one_line(error)}); {remedy}") from error
+        if broken := find_broken(found):
+            raise InputError(f"the peer at {self.path!r} is damaged ({broken} is not finite); {remedy}")
         settings = model and model.peft_config[model.active_adapters[0]]
         if isinstance(settings, LoraConfig):
             check_scale(self.path or "", settings)

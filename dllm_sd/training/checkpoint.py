@@ -4,33 +4,50 @@
 if an update still has to use them. ``checkpoints/best/`` holds weights only. No pickle is written or read.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dllm_sd.checkpoint_files import (
+    CHECKPOINTS,
+    FILES,
+    STATE,
+    WEIGHTS,
+    checksum,
+    damaged,
+    load_tensors,
+    numbered_checkpoints,
+    read_state,
+    read_tensors,
+    remedy,
+    state_text,
+    verify,
+)
 from dllm_sd.errors import InputError
+from dllm_sd.files import write_file
+from dllm_sd.finite import find_broken
 from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import Teacher, placed_like, trained
-from dllm_sd.rollouts import Rollout, Rollouts
-from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.optim import load_state, state_tensors
+from dllm_sd.rollouts import Rollouts
+from dllm_sd.training.optim import load_state, state_shapes, state_tensors
 from dllm_sd.training.sharding import fill, gather_tensors
+from dllm_sd.training.stored_rollouts import TensorError, load_rollouts, rollout_tensors
 from dllm_sd.training.zero import ZeroOptimizer, shape_of
-from dllm_sd.trajectory import Trajectory
+from dllm_sd.typed_json import all_finite, build
+
+OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollouts.safetensors"
 
 
 @dataclass
 class State:
-    """What a run knows besides tensors; all of it is in `state.json`."""
+    """What a run knows besides tensors; all of it is in `state.json`. No number falls below its first value."""
 
     update: int = 0
     """Finished updates."""
@@ -54,27 +71,33 @@ class State:
     """The bank of skills, of runs that have one."""
 
 
-WEIGHTS, OPTIMIZER, ROLLOUTS, STATE = "model.safetensors", "optimizer.safetensors", "rollouts.safetensors", "state.json"
-
-
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write ``tensors`` (file name: named tensors) and ``state`` so that ``folder`` appears whole or not at all."""
+    """Write ``tensors`` (file name: named tensors) and ``state`` so that ``folder`` appears whole or not at all.
+
+    What stands at the names that it writes to is removed first; a symbolic link there is not followed.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    _remove(partial)
     partial.mkdir()
     for name, values in tensors.items():
         save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / name)
-    (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for file in partial.iterdir():
-        _flush(file)
-    if folder.exists():  # replacing `best`: the old one stays readable until the new one is complete
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        _flush(partial / name)
+    write_file(partial / STATE, state_text(state, {name: checksum(partial / name) for name in tensors}))
+    _flush(partial)
+    if folder.exists() or folder.is_symlink():  # replacing `best`: the old one stays readable until the new one is
+        _remove(old)
         folder.rename(old)
     partial.rename(folder)
     _flush(folder.parent)
-    shutil.rmtree(folder.with_name(f".{folder.name}.old"), ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _flush(path: Path) -> None:
@@ -86,64 +109,126 @@ def _flush(path: Path) -> None:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of the most updates, or None."""
-    return max((folder for folder in _numbered(run) if (folder / STATE).is_file()), key=_update, default=None)
+    """The checkpoint of the most updates, or None.
 
-
-def _numbered(run: Path) -> list[Path]:
-    return [folder for folder in (run / "checkpoints").glob("*") if folder.name.isascii() and folder.name.isdigit()]
-
-
-def _update(folder: Path) -> int:
-    return int(folder.name)
+    Raises:
+        InputError: if it is a symbolic link.
+    """
+    every = numbered_checkpoints(run)
+    return _own(every[-1]) if every else None
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The best weights of a run; an interrupted replacement falls back to the former ones."""
+    """The best weights of a run; an interrupted replacement falls back to the former ones.
+
+    Raises:
+        InputError: if they are a symbolic link.
+    """
     for name in ("best", ".best.old"):
-        if (run / "checkpoints" / name / STATE).is_file():
-            return run / "checkpoints" / name
+        if (run / CHECKPOINTS / name / STATE).is_file():
+            return _own(run / CHECKPOINTS / name)
     return None
+
+
+def _own(folder: Path) -> Path:
+    if folder.is_symlink():
+        raise InputError(f"checkpoint {folder} is a symbolic link, which is not followed; {remedy(folder)}")
+    return folder
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the latest ``keep`` checkpoints and what interrupted writes left."""
-    for path in sorted(_numbered(run), key=_update)[:-keep]:
-        shutil.rmtree(path)
-    for path in (run / "checkpoints").glob(".*.partial"):
-        shutil.rmtree(path)
+    for path in numbered_checkpoints(run)[:-keep]:
+        path.rename(path.with_name(f".{path.name}.partial"))  # what is removed by half is no checkpoint
+    for pattern in (".*.partial", ".[0-9]*.old"):
+        for path in (run / CHECKPOINTS).glob(pattern):
+            _remove(path)
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint.
+def state_of(folder: Path) -> State:
+    """What the run knew when a checkpoint was saved.
 
     Raises:
-        InputError: if the file is missing or damaged.
+        InputError: if `state.json` is missing or damaged, with the remedy.
     """
-    try:
-        return load_file(folder / name)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"checkpoint {folder / name} is missing or damaged ({error}); remove {folder}") from error
+    return _build_state(read_state(folder), folder)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint."""
+def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"checkpoint {folder / STATE} is missing or damaged ({error}); remove {folder}") from error
+        plain = {name: value for name, value in tree.items() if name not in (FILES, "rollouts")}
+        state: State = build(State, plain)
+        if not all_finite(plain):
+            raise ValueError("it holds a number that is not finite")
+        for one in fields(State):
+            least, value = one.default, getattr(state, one.name)
+            if isinstance(least, int | float) and value < least:
+                raise ValueError(f"{one.name} must be {least} or more, not {value}")
+        if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and state.update != int(folder.name):
+            raise ValueError(f"update must be {int(folder.name)}, as the folder says, not {state.update}")
+        if max(state.skipped, state.best_update) > state.update:
+            raise ValueError(f"skipped and best_update cannot be above the {state.update} updates")
+    except ValueError as error:
+        raise damaged(folder / STATE, error) from error
+    return state
+
+
+Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
+"""By name: what a whole tensor must be."""
+
+
+def shapes_of(values: Mapping[str, Tensor]) -> Shapes:
+    """What tensors are, also where they lie in pieces."""
+    return {name: (shape_of(value), value.dtype) for name, value in values.items()}
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Shapes) -> None:
+    """Refuse tensors that are not just the wanted ones, or not finite.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if lacking := sorted(wanted.keys() - found.keys()):
+        raise ValueError(f"it lacks {lacking[0]}")
+    if more := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"it holds {more[0]:.80}, which the run does not have")
+    for name, (shape, dtype) in wanted.items():
+        if found[name].shape != shape:
+            raise ValueError(f"{name} has the shape {list(found[name].shape)} and should have {list(shape)}")
+        if found[name].dtype != dtype and not _rounded(found[name].dtype, dtype):
+            raise ValueError(f"{name} is of type {found[name].dtype} and should be of {dtype}")
+    if broken := find_broken(found):
+        raise ValueError(f"{broken} is not finite")
+
+
+def _rounded(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether FSDP2, which keeps weights in float32 under autocast, may have saved one and another engine the other."""
+    return torch.float32 in (one, other) and {one, other} <= {torch.float32, torch.bfloat16, torch.float16}
+
+
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Put the trained weights of a checkpoint into a policy built from the same config, in the policy's own type.
+
+    Raises:
+        InputError: if they are missing or damaged, or belong to another model.
+    """
+    _fill(policy, read_tensors(folder, WEIGHTS), folder)
 
 
 @torch.no_grad()
-def load_weights(policy: Policy, folder: Path) -> None:
-    """Put the trained weights of a checkpoint into a policy built from the same config."""
-    saved, live = read_tensors(folder, WEIGHTS), trained(policy)
+def _fill(policy: Policy, saved: Mapping[str, Tensor], folder: Path) -> None:
+    live = trained(policy)
     if saved.keys() != live.keys():
         name = sorted(saved.keys() ^ live.keys())[0]
         raise InputError(f"checkpoint {folder} and the model differ in {name!r}; load it with the config of its run")
     for name, value in live.items():
         if shape_of(value) != saved[name].shape:
             raise InputError(f"checkpoint {folder} has another shape for {name!r}; load it with the config of its run")
+        if not saved[name].is_floating_point():
+            raise damaged(folder / WEIGHTS, f"{name} is of type {saved[name].dtype}")
+    if broken := find_broken(saved):
+        raise damaged(folder / WEIGHTS, f"{broken} is not finite")
+    for name, value in live.items():
         fill(value, saved[name])
 
 
@@ -157,69 +242,25 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer | ZeroOptimizer, policy: 
 def load_optimizer(
     optimizer: torch.optim.Optimizer | ZeroOptimizer, policy: Policy, saved: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` gave, after the weights."""
+    """Restore what `optimizer_tensors` gave, after the weights.
+
+    Raises:
+        InputError: if another kind of optimizer gave it.
+        ValueError: naming an entry that is missing, too much, misshaped or not finite.
+    """
+    parameters = trained(policy)
+    plain = None if isinstance(optimizer, ZeroOptimizer) else optimizer
+    if saved:
+        check_tensors(saved, state_shapes(plain, shapes_of(parameters), parameters, saved))
     if isinstance(optimizer, ZeroOptimizer):
-        optimizer.load(trained(policy), saved)
+        optimizer.load(parameters, saved)
     else:
-        load_state(optimizer, trained(policy), saved)
-
-
-def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Kept rollouts as tensors and JSON."""
-    tensors: dict[str, Tensor] = {}
-    entries: list[dict[str, Any]] = []
-    layout: dict[str, Any] = {}
-    for i, rollout in enumerate(rollouts.kept):
-        for name, value in vars(rollout.trajectory).items():
-            if isinstance(value, Tensor):
-                tensors[f"{i}/{name}"] = value
-            else:
-                layout[name] = value
-        grade = rollout.grade
-        entries.append(
-            {
-                "problem": {"id": rollout.problem.id, "fields": dict(rollout.problem.fields)},
-                "attempt": rollout.attempt,
-                "occurrence": rollout.occurrence,
-                "text": rollout.text,
-                "grade": {"correct": grade.correct, "score": grade.score, "parsed": grade.parsed},
-                "teacher_prompts": rollout.teacher_prompts,
-                "teacher_weights": rollout.teacher_weights,
-                "notes": rollout.notes,
-            }
-        )
-    return tensors, {"kept": entries, "layout": layout, "counts": dict(rollouts.counts)}
-
-
-def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rollouts:
-    """Rebuild what `rollout_tensors` gave."""
-    layout = {**tree["layout"]}
-    if "end_ids" in layout:
-        layout["end_ids"] = tuple(layout["end_ids"])
-    names = ("prompt_ids", "prompt_mask", "tokens", "reveal_step", "length", "logp")
-    kept = [
-        Rollout(
-            problem=Problem(**entry["problem"]),
-            attempt=entry["attempt"],
-            occurrence=entry.get("occurrence", 0),
-            text=entry["text"],
-            grade=Grade(**entry["grade"]),
-            trajectory=Trajectory(
-                **{name: tensors[f"{i}/{name}"] for name in names if f"{i}/{name}" in tensors},
-                **{name: value for name, value in layout.items() if name not in names},
-            ),
-            teacher_prompts=tuple(None if prompt is None else tuple(prompt) for prompt in entry["teacher_prompts"]),
-            teacher_weights=tuple(entry["teacher_weights"]),
-            notes=tuple(entry["notes"]),
-        )
-        for i, entry in enumerate(tree["kept"])
-    ]
-    return Rollouts(tuple(kept), tree["counts"])
+        load_state(optimizer, parameters, saved)
 
 
 def save_best(run: Path, weights: Mapping[str, Tensor], state: State) -> None:
     """Keep these weights as the best ones."""
-    write_checkpoint(run / "checkpoints" / "best", {WEIGHTS: weights}, vars(state))
+    write_checkpoint(run / CHECKPOINTS / "best", {WEIGHTS: weights}, vars(state))
 
 
 def run_tensors(
@@ -232,29 +273,66 @@ def run_tensors(
 
 
 def save_run(
-    run: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State, rollouts: Rollouts | None, keep: int
+    run: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State, rollouts: Rollouts | None, keep: int | None
 ) -> None:
-    """Save everything that the next update depends on; ``rollouts`` only if it still uses them."""
+    """Save everything that the next update depends on; ``rollouts`` only if it still uses them.
+
+    Of the checkpoints the latest ``keep`` stay, or all where it is None.
+    """
     files, tree = dict(tensors), {**vars(state)}
     if rollouts is not None:
         files[ROLLOUTS], tree["rollouts"] = rollout_tensors(rollouts)
-    write_checkpoint(run / "checkpoints" / f"{state.update:06d}", files, tree)
-    prune_checkpoints(run, keep)
+    write_checkpoint(run / CHECKPOINTS / f"{state.update:06d}", files, tree)
+    if keep is not None:
+        prune_checkpoints(run, keep)
 
 
 def restore_run(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[Teacher]
 ) -> tuple[State, Rollouts | None]:
-    """Put a checkpoint back into a freshly built run."""
+    """Put a checkpoint back into a freshly built run.
+
+    Raises:
+        InputError: naming the file that is missing, damaged or of another run, with the remedy.
+    """
     tree = read_state(folder)
-    load_weights(policy, folder)
-    load_optimizer(optimizer, policy, read_tensors(folder, OPTIMIZER))
+    verify(folder, tree.get(FILES, {}))
+    state = _build_state(tree, folder)
+    moments = _load(folder, OPTIMIZER, tree)
+    _fill(policy, _load(folder, WEIGHTS, tree), folder)
+    try:
+        if not moments and state.skipped < state.update:
+            raise ValueError("it is empty, although the run has learnt")
+        load_optimizer(optimizer, policy, moments)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise damaged(folder / OPTIMIZER, error) from error
     for i, teacher in enumerate(teachers):
         if teacher.moving:
-            saved = read_tensors(folder, f"teacher{i}.safetensors")
-            teacher.load({name: placed_like(saved[name], value) for name, value in teacher.moving.items()})
-    kept = tree.pop("rollouts", None)
-    rollouts = load_rollouts(read_tensors(folder, ROLLOUTS), kept) if kept else None
-    if unknown := sorted(tree.keys() - State.__dataclass_fields__.keys()):
-        raise InputError(f"checkpoint {folder} is of another version (it holds {unknown[0]!r}); use resume=fresh")
-    return State(**tree), rollouts
+            _load_teacher(teacher, _load(folder, f"teacher{i}.safetensors", tree), folder / f"teacher{i}.safetensors")
+    return state, _load_rollouts(folder, tree) if "rollouts" in tree else None
+
+
+def _load(folder: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Tensor]:
+    if name not in tree.get(FILES, [name]):
+        raise damaged(folder / name, f"it is not listed in {STATE}")
+    return load_tensors(folder, name)
+
+
+def _load_teacher(teacher: Teacher, saved: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        check_tensors(saved, shapes_of(teacher.moving))
+    except ValueError as error:
+        raise damaged(file, error) from error
+    teacher.load({name: placed_like(saved[name], value) for name, value in teacher.moving.items()})
+
+
+def _load_rollouts(folder: Path, tree: Mapping[str, Any]) -> Rollouts:
+    tensors = _load(folder, ROLLOUTS, tree)
+    try:
+        return load_rollouts(tensors, build(dict[str, Any], tree["rollouts"], "rollouts"))
+    except TensorError as error:
+        raise damaged(folder / ROLLOUTS, error) from error
+    except ValueError as error:
+        raise damaged(folder / STATE, error) from error

@@ -17,6 +17,12 @@ from dllm_sd.settings import Optim
 FUSED = ("cpu", "cuda")
 """Kinds of devices whose fused AdamW takes the steps of the plain one: equal in float32 and float64 to rounding, and
 rounded once instead of several times in bfloat16."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's running means of the gradient and of its square."""
+
+
+class BrokenStep(FloatingPointError):
+    """A step that was taken and left weights that nothing can be learnt from: they must not be saved."""
 
 
 def check_optimizer(settings: Optim, device: torch.device, sharded: bool) -> None:
@@ -52,14 +58,62 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optim) -> torc
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state by parameter name, ``{parameter}/{entry}``; the fixed table of 8-bit numbers is left out."""
-    names = {id(value): name for name, value in parameters.items()}
+    """The state by parameter name, ``{parameter}/{entry}``; the fixed table of 8-bit numbers is left out.
+
+    Empty before the first step, else complete: a parameter that no gradient has reached has the state it begins with.
+    """
+    if not optimizer.state:
+        return {}
+    states = {name: optimizer.state.get(value) or _first_state(optimizer, value) for name, value in parameters.items()}
     return {
-        f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
-        for parameter, entries in optimizer.state.items()
+        f"{name}/{key}": torch.as_tensor(value)
+        for name, entries in states.items()
         for key, value in entries.items()
         if not key.startswith("qmap")
     }
+
+
+def _first_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    maker: Any = getattr(optimizer, "init_state", None)  # that of 8 bits
+    if maker is None:
+        return {"step": torch.zeros(()), **{entry: torch.zeros_like(parameter.detach()) for entry in MOMENTS}}
+    group: Any = optimizer.param_groups[0]
+    maker(group, parameter, 0, next(i for i, value in enumerate(group["params"]) if value is parameter))
+    return optimizer.state[parameter]
+
+
+def state_shapes(
+    optimizer: torch.optim.Optimizer | None,
+    shapes: Mapping[str, tuple[torch.Size, torch.dtype]],
+    parameters: Mapping[str, nn.Parameter],
+    saved: Mapping[str, Tensor],
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """What `state_tensors` gives once a step was taken: shape and type of every entry.
+
+    Args:
+        optimizer: AdamW, AdamW in 8 bits, or None for AdamW in the hands of DeepSpeed.
+        shapes: of the whole parameters.
+        parameters: the trained ones.
+        saved: what is to be loaded.
+
+    Raises:
+        InputError: if another kind of optimizer gave it.
+    """
+    _check_kind(optimizer, saved)
+    if optimizer is not None and hasattr(optimizer, "init_state"):
+        every = {name: _first_state(optimizer, value) for name, value in parameters.items()}
+        held = {
+            f"{name}/{key}": torch.as_tensor(value) for name, entries in every.items() for key, value in entries.items()
+        }
+        return {key: (value.shape, value.dtype) for key, value in held.items() if "/qmap" not in key}
+    steps = {f"{name}/step": (torch.Size(), torch.float32) for name in shapes}
+    return steps | {f"{name}/{entry}": shape for name, shape in shapes.items() for entry in MOMENTS}
+
+
+def _check_kind(optimizer: torch.optim.Optimizer | None, saved: Mapping[str, Tensor]) -> None:
+    foreign = "exp_avg" if hasattr(optimizer, "init_state") else "state1"
+    if any(key.endswith(f"/{foreign}") for key in saved):
+        raise InputError("the checkpoint was written with another optim.name; set the one of its run")
 
 
 def load_state(
@@ -70,9 +124,8 @@ def load_state(
     Raises:
         InputError: if another kind of optimizer gave it.
     """
-    maker: Any = getattr(optimizer, "init_state", None)  # that of 8 bits
-    if saved and any(key.endswith("/exp_avg") for key in saved) == (maker is not None):
-        raise InputError("the checkpoint was written with another optim.name; set the one of its run")
+    _check_kind(optimizer, saved)
+    maker: Any = getattr(optimizer, "init_state", None)
     group: Any = optimizer.param_groups[0]
     if maker is not None:
         for i, value in enumerate(group["params"]):
@@ -87,7 +140,9 @@ def load_state(
         elif entry == "step":
             state[entry] = value.to(parameter.device) if fused else value  # where the fused step looks for it
         else:
-            state[entry] = value.to(parameter.device) if maker is not None else placed_like(value, parameter)
+            state[entry] = (
+                value.to(parameter.device) if maker is not None else placed_like(value.to(parameter.dtype), parameter)
+            )
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, settings: Optim, updates: int) -> Callable[[int], float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from dllm_sd.checkpoint_files import WEIGHTS
 from dllm_sd.config import Config, to_tree
 from dllm_sd.evaluation import evaluate_run, first
 from dllm_sd.pairing import check_peers
@@ -21,7 +22,6 @@ from dllm_sd.settings import Student
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import AnyContext, Feedback
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.training.checkpoint import WEIGHTS
 from dllm_sd.training.folder import prepare_folder
 from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer

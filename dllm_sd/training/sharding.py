@@ -107,6 +107,17 @@ def fill(value: Tensor, other: Tensor) -> None:
         value.copy_(placed_like(other, value))
 
 
+def stepped_tensors(
+    optimizer: torch.optim.Optimizer | ZeroOptimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """What a step changes, by name, as far as it lies on this process: the weights and the optimizer's state."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.pieces
+    entries = {name: optimizer.state.get(value, {}) for name, value in parameters.items()}
+    states = {f"{key} of {name}": value for name, state in entries.items() for key, value in state.items()}
+    return {**parameters, **{name: value for name, value in states.items() if isinstance(value, Tensor)}}
+
+
 def gather_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors for a checkpoint, to be called by all processes.
 

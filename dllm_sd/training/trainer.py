@@ -12,9 +12,11 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from dllm_sd.checkpoint_files import STATE, damaged
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation import Report, evaluate_run, first
+from dllm_sd.finite import LARGEST, find_broken
 from dllm_sd.objective import Graded, Plan, grade, plan_update
 from dllm_sd.pairing import check_data, check_model
 from dllm_sd.policies.loading import build_policy, make_teacher
@@ -46,9 +48,9 @@ from dllm_sd.training.metrics import (
     site_metrics,
     site_sums,
 )
-from dllm_sd.training.optim import build_optimizer, learning_rate
+from dllm_sd.training.optim import BrokenStep, build_optimizer, learning_rate
 from dllm_sd.training.progress import Interrupt, Progress
-from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, whole
+from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
 from dllm_sd.training.supply import Supply
 from dllm_sd.training.zero import shape_of
 
@@ -86,7 +88,7 @@ class Trainer:
         checkpoint = latest_checkpoint(self.run)
         self.resumed = checkpoint is not None
         if checkpoint is not None:
-            self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, [*self.models.values()])
+            self._restore(checkpoint)
         self.supply.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(_counts(self.policy.module))
@@ -103,7 +105,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, with the last update saved.
-            FloatingPointError: at a non-finite loss or gradient, before it is applied, with the last update saved.
+            FloatingPointError: at a non-finite loss or gradient, before it is applied, with the last update saved; or
+                at weights that a step made non-finite, with nothing saved since the last checkpoint.
             Stopped: if it cannot go on, with the last update saved.
         """
         written = self.run / "report.json"
@@ -121,9 +124,11 @@ class Trainer:
                 started, fed = time.perf_counter(), (state.cursor, state.too_long)
                 try:
                     metrics = self._update(state.update + 1)
+                except BrokenStep:  # the step was taken: what was saved before it is what is left
+                    raise
                 except (FloatingPointError, Stopped):  # no step was taken: what was learnt before is worth keeping
                     state.cursor, state.too_long = fed
-                    self._save()
+                    self._save(prune=False)  # should it fail again from there, there is an earlier one
                     raise
                 state.update += 1
                 state.seconds += time.perf_counter() - started
@@ -204,6 +209,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._refuse_broken_step(update)
         return parts, float(norm)
 
     def _answers(self, rollouts: Rollouts) -> Tensor | None:
@@ -230,6 +236,18 @@ class Trainer:
         raise FloatingPointError(
             f"the loss or gradient of update {update} is not finite; the step was not taken. Rollouts of problem "
             f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} caused it; details in {file}"
+        )
+
+    def _refuse_broken_step(self, update: int) -> None:
+        changed = stepped_tensors(self.optimizer, trained(self.policy))
+        broken = find_broken(changed, LARGEST)
+        if not self._anywhere(broken is not None):
+            return
+        last = latest_checkpoint(self.run)
+        on = f"goes on from update {int(last.name)}" if last else "begins again"
+        raise BrokenStep(
+            f"the step of update {update} made weights not finite, or as good as that ({broken or 'on another process'}"
+            f"); nothing of it was saved: lower optim.lr or optim.max_grad_norm, and resume=force {on}"
         )
 
     def _due(self, update: int) -> bool:
@@ -307,11 +325,22 @@ class Trainer:
 
     # Saving, and acting together
 
-    def _save(self) -> None:
+    def _restore(self, checkpoint: Path) -> None:
+        self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, [*self.models.values()])
+        if self.config.resume == "force":  # with another method, it may begin with what the former one did not have
+            return
+        between = self.state.update % self.method.rollout.passes != 0
+        lacking = {"rollouts": between and self.rollouts is None}
+        lacking["bank"] = self.method.library is not None and self.state.bank is None
+        if names := [name for name, lacks in lacking.items() if lacks]:
+            raise damaged(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
+
+    def _save(self, prune: bool = True) -> None:
+        keep = self.config.checkpoint.keep if prune else None
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
         self.state.bank = self.supply.shelf.tree
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
-        self._alone(lambda: save_run(self.run, tensors, self.state, rollouts, self.config.checkpoint.keep))
+        self._alone(lambda: save_run(self.run, tensors, self.state, rollouts, keep))
         self._alone(lambda: self.supply.shelf.write_down(self.run))
 
     def _anywhere(self, flag: bool) -> bool:

@@ -151,6 +151,14 @@ class ZeroOptimizer:
         """This process's pieces of the weights."""
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
+    @property
+    def pieces(self) -> dict[str, Tensor]:
+        """What a step changes, as far as it lies on this process."""
+        found = {f"piece {i} of the weights": flat for i, flat in enumerate(self._flat)}
+        for i, state in enumerate(self.zero.optimizer.state.values()):
+            found |= {f"{key} of piece {i}": value for key, value in state.items() if isinstance(value, Tensor)}
+        return found
+
     def tensors(self, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
         """Whole states ``{parameter}/{entry}``, on the CPU of the first process; to be called by all processes."""
         read = import_module("deepspeed.utils").safe_get_full_optimizer_state

@@ -17,7 +17,7 @@ from dllm_sd.rollouts import All, Correct, PassAtK, Rollout, Rollouts, gather
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext, LaterStep, NoQuestion, Nothing, Reasoning, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import inform
-from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
+from dllm_sd.training.stored_rollouts import load_rollouts, rollout_tensors
 
 BATCH = (3, 7)
 CANVAS = Decoding(length=12, block_length=4, tokens_per_step=2)

@@ -13,7 +13,7 @@ from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import Generated
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Library, Nothing, Reference, Skills
-from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
+from dllm_sd.training.stored_rollouts import load_rollouts, rollout_tensors
 from tests.teachers.scripted import BATCH, TASK, informed, places, prompts, rolled
 
 BANK = Bank(

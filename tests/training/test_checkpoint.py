@@ -1,10 +1,13 @@
 """Checkpoints: whole or absent, bit-equal when they come back, refused when they are damaged."""
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora
 from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
-from dllm_sd.rollouts import All, PassAtK, Prompted, Rollouts, gather
+from dllm_sd.rollouts import All, PassAtK, Prompted, Rollout, Rollouts, gather
 from dllm_sd.tasks import Problem, Sudoku
 from dllm_sd.training import checkpoint
 from dllm_sd.training.checkpoint import (
@@ -36,6 +39,7 @@ from dllm_sd.training.checkpoint import (
     save_run,
     write_checkpoint,
 )
+from dllm_sd.trajectory import NEVER, Trajectory
 
 Build = Callable[..., MaskedDiffusion]
 TASK: Any = Sudoku(prompt="{puzzle}")
@@ -114,32 +118,9 @@ def test_teachers_that_move_come_back_and_the_base_is_not_stored(make_policy: Bu
     assert not (tmp_path / "checkpoints" / "000003" / "teacher2.safetensors").exists()
 
 
-def test_rollouts_come_back_bit_equal(policy: MaskedDiffusion, tmp_path: Path):
-    rollouts = roll_out(policy)
-    tensors, tree = rollout_tensors(rollouts)
-    write_checkpoint(tmp_path / "000001", {"rollouts.safetensors": tensors}, tree)
-    again = load_rollouts(read_tensors(tmp_path / "000001", "rollouts.safetensors"), read_state(tmp_path / "000001"))
-    assert again.counts == rollouts.counts
-    assert len(again.kept) == 6
-    for one, other in zip(rollouts.kept, again.kept, strict=True):
-        assert (one.problem, one.attempt, one.text, one.grade) == (
-            other.problem,
-            other.attempt,
-            other.text,
-            other.grade,
-        )
-        fields, others = vars(one.trajectory), vars(other.trajectory)
-        for name, value in fields.items():
-            if isinstance(value, Tensor):
-                assert value.dtype == others[name].dtype
-                torch.testing.assert_close(value, others[name], rtol=0, atol=0, equal_nan=True)
-            else:
-                assert value == others[name]
-    assert again.keys(1, 2) == rollouts.keys(1, 2)
-
-
 def test_every_field_of_the_state_comes_back(make_policy: Build, tmp_path: Path):
     policy, optimizer = start(make_policy)
+    steps(policy, optimizer, 2)
     state = State(3, 1, 40, 2, 2, 0.25, 1, "collapse", {"trained": {"accuracy": 0.5, "ci95": [0.0, 1.0]}}, 1.5)
     rollouts = roll_out(policy)
     save_run(tmp_path, run_tensors(policy, optimizer, []), state, rollouts, keep=1)
@@ -251,7 +232,7 @@ def test_a_damaged_file_is_refused_by_name(
     with pytest.raises(InputError) as caught:
         restore_run(folder, policy, optimizer, [Teacher(Ema(), policy)])
     assert str(caught.value).startswith(f"checkpoint {file} is missing or damaged (")
-    assert str(caught.value).endswith(f"; remove {folder}")
+    assert str(caught.value).endswith("; use resume=fresh to begin again")
     assert "\n" not in str(caught.value)
 
 
@@ -277,3 +258,119 @@ def test_a_copied_checkpoint_is_as_good_as_the_original(
     again, fresh = start(make_policy)
     restore_run(Path(shutil.copytree(folder, tmp_path / "copy")), again, fresh, [Teacher(Ema(), again)])
     assert same(weights(policy), weights(again))
+
+
+# Rollouts
+
+
+def of_every_kind(kind: Any, other: bool = False) -> Any:
+    """A value of a declared type, another one if asked for; fails for a type that it does not know."""
+    origin, inner = get_origin(kind), get_args(kind)
+    plain: dict[Any, tuple[Any, Any]] = {
+        str: ("one", 'two \ud800"'),
+        int: (3, -4),
+        float: (0.1, 2.5),
+        bool: (True, False),
+    }
+    if kind in plain:
+        return plain[kind][other]
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{one.name: of_every_kind(hints[one.name], other) for one in fields(kind)})  # type: ignore[operator]
+    if kind is Any:
+        return {"nested": [1, None, {"deep": 0.1 + 0.2}], "nan": math.nan} if other else "any"
+    if origin in (Union, UnionType):
+        return None if other else of_every_kind(next(one for one in inner if one is not type(None)))
+    if origin is tuple:
+        return () if other else (of_every_kind(inner[0]), of_every_kind(inner[0], True))
+    assert origin is Mapping, f"a field of {kind}: teach this test, and see that it survives a resumption"
+    return {"a": of_every_kind(inner[1], other), "b": of_every_kind(inner[1])}
+
+
+def trajectory_of(rich: bool) -> Trajectory:
+    """One of two that differ in every field."""
+    hints = get_type_hints(Trajectory)
+    ids = torch.tensor([[5, 6, 7]] if rich else [[1, 2]])
+    logp = torch.tensor([[-0.1, math.nan]], dtype=torch.bfloat16)
+    tensors: dict[str, Any] = {
+        "prompt_ids": ids,
+        "prompt_mask": ids > 5,
+        "tokens": torch.tensor([[8, 9]]) + rich,
+        "reveal_step": torch.tensor([[1, NEVER]]) if rich else torch.tensor([[0, 1]]),
+        "length": torch.tensor([1 + rich]),
+        "logp": logp if rich else None,
+    }
+    rest = {one.name: of_every_kind(hints[one.name], rich) for one in fields(Trajectory) if one.name not in tensors}
+    return Trajectory(**tensors, **rest)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two values are the same in type and content, all through dataclasses, lists and tensors, NaN too."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return (
+            one.dtype == other.dtype
+            and one.shape == other.shape
+            and torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+        )
+    if is_dataclass(one):
+        return all(equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other or (one != one and other != other)
+
+
+def stored(rollouts: Rollouts, folder: Path) -> Rollouts:
+    tensors, tree = rollout_tensors(rollouts)
+    write_checkpoint(folder, {"rollouts.safetensors": tensors}, {"rollouts": tree})
+    return load_rollouts(read_tensors(folder, "rollouts.safetensors"), read_state(folder)["rollouts"])
+
+
+def test_every_field_of_rollouts_survives_whatever_it_holds(tmp_path: Path):
+    hints = get_type_hints(Rollout)
+    names = [one.name for one in fields(Rollout)]
+    rejected, kept, alone = (
+        Rollout(**{name: path if name == "trajectory" else of_every_kind(hints[name], other) for name in names})
+        for other, path in ((False, trajectory_of(False)), (True, trajectory_of(True)), (True, trajectory_of(False)))
+    )
+    informed = replace(kept, teacher_prompts=((1, 2), None), teacher_weights=(0.5, 1.0), notes=("hint", None))
+    left_out = {"kept": (kept, informed, alone), "chosen": (rejected, kept)}
+    more = get_type_hints(Rollouts).items()
+    rollouts = Rollouts(**left_out, **{name: of_every_kind(kind) for name, kind in more if name not in left_out})
+    again = stored(rollouts, tmp_path / "000001")
+    assert equal(rollouts, again)
+    assert again.kept[0] is again.chosen[1]
+    assert again.kept[1].trajectory is again.kept[0].trajectory
+    assert again.kept[2].trajectory is not again.chosen[0].trajectory
+    saved = read_tensors(tmp_path / "000001", "rollouts.safetensors")
+    assert len({name.split("/")[0] for name in saved}) == 3
+
+
+def test_the_comparison_of_the_test_above_sees_every_difference():
+    one, other = trajectory_of(False), trajectory_of(True)
+    for f in fields(Trajectory):
+        assert not equal(one, replace(one, **{f.name: getattr(other, f.name)})), f.name
+    assert equal(other, replace(other))
+
+
+def test_real_rollouts_come_back_with_what_the_gate_rejected(policy: MaskedDiffusion, tmp_path: Path):
+    rollouts = roll_out(policy)
+    rejecting = replace(rollouts, kept=rollouts.kept[::2])
+    again = stored(rejecting, tmp_path / "000001")
+    assert equal(rejecting, again)
+    assert len(again.chosen) == 6
+    assert all(one is again.chosen[2 * i] for i, one in enumerate(again.kept))
+
+
+def test_rollouts_of_checkpoints_without_checksums_are_still_read(policy: MaskedDiffusion):
+    rollouts = roll_out(policy)
+    tensors, tree = rollout_tensors(rollouts)
+    known = {"problem", "attempt", "text", "grade", "teacher_prompts", "teacher_weights", "notes"}
+    entries = [{name: value for name, value in entry.items() if name in known} for entry in tree["rollouts"]]
+    layout = {**tree["trajectories"][0], "logp": None}
+    former = json.loads(json.dumps({"kept": entries, "layout": layout, "counts": dict(rollouts.counts)}))
+    again = load_rollouts(tensors, former)
+    assert equal(rollouts, again)
