@@ -18,9 +18,11 @@ from dllm_sd.typed_json import build, parse_json
 
 CHECKPOINTS, WEIGHTS, STATE = "checkpoints", "model.safetensors", "state.json"
 FILES = "files"
-"""Key of `state.json`: checksums in hexadecimal digits by file name. Its own is that of its bytes with `BLANK` there.
-Checkpoints of version 0.1 have no checksums."""
+"""Key of `state.json`: checksums in hexadecimal digits by file name; its own is of its bytes with `BLANK` there."""
 BLANK = "0" * 64
+FORMAT = "format"
+"""Key of `state.json`: `VERSION`. Earlier checkpoints have neither this key nor checksums."""
+VERSION = 2
 
 
 def checksum(file: Path) -> str:
@@ -31,7 +33,7 @@ def checksum(file: Path) -> str:
 
 def state_text(state: Mapping[str, Any], sums: Mapping[str, str]) -> bytes:
     """What `state.json` holds of ``state`` beside files with the checksums ``sums``."""
-    text = json.dumps({FILES: {STATE: BLANK, **sums}, **state}, indent=1).encode()
+    text = json.dumps({FILES: {STATE: BLANK, **sums}, FORMAT: VERSION, **state}, indent=1).encode()
     return text.replace(BLANK.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
 
 
@@ -53,18 +55,20 @@ def read_state(folder: Path) -> dict[str, Any]:
         tree = parse_json(content)
         if not isinstance(tree, dict):
             raise ValueError(f"it must be an object, not {tree!r:.60}")
-        if FILES in tree:
-            _verify_state(content, build(dict[str, str], tree[FILES], FILES))
+        if FILES in tree or FORMAT in tree:
+            _verify_state(content, tree, build(dict[str, str], tree.get(FILES), FILES))
     except (OSError, ValueError) as error:
         raise damaged(file, error) from error
     return tree
 
 
-def _verify_state(content: bytes, sums: Mapping[str, str]) -> None:
+def _verify_state(content: bytes, tree: Mapping[str, Any], sums: Mapping[str, str]) -> None:
     own = sums.get(STATE, "").encode()
     if len(own) != len(BLANK) or hashlib.sha256(content.replace(own, BLANK.encode(), 1)).hexdigest().encode() != own:
         raise ValueError("it does not agree with its checksum")
-    if odd := [name for name in sums if Path(name).name != name or name.startswith(".")]:
+    if tree.get(FORMAT) != VERSION:
+        raise ValueError(f"its format is {tree.get(FORMAT)!r:.60}, and this version of the program reads {VERSION}")
+    if odd := [name for name in sums if not name or Path(name).name != name or name.startswith(".")]:
         raise ValueError(f"{odd[0]!r:.60} is no name of a file in the folder")
 
 

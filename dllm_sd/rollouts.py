@@ -335,6 +335,13 @@ GATES: dict[str, type] = {"all": All, "correct": Correct, "score": Score, "mixed
 Gate = All | Correct | Score | Mixed
 
 
+COUNTS = (
+    *("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "generated"),
+    *("kept", "rejected", "no_hint", "long_hint"),
+)
+"""What is always counted in `Rollouts.counts`."""
+
+
 def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[Rollout]]) -> Rollouts:
     """Keep and gate the attempts of each problem, and count.
 
@@ -345,9 +352,7 @@ def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[
     """
     kept: list[Rollout] = []
     seen: list[Rollout] = []
-    names = ("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "generated")
-    names += ("kept", "rejected", "no_hint", "long_hint")
-    counts: dict[str, float] = dict.fromkeys(names, 0.0)
+    counts: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
     for attempts in tried:
         counted = [rollout for rollout in attempts if rollout.counted]
         counts["problems"] += 1

@@ -18,6 +18,7 @@ from torch import Tensor
 from dllm_sd.checkpoint_files import (
     CHECKPOINTS,
     FILES,
+    FORMAT,
     STATE,
     WEIGHTS,
     checksum,
@@ -156,7 +157,7 @@ def state_of(folder: Path) -> State:
 
 def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     try:
-        plain = {name: value for name, value in tree.items() if name not in (FILES, "rollouts")}
+        plain = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, "rollouts")}
         state: State = build(State, plain)
         if not all_finite(plain):
             raise ValueError("it holds a number that is not finite")
@@ -296,8 +297,8 @@ def restore_run(
         InputError: naming the file that is missing, damaged or of another run, with the remedy.
     """
     tree = read_state(folder)
-    verify(folder, tree.get(FILES, {}))
     state = _build_state(tree, folder)
+    verify(folder, tree.get(FILES, {}))
     moments = _load(folder, OPTIMIZER, tree)
     _fill(policy, _load(folder, WEIGHTS, tree), folder)
     try:

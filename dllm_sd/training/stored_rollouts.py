@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.rollouts import COUNTS, Rollout, Rollouts
 from dllm_sd.trajectory import NEVER, Trajectory
 from dllm_sd.typed_json import build
 
@@ -67,7 +67,10 @@ def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rol
         name: [_at(every, place) for place in build(tuple[int, ...], tree.get(name), name)]
         for name in ("kept", "chosen")
     }
-    return build(Rollouts, {**plain, **lists}, "rollouts")
+    found: Rollouts = build(Rollouts, {**plain, **lists}, "rollouts")
+    if lacking := [name for name in COUNTS if name not in found.counts]:
+        raise ValueError(f"counts lacks {lacking[0]!r}")
+    return found
 
 
 def _trajectories(tensors: Mapping[str, Tensor], layouts: Sequence[Mapping[str, Any]]) -> list[Trajectory]:

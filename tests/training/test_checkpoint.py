@@ -18,7 +18,7 @@ from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora
 from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
-from dllm_sd.rollouts import All, PassAtK, Prompted, Rollout, Rollouts, gather
+from dllm_sd.rollouts import COUNTS, All, PassAtK, Prompted, Rollout, Rollouts, gather
 from dllm_sd.tasks import Problem, Sudoku
 from dllm_sd.training import checkpoint
 from dllm_sd.training.checkpoint import (
@@ -333,11 +333,12 @@ def test_every_field_of_rollouts_survives_whatever_it_holds(tmp_path: Path):
     hints = get_type_hints(Rollout)
     names = [one.name for one in fields(Rollout)]
     rejected, kept, alone = (
-        Rollout(**{name: path if name == "trajectory" else of_every_kind(hints[name], other) for name in names})
+        Rollout(**{name: path if name == "trajectory" else of_every_kind(hints[name], other) for name in names})  # pyright: ignore[reportArgumentType]
         for other, path in ((False, trajectory_of(False)), (True, trajectory_of(True)), (True, trajectory_of(False)))
     )
     informed = replace(kept, teacher_prompts=((1, 2), None), teacher_weights=(0.5, 1.0), notes=("hint", None))
-    left_out = {"kept": (kept, informed, alone), "chosen": (rejected, kept)}
+    left_out: dict[str, Any] = {"kept": (kept, informed, alone), "chosen": (rejected, kept)}
+    left_out["counts"] = {**dict.fromkeys(COUNTS, 0.1), "dropped/no_text": 3.0}
     more = get_type_hints(Rollouts).items()
     rollouts = Rollouts(**left_out, **{name: of_every_kind(kind) for name, kind in more if name not in left_out})
     again = stored(rollouts, tmp_path / "000001")
