@@ -40,10 +40,14 @@ def uniform_at(keys: Tensor, counters: Tensor) -> Tensor:
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
 
 
+def random_order(key: int, size: int) -> Tensor:
+    """A uniformly random order of ``range(size)``, a function of ``key`` alone, int64 ``[size]``."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(key))
+
+
 def permutation(key: int, size: int) -> list[int]:
-    """A uniformly random order of ``range(size)``, a function of ``key`` alone."""
-    generator = torch.Generator().manual_seed(key)
-    return torch.randperm(size, generator=generator).tolist()
+    """`random_order` as a list, for orders that are short or soon forgotten."""
+    return random_order(key, size).tolist()
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -89,5 +89,18 @@ class Chat:
         """Completion tokens as text, without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    @cached_property
+    def silent_ids(self) -> frozenset[int]:
+        """Ids of special tokens, which `text` leaves out."""
+        added = self.tokenizer.added_tokens_decoder
+        special = {number for number, token in added.items() if token.special} | {*self.tokenizer.all_special_ids}
+        return frozenset(number for number in special if not self.text([number]))
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of ``<0x00>`` to ``<0xFF>``, in which sentencepiece spells what it has no piece for."""
+        words = self.tokenizer.get_vocab()
+        return frozenset(words[word] for word in (f"<0x{byte:02X}>" for byte in range(256)) if word in words)
+
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]

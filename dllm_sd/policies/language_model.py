@@ -83,6 +83,16 @@ class LanguageModel:
         return self._chat.text(tokens)
 
     @property
+    def silent_ids(self) -> frozenset[int]:
+        """Ids that `text` leaves out (`Chat.silent_ids`)."""
+        return self._chat.silent_ids
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids that stand for single bytes (`Chat.byte_ids`)."""
+        return self._chat.byte_ids
+
+    @property
     def _chat(self) -> Chat:
         if self.chat is None:
             raise InputError("this model was loaded without a tokenizer; name one in model.tokenizer")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -109,7 +110,41 @@ class Policy(Protocol):
         """Completion tokens as text, without end, padding and other special tokens."""
         ...
 
+    @property
+    def silent_ids(self) -> frozenset[int]:
+        """Ids that `text` leaves out."""
+        ...
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids that stand for single bytes, a run of which `text` reads as a whole."""
+        ...
+
+
+WINDOW, OVERLAP = 24, 8
+"""Tokens that `offsets` reads at most before it forgets the earlier ones, and how many it remembers then."""
+
 
 def offsets(policy: Policy, tokens: Sequence[int]) -> list[int]:
-    """Where each token begins in the text of all of them, in characters, and where the last one ends."""
-    return [len(policy.text(tokens[:i])) for i in range(len(tokens) + 1)]
+    """Where each token begins in the text of all of them, in characters, and where the last one ends.
+
+    Entry ``i`` is the length of ``policy.text(tokens[:i])``, in which a character whose last bytes are still missing is
+    written with replacement characters. Reading every prefix from its start would be quadratic, so only the last tokens
+    are read: what stands more than `OVERLAP` tokens before a place changes the text behind it no more. A run of byte
+    tokens is the exception, which is read whole: all of it turns into replacement characters where one does not fit.
+    """
+    spoken = [token for token in tokens if token not in policy.silent_ids]
+    ends, start, before = [0], 0, 0
+    for stop in range(1, len(spoken) + 1):
+        text = policy.text(spoken[start:stop])
+        ends.append(before + len(text))
+        if stop - start < WINDOW:
+            continue
+        later = stop - OVERLAP
+        while later > start and spoken[later] in policy.byte_ids:
+            later -= 1
+        rest = policy.text(spoken[later:stop])
+        if text.endswith(rest[len(rest) // 2 :]):  # else what it begins with still matters
+            start, before = later, ends[-1] - len(rest)
+    heard = accumulate((token not in policy.silent_ids for token in tokens), initial=0)
+    return [ends[count] for count in heard]

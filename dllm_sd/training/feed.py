@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+import torch
+from torch import Tensor
+
 from dllm_sd.errors import InputError
 from dllm_sd.policies.policy import Policy
-from dllm_sd.randomness import make_key, permutation
+from dllm_sd.randomness import make_key, random_order
 from dllm_sd.rollouts import Prompted, prompt_tokens, with_occurrences
 from dllm_sd.tasks.task import Problem, Task
 
@@ -18,7 +21,12 @@ class Feed:
         self.seed, self.max_prompt = seed, max_prompt
         if not len(problems):
             raise InputError("the training split holds no problems; name other data in task")
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(make_key(seed, "epoch", epoch), len(problems)))
+        self._order = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        """The order of an epoch, int32: generated tasks have a million problems, and a list of these takes 36 MB."""
+        order = random_order(make_key(self.seed, "epoch", epoch), len(self.problems))
+        return order.to(torch.int32) if len(order) <= torch.iinfo(torch.int32).max else order
 
     def take(self, cursor: int, count: int) -> tuple[list[Prompted], int, int]:
         """The next ``count`` problems from position ``cursor``.
@@ -34,7 +42,7 @@ class Feed:
         dropped = barren = 0
         while len(taken) < count:
             epoch, place = divmod(cursor, len(self.problems))
-            problem = self.problems[self._order(epoch)[place]]
+            problem = self.problems[int(self._order(epoch)[place])]
             prompted = prompt_tokens(self.policy, self.task, problem, self.max_prompt)
             cursor += 1
             if prompted is None:

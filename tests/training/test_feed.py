@@ -7,6 +7,7 @@ import pytest
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
+from dllm_sd.randomness import make_key, permutation
 from dllm_sd.tasks import Problem, Sudoku
 from dllm_sd.training.feed import Feed
 
@@ -30,6 +31,13 @@ def test_an_epoch_holds_every_problem_once(policy: MaskedDiffusion):
     epochs = [dealt[start : start + 7] for start in range(0, 28, 7)]
     assert all(sorted(epoch) == [f"p{i}" for i in range(7)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_order_of_an_epoch_is_the_keyed_permutation_and_takes_four_bytes_a_problem(policy: MaskedDiffusion):
+    source = feed(policy, lengths=(4,) * 50, seed=3)
+    for epoch in range(3):
+        assert source._order(epoch).tolist() == permutation(make_key(3, "epoch", epoch), 50)
+        assert source._order(epoch).nbytes == 4 * 50
 
 
 def test_the_order_follows_from_the_seed(policy: MaskedDiffusion):
