@@ -72,8 +72,11 @@ class Autoregressive(LanguageModel):
     ) -> Trajectory:
         """One batch through transformers' `generate`; the choice of each token is ours, and keyed."""
         prompt_ids, prompt_mask = left_pad(prompts, self.pad_id)
-        chooser = KeyedChoice(settings, key_tensor(keys, self.device), self.suppress, prompt_ids.shape[1], watch)
         network: Any = self.module.network
+        chooser = KeyedChoice(
+            *(settings, key_tensor(keys, self.device), self.suppress, prompt_ids.shape[1], watch),
+            vocabulary=self.vocabulary,
+        )
         wanted = self._wanted(settings, reach)
         with _generating_as(network, wanted):
             found = network.generate(
@@ -112,7 +115,10 @@ class Autoregressive(LanguageModel):
     ) -> Trajectory:
         """All prompts through transformers' continuous batching, each row on its own."""
         wanted = self._wanted(settings, reach)
-        choice = TurnChoice(settings, key_tensor(keys, self.device), self.suppress, prompts, wanted.max_new_tokens or 0)
+        choice = TurnChoice(
+            *(settings, key_tensor(keys, self.device), self.suppress, prompts, wanted.max_new_tokens or 0),
+            vocabulary=self.vocabulary,
+        )
         parts: dict[int, Trajectory] = {}
 
         def ended(row: int, tokens: list[int]) -> None:
@@ -190,10 +196,11 @@ class KeyedChoice(LogitsProcessor):
         suppress: Sequence[int],
         width: int,
         watch: Callable[[Tensor], None] | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        """For rows with ``keys [b]`` behind prompts of ``width`` columns."""
+        """For rows with ``keys [b]`` behind prompts of ``width`` columns, of a ``vocabulary`` if known."""
         self.settings, self.keys, self.width, self.watch = settings, keys, width, watch
-        self.never = never_drawn(settings, suppress, keys.device)
+        self.never = never_drawn(settings, suppress, keys.device, vocabulary)
         self.logp: list[Tensor] = []
         """``[b]`` of each step so far."""
 

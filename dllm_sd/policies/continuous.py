@@ -60,14 +60,20 @@ class TurnChoice(ContinuousBatchingLogitsProcessor):
     """
 
     def __init__(
-        self, settings: Decoding, keys: Tensor, suppress: Sequence[int], prompts: Sequence[Sequence[int]], steps: int
+        self,
+        settings: Decoding,
+        keys: Tensor,
+        suppress: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        steps: int,
+        vocabulary: int | None = None,
     ) -> None:
-        """For at most ``steps`` tokens of each of the ``prompts`` with ``keys [b]``."""
+        """For at most ``steps`` tokens of each of the ``prompts`` with ``keys [b]``, of a ``vocabulary`` if known."""
         self.supported_kwargs, self.ignored_kwargs = {}, ()
         self.settings, self.steps = settings, steps
         self.slots = min(settings.batch_size, len(prompts))
         """Rows that are decoded together."""
-        self.never = never_drawn(settings, suppress, keys.device)
+        self.never = never_drawn(settings, suppress, keys.device, vocabulary)
         self.begin = {str(row): (row * steps, len(prompt)) for row, prompt in enumerate(prompts)}
         self.nobody = steps * len(prompts)
         drawn = uniform(fold(keys[:, None], torch.arange(steps, device=keys.device)), 1).flatten()

@@ -113,7 +113,7 @@ class _Stepper:
             self.cache = PrefixCache(module, len(slots.jobs), width, self.settings.block_length)
         self.whole = whole
         """Whether whole active blocks are read, whose size the host knows, or only what is masked in them."""
-        self.never = never_drawn(self.settings, (slots.layout.mask_id,), slots.device)
+        self.never = never_drawn(self.settings, (slots.layout.mask_id,), slots.device, vocabulary)
         self.place = torch.arange(self.settings.block_length, device=slots.device)
         self.rows = max(1, CHUNK.get(slots.device.type, CHUNK_ELSEWHERE) // vocabulary)
 
@@ -202,7 +202,7 @@ def propose(
         hidden: ``[m h]``.
         head: the output head.
         settings: temperature, order, guidance.
-        never: int64, ids that are not to be drawn.
+        never: what is not to be drawn (`never_drawn`).
         u: uniform numbers ``[m]``.
         rows: sites whose logits are held at once.
         without: hidden states ``[m h]`` without the prompt, for guidance.

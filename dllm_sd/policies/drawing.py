@@ -1,6 +1,6 @@
 """How a token is drawn from logits: greedily, or by inverse CDF at one uniform number, in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from dllm_sd.errors import InputError
 from dllm_sd.policies.decoding import Decoding
 
 RUN = 256
 """Vocabulary entries that are searched at a time: first the run, then the entry in it."""
 TINY = torch.finfo(torch.float32).tiny
+MANY = 1024
+"""Ids that are never drawn are a mask where they are more than this: a few are copied and filled faster by number."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,19 @@ def draw(logits: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> Draw:
     Args:
         logits: float32 ``[m v]``.
         settings: temperature, top-k and top-p.
-        never: int64, ids that are not to be drawn (`never_drawn`).
+        never: what is not to be drawn (`never_drawn`): ids int64, or bool ``[w]`` that is true at such ids and ends
+            behind the last other one.
         u: uniform numbers ``[m]`` in (0, 1); not read if greedy.
     """
-    banned = logits[:, never]
-    logits.index_fill_(-1, never, -torch.inf)
+    log_total = _log_total_of(logits, never, settings.temperature)
+    if never.dtype == torch.bool:
+        logits = logits[:, : len(never)].masked_fill_(never, -torch.inf)
+    else:
+        logits.index_fill_(-1, never, -torch.inf)
     top = logits.amax(-1, keepdim=True)
     gap = logits.sub_(top)  # everything below is relative to the best token that is allowed
     weight = gap.exp()
-    normaliser = _normaliser(weight, banned - top)
+    normaliser = log_total(weight, top, 1.0)
     if settings.temperature == 0:
         token = first_largest(gap)
         own = gap.gather(-1, token[:, None])[:, 0] - normaliser
@@ -52,7 +59,7 @@ def draw(logits: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> Draw:
     heat, of_logp = settings.temperature, normaliser
     if heat != 1:
         weight = torch.div(gap, heat, out=weight).exp_()
-        of_logp = _normaliser(weight, (banned - top) / heat)
+        of_logp = log_total(weight, top, heat)
     if 0 < settings.top_k < logits.shape[-1] or settings.top_p < 1:
         weight = warp(gap, settings).exp_()
     token = invert(weight, u)
@@ -60,10 +67,22 @@ def draw(logits: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> Draw:
     return Draw(token, found / heat - of_logp, found - normaliser, normaliser + top[:, 0])
 
 
-def _normaliser(weight: Tensor, banned: Tensor) -> Tensor:
-    """Log of the sum of ``weight [m v]`` and of what the ``banned`` log-weights ``[m i]`` would have added, ``[m]``."""
-    allowed = weight.sum(-1).log()
-    return torch.logaddexp(allowed, banned.logsumexp(-1)) if banned.shape[-1] else allowed
+def _log_total_of(logits: Tensor, never: Tensor, temperature: float) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """``log_total(weight, top, heat)``: log-sum-exp of all ``(logits - top) / heat``, ``[m]``, banned ones included.
+
+    To be called before the banned ones are overwritten; ``weight [m v]`` is exp of the allowed ones. Few banned logits
+    are kept, of many the sums.
+    """
+    if never.dtype == torch.bool:
+        sums = {heat: (logits / heat if heat != 1 else logits).logsumexp(-1) for heat in {1.0, temperature or 1.0}}
+        return lambda weight, top, heat: sums[heat] - top[:, 0] / heat
+    banned = logits[:, never]
+
+    def log_total(weight: Tensor, top: Tensor, heat: float) -> Tensor:
+        allowed = weight.sum(-1).log()
+        return torch.logaddexp(allowed, ((banned - top) / heat).logsumexp(-1)) if banned.shape[-1] else allowed
+
+    return log_total
 
 
 def warp(logits: Tensor, settings: Decoding) -> Tensor:
@@ -106,9 +125,20 @@ def _search(until: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(until, target.contiguous()).clamp(max=until.shape[-1] - 1)
 
 
-def never_drawn(settings: Decoding, suppress: Sequence[int], device: torch.device) -> Tensor:
-    """Token ids int64 that neither the ``settings`` nor ``suppress`` let pass."""
-    return torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64, device=device)
+def never_drawn(
+    settings: Decoding, suppress: Sequence[int], device: torch.device, vocabulary: int | None = None
+) -> Tensor:
+    """What neither the ``settings`` nor ``suppress`` let pass, for `draw`: ids int64, or a mask where they are `MANY`.
+
+    A mask needs the size of the ``vocabulary``; without it they are ids.
+    """
+    ids = torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64)
+    if vocabulary is None or len(ids) <= MANY:
+        return ids.to(device)
+    mask = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, ids, True)
+    if bool(mask.all()):
+        raise InputError("decode.suppress leaves no token to draw; list fewer")
+    return mask[: int((~mask).nonzero()[-1]) + 1].to(device)
 
 
 def force(scores: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,11 @@ class LanguageModel:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
+    @property
+    def vocabulary(self) -> int:
+        """``v``, rows of the output head."""
+        return self.module.network.get_output_embeddings().weight.shape[0]
+
     def site_logits(self, view: View) -> Tensor:
         """Logits ``[m v]`` of a view on any device."""
         view = view.trimmed()

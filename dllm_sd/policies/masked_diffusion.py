@@ -106,7 +106,7 @@ class MaskedDiffusion(LanguageModel):
                 queue,
                 replace(settings, suppress=tuple(sorted({*settings.suppress, *self.suppress}))),
                 layout,
-                vocabulary=self.module.network.get_output_embeddings().weight.shape[0],
+                vocabulary=self.vocabulary,
                 device=self.device,
                 watch=watch,
                 meter=meter,

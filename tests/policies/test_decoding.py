@@ -1,6 +1,7 @@
 """How a token is drawn, for both backbones: what may be drawn, which one it is, and how probable it was."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers import (
 )
 
 from dllm_sd.canvases import DecoderSteps
+from dllm_sd.errors import InputError
+from dllm_sd.policies import drawing
 from dllm_sd.policies.decoding import Decoding, Meter
-from dllm_sd.policies.drawing import draw, first_largest, invert, warp
+from dllm_sd.policies.drawing import draw, first_largest, invert, never_drawn, warp
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
@@ -127,6 +130,58 @@ def test_what_is_never_drawn_may_be_far_more_probable_than_all_the_rest(logits):
         assert torch.equal(ours.token, plain.token)
         expected = (far / (temperature or 1)).log_softmax(-1).gather(1, ours.token[:, None])[:, 0]
         torch.testing.assert_close(ours.logp, expected, atol=1e-3, rtol=1e-6)
+
+
+# Many ids that are never drawn
+
+WIDTH = 5000
+LISTS = {
+    "the tail": range(25, WIDTH),
+    "all but the ends": range(20, WIDTH - 4),
+    "every second": range(0, WIDTH, 2),
+    "the front": range(WIDTH - 30),
+    "scattered": sorted(random.Random(0).sample(range(WIDTH), 3000)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("ids", LISTS.values(), ids=LISTS)
+def test_a_mask_of_many_ids_draws_what_their_numbers_draw(ids: Sequence[int], name: str):
+    rows = 3 * torch.randn((200, WIDTH), generator=torch.Generator().manual_seed(1))
+    u, settings = uniform(key_tensor([9]), 200)[0], SAMPLING[name]
+    for settings in (SAMPLING[name], replace(SAMPLING[name], temperature=0.0)):
+        mask = never_drawn(replace(settings, suppress=tuple(ids)), (), rows.device, WIDTH)
+        assert mask.dtype == torch.bool
+        masked, plain = draw(rows.clone(), settings, mask, u), draw(rows.clone(), settings, torch.tensor([*ids]), u)
+        assert torch.equal(masked.token, plain.token)
+        assert not torch.isin(masked.token, torch.tensor([*ids])).any()
+        for one, other in zip(vars(masked).values(), vars(plain).values(), strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+def test_a_few_ids_stay_numbers_and_a_tail_is_cut_off():
+    few = never_drawn(Decoding(suppress=(3, 1)), (7,), torch.device("cpu"), WIDTH)
+    assert few.tolist() == [1, 3, 7]
+    mask = never_drawn(Decoding(suppress=(3,)), range(25, WIDTH), torch.device("cpu"), WIDTH)
+    assert mask.nonzero()[:, 0].tolist() == [3]
+    assert len(mask) == 25
+    with pytest.raises(InputError, match=r"^decode\.suppress leaves no token to draw; list fewer$"):
+        never_drawn(Decoding(), range(WIDTH), torch.device("cpu"), WIDTH)
+
+
+@pytest.mark.parametrize("backbone", [{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_both_backbones_decode_the_same_with_a_mask_and_with_numbers(make_policy, policy_shape, backbone, temperature):
+    wide = make_policy(shape=replace(policy_shape, vocab_size=2048), **backbone)
+    settings = replace(CANVAS, temperature=temperature)
+    masked = wide.decode(PROMPTS, settings, KEYS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "MANY", WIDTH)
+        plain = wide.decode(PROMPTS, settings, KEYS)
+    assert len(wide.suppress) > drawing.MANY
+    assert torch.equal(masked.tokens, plain.tokens)
+    assert torch.equal(masked.reveal_step, plain.reveal_step)
+    assert masked.tokens.max() < 25
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
