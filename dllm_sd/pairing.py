@@ -11,9 +11,13 @@ from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import teacher_model
 from dllm_sd.policies.masked_diffusion import check_denoising
 from dllm_sd.policies.weights import Checkpoint, Peer
+from dllm_sd.rollouts import needed_length
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, Feedback, Reference
 from dllm_sd.writers import Server
+
+CHECKED = 1000
+"""References that are read before a run begins."""
 
 
 def check_model(config: Config) -> Blueprint:
@@ -22,6 +26,7 @@ def check_model(config: Config) -> Blueprint:
     Raises:
         InputError: naming the key, and the remedy.
     """
+    _check_precision(config)
     blueprint = read_blueprint(config.model)
     _check_teachers(config, blueprint)
     if blueprint.causal:
@@ -49,6 +54,15 @@ def check_model(config: Config) -> Blueprint:
     return blueprint
 
 
+def _check_precision(config: Config) -> None:
+    """Refuse to train in float16, adapters too: a small gradient is zero there, and no loss scaling prevents it."""
+    if config.model.dtype == "float16":
+        raise InputError(
+            "model.dtype float16 is for evaluation: in training small gradients would become zero; set model.dtype to "
+            "float32 and optim.autocast to bfloat16, or model.dtype to bfloat16"
+        )
+
+
 def check_data(config: Config, problems: Sequence[Problem]) -> None:
     """Refuse a method that needs what the task's data does not have, judged by its first problem.
 
@@ -71,6 +85,43 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
                     f"method.contexts reference needs the {hint.source} of each problem, but the task's data has none; "
                     "name other data, or another source"
                 )
+
+
+def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> str | None:
+    """Read the references that demonstrations imitate, or the first `CHECKED` of them, with the tokenizer alone.
+
+    Returns:
+        A sentence on those that are longer than `decode.length`, None if there are none.
+
+    Raises:
+        InputError: if none fits, or a problem has none.
+    """
+    chat = blueprint.chat
+    if config.method.rollout.decodes or chat is None or not len(problems):
+        return None
+    lengths: list[int] = []
+    for i in range(min(CHECKED, len(problems))):
+        reference = config.task.reference(problems[i])
+        if reference is None:
+            raise InputError(
+                f"problem {problems[i].id:.60} has no reference for method.rollout demonstrations; give it one, or "
+                "leave it out of the data"
+            )
+        lengths.append(needed_length(chat.encode_completion(reference)))
+    seen, limit = len(lengths), config.decode.length
+    of = f"the {seen:,} references" if seen == len(problems) else f"the first {seen:,} of {len(problems):,} references"
+    long = sum(length > limit for length in lengths)
+    if long == seen:
+        raise InputError(
+            f"none of {of} of the training split fits decode.length {limit}; the longest needs {max(lengths)}: set "
+            "decode.length to that or more"
+        )
+    return (
+        f"{long:,} of {of} of the training split are longer than decode.length {limit} and are left out "
+        f"(rollouts/long_reference counts them); the longest needs {max(lengths)}"
+        if long
+        else None
+    )
 
 
 def check_peers(config: Config) -> None:

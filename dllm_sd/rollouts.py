@@ -93,9 +93,12 @@ class Rollouts:
 
     kept: tuple[Rollout, ...]
     counts: Mapping[str, float]
-    """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected; and
-    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Where hints are written: written
-    (texts asked for), cached (of them, not written again), and dropped/REASON."""
+    """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected;
+    problems lost because their reference is longer than `decode.length`: long_reference (of demonstrations); and
+    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Nothing is lost without a name:
+    kept + rejected + no_hint + long_hint are all counted attempts where `keep` is all, else one for each problem
+    without a long_reference. Where hints are written: written (texts asked for), cached (of them, not written again),
+    and dropped/REASON."""
     chosen: tuple[Rollout, ...] = ()
     """The kept rollouts and those that the gate rejected: for people to look at, and for hints from siblings."""
 
@@ -235,6 +238,16 @@ class PassAtK(Ranged, key="method.rollout"):
         """What the horizon says of the first update that this batch serves."""
         return self.horizon(policy, decode, batch * self.passes)
 
+    @property
+    def rolling(self) -> Base | None:
+        """The weights that decode in the place of the student's; those of a subspace are held in it by the roller."""
+        match self.policy:
+            case Live():
+                return None
+            case Base():
+                return self.policy
+        return Base()
+
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         """What is kept of one problem's counted attempts."""
         if self.keep == "all":
@@ -278,12 +291,16 @@ class Demonstrations(Ranged, key="method.rollout"):
         if reference is None:
             raise InputError(f"problem {item.problem.id} has no reference to imitate; method.rollout needs one")
         tokens = policy.encode_completion(reference)
-        if len(tokens) == decode.length + 1:
-            tokens.pop()  # the answer fills the canvas, which ends it
-        if len(tokens) > decode.length:
-            return []
+        if needed_length(tokens) > decode.length:
+            return []  # `gather` counts it
+        tokens = tokens[: decode.length]  # an answer that fills the canvas is ended by it
         trajectory = policy.demonstration(item.prompt, tokens, decode)
         return [Rollout(item.problem, 0, reference, Grade(True, 1.0, None), trajectory, occurrence=item.occurrence)]
+
+
+def needed_length(tokens: Sequence[int]) -> int:
+    """The least `decode.length` for a completion's ``tokens``: a canvas that it fills needs no end token."""
+    return len(tokens) - 1
 
 
 ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrations}
@@ -352,10 +369,12 @@ def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[
     """
     kept: list[Rollout] = []
     seen: list[Rollout] = []
-    counts: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
+    counts: dict[str, float] = dict.fromkeys(COUNTS if rule.decodes else (*COUNTS, "long_reference"), 0.0)
     for attempts in tried:
         counted = [rollout for rollout in attempts if rollout.counted]
         counts["problems"] += 1
+        if not rule.decodes:
+            counts["long_reference"] += not attempts
         counts["attempts"] += len(counted)
         counts["decoded"] += len(attempts)
         counts["solved"] += any(rollout.grade.correct for rollout in counted)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from dllm_sd.config import apply_overrides, build_config
 from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
-from dllm_sd.pairing import check_data, check_model
+from dllm_sd.pairing import CHECKED, check_data, check_model, check_references
 from dllm_sd.policies import loading
 from dllm_sd.policies.blueprint import Blueprint
 from dllm_sd.policies.loading import build_policy
@@ -306,6 +306,66 @@ def test_a_method_that_needs_what_the_data_does_not_have_is_refused(method, fiel
     assert "name other" in str(caught.value)
     check_data(config, [])
     check_data(config, [Problem("p", {"solution": "1", "answer": "1"})])
+
+
+# References that are too long to imitate
+
+
+def references(lengths: Sequence[int], model: str = "causal", **changes: Any) -> str | None:
+    """What is said of references of so many digits where eight tokens fit; the tokenizer reads one each."""
+    tree = {"task": "sudoku", "model": MODELS[model], "decode": {"length": 8, "block_length": 4}, "method": "sft"}
+    config = build_config({**tree, **changes})
+    task: Any = Bare()
+    object.__setattr__(config, "task", task)
+    problems = [Problem(f"p{i}", {"solution": "1" * length} if length else {}) for i, length in enumerate(lengths)]
+    return check_references(config, check_model(config), problems)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_references_that_fit_are_not_spoken_of(model: str):
+    assert references([1, 7, 8], model) is None
+    assert references([9, 40], model, method="grpo") is None
+    assert references([], model) is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_long_references_are_counted_before_the_run(model: str):
+    assert references([8, 9, 3, 40], model) == (
+        "2 of the 4 references of the training split are longer than decode.length 8 and are left out "
+        "(rollouts/long_reference counts them); the longest needs 40"
+    )
+
+
+def test_of_a_large_split_the_first_references_are_read():
+    lengths = [4] * CHECKED + [40] * 50
+    assert references(lengths) is None
+    said = references([9, *lengths])
+    assert said is not None
+    assert said.startswith("1 of the first 1,000 of 1,051 references of the training split")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_where_no_reference_fits_the_run_is_refused_and_the_longest_named(model: str):
+    with pytest.raises(InputError) as caught:
+        references([9, 40, 12], model)
+    assert str(caught.value) == (
+        "none of the 3 references of the training split fits decode.length 8; the longest needs 40: set decode.length "
+        "to that or more"
+    )
+
+
+def test_a_problem_without_a_reference_is_named_before_the_run():
+    with pytest.raises(InputError, match=r"^problem p2 has no reference for method\.rollout demonstrations; give"):
+        references([3, 4, 0])
+
+
+def test_training_in_float16_is_refused_with_or_without_adapters():
+    for options in ({}, {"lora": {"rank": 2}}):
+        assert refusal("causal", dtype="float16", **options) == (
+            "model.dtype float16 is for evaluation: in training small gradients would become zero; set model.dtype to "
+            "float32 and optim.autocast to bfloat16, or model.dtype to bfloat16"
+        )
+    check("causal", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("name", ["grpo", "sdpo", "d_opsd", "rft", "later_step"])

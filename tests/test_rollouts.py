@@ -297,6 +297,8 @@ def test_demonstrations_are_the_references_of_the_task(policy):
     assert one.grade.correct
     assert tried("123456")[0].trajectory.tokens.tolist() == [[5, 6, 7, 8, 9, 10]]  # the canvas ends it
     assert tried("1234567") == []
+    counts = gather(Demonstrations(), All(), [tried("1234567"), tried("12"), tried("1234567")]).counts
+    assert (counts["problems"], counts["long_reference"], counts["kept"]) == (3, 2, 1)
     with pytest.raises(InputError, match="problem p has no reference"):
         tried(None)
 

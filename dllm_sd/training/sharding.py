@@ -3,6 +3,7 @@
 Without them everything here leaves its argument as it is.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -39,6 +40,12 @@ def start_accelerator(config: Config) -> Accelerator:
         InputError: if its configuration asks for what the trainer or the run cannot do.
     """
     precision = "bf16" if config.optim.autocast else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", precision):  # fp16 would need its loss scaled
+        raise InputError(
+            f"accelerate was launched with mixed precision {launched:.20}, but optim.autocast says what computes in "
+            "bfloat16; set mixed_precision to no in the accelerate config, and optim.autocast to bfloat16 or null"
+        )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return ZeroAccelerator(read_stage(config), precision)
     asked = parse_flag_from_env("ACCELERATE_USE_FSDP")

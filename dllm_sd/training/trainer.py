@@ -1,6 +1,7 @@
 """The loop, top to bottom: roll out, plan, grade, step, log, evaluate, save."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.finite import LARGEST, find_broken
 from dllm_sd.objective import Graded, Plan, grade, plan_update
-from dllm_sd.pairing import check_data, check_model
+from dllm_sd.pairing import check_data, check_model, check_references
 from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.weights import add_adapter, trained
@@ -73,6 +74,7 @@ class Trainer:
         )
         check_data(config, problems)
         blueprint = check_model(config)
+        left_out = check_references(config, blueprint, problems)
         self._alone(lambda: prepare_folder(config))
         self.policy = build_policy(blueprint, self.accelerator.device)
         adapters = {weights: add_adapter(weights, self.policy) for weights in self.method.models()}
@@ -92,6 +94,8 @@ class Trainer:
         self.supply.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(_counts(self.policy.module))
+        if left_out is not None and self.main:
+            print(left_out, file=sys.stderr)
         done = self.state.update if self.resumed else -1
         self.log = MetricsLog(self.run, done, config.log.tensorboard) if self.main else None
 
@@ -269,6 +273,7 @@ class Trainer:
             self.progress.phase("evaluating")
             report = self._accuracy(self.dev, {})
             metrics |= {"eval/accuracy": report.accuracy, "eval/score": report.score, "eval/length": report.length}
+            metrics |= {"eval/too_long": report.too_long}
             metrics |= {"time/eval": report.seconds}
             state.since_best += 1
             if report.accuracy > state.best_accuracy:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -217,6 +218,31 @@ def test_other_kinds_of_sharding_are_refused(
     monkeypatch.setattr(sharding, "PartialState", SimpleNamespace)
     with pytest.raises(InputError, match=words):
         sharding.start_accelerator(config_of("full", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("launched", "autocast", "refused"),
+    [
+        *(("fp16", None, True), ("fp16", "bfloat16", True), ("bf16", None, True), ("FP8", "bfloat16", True)),
+        *(("no", None, False), ("no", "bfloat16", False), ("bf16", "bfloat16", False)),
+    ],
+)
+def test_a_launch_in_a_precision_that_the_config_does_not_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launched: str, autocast: str | None, refused: bool
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(mixed_precision: str) -> None:
+        raise Started(mixed_precision)
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(sharding, "Accelerator", start)
+    config = config_of("full", tmp_path)
+    config = replace(config, optim=replace(config.optim, autocast=autocast))
+    expected = (InputError, "mixed_precision to no") if refused else (Started, "bf16" if autocast else "no")
+    with pytest.raises(expected[0], match=expected[1]):
+        sharding.start_accelerator(config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One problem several times in a batch: other random numbers and a group of its own each time, for every method."""
+"""One problem several times in a batch: other random numbers and a group of its own each time, for every method.
+
+And whatever is lost on the way from the data to what is learnt from, is counted.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -18,7 +21,7 @@ from dllm_sd.teachers.prompts import Sources, inform
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
 from dllm_sd.training.feed import Feed
-from dllm_sd.training.metrics import sample_entry
+from dllm_sd.training.metrics import rollout_metrics, sample_entry
 from dllm_sd.writers import Request, Written
 
 SEED, BATCH, COUNT, ATTEMPTS = 5, 3, 6, 3
@@ -101,6 +104,36 @@ def test_every_rollout_of_a_batch_has_its_own_keys_group_and_hints(name: str, ba
         if hint is not None and hint.writing is not None:
             distinct = {request.key for request in asked}
             assert len(distinct) == (len(TWO) if hint.per_problem else rollouts.size)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_attempt_is_kept_or_lost_under_a_name(name: str, policy: AnyPolicy):
+    """Problems without rubric or answer, hints that are too long, references too long, writers that fail."""
+    method = METHODS[name].method
+    answers = ["1", "12345678901234567890", "345"]
+    problems = [Problem(f"p{i}", {"question": "1" * (1 + 9 * (i % 3)), "answer": answers[i % 3]}) for i in range(7)]
+    decodes = isinstance(method.rollout, PassAtK)
+    rule: Any = replace(method.rollout, problems=5, **({"attempts": 2} if decodes else {}))
+    contexts = tuple(map(in_digits, method.contexts))
+    feed, cursor = Feed(problems, policy, TASK, SEED, 20), 0
+    for batch in range(3):
+        before = cursor
+        taken, cursor, too_long = feed.take(cursor, 5)
+        assert cursor - before == len(taken) + too_long
+        rollouts = gather(rule, method.gate, rule(policy, TASK, taken, DECODE, SEED, batch))
+        failing = Sources(problems, lambda _, requests: [Written(None, "silent")] * len(requests))
+        found = inform(rollouts, contexts, TASK, policy, lambda *_: ["1"] * 99, (SEED, batch), failing)
+        counts = found.counts
+        lost = counts["rejected"] + counts["no_hint"] + counts["long_hint"]
+        assert found.size == counts["kept"]
+        assert counts["problems"] == len(taken)
+        if decodes and rule.keep == "all":
+            assert counts["attempts"] == counts["kept"] + lost
+        else:
+            assert counts["problems"] == counts["kept"] + lost + counts.get("long_reference", 0)
+        logged = rollout_metrics(found)
+        for key in ("kept", "rejected", "no_hint", "long_hint", *(["long_reference"] if not decodes else [])):
+            assert logged[f"rollouts/{key}"] == counts[key]
 
 
 def parts_of(rollouts: Rollouts) -> list[tuple[str, ...]]:
