@@ -28,7 +28,7 @@ from dllm_sd.policies.drawing import RUN
 from dllm_sd.policies.families import CAUSAL, FAMILIES, MARK
 from dllm_sd.policies.loading import DTYPES
 from dllm_sd.policies.slots import READ, READ_ELSEWHERE
-from dllm_sd.policies.weights import Base, Ema
+from dllm_sd.policies.weights import Ema, without_adapter
 from dllm_sd.rollouts import PassAtK
 from dllm_sd.training.optim import FUSED
 
@@ -342,7 +342,12 @@ def _losses(config: Config, shape: _Shape, sites: int, few: int, head: int, prod
 
 def _copies(config: Config, shape: _Shape, sharded: bool) -> tuple[int, int]:
     """Bytes of all teachers' own weights, and of the copy that is made while one of them reads."""
-    own = [w for w in config.method.models() if w.stored and not (isinstance(w, Base) and shape.rank)]
+    lora = config.model.lora
+    own = [
+        weights
+        for weights in config.method.models()
+        if weights.stored and not (lora and without_adapter(weights, lora.start is not None))
+    ]
     averages = any(isinstance(w, Ema) for w in own)
     cast = not shape.rank and (sharded or (averages and shape.trained_bytes < 4))
     total = sum(shape.trainable * shape.wide if isinstance(w, Ema) else shape.bytes_trained for w in own)

@@ -20,7 +20,7 @@ from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, TopK
 from dllm_sd.losses.targets import TARGETS, Barycenter, Each, Plain, PurifiedPMI, Sampled
 from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage, ImportanceCap, OutcomeValidated
-from dllm_sd.policies.weights import WEIGHTS, Base, Live, Weights
+from dllm_sd.policies.weights import WEIGHTS, Base, Weights
 from dllm_sd.ranges import Range, Ranged
 from dllm_sd.rollouts import GATES, ROLLOUTS, All, Correct, Demonstrations, Mixed, PassAtK, Score
 from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, Library, Skills, Suffix
@@ -81,8 +81,13 @@ class Method(Ranged, key="method"):
     def models(self) -> tuple[Weights, ...]:
         """All weights that the run needs beside the student's: those of teachers, then of writers; each once."""
         local: list[Weights] = [one.writer for one in self.writings if not isinstance(one.writer, Server)]
-        rolling: list[Weights] = [] if self.decodes_live else [Base()]
+        rolling = [] if self.rolling is None else [self.rolling]
         return tuple(dict.fromkeys([*self.weights(), *local, *rolling]))
+
+    @property
+    def rolling(self) -> Base | None:
+        """The weights that make rollouts in the place of the student's; those of a subspace are the initial ones."""
+        return None if isinstance(self.rollout, Demonstrations) else self.rollout.rolling
 
     @property
     def writings(self) -> list[Writing]:
@@ -90,11 +95,6 @@ class Method(Ranged, key="method"):
         found = [context.hint.writing for context in self.contexts if context.hint is not None]
         found += [self.library.writing] if self.library is not None and self.library.needs_writer else []
         return [writing for writing in found if writing is not None]
-
-    @property
-    def decodes_live(self) -> bool:
-        """Whether nobody but the student makes rollouts."""
-        return isinstance(self.rollout, Demonstrations) or isinstance(self.rollout.policy, Live)
 
 
 def _check_contexts(method: Method) -> None:

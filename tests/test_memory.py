@@ -64,6 +64,14 @@ def test_an_average_is_kept_in_float32(needed):
     assert needed({**BFLOAT16, "lora": LORA}, {"method": method}).copies == 4 * ADAPTERS
 
 
+def test_the_start_of_an_adapter_that_goes_on_is_a_copy_and_the_checkpoint_is_not(needed):
+    begun = {**BFLOAT16, "lora": {**LORA, "start": "somewhere"}}
+    for at, copies in (("start", 4 * ADAPTERS), ("checkpoint", 0)):
+        method = {"name": "d_opsd", "teacher": [{"name": "base", "at": at}]}
+        assert needed(begun, {"method": method}).copies == copies
+        assert needed({**BFLOAT16, "lora": LORA}, {"method": method}).copies == 0
+
+
 def test_the_tokens_and_logits_of_a_micro_batch_by_hand(needed):
     keys = {"max_prompt": 256, "decode": {"length": 256, "tokens_per_step": 2}, "optim": {"tokens_per_batch": 8200}}
     memory = needed({**BFLOAT16, "lora": LORA}, keys)

@@ -39,6 +39,8 @@ class LanguageModel:
         self.suppress = suppress
         """Ids of the output head that the tokenizer does not know."""
         self.merge_rollouts = merge_rollouts
+        self.starts_adapted = False
+        """Whether the adapter was read from somewhere (`model.lora.start`), rather than new."""
 
     @property
     def device(self) -> torch.device:

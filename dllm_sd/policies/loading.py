@@ -84,6 +84,7 @@ def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") 
             live = trained(policy)
             for name, value in Peer(model.lora.start).read(policy).items():
                 live[name].copy_(value)
+        policy.starts_adapted = True
     _check(policy)
     return policy
 

@@ -54,6 +54,8 @@ class Policy(Protocol):
     """Whether it is autoregressive; else it denoises."""
     mask_id: int
     """What stands where nothing is written yet."""
+    starts_adapted: bool
+    """Whether its adapter holds something before it learns, so that the model without it is another one."""
 
     @property
     def module(self) -> nn.Module:

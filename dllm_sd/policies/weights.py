@@ -43,8 +43,14 @@ class Live:
 
 @dataclass(frozen=True)
 class Base:
-    """The initial weights: the adapter switched off, or a frozen copy under full fine-tuning."""
+    """The weights that the run starts with: a frozen copy of them, or the adapter switched off where that is the same.
 
+    An adapter that starts from another one (`model.lora.start`) is copied, beside the student's.
+    """
+
+    at: Literal["start", "checkpoint"] = "start"
+    """The start of the run, with what `model.lora.start` put into the adapter; or the checkpoint at `model.path`,
+    without any adapter. They differ under `model.lora.start` only."""
     stored: ClassVar[bool] = True
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
@@ -145,8 +151,8 @@ class Teacher:
     """The policy's module run with a teacher's weights: eval mode, no gradient, only trained tensors copied.
 
     Another checkpoint is a policy of its own, whole on every process. Under LoRA the base is the model without its
-    adapter, and a copy is a second, frozen adapter of the same model. Under full fine-tuning a copy takes the place of
-    the parameters for the time of a call.
+    adapter where that began as nothing, and a copy is a second, frozen adapter of the same model. Under full
+    fine-tuning a copy takes the place of the parameters for the time of a call.
     """
 
     def __init__(
@@ -257,13 +263,18 @@ def trained(policy: Policy) -> dict[str, Parameter]:
     return {name: value for name, value in policy.module.named_parameters() if value.requires_grad}
 
 
+def without_adapter(weights: Weights, started: bool) -> bool:
+    """Whether an adapted model has these weights when its adapter is off; ``started``: the adapter was not new."""
+    return isinstance(weights, Base) and (weights.at == "checkpoint" or not started)
+
+
 def add_adapter(weights: Weights, policy: Policy) -> str | None:
     """Make room for a teacher's copy in an adapted model; the name of the new adapter, None where none is needed.
 
     It has parameters, so it must exist before the model is sharded over processes.
     """
     model = _peft(policy)
-    if model is None or not weights.stored or isinstance(weights, Base):
+    if model is None or not weights.stored or without_adapter(weights, policy.starts_adapted):
         return None
     name = f"teacher{len(model.peft_config)}"
     live, known = {id(value) for value in trained(policy).values()}, {id(part) for part in model.modules()}

@@ -14,7 +14,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.policies.subspace import Projectors, Subspace, Supervised, collect, kv_layers, projected
-from dllm_sd.policies.weights import Base, Live, Teacher, Weights
+from dllm_sd.policies.weights import Live, Teacher, Weights
 from dllm_sd.rollouts import Demonstrations, PassAtK
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.training.sharding import gathered
@@ -32,7 +32,8 @@ class Roller:
     ) -> None:
         self.settings = Live() if isinstance(rule, Demonstrations) else rule.policy
         self.policy, self.accelerator = policy, accelerator
-        self.base = None if isinstance(self.settings, Live) else models[Base()]
+        rolling = None if isinstance(rule, Demonstrations) else rule.rolling
+        self.base = None if rolling is None else models[rolling]
         self.projectors: Projectors = {}
 
     def calibrate(self, task: Task, problems: Sequence[Problem]) -> None:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
 from dllm_sd.policies.subspace import Subspace
-from dllm_sd.policies.weights import Base
+from dllm_sd.policies.weights import without_adapter
 
 PREFIX = "ACCELERATE_DEEPSPEED_"
 
@@ -56,8 +56,11 @@ def read_stage(config: Config) -> int:
 
 def _check_whole(config: Config) -> None:
     """Refuse what reads or copies weights that ZeRO-3 keeps in pieces."""
-    lora = config.model.lora is not None
-    if any(weights.stored and not (lora and isinstance(weights, Base)) for weights in config.method.models()):
+    lora = config.model.lora
+    if any(
+        weights.stored and not (lora and without_adapter(weights, lora.start is not None))
+        for weights in config.method.models()
+    ):
         raise InputError("ZeRO-3 keeps no copies of weights for method.teacher; launch with fsdp2.yaml or zero_stage 2")
     if isinstance(getattr(config.method.rollout, "policy", None), Subspace):
         raise InputError("method.rollout.policy subspace needs whole weights on every process; use zero_stage 2")

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
@@ -95,6 +96,58 @@ def test_the_base_of_an_adapter_is_not_stored_but_switched_off_for_the_teacher_o
     assert torch.equal(student(policy), moved)
     assert all(value.requires_grad for value in trained(policy).values())
     assert set(trained(policy)) == set(copies(make_policy(**LORA)))
+
+
+@pytest.fixture
+def begun(make_policy, tmp_path):
+    """Builds a policy whose adapter goes on from another one."""
+    former = make_policy(**LORA)
+    move(former, 9)
+    save_file(copies(former), tmp_path / "model.safetensors")
+    return lambda: make_policy(lora=replace(LORA["lora"], start=str(tmp_path)))
+
+
+def test_the_base_of_an_adapter_that_goes_on_is_the_start_of_the_run_or_the_checkpoint(make_policy, begun):
+    policy, bare = begun(), student(make_policy(**LORA))
+    start = student(policy)
+    models = {weights: Teacher(weights, policy) for weights in (Base(), Base("checkpoint"), Ema(0.5))}
+    for update in (1, 2):
+        move(policy, update)
+        for teacher in models.values():
+            teacher.after_update(update)
+    assert not torch.allclose(start, bare)
+    assert not torch.allclose(start, student(policy))
+    torch.testing.assert_close(said(models[Base()]), start, atol=1e-13, rtol=0)
+    torch.testing.assert_close(said(models[Base("checkpoint")]), bare, atol=1e-13, rtol=0)
+    assert models[Base()].copy
+    assert not models[Base("checkpoint")].copy
+    assert models[Base()].moving == {}  # read again from model.lora.start
+    with models[Base()].present():  # as rollouts by the base and writers ask for it
+        torch.testing.assert_close(student(policy), start, atol=1e-13, rtol=0)
+
+
+def test_a_resumed_run_has_the_base_of_its_start(begun):
+    policy = begun()
+    start = student(policy)
+    move(policy, 1)
+    saved = copies(policy)
+    again = begun()
+    teacher = Teacher(Base(), again)  # as the trainer does: teachers first, then the checkpoint
+    with torch.no_grad():
+        for name, value in trained(again).items():
+            value.copy_(saved[name])
+    torch.testing.assert_close(said(teacher), start, atol=1e-13, rtol=0)
+
+
+@KINDS
+def test_without_a_start_both_bases_are_the_checkpoint(make_policy, options):
+    policy = make_policy(**options)
+    before = student(policy)
+    teachers = [Teacher(weights, policy) for weights in (Base(), Base("checkpoint"))]
+    move(policy, 1)
+    for teacher in teachers:
+        assert bool(teacher.copy) == (not options)
+        torch.testing.assert_close(said(teacher), before, atol=1e-13, rtol=0)
 
 
 @KINDS
