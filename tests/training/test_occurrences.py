@@ -15,7 +15,7 @@ from dllm_sd.methods import METHODS
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import All, PassAtK, Prompted, Rollout, Rollouts, gather, with_occurrences
+from dllm_sd.rollouts import COUNTS, All, PassAtK, Prompted, Rollout, Rollouts, gather, with_occurrences
 from dllm_sd.tasks.task import Grade, Problem, Unguessable
 from dllm_sd.teachers.prompts import Sources, inform
 from dllm_sd.teachers.writing import Writing
@@ -182,7 +182,7 @@ def test_how_many_are_decoded_at_once_changes_no_occurrence(policy: AnyPolicy):
 
 
 def test_occurrences_are_in_checkpoints_and_samples(policy: AnyPolicy):
-    rollouts = Rollouts(tuple(a_rollout(policy, item) for item in dealt(policy)), {})
+    rollouts = Rollouts(tuple(a_rollout(policy, item) for item in dealt(policy)), dict.fromkeys(COUNTS, 1.0))
     again = load_rollouts(*rollout_tensors(rollouts))
     assert [one.occurrence for one in again.kept] == [one.occurrence for one in rollouts.kept]
     assert again.keys(1, 2) == rollouts.keys(1, 2)
