@@ -156,11 +156,8 @@ def _eval(options: argparse.Namespace) -> int:
     task = tree["task"]["name"]
     out = Path(options.out or Path(options.model if _is_run(options.model) else "") / "eval" / task)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
-    try:
-        with Accelerator().autocast():
-            report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
-    except OSError as error:
-        raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; give another --out") from error
+    with Accelerator().autocast():
+        report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
     if PartialState().is_main_process:
         print_evaluation(f"{options.model} on {task}", report)
         Console().print(f"written to {out}: report.json, generations.jsonl")

@@ -12,16 +12,21 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dllm_sd.config import Config
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.estimates import wilson_interval
+from dllm_sd.files import write_file
 from dllm_sd.generations import measures, summarise
+from dllm_sd.locking import FolderLock
 from dllm_sd.policies.decoding import Decoding, Meter
 from dllm_sd.policies.policy import Policy
+from dllm_sd.processes import on_main, together
 from dllm_sd.randomness import make_key
-from dllm_sd.recording import Line, Record, begin, digest, finish
+from dllm_sd.recording import GENERATIONS, SETTINGS, Line, Record, begin, digest, finish
 from dllm_sd.rollouts import prompt_tokens
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.trajectory import Trajectory
+
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def evaluate(
         InputError: if no problem is left to evaluate.
     """
     start = time.perf_counter()
-    prompted = [prompt_tokens(policy, task, problem, max_prompt) for problem in problems[rank::world]]
+    with together():
+        prompted = [prompt_tokens(policy, task, problem, max_prompt) for problem in problems[rank::world]]
     mine = [item for item in prompted if item is not None]
     lines = dict(record.lines) if record else {}
     jobs = [(item, i) for item in mine for i in range(attempts) if (item.problem.id, i) not in lines]
@@ -118,10 +124,11 @@ def evaluate(
             if record is not None:
                 record.append(line)
 
-    if jobs:
-        keys = [make_key(seed, item.problem.id, attempt, "evaluate") for item, attempt in jobs]
-        settings = replace(decode, temperature=temperature)
-        policy.decode([item.prompt for item, _ in jobs], settings, keys, finished=write, meter=meter)
+    with together():
+        if jobs:
+            keys = [make_key(seed, item.problem.id, attempt, "evaluate") for item, attempt in jobs]
+            settings = replace(decode, temperature=temperature)
+            policy.decode([item.prompt for item, _ in jobs], settings, keys, finished=write, meter=meter)
     own = [[lines[item.problem.id, i] for i in range(attempts)] for item in mine]
     dropped, counts = len(prompted) - len(mine), [meter.rows, meter.slots, fresh]
     if world > 1:
@@ -129,7 +136,7 @@ def evaluate(
         dropped = sum(gather_object([dropped]))
         counts = [sum(column) for column in zip(*gather_object([counts]), strict=True)]
     if not own:
-        raise InputError(f"no problem is left to evaluate ({dropped} prompts exceed max_prompt {max_prompt}); raise it")
+        raise _none_left(dropped, max_prompt)
     if record is not None:
         record.problems = [group[0].id for group in own]
     seconds = time.perf_counter() - start
@@ -180,27 +187,67 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
 
     Returns:
         The report: that of the run's own decoding, and all of them under ``schedules``.
+
+    Raises:
+        InputError: if no problem is left to evaluate, or the folder is in use, somebody else's or cannot be written.
     """
     processes = PartialState()
-    problems = config.task.problems("test")
-    wanted = first(problems, config.eval.final_problems or len(problems))
-    if processes.is_main_process:
-        begin(folder, settings)
-    processes.wait_for_everyone()
-    reports, evaluated = dict[str, Any](), list[str]()
-    for name, overrides in {"trained": {}, **config.eval.schedules}.items():
-        record = Record(folder, name, processes.process_index)
-        report = evaluate_run(
-            policy, config, wanted, processes.process_index, processes.num_processes, overrides, record
-        )
-        reports[name], evaluated = report.tree(), record.problems
-    tree = {"task": settings["task"]["name"], **reports["trained"], "schedules": reports, "settings": settings}
-    if processes.is_main_process:
+    with together():
+        problems = config.task.problems("test")
+        wanted = first(problems, config.eval.final_problems or len(problems))
+        if all(prompt_tokens(policy, config.task, problem, config.max_prompt) is None for problem in wanted):
+            raise _none_left(len(wanted), config.max_prompt)
+    lock = FolderLock(folder, "evaluation folder", "give another --out")
+    on_main(lambda: _claim(folder, lock, settings))
+    try:
+        reports, evaluated = dict[str, Any](), list[str]()
+        for name, overrides in {"trained": {}, **config.eval.schedules}.items():
+            with together():
+                record = Record(folder, name, processes.process_index)
+            report = evaluate_run(
+                policy, config, wanted, processes.process_index, processes.num_processes, overrides, record
+            )
+            reports[name], evaluated = report.tree(), record.problems
+        tree = {"task": settings["task"]["name"], **reports["trained"], "schedules": reports, "settings": settings}
         among = set(evaluated)
         order = [problem.id for problem in wanted if problem.id in among]
-        finish(folder, order, list(reports), config.eval.attempts)
-        (folder / "report.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
+        on_main(lambda: finish(folder, order, list(reports), config.eval.attempts))
+        on_main(lambda: write_file(folder / REPORT, json.dumps(tree, indent=1)))
+    finally:
+        lock.release()
     return tree
+
+
+def _claim(folder: Path, lock: FolderLock, settings: Mapping[str, Any]) -> None:
+    """Take an evaluation folder, and remove what it holds of an evaluation with other settings."""
+    try:
+        lock.acquire()
+        try:
+            _refuse_others(folder)
+            begin(folder, settings)
+        except BaseException:
+            lock.release()
+            raise
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
+        reason = (isinstance(error, OSError) and error.strerror) or on_one_line(error)
+        raise InputError(f"cannot write to {str(folder)!r:.200}: {reason}; give another --out") from error
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse to write over what is no evaluation, and through links."""
+    if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+        raise InputError(f"{str(folder)!r:.200} is a run folder; give another --out, such as eval/TASK in it")
+    if (folder / REPORT).exists() and not (folder / SETTINGS).exists():
+        raise InputError(f"{str(folder / REPORT)!r:.200} is the report of something else; give another --out")
+    for path in (folder / REPORT, folder / SETTINGS, folder / GENERATIONS, *folder.glob(".generations.*")):
+        if path.is_symlink():
+            raise InputError(f"{str(path)!r:.200} is a symbolic link, which is not followed; give another --out")
+
+
+def _none_left(dropped: int, max_prompt: int) -> InputError:
+    return InputError(f"no problem is left to evaluate ({dropped} prompts exceed max_prompt {max_prompt}); raise it")
 
 
 def _item(group: Sequence[Line]) -> Item:

@@ -5,29 +5,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes, alone: bool = True) -> None:
     """Replace ``path`` by ``content`` (text as UTF-8); a reader, or a crash, sees the former file or the new one.
+
+    ``alone`` is that of `replacing`.
 
     Raises:
         OSError: if it cannot be written; the former file is as it was.
     """
-    with replacing(path) as file:
+    with replacing(path, alone) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to (and read back), which takes the place of ``path`` when the block ends without an exception.
 
     It is written beside ``path`` as ``.{name}.partial``, flushed to disk and renamed. Whatever has that name already,
-    such as the leftover of a crash or a symbolic link, is removed and not followed.
+    such as the leftover of a crash or a symbolic link, is removed and not followed. Unless the writer is ``alone``,
+    another thread or process may replace the same file at the same time: then the name beside it is one of its own.
 
     Raises:
         OSError: if it cannot be written; the former file is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial" if alone else f".{path.name}.{uuid4().hex}.partial")
     partial.unlink(missing_ok=True)
     handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:

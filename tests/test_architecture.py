@@ -23,6 +23,8 @@ LAYERS = [
         "typed_json",
         "finite",
         "checkpoint_files",
+        "locking",
+        "processes",
         "randomness",
         "estimates",
         "losses",

@@ -1,64 +1,211 @@
-"""The run folder: one configuration each, nothing written outside."""
+"""The run folder: one configuration each, one process at a time, nothing written outside, nothing lost by a refusal."""
 
+import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dllm_sd.config import Config, to_tree, to_yaml
-from dllm_sd.errors import InputError, shown
+from dllm_sd.errors import InputError, Stopped, on_one_line, shown
+from dllm_sd.files import write_file
+from dllm_sd.locking import LOCK, FolderLock
 from dllm_sd.plain_yaml import read_yaml
+from dllm_sd.processes import on_main
 
+CONFIG, REPORT = "config.yaml", "report.json"
 CONTENTS = (
-    *("config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "nonfinite.json"),
-    *("checkpoints", "tb", "eval", "students", "rounds", "rounds.json"),
+    *("metrics.jsonl", "samples.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb", "eval"),
+    *("written", "students", "rounds", "rounds.json", CONFIG),
 )
+"""What a run may hold; the configuration, which makes the folder a run, comes last."""
+FORMER, DISCARDED = ".former_run", ".discarded_run"
+"""Where `resume=fresh` puts the former run until the new one is there, and from then on until it is removed."""
+LEFT_OVER = {LOCK, f".{CONFIG}.partial", ".config.partial"}
+"""What a process that was killed before its first configuration stood there may have left."""
+REPORTED = {"task", "updates", "updates_skipped", "stopped", "before", "after", "best", "time/updates", "settings"}
+"""What every report of a run has."""
 FREE = ("run", "resume", "log", "checkpoint", "cache")
 """Keys that may differ between a run and its continuation."""
 
 
-def prepare_folder(config: Config) -> None:
-    """Make the run folder, or make sure that it holds a run of this configuration.
+class RunFolder:
+    """The folder of a run, locked from the first check to the last write; to be used by all processes together."""
 
-    Raises:
-        InputError: if it holds another configuration (unless `resume` says otherwise) or somebody else's files.
-    """
-    run = Path(config.run)
-    if run.exists() and not run.is_dir():
-        raise InputError(f"run {config.run!r} is a file; name a folder")
-    former = read_tree(run) if (run / "config.yaml").exists() else {}
-    if run.is_dir() and any(run.iterdir()) and not {"task", "method"} <= former.keys():
-        raise InputError(f"run folder {config.run!r} is not empty and holds no run; give another run=...")
-    if config.resume == "fresh":
+    def __init__(self, config: Config) -> None:
+        """Lock the folder and see whether the run may go on there; what it holds stays as it is.
+
+        A former run that was interrupted while `resume=fresh` replaced it is put in order first.
+
+        Raises:
+            InputError: if it is in use, holds another configuration (unless `resume` says otherwise) or somebody
+                else's files, or cannot be written.
+        """
+        self.config, self.run = config, Path(config.run)
+        self._lock = FolderLock(self.run, "run folder", "give another run=...")
+        self._before: dict[str, bytes | None] | None = None
+        on_main(self._claim)
+
+    def hold(self) -> None:
+        """Lock the folder again after `release`."""
+        on_main(self._lock.acquire)
+
+    def release(self) -> None:
+        """Give the folder back to other processes."""
+        self._lock.release()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, the folder has this configuration and, with `resume=fresh`, nothing of a former run.
+
+        What is refused inside leaves the folder as it was; where the run is interrupted or stopped, it has begun.
+        """
+        on_main(self._begin)
+        try:
+            yield
+        except (KeyboardInterrupt, Stopped, FloatingPointError):
+            if self._before is not None:
+                _settle(self.run)
+            raise
+        except BaseException:
+            if self._before is not None:
+                self._undo(self._before)
+            raise
+        on_main(lambda: _settle(self.run))
+
+    def _claim(self) -> None:
+        run = self.run
+        with _writable(self.run):
+            if run.exists() and not run.is_dir():
+                raise InputError(f"run {str(run)!r:.200} is a file; name a folder")
+            self._lock.acquire()
+            try:
+                _refuse_links(run)
+                _settle(run)
+                self._check()
+            except BaseException:
+                self.release()
+                raise
+
+    def _check(self) -> None:
+        run, config = self.run, self.config
+        former = read_tree(run) if (run / CONFIG).exists() else {}
+        others = any(path.name not in LEFT_OVER for path in run.iterdir())
+        if others and not {"task", "method"} <= former.keys():
+            raise InputError(f"run folder {str(run)!r:.200} is not empty and holds no run; give another run=...")
+        lines = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
+        begun = any(file.exists() for file in lines)  # else it was refused before the first, and holds nothing to keep
+        if begun and config.resume == "auto":
+            key = _first_difference(former, to_tree(config))
+            if key is not None:
+                raise InputError(
+                    f"run folder {str(run)!r:.200} holds a run with another {key}; give another run=..., "
+                    "resume=force to continue it all the same, or resume=fresh to discard it"
+                )
+
+    def _begin(self) -> None:
+        run = self.run
+        with _writable(run):
+            self._before = before = {name: None for name in CONTENTS if (run / name).exists()}
+            if CONFIG in before:
+                before[CONFIG] = (run / CONFIG).read_bytes()
+            try:
+                if self.config.resume == "fresh":
+                    _move(run, run / FORMER)
+                write_file(run / CONFIG, to_yaml(self.config))
+            except BaseException:
+                self._undo(before)
+                raise
+
+    def _undo(self, before: Mapping[str, bytes | None]) -> None:
+        """Put back what `_begin` found; of what was there already, only additions remain."""
+        former = self.run / FORMER
         for name in CONTENTS:
-            path = run / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    lines = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
-    begun = any(file.exists() for file in lines)  # else it was refused before the first, and holds nothing to keep
-    if begun and config.resume == "auto":
-        key = _first_difference(former, to_tree(config))
-        if key is not None:
-            raise InputError(
-                f"run folder {config.run!r} holds a run with another {key}; give another run=..., "
-                "resume=force to continue it all the same, or resume=fresh to discard it"
-            )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        partial = run / ".config.partial"
-        partial.write_text(to_yaml(config), encoding="utf-8")
-        partial.replace(run / "config.yaml")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to run folder {config.run!r}: {error.strerror}; give another run=..."
-        ) from error
+            if name not in before or (former / name).exists():
+                _remove(self.run / name)
+        if former.is_dir():
+            _move_back(self.run, former)
+        elif (content := before.get(CONFIG)) is not None:
+            write_file(self.run / CONFIG, content)
 
 
-def read_tree(run: Path, name: str = "config.yaml") -> dict[str, Any]:
+def read_tree(run: Path, name: str = CONFIG) -> dict[str, Any]:
     """The config of a run as a plain tree."""
     tree = read_yaml(run / name, shown(str(run / name)), "give another folder")
     if not isinstance(tree, dict):
         raise InputError(f"{shown(str(run / name))} is not the config of a run; give another folder")
     return tree
+
+
+def read_report(run: Path) -> dict[str, Any] | None:
+    """The report of a finished run; None where there is none or the file holds something else."""
+    try:
+        tree = json.loads((run / REPORT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return tree if isinstance(tree, dict) and tree.keys() >= REPORTED else None
+
+
+@contextmanager
+def _writable(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
+        reason = (isinstance(error, OSError) and error.strerror) or on_one_line(error)
+        raise InputError(f"cannot write to run folder {str(run)!r:.200}: {reason}; give another run=...") from error
+
+
+def _refuse_links(run: Path) -> None:
+    """Refuse links in the place of what a run writes: they lead out of its folder."""
+    for name in (*CONTENTS, FORMER, DISCARDED):
+        _refuse_link(run / name)
+        for folder, folders, files in os.walk(run / name):
+            for one in (*folders, *files):
+                _refuse_link(Path(folder, one))
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise InputError(
+            f"{str(path)!r:.200} is a symbolic link, and a run writes inside its folder only; put what it names there, "
+            "or give another run=..."
+        )
+
+
+def _move(run: Path, former: Path) -> None:
+    """Put a run aside, its configuration last."""
+    former.mkdir()
+    for name in CONTENTS:
+        if (run / name).exists():
+            (run / name).rename(former / name)
+
+
+def _settle(run: Path) -> None:
+    """End a replacement by `resume=fresh`: the former run is removed if the new one is there, else it comes back."""
+    former, discarded = run / FORMER, run / DISCARDED
+    if discarded.is_dir():
+        shutil.rmtree(discarded)
+    if not former.is_dir():
+        return
+    if (former / CONFIG).exists() and (run / CONFIG).exists():
+        former.rename(discarded)
+        shutil.rmtree(discarded)
+        return
+    _move_back(run, former)
+
+
+def _move_back(run: Path, former: Path) -> None:
+    for path in former.iterdir():
+        path.rename(run / path.name)
+    former.rmdir()
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str | None:
@@ -71,5 +218,5 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str 
             if inner is not None:
                 return inner
         elif before != after:
-            return f"{path}{key} ({before!r}, not {after!r})"
+            return f"{path}{key} ({before!r:.80}, not {after!r:.80})"
     return None

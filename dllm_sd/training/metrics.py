@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from dllm_sd.errors import InputError
 from dllm_sd.objective import Graded, Plan
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.training.advantage import advantage_picture
@@ -20,11 +22,16 @@ class MetricsLog:
     """Appends one JSON object an update; a resumed run first drops what lies behind its checkpoint."""
 
     def __init__(self, run: Path, update: int, tensorboard: bool) -> None:
-        """Continue after ``update`` finished updates (-1 starts anew)."""
+        """Continue after ``update`` finished updates (-1 starts anew).
+
+        Raises:
+            InputError: if a file holds something else; then nothing is changed.
+        """
         self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
-        for file in (self.metrics, self.samples):
-            keep_until(file, update)
+        ends = {file: end_of(file, update) for file in (self.metrics, self.samples) if file.exists()}
         self.board = SummaryWriter(str(run / "tb"), purge_step=update + 1) if tensorboard else None
+        for file, end in ends.items():
+            os.truncate(file, end)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append the metrics of an update; numbers also go to TensorBoard."""
@@ -183,19 +190,47 @@ def pictures(parts: Sequence[tuple[Plan, Graded]], regions: Tensor | None, rollo
     return ({"trajectory": trajectory_picture(*table)} if table else {}) | ({} if bars is None else {"advantage": bars})
 
 
-def keep_until(file: Path, update: int) -> None:
-    """Cut a JSON-lines file after the last line of ``update``; a half-written line is cut too."""
-    if not file.exists():
-        return
-    kept = []
-    *lines, _ = file.read_bytes().split(b"\n")  # what follows the last newline was cut off while it was written
-    for line in lines:
-        if json.loads(line)["update"] > update:
+def end_of(file: Path, update: int) -> int:
+    """The byte behind the last line of ``update`` in a JSON-lines file whose updates never fall.
+
+    A half-written line at the end does not count. Only the lines behind that byte, and the one before it, are parsed.
+
+    Raises:
+        InputError: if the file was not written by a run.
+    """
+    content = file.read_bytes() if update >= 0 else b""
+    end = content.rfind(b"\n") + 1  # what follows the last newline was cut off while it was written
+    _refuse_garbage(file, content[:end])
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        if _update_in(file, content, start, end) <= update:
             break
-        kept.append(line + b"\n")
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(file)
+        end = start
+    return end
+
+
+def _refuse_garbage(file: Path, lines: bytes) -> None:
+    """Refuse lines that are no objects, without a look at each."""
+    count = lines.count(b"\n")
+    if lines and (lines.count(b"}\n") < count or lines.count(b"\n{") < count - 1 or not lines.startswith(b"{")):
+        wrong = next(i for i, line in enumerate(lines.split(b"\n"), 1) if line[:1] + line[-1:] != b"{}")
+        raise _strange(file, wrong)
+
+
+def _update_in(file: Path, content: bytes, start: int, end: int) -> int:
+    try:
+        update = json.loads(content[start:end])["update"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        update = None
+    if not isinstance(update, int) or isinstance(update, bool):
+        raise _strange(file, content.count(b"\n", 0, start) + 1)
+    return update
+
+
+def _strange(file: Path, line: int) -> InputError:
+    return InputError(
+        f"{file}:{line}: this is no line of a run; correct it, remove the file, or discard the run with resume=fresh"
+    )
 
 
 def _append(file: Path, values: Mapping[str, Any]) -> None:

@@ -6,26 +6,29 @@ rounds decide is in `rounds.json`, all else in the students' own run folders; th
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from dllm_sd.checkpoint_files import WEIGHTS
 from dllm_sd.config import Config, to_tree
+from dllm_sd.errors import InputError
 from dllm_sd.evaluation import evaluate_run, first
+from dllm_sd.files import replacing, write_file
 from dllm_sd.pairing import check_peers
 from dllm_sd.policies.weights import Peer
-from dllm_sd.settings import Student
+from dllm_sd.processes import on_main, together
+from dllm_sd.settings import Peers, Student
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import AnyContext, Feedback
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.training.folder import prepare_folder
+from dllm_sd.training.folder import REPORT, RunFolder
 from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer
 
+ROUNDS = "rounds.json"
 Scores = Mapping[str, Mapping[str, float]]
 """Name of a student: domain: accuracy."""
 
@@ -42,40 +45,67 @@ def train_peers(config: Config) -> dict[str, Any]:
     """Train both students and return the report, which has that of each under its name."""
     peers = config.peers
     assert peers is not None
-    check_peers(config)
-    main, run = PartialState().is_main_process, Path(config.run)
-    if main:
-        prepare_folder(config)
-    PartialState().wait_for_everyone()
-    length, written = config.updates // peers.rounds, run / "rounds.json"
-    rounds: list[dict[str, Any]] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else []
-    reports: dict[str, Any] = {}
+    with together():
+        check_peers(config)
+    folder = RunFolder(config)
+    try:
+        with ExitStack() as refusable:
+            refusable.enter_context(folder.changing())
+            rounds, reports = _train_rounds(config, peers, refusable.close)
+        report = {"rounds": rounds, **reports, "settings": to_tree(config)}
+        on_main(lambda: write_file(folder.run / REPORT, json.dumps(report, indent=1)))
+    finally:
+        folder.release()
+    return report
+
+
+def _train_rounds(
+    config: Config, peers: Peers, begun: Callable[[], None]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All rounds, and the students' reports; ``begun`` is called once neither student can be refused any more."""
+    run, length, reports = Path(config.run), config.updates // peers.rounds, {}
+    rounds = on_main(lambda: _read_rounds(run, peers))
+    met: set[str] = set()
     for number in range(peers.rounds):
         if number == len(rounds):
             scores = {student.name: _begin(config, student, number, length) for student in peers.students}
+            begun()
             lag = lags(scores)
             tutors = {name: value <= peers.tolerance for name, value in lag.items()}
             rounds.append({"round": number, "scores": scores, "lag": lag, "tutors": tutors})
-            if main:
-                partial = written.with_suffix(".partial")
-                partial.write_text(json.dumps(rounds, indent=1), encoding="utf-8")
-                partial.replace(written)
+            on_main(lambda: write_file(run / ROUNDS, json.dumps(rounds, indent=1)))
         for student, other in zip(peers.students, reversed(peers.students), strict=True):
             done = _snapshot(run, number + 1, student) / WEIGHTS
-            if done.is_file() and number + 1 < peers.rounds:
+            if on_main(done.is_file) and number + 1 < peers.rounds:
                 continue
             changed = peers.freeze == "phase" and other is peers.students[0]
             frozen = _snapshot(run, number + changed, other)
             tutor = Peer(str(frozen)) if rounds[number]["tutors"][other.name] else None
             trainer = Trainer(student_config(config, student, tutor))
+            met.add(student.name)
+            if len(met) == len(peers.students):
+                begun()
             reports[student.name] = trainer.train((number + 1) * length)
-            if main:
-                _keep(trainer, done.parent)
-            PartialState().wait_for_everyone()
-    report = {"rounds": rounds, **reports, "settings": to_tree(config)}
-    if main:
-        (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return report
+            _keep(trainer, run, number + 1, student)
+    return rounds, reports
+
+
+def _read_rounds(run: Path, peers: Peers) -> list[dict[str, Any]]:
+    """The rounds that have begun.
+
+    Raises:
+        InputError: if the file holds something else.
+    """
+    try:
+        rounds = json.loads((run / ROUNDS).read_text(encoding="utf-8"))
+        names = {student.name for student in peers.students}
+        if all(one["round"] == i and one["tutors"].keys() == names for i, one in enumerate(rounds)):
+            return rounds
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise InputError(f"{run / ROUNDS} does not hold the rounds of this run; use resume=fresh to begin them anew")
 
 
 def student_config(config: Config, student: Student, tutor: Peer | None) -> Config:
@@ -130,13 +160,18 @@ def _snapshot(run: Path, number: int, student: Student) -> Path:
     return run / "rounds" / str(number) / student.name
 
 
-def _keep(trainer: Trainer, folder: Path) -> None:
+def _keep(trainer: Trainer, run: Path, number: int, student: Student) -> None:
     """Keep a student as it is after the last update that it saved."""
-    if not (folder / WEIGHTS).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = trainer.run / "checkpoints" / f"{trainer.state.update:06d}" / WEIGHTS
-        shutil.copyfile(saved, folder / ".partial")
-        (folder / ".partial").replace(folder / WEIGHTS)
+    saved, kept = trainer.run / "checkpoints" / f"{trainer.state.update:06d}", _snapshot(run, number, student)
+
+    def copy() -> None:
+        if not (kept / WEIGHTS).is_file():
+            for folder in (kept.parent.parent, kept.parent, kept):
+                folder.mkdir(exist_ok=True)
+            with (saved / WEIGHTS).open("rb") as source, replacing(kept / WEIGHTS) as target:
+                shutil.copyfileobj(source, target)
+
+    on_main(copy)
 
 
 def _begin(config: Config, student: Student, number: int, length: int) -> dict[str, float]:
@@ -145,8 +180,7 @@ def _begin(config: Config, student: Student, number: int, length: int) -> dict[s
     assert peers is not None
     trainer = Trainer(student_config(config, student, None))
     trainer.train(number * length)
-    if trainer.main:
-        _keep(trainer, _snapshot(Path(config.run), number, student))
+    _keep(trainer, Path(config.run), number, student)
     asked = by_domain(config.task.problems("dev"), peers.field, peers.problems)
     settings = replace(config, eval=replace(config.eval, attempts=peers.attempts, temperature=peers.temperature))
     with gathered(trainer.accelerator, trainer.module):
@@ -154,5 +188,4 @@ def _begin(config: Config, student: Student, number: int, length: int) -> dict[s
             domain: evaluate_run(trainer.policy, settings, problems, trainer.rank, trainer.world).accuracy
             for domain, problems in asked.items()
         }
-    PartialState().wait_for_everyone()
     return scores

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from dllm_sd.config import to_tree
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Peer, Teacher, Weights
+from dllm_sd.processes import together
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.context import Reasoning
 from dllm_sd.teachers.writing import Writing
@@ -61,7 +62,9 @@ class Scribe:
         mine = self._mine(len(requests))
         asked = [requests[i] for i in mine]
         if isinstance(writing.writer, Server):
-            return self._together(mine, writing.writer.write(asked, writing.sampling, self.cache))
+            with together():
+                answers = writing.writer.write(asked, writing.sampling, self.cache)
+            return self._together(mine, answers)
         model, stays = self.models[writing.writer], isinstance(writing.writer, Base | Peer | Checkpoint)
         identity = self._identity(writing.writer, model) if stays else {}
         entered = False
@@ -71,9 +74,10 @@ class Scribe:
             entered = True
             yield from enumerate(self._answers(model, missing, writing.sampling))
 
-        answers = ask_once(identity, asked, writing.sampling, self.cache if stays else None, ask)
-        if not entered:  # sharded weights are gathered by all processes together
-            self._answers(model, [], writing.sampling)
+        with together():  # texts are kept once all weights are gathered, and that alone may fail on one process
+            answers = ask_once(identity, asked, writing.sampling, self.cache if stays else None, ask)
+            if not entered:  # sharded weights are gathered by all processes together
+                self._answers(model, [], writing.sampling)
         return self._together(mine, answers)
 
     def _answers(self, model: Teacher, requests: Sequence[Request], sampling: Sampling) -> list[Written]:

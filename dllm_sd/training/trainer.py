@@ -3,26 +3,29 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dllm_sd.checkpoint_files import STATE, damaged
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation import Report, evaluate_run, first
+from dllm_sd.files import write_file
 from dllm_sd.finite import LARGEST, find_broken
 from dllm_sd.objective import Graded, Plan, grade, plan_update
 from dllm_sd.pairing import check_data, check_model, check_references
+from dllm_sd.policies.blueprint import Blueprint
 from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.weights import add_adapter, trained
+from dllm_sd.processes import on_main, together
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollouts
 from dllm_sd.tasks.task import Problem
@@ -39,7 +42,7 @@ from dllm_sd.training.checkpoint import (
     save_best,
     save_run,
 )
-from dllm_sd.training.folder import prepare_folder
+from dllm_sd.training.folder import REPORT, RunFolder, read_report
 from dllm_sd.training.metrics import (
     MetricsLog,
     broken_sites,
@@ -62,21 +65,40 @@ class Trainer:
     """Trains one configuration; one per process."""
 
     def __init__(self, config: Config) -> None:
-        """Prepare data, folder and model, in this order: what is cheap to refuse is refused first."""
+        """Prepare data, folder and model, in this order: what is cheap to refuse is refused first.
+
+        A refusal leaves the run folder as it was.
+        """
         self.config, self.method, self.run = config, config.method, Path(config.run)
         self.accelerator = start_accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        problems = config.task.problems("train")
-        self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
-        self.test = (
-            first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
-        )
-        check_data(config, problems)
-        blueprint = check_model(config)
-        left_out = check_references(config, blueprint, problems)
-        self._alone(lambda: prepare_folder(config))
-        self.policy = build_policy(blueprint, self.accelerator.device)
+        with together():
+            problems = config.task.problems("train")
+            self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
+            self.test = (
+                first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
+            )
+            check_data(config, problems)
+            blueprint = check_model(config)
+            left_out = check_references(config, blueprint, problems)
+        self.folder = RunFolder(config)
+        try:
+            self._build(blueprint)
+            self._restore()
+            with self.folder.changing():
+                self._open(problems)
+        except BaseException:
+            self.folder.release()
+            raise
+        if left_out is not None and self.main:
+            print(left_out, file=sys.stderr)
+
+    def _build(self, blueprint: Blueprint) -> None:
+        """The model that learns, its optimizer and the models that teach."""
+        config = self.config
+        with together():
+            self.policy = build_policy(blueprint, self.accelerator.device)
         adapters = {weights: add_adapter(weights, self.policy) for weights in self.method.models()}
         self.optimizer = build_optimizer(trained(self.policy).values(), config.optim)
         self.lr = learning_rate(self.optimizer, config.optim, config.updates)
@@ -85,19 +107,34 @@ class Trainer:
             weights: make_teacher(weights, self.policy, adapter, config.model) for weights, adapter in adapters.items()
         }
         self.teachers = [self.models[weights] for weights in self.method.weights()]
-        self.supply = Supply(config, problems, self.policy, self.module, self.models, self.accelerator)
+
+    def _restore(self) -> None:
+        """Go on from the latest checkpoint, unless the run is to begin anew."""
         self.state, self.rollouts = State(), None
-        checkpoint = latest_checkpoint(self.run)
+        checkpoint = None if self.config.resume == "fresh" else on_main(lambda: latest_checkpoint(self.run))
         self.resumed = checkpoint is not None
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        if checkpoint is None:
+            return
+        with together():
+            if not checkpoint.is_dir():
+                raise InputError(
+                    f"process {self.rank} does not see {checkpoint}; put the run folder where all processes see it"
+                )
+        self._load(checkpoint)
+
+    def _open(self, problems: Sequence[Problem]) -> None:
+        """Where rollouts come from, and the files that the run writes while it goes on."""
+        config = self.config
+        with together():
+            self.supply = Supply(config, problems, self.policy, self.module, self.models, self.accelerator)
         self.supply.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(_counts(self.policy.module))
-        if left_out is not None and self.main:
-            print(left_out, file=sys.stderr)
         done = self.state.update if self.resumed else -1
-        self.log = MetricsLog(self.run, done, config.log.tensorboard) if self.main else None
+        self.log: MetricsLog | None = None
+        with together():
+            if self.main:
+                self.log = MetricsLog(self.run, done, config.log.tensorboard)
 
     @property
     def finished(self) -> bool:
@@ -113,9 +150,14 @@ class Trainer:
                 at weights that a step made non-finite, with nothing saved since the last checkpoint.
             Stopped: if it cannot go on, with the last update saved.
         """
-        written = self.run / "report.json"
-        if self.resumed and self.finished and written.is_file():
-            return json.loads(written.read_text(encoding="utf-8"))
+        self.folder.hold()
+        try:
+            former = on_main(lambda: read_report(self.run)) if self.resumed and self.finished else None
+            return former or self._train(until)
+        finally:
+            self.folder.release()
+
+    def _train(self, until: int | None) -> dict[str, Any]:
         state, every = self.state, self.config.checkpoint.every
         until = self.config.updates if until is None else until
         with self.progress, Interrupt(self.progress) as interrupt:
@@ -144,8 +186,9 @@ class Trainer:
                 if interrupted and not self.finished:
                     raise KeyboardInterrupt
             report = self._report() if self.finished else {}
-        if self.log is not None:
-            self.log.close()
+        with together():
+            if self.log is not None:
+                self.log.close()
         return report
 
     def _update(self, update: int) -> dict[str, Any]:
@@ -173,8 +216,8 @@ class Trainer:
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
             regions = region_map(self.policy, self.method.contexts, self.rollouts)
             metrics |= region_metrics(self._sum(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
-            if self.log is not None and self._due(update):
-                self.log.write_pictures(pictures(parts, regions, self.rollouts), update)
+            if self._due(update):
+                self._write_pictures(update, parts, regions, self.rollouts)
         for model in self.models.values():
             model.after_update(update)
         metrics |= rollout_metrics(self.rollouts) | self.supply.shelf.after_update(update, self.rollouts.chosen)
@@ -228,14 +271,11 @@ class Trainer:
         broken = [site for plan, graded in parts for site in broken_sites(plan, graded, rollouts)]
         broken = gather_object(broken) if self.world > 1 else broken
         file = self.run / "nonfinite.json"
-        if self.main:
-            kept = [
-                {"problem": one.problem.id, "occurrence": one.occurrence, "attempt": one.attempt}
-                for one in rollouts.kept
-            ]
-            file.write_text(
-                json.dumps({"update": update, "sites": broken, "rollouts": kept}, indent=1), encoding="utf-8"
-            )
+        kept = [
+            {"problem": one.problem.id, "occurrence": one.occurrence, "attempt": one.attempt} for one in rollouts.kept
+        ]
+        written = json.dumps({"update": update, "sites": broken, "rollouts": kept}, indent=1)
+        on_main(lambda: write_file(file, written))
         names = sorted({site["problem"] for site in broken} or {rollout.problem.id for rollout in rollouts.kept})
         raise FloatingPointError(
             f"the loss or gradient of update {update} is not finite; the step was not taken. Rollouts of problem "
@@ -260,9 +300,15 @@ class Trainer:
         return part == 0 and batch % max(1, self.config.log.samples_every // self.method.rollout.passes) == 0
 
     def _write_samples(self, update: int, rollouts: Rollouts) -> None:
-        if self.log is not None:
-            for slot, rollout in enumerate(rollouts.chosen[: self.config.log.samples]):
-                self.log.write_sample(sample_entry(update, rollout), slot)
+        with together():
+            if self.log is not None:
+                for slot, rollout in enumerate(rollouts.chosen[: self.config.log.samples]):
+                    self.log.write_sample(sample_entry(update, rollout), slot)
+
+    def _write_pictures(self, update: int, parts: Parts, regions: Tensor | None, rollouts: Rollouts) -> None:
+        with together():
+            if self.log is not None:
+                self.log.write_pictures(pictures(parts, regions, rollouts), update)
 
     # Evaluation
 
@@ -279,14 +325,15 @@ class Trainer:
             if report.accuracy > state.best_accuracy:
                 state.best_accuracy, state.best_update, state.since_best = report.accuracy, state.update, 0
                 weights = gather_tensors(trained(self.policy))
-                self._alone(lambda: save_best(self.run, weights, state))
+                on_main(lambda: save_best(self.run, weights, state))
             if settings.patience and state.since_best >= settings.patience:
                 state.stopped = f"no better dev accuracy in {state.since_best} evaluations"
             if settings.collapse and report.accuracy < state.best_accuracy - settings.collapse:
                 state.stopped = f"dev accuracy fell from {state.best_accuracy:.3f} to {report.accuracy:.3f}"
             self.progress.line(metrics)
-        if self.log is not None:
-            self.log.write(metrics)
+        with together():
+            if self.log is not None:
+                self.log.write(metrics)
 
     def _accuracy(self, problems: Sequence[Problem], overrides: Mapping[str, Any]) -> Report:
         with gathered(self.accelerator, self.module):
@@ -324,13 +371,12 @@ class Trainer:
             "time/updates": state.seconds,
             "settings": to_tree(self.config),
         }
-        if self.main:
-            (self.run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        on_main(lambda: write_file(self.run / REPORT, json.dumps(report, indent=1)))
         return report
 
     # Saving, and acting together
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _load(self, checkpoint: Path) -> None:
         self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, [*self.models.values()])
         if self.config.resume == "force":  # with another method, it may begin with what the former one did not have
             return
@@ -345,8 +391,8 @@ class Trainer:
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
         self.state.bank = self.supply.shelf.tree
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
-        self._alone(lambda: save_run(self.run, tensors, self.state, rollouts, keep))
-        self._alone(lambda: self.supply.shelf.write_down(self.run))
+        on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep))
+        on_main(lambda: self.supply.shelf.write_down(self.run))
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -359,19 +405,6 @@ class Trainer:
         total = self.accelerator.reduce(value, "sum")
         assert isinstance(total, Tensor)
         return total
-
-    def _alone(self, action: Callable[[], None]) -> None:
-        """The main process acts while the others wait; what it refuses is refused by all."""
-        refusal: list[str | None] = [None]
-        if self.main:
-            try:
-                action()
-            except InputError as error:
-                refusal[0] = str(error)
-        if self.world > 1:
-            broadcast_object_list(refusal)
-        if refusal[0] is not None:
-            raise InputError(refusal[0])
 
 
 def _counts(module: nn.Module) -> str:

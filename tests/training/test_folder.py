@@ -1,6 +1,9 @@
 """The run folder: one configuration each, and nothing is lost that was not given up."""
 
 import os
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,35 @@ import yaml
 
 from dllm_sd.config import build_config, to_tree
 from dllm_sd.errors import InputError
-from dllm_sd.training.folder import CONTENTS, prepare_folder, read_tree
+from dllm_sd.training import trainer as trainer_module
+from dllm_sd.training.folder import CONTENTS, RunFolder, read_tree
+from dllm_sd.training.trainer import Trainer
+
+TINY: dict[str, Any] = {
+    "updates": 1,
+    "model": {
+        "random_init": True,
+        "tokenizer": "tiny",
+        "shape": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    },
+    "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
+    "method": {"name": "sft", "rollout": {"problems": 2}},
+    "eval": {"every": 0},
+    "log": {"progress": False, "tensorboard": False},
+}
 
 
 def config(run: Path, **changes: Any) -> Any:
     tree = {"run": str(run), "task": "sudoku", "decode": {"length": 16, "block_length": 4}, "method": "d_opsd"}
     return build_config({**tree, **changes})
+
+
+def prepare_folder(settings: Any) -> None:
+    """What a run does that is not refused, and ends."""
+    folder = RunFolder(settings)
+    with folder.changing():
+        pass
+    folder.release()
 
 
 def begin(run: Path, **changes: Any) -> None:
@@ -150,3 +176,177 @@ def test_a_damaged_config_in_the_folder_is_refused_in_one_sentence(tmp_path: Pat
     begin(tmp_path)
     (tmp_path / "config.yaml").write_bytes(content)
     assert refusal(tmp_path).endswith("; give another folder")
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that a folder holds, by path; None for a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with somebody's notes in it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    Trainer(config(run, **TINY)).train()
+    (run / "written" / "ab").mkdir(parents=True)
+    (run / "written" / "ab" / "text.json").write_text("{}")
+    (run / "notes.txt").write_text("mine")
+    return run
+
+
+BEFORE = ["build_policy", "build_optimizer", "prepare", "latest_checkpoint", "restore_run"]
+"""Steps that the folder does not know of."""
+
+
+@pytest.mark.parametrize("holds", ["nothing", "no files", "a run"])
+@pytest.mark.parametrize("resume", ["auto", "force", "fresh"])
+@pytest.mark.parametrize("step", [*BEFORE, "Supply", "MetricsLog"])
+def test_a_refusal_at_any_step_leaves_the_folder_as_it_was(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: str, resume: str, step: str
+):
+    run, resumed = tmp_path / "run", holds == "a run" and resume != "fresh"
+    if (step == "latest_checkpoint" and resume == "fresh") or (step == "restore_run" and not resumed):
+        pytest.skip("no checkpoint is read")
+    if holds != "nothing":
+        shutil.copytree(finished, run) if holds == "a run" else run.mkdir()
+    before = tree(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        if step in BEFORE:
+            assert tree(tmp_path).keys() - before.keys() <= {"run", "run/.lock"}
+        else:
+            for name in ("written", "tb"):
+                (run / name).mkdir(exist_ok=True)
+        raise InputError("refused")
+
+    monkeypatch.setattr(trainer_module, step, refuse)
+    with pytest.raises(InputError, match="refused"):
+        Trainer(config(run, **TINY, resume=resume))
+    if resumed:  # folders that a run goes on to fill are no change
+        shutil.rmtree(run / "tb", ignore_errors=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", ["auto", "force", "fresh"])
+@pytest.mark.parametrize(
+    ("damage", "changes", "says"),
+    [
+        (None, {"model": {**TINY["model"], "lora": {"targets": ["nope"]}}}, "another model.lora|model.lora.targets"),
+        (None, {"model": {"path": "./nowhere"}}, "is not a folder"),
+        (None, {"seed": 1}, "another seed"),
+        ("checkpoints/000001/optimizer.safetensors", {}, "optimizer.safetensors"),
+        ("checkpoints/000001/state.json", {}, "state.json"),
+        ("metrics.jsonl", {}, "metrics.jsonl"),
+        ("config.yaml", {}, "config.yaml|holds no run"),
+    ],
+)
+def test_what_a_user_gets_wrong_leaves_the_folder_as_it_was(
+    finished: Path, tmp_path: Path, resume: str, damage: str | None, changes: dict[str, Any], says: str
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    if damage:
+        (run / damage).write_text("{]\n")
+    accepted = (damage not in (None, "config.yaml") and resume == "fresh") or ("seed" in changes and resume != "auto")
+    before = tree(tmp_path)
+    if accepted:
+        Trainer(config(run, **{**TINY, **changes}, resume=resume))
+        return
+    with pytest.raises(InputError, match=says) as refused:
+        Trainer(config(run, **{**TINY, **changes}, resume=resume))
+    assert "\n" not in str(refused.value)
+    assert tree(tmp_path) == before
+
+
+def killed_at(number: int, action: Callable[[], object]) -> bool:
+    """Whether a process of its own that does this was killed, before the file operation of this number."""
+    if (child := os.fork()) == 0:
+        left = [number]
+
+        def count(event: str, _: Any) -> None:
+            if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+
+        sys.addaudithook(count)
+        action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_run_killed_while_it_replaces_another_leaves_the_one_or_the_other(finished: Path, tmp_path: Path):
+    new, kept, number = config(tmp_path / "run", **TINY, seed=1, resume="fresh"), set(), 0
+    shutil.copytree(finished, tmp_path / "run")
+    old = tree(tmp_path / "run")
+    while killed_at(number, lambda: prepare_folder(new)):
+        for again in range(3):  # what puts that in order may be killed as well
+            killed_at(again, lambda: prepare_folder(config(tmp_path / "run", **TINY, resume="force")))
+        RunFolder(config(tmp_path / "run", **TINY, resume="force")).release()
+        left = {name: content for name, content in tree(tmp_path / "run").items() if name != ".config.yaml.partial"}
+        kept.add("old" if left.keys() == old.keys() else "new")
+        if left.keys() != old.keys():
+            assert left.keys() == {"config.yaml", "notes.txt"}
+            shutil.rmtree(tmp_path / "run")
+            shutil.copytree(finished, tmp_path / "run")
+        else:
+            assert {**left, "config.yaml": b""} == {**old, "config.yaml": b""}
+        number += 1
+    assert number > 10
+    assert kept == {"old", "new"}
+
+
+def test_a_run_killed_before_its_first_config_stood_can_be_started(tmp_path: Path):
+    number = 0
+    while killed_at(number, lambda: prepare_folder(config(tmp_path / "run"))):
+        prepare_folder(config(tmp_path / "run"))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+        shutil.rmtree(tmp_path / "run")
+        number += 1
+    assert number > 1
+
+
+@pytest.mark.parametrize("name", [*CONTENTS, "checkpoints/000001", "eval/sudoku/report.json", "students/one/tb"])
+@pytest.mark.parametrize("resume", ["auto", "fresh"])
+def test_links_out_of_the_folder_are_refused_and_not_followed(tmp_path: Path, name: str, resume: str):
+    begin(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("precious")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "elsewhere" / ("file" if path.suffix else ""))
+    before = tree(tmp_path)
+    assert refusal(tmp_path / "run", resume=resume) == (
+        f"{str(path)!r} is a symbolic link, and a run writes inside its folder only; put what it names there, or give "
+        "another run=..."
+    )
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "/dev/null/run", "/proc/run"])
+def test_a_folder_that_cannot_be_made_is_refused_in_one_short_sentence(tmp_path: Path, name: str):
+    said = refusal(tmp_path / name)
+    assert said.startswith("cannot write to run folder ")
+    assert said.endswith("; give another run=...")
+    assert len(said) < 400
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_refused_while_two_students_are_met_leaves_their_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begin(tmp_path / "run")
+    before = tree(tmp_path)
+    folder = RunFolder(config(tmp_path / "run", resume="fresh"))
+
+    def meet() -> None:
+        with folder.changing():
+            begin(tmp_path / "run" / "students" / "one")
+            (tmp_path / "run" / "rounds.json").touch()
+            raise InputError("the second student")
+
+    with pytest.raises(InputError, match="the second student"):
+        meet()
+    folder.release()
+    assert tree(tmp_path) == before

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nan
 
+from dllm_sd.errors import InputError
 from dllm_sd.objective import Graded
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks import Grade, Problem
 from dllm_sd.training.metrics import (
     MetricsLog,
-    keep_until,
+    end_of,
     rollout_metrics,
     sample_entry,
     site_metrics,
@@ -28,6 +30,10 @@ from dllm_sd.trajectory import NEVER
 def write_lines(file: Path, updates: list[int], tail: str = "") -> Path:
     file.write_text("".join(json.dumps({"update": update}) + "\n" for update in updates) + tail, encoding="utf-8")
     return file
+
+
+def keep_until(file: Path, update: int) -> None:
+    os.truncate(file, end_of(file, update))
 
 
 def updates_in(file: Path) -> list[int]:
@@ -60,8 +66,39 @@ def test_a_half_written_line_is_dropped(tmp_path: Path, tail: str):
 
 
 def test_a_log_that_does_not_exist_is_not_made(tmp_path: Path):
-    keep_until(tmp_path / "metrics.jsonl", 3)
+    MetricsLog(tmp_path, 3, tensorboard=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_the_lines_that_go_and_the_last_that_stays_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, parsed, loads = write_lines(tmp_path / "metrics.jsonl", list(range(20000)), '{"half'), [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    keep_until(file, 19996)
+    assert len(parsed) == 4
+    monkeypatch.undo()
+    assert updates_in(file) == list(range(19997))
+
+
+@pytest.mark.parametrize(
+    "line", ["garbage", "[1]", "{1}", "{}", '{"loss": 1}', '{"update": true}', "", "\x00", "[" * 9999]
+)
+@pytest.mark.parametrize("place", [0, 3, 5])
+def test_a_line_that_no_run_wrote_is_refused_by_its_number(tmp_path: Path, line: str, place: int):
+    file = write_lines(tmp_path / "samples.jsonl", [0, 1, 2, 3, 4])
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:place], line, *lines[place:]]) + "\n")
+    write_lines(tmp_path / "metrics.jsonl", [0, 1, 2, 3, 4])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    if line.startswith("{") and place == 0:  # well behind what is looked at
+        assert end_of(file, 4) == len(before[file])
+        return
+    with pytest.raises(InputError) as refused:
+        MetricsLog(tmp_path, 2, tensorboard=False)
+    assert str(refused.value) == (
+        f"{file}:{place + 1}: this is no line of a run; correct it, remove the file, or discard the run with "
+        "resume=fresh"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_log_is_cut_at_newlines_only(tmp_path: Path):

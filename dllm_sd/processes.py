@@ -1,0 +1,64 @@
+"""What several processes do together, so that what one of them refuses is refused by all and none is left waiting."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from dllm_sd.errors import InputError, Stopped, on_one_line
+
+T = TypeVar("T")
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """The main process acts while the others wait; what it returns, or raises, all of them return or raise.
+
+    To be called by all processes together; ``action`` must not communicate, and its result is pickled.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return action()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    error: Exception | None = None
+    if state.is_main_process:
+        try:
+            outcome = [(action(), None)]
+        except Exception as caught:
+            error, outcome = caught, [(None, _sendable(caught))]
+    broadcast_object_list(outcome)
+    value, told = outcome[0]
+    if told is not None:
+        raise error or told
+    return value  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Every process does its own part inside; if one of them raises, the others do so too when they leave.
+
+    To be entered and left by all processes together, and not to be used around anything in which they communicate.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    told = None
+    if PartialState().num_processes > 1:
+        told = next((one for one in gather_object([error and _sendable(error)]) if one is not None), None)
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told
+
+
+def _sendable(error: Exception) -> Exception:
+    """An exception that any process can raise: it has the same sentence and leads to the same exit status."""
+    for kind in (InputError, Stopped, FloatingPointError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror or on_one_line(error), error.filename)
+    return Stopped(f"another process failed with {type(error).__name__}: {on_one_line(error):.200}")
