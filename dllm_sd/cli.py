@@ -6,7 +6,9 @@ Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interru
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from dllm_sd.errors import InputError, Stopped
+from dllm_sd.errors import InputError, Stopped, on_one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,16 +31,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_verbosity_error()  # what is wrong with a checkpoint is said once, by an InputError
     _warn_of_lone_process()
     try:
-        return options.command(options)
+        with _threads_that_fail_quietly():
+            return options.command(options)
     except InputError as error:
-        print(f"dllm-sd: {error}", file=sys.stderr)
-        return 2
+        return _end(str(error), 2)
     except KeyboardInterrupt:
-        print("dllm-sd: interrupted; the same command goes on from the last saved update", file=sys.stderr)
-        return 130
+        return _end("interrupted; the same command goes on from the last saved update", 130)
     except (FloatingPointError, Stopped) as error:
-        print(f"dllm-sd: {error}", file=sys.stderr)
+        return _end(str(error), 1)
+    except BrokenPipeError:  # whoever read what is printed has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        where = "" if error.filename is None else f" {str(error.filename)!r:.200}"
+        reason = error.strerror or on_one_line(error)[:200] or type(error).__name__
+        return _end(
+            f"cannot read or write{where}: {reason}; what was saved before is as it was, and the same command goes on "
+            "from there once that is put right",
+            1,
+        )
+
+
+def _end(sentence: str, status: int) -> int:
+    """Say the last sentence, to a terminal that may be gone, and return the exit status."""
+    with suppress(OSError):
+        print(f"dllm-sd: {sentence}", file=sys.stderr)
+    return status
+
+
+@contextmanager
+def _threads_that_fail_quietly() -> Iterator[None]:
+    """Inside, a thread that cannot write prints no traceback: TensorBoard's tells the main thread, which says it."""
+    former = threading.excepthook
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            former(failure)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 def leave_together() -> None:
@@ -122,12 +156,14 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     from accelerate import PartialState
 
-    from dllm_sd.tables import print_training
+    from dllm_sd.tables import nothing_learnt, print_training
     from dllm_sd.training.peers import train
 
     for run, report in train(config).items():
         if PartialState().is_main_process:
             print_training(report, run)
+            if warning := nothing_learnt(report):
+                print(f"dllm-sd: {warning}", file=sys.stderr)
     return 0
 
 

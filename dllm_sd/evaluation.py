@@ -232,18 +232,18 @@ def _claim(folder: Path, lock: FolderLock, settings: Mapping[str, Any]) -> None:
         raise
     except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
         reason = (isinstance(error, OSError) and error.strerror) or on_one_line(error)
-        raise InputError(f"cannot write to {str(folder)!r:.200}: {reason}; give another --out") from error
+        raise InputError(f"cannot write to {str(folder)!r}: {reason}; give another --out") from error
 
 
 def _refuse_others(folder: Path) -> None:
     """Refuse to write over what is no evaluation, and through links."""
     if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
-        raise InputError(f"{str(folder)!r:.200} is a run folder; give another --out, such as eval/TASK in it")
+        raise InputError(f"{str(folder)!r} is a run folder; give another --out, such as eval/TASK in it")
     if (folder / REPORT).exists() and not (folder / SETTINGS).exists():
-        raise InputError(f"{str(folder / REPORT)!r:.200} is the report of something else; give another --out")
+        raise InputError(f"{str(folder / REPORT)!r} is the report of something else; give another --out")
     for path in (folder / REPORT, folder / SETTINGS, folder / GENERATIONS, *folder.glob(".generations.*")):
         if path.is_symlink():
-            raise InputError(f"{str(path)!r:.200} is a symbolic link, which is not followed; give another --out")
+            raise InputError(f"{str(path)!r} is a symbolic link, which is not followed; give another --out")
 
 
 def _none_left(dropped: int, max_prompt: int) -> InputError:

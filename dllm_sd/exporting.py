@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import write_file
 from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.model_card import Layout, Trained, model_card, settings_of
 from dllm_sd.policies.blueprint import Blueprint, brief, find_file, read_blueprint
@@ -69,10 +70,10 @@ def export_policy(
             _write_tokenizer(policy, partial)
             _generation(policy).save_pretrained(partial)
         if trained and to != "peft":  # so that `dllm-sd eval` and `sample` decode as the run did
-            (partial / "recipe.yaml").write_text(settings_of(trained.run), encoding="utf-8")
+            write_file(partial / "recipe.yaml", settings_of(trained.run))
         grown = _rows(policy) if _rows(policy) > blueprint.config.vocab_size else None
         card = model_card(policy, blueprint, to, name or folder.resolve().name, trained, changed, grown)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_file(partial / "README.md", card)
 
 
 def check_folder(folder: Path) -> None:
@@ -187,7 +188,7 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_file(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _write_merged(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> None:
@@ -250,7 +251,7 @@ def _write_original(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> st
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         file = find_file(blueprint.model.tokenizer or path if name in TOKENIZER_FILES else path, name)
         if file is not None:
-            shutil.copyfile(file, folder / name)
+            write_file(folder / name, file.read_bytes())
     return ", ".join(sorted(str(STORED[name]).removeprefix("torch.") for name in lost)) or None
 
 

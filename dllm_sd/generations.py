@@ -265,7 +265,7 @@ def grade_file(
     schedules: dict[str | None, Tally] = {}
     with ExitStack() as stack:
         stack.enter_context(_new_folder(folder))
-        graded, written = stack.enter_context(replacing(target)), stack.enter_context(replacing(report_file))
+        graded, written = (stack.enter_context(replacing(file, alone=False)) for file in (target, report_file))
         place = 0
         for number, line in enumerate(read_lines(path), 1):
             schedule, problem_id, problem, _ = attempts.name(line, number)

@@ -1,6 +1,7 @@
 """One process at a time writes in a folder; the kernel gives the lock back when a process ends, however it ends."""
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -11,11 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_sd.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 LOCK = ".lock"
 """The file that is locked. It is there while the folder is in use; one that a killed process left says nothing."""
@@ -93,8 +89,6 @@ class FolderLock:
 
     def _lock_file(self, handle: int) -> None:
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, "no locks")
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(

@@ -156,6 +156,59 @@ def test_nothing_is_evaluated_and_nothing_is_unpickled(name: str):
             assert node.value.value is False
 
 
+WRITERS = {"write_text", "write_bytes", "copy", "copy2", "copyfile", "copytree", "move", "save_file", "save_pretrained"}
+MAY_WRITE = {
+    "files": {"os.open"},
+    "locking": {"os.open"},
+    "training.metrics": {"open a"},
+    "recording": {"open a"},
+    "training.checkpoint": {"save_file", "os.open"},
+    "exporting": {"save_file", "save_pretrained"},
+    "cli": {"os.open"},
+}
+"""Who writes in another way than by `files`: logs that only grow, tensors in folders that appear whole, devices."""
+
+
+def writes(node: ast.Call) -> str | None:
+    """In which way a call may write a file, if it does."""
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    owner = node.func.value.id if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) else ""
+    if name == "open":
+        if owner == "os":
+            return "os.open"
+        words = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+        modes = [word.value for word in words if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+        if mode := next((mode for mode in modes if len(mode) < 4 and set(mode) & set("wax+")), None):
+            return f"open {mode}"
+    copies = name not in ("copy", "move") or owner == "shutil"
+    return name if name in WRITERS and copies else None
+
+
+def test_files_are_written_in_one_way_only():
+    calls = [(name, node) for name, tree in MODULES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = {(name, way, node.lineno) for name, node in calls if (way := writes(node)) is not None}
+    assert not [(name, way, line) for name, way, line in found if way not in MAY_WRITE.get(name, ())]
+    assert {(name, way) for name, way, _ in found} >= {("training.metrics", "open a"), ("files", "os.open")}
+
+
+@pytest.mark.parametrize(
+    ("call", "way"),
+    [
+        ("path.open('w')", "open w"),
+        ("open(path, mode='r+b')", "open r+b"),
+        ("path.write_text('')", "write_text"),
+        ("shutil.copy(a, b)", "copy"),
+        ("os.open(path, flags)", "os.open"),
+        ("path.open('rb')", None),
+        ("open(path)", None),
+        ("tree.copy()", None),
+    ],
+)
+def test_a_call_that_writes_is_seen(call: str, way: str | None):
+    (node,) = (node for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Call))
+    assert writes(node) == way
+
+
 def test_the_module_can_be_run():
     done = subprocess.run([sys.executable, "-m", "dllm_sd", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

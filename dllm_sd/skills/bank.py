@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import write_file
 from dllm_sd.reading import parse_json, read_whole
 
 DYNAMIC = "dyn"
@@ -112,12 +113,10 @@ def read_bank(path: str | Path) -> Bank:
 def write_bank(bank: Bank, path: str | Path) -> None:
     """Write a bank as JSON that `read_bank` reads back exactly; a file of that name is replaced in one step."""
     path = Path(path).expanduser()
-    partial = path.with_name(f".{path.name}.partial")
     text = json.dumps(bank.tree(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_file(path, text)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise InputError(f"Skill bank {path} cannot be written ({reason}); give another path.") from None

@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
 
     What stands at the names that it writes to is removed first; a symbolic link there is not followed.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)  # in a run folder, which is not made again where it was removed
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     _remove(partial)
     partial.mkdir()

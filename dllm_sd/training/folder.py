@@ -79,10 +79,10 @@ class RunFolder:
         run = self.run
         with _writable(self.run):
             if run.exists() and not run.is_dir():
-                raise InputError(f"run {str(run)!r:.200} is a file; name a folder")
+                raise InputError(f"run {str(run)!r} is a file; name a folder")
             self._lock.acquire()
             try:
-                _refuse_links(run)
+                _refuse_strange(run)
                 _settle(run)
                 self._check()
             except BaseException:
@@ -94,21 +94,22 @@ class RunFolder:
         former = read_tree(run) if (run / CONFIG).exists() else {}
         others = any(path.name not in LEFT_OVER for path in run.iterdir())
         if others and not {"task", "method"} <= former.keys():
-            raise InputError(f"run folder {str(run)!r:.200} is not empty and holds no run; give another run=...")
+            raise InputError(f"run folder {str(run)!r} is not empty and holds no run; give another run=...")
         lines = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
         begun = any(file.exists() for file in lines)  # else it was refused before the first, and holds nothing to keep
         if begun and config.resume == "auto":
             key = _first_difference(former, to_tree(config))
             if key is not None:
                 raise InputError(
-                    f"run folder {str(run)!r:.200} holds a run with another {key}; give another run=..., "
+                    f"run folder {str(run)!r} holds a run with another {key}; give another run=..., "
                     "resume=force to continue it all the same, or resume=fresh to discard it"
                 )
 
     def _begin(self) -> None:
         run = self.run
         with _writable(run):
-            self._before = before = {name: None for name in CONTENTS if (run / name).exists()}
+            before: dict[str, bytes | None] = {name: None for name in CONTENTS if (run / name).exists()}
+            self._before = before
             if CONFIG in before:
                 before[CONFIG] = (run / CONFIG).read_bytes()
             try:
@@ -156,14 +157,20 @@ def _writable(run: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
         reason = (isinstance(error, OSError) and error.strerror) or on_one_line(error)
-        raise InputError(f"cannot write to run folder {str(run)!r:.200}: {reason}; give another run=...") from error
+        raise InputError(f"cannot write to run folder {str(run)!r}: {reason}; give another run=...") from error
 
 
-def _refuse_links(run: Path) -> None:
-    """Refuse links in the place of what a run writes: they lead out of its folder."""
+def _refuse_strange(run: Path) -> None:
+    """Refuse links in the place of what a run writes, for they lead out of its folder, and files in that of folders."""
     for name in (*CONTENTS, FORMER, DISCARDED):
-        _refuse_link(run / name)
-        for folder, folders, files in os.walk(run / name):
+        path, is_file = run / name, bool(Path(name).suffix)
+        _refuse_link(path)
+        if path.exists() and path.is_file() != is_file:
+            kinds = ("a folder", "a file") if is_file else ("a file", "a folder")
+            raise InputError(
+                f"{str(path)!r} is {kinds[0]} where a run has {kinds[1]}; move it away, or give another run=..."
+            )
+        for folder, folders, files in os.walk(path):
             for one in (*folders, *files):
                 _refuse_link(Path(folder, one))
 
@@ -171,7 +178,7 @@ def _refuse_links(run: Path) -> None:
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise InputError(
-            f"{str(path)!r:.200} is a symbolic link, and a run writes inside its folder only; put what it names there, "
+            f"{str(path)!r} is a symbolic link, and a run writes inside its folder only; put what it names there, "
             "or give another run=..."
         )
 

@@ -42,6 +42,12 @@ class MetricsLog:
                     self.board.add_scalar(name, value, values["update"])
             self.board.flush()
 
+    def left_out(self, passes: int) -> dict[str, int]:
+        """How many rollouts of the run were not learnt from, by reason; ``passes`` updates share theirs."""
+        lines = map(json.loads, self.metrics.read_bytes().splitlines())
+        fresh = [line for line in lines if line["update"] % passes == 1 % passes and line["update"] > 0]
+        return {name: sum(line.get(f"rollouts/{name}", 0) for line in fresh) for name in LEFT_OUT}
+
     def write_sample(self, sample: Mapping[str, Any], slot: int) -> None:
         """Append one rollout with its text; TensorBoard shows it in the row ``slot``."""
         _append(self.samples, sample)
@@ -101,6 +107,8 @@ def cut(unclipped: float, clipped: float) -> float:
     return taken / unclipped if unclipped else math.nan
 
 
+LEFT_OUT = {"rejected": "rejected by method.gate", "no_hint": "without a hint", "long_hint": "with too long a hint"}
+"""Why a rollout is not learnt from, as it is counted and in words."""
 WRITING = ("written", "cached")
 """What is counted where hints are written."""
 

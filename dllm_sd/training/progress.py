@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -33,7 +34,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        with suppress(OSError):  # the terminal is gone
+            self.bar.stop()
 
     def phase(self, text: str) -> None:
         """What is going on."""
@@ -48,15 +50,25 @@ class Progress:
         words = [f"update {metrics['update']:>4}/{self.updates}"]
         names = {"eval/accuracy": "dev accuracy", "loss": "loss", "rollouts/pass_rate": "pass rate"}
         words += [f"{label} {metrics[key]:.4f}" for key, label in names.items() if metrics.get(key) is not None]
-        self.console.print("  ".join(words), highlight=False)
+        self.say("  ".join(words))
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, highlight=False)
+        """One line; where the terminal is gone, this and all that follows is for nobody."""
+        try:
+            self.console.print(text, highlight=False)
+        except OSError:
+            self.console.quiet = True
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; what a scheduler sends; what a terminal sends that is closed, often twice."""
 
 
 class Interrupt:
-    """Inside, the first Ctrl-C (or SIGTERM) only asks: the update is finished and saved. A second one stops at once."""
+    """Inside, the first of `SIGNALS` only asks: the update is finished and saved. A second one stops at once.
+
+    SIGHUP never does more than ask, and nothing where it is ignored, as by ``nohup``.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.asked = False
@@ -64,8 +76,9 @@ class Interrupt:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._handle)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -75,6 +88,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGHUP:
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

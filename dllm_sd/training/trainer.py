@@ -362,6 +362,7 @@ class Trainer:
             "updates": state.update,
             "updates_skipped": state.skipped,
             "too_long": state.too_long,
+            **self._nothing_learnt(),
             "stopped": state.stopped,
             "best_update": state.best_update,
             "best_dev_accuracy": state.best_accuracy,
@@ -373,6 +374,13 @@ class Trainer:
         }
         on_main(lambda: write_file(self.run / REPORT, json.dumps(report, indent=1)))
         return report
+
+    def _nothing_learnt(self) -> dict[str, Any]:
+        """Where every update was skipped: how many rollouts were left out, by reason."""
+        if self.state.skipped < self.state.update:
+            return {}
+        passes = self.method.rollout.passes
+        return {"left_out": on_main(lambda: self.log.left_out(passes) if self.log is not None else {})}
 
     # Saving, and acting together
 

@@ -1,7 +1,6 @@
 """Written texts on the disk, by the content of what was asked: a run that is repeated asks for nothing again."""
 
 import json
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -9,9 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from uuid import uuid4
 
 from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.files import write_file
 from dllm_sd.writers.request import Request, Sampling, Written
 
 Ask = Callable[[Sequence[Request]], Generator[tuple[int, Written]]]
@@ -65,14 +64,10 @@ class Cache:
         """
         path = self._path(asked)
         content = json.dumps({"text": text, **asked}, ensure_ascii=False, indent=1)
-        part = path.with_name(f".{path.stem}.{uuid4().hex}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                part.write_bytes(content.encode("utf-8", "backslashreplace"))  # half a surrogate as JSON writes it
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+            encoded = content.encode("utf-8", "backslashreplace")  # half a surrogate as JSON writes it
+            write_file(path, encoded, alone=False)
         except OSError as error:
             raise self._unwritable(error) from error
 

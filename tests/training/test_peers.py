@@ -394,7 +394,7 @@ def test_wherever_a_run_is_stopped_it_ends_as_if_nothing_had_happened(config, mo
         "the second phase": ("_update", lambda self, number: self.run.name == "two" and number == 4),
         "a first phase": ("_update", lambda self, number: self.run.name == "one" and number == 2),
         "the scores": ("_begin", lambda config, student, number, length: student.name == "two" and number == 1),
-        "between phases": ("_keep", lambda trainer, folder: kept.append(folder) or len(kept) == 3),
+        "between phases": ("_keep", lambda trainer, run, number, student: kept.append(run) or len(kept) == 3),
     }
     whole = settings_at("whole")
     train_peers(whole)
