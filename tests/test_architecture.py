@@ -162,7 +162,7 @@ MAY_WRITE = {
     "locking": {"os.open"},
     "training.metrics": {"open a"},
     "recording": {"open a"},
-    "training.checkpoint": {"save_file", "os.open"},
+    "training.checkpoint": {"save_file"},
     "exporting": {"save_file", "save_pretrained"},
     "cli": {"os.open"},
 }
@@ -175,7 +175,10 @@ def writes(node: ast.Call) -> str | None:
     owner = node.func.value.id if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) else ""
     if name == "open":
         if owner == "os":
-            return "os.open"
+            flags = {
+                part.attr for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Attribute)
+            }
+            return "os.open" if flags & {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC"} else None
         words = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
         modes = [word.value for word in words if isinstance(word, ast.Constant) and isinstance(word.value, str)]
         if mode := next((mode for mode in modes if len(mode) < 4 and set(mode) & set("wax+")), None):
@@ -198,7 +201,8 @@ def test_files_are_written_in_one_way_only():
         ("open(path, mode='r+b')", "open r+b"),
         ("path.write_text('')", "write_text"),
         ("shutil.copy(a, b)", "copy"),
-        ("os.open(path, flags)", "os.open"),
+        ("os.open(path, os.O_CREAT | os.O_RDWR)", "os.open"),
+        ("os.open(path, os.O_RDONLY)", None),
         ("path.open('rb')", None),
         ("open(path)", None),
         ("tree.copy()", None),
