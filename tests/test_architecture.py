@@ -161,7 +161,7 @@ MAY_WRITE = {
     "files": {"os.open"},
     "locking": {"os.open"},
     "training.metrics": {"open a"},
-    "recording": {"open a"},
+    "recording": {"open ab"},
     "training.checkpoint": {"save_file"},
     "exporting": {"save_file", "save_pretrained"},
     "cli": {"os.open"},
