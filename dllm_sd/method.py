@@ -15,6 +15,7 @@ from dllm_sd.losses.divergences import (
     ReverseKL,
     TokenNLL,
 )
+from dllm_sd.losses.roles import ReadsPolicies, Role
 from dllm_sd.losses.sites import SITES, Revealed, TeacherTop
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, TopK
@@ -66,7 +67,7 @@ class Method(Ranged, key="method"):
         """Refuse combinations that have no meaning."""
         super().__post_init__()
         checks = (_check_contexts, _check_library, _check_sites, _check_target, _check_divergence, _check_gap)
-        for check in (*checks, _check_group, _check_cap):
+        for check in (*checks, _check_group, _check_cap, _check_roles, _check_student):
             check(self)
 
     @property
@@ -99,15 +100,15 @@ class Method(Ranged, key="method"):
 
 def _check_contexts(method: Method) -> None:
     contexts = method.contexts
-    if len(method.teacher) not in (1, len(contexts)) and contexts:
+    if len(method.teacher) not in (1, len(contexts)):
         raise InputError(
             f"method.teacher lists {len(method.teacher)} weights for {len(contexts)} contexts; "
-            "give one for all, or one for each"
+            f"give one for all{', or one for each' if contexts else ''}"
         )
     if not isinstance(method.canvases, DecoderSteps) and any(context.needs_steps for context in contexts):
         raise InputError("method.contexts needs canvases that the decoder saw; set method.canvases to decoder_steps")
     grouped = any(context.hint is not None and context.hint.needs_group for context in contexts)
-    if grouped and not _keeps_groups(method.rollout):
+    if grouped and not method.rollout.keeps_groups:
         raise InputError(
             "method.contexts sibling looks at the other attempts: set rollout.keep to all, attempts to 2 or more"
         )
@@ -124,10 +125,6 @@ def _check_library(method: Method) -> None:
         raise InputError("method.library serves skills contexts, but there is none; list some, or set it to null")
     if ranks and not method.target.keeps_contexts:
         raise InputError("method.contexts skills are teachers of different weight; set method.target to each")
-
-
-def _keeps_groups(rollout: PassAtK | Demonstrations) -> bool:
-    return isinstance(rollout, PassAtK) and rollout.keep == "all" and rollout.attempts > 1
 
 
 def _check_sites(method: Method) -> None:
@@ -147,7 +144,7 @@ def _check_target(method: Method) -> None:
     if isinstance(target, Each) and not count:
         raise InputError("method.target each distils every teacher, but method.contexts is empty; add a context")
     if target.contexts is not None and count != target.contexts:
-        name = next(name for name, part in TARGETS.items() if part is type(target))
+        name = _name(TARGETS, target)
         raise InputError(
             f"method.target {name} is made of {target.contexts} teachers, but method.contexts lists {count}; list "
             f"{target.contexts}, or use target each, or sampled for likelihood losses"
@@ -204,14 +201,20 @@ def _check_group(method: Method) -> None:
             f"method.gate.count_rejected has no meaning under average {method.average}, which counts no rollouts; "
             "set method.average to steps, step_sums or rollouts"
         )
+    if isinstance(trust, GroupAdvantage) and not isinstance(method.divergence, TokenNLL):
+        raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")
+    for slot, table in (("gate", GATES), ("trust", TRUSTS)):
+        part = getattr(method, slot)
+        if part.needs_group and not rollout.keeps_groups:
+            raise InputError(
+                f"method.{slot} {_name(table, part)} compares a group: rollout.keep all, attempts 2 or more"
+            )
+    if trust.needs_group and not method.gate.mixes:
+        raise InputError(
+            f"method.trust {_name(TRUSTS, trust)} compares good and bad rollouts; set method.gate to all or mixed"
+        )
     if not isinstance(trust, GroupAdvantage):
         return
-    if not isinstance(method.divergence, TokenNLL):
-        raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")
-    if not _keeps_groups(rollout):
-        raise InputError("method.trust group_advantage compares a group: rollout.keep all, attempts 2 or more")
-    if isinstance(method.gate, Correct | Score):
-        raise InputError("method.trust group_advantage compares good and bad rollouts; use gate all or mixed")
     wanted = (trust.kl > 0) + (rollout.passes > 1)
     if len(contexts) != wanted:
         raise InputError(
@@ -234,3 +237,58 @@ def _check_cap(method: Method) -> None:
             "method.trust importance_cap compares each token where the decoder chose it; set method.canvases to "
             "decoder_steps and method.sites to revealed"
         )
+
+
+def _other_policies(method: Method) -> list[tuple[str, int, Role]]:
+    """The contexts that a part of the loss takes for no teacher: the part's slot, the number, the role."""
+    found: list[tuple[str, int, Role]] = []
+    for slot in ("support", "divergence", "trust"):
+        part = getattr(method, slot)
+        if isinstance(part, ReadsPolicies):
+            for i, role in enumerate(part.roles(len(method.contexts), method.rollout.passes)):
+                if role != "teacher":
+                    found.append((slot, i, role))
+    return found
+
+
+def _check_roles(method: Method) -> None:
+    """Refuse contexts that cannot be what a part of the loss takes them for."""
+    rollout, teachers = method.rollout, method.weights()
+    for slot, i, role in _other_policies(method):
+        what = "the reference policy" if role == "reference" else "the policy that made the rollouts"
+        if not method.contexts[i].same_view(method.sites.covers):
+            raise InputError(
+                f"method.{slot} takes context {i} for {what}, which reads what the student reads; set "
+                f"method.contexts.{i} to nothing"
+            )
+        if role == "reference" and teachers[i].is_student:
+            raise InputError(
+                f"method.{slot} takes teacher {i} for {what}, but it is the student; set method.teacher.{i} to base"
+            )
+        if role == "rollouts" and not teachers[i].is_rollout_policy(rollout.policy, rollout.passes):
+            remedy = "nobody made demonstrations, so leave that context out"
+            if rollout.decodes:
+                other = "" if method.rolling is None else " and method.rollout.policy to live"
+                remedy = f"set method.teacher.{i} to a snapshot with every {rollout.passes}{other}"
+            raise InputError(f"method.{slot} takes teacher {i} for {what}, which it is not; {remedy}")
+
+
+def _check_student(method: Method) -> None:
+    """Refuse teachers from which nothing can be learnt, since they say what the student says."""
+    support, others = method.support, {i for _, i, _ in _other_policies(method)}
+    if isinstance(support, TopK) and support.k == 1 and support.rest == "renormalise":
+        raise InputError(
+            "method.support.k 1 with rest renormalise keeps one entry, which all then give the probability 1; set k to "
+            "2 or more, or rest to bucket"
+        )
+    teachers = [x for i, x in enumerate(zip(method.contexts, method.weights(), strict=True)) if i not in others]
+    if teachers and all(weights.is_student and context.same_view(method.sites.covers) for context, weights in teachers):
+        raise InputError(
+            "method.teacher is the student itself and method.contexts shows it nothing more, so there is nothing to "
+            "learn; set method.contexts to one that adds something, or method.teacher to base"
+        )
+
+
+def _name(table: Mapping[str, type], part: object) -> str:
+    """The name of a part in its table."""
+    return next(name for name, kind in table.items() if kind is type(part))

@@ -248,6 +248,11 @@ class PassAtK(Ranged, key="method.rollout"):
                 return self.policy
         return Base()
 
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether several rollouts of a problem are kept, right or wrong."""
+        return self.keep == "all" and self.attempts > 1
+
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         """What is kept of one problem's counted attempts."""
         if self.keep == "all":
@@ -265,6 +270,8 @@ class Demonstrations(Ranged, key="method.rollout"):
     problems: Size = 32
     passes: Size = 1
     decodes: ClassVar[bool] = False
+    policy: ClassVar[None] = None
+    keeps_groups: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -311,6 +318,10 @@ class All:
     """Every rollout counts."""
 
     count_rejected: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
+    """Whether it compares all rollouts of a problem."""
+    mixes: ClassVar[bool] = True
+    """Whether right and wrong rollouts of a problem pass together."""
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return list(attempts)
@@ -322,6 +333,8 @@ class Correct:
 
     count_rejected: bool = False
     """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
+    needs_group: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return [rollout for rollout in attempts if rollout.grade.correct]
@@ -333,6 +346,8 @@ class Score(Ranged, key="method.gate"):
 
     at_least: Share = 0.25
     count_rejected: bool = False
+    needs_group: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return [rollout for rollout in attempts if rollout.grade.score >= self.at_least]
@@ -343,6 +358,8 @@ class Mixed:
     """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
 
     count_rejected: bool = False
+    needs_group: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return list(attempts) if len({rollout.grade.score for rollout in attempts}) > 1 else []

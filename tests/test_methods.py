@@ -33,7 +33,7 @@ from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.site_head import Read, ask
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
-from dllm_sd.rollouts import All, Correct, Demonstrations, PassAtK, Prompted, gather
+from dllm_sd.rollouts import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, gather
 from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
@@ -145,8 +145,26 @@ def test_every_method_gives_a_finite_loss_whose_gradient_reaches_the_student(mak
         assert gradient.abs().max() > 0, parameter
 
 
-@NAMES
-@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+def accepted(name: str, weights: Any) -> bool:
+    """Whether a row may have these weights: the student itself can neither teach nor be the reference unhinted."""
+    try:
+        return bool(replace(METHODS[name].method, teacher=(weights,)))
+    except InputError:
+        return False
+
+
+WEIGHTED = [
+    (name, weights) for name in METHODS for weights in (Live(), Base(), Ema(), Snapshot()) if accepted(name, weights)
+]
+
+
+def test_the_student_itself_is_refused_only_where_it_sees_nothing_more():
+    refused = {name for name in METHODS if (name, Live()) not in WEIGHTED}
+    assert refused == {name for name in METHODS if METHODS[name].method.contexts == (Nothing(),)}
+    assert len(WEIGHTED) == 4 * len(METHODS) - len(refused)
+
+
+@pytest.mark.parametrize(("name", "weights"), WEIGHTED)
 def test_no_gradient_and_no_change_reaches_a_teacher(make_policy, name, weights):
     policy = make_policy()
     before = {key: value.detach().clone() for key, value in trained(policy).items()}
@@ -177,7 +195,7 @@ def test_a_hint_never_reaches_the_students_view(make_policy, policy, name):
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), GeneralisedJSD(0.5), GeneralisedJSD(0.1)], ids=repr)
 @pytest.mark.parametrize("support", [FullVocabulary(), TopK(5), TopK(5, rest="bucket")], ids=repr)
 def test_a_teacher_that_knows_nothing_more_teaches_nothing(policy, divergence, support):
-    method = Method(gate=All(), contexts=(Nothing(),), teacher=(Live(),), divergence=divergence, support=support)
+    method = Method(gate=All(), contexts=(Nothing(),), divergence=divergence, support=support)  # not yet trained
     run = Run(method, policy)
     assert run.graded.value.abs().max() < 1e-15
     assert abs(run.graded.loss) < 1e-15
@@ -226,6 +244,73 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         lambda: group(rollout=Demonstrations(), canvases=RandomMasks()),
         "compares a group",
     ),
+    "an advantage within groups whose policy is the base's": (
+        lambda: group(rollout=replace(GROUP, passes=4), contexts=(Nothing(),), teacher=(Base(),)),
+        "set method.teacher.0 to a snapshot with every 4",
+    ),
+    "a snapshot that is renewed while its rollouts still serve": (
+        lambda: group(rollout=replace(GROUP, passes=4), contexts=(Nothing(),), teacher=(Snapshot(2),)),
+        "set method.teacher.0 to a snapshot with every 4",
+    ),
+    "a snapshot of student's where the base rolls out": (
+        lambda: group(rollout=replace(GROUP, passes=4, policy=Base()), contexts=(Nothing(),), teacher=(Snapshot(4),)),
+        "method.rollout.policy to live",
+    ),
+    "a reference policy that reads a hint": (
+        lambda: group(trust=GroupAdvantage(kl=0.1), contexts=(Reference(),)),
+        "set method.contexts.0 to nothing",
+    ),
+    "a reference policy that is the student": (
+        lambda: group(trust=GroupAdvantage(kl=0.1), contexts=(Nothing(),), teacher=(Live(),)),
+        "set method.teacher.0 to base",
+    ),
+    "a policy gradient whose rollouts' policy is the base": (
+        lambda: Method(contexts=(Suffix(), Nothing()), target=Each(), divergence=PolicyGradient()),
+        "set method.teacher.1 to a snapshot with every 1",
+    ),
+    "a policy gradient whose rollouts' policy reads a suffix": (
+        lambda: Method(
+            contexts=(Suffix(), Suffix()), teacher=(Base(), Snapshot(1)), target=Each(), divergence=PolicyGradient()
+        ),
+        "set method.contexts.1 to nothing",
+    ),
+    "a policy gradient with the policy of demonstrations": (
+        lambda: Method(
+            rollout=Demonstrations(),
+            canvases=RandomMasks(),
+            contexts=(Nothing(), Nothing()),
+            teacher=(Base(), Snapshot(1)),
+            target=Each(),
+            divergence=PolicyGradient(),
+        ),
+        "nobody made demonstrations",
+    ),
+    "the rollouts' support of an average": (
+        lambda: Method(
+            contexts=(Suffix(), Nothing()), teacher=(Base(), Ema()), target=Each(), support=TopK(of="rollout")
+        ),
+        "method.support takes teacher 1 for the policy that made the rollouts",
+    ),
+    "mixed groups of first attempts": (lambda: Method(gate=Mixed()), "method.gate mixed compares a group"),
+    "mixed groups of demonstrations": (
+        lambda: Method(rollout=Demonstrations(), canvases=RandomMasks(), gate=Mixed(), contexts=(Nothing(),)),
+        "method.gate mixed compares a group",
+    ),
+    "an advantage among right rollouts": (lambda: group(gate=Correct()), "set method.gate to all or mixed"),
+    "two teachers without a context": (lambda: likelihood(teacher=(Base(), Ema())), "lists 2 weights for 0 contexts"),
+    "the student as its own teacher": (
+        lambda: Method(contexts=(Nothing(),), teacher=(Live(),)),
+        "method.teacher is the student itself",
+    ),
+    "an average that forgets everything as teacher": (
+        lambda: Method(contexts=(Suffix(ratio=0.0),), teacher=(Ema(0.0),)),
+        "method.teacher is the student itself",
+    ),
+    "a later step that shows the graded tokens alone": (
+        lambda: Method(contexts=(LaterStep(1),), teacher=(Snapshot(1),)),
+        "method.teacher is the student itself",
+    ),
+    "one renormalised entry": (lambda: Method(support=TopK(k=1)), "method.support.k 1 with rest renormalise"),
     "a penalty without a reference": (lambda: group(trust=GroupAdvantage(kl=0.1)), "needs 1 contexts"),
     "reused rollouts without a snapshot": (
         lambda: group(rollout=PassAtK(keep="all", until_solved=False, passes=4)),
@@ -328,6 +413,15 @@ def test_combinations_without_a_meaning_are_refused_in_a_sentence(name):
     with pytest.raises(InputError, match=says) as refusal:
         build()
     assert "method." in str(refusal.value) or "suffix" in str(refusal.value)
+
+
+def test_the_policy_that_made_the_rollouts_is_a_snapshot_of_their_passes_or_who_rolls_out():
+    off = replace(GROUP, passes=4)
+    group(rollout=off, contexts=(Nothing(),), teacher=(Snapshot(4),))
+    group(rollout=replace(off, policy=Base()), contexts=(Nothing(),), teacher=(Base(),))
+    group(rollout=off, contexts=(Nothing(), Nothing()), teacher=(Base(), Snapshot(4)), trust=GroupAdvantage(kl=0.1))
+    for weights in (Live(), Snapshot(1)):  # pointless, but true
+        Method(contexts=(Suffix(), Nothing()), teacher=(Base(), weights), target=Each(), divergence=PolicyGradient())
 
 
 def test_unpublished_combinations_are_one_line():

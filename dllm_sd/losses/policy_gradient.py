@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.roles import Role
 from dllm_sd.losses.supports import floor_logp
 from dllm_sd.ranges import Positive, Range, Ranged
 
@@ -82,6 +83,10 @@ class PolicyGradient(Ranged, key="method.divergence"):
             raise InputError(f"divergence.weight is {self.weight!r}: choose 'student', 'teacher' or 'uniform'.")
         if self.surrogate not in ("ratio", "log"):
             raise InputError(f"divergence.surrogate is {self.surrogate!r}: choose 'ratio' or 'log'.")
+
+    def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
+        """The teacher, and the policy that made the rollouts if there is a second context."""
+        return ("teacher", "rollouts")[:contexts]
 
     def advantage(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [m u]`` (``[m 1]`` for ``sampled``), detached."""

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from dllm_sd.ranges import Count, Ranged
 
+Covers = Literal["none", "step", "block", "masked"]
+"""What is graded on every canvas, whatever a teacher says, so that no context may reveal it: nothing, what the step
+commits, what is masked in the active block, all that is masked."""
+
 
 @dataclass(frozen=True)
 class Revealed:
@@ -20,6 +24,7 @@ class Revealed:
     content: bool = False
     """Leave out tokens that say nothing: special ones, marks of thinking, line breaks (SGSD, arXiv 2605.28791)."""
     score: ClassVar[None] = None
+    covers: ClassVar[Covers] = "step"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]`` from three bool ``[n l]`` maps of the canvases."""
@@ -34,6 +39,11 @@ class AllMasked:
     content: bool = False
     """As for `revealed`."""
     score: ClassVar[None] = None
+
+    @property
+    def covers(self) -> Covers:
+        """The active block, or everything."""
+        return "block" if self.block else "masked"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]``."""
@@ -53,6 +63,7 @@ class TeacherTop(Ranged, key="method.sites"):
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
     content: ClassVar[bool] = False
+    covers: ClassVar[Covers] = "none"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]``."""

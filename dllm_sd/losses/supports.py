@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.roles import Role
 from dllm_sd.ranges import Count, Ranged
 
 #: A probability of zero counts as ``exp(LOG_ZERO)``: still exactly 0.0 as a number, but its logarithm is finite.
@@ -136,6 +137,13 @@ class TopK(Ranged, key="method.support"):
         index = top_k_index(self._chooser(student_logp, teacher_logp), self.k)
         close = CLOSE[self.rest]
         return close(gather_top_k(student_logp, index)), close(gather_top_k(teacher_logp, index))
+
+    def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
+        """With ``of = rollout`` the last context is the policy that made the rollouts."""
+        roles: list[Role] = ["teacher"] * contexts
+        if self.of == "rollout":
+            roles[-1:] = ["rollouts"]
+        return tuple(roles)
 
     def _chooser(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         """The distribution ``[m v]`` whose largest entries are kept."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
+from dllm_sd.losses.roles import Role
 from dllm_sd.losses.supports import at_least_float32, floor_logp
 from dllm_sd.ranges import Count, NonNegative, Positive, Ranged, Share
 
@@ -53,6 +54,11 @@ class Trust(Protocol):
     @property
     def always_counts(self) -> bool:
         """Whether a rollout of weight 0 still adds to the loss, so that its canvases must be read."""
+        ...
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it compares all rollouts of a problem."""
         ...
 
     @property
@@ -151,6 +157,7 @@ class Equal(Unmeasured):
     """Every rollout and every target counts the same: factor 1."""
 
     always_counts: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = False
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
@@ -179,6 +186,7 @@ class ImportanceCap(Ranged, key="method.trust"):
     cap: Positive = 2.0
     clamp: Positive = 20.0
     always_counts: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
 
@@ -228,12 +236,18 @@ class GroupAdvantage(Ranged, key="method.trust"):
     ratio_clip: Positive = 0.5
     kl: NonNegative = 0.0
     needs_old_logp: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
 
     @property
     def always_counts(self) -> bool:
         """True with a penalty: the KL holds for rollouts without an advantage too."""
         return self.kl > 0
+
+    def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
+        """The reference if there is a penalty, the policy that made the rollouts if these serve several updates."""
+        reference: tuple[Role, ...] = ("reference",) if self.kl > 0 else ()
+        return (*reference, "rollouts") if passes > 1 else reference
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: the advantages."""
@@ -289,6 +303,7 @@ class OutcomeValidated(Ranged, Pooling, key="method.trust"):
     at_least: Share = 1.0
     local: Count | None = None
     always_counts: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = False
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:

@@ -36,6 +36,12 @@ class Live:
     """The student's current weights, without gradient."""
 
     stored: ClassVar[bool] = False
+    is_student: ClassVar[bool] = True
+    """Whether these are the student's weights at every update, before its step."""
+
+    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
+        """Whether these weights made the rollouts that serve ``passes`` updates, where those of ``rolling`` decode."""
+        return rolling == self and passes == 1
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """Nothing to keep."""
@@ -52,6 +58,11 @@ class Base:
     """The start of the run, with what `model.lora.start` put into the adapter; or the checkpoint at `model.path`,
     without any adapter. They differ under `model.lora.start` only."""
     stored: ClassVar[bool] = True
+    is_student: ClassVar[bool] = False
+
+    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
+        """As for `Live`: where base weights decode."""
+        return rolling == self
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """The base never moves."""
@@ -63,6 +74,15 @@ class Ema(Ranged, key="method.teacher"):
 
     decay: Share = 0.99
     stored: ClassVar[bool] = True
+
+    @property
+    def is_student(self) -> bool:
+        """Only an average that forgets everything."""
+        return self.decay == 0
+
+    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
+        """An average never is."""
+        return False
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """Move the average."""
@@ -76,6 +96,15 @@ class Snapshot(Ranged, key="method.teacher"):
 
     every: Count = 25
     stored: ClassVar[bool] = True
+
+    @property
+    def is_student(self) -> bool:
+        """A copy renewed after every update."""
+        return self.every == 1
+
+    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
+        """If it is renewed whenever the student makes new rollouts, and never in between."""
+        return rolling == Live() and self.every == passes
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """Renew the copy when its time has come; `update` counts from 1."""
@@ -92,6 +121,11 @@ class Checkpoint:
     """Folder or hub name of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     stored: ClassVar[bool] = False
+    is_student: ClassVar[bool] = False
+
+    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
+        """Another run's weights never are."""
+        return False
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """It never moves."""
@@ -104,6 +138,11 @@ class Peer:
     path: str | None = None
     """Folder of one of its checkpoints, or of a PEFT adapter (``dllm-sd export --to peft``), of the student's shape."""
     stored: ClassVar[bool] = True
+    is_student: ClassVar[bool] = False
+
+    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
+        """Another run's weights never are."""
+        return False
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """It never moves."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.canvases import Canvases
+from dllm_sd.losses.sites import Covers
 from dllm_sd.ranges import Ranged, Size, Temperature
 from dllm_sd.rollouts import Rollout
 from dllm_sd.skills.retrieval import Pair
@@ -191,6 +192,11 @@ class Context(Protocol):
         """What makes this teacher's prompt; None where it reads the student's."""
         ...
 
+    def same_view(self, covers: Covers) -> bool:
+        """Whether it shows the student's own canvas behind the student's own prompt, but for padding behind the end,
+        where sites cover so much of a canvas."""
+        ...
+
     def __call__(self, scene: Scene) -> Reading:
         """The teacher's reading of every canvas."""
         ...
@@ -205,6 +211,10 @@ class Nothing:
     shows_later_blocks: ClassVar[bool] = False
     reveals: ClassVar[bool] = False
     hint: ClassVar[None] = None
+
+    def same_view(self, covers: Covers) -> bool:
+        """Always."""
+        return True
 
     def __call__(self, scene: Scene) -> Reading:
         return show(scene, torch.zeros_like(scene.protected))

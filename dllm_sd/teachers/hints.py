@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Self
 import torch
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.sites import Covers
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Count, Ranged, Share
 from dllm_sd.tasks.datafile import render
@@ -66,6 +67,10 @@ class Prompt(Ranged):
     def hint(self) -> Self:
         """Itself."""
         return self
+
+    def same_view(self, covers: Covers) -> bool:
+        """Never: the prompt is another."""
+        return False
 
     def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
         """Nobody is asked."""

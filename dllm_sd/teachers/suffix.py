@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
-from dllm_sd.losses.sites import rank_descending
+from dllm_sd.losses.sites import Covers, rank_descending
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.ranges import Natural, Ranged, Share
@@ -61,6 +61,11 @@ class Suffix(Ranged):
     def shows_later_blocks(self) -> bool:
         """Unless it keeps to the active block."""
         return self.scope != "active_block"
+
+    def same_view(self, covers: Covers) -> bool:
+        """Without a hint, where nothing is left to reveal."""
+        nothing_left = covers == "masked" or (covers == "block" and self.scope == "active_block")
+        return self.prompt is None and (self.ratio == 0 or nothing_left)
 
     def __call__(self, scene: Scene) -> Reading:
         return show(scene, self.positions(scene))
@@ -126,6 +131,11 @@ class LaterStep(Ranged):
     def hint(self) -> AnyHint | None:
         """What makes the prompt."""
         return self.prompt
+
+    def same_view(self, covers: Covers) -> bool:
+        """Without a hint, where the steps in between commit nothing but sites."""
+        nothing_left = covers == "masked" or self.ahead == 0 or (self.ahead == 1 and covers != "none")
+        return self.prompt is None and nothing_left
 
     def __call__(self, scene: Scene) -> Reading:
         canvases, trajectory = scene.canvases, scene.trajectory
