@@ -351,6 +351,8 @@ def _describe_part(part: Any) -> str:
     if not isinstance(part, dict):
         return str(part)
     fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
+    if "name" not in part:  # a part of one kind only, such as a library
+        return fields
     return f"{part['name']} ({fields})" if fields else part["name"]
 
 

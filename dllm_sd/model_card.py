@@ -154,17 +154,24 @@ def _training(trained: Trained | None) -> str:
         return "These weights were not trained by dllm-sd; only their format was changed."
     tree = read_tree(trained.run)
     method = build_config(tree).method
-    slots = {slot: part if isinstance(part, list) else [part] for slot, part in to_tree(method).items()}
-    words = {slot: "+".join(part["name"] for part in group if isinstance(part, dict)) for slot, group in slots.items()}
-    made = ", ".join(f"{slot} {word}" for slot, word in words.items() if word)
     update = state_of(trained.checkpoint).update
     kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
     return (
-        f"Method: {_method_name(method)}({made}). Task: `{tree['task']['name']}`. "
+        f"Method: {_method_name(method)}({_parts(method)}). Task: `{tree['task']['name']}`. "
         f"Weights: {kind}, after update {update} of {tree['updates']}.\n\n"
         "To train it again, save these settings as `config.yaml` and run `dllm-sd train config.yaml`.\n\n"
         f"<details><summary>Settings</summary>\n\n```yaml\n{settings_of(trained.run)}```\n\n</details>"
     )
+
+
+def _parts(method: Method) -> str:
+    """The slots of a method and the names in them; a slot of one kind only has none."""
+    slots = {slot: part if isinstance(part, list) else [part] for slot, part in to_tree(method).items()}
+    words = {
+        slot: "+".join(part["name"] for part in group if isinstance(part, dict) and "name" in part)
+        for slot, group in slots.items()
+    }
+    return ", ".join(f"{slot} {word}" for slot, word in words.items() if word)
 
 
 def _method_name(method: Method) -> str:

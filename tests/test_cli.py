@@ -12,8 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dllm_sd.cli import main
-from dllm_sd.config import load_config
+from dllm_sd.cli import _describe_part, main
+from dllm_sd.config import load_config, to_tree
+from dllm_sd.methods import METHODS
+from dllm_sd.model_card import _parts
 from dllm_sd.training.trainer import Trainer
 
 TREE: dict[str, Any] = {
@@ -150,6 +152,15 @@ def test_sample_shows_every_step_and_the_text(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["0", "1", "2", "3", "4"]
     assert lines[0].split()[1] == "\u00b7" * 16
+
+
+def test_show_and_model_cards_can_tell_the_parts_of_every_method():
+    for name, row in METHODS.items():
+        for slot, group in to_tree(row.method).items():
+            for part in group if isinstance(group, list) else [group]:
+                words = _describe_part(part)
+                assert not isinstance(part, dict) or words.startswith(part.get("name", "")), (name, slot)
+        assert f"target {to_tree(row.method)['target']['name']}" in _parts(row.method), name
 
 
 def test_show_prints_the_config_and_the_parts_of_the_method(capsys: pytest.CaptureFixture[str]):
