@@ -15,7 +15,7 @@ from tools.attacks import child
 from tools.attacks.cases import CASES, EVALUATE, EVERYTHING, TRAIN, Words
 from tools.attacks.contents import contents, differences
 from tools.attacks.findings import Finding, spread
-from tools.attacks.kills import Course, follow
+from tools.attacks.kills import Course, done, follow
 
 OUTSIDE = "outside"
 """A file beside the run folder that links point to."""
@@ -149,7 +149,10 @@ def stopped(course: Course, checkpoint: str, target: str = "run", commands: tupl
 def attack(victim: Victim, points: int | None = None) -> Iterator[Finding]:
     """Do all damages, or ``points`` of them, and run every command on each."""
     work = victim.root.parent / "damaged"
-    wanted = {words: _effect(victim, words, work, lambda path: None, Path())[1] for words in victim.commands}
+    wanted: dict[Words, Mapping[str, Any]] = {}
+    for words in victim.commands:
+        ended, wanted[words] = _effect(victim, words, work, lambda path: None, Path())
+        done(ended)
     others = [*victim.root.rglob("*.safetensors")]
     every = [*damages(victim.root / victim.target, others)]
     for number in spread(len(every), points):
@@ -195,6 +198,7 @@ def _judge(
         return finding("FAULT", str(ended))
     if not any(part in ended.sentence for part in (inside.name, str(inside.parent))):
         return finding("FAULT", f"does not name the file: {ended.sentence}")
-    if name.startswith("train") and (changed := differences(found[""], now)):
+    at_once = name.startswith("train") and "written" not in inside.parts  # a text is read in the middle of a run
+    if at_once and (changed := differences(found[""], now)):
         return finding("FAULT", f"changed the folder ({changed[0]}): {ended.sentence}")
     return finding("sentence", ended.sentence)

@@ -41,7 +41,7 @@ def follow(case: Case, folder: Path, url: str) -> Course:
     before, after, log = folder / "before", folder / "after", folder / "operations"
     case.prepare(before, url)
     for words in case.before:
-        _done(child.run(words, before))
+        done(child.run(words, before))
     shutil.copytree(before, after, symlinks=True)
 
     def keep(operation: Operation) -> None:
@@ -49,11 +49,16 @@ def follow(case: Case, folder: Path, url: str) -> Course:
         with log.open("a") as file:
             file.write(f"{operation}\n")
 
-    _done(child.run(case.command, after, lambda: Watch(after, keep), seconds=300))
+    done(child.run(case.command, after, lambda: Watch(after, keep), seconds=300))
     return Course(case, folder, tuple(log.read_text().splitlines()))
 
 
-def _done(ended: child.Ended) -> None:
+def done(ended: child.Ended) -> None:
+    """Make sure that an undisturbed command worked.
+
+    Raises:
+        RuntimeError: if it did not.
+    """
     if ended.status != 0:
         raise RuntimeError(f"an undisturbed command failed: {ended}\n{ended.err}")
 
