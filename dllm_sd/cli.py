@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from dllm_sd.errors import InputError, Stopped, on_one_line
+from dllm_sd.errors import InputError, Stopped, cut, in_short, on_one_line, shown
+from dllm_sd.files import at_home, names_file
+from dllm_sd.ranges import Size, check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {cut(' '.join(unknown))}")
     options.overrides += rest  # key=value pairs that stand behind an option
     disable_progress_bar()
     set_verbosity_error()  # what is wrong with a checkpoint is said once, by an InputError
@@ -94,55 +96,93 @@ def _warn_of_lone_process() -> None:
         )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong with a command."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"dllm-sd: {in_short(message)}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _size(text: str) -> int:
+    """A count on the command line."""
+    try:
+        check(Size, int(text), "it")
+    except ValueError as error:
+        most = get_args(Size)[1].most
+        raise argparse.ArgumentTypeError(f"give a whole number from 1 to {most}, not {shown(text)}") from error
+    return int(text)
+
+
+def _place(text: str) -> str:
+    """A path on the command line."""
+    try:
+        if not text:
+            raise InputError("a path is empty; name a file or a folder")
+        return at_home(text, "the path")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dllm-sd", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = _Parser(prog="dllm-sd", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a config (a path or a shipped name); continues a stopped run")
-    train.add_argument("config")
+    train.add_argument("config", type=_place)
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="accuracy of a run or a model on a task")
-    evaluate.add_argument("model", nargs="?", metavar="RUN_OR_MODEL")
+    evaluate.add_argument("model", nargs="?", type=_place, metavar="RUN_OR_MODEL")
     evaluate.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="instead: compare two evaluations (folders or .jsonl files)"
+        "--compare",
+        nargs=2,
+        type=_place,
+        metavar=("A", "B"),
+        help="instead: compare two evaluations",
     )
     evaluate.add_argument("--task", help="name of the task; default: the run's own")
-    evaluate.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to put on the model")
-    evaluate.add_argument("--attempts", type=int, metavar="K", help="attempts at each problem, for pass@k and maj@k")
-    evaluate.add_argument("--out", help="folder for report.json; default: eval/TASK, in the run folder if it is a run")
+    evaluate.add_argument("--adapter", type=_place, metavar="DIR", help="a PEFT adapter to put on the model")
+    evaluate.add_argument("--attempts", type=_size, metavar="K", help="attempts at each problem, for pass@k and maj@k")
+    evaluate.add_argument(
+        "--out", type=_place, help="folder for report.json; default: eval/TASK, in the run folder if it is a run"
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(command=_eval)
 
     grade = commands.add_parser("grade", help="grade generations made elsewhere")
-    grade.add_argument("file", metavar="FILE", help="a .jsonl or .jsonl.gz; each line: generation, the task's fields")
+    grade.add_argument(
+        "file", type=_place, metavar="FILE", help=".jsonl or .jsonl.gz; a line: generation, the task's fields"
+    )
     grade.add_argument("--task", required=True, help="name of the task")
     grade.add_argument("--mode", help="default, or compatible: the verdicts of the published parsers, quirks included")
-    grade.add_argument("--out", metavar="DIR", help="for report.json and graded.jsonl; default: FILE_graded beside it")
+    grade.add_argument(
+        "--out", type=_place, metavar="DIR", help="for report.json and graded.jsonl; default: FILE_graded beside it"
+    )
     grade.add_argument("overrides", nargs="*", metavar="task.key=value")
     grade.set_defaults(command=_grade)
 
     sample = commands.add_parser("sample", help="watch a prompt being denoised")
-    sample.add_argument("model", metavar="RUN_OR_MODEL")
+    sample.add_argument("model", type=_place, metavar="RUN_OR_MODEL")
     sample.add_argument("prompt")
     sample.add_argument("--task", help="name of the task, for a model without a recipe")
     sample.add_argument("overrides", nargs="*", metavar="key=value")
     sample.set_defaults(command=_sample)
 
     show = commands.add_parser("show", help="the resolved config, its method, the memory it needs, a prompt")
-    show.add_argument("config")
+    show.add_argument("config", type=_place)
     show.add_argument("overrides", nargs="*", metavar="key=value")
-    show.add_argument("--processes", type=int, default=1, help="processes for the memory estimate")
+    show.add_argument("--processes", type=_size, default=1, help="processes for the memory estimate")
     show.add_argument("--sharded", action="store_true", help="estimate for FSDP2 instead of DDP")
     show.set_defaults(command=_show)
 
     export = commands.add_parser(
         "export", help="a run's weights for other programs: adapter, native or original format"
     )
-    export.add_argument("run", metavar="RUN")
+    export.add_argument("run", type=_place, metavar="RUN")
     export.add_argument("--to", required=True, choices=("peft", "merged", "original"))
-    export.add_argument("folder", metavar="DIR", help="must be empty or not exist")
+    export.add_argument("folder", type=_place, metavar="DIR", help="must be empty or not exist")
     export.add_argument("--weights", choices=("best", "last"), default="best", help="default: best on the dev split")
     export.add_argument("--push", metavar="REPO", help="also upload DIR to this repository of the Hugging Face hub")
     export.add_argument("overrides", nargs="*", metavar="key=value")
@@ -186,7 +226,7 @@ def _eval(options: argparse.Namespace) -> int:
     from dllm_sd.evaluation import evaluate_into
     from dllm_sd.tables import print_evaluation
 
-    attempts = [f"eval.attempts={options.attempts}"] if options.attempts else []
+    attempts = [f"eval.attempts={options.attempts}"] if options.attempts is not None else []
     config, policy, weights = _load(options.model, [*options.overrides, *attempts], options.task, options.adapter)
     tree = to_tree(config)
     task = tree["task"]["name"]
@@ -255,7 +295,7 @@ def _checkpoint(run: Path, last: bool) -> Path:
 
 
 def _is_run(name: str) -> bool:
-    return (Path(name) / "checkpoints").is_dir() and (Path(name) / "config.yaml").is_file()
+    return names_file(str(Path(name) / "config.yaml")) and (Path(name) / "checkpoints").is_dir()
 
 
 def _sample(options: argparse.Namespace) -> int:

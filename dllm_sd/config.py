@@ -6,21 +6,20 @@ out of a method keeps the value of the named method's row.
 
 import difflib
 import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from dllm_sd.errors import InputError, cut, shown
-from dllm_sd.files import names_file
+from dllm_sd.files import PLACE, Place, at_home, names_file
 from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
 from dllm_sd.plain_yaml import DEEPEST, parse_yaml, read_yaml, write_yaml
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.model import Model
-from dllm_sd.ranges import Count, Ranged, Seed, Size, check
+from dllm_sd.ranges import LIMIT, Count, Ranged, Seed, Size, check, hints_of
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.task import Task
@@ -31,7 +30,7 @@ class Config(Ranged, key=""):
     """One run."""
 
     task: Task = field(metadata={"parts": TASKS})
-    run: str = "runs/unnamed"
+    run: Place = "runs/unnamed"
     """Folder of the run."""
     seed: Seed = 0
     updates: Count = 500
@@ -46,7 +45,7 @@ class Config(Ranged, key=""):
     """Two students that teach each other; None trains one model."""
     max_prompt: Size = 512
     """Longest prompt in tokens; problems with longer prompts are left out and counted, never cut."""
-    cache: str | None = None
+    cache: Place | None = None
     """Folder of what writers wrote, by content, to be found by other runs too; None is `written` in the run folder."""
     resume: Literal["auto", "force", "fresh"] = "auto"
     """`auto` continues a run of the same configuration and refuses another's folder, `force` continues in spite of
@@ -198,7 +197,7 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
     for key in tree:
         if key not in known:
             raise InputError(f"unknown key {shown(_join(path, str(key)))}; {_hint(key, known, 'known keys:')}")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     values: dict[str, Any] = {}
     for key, f in known.items():
         here, hint = _join(path, key), hints[f.name]
@@ -212,6 +211,9 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
             values[f.name] = former
     if cls is Config and "task" not in values:
         raise InputError(f"the config names no task; set task.name to one of {', '.join(TASKS)}")
+    missing = [key for key, f in known.items() if f.name not in values and f.default is f.default_factory is MISSING]
+    if missing:
+        raise InputError(f"{_join(path, missing[0])} is missing; set it")
     return cls(**values)
 
 
@@ -252,13 +254,16 @@ def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
 
 def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     """``value`` as the type ``hint``, or one sentence why not; what a mapping leaves out comes from ``base``."""
+    if PLACE in get_args(hint) and isinstance(value, str):
+        return at_home(value, path)
     hint = _plain(hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        options = [_plain(option) for option in arguments if option is not type(None)]
-        return _value(next((option for option in options if type(value) is option), options[0]), value, path, base)
+        options = [option for option in arguments if option is not type(None)]
+        fitting = next((option for option in options if type(value) is _plain(option)), options[0])
+        return _value(fitting, value, path, base)
     if origin is Literal:
         if value in arguments:
             return value
@@ -273,7 +278,7 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else _build(hint, value, path, base if isinstance(base, hint) else None)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) <= LIMIT else value  # `check` refuses what is larger
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
         try:
             return float(value)

@@ -4,8 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 from uuid import uuid4
+
+from dllm_sd.errors import InputError, shown
+
+PLACE = "a path"
+Place = Annotated[str, PLACE]
+"""A file or folder in a config; a ``~`` at its start is the home folder."""
 
 
 def write_file(path: Path, content: str | bytes, alone: bool = True) -> None:
@@ -43,6 +49,24 @@ def replacing(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def at_home(name: str, key: str) -> str:
+    """The path ``name``, where a ``~`` at its start is the home folder.
+
+    Raises:
+        InputError: naming the ``key``, if there is no such home, or no file can have that name.
+    """
+    try:
+        path = str(Path(name).expanduser()) if name.startswith("~") else name
+        possible = (
+            "\0" not in path and all(len(os.fsencode(part)) < 256 for part in path.split("/")) and len(path) < 4096
+        )
+    except (RuntimeError, UnicodeEncodeError):
+        possible, path = False, name
+    if not possible:
+        raise InputError(f"{key} is {shown(name)}, which no file can be named; give another path")
+    return path
 
 
 def names_file(name: str) -> bool:

@@ -231,6 +231,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def default_folder(path: Path) -> Path:
     """Where the grades of a file go: beside it, ``runs/a.jsonl.gz`` to ``runs/a_graded``."""
+    path = path.absolute() if not path.name else path
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + "_graded")
 
 

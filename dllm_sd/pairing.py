@@ -29,6 +29,7 @@ def check_model(config: Config) -> Blueprint:
     _check_precision(config)
     blueprint = read_blueprint(config.model)
     _check_teachers(config, blueprint)
+    _check_suppressed(config, blueprint)
     if blueprint.causal:
         _check_causal(config)
         return blueprint
@@ -61,6 +62,13 @@ def _check_precision(config: Config) -> None:
             "model.dtype float16 is for evaluation: in training small gradients would become zero; set model.dtype to "
             "float32 and optim.autocast to bfloat16, or model.dtype to bfloat16"
         )
+
+
+def _check_suppressed(config: Config, blueprint: Blueprint) -> None:
+    rows = blueprint.config.get_text_config().vocab_size
+    for key, settings in _decodings(config).items():
+        if beyond := [token for token in settings.suppress if token >= rows]:
+            raise InputError(f"{key}.suppress names token {beyond[0]}, but the last one is {rows - 1}; leave it out")
 
 
 def check_data(config: Config, problems: Sequence[Problem]) -> None:

@@ -5,7 +5,7 @@ Text stays text: nothing is interpolated, and neither dates nor times of day nor
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -98,7 +98,6 @@ class _Said(Exception):
 class _Reader(yaml.SafeLoader):
     """Refuses what a config never needs before it costs anything."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     depth = count = 0
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
@@ -132,6 +131,7 @@ class _Reader(yaml.SafeLoader):
         return self.construct_yaml_int(node)
 
 
+_Reader.yaml_implicit_resolvers = {}
 for _kind, _pattern in _SCALARS.items():
     _Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})$"), None)
 _Reader.add_constructor("tag:yaml.org,2002:int", _Reader.whole_number)

@@ -30,7 +30,7 @@ class Range:
         """Whether ``value`` is one of them."""
         return self.least <= value <= self.most and self.above < value < self.below
 
-    def words(self, value: float) -> str:
+    def words(self, value: Any) -> str:
         """What follows "a number" where ``value`` was refused; the limit of all numbers is named if it was reached."""
         low = f"above {_plain(self.above)}" if self.above >= self.least else ""
         if not low and (self.least > -LIMIT or value < -LIMIT):
@@ -76,7 +76,7 @@ class Ranged:
             cls._key = key
 
     def __post_init__(self) -> None:
-        hints, key = _hints(type(self)), type(self).__name__ if self._key is None else self._key
+        hints, key = hints_of(type(self)), type(self).__name__ if self._key is None else self._key
         for f in fields(self):  # pyright: ignore[reportArgumentType]
             check(hints[f.name], getattr(self, f.name), f"{key}.{f.name}".lstrip("."))
 
@@ -116,7 +116,7 @@ def _check_number(number: type, declared: Range, value: Any, key: str, optional:
     if isinstance(value, bool) or not isinstance(value, kind):
         raise InputError(f"{key} must be {noun}{' or null' if optional else ''}, not {shown(value)}")
     if not declared.holds(value):
-        words, written = declared.words(_float(value)), _plain(value)
+        words, written = declared.words(value), _plain(value)
         raise InputError(f"{key} is {written}; give {noun} {words}{', or null' if optional else ''}")
 
 
@@ -124,14 +124,7 @@ def _plain(value: Any) -> str:
     return shown(value).removesuffix(".0")
 
 
-def _float(value: Any) -> float:
-    """``value`` as a float; an infinity for whole numbers that are too large for one."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.copysign(math.inf, 1 if value > 0 else -1)
-
-
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with what is annotated to them."""
     return get_type_hints(cls, include_extras=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.ranges import Count, Natural, NonNegative, Positive, Range, Ranged, Share, ShareBelowOne, Size, Temperature
 
 
@@ -86,9 +87,9 @@ class Student:
     """Its folder under `students` in the run folder."""
     domain: str
     """What it is better at, as the data names it."""
-    path: str | None = None
+    path: Place | None = None
     """Its own checkpoint; None takes `model.path`."""
-    start: str | None = None
+    start: Place | None = None
     """The adapter to begin with (`model.lora.start`)."""
 
 

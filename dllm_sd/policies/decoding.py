@@ -64,7 +64,15 @@ class Decoding(Ranged, key="decode"):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks on the canvas."""
+        """Blocks on the canvas.
+
+        Raises:
+            InputError: if not even one fits.
+        """
+        if self.block_length > self.length:
+            raise InputError(
+                f"decode.block_length is {self.block_length}, more than decode.length, {self.length}; make it a divisor"
+            )
         return self.length // self.block_length
 
     @property

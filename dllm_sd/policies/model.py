@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.ranges import Count, Natural, Range, Ranged, Seed, ShareBelowOne, Size
 
 
@@ -18,7 +19,7 @@ class Lora(Ranged, key="model.lora"):
     """Kinds of linear layers; None takes the family's, all seven."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapters, such as ``embed_tokens`` for a new mask token."""
-    start: str | None = None
+    start: Place | None = None
     """Folder of a run's checkpoint, or of a PEFT adapter, to begin with; None begins with a new adapter."""
     merge_rollouts: bool = False
     """Fold the adapters into the weights while decoding, and put the weights back bit for bit. Faster where the
@@ -56,13 +57,13 @@ class Shape(Ranged, key="model.shape"):
 class Model(Ranged, key="model"):
     """Which model is trained (the keys of `model`)."""
 
-    path: str | None = None
+    path: Place | None = None
     """A folder, a hub name, or `tiny` for the shipped model. None with `random_init` builds `shape`."""
     as_: Literal["diffusion", "autoregressive"] | None = field(default=None, metadata={"key": "as"})
     """None takes a checkpoint for what it is, and denoises with random weights. `autoregressive` is for random weights
     that shall be causal. `diffusion` turns any causal language model of transformers bidirectional and gives it a mask
     token; it then has to learn denoising (method `sft`)."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Folder or hub name of the tokenizer where it is not beside the model."""
     mask_token: str | Natural | None = None
     """The mask token, or its id, where neither the checkpoint nor its tokenizer names it."""

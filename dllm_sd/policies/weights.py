@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from dllm_sd.checkpoint_files import WEIGHTS as CHECKPOINT_WEIGHTS
 from dllm_sd.checkpoint_files import read_tensors
 from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.files import Place
 from dllm_sd.finite import find_broken
 from dllm_sd.losses.chunks import Spoken
 from dllm_sd.losses.supports import at_least_float32
@@ -117,7 +118,7 @@ class Snapshot(Ranged, key="method.teacher"):
 class Checkpoint:
     """Another model with the student's tokenizer and backbone: on-policy distillation (arXiv 2605.31490)."""
 
-    path: str | None = None
+    path: Place | None = None
     """Folder or hub name of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     stored: ClassVar[bool] = False
@@ -135,7 +136,7 @@ class Checkpoint:
 class Peer:
     """What another run trained on the student's own base: its adapter (or all weights), beside the student's."""
 
-    path: str | None = None
+    path: Place | None = None
     """Folder of one of its checkpoints, or of a PEFT adapter (``dllm-sd export --to peft``), of the student's shape."""
     stored: ClassVar[bool] = True
     is_student: ClassVar[bool] = False

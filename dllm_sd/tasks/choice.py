@@ -7,6 +7,7 @@ from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, needed
 from dllm_sd.tasks.grading import MAX_TEXT, last_answer, last_boxed
@@ -42,8 +43,8 @@ class Choice(Sourced):
     is X", else by a letter that is all of it or of its last line.
     """
 
-    data: str | None = None
-    data_test: str | None = None
+    data: Place | None = None
+    data_test: Place | None = None
     size_dev: Natural = 50
     system: str | None = None
     prompt: str = _PROMPT

@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Annotated, Any, ClassVar
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Range, Seed
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
@@ -55,8 +56,8 @@ class Countdown(Sized):
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "\\boxed{{{solution}}}"
-    data: str | None = None
-    data_test: str | None = None
+    data: Place | None = None
+    data_test: Place | None = None
     mode: Mode = "default"
     title: ClassVar[str] = "countdown"
     answered_by: ClassVar[str] = "solution"

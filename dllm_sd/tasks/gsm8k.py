@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.grading import final_number, gold_number
@@ -34,8 +35,8 @@ class Gsm8k(Sourced):
     a sign of the gold answer is not read); see ``published``. Where ``answer`` is None no completion is correct.
     """
 
-    data: str | None = None
-    data_test: str | None = None
+    data: Place | None = None
+    data_test: Place | None = None
     size_dev: Natural = 500
     system: str | None = None
     prompt: str = _PROMPT

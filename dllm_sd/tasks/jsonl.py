@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.datafile import Entry, Row, needed, render
@@ -33,8 +34,8 @@ class Jsonl(Sourced):
     "rubric" needs no answer and takes any list of criteria for right. A reference may be a list, written as JSON.
     """
 
-    data: str | None = None
-    data_test: str | None = None
+    data: Place | None = None
+    data_test: Place | None = None
     prompt: str = "{question}"
     system: str | None = None
     answer_field: str = "answer"

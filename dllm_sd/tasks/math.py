@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.equality import marked_answer, need_algebra, same, same_published, same_value
@@ -35,8 +36,8 @@ class Math(Sourced):
     Where ``answer`` is None no completion is correct.
     """
 
-    data: str | None = None
-    data_test: str | None = None
+    data: Place | None = None
+    data_test: Place | None = None
     size_dev: Natural = 500
     system: str | None = None
     prompt: str = _PROMPT

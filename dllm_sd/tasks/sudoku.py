@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Count, Natural, Seed
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
@@ -71,8 +72,8 @@ class Sudoku(Sized):
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "<answer>{solution}</answer>"
-    data: str | None = None
-    data_test: str | None = None
+    data: Place | None = None
+    data_test: Place | None = None
     mode: Mode = "default"
     size: Literal[4, 9] = 4
     title: ClassVar[str] = "sudoku"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dllm_sd.errors import InputError
+from dllm_sd.files import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Ranged, Size
 from dllm_sd.skills import RETRIEVERS, AnyRetriever, Bank, Extraction, Lexical, Pair, format_pair, retrieve
@@ -27,7 +28,7 @@ mention them:
 class Library(Ranged, key="method.library"):
     """The bank of skills that a run draws on (SGSD, arXiv 2605.28791)."""
 
-    path: str | None = None
+    path: Place | None = None
     """A bank's JSON file. None makes one first, from `memories` attempts of the model itself at training problems."""
     retriever: AnyRetriever = field(default_factory=Lexical, metadata={"parts": RETRIEVERS})
     count: Size = 8
