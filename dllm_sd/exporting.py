@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
 from dllm_sd.files import write_file
+from dllm_sd.finite import find_broken
 from dllm_sd.losses.supports import at_least_float32
 from dllm_sd.model_card import Layout, Trained, model_card, settings_of
 from dllm_sd.policies.blueprint import Blueprint, brief, find_file, read_blueprint
@@ -179,6 +180,11 @@ def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
+    if broken := find_broken(state):
+        raise InputError(
+            f"{broken} overflows {str(state[broken].dtype).removeprefix('torch.')}, the type that it is written in; "
+            "use --to merged with model.dtype=float32"
+        )
     split = split_torch_state_dict_into_shards(
         dict(state), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
     )

@@ -133,6 +133,12 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "opsd reasoned, several passes": varied("opsd", contexts=[REASONS], rollout={"passes": 2}),
     "opsd_pmi, several passes": varied("opsd_pmi", rollout={"passes": 2}),
     "sdpo, several passes": varied("sdpo", rollout={"passes": 2}),
+    "sgsd renewed between passes": varied(  # the bank needs what the gate rejects, in the second pass too
+        "sgsd",
+        gate="correct",
+        rollout={"passes": 2},
+        teacher=[{"name": "ema", "decay": 0.5}, {"name": "snapshot", "every": 2}],
+    ),
     "sdpo truncated": varied("sdpo", rollout={"horizon": {"name": "truncated", "ratio": 0.5}}),
     "opsd progressive": varied(
         "opsd", rollout={"horizon": {"name": "progressive", "start": 2, "step": 3, "unit": "steps"}}

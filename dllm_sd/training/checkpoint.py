@@ -231,6 +231,8 @@ def _fill(policy: Policy, saved: Mapping[str, Tensor], folder: Path) -> None:
         raise damaged(folder / WEIGHTS, f"{broken} is not finite")
     for name, value in live.items():
         fill(value, saved[name])
+    if broken := find_broken(live):
+        raise InputError(f"checkpoint {folder} overflows in another type ({broken}); load it with its own model.dtype")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer | ZeroOptimizer, policy: Policy) -> dict[str, Tensor]:

@@ -5,18 +5,17 @@ rounds decide is in `rounds.json`, all else in the students' own run folders; th
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dllm_sd.checkpoint_files import WEIGHTS
+from dllm_sd.checkpoint_files import WEIGHTS, read_tensors
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation import evaluate_run, first
-from dllm_sd.files import replacing, write_file
+from dllm_sd.files import write_file
 from dllm_sd.pairing import check_peers
 from dllm_sd.policies.weights import Peer
 from dllm_sd.processes import on_main, together
@@ -24,6 +23,7 @@ from dllm_sd.settings import Peers, Student
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import AnyContext, Feedback
 from dllm_sd.teachers.writing import Writing
+from dllm_sd.training.checkpoint import write_checkpoint
 from dllm_sd.training.folder import REPORT, RunFolder
 from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer
@@ -166,10 +166,9 @@ def _keep(trainer: Trainer, run: Path, number: int, student: Student) -> None:
 
     def copy() -> None:
         if not (kept / WEIGHTS).is_file():
-            for folder in (kept.parent.parent, kept.parent, kept):
+            for folder in (kept.parent.parent, kept.parent):
                 folder.mkdir(exist_ok=True)
-            with (saved / WEIGHTS).open("rb") as source, replacing(kept / WEIGHTS) as target:
-                shutil.copyfileobj(source, target)
+            write_checkpoint(kept, {WEIGHTS: read_tensors(saved, WEIGHTS)}, vars(trainer.state))
 
     on_main(copy)
 

@@ -365,3 +365,14 @@ def test_links_are_neither_followed_nor_written_through(saved: Saved, tmp_path: 
     (folder / "000005").symlink_to(folder / "000004")
     with pytest.raises(InputError, match=r"000005 is a symbolic link, which is not followed; remove .*000005 to go on"):
         latest_checkpoint(run)
+
+
+def test_weights_that_overflow_in_another_type_are_refused(whole: Saved, make_policy: Build, tmp_path: Path):
+    tensors = dict(run_tensors(whole.policy, whole.optimizer, [])["model.safetensors"])
+    name = next(iter(tensors))
+    tensors[name] = torch.full_like(tensors[name], 1e5)  # float16 ends at 65504
+    folder = tmp_path / "checkpoints" / "best"
+    write_checkpoint(folder, {"model.safetensors": tensors}, vars(State()))
+    load_weights(make_policy(), folder)
+    with pytest.raises(InputError, match=r"best overflows in another type \(.*\); load it with its own model.dtype"):
+        load_weights(make_policy(dtype="float16"), folder)

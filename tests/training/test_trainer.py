@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dllm_sd.config import build_config
+from dllm_sd.policies.weights import trained
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 
@@ -232,6 +233,81 @@ def test_what_was_learnt_before_a_non_finite_loss_is_kept(
     assert (tmp_path / "run" / "checkpoints" / "000003" / "state.json").is_file()
     Trainer(config).train()
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def overshoot(trainer: Trainer) -> None:
+    """A step so long that the square of a weight overflows float32."""
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e25
+
+
+def spoil(entry: str, value: float) -> Any:
+    """A step that leaves one number of the weights or of the optimizer's state not finite."""
+
+    def change(trainer: Trainer) -> None:
+        *_, parameter = trained(trainer.policy).values()
+        held = parameter.data if entry == "weight" else trainer.optimizer.state[parameter][entry]
+        held.view(-1)[-1] = value
+
+    return change
+
+
+SPOILT = {"exp_avg": -torch.inf}
+
+
+@pytest.mark.parametrize("entry", ["overshoot", *SPOILT])
+def test_nothing_is_saved_of_a_step_that_made_weights_useless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str
+) -> None:
+    small = {"eval__every": 4, "updates": 4, "method": {"name": "d_opsd", "rollout": {"problems": 3, "attempts": 2}}}
+    small["method"]["teacher"] = {"name": "ema", "decay": 0.5}
+    config = config_at(tmp_path / "run", **small)
+    trainer = Trainer(config)
+    step, done = trainer.optimizer.step, []
+
+    def broken() -> None:
+        done.append(True)
+        if len(done) == 4 and entry == "overshoot":
+            overshoot(trainer)
+        step()
+        if len(done) == 4 and entry != "overshoot":
+            spoil(entry, SPOILT[entry])(trainer)
+
+    monkeypatch.setattr(trainer.optimizer, "step", broken)
+    followed: list[int] = []
+    (teacher,) = trainer.models.values()
+    follow = teacher.after_update
+    monkeypatch.setattr(teacher, "after_update", lambda update: (followed.append(update), follow(update)))
+    with pytest.raises(
+        FloatingPointError, match=r"^the step of update 4 made .*; nothing of it was saved: .* update 2$"
+    ):
+        trainer.train()
+    assert followed == [1, 2, 3]
+    folders = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert folders == {"000002", "best"}  # the best are the initial ones
+    again = Trainer(config)
+    assert again.state.update == 2
+    again.train()
+    assert all(torch.isfinite(value).all() for value in weights_of(tmp_path / "run", 4).values())
+    assert [line["update"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_stops_at_a_non_finite_loss_removes_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = Trainer._learn
+
+    def broken(self: Trainer, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
+        if update == 4:
+            raise FloatingPointError("not finite")
+        return learn(self, plan, rollouts, update, lr)
+
+    monkeypatch.setattr(Trainer, "_learn", broken)
+    config = config_at(tmp_path / "run", eval__every=0, checkpoint={"every": 2, "keep": 1})
+    for _ in range(2):
+        with pytest.raises(FloatingPointError):
+            Trainer(config).train()
+        assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"000002", "000003"}
 
 
 def test_training_ends_when_accuracy_collapses_and_the_best_weights_stay(tmp_path: Path) -> None:
