@@ -136,7 +136,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "sgsd renewed between passes": varied(  # the bank needs what the gate rejects, in the second pass too
         "sgsd",
         gate="correct",
-        rollout={"passes": 2},
+        rollout={"problems": 8, "attempts": 1, "passes": 2},
         teacher=[{"name": "ema", "decay": 0.5}, {"name": "snapshot", "every": 2}],
     ),
     "sdpo truncated": varied("sdpo", rollout={"horizon": {"name": "truncated", "ratio": 0.5}}),
@@ -730,6 +730,9 @@ def test_a_run_that_crashed_after_its_first_update_ends_as_if_nothing_had_happen
     assert trainer.resumed
     assert trainer.state.update == 1
     assert (trainer.rollouts is not None) == (whole.config.method.rollout.passes > 1)
+    if "renewed" in pair[0]:
+        assert trainer.rollouts is not None
+        assert len(trainer.rollouts.kept) < len(trainer.rollouts.chosen)
     trainer.train()
     assert metrics_of(run) == metrics_of(whole.run)
     assert (run / "samples.jsonl").read_bytes() == (whole.run / "samples.jsonl").read_bytes()
