@@ -139,7 +139,7 @@ def test_a_part_of_another_name_starts_from_its_own_defaults():
         ("model.shape.hiden_size=8", "unknown key 'model.shape.hiden_size'; did you mean 'hidden_size'?"),
         ("method.divergance=jsd", "unknown key 'method.divergance'; did you mean 'divergence'?"),
         ("method.contexts.0.ration=1", "unknown key 'method.contexts.0.ration'; did you mean 'ratio'?"),
-        ("method.teacher.0.decay=0.9", "unknown key 'method.teacher.0.decay'; known keys: none"),
+        ("method.teacher.0.decay=0.9", "unknown key 'method.teacher.0.decay'; known keys: at"),
         ("method.gate=corect", "method.gate.name 'corect' is unknown; did you mean 'correct'?"),
         ("method.gate.name=[1]", "method.gate.name [1] is unknown; choose from all, correct, score, mixed"),
         ("method=d_opds", "method 'd_opds' is unknown; did you mean 'd_opsd'?"),
