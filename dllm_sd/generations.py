@@ -170,7 +170,7 @@ def _object(raw: bytes, number: int, where: str) -> dict[str, Any]:
         text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{where}: this is not UTF-8 text; save the file as UTF-8") from None
-    fields = parse_json(text, f"{where}: this", "write one JSON object on each line")
+    fields = parse_json(text, f"{where}: this is not valid JSON", "write one JSON object on each line")
     if not isinstance(fields, dict):
         raise InputError(f'{where}: this is no JSON object; write one as in {{"id": "1", "generation": "..."}}')
     return fields

@@ -69,12 +69,12 @@ def bounded_lines(file: BinaryIO, where: Callable[[int], str]) -> Iterator[bytes
         yield line
 
 
-def parse_json(text: str, where: str, remedy: str, *, explain: bool = False, **options: Any) -> Any:
+def parse_json(text: str, claim: str, remedy: str, *, explain: bool = False, **options: Any) -> Any:
     """The value that a JSON text says.
 
     Args:
         text: the JSON text.
-        where: names it in the message, as in ``FILE, line 3``.
+        claim: begins the message, as in ``FILE, line 3 is not valid JSON``.
         remedy: what to do where it is wrong.
         explain: whether the message says what the parser met.
         **options: hooks of `json.loads`.
@@ -89,9 +89,9 @@ def parse_json(text: str, where: str, remedy: str, *, explain: bool = False, **o
         deep, tree = True, None
     except ValueError as error:
         said = f" ({on_one_line(error)})" if explain else ""
-        raise InputError(f"{where} is not valid JSON{said}; {remedy}") from None
+        raise InputError(f"{claim}{said}; {remedy}") from None
     if deep:
-        raise InputError(f"{where} is not valid JSON (nested more than {DEEPEST} levels deep); {remedy}")
+        raise InputError(f"{claim} (nested more than {DEEPEST} levels deep); {remedy}")
     return tree
 
 

@@ -25,6 +25,7 @@ LAYERS = [
         "checkpoint_files",
         "locking",
         "processes",
+        "limits",
         "randomness",
         "estimates",
         "losses",

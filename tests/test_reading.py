@@ -108,12 +108,12 @@ def test_deep_json_names_its_line(tmp_path: Path, read: Callable[[Path], Any], l
 
 
 def test_depth_is_counted_in_lists_and_objects_and_not_in_text():
-    assert parse_json(nested(DEEPEST), "it", "mend it")
-    assert parse_json('"' + "[" * 1000 + '"', "it", "mend it") == "[" * 1000
-    assert len(parse_json("[" + ",".join(["[]"] * 1000) + "]", "it", "mend it")) == 1000
+    assert parse_json(nested(DEEPEST), "it is not valid JSON", "mend it")
+    assert parse_json('"' + "[" * 1000 + '"', "it is not valid JSON", "mend it") == "[" * 1000
+    assert len(parse_json("[" + ",".join(["[]"] * 1000) + "]", "it is not valid JSON", "mend it")) == 1000
     for text in (nested(DEEPEST + 1), '{"a":' * 101 + "1" + "}" * 101, "[" * 100_000):
         with pytest.raises(InputError, match=r"^it is not valid JSON \(nested more than 100 levels deep\); mend it$"):
-            parse_json(text, "it", "mend it")
+            parse_json(text, "it is not valid JSON", "mend it")
 
 
 def test_a_file_is_read_whole_up_to_its_bound(tmp_path: Path):

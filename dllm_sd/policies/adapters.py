@@ -1,6 +1,5 @@
 """What a stored adapter was made with: its tensors alone do not say how much they count."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from peft import LoraConfig
 
 from dllm_sd.errors import InputError
 from dllm_sd.plain_yaml import read_yaml
+from dllm_sd.policies.small_files import ADAPTER, read_tree
 
 
 def check_scale(path: str, student: LoraConfig) -> None:
@@ -30,11 +30,10 @@ def check_scale(path: str, student: LoraConfig) -> None:
 
 
 def _exported(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        made = {"rank": tree["r"], "alpha": tree["lora_alpha"]}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file} does not say an adapter's r and lora_alpha; give a PEFT adapter of LoRA") from error
+    tree = read_tree(file, ADAPTER)
+    made = {"rank": tree.get("r"), "alpha": tree.get("lora_alpha")}
+    if None in made.values():
+        raise InputError(f"{file} does not say an adapter's r and lora_alpha; give a PEFT adapter of LoRA")
     if odd := [name for name in ("use_rslora", "alpha_pattern", "rank_pattern") if tree.get(name)]:
         raise InputError(f"{file} sets {odd[0]}, under which adapters count otherwise; give one of plain LoRA")
     return made

@@ -1,22 +1,31 @@
 """What a model is before its weights are read: what the checkpoint's small files say, under the keys of `model`."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils.hub import cached_file
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.families import CAUSAL, MARK, Family, recognise
 from dllm_sd.policies.model import Model, Shape
+from dllm_sd.policies.small_files import (
+    GENERATION,
+    brief,
+    check_tokenizer_files,
+    find_file,
+    is_whole,
+    model_folder,
+    read_config,
+    read_tree,
+)
+
+LONGEST_BLOCK = 4096
+"""Positions of an attention block."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
                 f"{key} needs the package {package}, which is not installed; install it, or leave {key} out"
             )
     where = repr(model.path) if model.path else "model.shape"
-    written = _read_json(model.path, "config.json") if model.path else {}
+    written = _read_config(model.path) if model.path else {}
     family = recognise(written, where) if model.path else CAUSAL
     causal = _is_causal(model, family, written, where)
     tokenizer = _read_tokenizer(model, family, text)
@@ -80,11 +89,13 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
         config.is_causal = False
         setattr(config, MARK, {"family": family.name, "block_length": _block_length(model, family, written)})
     mask_id = None if causal else _mask_id(model, family, written, tokenizer, where)
-    generation = _read_json(model.path, "generation_config.json", needed=False) if model.path else {}
+    generation = _read_generation(model.path) if model.path else {}
     end_ids = _end_ids(model, family, [generation, written], tokenizer, where)
     pad_ids = [generation.get("pad_token_id"), written.get("pad_token_id")]
     pad_ids = [tokenizer.pad_token_id if tokenizer else None, *pad_ids, end_ids[-1]]
-    rows = config.vocab_size
+    rows = getattr(config, "vocab_size", None)
+    if not is_whole(rows, 1):
+        raise InputError(f"config.json of {where} does not say its vocab_size; restore the checkpoint's file")
     _check_rows(rows, mask_id, tokenizer, where, grows=model.as_ == "diffusion")
     if outside := [end_id for end_id in end_ids if not 0 <= end_id < max(rows, len(tokenizer or ()))]:
         raise InputError(
@@ -97,6 +108,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
         if thinking is None and "enable_thinking" in str(template or tokenizer.chat_template):
             thinking = family.thinking
         chat = Chat(tokenizer, end_ids[0], template, thinking)
+        chat.render([{"role": "user", "content": "?"}])  # a template that cannot do even this is refused now
     return Blueprint(
         model=model,
         family=family,
@@ -104,54 +116,32 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
         chat=chat,
         mask_id=mask_id,
         end_ids=end_ids,
-        pad_id=next(pad_id for pad_id in pad_ids if isinstance(pad_id, int) and 0 <= pad_id < rows),
+        pad_id=next((pad_id for pad_id in pad_ids if isinstance(pad_id, int) and 0 <= pad_id < rows), end_ids[-1]),
         block_length=_block_length(model, family, written),
     )
 
 
-def model_folder(name_or_path: str) -> str:
-    """The folder of a shipped asset (``tiny``), else the argument itself (a folder or hub name)."""
-    asset = Path(str(files("dllm_sd") / "assets" / name_or_path))
-    if asset.is_dir() and not Path(name_or_path).exists():
-        return str(asset)
-    if ("/" in name_or_path or "." in name_or_path) and name_or_path[0] in "./~" and not Path(name_or_path).is_dir():
-        raise InputError(f"model.path {name_or_path!r} is not a folder; give a checkpoint folder or a hub name")
-    return name_or_path
-
-
-def find_file(path: str, name: str) -> Path | None:
-    """A file of a checkpoint, fetched from the hub if need be; None if it has none of that name."""
-    folder = Path(model_folder(path))
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    try:
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise InputError(f"no model at {path!r} (model.path): {brief(error)}") from error
-    return Path(found) if found else None
-
-
-def brief(error: BaseException) -> str:
-    """An exception on one short line."""
-    return shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
-
-
-def _read_json(path: str, name: str, needed: bool = True) -> dict[str, Any]:
-    file = find_file(path, name)
+def _read_config(path: str) -> dict[str, Any]:
+    file = find_file(path, "config.json")
     if file is None:
-        if needed:
-            away = "" if Path(model_folder(path)).is_dir() else ", or the hub cannot be reached"
-            raise InputError(
-                f"there is no {name} at {path!r} (model.path){away}; give a checkpoint folder or a hub name"
-            )
-        return {}
-    try:
-        written = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}); restore the checkpoint's {name}") from error
-    if not isinstance(written, dict) or (needed and "model_type" not in written):
-        raise InputError(f"{file} names no model_type; restore the checkpoint's {name}")
+        away = "" if Path(model_folder(path)).is_dir() else ", or the hub cannot be reached"
+        raise InputError(
+            f"there is no config.json at {path!r} (model.path){away}; give a checkpoint folder or a hub name"
+        )
+    if find_file(path, "adapter_config.json") is not None:  # transformers would load the model that it names
+        raise InputError(
+            f"{path!r} (model.path) holds an adapter_config.json; name the model itself, and give the adapter with "
+            "--adapter or as model.lora.start"
+        )
+    written = read_config(file)
+    if written.get("model_type") is None:
+        raise InputError(f"{file} names no model_type; restore the checkpoint's config.json")
     return written
+
+
+def _read_generation(path: str) -> dict[str, Any]:
+    file = find_file(path, "generation_config.json")
+    return {} if file is None else read_tree(file, GENERATION)
 
 
 def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | None:
@@ -162,8 +152,11 @@ def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | N
     if not needed and not any(find_file(source, name) for name in names):
         return None
     load: Any = family.tokenizer or AutoTokenizer
+    check_tokenizer_files(source)
     try:
-        return load.from_pretrained(model_folder(source), trust_remote_code=False)
+        tokenizer = load.from_pretrained(model_folder(source), trust_remote_code=False)
+        tokenizer.decode(tokenizer("?", add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+        return tokenizer
     except Exception as error:  # damaged JSON can make transformers stumble over anything
         raise InputError(f"no usable tokenizer at {source!r} (model.tokenizer): {brief(error)}") from error
 
@@ -227,6 +220,8 @@ def _block_length(model: Model, family: Family, written: Mapping[str, Any]) -> i
         length = written.get("block_size", family.block_length)
     if length is not None and (not isinstance(length, int) or length < 1):
         raise InputError(f"the attention block length must be at least 1, not {length!r}; set model.block_length")
+    if length is not None and length > LONGEST_BLOCK:
+        raise InputError(f"the attention block length must be at most {LONGEST_BLOCK}, not {length}")
     if length is not None and model.attention == "flash_attention_2":
         raise InputError("flash_attention_2 has no block-causal mask; set model.attention to sdpa")
     return length
@@ -258,7 +253,7 @@ def _end_ids(
         if unknown := [token for token in model.end_tokens if token not in known]:
             raise InputError(f"the tokenizer of {where} has no token {unknown[0]!r}; mend model.end_tokens")
         found: list[Any] = [known[token] for token in model.end_tokens]
-    elif marks := [mark for source in written if isinstance(mark := source.get(MARK), Mapping) and "end_ids" in mark]:
+    elif marks := [mark for source in written if isinstance(mark := source.get(MARK), Mapping) and mark.get("end_ids")]:
         found = list(marks[0]["end_ids"])
     else:
         found = [known.get(family.turn_end)]

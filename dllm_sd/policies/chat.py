@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError
+from dllm_sd.limits import TooLong, limited
+from dllm_sd.policies.small_files import brief
+
+SECONDS = 5.0
+"""Processor time that a template has for one conversation."""
+MEMORY = 2**27
+"""Bytes that it may ask for."""
+_FAILED, _REMEDY = "the chat template", "mend it in the tokenizer's files, or set model.chat_template"
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Chat:
         ``thinking`` is for this conversation, where it differs from the usual one.
 
         Raises:
-            InputError: if the template refuses the messages.
+            InputError: if the template refuses the messages, fails, takes too long, or asks for too much memory.
         """
         template = self._template
         if template is None:
@@ -54,15 +61,23 @@ class Chat:
         thinking = self.thinking if thinking is None else thinking
         switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=open_turn,
-                **switch,
-            )
-        except (TemplateError, TypeError) as error:
-            raise InputError(f"the chat template cannot render the prompt: {on_one_line(error)}") from error
+            with limited(SECONDS, MEMORY):
+                rendered = self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=open_turn,
+                    **switch,
+                )
+        except TooLong:
+            raise InputError(f"chat_template: {_FAILED} takes more than {SECONDS:g} seconds; {_REMEDY}") from None
+        except MemoryError:
+            raise InputError(f"chat_template: {_FAILED} takes too much memory; {_REMEDY}") from None
+        except Exception as error:  # a template is a program, which can stumble over anything
+            raise InputError(f"the chat template cannot render the prompt: {brief(error)}; {_REMEDY}") from error
+        given = sum(len(message["content"]) for message in messages)
+        if len(rendered) > 8 * given + 2**20:
+            raise InputError(f"chat_template: {_FAILED} makes {len(rendered)} characters of {given}; {_REMEDY}")
         return str(rendered)
 
     def encode(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> list[int]:

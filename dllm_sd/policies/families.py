@@ -27,12 +27,11 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, Split, WeightConverter, WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError
+from dllm_sd.policies.small_files import MARK, brief
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven kinds of linear layers of the native classes."""
-MARK = "dllm_sd"
-"""Key of a native config.json for what it would not tell else: `family`, `block_length`, `thinking`, `end_ids`."""
 
 LLADA_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -142,7 +141,7 @@ class Family:
         for key, value in self.assumes.items():
             if key in written and written[key] != value:
                 raise InputError(
-                    f"config.json of {where} sets {key} to {written[key]!r}; dllm-sd loads {self.name} checkpoints "
+                    f"config.json of {where} sets {key} to {written[key]!r:.60}; dllm-sd loads {self.name} checkpoints "
                     f"with {value!r} only"
                 )
         try:
@@ -150,7 +149,7 @@ class Family:
         except KeyError as error:
             raise InputError(f"config.json of {where} lacks {error.args[0]!r}; restore the checkpoint's file") from None
         except Exception as error:  # a damaged value can make a config class stumble over anything
-            said = on_one_line(error)
+            said = brief(error)
             raise InputError(f"config.json of {where} is unusable: {said}; restore the checkpoint's file") from error
 
 

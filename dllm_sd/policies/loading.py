@@ -8,28 +8,22 @@ from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.autoregressive import Autoregressive
-from dllm_sd.policies.blueprint import Blueprint, brief, read_blueprint
+from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.families import LINEARS
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
+from dllm_sd.policies.small_files import ADAPTER, brief, read_tree
 from dllm_sd.policies.weight_files import stored_tensors
 from dllm_sd.policies.weights import Checkpoint, Peer, Teacher, Weights, trained, without_peft_warning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_UNUSABLE = (
-    *(OSError, ValueError, RuntimeError, ImportError, SafetensorError),
-    *(KeyError, TypeError, ArithmeticError),  # damaged values of a config or index
-)
-
-
 AnyPolicy = MaskedDiffusion | Autoregressive
 
 
@@ -85,15 +79,34 @@ def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") 
             for name, value in Peer(model.lora.start).read(policy).items():
                 live[name].copy_(value)
         policy.starts_adapted = True
-    _check(policy)
+    _check(policy, model)
     return policy
 
 
 def skeleton(blueprint: Blueprint) -> PreTrainedModel:
-    """The network without memory for its weights (meta device), to count them."""
-    with torch.device("meta"):
-        network_class: Any = blueprint.family.network
-        return network_class(blueprint.config) if network_class else AutoModelForCausalLM.from_config(blueprint.config)
+    """The network without memory for its weights (meta device), to count them.
+
+    Raises:
+        InputError: if there is no such network.
+    """
+    network_class: Any = blueprint.family.network
+    options = {"attn_implementation": blueprint.model.attention}  # never what a config.json names
+    with _usable(blueprint.model), torch.device("meta"):
+        if network_class:
+            return network_class._from_config(blueprint.config, **options)
+        return AutoModelForCausalLM.from_config(blueprint.config, **options)
+
+
+@contextmanager
+def _usable(model: Model) -> Iterator[None]:
+    """Around what transformers makes of a checkpoint's files, whose damaged values it can stumble over anyhow."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        where = repr(model.path or model.shape)
+        raise InputError(f"no usable model at {where} (model.path): {brief(error)}") from error
 
 
 def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> Any:
@@ -105,7 +118,7 @@ def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> An
     model, config = blueprint.model, blueprint.config
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": model.attention}
     rows = len(blueprint.chat.tokenizer) if blueprint.chat else 0
-    try:
+    with _usable(model):
         if model.random_init:
             with _seeded(model.seed, device), torch.device(device):
                 network: Any = AutoModelForCausalLM.from_config(config, **options)
@@ -114,11 +127,6 @@ def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> An
         if rows > network.get_input_embeddings().weight.shape[0]:  # the row of an added mask token
             with _seeded(model.seed, device):
                 network.resize_token_embeddings(rows)
-    except _UNUSABLE as error:
-        if isinstance(error, InputError):
-            raise
-        where = repr(model.path or model.shape)
-        raise InputError(f"no usable model at {where} (model.path): {brief(error)}") from error
     network.eval()
     if not blueprint.causal:
         network.generate = _refuse_generate
@@ -132,8 +140,10 @@ def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> An
 def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dict[str, Any]) -> Any:
     path = str(blueprint.model.path)
     stored = stored_tensors(path)
+    empty = skeleton(blueprint)
+    _check_size(empty, {tensor.file for tensor in stored.values()}, path)
     if blueprint.family.network is not None:
-        _check_tensors(skeleton(blueprint), {name: tensor.shape for name, tensor in stored.items()}, path)
+        _check_tensors(empty, {name: tensor.shape for name, tensor in stored.items()}, path)
     if blueprint.model.quantization:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -163,6 +173,21 @@ def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dic
     if network.get_input_embeddings().weight is not network.get_output_embeddings().weight:
         network.config.tie_word_embeddings = False  # a head of its own, whatever the config says
     return network
+
+
+def _check_size(network: PreTrainedModel, files: set[Path], path: str) -> None:
+    """Refuse a config.json that asks for far more numbers than the files can hold, before there is room for them.
+
+    No format takes less than two bits for a number.
+    """
+    parts = dict(network.named_parameters()) | dict(network.named_buffers())
+    asked, held = sum(part.numel() for part in parts.values()), 4 * sum(file.stat().st_size for file in files)
+    if asked > held + 2**24:
+        name, largest = max(parts.items(), key=lambda item: item[1].numel())
+        raise InputError(
+            f"config.json of {path!r} asks for {asked} numbers, {name} of shape {tuple(largest.shape)} among them, and "
+            "the weight files cannot hold that many; use the config.json that belongs to them"
+        )
 
 
 def _check_tensors(network: PreTrainedModel, found: Mapping[str, tuple[int, ...]], path: str) -> None:
@@ -255,12 +280,14 @@ def put_on(policy: AnyPolicy, adapter: str) -> None:
     network = policy.module.model
     if isinstance(network, PeftModel):
         raise InputError("this model has an adapter already; give --adapter with the model that it was made for")
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise InputError(f"there is no adapter_config.json in {adapter!r}; give the folder of a PEFT adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(adapter) / name).is_file():
+            raise InputError(f"there is no {name} in {adapter!r}; give the folder of a PEFT adapter")
+    read_tree(Path(adapter) / "adapter_config.json", ADAPTER)
     try:
         with without_peft_warning():
             policy.module.model = PeftModel.from_pretrained(network, adapter).eval()
-    except _UNUSABLE as error:
+    except Exception as error:  # PEFT can stumble over damaged values anyhow
         raise InputError(f"the adapter at {adapter!r} does not fit the model: {brief(error)}") from error
 
 
@@ -276,14 +303,14 @@ def _check_rotary(network: nn.Module, where: str) -> None:
             raise InputError(f"the rotary frequencies of {name} at {where!r} are wrong after loading; report this")
 
 
-def _check(policy: AnyPolicy) -> None:
+def _check(policy: AnyPolicy, model: Model) -> None:
     """What can silently go wrong: an attention mask of the wrong kind, non-finite weights."""
     length = 2 * (policy.block_length or 2)
     ids = torch.full((3, length), policy.pad_id if policy.causal else policy.mask_id)
     ids[1, length // 2 - 1] = ids[2, -1] = _other_than(int(ids[0, 0]), policy)  # inside the first block, and behind it
     sites = torch.zeros_like(ids, dtype=torch.bool)
     sites[:, 1 if policy.causal else 0] = True
-    with torch.no_grad():
+    with torch.no_grad(), _usable(model):
         plain, near, far = policy.site_logits(View(ids, torch.ones_like(sites), sites))
     if not bool(torch.isfinite(plain).all()):
         raise InputError("the model's logits are not finite after loading; the checkpoint is damaged")

@@ -100,7 +100,7 @@ def read_bank(path: str | Path) -> Bank:
     try:
         text = read_whole(Path(path).expanduser()).decode("utf-8-sig")
         remedy = "correct it or take another copy."
-        tree = parse_json(text, where, remedy, explain=True, parse_constant=_refuse_constant)
+        tree = parse_json(text, f"{where} is not valid JSON", remedy, explain=True, parse_constant=_refuse_constant)
         json.dumps(tree, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
     except OSError as error:
         reason = error.strerror or type(error).__name__

@@ -85,7 +85,7 @@ def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
         if not line.strip():
             continue
         here = f"{where}, line {number}"
-        fields = parse_json(line, here, "write one JSON object on each line.")
+        fields = parse_json(line, f"{here} is not valid JSON", "write one JSON object on each line.")
         if not isinstance(fields, dict):
             raise InputError(f'{here} is not a JSON object; write one as in {{"field": value}} on each line.')
         yield Row(here, count, fields)

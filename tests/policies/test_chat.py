@@ -2,7 +2,12 @@
 
 import json
 import os
+import resource
+import shutil
+import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,17 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+import dllm_sd
 from dllm_sd.cli import main
 from dllm_sd.errors import InputError
+from dllm_sd.policies import chat
 from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.families import LLADA_TEMPLATE
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.model import Model
 
+ASSETS = Path(dllm_sd.__file__).parent / "assets"
 MESSAGES = [
     {"role": "system", "content": "Be brief. "},
     {"role": "user", "content": "\n1 + 1?\n\n"},
@@ -126,6 +134,55 @@ def test_a_template_that_fails_is_named_in_one_line(template: str, message: str)
         chat.render(MESSAGES)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ 1 // 0 }}",
+        "{{ 'a' * 10**10 }}",
+        "{{ 'a'.ljust(10**10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ 'a' * 10**8 }}",
+        "{{ 10 ** (10**8) }}",
+        "{{ 10**9999 }}",
+        "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{{ [[0] * 10**5] * 10**5 }}",
+        "{{ messages[7].content.x.y }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ " + "(" * 10_000 + ")" * 10_000 + " }}",
+        "{{ messages | sort }}",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_hostile_template_is_a_sentence_within_seconds(template: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"chat.template") as caught:
+        Chat(tokenizer(), 5, template=template).render(MESSAGES)
+    assert time.process_time() - start < 5
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_a_template_is_tried_before_a_weight_is_read(tmp_path: Path):
+    shutil.copytree(ASSETS / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ 1 // 0 }}")
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"^the chat template cannot render .* or set model\.chat_template$"):
+        read_blueprint(Model(path=str(tmp_path / "tiny")))
+
+
+def test_a_template_works_away_from_the_main_thread():
+    made = Chat(tokenizer(PUBLISHED_LLADA), 5)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(made.render, MESSAGES).result() == made.render(MESSAGES)
 
 
 # What follows reads the published tokenizers, which are too big to keep here.
