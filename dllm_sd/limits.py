@@ -33,11 +33,14 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
             return
         former = signal.signal(signal.SIGVTALRM, _too_long)
         try:
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds / 4)  # again, should somebody swallow the first
             yield
         finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, former)
+            try:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            finally:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                signal.signal(signal.SIGVTALRM, former)
 
 
 @contextmanager
