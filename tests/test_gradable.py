@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.canvases import CANVASES, AllMasked, CanvasRule, DecoderSteps, RandomMasks
+from dllm_sd.canvases import CANVASES, AllMasked, DecoderSteps, RandomMasks
 from dllm_sd.horizons import Complete, Progressive, Truncated
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import Revealed, TeacherTop
@@ -23,7 +23,7 @@ from dllm_sd.training.metrics import rollout_metrics
 from dllm_sd.trajectory import NEVER, Trajectory, completion_length
 
 LENGTH = 12
-RULES: dict[str, CanvasRule] = {
+RULES: dict[str, DecoderSteps | RandomMasks | AllMasked] = {
     "decoder_steps": DecoderSteps(),
     "decoder_steps with padding": DecoderSteps(end_padding=True),
     "random_masks": RandomMasks(draws=3, t_min=0.999, end_padding=False),
@@ -161,7 +161,7 @@ def test_the_share_behind_the_end_is_that_of_all_that_the_kept_rollouts_revealed
         for row, one in enumerate(trajectory.singly())
     )
     names = ("problems", "attempts", "decoded", "solved", "first_try", "kept", "rejected", "no_hint", "long_hint")
-    counts = dict.fromkeys((*names, "generated", "tokens", "steps"), 1.0)
+    counts: dict[str, float] = dict.fromkeys((*names, "generated", "tokens", "steps"), 1.0)
     assert 0 < behind < known
     assert rollout_metrics(Rollouts(kept, counts))["rollouts/behind_end"] == pytest.approx(behind / known)
     assert "rollouts/behind_end" not in rollout_metrics(Rollouts((), counts))

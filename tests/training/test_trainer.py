@@ -246,7 +246,8 @@ def spoil(entry: str, value: float) -> Any:
 
     def change(trainer: Trainer) -> None:
         *_, parameter = trained(trainer.policy).values()
-        held = parameter.data if entry == "weight" else trainer.optimizer.state[parameter][entry]
+        optimizer: Any = trainer.optimizer
+        held = parameter.data if entry == "weight" else optimizer.state[parameter][entry]
         held.view(-1)[-1] = value
 
     return change
