@@ -5,11 +5,16 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from dllm_sd.errors import InputError, Stopped, on_one_line
 
 T = TypeVar("T")
+
+
+def processes() -> PartialState:
+    """The processes as `accelerate launch` laid them out, those on CPUs too, whoever asks first."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def on_main(action: Callable[[], T]) -> T:
@@ -17,7 +22,7 @@ def on_main(action: Callable[[], T]) -> T:
 
     To be called by all processes together; ``action`` must not communicate, and its result is pickled.
     """
-    state = PartialState()
+    state = processes()
     if state.num_processes == 1:
         return action()
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
@@ -46,7 +51,7 @@ def together() -> Iterator[None]:
     except Exception as caught:
         error = caught
     told = None
-    if PartialState().num_processes > 1:
+    if processes().num_processes > 1:
         told = next((one for one in gather_object([error and _sendable(error)]) if one is not None), None)
     if error is not None:
         raise error

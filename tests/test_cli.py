@@ -1,7 +1,10 @@
 """The command line: a tiny run from beginning to end, what it leaves behind, and how it ends."""
 
+import errno
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from dllm_sd import locking
 from dllm_sd.cli import _describe_part, main
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.methods import METHODS
 from dllm_sd.model_card import _parts
+from dllm_sd.training import trainer
 from dllm_sd.training.trainer import Trainer
 
 TREE: dict[str, Any] = {
@@ -195,6 +201,66 @@ def test_a_loss_that_is_not_finite_ends_with_1(
     monkeypatch.setattr(Trainer, "train", broken)
     assert main(["train", "small.yaml", f"run={tmp_path / 'run'}"]) == 1
     assert capsys.readouterr().err == "dllm-sd: the loss of update 1 is not finite\n"
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/file")
+
+
+@pytest.mark.parametrize("where", ["write_file", "MetricsLog.write", "save_run", "RecordWriter.write"])
+def test_a_disk_that_is_full_ends_a_run_with_1_and_the_same_command_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+):
+    owners: dict[str, Any] = {"MetricsLog": trainer.MetricsLog, "RecordWriter": RecordWriter}
+    owner, _, name = where.rpartition(".")
+    command = ["train", "small.yaml", f"run={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(owners.get(owner, trainer), name, full)
+        assert main(command) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "dllm-sd: cannot read or write '/full/file': No space left on device; what was saved before is as it was, and "
+        "the same command goes on from there once that is put right\n"
+    )
+    assert main(command) == 0
+    assert [line["update"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_refused_with_2(
+    monkeypatch: pytest.MonkeyPatch, home: Path, capsys: pytest.CaptureFixture[str], code: int
+):
+    def refuse(self: Any, path: Path) -> int:
+        raise OSError(code, os.strerror(code), str(path))
+
+    before = sorted(home.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(locking.FolderLock, "_lock", refuse)
+        assert main(["train", "small.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        f"dllm-sd: cannot write to run folder 'run': {os.strerror(code)}; give another run=...\n"
+    )
+    assert [path for path in sorted(home.rglob("*")) if path.parent.name != "tb"] == [
+        path for path in before if path.parent.name != "tb"
+    ]
+
+
+@pytest.mark.parametrize("content", ["", '{"task": "sudo', "[]", "{}", "\x00"])
+def test_a_damaged_report_is_written_anew(home: Path, tmp_path: Path, content: str):
+    shutil.copytree(home / "run", tmp_path / "run")
+    (tmp_path / "run" / "report.json").write_text(content)
+    assert main(["train", "small.yaml", f"run={tmp_path / 'run'}"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["best"]["trained"]["accuracy"] == json.loads((home / "run" / "report.json").read_text())["accuracy"]
+
+
+def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    method = ["method={name: rft, rollout: {problems: 4, attempts: 1}}", "eval={every: 0}", "updates=1"]
+    assert main(["train", "small.yaml", f"run={tmp_path / 'run'}", *method]) == 0
+    assert capsys.readouterr().err == (
+        "dllm-sd: nothing was learnt: all 1 updates were skipped (4 rollouts rejected by method.gate, 0 rollouts "
+        "without a hint, 0 rollouts with too long a hint, 0 problems longer than max_prompt)\n"
+    )
 
 
 @pytest.mark.parametrize(

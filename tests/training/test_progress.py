@@ -22,8 +22,36 @@ def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals):
             os.kill(os.getpid(), number)
 
 
+def test_a_closed_terminal_asks_however_often_it_says_so():
+    with Interrupt(silent()) as interrupt:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.asked
+
+
+def test_a_closed_terminal_is_nothing_to_a_run_that_ignores_it():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt(silent()) as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.asked
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_terminal_that_is_gone_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch):
+    def gone(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with Progress("run", 10, 0, shown=True) as progress, Interrupt(progress) as interrupt:
+        monkeypatch.setattr(progress.console, "print", gone)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.asked
+        assert progress.console.quiet
+
+
 def test_the_former_handlers_come_back():
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     with Interrupt(silent()):
         assert [signal.getsignal(number) for number in numbers] != before
