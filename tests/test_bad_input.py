@@ -292,7 +292,7 @@ def test_a_damaged_checkpoint_of_the_run_is_refused(refuse: Refuse, train: Calla
     damage(Path("run/checkpoints/000001/optimizer.safetensors"), lambda content: content[:50])
     refused = refuse("updates=2", "resume=force", leaves={"run"})
     assert refused.startswith("checkpoint run/checkpoints/000001/optimizer.safetensors is missing or damaged")
-    assert refused.endswith("remove run/checkpoints/000001")
+    assert refused.endswith("use resume=fresh to begin again")
 
 
 def test_a_run_folder_that_holds_something_else_is_refused_and_left_alone(refuse: Refuse):

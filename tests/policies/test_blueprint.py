@@ -111,10 +111,10 @@ def replace_family(written: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: Lora(rank=0), "model.lora needs rank and alpha of 1 or more"),
-        (lambda: Lora(dropout=1.0), "dropout from 0 to below 1"),
-        (lambda: Lora(targets=()), "and targets"),
-        (lambda: Shape(num_hidden_layers=0), "model.shape needs sizes and numbers of 1 or more"),
+        (lambda: Lora(rank=0), "model.lora.rank is 0; give a whole number from 1 to"),
+        (lambda: Lora(dropout=1.0), "model.lora.dropout is 1; give a number of at least 0 and below 1"),
+        (lambda: Lora(targets=()), "model.lora.targets is ..; name kinds of linear layers"),
+        (lambda: Shape(num_hidden_layers=0), "model.shape.num_hidden_layers is 0; give a whole number from 1 to"),
         (lambda: Shape(hidden_size=30, num_attention_heads=4), "must be a multiple of twice"),
         (lambda: Model(quantization="4bit"), "set model.lora as well"),
         (lambda: Model(quantization="4bit", lora=Lora(), random_init=True), "set model.random_init to false"),
