@@ -4,6 +4,7 @@
 if an update still has to use them. ``checkpoints/best/`` holds weights only. No pickle is written or read.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from dllm_sd.checkpoint_files import (
     state_text,
     verify,
 )
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.files import write_file
 from dllm_sd.finite import find_broken
 from dllm_sd.policies.policy import Policy
@@ -82,7 +84,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
     _remove(partial)
     partial.mkdir()
     for name, values in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / name)
+        _write_tensors(partial / name, values)
         _flush(partial / name)
     write_file(partial / STATE, state_text(state, {name: checksum(partial / name) for name in tensors}))
     _flush(partial)
@@ -92,6 +94,14 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
     partial.rename(folder)
     _flush(folder.parent)
     _remove(old)
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; that the disk is full is an `OSError` here as anywhere."""
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, on_one_line(error), str(file)) from error
 
 
 def _remove(path: Path) -> None:

@@ -25,8 +25,6 @@ FORMER, DISCARDED = ".former_run", ".discarded_run"
 """Where `resume=fresh` puts the former run until the new one is there, and from then on until it is removed."""
 LEFT_OVER = {LOCK, f".{CONFIG}.partial", ".config.partial"}
 """What a process that was killed before its first configuration stood there may have left."""
-REPORTED = {"task", "updates", "updates_skipped", "stopped", "before", "after", "best", "time/updates", "settings"}
-"""What every report of a run has."""
 FREE = ("run", "resume", "log", "checkpoint", "cache")
 """Keys that may differ between a run and its continuation."""
 
@@ -140,13 +138,33 @@ def read_tree(run: Path, name: str = CONFIG) -> dict[str, Any]:
     return tree
 
 
-def read_report(run: Path) -> dict[str, Any] | None:
-    """The report of a finished run; None where there is none or the file holds something else."""
+def read_report(run: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a finished run; None where the file holds something else, or the report of an earlier end.
+
+    Args:
+        run: its folder.
+        facts: what the report must say of the run; ``before`` also shows what the reports of the test split look like.
+    """
     try:
         tree = json.loads((run / REPORT).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return tree if isinstance(tree, dict) and tree.keys() >= REPORTED else None
+    if not isinstance(tree, dict) or any(key not in tree or tree[key] != value for key, value in facts.items()):
+        return None
+    return tree if all(_alike(tree.get(name), facts["before"]) for name in ("after", "best")) else None
+
+
+def _alike(value: Any, model: Any) -> bool:
+    """Whether two JSON values have the same keys, lengths and types."""
+    if isinstance(model, Mapping):
+        return (
+            isinstance(value, Mapping)
+            and value.keys() == model.keys()
+            and all(_alike(value[k], model[k]) for k in model)
+        )
+    if isinstance(model, list):
+        return isinstance(value, list) and len(value) == len(model) and all(map(_alike, value, model))
+    return type(value) is type(model)
 
 
 @contextmanager

@@ -152,7 +152,7 @@ class Trainer:
         """
         self.folder.hold()
         try:
-            former = on_main(lambda: read_report(self.run)) if self.resumed and self.finished else None
+            former = on_main(lambda: read_report(self.run, self._facts())) if self.resumed and self.finished else None
             return former or self._train(until)
         finally:
             self.folder.release()
@@ -357,23 +357,31 @@ class Trainer:
             chosen = self._test("testing the best weights")
         final = chosen.get("trained", {})
         report = {
-            "task": to_tree(self.config)["task"]["name"],
+            **self._facts(),
             **{key: final[key] for key in ("n", "accuracy", "ci95", "pass_at_k") if key in final},
-            "updates": state.update,
-            "updates_skipped": state.skipped,
-            "too_long": state.too_long,
             **self._nothing_learnt(),
-            "stopped": state.stopped,
-            "best_update": state.best_update,
-            "best_dev_accuracy": state.best_accuracy,
-            "before": state.before,
             "after": after,
             "best": chosen,
-            "time/updates": state.seconds,
             "settings": to_tree(self.config),
         }
         on_main(lambda: write_file(self.run / REPORT, json.dumps(report, indent=1)))
         return report
+
+    def _facts(self) -> dict[str, Any]:
+        """What a report says of the run itself, in values that JSON gives back as they are."""
+        state = self.state
+        facts = {
+            "task": to_tree(self.config)["task"]["name"],
+            "updates": state.update,
+            "updates_skipped": state.skipped,
+            "too_long": state.too_long,
+            "stopped": state.stopped,
+            "best_update": state.best_update,
+            "best_dev_accuracy": state.best_accuracy,
+            "before": state.before,
+            "time/updates": state.seconds,
+        }
+        return json.loads(json.dumps(facts))
 
     def _nothing_learnt(self) -> dict[str, Any]:
         """Where every update was skipped: how many rollouts were left out, by reason."""

@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dllm_sd.errors import InputError
@@ -375,3 +376,19 @@ def test_rollouts_of_checkpoints_without_checksums_are_still_read(policy: Masked
     former = json.loads(json.dumps({"kept": entries, "layout": layout, "counts": dict(rollouts.counts)}))
     again = load_rollouts(tensors, former)
     assert equal(rollouts, again)
+
+
+def test_a_full_disk_is_an_error_of_the_system_also_where_safetensors_meets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    write_checkpoint(tmp_path / "000001", {"model.safetensors": {"x": torch.ones(2)}}, {})
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_checkpoint(tmp_path / "000002", {"model.safetensors": {"x": torch.ones(2)}}, {})
+    assert Path(caught.value.filename).name == "model.safetensors"
+    assert (tmp_path / "000001" / "model.safetensors").is_file()
+    assert not (tmp_path / "000002").exists()

@@ -1,9 +1,11 @@
 """The run folder: one configuration each, and nothing is lost that was not given up."""
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import yaml
 from dllm_sd.config import build_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.training import trainer as trainer_module
-from dllm_sd.training.folder import CONTENTS, RunFolder, read_tree
+from dllm_sd.training.folder import CONTENTS, RunFolder, read_report, read_tree
 from dllm_sd.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
@@ -350,3 +352,36 @@ def test_what_is_refused_while_two_students_are_met_leaves_their_folder_as_it_wa
         meet()
     folder.release()
     assert tree(tmp_path) == before
+
+
+TESTED = {"trained": {"n": 2, "accuracy": 0.5, "ci95": [0.1, 0.9]}}
+FACTS = {"task": "sudoku", "updates": 2, "stopped": None, "best_dev_accuracy": -1.0, "before": TESTED, "time/all": 1.5}
+
+
+@pytest.mark.parametrize("key", [*FACTS, "after", "best"])
+def test_a_report_that_is_not_of_the_run_as_it_is_now_is_none(tmp_path: Path, key: str) -> None:
+    report = {**FACTS, "after": TESTED, "best": TESTED, "settings": {}}
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    assert read_report(tmp_path, FACTS) == report
+    for value in ("x", 7, 10**30, True, [], {}, {"trained": {"n": 2}}, {"other": TESTED["trained"]}, {"trained": None}):
+        file.write_text(json.dumps({**report, key: value}))
+        assert read_report(tmp_path, FACTS) is None, value
+    file.write_text(json.dumps({name: value for name, value in report.items() if name != key}))
+    assert read_report(tmp_path, FACTS) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b"1" * 5000])
+def test_a_damaged_report_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    assert read_report(tmp_path, FACTS) is None
+
+
+def test_a_run_killed_before_its_second_report_does_not_show_the_first(tmp_path: Path) -> None:
+    first = build_config({**TINY, "run": str(tmp_path / "run")})
+    Trainer(first).train()
+    stale = (tmp_path / "run" / "report.json").read_bytes()
+    longer = replace(first, updates=2, resume="force")
+    Trainer(longer).train()
+    (tmp_path / "run" / "report.json").write_bytes(stale)
+    assert Trainer(longer).train()["updates"] == 2
