@@ -40,6 +40,7 @@ class Saved:
     """A run that has everything: AdamW, an average, a snapshot, a bank, rollouts between two passes."""
 
     def __init__(self, run: Path, make_policy: Build) -> None:
+        run.mkdir()
         self.run = run
         self.policy, self.optimizer = start(make_policy)
         self.teachers = [Teacher(weights, self.policy) for weights in (Ema(0.5), Snapshot(1))]
