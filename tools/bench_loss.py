@@ -1,13 +1,18 @@
 """Time and peak memory of the loss at autoregressive sites, beside the naive form, TRL's and Liger's chunked ones.
 
-    python -m tools.bench_loss [--vocabulary 151936] [--rows 2] [--prompt 128] [--tokens 128] [--loss jsd|reverse_kl]
+    python -m tools.bench_loss [--vocabulary 151936] [--rows 2] [--prompt 128] [--tokens 128] [--width 128]
+    python -m tools.bench_loss --loss jsd|reverse_kl|grpo
     python -m tools.bench_loss --rows 32 --tokens 256 --only ours                # 8,192 sites
     python -m tools.bench_loss --rows 1 --prompt 16 --tokens 16 --repeats 1     # seconds
 
 All forms start from the same hidden states and output heads and end with the gradient of both, each in a process of its
 own. ``ours`` is `objective.grade`, ``bare`` the same formula at the sites without what is logged about them, ``naive``
-the logits of whole sequences in float32. Printed: core seconds (median of the repeats), peak memory above weights and
-their gradient (every allocation counted), ratios to ours, and how far loss and gradient differ from ours.
+the formula on float32 logits of whole sequences. ``trl`` and ``liger`` run where they are installed: TRL's
+`ChunkedDivergenceFunction` (of its DistillationTrainer) and, for the surrogate of GRPO without a reference, its
+`ChunkedLogProbFunction` (of its GRPOTrainer), both at the sites alone, as TRL does on GPUs. Values of ``grpo`` differ,
+for ours is the factor times the likelihood, whose gradient is that of the surrogate. Printed: core seconds (median of
+the repeats), peak memory above weights and their gradient (every allocation counted), ratios to ours, and how far loss
+and gradient differ from ours.
 """
 
 import argparse
@@ -19,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,14 +34,16 @@ from torch.nn.functional import linear
 
 from dllm_sd.canvases import AllMasked
 from dllm_sd.losses.chunks import Spoken
-from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL
+from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL, TokenNLL
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.targets import Sampled
+from dllm_sd.losses.trust import GroupAdvantage
 from dllm_sd.method import Method
 from dllm_sd.objective import Plan, grade, plan_update
 from dllm_sd.policies.policy import View
 from dllm_sd.policies.site_head import Head, Read
-from dllm_sd.policies.weights import Live
-from dllm_sd.rollouts import All, Rollout, Rollouts
+from dllm_sd.policies.weights import Base
+from dllm_sd.rollouts import All, PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.trajectory import Trajectory
@@ -57,7 +64,37 @@ class Case:
     """bool ``[n p+l]``."""
     method: Method
     plan: Plan
-    beta: float
+    beta: float | None
+    """Of the divergence; None for GRPO."""
+
+    @property
+    def advantage(self) -> Tensor:
+        """``[m]``."""
+        return self.plan.rollout_weight.float().repeat_interleave(self.tokens.shape[1])
+
+
+BETAS = {"jsd": 0.5, "reverse_kl": 1.0, "grpo": None}
+DIVERGENCE = Method(
+    gate=All(),
+    canvases=AllMasked(prompt_mask_ratio=0.0),
+    contexts=(Nothing(),),
+    teacher=(Base(),),
+    sites=AllMaskedSites(),
+    divergence=ReverseKL(),
+)
+METHODS = {
+    "jsd": replace(DIVERGENCE, divergence=GeneralisedJSD(beta=0.5)),
+    "reverse_kl": DIVERGENCE,
+    "grpo": replace(
+        DIVERGENCE,
+        rollout=PassAtK(keep="all", until_solved=False),
+        contexts=(),
+        teacher=(),
+        target=Sampled(),
+        divergence=TokenNLL(),
+        trust=GroupAdvantage(),
+    ),
+}
 
 
 def case(options: argparse.Namespace) -> Case:
@@ -79,19 +116,11 @@ def case(options: argparse.Namespace) -> Case:
         causal=True,
     )
     kept = [
-        Rollout(Problem(str(i), {}), 0, "", Grade(True, 1.0, None), trajectory.select(torch.tensor([i])))
+        Rollout(Problem("0", {}), i, "", Grade(i % 2 == 0, 1.0 - i % 2, None), trajectory.select(torch.tensor([i])))
         for i in range(n)
     ]
-    beta = 0.5 if options.loss == "jsd" else 1.0
-    method = Method(
-        gate=All(),
-        canvases=AllMasked(prompt_mask_ratio=0.0),
-        contexts=(Nothing(),),
-        teacher=(Live(),),
-        sites=AllMaskedSites(),
-        divergence=GeneralisedJSD(beta=beta) if options.loss == "jsd" else ReverseKL(),
-    )
     rollouts = Rollouts(tuple(kept), {"rejected": 0.0})
+    method = METHODS[options.loss]
     plan = plan_update(method, rollouts, rollouts.keys(0, 0))
     assert plan is not None
     states = [torch.randn(n, p + length, h, device=device, dtype=dtype) for _ in range(2)]
@@ -99,7 +128,9 @@ def case(options: argparse.Namespace) -> Case:
     sites = torch.zeros((n, p + length), dtype=torch.bool, device=device)
     sites[:, p:] = True
     student, head = states[0].requires_grad_(), Parameter(heads[0])
-    return Case(student, head, states[1], heads[1], tokens.to(device), sites, method, plan.to(device), beta)
+    return Case(
+        student, head, states[1], heads[1], tokens.to(device), sites, method, plan.to(device), BETAS[options.loss]
+    )
 
 
 def ours(x: Case) -> Tensor:
@@ -111,7 +142,7 @@ def ours(x: Case) -> Tensor:
     def teacher(view: View) -> Spoken:
         return Spoken(x.teacher[view.sites], lambda hidden: linear(hidden, x.teacher_head))
 
-    return grade(x.method, x.plan, student, [teacher]).loss
+    return grade(x.method, x.plan, student, [teacher] * len(x.method.contexts)).loss
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -124,8 +155,20 @@ def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return entries.sum(-1)
 
 
+def surrogate(logp: Tensor, advantage: Tensor) -> Tensor:
+    """Mean of GRPO's over the tokens, on-policy, so that no clip acts."""
+    return -((logp - logp.detach()).exp() * advantage).mean()
+
+
+def likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """``[... v], [...] -> [...]``, in float32."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
 def bare(x: Case) -> Tensor:
     """The formula at the sites, and nothing beside it."""
+    if x.beta is None:
+        return surrogate(likelihood(linear(x.student[x.sites], x.head), x.tokens.flatten()), x.advantage)
     with torch.no_grad():
         target = linear(x.teacher[x.sites], x.teacher_head)
     return divergence(linear(x.student[x.sites], x.head), target, x.beta).mean()
@@ -133,13 +176,23 @@ def bare(x: Case) -> Tensor:
 
 def naive(x: Case) -> Tensor:
     """Whole sequences in float32, prompt included, then the sites."""
+    if x.beta is None:
+        whole = torch.zeros_like(x.sites, dtype=torch.int64).masked_scatter(x.sites, x.tokens)
+        return surrogate(likelihood(linear(x.student, x.head), whole)[x.sites], x.advantage)
     with torch.no_grad():
         target = linear(x.teacher, x.teacher_head)
     return divergence(linear(x.student, x.head), target, x.beta)[x.sites].mean()
 
 
 def trl(x: Case) -> Tensor:
-    """TRL's chunked divergence."""
+    """TRL's chunked divergence, or likelihood."""
+    if x.beta is None:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as SIZE  # pyright: ignore[reportMissingImports]
+
+        options = (x.tokens.flatten(), 1.0, SIZE, None, 1.0, ("entropy",))
+        logp, *_ = ChunkedLogProbFunction.apply(x.student[x.sites], x.head, None, *options)
+        return surrogate(logp, x.advantage)
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
 
     states = (x.student[x.sites], x.head, None, x.teacher[x.sites], x.teacher_head, None)
@@ -151,6 +204,8 @@ def liger(x: Case) -> Tensor:
     """Liger's chunked JSD (its soft loss alone, not compiled)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
+    if x.beta is None:
+        raise NotImplementedError("Liger's GRPO loss is not compared")
     loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=x.beta, compiled=x.student.is_cuda)
     return loss(x.student[x.sites], x.head, x.teacher[x.sites], x.teacher_head, x.tokens.flatten())
 
@@ -215,7 +270,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--loss", choices=("jsd", "reverse_kl"), default="jsd")
+    parser.add_argument("--loss", choices=tuple(METHODS), default="jsd")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

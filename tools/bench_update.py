@@ -1,15 +1,16 @@
-"""Time and peak memory of one update of d-OPSD's loss, beside the published form that keeps logits of whole canvases.
+"""Time and peak memory of one update of d-OPSD's loss, beside two forms that keep logits of whole canvases.
 
     python -m tools.bench_update [--canvases 108] [--tokens 456] [--body 100m] [--batch 2048] [--naive-canvases 4]
 
 One rollout whose steps commit `--sites` tokens each; the teacher reads its later blocks, the divergence is the reverse
 KL over the whole vocabulary. ``ours`` is the path of the trainer: `plan_update`, `micro_batches`, `grade`, backward.
-``naive`` keeps the logits of student and teacher and their float32 softmax over whole canvases, as the published
-trainer does. ``body`` runs the same forwards and backward without the head: what a form needs beyond it and the head's
-gradient is due to logits. Each runs in a process of its own; ``naive`` on the first canvases only, since all do
-not fit. Printed: core seconds a canvas, peak memory of a micro-batch above weights and gradients (every allocation
-counted), the part of it that is due to logits, the share of time outside of forwards and backwards, and how far loss
-and gradient norm are from ours on the same canvases.
+``published`` keeps the raw logits of student and teacher over whole canvases and gathers the sites before the softmax,
+as d-OPSD's released trainer does; ``naive`` keeps their float32 softmax over whole canvases too. ``body`` runs the same
+forwards and backward without the head: what a form needs beyond it and the head's gradient is due to logits. Each runs
+in a process of its own; ``published`` and ``naive`` on the first canvases only, since all do not fit. Printed: core
+seconds a canvas, peak memory of a micro-batch above weights and gradients (every allocation counted), the part of it
+that is due to logits, the share of time outside of forwards and backwards, and how far loss and gradient norm are from
+ours on the same canvases.
 """
 
 import argparse
@@ -106,16 +107,23 @@ def views(plan: Plan) -> tuple[View, View]:
     return View(plan.canvases.ids, plan.canvases.mask, sites), View(reading.ids, reading.mask, sites)
 
 
-def naive(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
-    """Logits and softmax of whole canvases, then the sites."""
+def whole(gathered: bool, policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
+    """Logits of whole canvases; the sites are gathered before the softmax, or after it."""
     network, total = policy.module.network, torch.zeros(())
+
+    def logp(view: View) -> Tensor:
+        logits = network(input_ids=view.ids, use_cache=False).logits
+        kept.append(logits)
+        return (logits[view.sites] if gathered else logits).float().log_softmax(-1)
+
     for (index,) in micro_batches(plan, batch):
-        piece = plan.select(index)
+        piece, kept = plan.select(index), list[Tensor]()
         student, teacher = views(piece)
         with torch.no_grad():
-            target = network(input_ids=teacher.ids, use_cache=False).logits.float().log_softmax(-1)
-        logp = network(input_ids=student.ids, use_cache=False).logits.float().log_softmax(-1)
-        value = (logp.exp() * (logp - target)).sum(-1)[student.sites]
+            target = logp(teacher)
+        found = logp(student)
+        value = (found.exp() * (found - target)).sum(-1)
+        value = value if gathered else value[student.sites]
         loss = (value * piece.coefficient.repeat_interleave(piece.quota).float()).sum()
         loss.backward()
         total += loss.detach()
@@ -132,7 +140,9 @@ def bare(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock:
     return torch.zeros(())
 
 
-FORMS = {"ours": ours, "ours, same canvases": ours, "naive": naive, "body": bare}
+SAME = "ours, same canvases"
+OTHERS = {"published": partial(whole, True), "naive": partial(whole, False)}
+FORMS = {"ours": ours, SAME: ours, **OTHERS, "body": bare}
 
 
 def measure(form: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -199,14 +209,21 @@ def main() -> None:
             f"{x['gradient_norm']:>14.6e}",
             flush=True,
         )
-    if not {"ours, same canvases", "naive", "body"} <= found.keys():
+    if not {SAME, "body"} <= found.keys():
         return
-    mine, other, plain = (found[name] for name in ("ours, same canvases", "naive", "body"))
+    mine, plain = found[SAME], found["body"]
     head, least = (rows * options.vocabulary * 4 / 2**20 for rows in (BODIES[options.body].hidden_size, mine["sites"]))
-    due = [max(least, x["mib"] - plain["mib"] - head) for x in (other, mine)]
-    print(f"due to logits: {due[0]:.0f} and at most {due[1]:.0f} MiB, {due[0] / due[1]:.0f} x; ", end="")
-    gaps = [abs(other[name] / mine[name] - 1) for name in ("loss", "gradient_norm")]
-    print(f"time {other['seconds'] / mine['seconds']:.2f} x; differences: loss {gaps[0]:.1e}, norm {gaps[1]:.1e}")
+    own = max(least, mine["mib"] - plain["mib"] - head)
+    for name in OTHERS.keys() & found.keys():
+        other = found[name]
+        due = other["mib"] - plain["mib"] - head
+        gaps = [abs(other[key] / mine[key] - 1) for key in ("loss", "gradient_norm")]
+        print(
+            f"{name}: time {other['seconds'] / mine['seconds']:.2f} x, memory {other['mib'] / mine['mib']:.2f} x; ",
+            end="",
+        )
+        print(f"due to logits: {due:.0f} MiB, of ours at most {own:.0f}; ", end="")
+        print(f"differences: loss {gaps[0]:.1e}, norm {gaps[1]:.1e}")
 
 
 if __name__ == "__main__":
