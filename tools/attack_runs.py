@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from tools.attacks import configs, damage, kills, races, ranks, writes
-from tools.attacks.cases import CASES, writer
+from tools.attacks.cases import CASES, add_task, writer
 from tools.attacks.findings import Finding, keep, report
 
 KINDS = ("kills", "writes", "damage", "races", "configs", "ranks")
@@ -55,12 +55,12 @@ def attacks(kind: str, names: Sequence[str], points: int | None, folder: Path, u
 def quick(folder: Path, url: str) -> Iterator[Finding]:
     """A small sample of all kinds but ranks, on one run."""
     course = kills.follow(CASES["ema"], folder / "ema", url)
-    yield from kills.attack(course, 5)
+    yield from kills.attack(course, 4)
     yield from kills.check(course, 1)
     yield from writes.attack(course, 3)
     yield from races.attack(course, points=2, times=0)
-    yield from damage.attack(damage.stopped(course, "000002"), 5)
-    yield from configs.attack(folder, 6)
+    yield from damage.attack(damage.stopped(course, "000002"), 4)
+    yield from configs.attack(folder, 5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small sample of all kinds but ranks, in 20 s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="all findings, a JSON object a line")
     options = parser.parse_args(arguments)
+    add_task()
     folder, found, started = Path(mkdtemp(prefix="attacks")), list[Finding](), time.perf_counter()
     try:
         with writer() as url:

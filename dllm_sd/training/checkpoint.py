@@ -149,11 +149,11 @@ def _own(folder: Path) -> Path:
 
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the latest ``keep`` checkpoints and what interrupted writes left."""
-    for path in numbered_checkpoints(run)[:-keep]:
-        path.rename(path.with_name(f".{path.name}.partial"))  # what is removed by half is no checkpoint
     for pattern in (".*.partial", ".[0-9]*.old"):
         for path in (run / CHECKPOINTS).glob(pattern):
             _remove(path)
+    for path in numbered_checkpoints(run)[:-keep]:
+        _remove(path.rename(path.with_name(f".{path.name}.partial")))  # what is removed by half is no checkpoint
 
 
 def state_of(folder: Path) -> State:

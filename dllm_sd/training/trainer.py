@@ -37,6 +37,7 @@ from dllm_sd.training.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
     load_weights,
+    prune_checkpoints,
     restore_run,
     run_tensors,
     save_best,
@@ -134,6 +135,8 @@ class Trainer:
         self.log: MetricsLog | None = None
         with together():
             if self.main:
+                if self.resumed and self.finished:  # else the next save removes what a killed run did not come to
+                    prune_checkpoints(self.run, config.checkpoint.keep)
                 self.log = MetricsLog(self.run, done, config.log.tensorboard)
 
     @property

@@ -1,6 +1,10 @@
 """The attacks of `tools/attack_runs.py`: a small sample finds no fault, and what they look for they would find."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,28 @@ from tools.attacks.configs import all_hostile
 from tools.attacks.contents import contents, differences
 from tools.attacks.damage import BYTES, TEXTS, VALUES, damages
 from tools.attacks.findings import spread
+
+ROOT = Path(__file__).parents[2]
+WANTED = {"kills": 5, "writes": 4, "damage": 4, "races": 2, "configs": 5}
+"""Attacks of each kind in the sample."""
+
+
+def test_killed_starved_damaged_raced_and_misled_runs_lose_nothing_and_say_what_is_wrong(tmp_path: Path) -> None:
+    out = tmp_path / "findings.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.attack_runs", "--quick", "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    findings = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not [finding for finding in findings if finding["outcome"] == "FAULT"]
+    assert Counter(finding["kind"] for finding in findings) == WANTED
+    said = {finding["kind"] for finding in findings if finding["outcome"] == "sentence"}
+    assert said == {"writes", "damage", "races", "configs"}
 
 
 @pytest.fixture
@@ -35,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
         ("report.json", '{"accuracy": 0.5, "before": {}}', ["report.json differs at .before.n: None, not 4"]),
         ("model.safetensors", "12345679", ["model.safetensors differs"]),
         ("checkpoints/.000001.partial", "", ["left over checkpoints/.000001.partial"]),
-        ("run.lock", "", []),
+        (".lock", "", []),
     ],
 )
 def test_folders_differ_in_all_but_times_and_locks(folder: Path, name: str, content: str, words: list[str]) -> None:

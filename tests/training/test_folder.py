@@ -393,3 +393,13 @@ def test_a_run_killed_before_its_second_report_does_not_show_the_first(tmp_path:
     Trainer(longer).train()
     (tmp_path / "run" / "report.json").write_bytes(stale)
     assert Trainer(longer).train()["updates"] == 2
+
+
+def test_what_a_killed_run_did_not_come_to_remove_is_removed_by_the_next(tmp_path: Path) -> None:
+    settings = build_config({**TINY, "run": str(tmp_path / "run"), "checkpoint": {"keep": 1}})
+    Trainer(settings).train()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("000000", ".000000.partial", ".000001.old"):
+        shutil.copytree(checkpoints / "000001", checkpoints / name)
+    Trainer(settings).train()
+    assert [path.name for path in checkpoints.iterdir()] == ["000001"]

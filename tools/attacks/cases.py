@@ -31,7 +31,9 @@ class Coin(Sudoku):
         return Grade(correct, 1.0 if correct else 0.25 * (len(completion) % 3), completion[-2:] or None)
 
 
-TASKS.setdefault("coin", Coin)
+def add_task() -> None:
+    """Make the task known to this program."""
+    TASKS["coin"] = Coin
 
 
 @dataclass(frozen=True)

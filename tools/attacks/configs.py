@@ -189,8 +189,6 @@ CONFIGS: dict[str, bytes] = {
     "a million keys": b"task: {" + b",".join(b"k%d: 1" % i for i in range(60_000)) + b"}\n",
 }
 """Contents of a config, all to be refused."""
-UNREAD = ("NUL in run", "long run")
-"""Those that `show` may accept: it looks at no run."""
 
 SMALL = ("eval.final_problems=2", "decode.length=8")
 COMMANDS: dict[str, Words] = {

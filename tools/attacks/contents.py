@@ -9,8 +9,9 @@ import yaml
 
 PASSING = ("time/", "seconds", "writers/cached", "occupancy", "files")
 """Keys that may differ: how long it took, what was on the disk already, and checksums of files that hold such keys."""
-UNSEEN = ("tb", "host.lock", "run.lock", ".lock")
-"""Names that are not compared: pictures for people, and locks."""
+UNSEEN = ("tb", ".lock")
+"""Names that are not compared: pictures for people, and locks. Nor are texts that were being kept: several runs may
+share them, so that none removes what another may be writing."""
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def contents(folder: Path) -> dict[str, Any]:
 def _contents(root: Path, folder: Path) -> Iterator[tuple[str, Any]]:
     for path in sorted(folder.iterdir()):
         name = str(path.relative_to(root))
-        if path.name in UNSEEN or path.name.endswith(".lock"):
+        if path.name in UNSEEN or ("written" in path.parts and path.name.startswith(".")):
             continue
         if path.is_symlink():
             yield name, f"link to {path.readlink()}"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tools.attacks.cases import CASES, CONFIG
+from tools.attacks.cases import CASES, CONFIG, add_task
 from tools.attacks.contents import contents, differences
 from tools.attacks.findings import Finding, spread
 from tools.attacks.watch import Operation, Watch
@@ -81,6 +81,7 @@ def main() -> int:
         if operation.number == number:
             os.kill(int((pids / os.environ[VICTIM]).read_text()), signal.SIGKILL)
 
+    add_task()
     if rank == "0":
         Watch(Path.cwd(), stop)
     status = child.command(sys.argv[1:])()
