@@ -209,7 +209,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rollouts(
     for name, value in trainer.policy.module.state_dict().items():
         assert torch.equal(value, before[name]), name
     written = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
-    assert written["sites"][0].keys() == {"problem", "attempt", "step", "position", "loss"}
+    assert written["sites"][0].keys() == {"problem", "occurrence", "attempt", "step", "position", "loss"}
 
 
 @pytest.mark.parametrize("method", [TREE["method"], {"name": "d_opsd_reference", "rollout": {"passes": 3}}])
