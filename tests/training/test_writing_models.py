@@ -18,6 +18,7 @@ from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.writing import Writing
+from dllm_sd.training.checkpoint import State, save_best
 from dllm_sd.training.scribe import Scribe
 from dllm_sd.writers import Cache, Request, Sampling
 from tests.training.several import Processes, gathering, move
@@ -294,8 +295,7 @@ def test_an_adapter_that_would_count_otherwise_than_where_it_was_made_is_refused
     if form == "exported":
         maker.module.model.save_pretrained(folder)
     else:
-        folder.mkdir(parents=True)
-        save_file({name: value.detach() for name, value in trained(maker).items()}, folder / "model.safetensors")
+        save_best(tmp_path, trained(maker), State())
         (tmp_path / "config.yaml").write_text(f"model: {{lora: {{rank: {other['rank']}, alpha: {other['alpha']}}}}}")
     for use in (
         lambda: make_policy(lora=Lora(rank=2, alpha=8, start=str(folder))),
@@ -311,7 +311,7 @@ def test_an_adapter_that_would_count_otherwise_than_where_it_was_made_is_refused
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ("{", "does not say an adapter's r and lora_alpha"),
+        ("{", "adapter_config.json is not JSON"),
         ('{"r": 2}', "does not say an adapter's r and lora_alpha"),
         ('{"r": 2, "lora_alpha": 8, "use_rslora": true}', "sets use_rslora, under which adapters count otherwise"),
         ('{"r": 2, "lora_alpha": 8, "alpha_pattern": {"q_proj": 4}}', "sets alpha_pattern, under which adapters"),
@@ -328,8 +328,6 @@ def test_an_adapter_whose_settings_leave_open_how_it_counts_is_refused(make_poli
 @pytest.mark.parametrize("text", ["[", "[1]", "model: {lora: null}", "else: 1"])
 def test_a_file_beside_a_checkpoint_that_is_no_config_of_a_run_with_adapters_says_nothing(make_policy, tmp_path, text):
     policy = make_policy(**LORA)
-    folder = tmp_path / "checkpoints" / "best"
-    folder.mkdir(parents=True)
-    save_file({name: value.detach() for name, value in trained(policy).items()}, folder / "model.safetensors")
+    save_best(tmp_path, trained(policy), State())
     (tmp_path / "config.yaml").write_text(text)
-    assert Peer(str(folder)).read(policy).keys() == trained(policy).keys()
+    assert Peer(str(tmp_path / "checkpoints" / "best")).read(policy).keys() == trained(policy).keys()
