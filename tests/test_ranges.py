@@ -127,7 +127,10 @@ def test_every_number_of_the_package_declares_its_range():
     assert [place.owner.__name__ for place in own if not issubclass(place.owner, Ranged)] == []
 
 
-@pytest.mark.parametrize("owner", sorted({place.owner for place in PLACES}, key=lambda owner: owner.__name__))
+OWNERS: list[type] = sorted({place.owner for place in PLACES}, key=lambda owner: owner.__name__)
+
+
+@pytest.mark.parametrize("owner", OWNERS)
 def test_numbers_outside_their_range_are_refused_under_their_full_key(owner: type):
     for place in {place.key: place for place in PLACES if place.owner is owner}.values():
         declared = place.declared or Range()
