@@ -17,7 +17,7 @@ from dllm_sd.reading import read_whole
 
 LONGEST = 2**20
 """Bytes of a file."""
-MOST = 100_000
+MOST = 30_000
 """Keys and values of a document, with a copy for every alias."""
 LARGEST = 2**22
 """Characters of them."""

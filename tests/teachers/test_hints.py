@@ -123,7 +123,7 @@ def test_an_attempt_succeeds_from_the_score_that_is_asked_for(group):
     assert first(Sibling(at_least=0.5).ask(Occasion(attempts[0], attempts, TASK, KEY))).text == "text 1"
     assert first(Sibling(at_least=0.45).ask(Occasion(attempts[1], attempts, TASK, KEY))).text == "text 2"
     assert first(Sibling(at_least=0.4).ask(Occasion(attempts[1], attempts, TASK, KEY))).text == "text 0"
-    assert Sibling(at_least=1.5).ask(Occasion(attempts[0], attempts, TASK, KEY)) is None
+    assert Sibling(at_least=0.6).ask(Occasion(attempts[3], attempts, TASK, KEY)) is None
 
 
 def test_a_random_success_is_one_for_the_whole_problem_and_depends_on_its_key(group):
