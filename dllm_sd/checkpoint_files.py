@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError, on_one_line, os_reason
 from dllm_sd.typed_json import build, parse_json
 
 CHECKPOINTS, WEIGHTS, STATE = "checkpoints", "model.safetensors", "state.json"
@@ -126,7 +126,7 @@ def _plain(file: Path) -> Path:
 def damaged(file: Path, why: BaseException | str) -> InputError:
     """The refusal of a file of a checkpoint, which says what can be done."""
     if isinstance(why, OSError):
-        why = why.strerror or type(why).__name__
+        why = os_reason(why)
     words = why if isinstance(why, str) else on_one_line(why)
     return InputError(f"checkpoint {file} is missing or damaged ({words:.200}); {remedy(file.parent)}")
 

@@ -36,6 +36,11 @@ def on_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def os_reason(error: OSError) -> str:
+    """What the system says of an error, without the name of the file."""
+    return error.strerror or type(error).__name__
+
+
 def in_short(message: str) -> str:
     """``message`` on one line, with long quotations, long words and an endless middle cut out."""
     message = _CONTROL.sub(" ", message)

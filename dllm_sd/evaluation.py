@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dllm_sd.config import Config
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError
 from dllm_sd.estimates import wilson_interval
-from dllm_sd.files import write_file
+from dllm_sd.files import writable, write_file
 from dllm_sd.generations import measures, summarise
 from dllm_sd.locking import FolderLock
 from dllm_sd.policies.decoding import Decoding, Meter
@@ -220,7 +220,7 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
 
 def _claim(folder: Path, lock: FolderLock, settings: Mapping[str, Any]) -> None:
     """Take an evaluation folder, and remove what it holds of an evaluation with other settings."""
-    try:
+    with writable(repr(str(folder)), "give another --out"):
         lock.acquire()
         try:
             _refuse_others(folder)
@@ -228,11 +228,6 @@ def _claim(folder: Path, lock: FolderLock, settings: Mapping[str, Any]) -> None:
         except BaseException:
             lock.release()
             raise
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
-        reason = (isinstance(error, OSError) and error.strerror) or on_one_line(error)
-        raise InputError(f"cannot write to {str(folder)!r}: {reason}; give another --out") from error
 
 
 def _refuse_others(folder: Path) -> None:

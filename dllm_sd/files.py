@@ -1,13 +1,14 @@
-"""The one way to write a file: it appears whole or not at all, and never through a symbolic link."""
+"""Files and their names. A file is written whole or not at all, and never through a symbolic link."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated
 from uuid import uuid4
 
-from dllm_sd.errors import InputError, shown
+from dllm_sd.errors import InputError, on_one_line, shown
 
 PLACE = "a path"
 Place = Annotated[str, PLACE]
@@ -49,6 +50,30 @@ def replacing(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a symbolic link and not what it names; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable(folder: str, remedy: str) -> Iterator[None]:
+    """Inside, the folder that the user named is made ready: what the system refuses is the user's to correct.
+
+    Raises:
+        InputError: naming the ``folder``, as in ``run folder 'runs/x'``, and the ``remedy``.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
+        words = (isinstance(error, OSError) and error.strerror) or on_one_line(error)
+        raise InputError(f"cannot write to {folder}: {words}; {remedy}") from error
 
 
 def at_home(name: str, key: str) -> str:

@@ -40,9 +40,10 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, Rollout, Score, gather
-from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import Sources, inform
+from tests.stub_task import StubTask
 
 SLOTS: dict[str, list[Any]] = {
     "rollout": [
@@ -87,23 +88,6 @@ WEIGHTS: list[Any] = [Live(), Base(), Base(), Ema(0.5), Ema(0.0), Snapshot(1), S
 TASK_PROBLEMS = [Prompted(Problem(f"p{i}", {}), tuple(range(4, 6 + i))) for i in range(4)]
 
 
-class Judge:
-    """Judges by the last character, so that a random policy is right half of the time."""
-
-    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
-        return [{"role": "user", "content": f"{problem.id[1:]}+1=" if question else "="}]
-
-    def grade(self, problem: Problem, completion: str) -> Grade:
-        correct = bool(completion) and ord(completion[-1]) % 2 == 0
-        return Grade(correct, float(correct), None)
-
-    def reference(self, problem: Problem) -> str:
-        return "12+3=15"
-
-    def final_answer(self, problem: Problem) -> str:
-        return "15"
-
-
 def drawn(seed: int) -> dict[str, Any]:
     """The parts of one method, all slots at random."""
     rng = random.Random(seed)
@@ -140,13 +124,13 @@ class Student:
 
     def _roll(self, rollout: Any) -> list[list[Rollout]]:
         decode = Decoding(length=16, block_length=4, tokens_per_step=1)
-        return rollout(self.policy, cast(Any, Judge()), TASK_PROBLEMS, decode, 0, 0)
+        return rollout(self.policy, cast(Any, StubTask()), TASK_PROBLEMS, decode, 0, 0)
 
     def update(self, method: Method) -> tuple[int, int, float]:
         """Rollouts kept, sites, and the largest number in the gradient of an update."""
         rollouts = gather(method.rollout, method.gate, self.rolled(method.rollout))
         sources = Sources(write=lambda *_: [], pairs=lambda *_: [])
-        rollouts = inform(rollouts, method.contexts, cast(Any, Judge()), self.policy, lambda *_: [], (0, 0), sources)
+        rollouts = inform(rollouts, method.contexts, cast(Any, StubTask()), self.policy, lambda *_: [], (0, 0), sources)
         plan = plan_update(method, rollouts, rollouts.keys(0, 0))
         if plan is None:
             return rollouts.size, 0, 0.0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm_sd.files import replacing, write_file
+from dllm_sd.files import remove, replacing, write_file
 
 
 def test_text_and_bytes_are_written_as_they_are(tmp_path: Path):
@@ -29,3 +29,17 @@ def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path)
     assert (tmp_path / "outside").read_text() == "precious"
     assert (tmp_path / "a").read_text() == "new"
     assert not (tmp_path / "a").is_symlink()
+
+
+def test_what_is_removed_is_a_file_a_folder_a_link_or_nothing(tmp_path: Path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inner").symlink_to(tmp_path / "kept")
+    (tmp_path / "file").write_text("x")
+    for name in ("link", "dead", "folder", "file", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "file").read_text() == "precious"

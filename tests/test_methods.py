@@ -35,10 +35,11 @@ from dllm_sd.policies.site_head import Read, ask
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, gather
 from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
-from dllm_sd.tasks.task import Grade, Problem
+from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import Sources, inform
 from dllm_sd.writers import Written
+from tests.stub_task import StubTask
 
 NAMES = pytest.mark.parametrize("name", METHODS)
 PAIRS = [(name, None) for name in METHODS]
@@ -60,23 +61,6 @@ def group(**parts: Any) -> Method:
 
 GROUP = PassAtK(keep="all", until_solved=False, attempts=4, temperature=1.0)
 PROMPTED = [Prompted(Problem(f"p{i}", {"rubric": ["1+2", "3"]}), tuple(range(4, 6 + i))) for i in range(4)]
-
-
-class StubTask:
-    """Judges by the last character, so that a random policy is right half of the time."""
-
-    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
-        return [{"role": "user", "content": f"{problem.id[1:]}+1=" if question else "="}]
-
-    def grade(self, problem: Problem, completion: str) -> Grade:
-        correct = bool(completion) and ord(completion[-1]) % 2 == 0
-        return Grade(correct, float(correct), None)
-
-    def reference(self, problem: Problem) -> str:
-        return "12+3=15"
-
-    def final_answer(self, problem: Problem) -> str:
-        return "15"
 
 
 def analyse(context: int, prompts: Sequence[Sequence[int]], reasoning: Any, keys: Sequence[int]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from transformers.utils.hub import cached_file
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, os_reason
 from dllm_sd.reading import LARGEST_FILE, parse_json, read_whole
 
 LARGEST_TOKENIZER = 2**28
@@ -124,8 +124,7 @@ def read_tree(file: Path, kinds: Mapping[str, Kind], largest: int | None = 2**53
     try:
         text = read_whole(file).decode("utf-8-sig")
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"{file} cannot be read ({reason}); {remedy}") from None
+        raise InputError(f"{file} cannot be read ({os_reason(error)}); {remedy}") from None
     except UnicodeDecodeError:
         raise InputError(f"{file} is not UTF-8 text; {remedy}") from None
     tree = parse_json(text, f"{file} is not JSON", remedy, explain=True, object_pairs_hook=_once)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, os_reason
 from dllm_sd.files import write_file
 from dllm_sd.reading import parse_json, read_whole
 
@@ -103,8 +103,7 @@ def read_bank(path: str | Path) -> Bank:
         tree = parse_json(text, f"{where} is not valid JSON", remedy, explain=True, parse_constant=_refuse_constant)
         json.dumps(tree, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"{where} cannot be read ({reason}); give the path of a readable file.") from None
+        raise InputError(f"{where} cannot be read ({os_reason(error)}); give the path of a readable file.") from None
     except UnicodeError:
         raise InputError(f"{where} is not UTF-8 text; save the file as UTF-8.") from None
     return build_bank(tree, where)
@@ -118,8 +117,7 @@ def write_bank(bank: Bank, path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"Skill bank {path} cannot be written ({reason}); give another path.") from None
+        raise InputError(f"Skill bank {path} cannot be written ({os_reason(error)}); give another path.") from None
 
 
 def build_bank(tree: Any, where: str) -> Bank:

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, BinaryIO, overload
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, os_reason
 from dllm_sd.randomness import make_key, permutation
 from dllm_sd.reading import bounded_lines, open_regular, parse_json
 from dllm_sd.tasks.task import Problem, Split
@@ -47,8 +47,7 @@ def read_rows(path: str, key: str) -> list[Row]:
             read = _csv_rows if path.lower().endswith(".csv") else _json_rows
             rows = list(read(file, where))
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"{where} cannot be read ({reason}); give the path of a readable file.") from None
+        raise InputError(f"{where} cannot be read ({os_reason(error)}); give the path of a readable file.") from None
     if not rows:
         raise InputError(f"{where} holds no problems; give a file with at least one.")
     return rows

@@ -6,7 +6,6 @@ if an update still has to use them. ``checkpoints/best/`` holds weights only. No
 
 import errno
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,7 +33,7 @@ from dllm_sd.checkpoint_files import (
     verify,
 )
 from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.files import write_file
+from dllm_sd.files import remove, write_file
 from dllm_sd.finite import find_broken
 from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import Teacher, placed_like, trained
@@ -81,7 +80,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
     """
     folder.parent.mkdir(exist_ok=True)  # in a run folder, which is not made again where it was removed
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-    _remove(partial)
+    remove(partial)
     partial.mkdir()
     for name, values in tensors.items():
         _write_tensors(partial / name, values)
@@ -89,11 +88,11 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
     write_file(partial / STATE, state_text(state, {name: checksum(partial / name) for name in tensors}))
     _flush(partial)
     if folder.exists() or folder.is_symlink():  # replacing `best`: the old one stays readable until the new one is
-        _remove(old)
+        remove(old)
         folder.rename(old)
     partial.rename(folder)
     _flush(folder.parent)
-    _remove(old)
+    remove(old)
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -102,13 +101,6 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
     except SafetensorError as error:
         raise OSError(errno.EIO, on_one_line(error), str(file)) from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
 
 
 def _flush(path: Path) -> None:
@@ -151,9 +143,9 @@ def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the latest ``keep`` checkpoints and what interrupted writes left."""
     for pattern in (".*.partial", ".[0-9]*.old"):
         for path in (run / CHECKPOINTS).glob(pattern):
-            _remove(path)
+            remove(path)
     for path in numbered_checkpoints(run)[:-keep]:
-        _remove(path.rename(path.with_name(f".{path.name}.partial")))  # what is removed by half is no checkpoint
+        remove(path.rename(path.with_name(f".{path.name}.partial")))  # what is removed by half is no checkpoint
 
 
 def state_of(folder: Path) -> State:

@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from dllm_sd.config import Config, to_tree, to_yaml
-from dllm_sd.errors import InputError, Stopped, on_one_line, shown
-from dllm_sd.files import write_file
+from dllm_sd.errors import InputError, Stopped, shown
+from dllm_sd.files import remove, writable, write_file
 from dllm_sd.locking import LOCK, FolderLock
 from dllm_sd.plain_yaml import read_yaml
 from dllm_sd.processes import on_main
@@ -73,9 +73,12 @@ class RunFolder:
             raise
         on_main(lambda: _settle(self.run))
 
+    def _writable(self) -> AbstractContextManager[None]:
+        return writable(f"run folder {str(self.run)!r}", "give another run=...")
+
     def _claim(self) -> None:
         run = self.run
-        with _writable(self.run):
+        with self._writable():
             if run.exists() and not run.is_dir():
                 raise InputError(f"run {str(run)!r} is a file; name a folder")
             self._lock.acquire()
@@ -105,7 +108,7 @@ class RunFolder:
 
     def _begin(self) -> None:
         run = self.run
-        with _writable(run):
+        with self._writable():
             before: dict[str, bytes | None] = {name: None for name in CONTENTS if (run / name).exists()}
             self._before = before
             if CONFIG in before:
@@ -123,7 +126,7 @@ class RunFolder:
         former = self.run / FORMER
         for name in CONTENTS:
             if name not in before or (former / name).exists():
-                _remove(self.run / name)
+                remove(self.run / name)
         if former.is_dir():
             _move_back(self.run, former)
         elif (content := before.get(CONFIG)) is not None:
@@ -165,17 +168,6 @@ def _alike(value: Any, model: Any) -> bool:
     if isinstance(model, list):
         return isinstance(value, list) and len(value) == len(model) and all(map(_alike, value, model))
     return type(value) is type(model)
-
-
-@contextmanager
-def _writable(run: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
-        reason = (isinstance(error, OSError) and error.strerror) or on_one_line(error)
-        raise InputError(f"cannot write to run folder {str(run)!r}: {reason}; give another run=...") from error
 
 
 def _refuse_strange(run: Path) -> None:
@@ -227,10 +219,6 @@ def _move_back(run: Path, former: Path) -> None:
     for path in former.iterdir():
         path.rename(run / path.name)
     former.rmdir()
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str | None:
