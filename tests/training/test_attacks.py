@@ -18,7 +18,7 @@ from tools.attacks.damage import BYTES, TEXTS, VALUES, damages
 from tools.attacks.findings import spread
 
 ROOT = Path(__file__).parents[2]
-WANTED = {"kills": 5, "writes": 4, "damage": 4, "races": 2, "configs": 5}
+WANTED = {"kills": 5, "writes": 6, "damage": 4, "races": 2, "configs": 5}
 """Attacks of each kind in the sample."""
 
 

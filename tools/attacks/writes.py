@@ -57,22 +57,20 @@ def _lost(saved: Sequence[str], left: Sequence[str]) -> list[str]:
 
 
 def attack(course: Course, points: int | None = None) -> Iterator[Finding]:
-    """Let each operation fail in one of the ways, in turn."""
+    """Let each operation fail in one of the ways, in turn; then let each file that is written not fit."""
     wanted = contents(course.state(len(course.operations)))
     for place, number in enumerate(spread(len(course.operations), points)):
-        label = course.operations[number]
-        fault = [*FAULTS][place % len(FAULTS)]
-        yield _fail(course, number, fault, 0, wanted)
-        size = _half(course, number)
-        if size is not None and label.split()[1] in ("open", "attacks.save_file"):
-            yield _fail(course, number, HALF, size, wanted)
+        yield _fail(course, number, [*FAULTS][place % len(FAULTS)], 0, wanted)
+    halves = [(number, size) for number in range(len(course.operations)) if (size := _half(course, number)) is not None]
+    for place in spread(len(halves), points):
+        yield _fail(course, halves[place][0], HALF, halves[place][1], wanted)
 
 
 def _half(course: Course, number: int) -> int | None:
     """Bytes up to the middle of what an operation writes; None where it writes nothing that stays."""
-    name = course.operations[number].split(maxsplit=2)[2]
+    _, event, name = course.operations[number].split(maxsplit=2)
     old, new = course.state(number) / name, course.state(number + 1) / name
-    if not new.is_file():
+    if event not in ("open", "attacks.save_file") or not new.is_file():
         return None
     before = old.stat().st_size if old.is_file() else 0
     grown = new.stat().st_size - before
