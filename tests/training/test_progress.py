@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,6 +21,14 @@ def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals):
         assert interrupt.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def _hangups_count() -> Iterator[None]:
+    """A test run under ``nohup`` ignores SIGHUP, and its processes with it."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
 
 
 def test_a_closed_terminal_asks_however_often_it_says_so():
