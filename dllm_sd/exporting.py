@@ -289,5 +289,5 @@ def _write_tokenizer(policy: AnyPolicy, folder: Path) -> None:
         return
     tokenizer = copy(policy.chat.tokenizer)
     if policy.chat.template is not None:
-        tokenizer.chat_template = policy.chat.template
+        tokenizer.chat_template = policy.chat.written_by
     tokenizer.save_pretrained(folder)

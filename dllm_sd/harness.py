@@ -56,7 +56,7 @@ class HarnessModel(_LM):
         max_batch_size: int | None = None,
         mc_samples: int = 128,
         check_greedy: bool = True,
-        add_bos_token: bool = False,
+        add_bos_token: bool | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -71,7 +71,8 @@ class HarnessModel(_LM):
             max_batch_size: without effect; the harness passes it on.
             mc_samples: masks drawn for a likelihood (`log_likelihoods`).
             check_greedy: whether to find out ``is_greedy`` (`written_greedily`); otherwise it is false.
-            add_bos_token: put the BOS token before texts that do not begin with it.
+            add_bos_token: put the BOS token before texts that do not begin with it; None does so where the tokenizer
+                itself begins texts with one.
             seed: of all random numbers, which are keyed by the texts and, in generation, the number of times that the
                 same prompt came before.
             **options: keys of `decode` (`Decoding`) and of `model` (`Model`, whose own block length is
@@ -166,15 +167,14 @@ class HarnessModel(_LM):
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the policy's own renderer writes it; an answer begun by the task is left open."""
-        if add_generation_prompt or chat_history[-1]["role"] != "assistant":
-            return self._chat.render(chat_history, add_generation_prompt)
-        return self._chat.render(chat_history[:-1]) + chat_history[-1]["content"]
+        begun = not add_generation_prompt and chat_history[-1]["role"] == "assistant"
+        return self._chat.render(chat_history, add_generation_prompt, continued=begun)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template, for the harness's records."""
         if isinstance(chat_template, str):
             raise InputError("--apply_chat_template takes no name here; give a template as the model arg chat_template")
-        return str(self._chat.template or self._chat.tokenizer.chat_template or "")
+        return self._chat.written_by or ""
 
     @property
     def tokenizer_name(self) -> str:
@@ -230,8 +230,15 @@ class HarnessModel(_LM):
     def _prompt(self, text: str, room: int) -> list[int]:
         """Prompt tokens, the beginning left out where they and ``room`` more do not fit into the model."""
         tokens, first = self._tokens(text), self._chat.tokenizer.bos_token_id
-        if self.add_bos_token and first is not None and tokens[:1] != [first]:
-            tokens = [first, *tokens]
+        opening = (
+            self._chat.opening
+            if self.add_bos_token is None
+            else [first]
+            if self.add_bos_token and first is not None
+            else []
+        )
+        if tokens[: len(opening)] != opening:
+            tokens = [*opening, *tokens]
         if not tokens and self.policy.module.shift:
             raise InputError("this model reads a token's logits off the one before it; set the model arg add_bos_token")
         most = getattr(self.policy.module.model.config, "max_position_embeddings", None)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +18,13 @@ LARGEST_FILE = 2**26
 """Bytes of a file that is read as a whole."""
 DEEPEST = 100
 """Lists and objects of JSON, one within the other; what is deeper could be read, but neither copied nor written."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def lone_surrogate(text: str) -> str | None:
+    """Words for the first half of a surrogate pair in a text, None if there is none: it stands for no character."""
+    found = _SURROGATE.search(text)
+    return None if found is None else f"half a surrogate pair (\\u{ord(found[0]):04x})"
 
 
 def open_regular(path: Path) -> BinaryIO:

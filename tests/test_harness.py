@@ -147,7 +147,7 @@ def test_conversations_are_written_by_the_renderer_of_the_policy(make_policy):
     history = [{"role": "user", "content": "1+1"}]
     assert model.apply_chat_template(history) == model._chat.render(history) == "user:1+1\n>"
     begun = [*history, {"role": "assistant", "content": "2"}]
-    assert model.apply_chat_template(begun, add_generation_prompt=False) == "user:1+1\n>2"
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == "user:1+1\nassistant:2"
     assert model.chat_template(True) == ADVICE
     other = HarnessModel(policy=make_policy())
     assert model.tokenizer_name != other.tokenizer_name

@@ -1,7 +1,8 @@
 """What a model is before its weights are read: what the checkpoint's small files say, under the keys of `model`."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, cut, shown
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.families import CAUSAL, MARK, Family, recognise
 from dllm_sd.policies.model import Model, Shape
@@ -88,6 +89,8 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
     if not causal:
         config.is_causal = False
         setattr(config, MARK, {"family": family.name, "block_length": _block_length(model, family, written)})
+    if causal and isinstance(model.mask_token, str):
+        _known_id(model.mask_token, tokenizer, "model.mask_token", where)
     mask_id = None if causal else _mask_id(model, family, written, tokenizer, where)
     generation = _read_generation(model.path) if model.path else {}
     end_ids = _end_ids(model, family, [generation, written], tokenizer, where)
@@ -104,10 +107,10 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
         )
     chat = None
     if tokenizer is not None:
-        template, thinking = model.chat_template or family.template, model.thinking
-        if thinking is None and "enable_thinking" in str(template or tokenizer.chat_template):
-            thinking = family.thinking
-        chat = Chat(tokenizer, end_ids[0], template, thinking)
+        marks = end_ids if mask_id is None else (*end_ids, mask_id)
+        chat = Chat(tokenizer, end_ids[0], model.chat_template or family.template, model.thinking, marks)
+        if model.thinking is None and family.thinking is not None and chat.has_switch:
+            chat = replace(chat, thinking=family.thinking)
         chat.render([{"role": "user", "content": "?"}])  # a template that cannot do even this is refused now
     return Blueprint(
         model=model,
@@ -233,9 +236,7 @@ def _mask_id(model: Model, family: Family, written: Mapping[str, Any], tokenizer
     if isinstance(named, int):
         return named
     if named is not None:
-        if named not in known:
-            raise InputError(f"the tokenizer of {where} has no mask token {named!r}; name it in model.mask_token")
-        return known[named]
+        return _known_id(named, tokenizer, "model.mask_token", where)
     own = tokenizer.mask_token if tokenizer else None
     candidates = (written.get("mask_token_id"), known.get(family.mask_token), known.get(own), family.mask_id)
     found = next((mask_id for mask_id in candidates if isinstance(mask_id, int)), None)
@@ -250,9 +251,7 @@ def _end_ids(
     """The end of a turn first, then whatever the checkpoint calls an end."""
     known: dict[Any, int] = tokenizer.get_vocab() if tokenizer else {}
     if model.end_tokens is not None:
-        if unknown := [token for token in model.end_tokens if token not in known]:
-            raise InputError(f"the tokenizer of {where} has no token {unknown[0]!r}; mend model.end_tokens")
-        found: list[Any] = [known[token] for token in model.end_tokens]
+        found: list[Any] = [_known_id(token, tokenizer, "model.end_tokens", where) for token in model.end_tokens]
     elif marks := [mark for source in written if isinstance(mark := source.get(MARK), Mapping) and mark.get("end_ids")]:
         found = list(marks[0]["end_ids"])
     else:
@@ -270,6 +269,24 @@ def _end_ids(
             "or name it in model.end_tokens"
         )
     return ids
+
+
+def _known_id(token: str, tokenizer: Tokenizer | None, key: str, where: str) -> int:
+    """The id of a token that the user named.
+
+    Raises:
+        InputError: if the tokenizer does not have it, with the special tokens that are spelt most like it.
+    """
+    known: dict[Any, int] = tokenizer.get_vocab() if tokenizer else {}
+    if token in known:
+        return known[token]
+    special = [] if tokenizer is None else [str(added) for added in tokenizer.added_tokens_decoder.values()]
+    close = get_close_matches(cut(token), special, 4, 0.5) or special[:8]
+    if key == "model.mask_token":
+        there = f" with the special tokens {', '.join(close)}" if close else ""
+        raise InputError(f"the tokenizer of {where}{there} has no mask token {shown(token)}; name it in {key}")
+    there = f"; did you mean {', '.join(close)}?" if close else ""
+    raise InputError(f"the tokenizer of {where} has no token {shown(token)}; mend {key}{there}")
 
 
 def _check_rows(rows: int, mask_id: int | None, tokenizer: Tokenizer | None, where: str, grows: bool) -> None:

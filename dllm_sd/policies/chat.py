@@ -1,7 +1,8 @@
 """Text and tokens: the only renderer of chat templates, for students and teachers, in training and evaluation."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,13 +11,39 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dllm_sd.errors import InputError
 from dllm_sd.limits import TooLong, limited
-from dllm_sd.policies.small_files import brief
+from dllm_sd.policies.chat_templates import choose_template, find_switches
+from dllm_sd.policies.small_files import brief, is_whole
+from dllm_sd.reading import lone_surrogate
+from dllm_sd.tasks.conversations import content_of
 
 SECONDS = 5.0
 """Processor time that a template has for one conversation."""
 MEMORY = 2**27
 """Bytes that it may ask for."""
 _FAILED, _REMEDY = "the chat template", "mend it in the tokenizer's files, or set model.chat_template"
+_ROLES = ("bos", "eos", "pad", "mask", "unk", "cls", "sep")
+"""Tokens that a tokenizer names and that say nothing."""
+_TAG = re.compile(r"<(/?)([^<>/|]+)>")
+
+
+def _partner(tag: re.Match[str]) -> str:
+    """The closing tag of an opening one, and the other way round."""
+    return f"<{'' if tag[1] else '/'}{tag[2]}>"
+
+
+@contextmanager
+def _bounded(otherwise: str = "") -> Iterator[None]:
+    """Around a template, which is a program of somebody else: whatever it does is one sentence within seconds."""
+    try:
+        with limited(SECONDS, MEMORY):
+            yield
+    except TooLong:
+        raise InputError(f"chat_template: {_FAILED} takes more than {SECONDS:g} seconds; {_REMEDY}") from None
+    except MemoryError:
+        raise InputError(f"chat_template: {_FAILED} takes too much memory; {_REMEDY}") from None
+    except Exception as error:  # it can stumble over anything
+        remedy = f"{_REMEDY}{otherwise}"
+        raise InputError(f"the chat template cannot render the prompt: {brief(error)}; {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -27,62 +54,96 @@ class Chat:
     end_id: int
     """Token that ends the assistant's turn."""
     template: str | None = None
-    """Jinja chat template instead of the tokenizer's own; without either, contents are joined by blank lines."""
+    """Jinja chat template, or the name of one of the tokenizer's; None takes the tokenizer's own. Without any, contents
+    are joined by blank lines, behind the token that the tokenizer begins a text with."""
     thinking: bool | None = None
-    """Value of the template's thinking switch (`enable_thinking`); None leaves it to the template."""
+    """Value of the template's thinking switch (`chat_templates.SWITCHES`); None leaves it to the template."""
+    marks: tuple[int, ...] = ()
+    """Ids that are no text besides those that the tokenizer names: all end tokens, the mask."""
 
     def __post_init__(self) -> None:
+        choose_template(self.tokenizer.chat_template, self.template)
         if self.thinking is not None and not self.has_switch:
             raise InputError("model.thinking is set, but the chat template has no thinking switch; leave it out")
+
+    @cached_property
+    def written_by(self) -> str | None:
+        """The text of the template in force; None where there is none."""
+        return choose_template(self.tokenizer.chat_template, self.template)
+
+    @cached_property
+    def switches(self) -> tuple[str, ...]:
+        """The variables by which the template turns thinking on and off."""
+        if self.written_by is None:
+            return ()
+        with _bounded():
+            return find_switches(self.written_by)
 
     @property
     def has_switch(self) -> bool:
         """Whether the template can turn thinking on and off."""
-        return "enable_thinking" in (self._template or "")
-
-    @property
-    def _template(self) -> str | None:
-        own = self.tokenizer.chat_template
-        return self.template or (own if isinstance(own, str) else None)
+        return bool(self.switches)
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], open_turn: bool = True, thinking: bool | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        open_turn: bool = True,
+        thinking: bool | None = None,
+        *,
+        continued: bool = False,
     ) -> str:
-        """A conversation as text; ``open_turn`` adds what makes the assistant speak next.
+        """A conversation as text.
 
-        ``thinking`` is for this conversation, where it differs from the usual one.
+        Args:
+            messages: each with a ``role`` and a ``content`` (`conversations.content_of`).
+            open_turn: whether to add what makes the assistant speak next.
+            thinking: of this conversation, where it differs from the usual one.
+            continued: whether the last message is one that the assistant shall go on with, so that its turn is neither
+                ended nor opened anew; ``open_turn`` then means nothing.
 
         Raises:
-            InputError: if the template refuses the messages, fails, takes too long, or asks for too much memory.
+            InputError: if the template refuses the messages, fails, takes too long, or asks for too much memory, or a
+                content is no text.
         """
-        template = self._template
-        if template is None:
-            return "\n\n".join(message["content"] for message in messages)
+        spoken = [{**message, "content": content_of(message)} for message in messages]
+        if self.written_by is None:
+            return "\n\n".join(message["content"] for message in spoken)
         thinking = self.thinking if thinking is None else thinking
-        switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-        try:
-            with limited(SECONDS, MEMORY):
-                rendered = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=open_turn,
-                    **switch,
-                )
-        except TooLong:
-            raise InputError(f"chat_template: {_FAILED} takes more than {SECONDS:g} seconds; {_REMEDY}") from None
-        except MemoryError:
-            raise InputError(f"chat_template: {_FAILED} takes too much memory; {_REMEDY}") from None
-        except Exception as error:  # a template is a program, which can stumble over anything
-            raise InputError(f"the chat template cannot render the prompt: {brief(error)}; {_REMEDY}") from error
-        given = sum(len(message["content"]) for message in messages)
+        system = any(message.get("role") == "system" for message in spoken)
+        with _bounded(", or leave out the system message (task.system)" if system else ""):
+            rendered = self.tokenizer.apply_chat_template(
+                spoken,
+                chat_template=self.written_by,
+                tokenize=False,
+                add_generation_prompt=open_turn and not continued,
+                continue_final_message=continued,
+                **({} if thinking is None else dict.fromkeys(self.switches, thinking)),
+            )
+        given = sum(len(message["content"]) for message in spoken)
         if len(rendered) > 8 * given + 2**20:
             raise InputError(f"chat_template: {_FAILED} makes {len(rendered)} characters of {given}; {_REMEDY}")
         return str(rendered)
 
-    def encode(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> list[int]:
-        """Chat messages as prompt tokens, the assistant's turn opened."""
-        return self._tokens(self.render(messages, thinking=thinking))
+    def encode(self, messages: Sequence[Mapping[str, Any]], thinking: bool | None = None) -> list[int]:
+        """Chat messages as prompt tokens, the assistant's turn opened.
+
+        A template writes all special tokens itself. Without one they are those that the tokenizer puts before a text,
+        once; the end token that some put behind it would end the prompt, and is left out.
+        """
+        tokens = self._tokens(self.render(messages, thinking=thinking))
+        if self.written_by is not None or tokens[: len(self.opening)] == self.opening:
+            return tokens
+        return [*self.opening, *tokens]
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text, such as BOS."""
+        whole: Any = self.tokenizer("?")["input_ids"]
+        bare = self._tokens("?")
+        places = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+        if places:
+            return whole[: places[0]]
+        return [token for token in whole[:1] if token == self.tokenizer.bos_token_id]
 
     def encode_completion(self, text: str, ended: bool = True) -> list[int]:
         """A completion as tokens, with the token that ends the turn if it is ``ended``."""
@@ -101,15 +162,32 @@ class Chat:
         return tuple(sorted(breaks | marks | set(self.tokenizer.all_special_ids)))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Completion tokens as text, without special tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """Completion tokens as text: all but `silent_ids`, exactly as the tokens spell it."""
+        spoken = [token for token in tokens if token not in self.silent_ids]
+        return str(self.tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @cached_property
     def silent_ids(self) -> frozenset[int]:
-        """Ids of special tokens, which `text` leaves out."""
+        """Ids that `text` leaves out: padding, mask, unknown, begin and end tokens, and the marks of turns.
+
+        Other special tokens, such as ``<think>`` or ``<answer>``, are text that a grader wants to see.
+        """
+        named = (getattr(self.tokenizer, f"{role}_token_id", None) for role in _ROLES)
+        return frozenset({*filter(is_whole, named), self.end_id, *self.marks, *self._turn_marks()})
+
+    def _turn_marks(self) -> set[int]:
+        """Special tokens that the template writes around every message; tags that come in pairs are no such marks."""
+        if self.written_by is None:
+            return set()
         added = self.tokenizer.added_tokens_decoder
         special = {number for number, token in added.items() if token.special} | {*self.tokenizer.all_special_ids}
-        return frozenset(number for number in special if not self.text([number]))
+        words = self.tokenizer.get_vocab()
+        tags = {number for word, number in words.items() if (tag := _TAG.fullmatch(word)) and _partner(tag) in words}
+        asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
+        found = set(self._tokens(self.render([asked])))
+        with suppress(InputError):  # a template may refuse to write an answer, and then has no marks of its own for it
+            found |= set(self._tokens(self.render([asked, answered], open_turn=False)))
+        return found & special - tags
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
@@ -118,4 +196,6 @@ class Chat:
         return frozenset(words[word] for word in (f"<0x{byte:02X}>" for byte in range(256)) if word in words)
 
     def _tokens(self, text: str) -> list[int]:
+        if (half := lone_surrogate(text)) is not None:
+            raise InputError(f"a text holds {half}, which no tokenizer reads; correct the text that it comes from")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from dllm_sd.errors import InputError
 from dllm_sd.files import Place
+from dllm_sd.policies.chat_templates import read_template
 from dllm_sd.ranges import Count, Natural, Range, Ranged, Seed, ShareBelowOne, Size
 
 
@@ -72,9 +73,10 @@ class Model(Ranged, key="model"):
     block_length: Size | None = None
     """Positions of an attention block (block-causal checkpoints); None takes the checkpoint's."""
     chat_template: str | None = None
-    """Jinja text of a chat template instead of the checkpoint's."""
+    """A chat template instead of the checkpoint's: Jinja text, a file that holds it (`.jinja`, `.txt`, or `.json` with
+    the key `chat_template`; its text is what the run remembers), or the name of one of the tokenizer's templates."""
     thinking: bool | None = None
-    """The thinking switch of templates that have one; None takes the family's."""
+    """The thinking switch of templates that have one (`enable_thinking`, `thinking`, ...); None takes the family's."""
     random_init: bool = False
     """Random weights (seeded by `seed`) in the architecture of `path`, or of `shape` without a path."""
     shape: Shape = Shape()
@@ -89,6 +91,8 @@ class Model(Ranged, key="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.chat_template is not None:
+            object.__setattr__(self, "chat_template", read_template(self.chat_template))
         if self.quantization and not self.lora:
             raise InputError("model.quantization cannot be trained itself; set model.lora as well")
         if self.quantization and self.random_init:

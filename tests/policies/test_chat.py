@@ -14,10 +14,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils.logging import disable_progress_bar
 
 import dllm_sd
@@ -29,6 +38,7 @@ from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.families import LLADA_TEMPLATE
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.model import Model
+from dllm_sd.tasks.conversations import content_of
 
 ASSETS = Path(dllm_sd.__file__).parent / "assets"
 MESSAGES = [
@@ -183,6 +193,216 @@ def test_a_template_works_away_from_the_main_thread():
     made = Chat(tokenizer(PUBLISHED_LLADA), 5)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(made.render, MESSAGES).result() == made.render(MESSAGES)
+
+
+# Tokenizers of every kind, each compared with what transformers makes of the same conversation.
+BEGIN, CLOSED = "{{ bos_token }}", "{% if add_generation_prompt %}[assistant]{% endif %}"
+TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
+REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+PARTS = (
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+)
+TEMPLATES: dict[str, Any] = {
+    "none": None,
+    "begins": BEGIN + TURNS + CLOSED,
+    "does not begin": TURNS + CLOSED,
+    "default of several": {"tool_use": "{{ 'tools' }}", "default": BEGIN + TURNS + CLOSED},
+    "strips": TURNS.replace("m['content']", "m['content'] | trim") + CLOSED,
+    "strips the right": TURNS.replace("m['content']", "m['content'].rstrip()") + CLOSED,
+    "no system": REFUSES_SYSTEM + TURNS + CLOSED,
+    "has a system of its own": "[system]Answer in <answer>.</s>" + TURNS + CLOSED,
+    "generation": TURNS.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}") + CLOSED,
+    "reads parts": TURNS.replace("{{ m['content'] }}", PARTS) + CLOSED,
+    "opens thinking": BEGIN + TURNS + "{% if add_generation_prompt %}[assistant]<think>{% endif %}",
+}
+BEGINS = ("nothing", "bos", "bos and eos", "bos by key", "bos and eos by key", "bos by a key of the file")
+SPECIAL = ("<s>", "</s>", "<pad>", "<mask>", "[user]", "[assistant]", "[system]", "<answer>", "</answer>", "<think>")
+
+
+def made_tokenizer(begins: str, template: Any, folder: Path) -> Any:
+    """Bytes and special tokens; read from files, as that of a checkpoint."""
+    words = [*SPECIAL, "</think>", *sorted(ByteLevel.alphabet())]
+    core = Tokenizer(BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False, use_regex=False), ByteLevelDecoder()
+    core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words[: len(SPECIAL) + 1]])
+    ids = [("<s>", 0), ("</s>", 1)]
+    if begins in ("bos", "bos and eos"):
+        single = "<s> $A </s>" if "eos" in begins else "<s> $A"
+        core.post_processor = TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=ids)
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    keys = {"add_bos_token": True, "add_eos_token": "eos" in begins} if begins.endswith("by key") else {}
+    made = PreTrainedTokenizerFast(tokenizer_object=core, **named, **keys)
+    made.chat_template = template
+    made.save_pretrained(folder)
+    if keys:
+        return made
+    written = {"clean_up_tokenization_spaces": True}
+    written |= {"add_bos_token": True} if begins == "bos by a key of the file" else {}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | written))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "ab"}],
+    [{"role": "user", "content": " \n1 + 1 ?\t\u00e9\U0001f9ff\n "}],
+    [{"role": "user", "content": "<answer>4</answer> </s>[user]"}],
+    [{"role": "user", "content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}],
+    MESSAGES[:3],
+    MESSAGES,
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("begins", BEGINS)
+def test_prompts_are_the_tokens_that_transformers_makes(begins: str, template: str, tmp_path: Path):
+    theirs = made_tokenizer(begins, TEMPLATES[template], tmp_path)
+    ours = Chat(theirs, 1)
+    for conversation in CONVERSATIONS:
+        spoken = [{**m, "content": content_of(m)} for m in conversation]
+        given = conversation if template == "reads parts" else spoken
+        if template == "no system" and conversation[0]["role"] == "system":
+            with pytest.raises(InputError, match=r"no system role.*or leave out the system message \(task\.system\)$"):
+                ours.encode(conversation)
+            continue
+        if template == "none":
+            wanted = theirs("\n\n".join(m["content"] for m in spoken))["input_ids"]
+            if begins != "bos by a key of the file":  # which transformers may heed or not
+                assert (wanted[0] == 0) == ("bos" in begins)
+            if "eos" in begins:
+                assert wanted.pop() == 1  # it would end the prompt before it is answered
+        else:
+            wanted = theirs.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
+        assert ours.encode(conversation) == wanted
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name not in ("none", "opens thinking")])
+def test_an_answer_is_gone_on_with_as_transformers_does(template: str, tmp_path: Path):
+    theirs = made_tokenizer("bos", TEMPLATES[template], tmp_path)
+    for begun in ("It is", " It is\n", "<think>x</think>It is "):
+        conversation = [*MESSAGES[1:2], {"role": "assistant", "content": begun}]
+        wanted = theirs.apply_chat_template(conversation, tokenize=False, continue_final_message=True)
+        assert Chat(theirs, 1).render(conversation, continued=True) == wanted
+        assert wanted.rstrip().endswith("It is")
+
+
+@pytest.mark.parametrize("template", ["none", "begins", "opens thinking"])
+@pytest.mark.parametrize("begins", ["nothing", "bos and eos by key"])
+def test_a_completion_survives_its_tokens_but_for_turn_marks(begins: str, template: str, tmp_path: Path):
+    ours = Chat(made_tokenizer(begins, TEMPLATES[template], tmp_path), 1)
+    for text in ("2 , 2 ? it 's", "<think> a </think>\n<answer>4</answer>", "", " \u00e9\U0001f9ff\n"):
+        tokens = ours.encode_completion(text)
+        assert ours.text([0, *tokens, 2, 3, 1]) == text
+        assert "".join(ours.text([token]) for token in ours.encode_completion("<answer>4 .")) == "<answer>4 ."
+    marks = ours.encode_completion("[user][assistant]", ended=False)
+    assert ours.text(marks) == ("[user][assistant]" if template == "none" else "")
+    assert ours.silent_ids == {0, 1, 2, 3, *(marks if template != "none" else [])}
+
+
+def test_begin_is_not_doubled_where_the_text_begins_with_it(tmp_path: Path):
+    ours = Chat(made_tokenizer("bos", None, tmp_path), 1)
+    assert ours.encode([{"role": "user", "content": "<s>ab"}]) == ours.encode([{"role": "user", "content": "ab"}])
+    assert ours.encode([{"role": "user", "content": ""}]) == [0]
+
+
+def test_several_templates_without_a_default_want_a_name(tmp_path: Path):
+    theirs = made_tokenizer("bos", {"rag": "rag{{ bos_token }}", "plain": TURNS + CLOSED}, tmp_path)
+    with pytest.raises(InputError, match=r"no default; set model\.chat_template to one of plain, rag$"):
+        Chat(theirs, 1)
+    with pytest.raises(
+        InputError, match=r"^model\.chat_template is 'tools', .*templates of this tokenizer: plain, rag$"
+    ):
+        Chat(theirs, 1, template="tools")
+    assert Chat(theirs, 1, template="plain").render(MESSAGES[1:2]) == "[user]\n1 + 1?\n\n</s>[assistant]"
+    assert Chat(theirs, 1, template="rag").encode(MESSAGES) == theirs("rag<s>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(InputError, match="this tokenizer has no templates with names"):
+        Chat(tokenizer(), 5, template="rag")
+
+
+@pytest.mark.parametrize(
+    ("template", "switches"),
+    [
+        ("{% if enable_thinking is defined and not enable_thinking %}x{% endif %}", ("enable_thinking",)),
+        ("{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ thinking }}", ("thinking",)),
+        ("{%- set thinking = thinking | default(false) %}{{ thinking }}", ("thinking",)),
+        ("{% generation %}{{ thinking or enable_thinking }}{% endgeneration %}", ("enable_thinking", "thinking")),
+        ("{# enable_thinking #}{{ 'enable_thinking' }}enable_thinking", ()),
+        ("{% set enable_thinking = true %}{{ enable_thinking }}", ()),
+        ("{{ messages[0].thinking }}{% for m in messages if m.enable_thinking %}{% break %}{% endfor %}", ()),
+        ("{% macro f(thinking) %}{{ thinking }}{% endmacro %}{{ f(1) }}", ()),
+    ],
+)
+def test_a_thinking_switch_is_a_variable_that_the_template_reads(template: str, switches: tuple[str, ...]):
+    made = Chat(tokenizer(template), 5)
+    assert made.switches == switches
+    assert made.has_switch == bool(switches)
+    if not switches:
+        with pytest.raises(InputError, match="no thinking switch"):
+            Chat(tokenizer(template), 5, thinking=False)
+        return
+    for value in (True, False):
+        wanted = made.tokenizer.apply_chat_template(MESSAGES, tokenize=False, **dict.fromkeys(switches, value))
+        assert Chat(tokenizer(template), 5, thinking=value).render(MESSAGES, open_turn=False) == wanted
+        assert made.render(MESSAGES, open_turn=False, thinking=value) == wanted
+
+
+@pytest.mark.parametrize("content", [None, 7, {"text": "a"}, [], [{"type": "image"}], ["a"], [{"type": "text"}]])
+@pytest.mark.parametrize("template", [None, TURNS])
+def test_a_content_that_is_no_text_is_refused(template: str | None, content: Any):
+    with pytest.raises(InputError, match=r"^the content of a message \('user'\) must be text"):
+        Chat(tokenizer(template), 5).encode([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize("half", ["a\ud800b", "\udc00"])
+def test_half_a_surrogate_pair_is_refused_before_it_meets_the_tokenizer(half: str):
+    made = Chat(tokenizer(), 5)
+    for read in (made.encode_completion, lambda text: made.encode([{"role": "user", "content": text}])):
+        with pytest.raises(InputError, match=r"^a text holds half a surrogate pair \(.ud[8c]00\)"):
+            read(half)
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        Chat(tokenizer("{{ '\\ud800' }}"), 5).encode(MESSAGES)
+
+
+def test_a_template_is_read_from_the_file_that_the_key_names(tmp_path: Path):
+    for name, text in {"a.jinja": "\ufeff" + TURNS, "b": TURNS, "c.json": json.dumps({"chat_template": TURNS})}.items():
+        (tmp_path / name).write_text(text)
+        assert Model(path="tiny", chat_template=str(tmp_path / name)).chat_template == TURNS
+    assert Model(path="tiny", chat_template=TURNS).chat_template == TURNS
+
+
+@pytest.mark.parametrize(
+    ("given", "content", "says"),
+    [
+        ("no.jinja", None, "cannot be read (No such file"),
+        ("sub/no", None, "cannot be read (No such file"),
+        ("words.txt", "Answer the question.", "holds no chat template"),
+        ("words", "Answer {question}.", "holds no chat template"),
+        ("config.json", "{}", "holds no chat template"),
+        ("config.json", '{"chat_template": [1]}', "holds no chat template"),
+        ("config.json", "{", "is not valid JSON"),
+        ("bytes.jinja", "\xff", "is not UTF-8 text"),
+        (" ", None, "is empty"),
+        ("Answer {question}.", None, "is no template"),
+        ("default", None, "this tokenizer has no templates with names"),
+    ],
+)
+def test_a_template_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, content: str | None, says: str
+):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(given).write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"model\.chat_template") as caught:
+        read_blueprint(Model(path="tiny", chat_template=given))
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["tiny", "tiny_ar"])
+def test_a_token_that_the_tokenizer_does_not_have_is_refused_with_those_like_it(path: str):
+    with pytest.raises(InputError, match=r"<\|mask\|>.* has no mask token '<mask>'; name it in model\.mask_token$"):
+        read_blueprint(Model(path=path, mask_token="<mask>"))
+    with pytest.raises(InputError, match=r"no token 'end'; mend model\.end_tokens; did you mean <\|end\|>\?$"):
+        read_blueprint(Model(path=path, end_tokens=("<|end|>", "end")))
 
 
 # What follows reads the published tokenizers, which are too big to keep here.
