@@ -23,7 +23,8 @@ MEASURED = """## Measured
 
 Greedy accuracy in percent on 1,024 test puzzles (4x4 Sudoku) of the shipped tiny models, `tiny` and `tiny_ar`, by
 `tools/measure_methods.py`: the same updates, learning rate and schedule for all methods of a backbone, nothing tuned
-for one. Best: the best weights on 512 dev puzzles. A row with more words than a name has those overrides.
+for one. Best: the best weights on 512 dev puzzles. A row with more words than a name has those overrides. A star: what
+the method lives on is missing there, as said below the table, so that the row is no test of the method.
 Seconds are those of rollouts and updates with one thread; tokens were generated in rollouts. The autoregressive reader
 (`tools/make_tiny_reader.py`) writes its solution in tagged steps and has learnt to read rubrics, critiques and skills;
 rows of two students are those of each.
@@ -74,32 +75,62 @@ def closest(method: Method) -> tuple[str, bool] | None:
 
 
 def measured(name: str) -> list[Mapping[str, Any]]:
-    """What was measured of a method and its variants on the tiny models; empty if nothing was."""
-    return [record for record in _records() if record["method"].split()[0] == name]
+    """What was measured of a method and its variants on the tiny models and still stands; empty if nothing does."""
+    return [record for record in _standing() if record["method"].split()[0] == name]
 
 
 def measured_line(record: Mapping[str, Any]) -> str:
     """One record in words."""
     after = ", ".join(map(str, record["after"]))
+    remark = _remark(record, "premise")
+    doubt = f"; no test of the method, since {remark['reason']}" if remark else ""
     return (
         f"{record['method']} on the tiny {record['backbone']} model: {record['before'][0]} -> {after} % after "
-        f"{record['updates']} updates ({record['seeds']} seeds)"
+        f"{record['updates']} updates ({record['seeds']} seeds){doubt}"
     )
 
 
 def _records() -> list[dict[str, Any]]:
-    file = files("dllm_sd") / "assets" / "measured.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    """What `tools/measure_methods.py` collected."""
+    return _read("measured.json")
+
+
+def _remarks() -> list[dict[str, Any]]:
+    """What was found out of records later: `kind` is `withdrawn` (measured wrongly, no result), or `premise` (measured
+    rightly on a model where the method has nothing to work with)."""
+    return _read("remarks.json")
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    return json.loads((files("dllm_sd") / "assets" / name).read_text(encoding="utf-8"))
+
+
+def _remark(record: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
+    fits = (r for r in _remarks() if r["backbone"] == record["backbone"] and record["method"] in r["methods"])
+    return next((remark for remark in fits if remark["kind"] == kind), None)
+
+
+def _standing() -> list[dict[str, Any]]:
+    return [record for record in _records() if _remark(record, "withdrawn") is None]
 
 
 def _measured_tables() -> str:
     text = ""
     for backbone in dict.fromkeys(record["backbone"] for record in _records()):
-        records = [record for record in _records() if record["backbone"] == backbone]
+        records = [record for record in _standing() if record["backbone"] == backbone]
         text += f"### {backbone}\n\n"
         text += f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}\n"
         text += "".join(f"| {' | '.join(_cells(record))} |\n" for record in records) + "\n"
+        remarks = [remark for remark in _remarks() if remark["backbone"] == backbone]
+        text += "".join(_remark_line(remark) for remark in remarks) + "\n" * bool(remarks)
     return text.rstrip() + "\n"
+
+
+def _remark_line(remark: Mapping[str, Any]) -> str:
+    word = {"withdrawn": "Withdrawn", "premise": "No test of the method"}[remark["kind"]]
+    methods = ", ".join(f"`{name}`" for name in remark["methods"])
+    line = f"- {word} ({remark['date']}), {methods}: {remark['reason']}."
+    return fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
 def _cells(record: Mapping[str, Any]) -> list[str]:
@@ -107,7 +138,7 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
         return ", ".join(f"{value:.1f}" for value in record[which])
 
     return [
-        f"`{record['method']}`",
+        f"`{record['method']}`{' *' if _remark(record, 'premise') else ''}",
         str(record["seeds"]),
         f"{record['before'][0]:.1f}",
         all_of("after"),

@@ -87,7 +87,6 @@ for _name, _row in METHODS.items():
     if getattr(_row.method.rollout, "attempts", 1) > 1:
         SIZES[_name]["rollout"] |= {"problems": 2, "attempts": 3}
 SIZES["d_opsd_reference"]["rollout"] |= {"problems": 4, "passes": 2}
-SIZES["d_opsd_paper"]["divergence"] = {"clip_at": 2.0}  # at 0.05 no site of these models would have a gradient
 SIZES["popd"]["rollout"]["horizon"] = {"start": 1, "step": 1}
 OTHER = {"name": "checkpoint", "path": "OTHER", "dtype": "float64"}
 for _name in ("opd", "opd_sampled", "topd", "popd"):

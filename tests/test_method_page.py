@@ -6,7 +6,7 @@ import pytest
 
 import dllm_sd.method_page as pages
 from dllm_sd.cli import main
-from dllm_sd.losses import ForwardKL, GeneralisedJSD
+from dllm_sd.losses import ForwardKL, GeneralisedJSD, ReverseKL
 from dllm_sd.method_page import closest, measured, methods_page, parts
 from dllm_sd.methods import METHODS
 
@@ -21,6 +21,7 @@ RECORD = {
 @pytest.fixture
 def one_record(monkeypatch):
     monkeypatch.setattr(pages, "_records", lambda: [RECORD])
+    monkeypatch.setattr(pages, "_remarks", lambda: [])
 
 
 def test_the_page_in_the_documentation_is_made_from_the_table():
@@ -76,3 +77,30 @@ def test_show_says_where_the_method_comes_from_and_what_was_measured(one_record,
     assert METHODS["opsd"].source in said
     assert "opsd ratio=0.5 on the tiny diffusion model: 54.5 -> 60.1, 61.0, 62.0 % after 30 updates (3 seeds)" in said
     assert json.dumps("with settings of its own") not in said
+
+
+@pytest.mark.parametrize("kind", ["withdrawn", "premise"])
+def test_a_withdrawn_figure_is_shown_nowhere_and_a_doubtful_one_with_its_doubt(one_record, monkeypatch, capsys, kind):
+    remark = {"backbone": "diffusion", "methods": ["opsd ratio=0.5"], "kind": kind, "date": "2026-01-02"}
+    monkeypatch.setattr(pages, "_remarks", lambda: [remark | {"reason": "its teacher was deaf"}])
+    assert main(["show", "quickstart_ar", "method=opsd"]) == 0
+    said, page = " ".join(capsys.readouterr().out.split()), methods_page()
+    assert page.count("its teacher was deaf") == page.count("2026-01-02") == 1
+    assert ("54.5 -> 60.1" in said) == ("| 60.1, 61.0, 62.0 |" in page) == (kind == "premise")
+    assert ("its teacher was deaf" in said) == ("| `opsd ratio=0.5` * |" in page) == (kind == "premise")
+
+
+def test_every_remark_is_about_a_record_that_exists():
+    records = {(record["backbone"], record["method"]) for record in pages._records()}
+    for remark in pages._remarks():
+        assert remark["kind"] in ("withdrawn", "premise")
+        assert {(remark["backbone"], name) for name in remark["methods"]} <= records
+        assert remark["methods"]
+        assert remark["reason"]
+
+
+def test_the_papers_of_one_clip_clip_each_entry():
+    """App. C.1 of arXiv 2606.18195; OPSD v3 does so too."""
+    for name in ("d_opsd_paper", "d_opsd_reference", "opsd", "rcsd_reference"):
+        assert getattr(METHODS[name].method.divergence, "clip", None) == "entry"
+    assert METHODS["d_opsd_paper"].method.divergence == ReverseKL(clip="entry", clip_at=0.05)

@@ -17,6 +17,7 @@ from dllm_sd.losses import (
     GroupAdvantage,
     OutcomeValidated,
     PolicyGradient,
+    ReverseKL,
     TopK,
 )
 from dllm_sd.losses.chunks import CHUNK
@@ -97,10 +98,15 @@ def assert_same_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor], tole
         torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("name", "rejected"), [("d_opsd", 0), ("d_opsd_paper", 0), ("d_opsd_paper", 5)])
-def test_the_objective_is_that_of_plain_loops(pair, make_policy, name, rejected):
+@pytest.mark.parametrize(
+    ("name", "rejected", "clip"),
+    [("d_opsd", 0, "none"), ("d_opsd_paper", 0, "entry"), ("d_opsd_paper", 5, "entry"), ("d_opsd_paper", 0, "token")],
+)
+def test_the_objective_is_that_of_plain_loops(pair, make_policy, name, rejected, clip):
     paper = name == "d_opsd_paper"
     method = replace(METHODS[name].method, gate=Correct(count_rejected=paper))
+    if clip == "token":
+        method = replace(method, divergence=ReverseKL(clip="token"))
     rollouts = rollouts_of(pair.trajectory, rejected=rejected)
 
     def student(ids: Sequence[int]) -> Tensor:
@@ -114,6 +120,7 @@ def test_the_objective_is_that_of_plain_loops(pair, make_policy, name, rejected)
         full_logits(make_policy()),
         by_teacher=paper,
         clip_at=0.05 if paper else None,
+        per_entry=clip == "entry",
         end_padding=paper,
     )
     expected = d_opsd.mean_over_steps(steps, 4 + rejected) if paper else d_opsd.mean_over_sites(steps)

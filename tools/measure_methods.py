@@ -118,6 +118,7 @@ RUNS: dict[str, dict[str, list[str]]] = {
         **dict.fromkeys(
             ("d_opsd", "d_opsd_paper", "d_opsd_reference", "d_opsd_pmi", "d_demo_psd", "later_step"), _RETRY
         ),
+        "d_opsd_paper clip=token": [*_RETRY, "method.divergence.clip=token"],
         "d_opsd_reference": ["method.rollout.problems=64", "method.rollout.passes=4"],
         "later_step": _ONE,
         **_SPD,

@@ -25,10 +25,13 @@ def prompt_of(trajectory: Trajectory, row: int) -> list[int]:
     return [token for token, real in zip(ids, mask, strict=True) if real]
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher) of two logit vectors over the full vocabulary."""
+def reverse_kl(student: Tensor, teacher: Tensor, clip_at: float | None = None) -> Tensor:
+    """KL(student || teacher) of two logit vectors over the full vocabulary, each entry at most ``clip_at``."""
     s, t = student.exp() / student.exp().sum(), teacher.exp() / teacher.exp().sum()
-    return (s * (s.log() - t.log())).sum()
+    entries = list(s * (s.log() - t.log()))
+    if clip_at is not None:
+        entries = [entry if entry.item() <= clip_at else entry.new_tensor(clip_at) for entry in entries]
+    return torch.stack(entries).sum()
 
 
 def graded_steps(
@@ -38,6 +41,7 @@ def graded_steps(
     teacher: CanvasLogits,
     by_teacher: bool,
     clip_at: float | None,
+    per_entry: bool,
     end_padding: bool,
 ) -> list[Step]:
     """Every decoding step up to the one that fixes the end token.
@@ -49,7 +53,8 @@ def graded_steps(
         teacher: the same without gradient.
         by_teacher: grade the positions of the active block of which the teacher is most confident, as many as the
             student commits; else the positions that the student commits.
-        clip_at: bound on the divergence of a site.
+        clip_at: bound on the divergence of a site, or on each entry of the vocabulary.
+        per_entry: which of the two.
         end_padding: grade positions behind the end token too.
     """
     length = trajectory.tokens.shape[1]
@@ -74,8 +79,9 @@ def graded_steps(
                 confidence = teacher_logits.softmax(-1).amax(-1).tolist()
                 sites = sorted(open_sites, key=lambda i: (-confidence[i], i))[: len(sites)]
             student_logits = student([*prompt, *canvas])[len(prompt) :]
-            values = [reverse_kl(student_logits[i], teacher_logits[i]) for i in sites]
-            if clip_at is not None:
+            of_entry = clip_at if per_entry else None
+            values = [reverse_kl(student_logits[i], teacher_logits[i], of_entry) for i in sites]
+            if clip_at is not None and not per_entry:
                 values = [value if value.item() <= clip_at else value.new_tensor(clip_at) for value in values]
             out.append(Step(row, values))
     return out
