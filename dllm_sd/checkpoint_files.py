@@ -134,7 +134,7 @@ def damaged(file: Path, why: BaseException | str) -> InputError:
 def remedy(folder: Path) -> str:
     """What to do about a checkpoint that cannot be used: go on from the one before."""
     if folder.parent.name != CHECKPOINTS:
-        return "give another folder"
+        return "give another folder, or begin the run that it is of anew with resume=fresh"
     number = int(folder.name) if folder.name.isascii() and folder.name.isdigit() else None
     others = [one for one in numbered_checkpoints(folder.parent.parent) if number is None or int(one.name) < number]
     if not others:

@@ -45,6 +45,8 @@ from dllm_sd.training.zero import ZeroOptimizer, shape_of
 from dllm_sd.typed_json import all_finite, build
 
 OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollouts.safetensors"
+LOGS = "logs"
+"""Key of `state.json`: checksums of the logs as they were when it was saved (`metrics.log_sums`)."""
 
 
 @dataclass
@@ -159,7 +161,7 @@ def state_of(folder: Path) -> State:
 
 def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     try:
-        plain = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, "rollouts")}
+        plain = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOGS, "rollouts")}
         state: State = build(State, plain)
         if not all_finite(plain):
             raise ValueError("it holds a number that is not finite")
@@ -174,6 +176,33 @@ def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     except ValueError as error:
         raise damaged(folder / STATE, error) from error
     return state
+
+
+def check_checkpoint(folder: Path) -> State:
+    """What the run knew when a checkpoint was saved; all its files are read, as far as that goes without a model.
+
+    Raises:
+        InputError: naming the file that is missing or damaged, with the remedy.
+    """
+    tree = read_state(folder)
+    state = _build_state(tree, folder)
+    verify(folder, tree.get(FILES, {}))
+    for file in () if FILES in tree else sorted(folder.glob("*.safetensors")):
+        load_tensors(folder, file.name)
+    return state
+
+
+def saved_log_sums(folder: Path) -> dict[str, str] | None:
+    """What the logs of the run held when a checkpoint was saved; None where an earlier version saved it.
+
+    Raises:
+        InputError: if `state.json` is missing or damaged.
+    """
+    sums = read_state(folder).get(LOGS)
+    try:
+        return None if sums is None else build(dict[str, str], sums, LOGS)
+    except ValueError as error:
+        raise damaged(folder / STATE, error) from error
 
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -278,13 +307,18 @@ def run_tensors(
 
 
 def save_run(
-    run: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State, rollouts: Rollouts | None, keep: int | None
+    run: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: State,
+    rollouts: Rollouts | None,
+    keep: int | None,
+    logs: Mapping[str, str] | None = None,
 ) -> None:
     """Save everything that the next update depends on; ``rollouts`` only if it still uses them.
 
-    Of the checkpoints the latest ``keep`` stay, or all where it is None.
+    Of the checkpoints the latest ``keep`` stay, or all where it is None. ``logs`` are what `metrics.log_sums` gives.
     """
-    files, tree = dict(tensors), {**vars(state)}
+    files, tree = dict(tensors), {**vars(state), **({LOGS: dict(logs)} if logs is not None else {})}
     if rollouts is not None:
         files[ROLLOUTS], tree["rollouts"] = rollout_tensors(rollouts)
     write_checkpoint(run / CHECKPOINTS / f"{state.update:06d}", files, tree)

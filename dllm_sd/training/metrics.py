@@ -1,5 +1,6 @@
 """What a run writes while it trains: metrics.jsonl, samples.jsonl, TensorBoard."""
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.training.advantage import advantage_picture
 from dllm_sd.trajectory import NEVER
 
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
 
 class MetricsLog:
     """Appends one JSON object an update; a resumed run first drops what lies behind its checkpoint."""
@@ -27,7 +30,7 @@ class MetricsLog:
         Raises:
             InputError: if a file holds something else; then nothing is changed.
         """
-        self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
+        self.metrics, self.samples = (run / name for name in LOGS)
         ends = {file: end_of(file, update) for file in (self.metrics, self.samples) if file.exists()}
         self.board = SummaryWriter(str(run / "tb"), purge_step=update + 1) if tensorboard else None
         for file, end in ends.items():
@@ -215,6 +218,39 @@ def end_of(file: Path, update: int) -> int:
             break
         end = start
     return end
+
+
+def log_sums(run: Path, update: int) -> dict[str, str]:
+    """SHA-256 by name of what the logs of a run hold up to ``update``, flushed to disk: a checkpoint remembers it."""
+    return {name: _sum(run / name, update, flush=True) for name in LOGS if (run / name).exists()}
+
+
+def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
+    """Refuse logs that do not hold what they held when the checkpoint of ``update`` was saved.
+
+    Args:
+        run: its folder.
+        update: finished updates.
+        sums: what `log_sums` gave then; None, of an earlier checkpoint or by wish, only reads them.
+
+    Raises:
+        InputError: naming the file; nothing is changed.
+    """
+    found = {name: _sum(run / name, update) for name in LOGS if (run / name).exists()}
+    for name, wanted in (sums or {}).items():
+        if found.get(name) != wanted:
+            raise InputError(
+                f"{run / name} does not hold what it held after update {update}, when the checkpoint was saved; put it "
+                "back, use resume=force to go on without what is missing, or resume=fresh to begin again"
+            )
+
+
+def _sum(file: Path, update: int, flush: bool = False) -> str:
+    end = end_of(file, update)
+    with file.open("r+b" if flush else "rb") as handle:
+        if flush:
+            os.fsync(handle.fileno())
+        return hashlib.sha256(handle.read(end)).hexdigest()
 
 
 def _refuse_garbage(file: Path, lines: bytes) -> None:

@@ -16,15 +16,16 @@ from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation import evaluate_run, first
 from dllm_sd.files import write_file
-from dllm_sd.pairing import check_peers
+from dllm_sd.pairing import check_data, check_model, check_peers, check_references
 from dllm_sd.policies.weights import Peer
 from dllm_sd.processes import on_main, together
 from dllm_sd.settings import Peers, Student
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import AnyContext, Feedback
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.training.checkpoint import write_checkpoint
+from dllm_sd.training.checkpoint import check_checkpoint, latest_checkpoint, saved_log_sums, write_checkpoint
 from dllm_sd.training.folder import REPORT, RunFolder
+from dllm_sd.training.metrics import check_logs
 from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer
 
@@ -47,8 +48,15 @@ def train_peers(config: Config) -> dict[str, Any]:
     assert peers is not None
     with together():
         check_peers(config)
+        problems = config.task.problems("train")
+        for student in peers.students:
+            own = student_config(config, student, None)
+            check_data(own, problems)
+            check_references(own, check_model(own), problems)
     folder = RunFolder(config)
     try:
+        if config.resume != "fresh":
+            _check_students(config, peers)
         with ExitStack() as refusable:
             refusable.enter_context(folder.changing())
             rounds, reports = _train_rounds(config, peers, refusable.close)
@@ -88,6 +96,49 @@ def _train_rounds(
             reports[student.name] = trainer.train((number + 1) * length)
             _keep(trainer, run, number + 1, student)
     return rounds, reports
+
+
+def _check_students(config: Config, peers: Peers) -> None:
+    """Read all that both students have on the disk, so that neither changes where the other would be refused.
+
+    Raises:
+        InputError: naming what is missing, damaged or of another run.
+    """
+    run, length = Path(config.run), config.updates // peers.rounds
+    begun = len(on_main(lambda: _read_rounds(run, peers)))
+    for student in peers.students:
+        own = student_config(config, student, None)
+        if on_main(Path(own.run).exists):
+            RunFolder(own).release()
+        on_main(lambda own=own: _check_student(Path(own.run), begun, length, config.resume == "force"))
+        on_main(lambda student=student: _check_snapshots(run, begun, student))
+
+
+def _check_student(run: Path, begun: int, length: int, forced: bool) -> None:
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None and begun:
+        raise InputError(f"{run} has no checkpoint, although its run has begun; put it back, or use resume=fresh")
+    if checkpoint is None:
+        return
+    state = check_checkpoint(checkpoint)
+    update = state.update
+    check_logs(run, update, None if forced else saved_log_sums(checkpoint))
+    least, most = 0 if state.stopped else max(0, begun - 1) * length, begun * length
+    if not forced and not least <= update <= most:
+        raise InputError(
+            f"{checkpoint} is of update {update}, but {run.parents[1] / ROUNDS} says that it is from {least} to "
+            f"{most}; put back what is missing, or use resume=fresh to begin anew"
+        )
+
+
+def _check_snapshots(run: Path, begun: int, student: Student) -> None:
+    """The student as it was when rounds began: the last one's is read, and earlier ones show that theirs is done."""
+    for number in range(begun + 1):
+        kept = _snapshot(run, number, student)
+        if number < begun - 1 and (kept / WEIGHTS).is_file():
+            continue
+        if number < begun or (kept / WEIGHTS).exists():
+            check_checkpoint(kept)
 
 
 def _read_rounds(run: Path, peers: Peers) -> list[dict[str, Any]]:

@@ -42,11 +42,14 @@ from dllm_sd.training.checkpoint import (
     run_tensors,
     save_best,
     save_run,
+    saved_log_sums,
 )
 from dllm_sd.training.folder import REPORT, RunFolder, read_report
 from dllm_sd.training.metrics import (
     MetricsLog,
     broken_sites,
+    check_logs,
+    log_sums,
     pictures,
     rollout_metrics,
     sample_entry,
@@ -404,13 +407,15 @@ class Trainer:
         lacking["bank"] = self.method.library is not None and self.state.bank is None
         if names := [name for name, lacks in lacking.items() if lacks]:
             raise damaged(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
+        on_main(lambda: check_logs(self.run, self.state.update, saved_log_sums(checkpoint)))
 
     def _save(self, prune: bool = True) -> None:
         keep = self.config.checkpoint.keep if prune else None
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
         self.state.bank = self.supply.shelf.tree
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
-        on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep))
+        update = self.state.update
+        on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep, log_sums(self.run, update)))
         on_main(lambda: self.supply.shelf.write_down(self.run))
 
     def _anywhere(self, flag: bool) -> bool:

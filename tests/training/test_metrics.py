@@ -16,8 +16,11 @@ from dllm_sd.objective import Graded
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.tasks import Grade, Problem
 from dllm_sd.training.metrics import (
+    LOGS,
     MetricsLog,
+    check_logs,
     end_of,
+    log_sums,
     rollout_metrics,
     sample_entry,
     site_metrics,
@@ -267,3 +270,24 @@ def test_the_picture_has_square_cells_and_legal_colours():
 def test_a_trajectory_that_was_not_graded_still_has_a_picture():
     picture = trajectory_picture(torch.tensor([0]), torch.full((1, 1), nan), cell=1)
     assert picture[:, 0, 0].tolist() == pytest.approx([0.55, 0.7, 1.0])
+
+
+def test_a_log_holds_what_it_held_when_the_checkpoint_was_saved_or_is_refused_by_name(tmp_path: Path):
+    lines = {name: [f'{{"update": {i}, "in": "{name}"}}\n' for i in range(1, 5)] for name in LOGS}
+    for name in LOGS:
+        (tmp_path / name).write_text("".join(lines[name][:3]))
+    saved = log_sums(tmp_path, 2)  # a line of the next update stands there already
+    assert saved.keys() == set(LOGS)
+    for name in LOGS:
+        for last in (2, 3, 4):
+            (tmp_path / name).write_text("".join(lines[name][:last]))
+            check_logs(tmp_path, 2, saved)
+        for wrong in (lines[name][:1], lines[name][1:], [lines[name][1], lines[name][0]], []):
+            (tmp_path / name).write_text("".join(wrong))
+            with pytest.raises(InputError, match=f"{name} does not hold what it held after update 2, .* resume=force"):
+                check_logs(tmp_path, 2, saved)
+            check_logs(tmp_path, 2, None)  # earlier checkpoints did not remember it
+        (tmp_path / name).unlink()
+        with pytest.raises(InputError, match=f"{name} does not hold what it held"):
+            check_logs(tmp_path, 2, saved)
+        (tmp_path / name).write_text("".join(lines[name]))

@@ -24,8 +24,10 @@ from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.training import peers as peers_module
+from dllm_sd.training.metrics import LOGS
 from dllm_sd.training.peers import by_domain, lags, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
+from tools.attacks.contents import contents, differences
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 HINT = {"template": "{question}({hint})", "solution": "{hint}", "comment": "{hint}", "prompt": "{response}{question}"}
@@ -411,6 +413,58 @@ def test_wherever_a_run_is_stopped_it_ends_as_if_nothing_had_happened(config, mo
             assert metrics(one / "students" / student) == metrics(other / "students" / student), name
             last = Path("students", student, "checkpoints", "000004")
             assert equal(weights(one / last), weights(other / last)), name
+
+
+def halved(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def a_number(file: Path) -> None:
+    file.write_text("7\n")
+
+
+def without_its_first_line(file: Path) -> None:
+    file.write_bytes(file.read_bytes().partition(b"\n")[2])
+
+
+def changed_by_a_space(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b" \n")
+
+
+def test_whatever_of_either_student_is_damaged_a_refusal_leaves_the_whole_folder_as_it_was(
+    config, moments, monkeypatch, tmp_path
+):
+    settings, update = config(checkpoint={"every": 1, "keep": 1}), Trainer._update
+
+    def stopping(self: Trainer, number: int) -> dict[str, Any]:
+        if self.run.name == "one" and number == 4:
+            raise RuntimeError("power cut")
+        return update(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", stopping)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_peers(settings)
+    run, spare = Path(settings.run), tmp_path / "spare"
+    shutil.copytree(run, spare)
+    read = [file for file in run.rglob("*.*") if file.is_file() and {"students", "1", "rounds.json"} & {*file.parts}]
+    read = [file for file in read if file.name != ".lock"]
+    assert {file.name for file in read} >= {"config.yaml", *LOGS, "state.json", "model.safetensors", "rounds.json"}
+    for file in read:
+        deeds = [halved if file.name != "config.yaml" else a_number]
+        deeds += [without_its_first_line, Path.unlink] if file.name in LOGS else []
+        deeds += [changed_by_a_space] if file.name == "state.json" else []
+        for deed in deeds:
+            deed(file)
+            before = contents(run)
+            with pytest.raises(InputError) as refusal:
+                train_peers(settings)
+            named = (str(file), str(file.parent), str(file.parents[1]))
+            assert any(name in str(refusal.value) for name in named), (deed, file)
+            assert not differences(before, contents(run)), (deed, file)
+            shutil.rmtree(run)
+            shutil.copytree(spare, run)
 
 
 def test_a_finished_run_is_not_run_again_and_keeps_its_report(config, moments):

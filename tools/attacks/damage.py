@@ -198,7 +198,7 @@ def _judge(
         return finding("FAULT", str(ended))
     if not any(part in ended.sentence for part in (inside.name, str(inside.parent))):
         return finding("FAULT", f"does not name the file: {ended.sentence}")
-    later = {"written", "best", "students"} & {*inside.parts}  # read in the middle of a run, or at its end
+    later = {"written", "best"} & {*inside.parts}  # read in the middle of a run, or at its end
     at_once = name.startswith("train") and not later
     if at_once and (changed := differences(found[""], now)):
         return finding("FAULT", f"changed the folder ({changed[0]}): {ended.sentence}")
