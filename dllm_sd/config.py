@@ -98,9 +98,12 @@ def shipped_configs() -> dict[str, Path]:
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of a plain tree with ``key=value`` pairs applied; a replaced `method` starts from its defaults.
 
-    Keys are dotted, with the number of an entry where a list stands (``method.contexts.0.ratio``); values are YAML.
+    Keys are dotted, with the number of an entry where a list stands (``method.contexts.0.ratio``); values are YAML. The
+    name of another part drops the former part's keys, but those that an override gave; of `method`, whose rows share
+    theirs, none.
     """
     changed = deepcopy(dict(tree))
+    given: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         steps = key.split(".")
@@ -109,8 +112,23 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if len(steps) > DEEPEST:
             raise InputError(f"override {shown(override)} has a key of {len(steps)} parts; no key has as many")
         value = parse_yaml(text, f"override {shown(override)}") if text else ""
+        if steps[-1] == "name" and key != "method.name":
+            _drop_former(changed, steps[:-1], value, given)
         _put(changed, steps, value)
+        given.append(f"{key}.")
     return changed
+
+
+def _drop_former(tree: dict[str, Any], steps: Sequence[str], name: Any, given: Sequence[str]) -> None:
+    """Empty the mapping at the end of ``steps`` of a part that has another name, but for the keys of overrides."""
+    place: Any = tree
+    for step in steps:
+        number = int(step) if isinstance(place, list) and step.isdecimal() and int(step) < len(place) else step
+        place = place[number] if isinstance(number, int) else place.get(step) if isinstance(place, dict) else None
+    if isinstance(place, dict) and place.get("name", name) != name:
+        path = ".".join(steps)
+        for key in [key for key in place if not any(one.startswith(f"{path}.{key}.") for one in given)]:
+            del place[key]
 
 
 def _put(tree: dict[str, Any], steps: Sequence[str], value: Any) -> None:
@@ -289,6 +307,9 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return dict(value)
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a mapping")
+    if hint is str and isinstance(value, Mapping) and [*value.values()] == [None]:  # {field} in YAML
+        text = f"{{{next(iter(value))}}}"
+        raise InputError(f'{path} must be text, and {cut(text)} is a mapping in YAML; put it in quotes: "{cut(text)}"')
     raise InputError(f"{path} must be {wanted}, not {shown(value)}")
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from dllm_sd.errors import InputError
 from dllm_sd.estimates import figures, majority, wilson_interval
 from dllm_sd.files import replacing
-from dllm_sd.reading import bounded_lines, open_regular, parse_json
+from dllm_sd.reading import open_regular, parse_json, text_lines, why_no_object
 from dllm_sd.tally import Tally
 from dllm_sd.tasks.task import Grade, Problem, Task
 
@@ -144,10 +144,10 @@ def read_lines(path: Path) -> Iterator[Line]:
     try:
         with _open(path) as file:
             found = False
-            for number, raw in enumerate(bounded_lines(file, lambda number: f"{path}:{number}"), 1):
-                if raw.strip():
+            for number, text in enumerate(text_lines(file, lambda number: f"{path}:{number}", str(path), ": this"), 1):
+                if text.strip():
                     found = True
-                    yield Line(f"{path}:{number}", _object(raw, number, f"{path}:{number}"))
+                    yield Line(f"{path}:{number}", _object(text, f"{path}:{number}"))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or f"damaged: {error}"
         raise InputError(f"{path} cannot be read ({reason}); give the path of a readable .jsonl or .jsonl.gz") from None
@@ -165,12 +165,9 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield unpacked  # pyright: ignore[reportReturnType]
 
 
-def _object(raw: bytes, number: int, where: str) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: this is not UTF-8 text; save the file as UTF-8") from None
-    fields = parse_json(text, f"{where}: this is not valid JSON", "write one JSON object on each line")
+def _object(text: str, where: str) -> dict[str, Any]:
+    remedy = why_no_object(text) or "write one JSON object on each line"
+    fields = parse_json(text, f"{where}: this is not valid JSON", remedy, surrogates=True, parse_constant=float)
     if not isinstance(fields, dict):
         raise InputError(f'{where}: this is no JSON object; write one as in {{"id": "1", "generation": "..."}}')
     return fields

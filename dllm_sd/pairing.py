@@ -12,6 +12,7 @@ from dllm_sd.policies.loading import teacher_model
 from dllm_sd.policies.masked_diffusion import check_denoising
 from dllm_sd.policies.weights import Checkpoint, Peer
 from dllm_sd.rollouts import needed_length
+from dllm_sd.tasks import Jsonl
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, Feedback, Reference
 from dllm_sd.writers import Server
@@ -83,7 +84,9 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
     if config.method.library is not None:
         config.method.library.check(problems)
     if not config.method.rollout.decodes and task.reference(problem) is None:
-        raise InputError("method.rollout demonstrations needs references, but the task's data has none; name others")
+        raise InputError(
+            "method.rollout demonstrations needs references, but the task's data has none; " + _reference_remedy(config)
+        )
     for context in config.method.contexts:
         hint = context.hint
         if isinstance(hint, Reference):
@@ -93,6 +96,13 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
                     f"method.contexts reference needs the {hint.source} of each problem, but the task's data has none; "
                     "name other data, or another source"
                 )
+
+
+def _reference_remedy(config: Config) -> str:
+    task = config.task
+    if not isinstance(task, Jsonl) or task.reference_field is not None:
+        return "name others"
+    return f"set task.reference_field to the field that holds them, such as task.reference_field={task.answer_field}"
 
 
 def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> str | None:

@@ -13,7 +13,7 @@ from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from dllm_sd.errors import InputError, on_one_line, shown
-from dllm_sd.reading import read_whole
+from dllm_sd.reading import lone_surrogate, read_whole
 
 LONGEST = 2**20
 """Bytes of a file."""
@@ -150,6 +150,8 @@ class _Copy:
             raise InputError(
                 f"{self.name} refers to itself, or is too large with a copy for each of its aliases; write them out"
             )
+        if isinstance(value, str) and (half := lone_surrogate(value)) is not None:
+            raise InputError(f"{self.name} holds {half}, which is no character: take it out")
         if isinstance(value, dict):
             return {self.of(key, depth): self.of(item, depth + 1) for key, item in value.items()}
         return [self.of(item, depth + 1) for item in value] if isinstance(value, list) else value

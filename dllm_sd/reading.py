@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -77,7 +78,58 @@ def bounded_lines(file: BinaryIO, where: Callable[[int], str]) -> Iterator[bytes
         yield line
 
 
-def parse_json(text: str, claim: str, remedy: str, *, explain: bool = False, **options: Any) -> Any:
+def text_lines(file: BinaryIO, where: Callable[[int], str], whole: str, this: str = "") -> Iterator[str]:
+    """The lines of a UTF-8 text file, a byte order mark left out; see `bounded_lines`.
+
+    Args:
+        file: open for reading bytes.
+        where: names a line, for messages.
+        whole: names the file.
+        this: stands between the name of a line and what is said of it.
+
+    Raises:
+        InputError: if it is no UTF-8 text; a file of a well-known other kind is called by its name.
+    """
+    for number, line in enumerate(bounded_lines(file, where), 1):
+        if number == 1 and (found := next((words for start, words in _OTHERS.items() if line.startswith(start)), None)):
+            raise InputError(f"{whole} is {found}")
+        if number == 1 and b"\0" in line[:64]:
+            raise InputError(f"{whole} is {_UTF_16}")
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{where(number)}{this} is not UTF-8 text; save the file as UTF-8") from None
+
+
+_TABLE = "write its rows as JSON objects, one on each line"
+_UTF_16 = "UTF-16 or UTF-32 text, or none at all; save the file as UTF-8"
+_OTHERS: dict[bytes, str] = {
+    b"PAR1": f"a Parquet file; {_TABLE}, as to_json of the package datasets does",
+    **dict.fromkeys((b"ARROW1", b"FEA1", b"\xff\xff\xff\xff"), f"an Arrow file; {_TABLE}, as to_json of datasets does"),
+    b"\x1f\x8b": "a gzip archive; unpack it first (gunzip)",
+    b"PK\x03\x04": f"a zip archive or a spreadsheet; unpack it first, or {_TABLE}",
+    b"BZh": "a bzip2 archive; unpack it first (bunzip2)",
+    b"\xfd7zXZ": "an xz archive; unpack it first (unxz)",
+    b"(\xb5/\xfd": "a zstd archive; unpack it first (unzstd)",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"), _UTF_16),
+    b"SQLite format 3": f"an SQLite database; {_TABLE}",
+    b"\x89HDF": f"an HDF5 file; {_TABLE}",
+    b"\x93NUMPY": f"a NumPy array; {_TABLE}",
+    b"%PDF": f"a PDF; {_TABLE}",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file that it stands for (git lfs pull)",
+    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html"), "a web page; download the file that it shows"),
+}
+"""What files begin with that are no text to read line by line; longer beginnings that share a start come first."""
+
+
+class _Wrong(ValueError):
+    """What is wrong with a JSON text that its parser would let pass."""
+
+
+def parse_json(
+    text: str, claim: str, remedy: str, *, explain: bool = False, surrogates: bool = False, **options: Any
+) -> Any:
     """The value that a JSON text says.
 
     Args:
@@ -85,22 +137,77 @@ def parse_json(text: str, claim: str, remedy: str, *, explain: bool = False, **o
         claim: begins the message, as in ``FILE, line 3 is not valid JSON``.
         remedy: what to do where it is wrong.
         explain: whether the message says what the parser met.
-        **options: hooks of `json.loads`.
+        surrogates: whether half a surrogate pair may stand in a string, though it is no character.
+        **options: hooks of `json.loads`, instead of those that refuse a key twice, NaN, and numbers beyond floats.
 
     Raises:
-        InputError: if it is not JSON, or is nested more than `DEEPEST` levels deep.
+        InputError: if it is not JSON, or is nested more than `DEEPEST` levels deep, or holds what no file can mean.
     """
+    hooks: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _no_number, "parse_float": _finite}
     try:
-        tree = json.loads(text, **options)
+        tree = json.loads(text, **{**hooks, "parse_int": _whole, **options})
         deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(tree)
+        if not surrogates and not deep and _ESCAPED.search(text):
+            _refuse_halves(tree)
     except RecursionError:
         deep, tree = True, None
     except ValueError as error:
-        said = f" ({on_one_line(error)})" if explain else ""
+        said = f" ({on_one_line(error)})" if explain or isinstance(error, _Wrong) else ""
         raise InputError(f"{claim}{said}; {remedy}") from None
     if deep:
         raise InputError(f"{claim} (nested more than {DEEPEST} levels deep); {remedy}")
     return tree
+
+
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+MOST_DIGITS = 4000
+"""Digits of a whole number."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Wrong(f"{next(key for key in keys if keys.count(key) > 1)!r:.60} is there twice")
+    return tree
+
+
+def _no_number(word: str) -> Any:
+    raise _Wrong(f"{word} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise _Wrong(f"the number {digits:.60} is beyond all measure")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise _Wrong(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _refuse_halves(tree: Any) -> None:
+    if isinstance(tree, str) and (half := lone_surrogate(tree)) is not None:
+        raise _Wrong(f"{half}, which is no character: take it out")
+    if isinstance(tree, dict | list):
+        for part in [*tree.keys(), *tree.values()] if isinstance(tree, dict) else tree:
+            _refuse_halves(part)
+
+
+def why_no_object(line: str) -> str | None:
+    """What a line that is no JSON object looks like, and the remedy; None where nothing is to be seen."""
+    start = line.strip()[:200]
+    if start.startswith("["):
+        return "a JSON array begins there; write its objects one on each line, as jq -c '.[]' FILE does"
+    if start in ("{", ""):
+        return "an object begins there that goes on below; write each one on a line of its own, as jq -c . FILE does"
+    if "}\r{" in line:
+        return "its lines end with carriage returns alone; end them with line feeds"
+    if start[0] not in '{"' and "," in start:
+        return "it looks like CSV; give the file a name that ends in .csv, with the columns' names in its first line"
+    return "it looks like a table with tabs; save it as CSV" if start[0] not in '{"' and "\t" in start else None
 
 
 def _is_deep(tree: Any) -> bool:

@@ -122,6 +122,43 @@ def test_a_replaced_method_forgets_the_changes_to_the_former_one():
     assert build("method=rft", method={"name": "d_opsd", "rollout": {"problems": 3}}).method == METHODS["rft"].method
 
 
+@pytest.mark.parametrize(
+    ("tree", "overrides", "left"),
+    [
+        ({"task": {"name": "sudoku", "answer": "{x}"}}, ["task.name=jsonl"], {"task": {"name": "jsonl"}}),
+        ({"task": {"name": "jsonl", "data": "a"}}, ["task.name=jsonl"], {"task": {"name": "jsonl", "data": "a"}}),
+        (
+            {"task": {"name": "sudoku", "answer": "{x}", "data": "old"}},
+            ["task.data=new", "task.name=jsonl", "task.size_dev=1"],
+            {"task": {"data": "new", "name": "jsonl", "size_dev": 1}},
+        ),
+        (
+            {"method": {"name": "d_opsd", "contexts": [{"name": "suffix", "ratio": 0.5}, {"name": "nothing"}]}},
+            ["method.contexts.0.name=reference"],
+            {"method": {"name": "d_opsd", "contexts": [{"name": "reference"}, {"name": "nothing"}]}},
+        ),
+        (
+            {"method": {"name": "d_opsd", "gate": "all"}},
+            ["method.name=rft"],
+            {"method": {"name": "rft", "gate": "all"}},
+        ),
+        ({"method": "d_opsd"}, ["method.sites.name=all"], {"method": {"name": "d_opsd", "sites": {"name": "all"}}}),
+        ({}, ["task.name=jsonl"], {"task": {"name": "jsonl"}}),
+    ],
+)
+def test_the_name_of_another_part_drops_the_keys_of_the_former(
+    tree: dict[str, Any], overrides: list[str], left: dict[str, Any]
+):
+    before = copy.deepcopy(tree)
+    assert apply_overrides(tree, overrides) == left
+    assert tree == before
+
+
+def test_a_field_in_braces_without_quotes_is_explained():
+    said = refusal("task.name=jsonl", "task.prompt={quesion}")
+    assert said == 'task.prompt must be text, and {quesion} is a mapping in YAML; put it in quotes: "{quesion}"'
+
+
 def test_overrides_apply_in_their_order():
     assert build("seed=5", "seed=6").seed == 6
 

@@ -213,3 +213,9 @@ def test_overrides_leave_the_tree_that_they_change_alone():
     tree = {"optim": {"lr": 1}}
     assert apply_overrides(tree, ["optim.lr=2"]) == {"optim": {"lr": 2}}
     assert tree == {"optim": {"lr": 1}}
+
+
+@pytest.mark.parametrize("text", ['a: "1\\ud8002"', 'a: ["\\uDFFF"]', '"\\ud800": 1'])
+def test_half_a_surrogate_pair_is_refused(text: str):
+    with pytest.raises(InputError, match=r"^config x holds half a surrogate pair \(\\ud[8f][0f][0f]\), which"):
+        parse_yaml(text, "config x")

@@ -127,7 +127,7 @@ def read_tree(file: Path, kinds: Mapping[str, Kind], largest: int | None = 2**53
         raise InputError(f"{file} cannot be read ({os_reason(error)}); {remedy}") from None
     except UnicodeDecodeError:
         raise InputError(f"{file} is not UTF-8 text; {remedy}") from None
-    tree = parse_json(text, f"{file} is not JSON", remedy, explain=True, object_pairs_hook=_once)
+    tree = parse_json(text, f"{file} is not JSON", remedy, explain=True)
     if not isinstance(tree, dict):
         raise InputError(f"{file} holds no JSON object; {remedy}")
     for key, value in _entries(tree):
@@ -183,12 +183,3 @@ def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
             rest += [(f"{key}.{name}" if key else name, part) for name, part in value.items()]
         elif isinstance(value, list):
             rest += [(f"{key}.", part) for part in value]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r:.60} is there twice")
-    return tree

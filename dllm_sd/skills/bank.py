@@ -100,7 +100,7 @@ def read_bank(path: str | Path) -> Bank:
     try:
         text = read_whole(Path(path).expanduser()).decode("utf-8-sig")
         remedy = "correct it or take another copy."
-        tree = parse_json(text, f"{where} is not valid JSON", remedy, explain=True, parse_constant=_refuse_constant)
+        tree = parse_json(text, f"{where} is not valid JSON", remedy, explain=True, surrogates=True)
         json.dumps(tree, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
     except OSError as error:
         raise InputError(f"{where} cannot be read ({os_reason(error)}); give the path of a readable file.") from None
@@ -176,7 +176,3 @@ def _text(row: Mapping[str, Any], name: str, here: str) -> str:
     if not value.strip():
         raise InputError(f"{here}: {name!r} is empty; fill it in or take the entry out.")
     return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")

@@ -1,6 +1,6 @@
 """Conversations: lists of messages, as chat templates and chat data sets write them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dllm_sd.errors import InputError, shown
@@ -23,6 +23,44 @@ def content_of(message: Mapping[str, Any]) -> str:
         f"the content of a message ({shown(message.get('role'))}) must be text, or a list of parts of the type text, "
         f"not {shown(content)}"
     )
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a field of a row can only be meant as a conversation: a list of objects with roles."""
+    listed = isinstance(value, list | tuple) and len(value) > 0
+    return listed and all(isinstance(message, Mapping) and {"role", "from"} & message.keys() for message in value)
+
+
+def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, str]]:
+    """The messages of a field, each with its role and its text.
+
+    Args:
+        value: what the field holds (`is_conversation`).
+        where: names the field, for messages.
+
+    Raises:
+        InputError: if a message has no role that templates know, no text, or anything that would be lost.
+    """
+    messages: list[dict[str, str]] = []
+    for number, message in enumerate(value):
+        if "role" not in message:
+            raise InputError(f"{where}, message {number} has no 'role'; rename from and value to role and content")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise InputError(
+                f"{where}, message {number} has the role {shown(message['role'])}; give it system, user or assistant"
+            )
+        if message["role"] == "system" and number:
+            raise InputError(f"{where}, message {number} is a system message; put it first")
+        more = {key for key, held in message.items() if held not in (None, "", [], {})} - {"role", "content"}
+        if more:
+            raise InputError(
+                f"{where}, message {number} has {shown(min(map(str, more)))}, which is not read; leave it out"
+            )
+        try:
+            messages.append({"role": message["role"], "content": content_of(message)})
+        except InputError as error:
+            raise InputError(f"{where}, message {number}: {error}") from None
+    return messages
 
 
 def _part(part: Any) -> str | None:

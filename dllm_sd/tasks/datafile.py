@@ -1,15 +1,18 @@
 """Where problems come from: the rows of a file or hub dataset, the splits made of them, the templates they fill."""
 
 import csv
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from string import Formatter
 from typing import Any, BinaryIO, overload
 
-from dllm_sd.errors import InputError, os_reason
+from dllm_sd.errors import InputError, os_reason, shown
 from dllm_sd.randomness import make_key, permutation
-from dllm_sd.reading import bounded_lines, open_regular, parse_json
+from dllm_sd.reading import open_regular, parse_json, text_lines, why_no_object
+from dllm_sd.tasks.conversations import is_conversation
 from dllm_sd.tasks.task import Problem, Split
 
 
@@ -71,11 +74,7 @@ def hub_rows(name: str, config: str | None, split: str, key: str) -> list[Row]:
 
 
 def _lines(file: BinaryIO, where: str) -> Iterator[str]:
-    for number, line in enumerate(bounded_lines(file, lambda number: f"{where}, line {number}"), 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{where}, line {number} is not UTF-8 text; save the file as UTF-8.") from None
+    return text_lines(file, lambda number: f"{where}, line {number}", where)
 
 
 def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
@@ -83,10 +82,13 @@ def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
     for number, line in enumerate(_lines(file, where), 1):
         if not line.strip():
             continue
-        here = f"{where}, line {number}"
-        fields = parse_json(line, f"{here} is not valid JSON", "write one JSON object on each line.")
+        here, seen = f"{where}, line {number}", why_no_object(line)
+        if seen and not line.lstrip().startswith("["):
+            raise InputError(f"{here} is not valid JSON: {seen}.")
+        fields = parse_json(line, f"{here} is not valid JSON", f"{seen or 'write one JSON object on each line'}.")
         if not isinstance(fields, dict):
-            raise InputError(f'{here} is not a JSON object; write one as in {{"field": value}} on each line.')
+            remedy = seen or 'write one as in {"field": value} on each line'
+            raise InputError(f"{here} is not a JSON object; {remedy}.")
         yield Row(here, count, fields)
         count += 1
 
@@ -99,10 +101,10 @@ def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
         for cells in reader:
             if not cells:
                 continue
-            if header is None:
-                header = cells
-                continue
             here = f"{where}, line {reader.line_num}"
+            if header is None:
+                header = _header(cells, here)
+                continue
             if len(cells) != len(header):
                 raise InputError(
                     f"{here} has {len(cells)} cells, the header {len(header)}; give every line one per column."
@@ -111,6 +113,16 @@ def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
             count += 1
     except csv.Error as error:
         raise InputError(f"{where}, line {reader.line_num} is not valid CSV ({error}); correct its quotes.") from None
+
+
+def _header(cells: list[str], here: str) -> list[str]:
+    if cells[0].lstrip().startswith(("{", "[")):
+        raise InputError(f"{here} holds JSON and not the names of columns; give the file a name that ends in .jsonl.")
+    if len(cells) == 1 and (mark := next((mark for mark in ";\t|" if mark in cells[0]), None)):
+        raise InputError(f"{here} parts its columns by {mark!r}; save the file with commas between them.")
+    if twice := [name for name in cells if cells.count(name) > 1]:
+        raise InputError(f"{here} has the column {shown(twice[0])} twice; give every column a name of its own.")
+    return cells
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,36 @@ class Entry:
     fields: Mapping[str, Any]
 
 
-Splits = Mapping[Split, Sequence[Problem]]
+@dataclass(frozen=True)
+class Splits:
+    """The three splits that files were divided into, and what became of the ``rows`` of the training file."""
+
+    parts: Mapping[Split, Sequence[Problem]]
+    rows: int
+    tested: int
+    """Rows that were left out because they occur in the test split."""
+    size_dev: int
+    """Rows that were to be held out for the dev split."""
+
+    def __getitem__(self, split: Split) -> Sequence[Problem]:
+        """The problems of a split."""
+        return self.parts[split]
+
+    def why_empty(self, split: Split) -> str:
+        """Why a split holds no problems, and the remedy."""
+        if split == "test":
+            return "set task.data_test to a file"
+        if split == "dev" and not self.size_dev:
+            return "set task.data to a file and task.size_dev above 0"
+        if not self.rows:
+            return "set task.data to a file"
+        if self.tested == self.rows:
+            return f"all {self.rows} rows of task.data occur in the test split too; set task.data_test to other rows"
+        out = f", and {self.tested} more that occur in the test split too" if self.tested else ""
+        return (
+            f"set task.data to a file with more rows than task.size_dev, which is {self.size_dev}, or lower that (the "
+            f"file has {self.rows - self.tested} rows, of which the dev split takes {len(self['dev'])}{out})"
+        )
 
 
 def divide(task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: int, key: int | None) -> Splits:
@@ -131,9 +172,9 @@ def divide(task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: i
     The held-out rows are the last ones where ``key`` is None, else chosen by a permutation with that key.
     An entry that occurs in test is left out of train and dev, one that occurs in dev is left out of train.
     """
-    tested = list(test)
+    given, tested = list(train), list(test)
     seen = {entry.identity for entry in tested}
-    rest = [entry for entry in train if entry.identity not in seen]
+    rest = [entry for entry in given if entry.identity not in seen]
     order = permutation(key, len(rest)) if key is not None else list(range(len(rest)))
     held = set(order[max(len(rest) - size_dev, 0) :])
     dev = [entry for place, entry in enumerate(rest) if place in held]
@@ -143,20 +184,19 @@ def divide(task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: i
     def named(split: Split, entries: list[Entry]) -> tuple[Problem, ...]:
         return tuple(Problem(f"{task}/{split}/{entry.number}", entry.fields) for entry in entries)
 
-    return {"train": named("train", kept), "dev": named("dev", dev), "test": named("test", tested)}
+    parts: dict[Split, Sequence[Problem]] = {
+        "train": named("train", kept),
+        "dev": named("dev", dev),
+        "test": named("test", tested),
+    }
+    return Splits(parts, len(given), len(given) - len(rest), size_dev)
 
 
 def choose(splits: Splits, split: Split) -> Sequence[Problem]:
-    """One of the splits that files gave; an InputError that names the key to change where it is empty."""
+    """One of the splits that files gave; an InputError that says why it is empty, with the key to change."""
     if splits[split]:
         return splits[split]
-    raise InputError(
-        {
-            "train": "The train split holds no problems; set task.data to a file with more rows than task.size_dev.",
-            "dev": "The dev split holds no problems; set task.data to a file and task.size_dev above 0.",
-            "test": "The test split holds no problems; set task.data_test to a file.",
-        }[split]
-    )
+    raise InputError(f"The {split} split holds no problems; {splits.why_empty(split)}.")
 
 
 @dataclass(frozen=True)
@@ -189,6 +229,8 @@ def render(template: str, fields: Mapping[str, Any], key: str) -> str:
     """Fill ``{name}`` from ``fields``; ``{{`` and ``}}`` are literal braces; a list is joined with commas.
 
     Only plain names are allowed (no attribute, index, conversion or format). ``key`` is the template's config key.
+    Texts and numbers are written as they are; what has no one way to be written (null, true and false, objects, lists
+    of these) is refused.
     """
     try:
         pieces = list(Formatter().parse(template))
@@ -203,8 +245,29 @@ def render(template: str, fields: Mapping[str, Any], key: str) -> str:
             there = ", ".join(f"{{{field}}}" for field in fields)
             raise InputError(f"{key} asks for {{{name}}}; use plain fields only, of which there are: {there}.")
         value = fields[name]
-        text += ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        parts = value if isinstance(value, list | tuple) else [value]
+        if (wrong := next((part for part in parts if not _is_plain(part)), parts)) is not parts:
+            if is_conversation(value):
+                raise InputError(
+                    f"{key} asks for {{{name}}}, which holds a list of messages; leave all but {{{name}}} out of the "
+                    "template, so that the prompt is that conversation."
+                )
+            words = _JSON.get(wrong, shown(value)) if wrong is None or isinstance(wrong, bool) else shown(value)
+            raise InputError(
+                f"{key} asks for {{{name}}}, which holds {words}; give it text or a number, or a list of these, or "
+                "leave the row out."
+            )
+        text += ", ".join(map(str, parts))
     return text
+
+
+_JSON = {None: "null", True: "true", False: "false"}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there is one way to write a value: text, or a finite number."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, str) or number
 
 
 def chat(system: str | None, prompt: str) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """Any questions with answers: a local file or a hub dataset, a prompt template, and one of six graders."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +9,8 @@ from dllm_sd.errors import InputError
 from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of, right_letter
-from dllm_sd.tasks.datafile import Entry, Row, needed, render
+from dllm_sd.tasks.conversations import is_conversation, read_conversation
+from dllm_sd.tasks.datafile import Entry, Row, chat, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
 from dllm_sd.tasks.math import gold_answer, grade_answer
 from dllm_sd.tasks.sources import Sourced
@@ -25,8 +26,9 @@ class Jsonl(Sourced):
 
     ``data`` (train and dev) and ``data_test`` (test) are paths of .jsonl or .csv files, or hub datasets as
     ``owner/name`` or ``owner/name:config``, of which the splits train and test are read. ``prompt`` may ask for any
-    ``{field}``. ``reference_field`` is the text that supervised training imitates. ``size_dev`` training rows are held
-    out as the dev split, chosen by a permutation that never changes.
+    ``{field}``; where it is nothing but one, which holds a list of messages (``role``, ``content``), the prompt is that
+    conversation. ``reference_field`` is the text that supervised training imitates, or a list of one message.
+    ``size_dev`` training rows are held out as the dev split, chosen by a permutation that never changes.
 
     ``grader``: "exact" compares the last ``<answer>``, or the whole text if there is none, with ``answer_field`` up to
     white space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
@@ -49,11 +51,39 @@ class Jsonl(Sourced):
         if self.grader not in _GRADERS:
             raise InputError(f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}.")
 
+    def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
+        """The system text, where there is one, and the prompt, or the row's own conversation."""
+        spoken = self._conversation(problem.fields, "The problem")
+        if spoken is None:
+            return super().messages(problem, question)
+        if question:
+            return [*chat(self.system, "")[:-1], *spoken]
+        return [*chat(self.system, "")[:-1], *(one for one in spoken if one["role"] == "system"), *chat(None, "")]
+
+    def _conversation(self, fields: Mapping[str, Any], where: str) -> list[dict[str, str]] | None:
+        """The conversation that the prompt is, if its template is nothing but a field that holds one."""
+        field = self.prompt.strip().removeprefix("{").removesuffix("}")
+        value = fields.get(field)
+        if self.prompt.strip() != f"{{{field}}}" or not is_conversation(value):
+            return None
+        here = f"{where}: field {field!r}"
+        spoken = read_conversation(value, here)
+        if spoken[-1]["role"] != "user":
+            raise InputError(
+                f"{here} ends with the answer of the assistant; end it with the user's message, and put the answer "
+                "into a field of its own (task.reference_field)"
+            )
+        if self.system is not None and spoken[0]["role"] == "system":
+            raise InputError(f"{here} has a system message of its own; set task.system to null, or take it out")
+        return spoken
+
     def reference(self, problem: Problem) -> str | None:
         """The text of ``reference_field``."""
         if self.reference_field is None:
             return None
         value = needed(problem.fields, self.reference_field)
+        if is_conversation(value):
+            return _answer_of(value, f"The problem: field {self.reference_field!r}")
         return json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, list) else str(value)
 
     def final_answer(self, problem: Problem) -> str | None:
@@ -110,9 +140,22 @@ class Jsonl(Sourced):
                 raise InputError(f"{row.where}: answer {gold!r:.60} is no arithmetic expression; correct it.")
             if self.reference_field is not None:
                 value = row.value(self.reference_field)
-                if not isinstance(value, list):
+                if is_conversation(value):
+                    _answer_of(value, f"{row.where}: field {self.reference_field!r}")
+                elif not isinstance(value, list):
                     row.text(self.reference_field)
-            yield Entry(row.number, render(self.prompt, row.fields, f"task.prompt (for {row.where})"), row.fields)
+            spoken = self._conversation(row.fields, row.where)
+            asked = json.dumps(spoken) if spoken else ""
+            asked = asked or render(self.prompt, row.fields, f"task.prompt (for {row.where})")
+            yield Entry(row.number, asked, row.fields)
+
+
+def _answer_of(value: Any, where: str) -> str:
+    """The text of a reference that is written as a list of one message."""
+    spoken = read_conversation(value, where)
+    if len(spoken) != 1 or spoken[0]["role"] != "assistant":
+        raise InputError(f"{where} must be text, or a list of one message of the assistant, not a longer conversation")
+    return spoken[0]["content"]
 
 
 def _answer(value: Any, where: str) -> str:

@@ -149,11 +149,14 @@ class Draws:
         return [left.pop(self.below(len(left))) for _ in range(count)]
 
 
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz")
+
+
 def rows_of(source: str | None, split: str, key: str) -> list[Row]:
     """The rows of a file, or of one split of the hub dataset ``owner/name`` or ``owner/name:config``; none for None."""
     if source is None:
         return []
-    is_file = Path(source).suffix.lower() in (".jsonl", ".json", ".csv") or source.count("/") != 1
+    is_file = Path(source).suffix.lower() in _FILES or source.count("/") != 1
     if is_file or Path(source).expanduser().exists():
         return read_rows(source, key)
     name, _, config = source.partition(":")

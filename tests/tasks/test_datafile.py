@@ -1,12 +1,14 @@
 """Rows, splits and templates say in one sentence what is wrong and where."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.tasks.datafile import Entry, Generated, divide, read_rows, render, split_of
+from dllm_sd.tasks.datafile import Entry, Generated, choose, divide, read_rows, render, split_of
 from dllm_sd.tasks.task import Problem
 
 
@@ -54,6 +56,83 @@ def test_a_malformed_file_is_refused_with_its_line_and_a_remedy(write, name: str
     with pytest.raises(InputError, match=r"^task\.data: .*" + message) as caught:
         read_rows(write(name, content), "task.data")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1\x15\x04", r" is a Parquet file; write its rows as JSON objects, one on each line"),
+        (b"ARROW1\0\0", r" is an Arrow file; "),
+        (b"\xff\xff\xff\xff\x10", r" is an Arrow file; "),
+        (b"\x1f\x8b\x08", r" is a gzip archive; unpack it first"),
+        (b"PK\x03\x04", r" is a zip archive or a spreadsheet; unpack it first"),
+        (b"(\xb5/\xfd", r" is a zstd archive; "),
+        ('{"a": 1}\n'.encode("utf-16"), r" is UTF-16 .*; save the file as UTF-8"),
+        ('{"a": 1}\n'.encode("utf-16-le"), r" is UTF-16 .*; save the file as UTF-8"),
+        ('{"a": 1}\n'.encode("utf-32-be"), r" is UTF-16 or UTF-32 .*; save the file as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r" is a pointer of Git LFS; "),
+        (b"<!DOCTYPE html>\n", r" is a web page; "),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_file_of_another_kind_is_called_by_its_name(write, name: str, content: bytes, message: str):
+    with pytest.raises(InputError, match=rf"^task\.data: [^ ]*{name}{message}"):
+        read_rows(write(name, content), "task.data")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'[\n{"a": 1}\n]\n',
+            "line 1 is not valid JSON; a JSON array begins there; write its objects one on",
+        ),
+        (b'[{"a": 1}]\n', "line 1 is not a JSON object; a JSON array begins there"),
+        (b'{\n"a": 1\n}\n', "line 1 is not valid JSON: an object begins there that goes on below"),
+        (b"question,answer\na,b\n", r"line 1 is not valid JSON: it looks like CSV; give the file a name .* \.csv"),
+        (b"question\tanswer\na\tb\n", "line 1 is not valid JSON: it looks like a table with tabs"),
+        (b'{"a": 1}\r{"a": 2}\r', "line 1 is not valid JSON: its lines end with carriage returns alone"),
+        (b'{"a": 1, "a": 2}\n', r"line 1 is not valid JSON \('a' is there twice\)"),
+        (b'{"a": {"b": 1, "b": 1}}\n', r"line 1 is not valid JSON \('b' is there twice\)"),
+        (b'{"a": NaN}\n', r"line 1 is not valid JSON \(NaN is no JSON number\)"),
+        (b'{"a": [-Infinity]}\n', r"line 1 is not valid JSON \(-Infinity is no JSON number\)"),
+        (b'{"a": 1e999}\n', r"line 1 is not valid JSON \(the number 1e999 is beyond all measure\)"),
+        (b'{"a": -' + b"9" * 5000 + b"}\n", r"line 1 is not valid JSON \(a number has 5001 digits\)"),
+        (
+            b'{"a": "x"}\n{"a": "1\\ud8002"}\n',
+            r"line 2 is not valid JSON \(half a surrogate pair \(\\ud800\), which is",
+        ),
+        (
+            b'{"a": ["\\uDFFF"]}\n',
+            r"line 1 is not valid JSON \(half a surrogate pair \(\\udfff\), which is",
+        ),
+        (b'{"\\ud83d": 1}\n', r"line 1 is not valid JSON \(half a surrogate pair \(\\ud83d\), which is"),
+    ],
+)
+def test_a_line_that_json_lets_pass_or_that_is_something_else_is_explained(write, content: bytes, message: str):
+    with pytest.raises(InputError, match=r"^task\.data: .*a\.jsonl, " + message) as caught:
+        read_rows(write("a.jsonl", content), "task.data")
+    assert len(str(caught.value)) < 400
+
+
+def test_whole_pairs_and_long_numbers_are_read_as_they_stand(write):
+    rows = read_rows(write("a.jsonl", b'{"a": "\\ud83e\\uddff \\\\ud800", "b": ' + b"9" * 30 + b"}"), "task.data")
+    assert rows[0].fields == {"a": "\U0001f9ff \\ud800", "b": 10**30 - 1}
+    assert render("{b}", rows[0].fields, "task.prompt") == "9" * 30
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1, "b": 2}\n', "line 1 holds JSON and not the names of columns; .* ends in .jsonl"),
+        (b"a;b\n1;2\n", "line 1 parts its columns by ';'; save the file with commas"),
+        (b"a\tb\n1\t2\n", r"line 1 parts its columns by '\\t'; save the file with commas"),
+        (b"a,b,a\n1,2,3\n", "line 1 has the column 'a' twice; give every column a name of its own"),
+    ],
+)
+def test_a_table_that_would_be_misread_is_refused(write, content: bytes, message: str):
+    with pytest.raises(InputError, match=r"^task\.data: .*a\.csv, " + message):
+        read_rows(write("a.csv", content), "task.data")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
@@ -107,6 +186,64 @@ def test_splits_stay_disjoint_when_rows_recur(key: int | None):
 def test_a_dev_split_larger_than_the_data_takes_what_is_there():
     splits = divide("t", entries("a", "b"), [], 10, None)
     assert (values(splits["train"]), values(splits["dev"])) == ([], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "size_dev", "split", "words"),
+    [
+        (
+            "abcd",
+            "dcba",
+            1,
+            "train",
+            "all 4 rows of task.data occur in the test split too; set task.data_test to",
+        ),
+        ("abcd", "dcba", 1, "dev", "all 4 rows of task.data occur in the test split too"),
+        (
+            "abcd",
+            "b",
+            5,
+            "train",
+            "which is 5, or lower that (the file has 3 rows, of which the dev split takes 3, and",
+        ),
+        ("abcd", "", 4, "train", "which is 4, or lower that (the file has 4 rows, of which the dev split takes 4)"),
+        ("aaaa", "", 1, "train", "which is 1, or lower that (the file has 4 rows, of which the dev split takes 1)"),
+        ("abcd", "", 0, "dev", "set task.data to a file and task.size_dev above 0"),
+        ("", "a", 2, "train", "set task.data to a file."),
+        ("abcd", "", 1, "test", "set task.data_test to a file."),
+    ],
+)
+def test_an_empty_split_says_what_emptied_it(train: str, test: str, size_dev: int, split: Any, words: str):
+    with pytest.raises(InputError, match=rf"^The {split} split holds no problems; ") as caught:
+        choose(divide("t", entries(*train), entries(*test), size_dev, None), split)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (False, "false"),
+        ({"b": 1}, "{'b': 1}"),
+        ([{"b": 1}], "[{'b': 1}]"),
+        ([["x"]], "[['x']]"),
+        (["x", None], "null"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (b"x", "b'x'"),
+    ],
+)
+def test_a_value_that_has_no_one_way_to_be_written_is_refused(value: Any, words: str):
+    with pytest.raises(InputError, match=r"^task\.prompt asks for \{a\}, which holds ") as caught:
+        render("Q: {a}", {"a": value}, "task.prompt")
+    assert f"holds {words}; give it text or a number" in str(caught.value)
+    assert render("Q: {b}", {"a": value, "b": "x"}, "task.prompt") == "Q: x"  # what is not asked for may be anything
+
+
+@pytest.mark.parametrize(("value", "text"), [(3, "3"), (0.5, "0.5"), ("0.50", "0.50"), (["a", 1, 0.5], "a, 1, 0.5")])
+def test_text_and_numbers_are_written_as_they_are(value: Any, text: str):
+    assert render("{a}", {"a": value}, "task.prompt") == text
 
 
 def test_generated_problems_are_made_only_when_looked_at():

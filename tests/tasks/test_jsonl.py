@@ -116,3 +116,80 @@ def test_a_name_with_an_owner_is_a_hub_dataset(monkeypatch: pytest.MonkeyPatch):
     assert len(task.problems("train")) == 8
     assert len(task.problems("test")) == 10
     assert asked == [("owner/name", "easy", "train"), ("owner/name", None, "test")]
+
+
+TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "+1?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_a_list_of_messages_is_the_conversation_itself(tmp_path: Path):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}]
+    rows = [{"messages": [*opening, *TURNS], "answer": "3"} for opening in ([], [SYSTEM])]
+    rows.append({"messages": [{**parts[0], "name": None}], "answer": "x"})
+    task = Jsonl(data_test=jsonl_file(tmp_path / "a.jsonl", rows), prompt=" {messages}\n")
+    plain, with_system, in_parts = task.problems("test")
+    assert task.messages(plain) == TURNS
+    assert task.messages(with_system) == [SYSTEM, *TURNS]
+    assert task.messages(in_parts) == [{"role": "user", "content": "in parts"}]
+    assert task.messages(with_system, question=False) == [SYSTEM, {"role": "user", "content": ""}]
+    asked = Jsonl(prompt="{messages}", system="s")
+    assert asked.messages(plain) == [{"role": "system", "content": "s"}, *TURNS]
+    assert asked.messages(plain, question=False) == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": ""},
+    ]
+
+
+def test_a_conversation_that_occurs_in_the_test_split_is_no_training_row(tmp_path: Path):
+    rows = [{"prompt": [{"role": "user", "content": f"{n}"}], "answer": "1"} for n in range(4)]
+    files = [jsonl_file(tmp_path / "a.jsonl", rows), jsonl_file(tmp_path / "b.jsonl", rows[:1])]
+    task = Jsonl(data=files[0], data_test=files[1], prompt="{prompt}", size_dev=0)
+    assert [problem.id for problem in task.problems("train")] == ["jsonl/train/1", "jsonl/train/2", "jsonl/train/3"]
+
+
+def test_a_reference_may_be_a_list_of_one_message(tmp_path: Path):
+    rows = [{"question": "1", "answer": "1", "completion": [TURNS[1]]}]
+    task = Jsonl(data_test=jsonl_file(tmp_path / "a.jsonl", rows), reference_field="completion")
+    assert task.reference(task.problems("test")[0]) == "2"
+    rows[0]["completion"] = TURNS
+    with pytest.raises(InputError, match=r"line 1: field 'completion' must be text, or a list of one message"):
+        Jsonl(data_test=jsonl_file(tmp_path / "a.jsonl", rows), reference_field="completion").problems("test")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "messages", "words"),
+    [
+        ("{messages}", TURNS[:2], "ends with the answer of the assistant"),
+        ("{messages}", [TURNS[0], SYSTEM, TURNS[0]], "message 1 is a system message; put it first"),
+        ("{messages}", [{"from": "human", "value": "x"}], "message 0 has no 'role'; rename from and value to role"),
+        ("{messages}", [{"role": "tool", "content": "x"}], "message 0 has the role 'tool'; give it system, user or"),
+        ("{messages}", [{"role": ["user"], "content": "x"}], "message 0 has the role ['user']"),
+        (
+            "{messages}",
+            [{"role": "user", "content": None}],
+            "message 0: the content of a message ('user') must be text",
+        ),
+        (
+            "{messages}",
+            [{"role": "user", "content": "x", "images": ["i"]}],
+            "message 0 has 'images', which is not read",
+        ),
+        ("{messages}", [{"text": "x"}], "task.prompt (for "),
+        ("Q: {messages}", TURNS, "asks for {messages}, which holds a list of messages; leave all but {messages} out"),
+        ("{messages}", {"role": "user", "content": "x"}, "asks for {messages}, which holds {"),
+        ("{messages}", None, "asks for {messages}, which holds null"),
+    ],
+)
+def test_what_is_no_conversation_to_go_on_with_is_refused_with_its_line(
+    tmp_path: Path, prompt: str, messages: object, words: str
+):
+    data = jsonl_file(tmp_path / "a.jsonl", [{"messages": "x", "answer": "1"}, {"messages": messages, "answer": "1"}])
+    with pytest.raises(InputError, match="line 2") as caught:
+        Jsonl(data=data, prompt=prompt).problems("dev")
+    assert words in str(caught.value)
+
+
+def test_a_system_text_stands_once(tmp_path: Path):
+    data = jsonl_file(tmp_path / "a.jsonl", [{"messages": [SYSTEM, *TURNS], "answer": "1"}])
+    with pytest.raises(InputError, match=r"line 1: field 'messages' has a system message of its own; set task\.system"):
+        Jsonl(data=data, prompt="{messages}", system="s").problems("dev")
