@@ -57,12 +57,27 @@ def check_model(config: Config) -> Blueprint:
 
 
 def _check_precision(config: Config) -> None:
-    """Refuse to train in float16, adapters too: a small gradient is zero there, and no loss scaling prevents it."""
-    if config.model.dtype == "float16":
+    """Refuse weights whose type loses what an update adds to them, on any number of processes and however sharded.
+
+    In float16 small gradients are zero, adapters' too, and no loss scaling prevents it. A bfloat16 number has 8 bits:
+    a step of less than 1/512 of a weight rounds to nothing, which is nearly every step at the rates of fine-tuning.
+    Adapters are float32 in any case (PEFT), so that only weights trained whole are meant.
+    """
+    model, lora = config.model, config.model.lora
+    remedy = "set model.dtype to float32 and optim.autocast to bfloat16"
+    if model.dtype == "float16":
         raise InputError(
-            "model.dtype float16 is for evaluation: in training small gradients would become zero; set model.dtype to "
-            "float32 and optim.autocast to bfloat16, or model.dtype to bfloat16"
+            "model.dtype float16 is for evaluation: in training small gradients would become zero; "
+            f"{remedy}{', or model.dtype to bfloat16' if lora and not lora.modules_to_save else ''}"
         )
+    if model.dtype != "bfloat16" or config.optim.pure_bfloat16 or (lora and not lora.modules_to_save):
+        return
+    what = f"the weights of {lora.modules_to_save[0]:.60} (model.lora.modules_to_save)" if lora else "all weights"
+    other = "leave out model.lora.modules_to_save" if lora else "set model.lora"
+    raise InputError(
+        f"model.dtype bfloat16 would train {what} without float32 master weights, where most steps of an update round "
+        f"to nothing; {remedy}, or {other}, or set optim.pure_bfloat16 to true if you want that"
+    )
 
 
 def _check_suppressed(config: Config, blueprint: Blueprint) -> None:
@@ -192,9 +207,9 @@ def _check_causal(config: Config) -> None:
         if settings.compile is not None:
             raise InputError(f"{key}.compile is for denoising and this model is autoregressive; leave it out")
         if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
+            other = f"model.dtype to {config.optim.autocast}, or " if config.model.lora else ""
             raise InputError(
-                f"{key}.continuous under optim.autocast needs weights of that type; set model.dtype to "
-                f"{config.optim.autocast}, or {key}.continuous to false"
+                f"{key}.continuous under optim.autocast needs weights of that type; set {other}{key}.continuous to false"
             )
     for context in config.method.contexts:
         if context.reveals:

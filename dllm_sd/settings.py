@@ -29,6 +29,9 @@ class Optim(Ranged, key="optim"):
     """Padded canvas tokens in one forward; memory only, it cannot change the update."""
     autocast: Literal["bfloat16"] | None = None
     """Compute type of all forwards (student, teachers, decoding, evaluation); weights keep `model.dtype`."""
+    pure_bfloat16: bool = False
+    """Train weights that are kept in bfloat16 without float32 master weights, which is refused else: a step smaller
+    than 1/512 of a weight rounds to nothing."""
 
 
 @dataclass(frozen=True)

@@ -115,11 +115,11 @@ def test_continuous_batching_is_for_autoregressive_models_whose_weights_have_the
         found = refusal(model, override)
         assert found == f"{key}.continuous is for autoregressive models and this one denoises; leave it out"
     check("causal", override)
-    assert refusal("causal", override, "optim.autocast=bfloat16") == (
-        f"{key}.continuous under optim.autocast needs weights of that type; set model.dtype to bfloat16, or "
-        f"{key}.continuous to false"
-    )
-    check("causal", override, "optim.autocast=bfloat16", dtype="bfloat16")
+    for lora, other in ((None, ""), ({"rank": 2}, "model.dtype to bfloat16, or ")):
+        assert refusal("causal", override, "optim.autocast=bfloat16", lora=lora) == (
+            f"{key}.continuous under optim.autocast needs weights of that type; set {other}{key}.continuous to false"
+        )
+    check("causal", override, "optim.autocast=bfloat16", dtype="bfloat16", lora={"rank": 2})
 
 
 def test_blocks_and_steps_have_no_meaning_for_an_autoregressive_model_and_are_not_read():
@@ -360,12 +360,12 @@ def test_a_problem_without_a_reference_is_named_before_the_run():
 
 
 def test_training_in_float16_is_refused_with_or_without_adapters():
-    for options in ({}, {"lora": {"rank": 2}}):
+    for options, more in (({}, ""), ({"lora": {"rank": 2}}, ", or model.dtype to bfloat16")):
         assert refusal("causal", dtype="float16", **options) == (
             "model.dtype float16 is for evaluation: in training small gradients would become zero; set model.dtype to "
-            "float32 and optim.autocast to bfloat16, or model.dtype to bfloat16"
+            f"float32 and optim.autocast to bfloat16{more}"
         )
-    check("causal", dtype="bfloat16")
+    check("causal", dtype="bfloat16", lora={"rank": 2})
 
 
 @pytest.mark.parametrize("name", ["grpo", "sdpo", "d_opsd", "rft", "later_step"])

@@ -110,7 +110,8 @@ def test_gradient_checkpointing_does_not_change_an_update(whole: Path, tmp_path:
 )
 def test_bfloat16_trains_to_finite_losses(tmp_path: Path, model: dict[str, Any]) -> None:
     autocast = None if "dtype" in model else "bfloat16"
-    config = config_at(tmp_path / "run", model=model, updates=2, optim__autocast=autocast, eval__every=0)
+    optim = {"optim__autocast": autocast, "optim__pure_bfloat16": "dtype" in model}
+    config = config_at(tmp_path / "run", model=model, updates=2, eval__every=0, **optim)
     AcceleratorState._reset_state()  # a process has one precision; a test session has several
     Trainer(config).train()
     AcceleratorState._reset_state()
