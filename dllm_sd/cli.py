@@ -61,6 +61,11 @@ def _end(sentence: str, status: int) -> int:
     return status
 
 
+def _warn(sentence: str) -> None:
+    """Say on stderr what the figures do not."""
+    print(f"dllm-sd: {sentence}", file=sys.stderr)
+
+
 @contextmanager
 def _threads_that_fail_quietly() -> Iterator[None]:
     """Inside, a thread that cannot write prints no traceback: TensorBoard's tells the main thread, which says it."""
@@ -196,14 +201,14 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     from accelerate import PartialState
 
-    from dllm_sd.tables import nothing_learnt, print_training
+    from dllm_sd.tables import print_training
     from dllm_sd.training.peers import train
 
     for run, report in train(config).items():
         if PartialState().is_main_process:
             print_training(report, run)
-            if warning := nothing_learnt(report):
-                print(f"dllm-sd: {warning}", file=sys.stderr)
+            for sentence in report.get("warnings", []):  # reports of former versions have none
+                _warn(sentence)
     return 0
 
 
@@ -254,6 +259,7 @@ def _load(
     from dllm_sd.policies.loading import build_policy, put_on
     from dllm_sd.training.checkpoint import load_weights, state_of
     from dllm_sd.training.folder import read_tree
+    from dllm_sd.training.outcome import initial_of
 
     run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
     if _is_run(name):
@@ -278,6 +284,8 @@ def _load(
         folder = _checkpoint(run, last)
         load_weights(policy, folder)
         weights = f"{folder.name}, update {state_of(folder).update}"
+        if (sentence := initial_of(folder)) and accelerator.is_main_process:
+            _warn(sentence)
     return config, policy, weights
 
 

@@ -1,4 +1,4 @@
-"""Whether tensors hold numbers that training can go on with: one pass over them, and nothing copied."""
+"""Whether tensors hold numbers that training can go on with, or changed: a pass over them, and nothing copied."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -25,3 +25,13 @@ def find_broken(tensors: Mapping[str, Tensor], limit: float = math.inf) -> str |
     if largest(tensors.values()) < limit:
         return None
     return next(name for name, value in tensors.items() if not largest([value]) < limit)
+
+
+@torch.no_grad()
+def fingerprint(tensors: Iterable[Tensor]) -> list[float]:
+    """Sum and norm of each floating tensor in float64, of what lies on this process: other values, other figures."""
+    local = [value.to_local() if isinstance(value, DTensor) else value.detach() for value in tensors]
+    held = [value for value in local if value.is_floating_point() and value.numel()]
+    wide = torch.float64
+    figures = [x for value in held for x in (value.sum(dtype=wide), torch.linalg.vector_norm(value, dtype=wide))]
+    return torch.stack(figures).tolist() if figures else []

@@ -156,6 +156,7 @@ def _training(trained: Trained | None) -> str:
     method = build_config(tree).method
     update = state_of(trained.checkpoint).update
     kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
+    kind += ", the initial ones, which no training has changed" if update == 0 else ""
     return (
         f"Method: {_method_name(method)}({_parts(method)}). Task: `{tree['task']['name']}`. "
         f"Weights: {kind}, after update {update} of {tree['updates']}.\n\n"

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dllm_sd.memory import Memory
-from dllm_sd.training.metrics import LEFT_OUT
 
 
 def print_training(report: Mapping[str, Any], run: Path) -> None:
@@ -32,15 +31,6 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
         console.print(f"stopped early: {report['stopped']}")
     console.print(f"run folder {run}: report.json, metrics.jsonl, samples.jsonl, config.yaml, checkpoints/")
     console.print(f"curves, samples and trajectories: tensorboard --logdir {run / 'tb'}")
-
-
-def nothing_learnt(report: Mapping[str, Any]) -> str | None:
-    """A sentence on a run whose every update was skipped, with what its rollouts lacked."""
-    if (left_out := report.get("left_out")) is None:
-        return None
-    reasons = [f"{count} rollouts {LEFT_OUT[name]}" for name, count in left_out.items()]
-    reasons.append(f"{report['too_long']} problems longer than max_prompt")
-    return f"nothing was learnt: all {report['updates']} updates were skipped ({', '.join(reasons)})"
 
 
 def print_evaluation(title: str, report: Mapping[str, Any]) -> None:

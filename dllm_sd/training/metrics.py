@@ -51,6 +51,12 @@ class MetricsLog:
         fresh = [line for line in lines if line["update"] % passes == 1 % passes and line["update"] > 0]
         return {name: sum(line.get(f"rollouts/{name}", 0) for line in fresh) for name in LEFT_OUT}
 
+    def changed_nothing(self) -> bool:
+        """Whether the run has done updates and none of them changed a weight; those that were skipped did not."""
+        lines = [json.loads(line) for line in self.metrics.read_bytes().splitlines()]
+        done = [line for line in lines if line["update"] > 0]
+        return bool(done) and all(line["loss"] is None or "weights_unchanged" in line for line in done)
+
     def write_sample(self, sample: Mapping[str, Any], slot: int) -> None:
         """Append one rollout with its text; TensorBoard shows it in the row ``slot``."""
         _append(self.samples, sample)

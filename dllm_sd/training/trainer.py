@@ -18,7 +18,7 @@ from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.files import write_file
-from dllm_sd.finite import LARGEST, find_broken
+from dllm_sd.finite import LARGEST, find_broken, fingerprint
 from dllm_sd.objective import Graded, Plan, grade, plan_update
 from dllm_sd.pairing import check_data, check_model, check_references
 from dllm_sd.policies.blueprint import Blueprint
@@ -57,6 +57,7 @@ from dllm_sd.training.metrics import (
     site_sums,
 )
 from dllm_sd.training.optim import BrokenStep, build_optimizer, learning_rate
+from dllm_sd.training.outcome import initial_sources, warnings_of
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
 from dllm_sd.training.supply import Supply
@@ -95,8 +96,9 @@ class Trainer:
         except BaseException:
             self.folder.release()
             raise
-        if left_out is not None and self.main:
-            print(left_out, file=sys.stderr)
+        if self.main:
+            for sentence in filter(None, (left_out, *initial_sources(config))):
+                print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
         """The model that learns, its optimizer and the models that teach."""
@@ -216,7 +218,10 @@ class Trainer:
         if plan is None:
             self.state.skipped += 1
         else:
+            before = fingerprint(trained(self.policy).values())
             parts, norm = self._learn(plan, self.rollouts, update, lr)
+            if not self._anywhere(fingerprint(trained(self.policy).values()) != before):
+                metrics["weights_unchanged"] = 1
             names = self.method.measured
             sums = self._sum(site_sums([graded for _, graded in parts], names, self.accelerator.device))
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
@@ -329,7 +334,9 @@ class Trainer:
             metrics |= {"time/eval": report.seconds}
             state.since_best += 1
             if report.accuracy > state.best_accuracy:
-                state.best_accuracy, state.best_update, state.since_best = report.accuracy, state.update, 0
+                state.since_best = 0
+            if report.accuracy >= state.best_accuracy:  # of equals the later weights, which have learnt more
+                state.best_accuracy, state.best_update = report.accuracy, state.update
                 weights = gather_tensors(trained(self.policy))
                 on_main(lambda: save_best(self.run, weights, state))
             if settings.patience and state.since_best >= settings.patience:
@@ -365,7 +372,7 @@ class Trainer:
         report = {
             **self._facts(),
             **{key: final[key] for key in ("n", "accuracy", "ci95", "pass_at_k") if key in final},
-            **self._nothing_learnt(),
+            **self._outcome(),
             "after": after,
             "best": chosen,
             "settings": to_tree(self.config),
@@ -389,12 +396,16 @@ class Trainer:
         }
         return json.loads(json.dumps(facts))
 
-    def _nothing_learnt(self) -> dict[str, Any]:
-        """Where every update was skipped: how many rollouts were left out, by reason."""
-        if self.state.skipped < self.state.update:
-            return {}
-        passes = self.method.rollout.passes
-        return {"left_out": on_main(lambda: self.log.left_out(passes) if self.log is not None else {})}
+    def _outcome(self) -> dict[str, Any]:
+        """What is to be said of the run in words; where all updates were skipped, how many rollouts were left out."""
+        state, passes = self.state, self.method.rollout.passes
+        idle = {} if state.skipped < state.update else {"left_out": on_main(lambda: self._read_log().left_out(passes))}
+        unchanged = on_main(lambda: self._read_log().changed_nothing())
+        return {**idle, "warnings": warnings_of(state, idle.get("left_out"), unchanged)}
+
+    def _read_log(self) -> MetricsLog:
+        assert self.log is not None
+        return self.log
 
     # Saving, and acting together
 

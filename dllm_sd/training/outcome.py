@@ -1,0 +1,59 @@
+"""What a finished run has to say about itself that its figures do not: in the report, and on stderr at the end."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dllm_sd.checkpoint_files import CHECKPOINTS
+from dllm_sd.config import Config
+from dllm_sd.policies.weights import Peer
+from dllm_sd.training.checkpoint import State, latest_checkpoint, state_of
+from dllm_sd.training.metrics import LEFT_OUT
+
+
+def warnings_of(state: State, left_out: Mapping[str, int] | None, unchanged: bool) -> list[str]:
+    """Sentences on a run that learnt nothing, or whose best weights are those that it began with.
+
+    Args:
+        state: of the run at its end.
+        left_out: where every update was skipped, how many rollouts were left out, by reason.
+        unchanged: whether no step of the run changed any weight.
+    """
+    if state.update == 0:
+        return []
+    if left_out is not None:
+        reasons = [f"{count} rollouts {LEFT_OUT[name]}" for name, count in left_out.items()]
+        reasons.append(f"{state.too_long} problems longer than max_prompt")
+        return [f"nothing was learnt: all {state.update} updates were skipped ({', '.join(reasons)})"]
+    if unchanged:
+        return [
+            f"nothing was learnt: none of {state.update} updates changed a weight; the steps were lost in rounding, or "
+            "the gradients were zero: raise optim.lr, or set model.dtype to float32 with optim.autocast bfloat16"
+        ]
+    if state.best_accuracy >= 0 and state.best_update == 0:
+        return [initial_are_best(state.update)]
+    return []
+
+
+def initial_are_best(update: int) -> str:
+    """A sentence on best weights that are the initial ones, in a run of so many updates."""
+    return (
+        f"the best weights on the dev split are the initial ones: no evaluation up to update {update} was as good; "
+        "eval, sample and export take these, and export --weights last takes the last"
+    )
+
+
+def initial_of(folder: Path) -> str | None:
+    """The same sentence if a folder holds the best weights of a run, and these are the ones that it began with."""
+    if folder.parent.name != CHECKPOINTS or not folder.name.lstrip(".").startswith("best"):
+        return None
+    latest = latest_checkpoint(folder.parent.parent)
+    if latest is None or int(latest.name) == 0 or state_of(folder).update > 0:
+        return None
+    return f"{folder}: {initial_are_best(int(latest.name))}"
+
+
+def initial_sources(config: Config) -> list[str]:
+    """The same of the weights that a run takes from another one: to start from, to teach or to write with."""
+    start = config.model.lora.start if config.model.lora else None
+    paths = [start, *(one.path for one in config.method.models() if isinstance(one, Peer))]
+    return [sentence for path in dict.fromkeys(filter(None, paths)) if (sentence := initial_of(Path(path)))]

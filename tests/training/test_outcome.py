@@ -1,0 +1,160 @@
+"""What a run says of itself at its end, and what is said wherever its best weights are those that it began with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dllm_sd.cli import main
+from dllm_sd.config import build_config
+from dllm_sd.finite import fingerprint
+from dllm_sd.training.checkpoint import State
+from dllm_sd.training.outcome import initial_of, warnings_of
+from dllm_sd.training.trainer import Trainer
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def tree_at(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Four updates of `sft` on sixteen rows, of which a random model gets none right."""
+    data = folder / "data.jsonl"
+    rows = [{"question": f"{a}{b}", "answer": str((a + b) % 4)} for a in range(4) for b in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test = folder / "test.jsonl"
+    test.write_text('{"question": "44", "answer": "0"}\n')
+    task = {"name": "jsonl", "data": str(data), "data_test": str(test), "size_dev": 2, "reference_field": "answer"}
+    model = {"random_init": True, "as": "autoregressive", "tokenizer": "tiny_ar", "shape": SHAPE}
+    tree = {
+        "run": str(folder / "run"),
+        "updates": 4,
+        "model": {**model, "lora": {"rank": 2, "alpha": 4}},
+        "task": task,
+        "decode": {"length": 4, "batch_size": 8},
+        "method": {"name": "sft", "rollout": {"problems": 2}},
+        "optim": {"lr": 1e-2},
+        "eval": {"every": 2, "problems": 2},
+        "checkpoint": {"every": 2},
+        "log": {"progress": False, "tensorboard": False},
+    }
+    return {**tree, **changes}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def worse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which no evaluation was as good as that of the initial weights."""
+    folder = tmp_path_factory.mktemp("worse")
+    with pytest.MonkeyPatch.context() as patch:
+        measure = Trainer._accuracy
+
+        def falling(self: Trainer, *arguments: Any) -> Any:
+            report = measure(self, *arguments)
+            object.__setattr__(report, "accuracy", 1.0 / (1 + self.state.update))
+            return report
+
+        patch.setattr(Trainer, "_accuracy", falling)
+        Trainer(build_config(tree_at(folder))).train()
+    return folder / "run"
+
+
+def test_of_weights_that_are_equally_good_on_dev_the_later_ones_are_the_best(tmp_path: Path):
+    report = Trainer(build_config(tree_at(tmp_path))).train()
+    assert (report["best_dev_accuracy"], report["best_update"], report["warnings"]) == (0.0, 4, [])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    best, last = weights(checkpoints / "best"), weights(checkpoints / "000004")
+    assert all(torch.equal(value, last[name]) for name, value in best.items())
+    assert initial_of(checkpoints / "best") is None
+
+
+def test_a_tie_is_no_progress_to_a_run_that_waits_for_it(tmp_path: Path):
+    settings = tree_at(tmp_path, eval={"every": 1, "problems": 2, "patience": 3})
+    report = Trainer(build_config(settings)).train()
+    assert (report["updates"], report["stopped"]) == (3, "no better dev accuracy in 3 evaluations")
+
+
+def test_the_report_and_the_command_say_that_the_initial_weights_were_the_best(
+    worse: Path, capsys: pytest.CaptureFixture[str]
+):
+    report = json.loads((worse / "report.json").read_text())
+    (sentence,) = report["warnings"]
+    assert "initial ones: no evaluation up to update 4 was as good" in sentence
+    assert "--weights last" in sentence
+    assert main(["train", str(worse / "config.yaml"), f"run={worse}"]) == 0
+    assert f"dllm-sd: {sentence}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "export", "sample", "start", "writer"])
+def test_wherever_the_initial_weights_are_taken_for_the_best_that_is_said(
+    command: str, worse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    best = str(worse / "checkpoints" / "best")
+    if command == "eval":
+        assert main(["eval", str(worse), "--out", str(tmp_path / "out")]) == 0
+    elif command == "export":
+        assert main(["export", str(worse), "--to", "merged", str(tmp_path / "out")]) == 0
+        assert "the initial ones, which no training has changed" in (tmp_path / "out" / "README.md").read_text()
+    elif command == "sample":
+        assert main(["sample", str(worse), "00"]) == 0
+    else:
+        tree = tree_at(tmp_path)
+        tree["task"]["data"] = str(worse.parent / "data.jsonl")
+        if command == "start":
+            tree["model"]["lora"]["start"] = best
+        else:
+            context = {"name": "rubric", "writing": {"writer": {"name": "peer", "path": best}}}
+            tree["method"] = {"name": "rcsd", "contexts": [context]}
+        Trainer(build_config(tree))
+    assert capsys.readouterr().err.count(f"{best}: the best weights on the dev split are the initial ones") == 1
+
+
+def test_nothing_is_said_where_the_last_weights_are_taken(
+    worse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["export", str(worse), "--to", "merged", "--weights", "last", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""
+    shutil.copytree(worse / "checkpoints" / "best", tmp_path / "rounds" / "0")
+    assert initial_of(tmp_path / "rounds" / "0") is None  # kept on purpose
+
+
+@pytest.mark.parametrize(
+    "steps", [{"lr": 1e-30}, {"lr": 1e-4, "eps": 1.0, "weight_decay": 0.0, "max_grad_norm": 1e-30}]
+)
+def test_a_run_whose_steps_change_no_weight_says_so(steps: dict[str, float], tmp_path: Path):
+    run = tmp_path / "run"
+    model = {"random_init": True, "as": "autoregressive", "tokenizer": "tiny_ar", "shape": SHAPE, "dtype": "bfloat16"}
+    trainer = Trainer(build_config(tree_at(tmp_path, model=model, optim=steps)))
+    before = {name: value.detach().clone() for name, value in trainer.policy.module.named_parameters()}
+    report = trainer.train()
+    after = weights(run / "checkpoints" / "000004")
+    changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert changed == []
+    assert report["warnings"][0].startswith("nothing was learnt: none of 4 updates changed a weight")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("weights_unchanged") for line in lines] == [None, 1, 1, 1, 1]
+
+
+def test_a_run_without_a_rollout_to_learn_from_says_that_alone():
+    found = warnings_of(State(3, skipped=3, too_long=2), {"rejected": 5}, unchanged=True)
+    (sentence,) = found
+    assert sentence.startswith("nothing was learnt: all 3 updates were skipped (5 rollouts ")
+    assert "2 problems longer than max_prompt" in sentence
+    assert warnings_of(State(), None, unchanged=False) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_change_of_any_single_number_changes_the_fingerprint(dtype: torch.dtype):
+    values = [torch.randn(64, 33, generator=torch.Generator().manual_seed(1)).to(dtype), torch.zeros(3, dtype=dtype)]
+    before = fingerprint(values)
+    assert fingerprint([value.clone() for value in values]) == before
+    for place in (0, 1000, 64 * 33 - 1):
+        changed = [value.clone() for value in values]
+        changed[0].view(-1)[place] *= 1 + 2 * torch.finfo(dtype).eps
+        assert fingerprint(changed) != before
+    assert fingerprint([values[0], torch.full((3,), 1e-30, dtype=dtype)]) != before
