@@ -67,7 +67,7 @@ class Method(Ranged, key="method"):
         """Refuse combinations that have no meaning."""
         super().__post_init__()
         checks = (_check_contexts, _check_library, _check_sites, _check_target, _check_divergence, _check_gap)
-        for check in (*checks, _check_group, _check_cap, _check_roles, _check_student):
+        for check in (*checks, _check_outcome, _check_group, _check_cap, _check_roles, _check_student):
             check(self)
 
     @property
@@ -190,6 +190,35 @@ def _check_gap(method: Method) -> None:
         )
     if isinstance(divergence, GatedGap) and isinstance(trust, OutcomeValidated) and divergence.local != trust.local:
         raise InputError("method.divergence.local and method.trust.local differ; set both to the same")
+
+
+def _check_outcome(method: Method) -> None:
+    """Refuse parts that ask whether a rollout is right where a horizon cuts it: nearly none would be."""
+    if not method.rollout.cuts:
+        return
+    gate, trust, hints = method.gate, method.trust, [context.hint for context in method.contexts]
+    cut = "whose outcome nobody knows under a horizon that cuts it"
+    whole = "or method.rollout.horizon to complete"
+    if gate.needs_outcome:
+        raise InputError(
+            f"method.gate {_name(GATES, gate)} asks for the outcome of a rollout, {cut}: every update would be "
+            f"skipped; set method.gate to all, {whole}"
+        )
+    if method.rollout.needs_outcome:
+        raise InputError(
+            f"method.rollout tries or chooses by the outcome of a rollout, {cut}; set method.rollout.attempts to 1, "
+            f"{whole}"
+        )
+    if trust.needs_outcome:
+        raise InputError(
+            f"method.trust {_name(TRUSTS, trust)} weights by the outcome of a rollout, {cut}; set method.trust to "
+            f"equal, {whole}"
+        )
+    if any(hint is not None and hint.needs_outcome for hint in hints):
+        raise InputError(
+            f"method.contexts shows a successful sibling of a rollout, {cut}; set method.contexts to one that does "
+            f"not, such as reference, {whole}"
+        )
 
 
 def _check_group(method: Method) -> None:

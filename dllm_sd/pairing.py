@@ -209,7 +209,8 @@ def _check_causal(config: Config) -> None:
         if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
             other = f"model.dtype to {config.optim.autocast}, or " if config.model.lora else ""
             raise InputError(
-                f"{key}.continuous under optim.autocast needs weights of that type; set {other}{key}.continuous to false"
+                f"{key}.continuous under optim.autocast needs weights of that type; set {other}{key}.continuous to "
+                "false"
             )
     for context in config.method.contexts:
         if context.reveals:

@@ -249,6 +249,16 @@ class PassAtK(Ranged, key="method.rollout"):
         return Base()
 
     @property
+    def cuts(self) -> bool:
+        """Whether some completions are not generated to their end."""
+        return self.horizon.cuts
+
+    @property
+    def needs_outcome(self) -> bool:
+        """Whether attempts are made or chosen by how good they are."""
+        return self.attempts > 1 and (self.until_solved or self.keep == "best")
+
+    @property
     def keeps_groups(self) -> bool:
         """Whether several rollouts of a problem are kept, right or wrong."""
         return self.keep == "all" and self.attempts > 1
@@ -272,6 +282,8 @@ class Demonstrations(Ranged, key="method.rollout"):
     decodes: ClassVar[bool] = False
     policy: ClassVar[None] = None
     keeps_groups: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -318,6 +330,8 @@ class All:
     """Every rollout counts."""
 
     count_rejected: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
+    """Whether it asks how good a rollout is, which nobody knows before its end."""
     needs_group: ClassVar[bool] = False
     """Whether it compares all rollouts of a problem."""
     mixes: ClassVar[bool] = True
@@ -333,6 +347,7 @@ class Correct:
 
     count_rejected: bool = False
     """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
+    needs_outcome: ClassVar[bool] = True
     needs_group: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
 
@@ -346,6 +361,7 @@ class Score(Ranged, key="method.gate"):
 
     at_least: Share = 0.25
     count_rejected: bool = False
+    needs_outcome: ClassVar[bool] = True
     needs_group: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
 
@@ -358,6 +374,7 @@ class Mixed:
     """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
 
     count_rejected: bool = False
+    needs_outcome: ClassVar[bool] = True
     needs_group: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
 

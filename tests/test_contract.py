@@ -87,7 +87,7 @@ for _name, _row in METHODS.items():
     if getattr(_row.method.rollout, "attempts", 1) > 1:
         SIZES[_name]["rollout"] |= {"problems": 2, "attempts": 3}
 SIZES["d_opsd_reference"]["rollout"] |= {"problems": 4, "passes": 2}
-SIZES["popd"]["rollout"]["horizon"] = {"start": 1, "step": 1}
+SIZES["popd"]["rollout"]["horizon"] = {"initial_ratio": 0.25, "ratio_step": 0.25}
 OTHER = {"name": "checkpoint", "path": "OTHER", "dtype": "float64"}
 for _name in ("opd", "opd_sampled", "topd", "popd"):
     SIZES[_name]["teacher"] = [OTHER]
@@ -138,12 +138,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
         rollout={"problems": 8, "attempts": 1, "passes": 2},
         teacher=[{"name": "ema", "decay": 0.5}, {"name": "snapshot", "every": 2}],
     ),
-    "sdpo truncated": varied("sdpo", rollout={"horizon": {"name": "truncated", "ratio": 0.5}}),
+    "opsd truncated": varied("opsd", rollout={"horizon": {"name": "truncated", "ratio": 0.5}}),
     "opsd progressive": varied(
-        "opsd", rollout={"horizon": {"name": "progressive", "start": 2, "step": 3, "unit": "steps"}}
+        "opsd",
+        rollout={"horizon": {"name": "progressive", "initial_ratio": 0.25, "ratio_step": 0.375, "unit": "steps"}},
     ),
-    "grpo truncated steps": varied("grpo", rollout={"horizon": {"name": "truncated", "ratio": 0.4, "unit": "steps"}}),
-    "demo_psd progressive": varied("demo_psd", rollout={"horizon": {"name": "progressive", "start": 2}}),
     "grpo, several passes": varied("grpo", rollout={"passes": 2}, **BEHIND),
     "diffu_grpo, several passes": varied("diffu_grpo", rollout={"passes": 2}, **BEHIND),
     "opd, several passes": varied(
@@ -166,8 +165,14 @@ EXTRAS: dict[str, dict[str, Any]] = {
         teacher=[{"name": "ema", "decay": 0.5}, "base"],
         target="each",
     ),
-    "d_opsd truncated": varied("d_opsd", rollout={"horizon": {"name": "truncated", "ratio": 0.75}}),
-    "d_opsd progressive": varied("d_opsd", rollout={"horizon": {"name": "progressive", "start": 2}}),
+    "d_opsd truncated": varied(
+        "d_opsd", gate="all", rollout={"attempts": 1, "horizon": {"name": "truncated", "ratio": 0.75}}
+    ),
+    "d_demo_psd progressive": varied(
+        "d_demo_psd",
+        gate="all",
+        rollout={"attempts": 1, "horizon": {"name": "progressive", "initial_ratio": 0.5, "ratio_step": 0.25}},
+    ),
     "later_step and a sibling": varied(
         "sdpo", canvases="decoder_steps", contexts=[{"name": "later_step", "prompt": {"name": "sibling", **HINTED}}]
     ),
@@ -176,20 +181,20 @@ CASES = SIZES | EXTRAS
 ONLY_DIFFUSION = {
     *("d_rcsd",),
     *("d_opsd", "d_opsd_paper", "d_opsd_reference", "d_opsd_pmi", "d_demo_psd", "later_step"),
-    *("suffix and reference", "d_opsd truncated", "d_opsd progressive", "later_step and a sibling"),
+    *("suffix and reference", "d_opsd truncated", "d_demo_psd progressive", "later_step and a sibling"),
 }
 Pair = tuple[str, Backbone]
 REACH: dict[Pair, list[int]] = {  # positions that each update's rollouts may reach
     ("topd", "diffusion"): [4, 4],
     ("topd", "autoregressive"): [2, 2],
     ("popd", "diffusion"): [4, 8],
-    ("popd", "autoregressive"): [1, 2],
-    ("sdpo truncated", "diffusion"): [8, 8],
-    ("sdpo truncated", "autoregressive"): [11, 11],
+    ("popd", "autoregressive"): [6, 11],
+    ("opsd truncated", "diffusion"): [8, 8],
+    ("opsd truncated", "autoregressive"): [11, 11],
     ("opsd progressive", "diffusion"): [4, 12],  # five steps begin the third block
-    ("opsd progressive", "autoregressive"): [2, 5],
+    ("opsd progressive", "autoregressive"): [6, 14],
     ("d_opsd truncated", "diffusion"): [12, 12],
-    ("d_opsd progressive", "diffusion"): [8, 12],
+    ("d_demo_psd progressive", "diffusion"): [8, 12],
 }
 PAIRS: list[Pair] = [
     (case, kind) for case in CASES for kind in BACKBONES if kind == "diffusion" or case not in ONLY_DIFFUSION

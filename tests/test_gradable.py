@@ -34,10 +34,10 @@ RULES: dict[str, DecoderSteps | RandomMasks | AllMasked] = {
 HORIZONS: dict[str, Any] = {
     "complete": Complete(),
     "half of the blocks": Truncated(0.5),
-    "one block": Progressive(),
+    "one block": Progressive(0.01),
     "some steps": Truncated(0.4, unit="steps"),
-    "one step": Progressive(unit="steps"),
-    "two steps more at each update": Progressive(start=1, step=2, unit="steps"),
+    "one step": Progressive(0.01, unit="steps"),
+    "two steps more at each update": Progressive(0.01, 0.125, unit="steps"),
 }
 KINDS = ("denoiser", "denoiser that writes on behind the end", "blocks", "autoregressive")
 SITES = (Revealed(), AllMaskedSites(), AllMaskedSites(block=True), TeacherTop(), TeacherTop(count=2))

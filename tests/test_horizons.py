@@ -11,12 +11,14 @@ import torch
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.horizons import HORIZONS, Complete, Progressive, Truncated
+from dllm_sd.losses import Sampled, TokenNLL
 from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
+from dllm_sd.objective import plan_update
 from dllm_sd.policies.decoding import Decoding, Meter
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import All, Demonstrations, PassAtK, Prompted, Rollout, gather
+from dllm_sd.rollouts import GATES, All, Demonstrations, PassAtK, Prompted, Rollout, gather
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Reach, Trajectory
 
@@ -106,7 +108,7 @@ def test_truncation_takes_a_share_of_the_whole_and_at_least_one(ratio, unit, cou
 
 def test_a_progressive_horizon_grows_by_the_formula_up_to_the_whole():
     policy: Any = Extent(blocks=10)
-    horizon = Progressive(start=3, step=2, every=4)
+    horizon = Progressive(0.3, 0.2, every=4)
     counts = [horizon(policy, CANVAS, update) for update in range(20)]
     assert counts == [Reach("blocks", n) for n in [3] * 4 + [5] * 4 + [7] * 4 + [9] * 4 + [10] * 4]
     paper = METHODS["popd"].method.rollout
@@ -116,7 +118,7 @@ def test_a_progressive_horizon_grows_by_the_formula_up_to_the_whole():
     assert [getattr(steps(policy, CANVAS, update), "count", 0) for update in (0, 1, 100, 1553, 1554)] == [
         *(1382, 1391, 2282, 15359, 15360)
     ]
-    assert Progressive(start=2, step=0)(policy, CANVAS, 99) == Reach("blocks", 2)
+    assert Progressive(0.2, 0.0)(policy, CANVAS, 99) == Reach("blocks", 2)
     assert Complete()(policy, CANVAS, 3) is None
 
 
@@ -126,9 +128,11 @@ def test_a_progressive_horizon_grows_by_the_formula_up_to_the_whole():
         lambda: Truncated(ratio=0),
         lambda: Truncated(ratio=1.01),
         lambda: Truncated(ratio=-0.1),
-        lambda: Progressive(start=0),
+        lambda: Progressive(initial_ratio=0),
+        lambda: Progressive(initial_ratio=3),
         lambda: Progressive(every=0),
-        lambda: Progressive(step=-1),
+        lambda: Progressive(ratio_step=-1),
+        lambda: Progressive(ratio_step=9),
     ],
 )
 def test_impossible_horizons_are_refused(build):
@@ -181,7 +185,7 @@ def test_passes_beyond_the_horizon_are_never_made(each):
 @pytest.mark.parametrize("unit", ["blocks", "steps"])
 def test_the_whole_ratio_is_the_complete_rollout_bit_for_bit(each, unit):
     plain = trajectories(roll(each, Complete()))
-    for horizon in (Truncated(1.0, unit), Progressive(start=1000, unit=unit)):
+    for horizon in (Truncated(1.0, unit), Progressive(1.0, unit=unit)):
         horizoned = trajectories(roll(each, horizon))
         assert len(plain) == len(horizoned)
         for one, other in zip(plain, horizoned, strict=True):
@@ -212,7 +216,8 @@ def test_a_rollout_without_a_horizon_reaches_to_the_end(each):
 
 def test_the_horizon_advances_with_the_updates_that_the_batches_serve(each):
     def counts(passes: int, every: int) -> list[int]:
-        rule = PassAtK(passes=passes, horizon=Progressive(start=1, step=1, every=every))
+        one = 1 / each.extent("blocks", CANVAS)
+        rule = PassAtK(passes=passes, horizon=Progressive(one, one, every=every))
         return [reach.count for batch in range(4) if (reach := rule.reach(each, CANVAS, batch))]
 
     whole = each.extent("blocks", CANVAS)
@@ -221,8 +226,8 @@ def test_the_horizon_advances_with_the_updates_that_the_batches_serve(each):
     assert counts(2, 1) == [min(whole, n) for n in (1, 3, 5, 7)]
     assert counts(2, 4) == [1, 1, 2, 2]
     assert counts(3, 2) == [1, 2, 4, 5]
-    later = trajectories(roll(each, Progressive(start=1, step=1), update=2))
-    first = trajectories(roll(each, Progressive(start=1, step=1), update=0))
+    later = trajectories(roll(each, Progressive(1 / whole, 1 / whole), update=2))
+    first = trajectories(roll(each, Progressive(1 / whole, 1 / whole), update=0))
     place = (lambda one: one.reveal_step) if each.causal else (lambda one: one.block)
     for some, count in ((first, 1), (later, 3)):
         reached = [int(place(one).masked_fill(one.reveal_step < 0, -1).max()) + 1 for one in some]
@@ -230,11 +235,11 @@ def test_the_horizon_advances_with_the_updates_that_the_batches_serve(each):
 
 
 def test_horizons_are_keys_of_the_rollout():
-    tree: dict[str, Any] = {"task": "sudoku", "method": {"name": "grpo"}}
-    tree["method"]["rollout"] = {"horizon": {"name": "progressive", "start": 2, "unit": "steps"}}
+    tree: dict[str, Any] = {"task": "sudoku", "method": {"name": "opsd"}}
+    tree["method"]["rollout"] = {"horizon": {"name": "progressive", "initial_ratio": 0.2, "unit": "steps"}}
     rollout = build_config(tree).method.rollout
     assert isinstance(rollout, PassAtK)
-    assert rollout.horizon == Progressive(start=2, unit="steps")
+    assert rollout.horizon == Progressive(0.2, unit="steps")
     paper = METHODS["topd"].method.rollout
     assert isinstance(paper, PassAtK)
     assert paper.horizon == Truncated(0.1)
@@ -242,3 +247,80 @@ def test_horizons_are_keys_of_the_rollout():
     with pytest.raises(InputError, match=r"method\.rollout\.horizon\.name 'half' is unknown"):
         build_config(tree)
     assert Method().rollout == PassAtK(horizon=Complete())
+
+
+@pytest.mark.parametrize(("key", "name"), [("start", "initial_ratio"), ("step", "ratio_step")])
+def test_numbers_of_tokens_are_refused_with_the_share_named(key, name):
+    with pytest.raises(InputError, match=rf"^method\.rollout\.horizon\.{key} is now {name}, a share of the length"):
+        build_config({"task": "sudoku", "method": {"name": "popd", "rollout": {"horizon": {key: 8}}}})
+
+
+@pytest.mark.parametrize("length", [72, 150, 1024, 15360])
+def test_the_published_schedule_is_the_same_share_of_any_length(length):
+    policy: Any = Extent(steps=length)
+    rollout = METHODS["popd"].method.rollout
+    assert isinstance(rollout, PassAtK)
+    steps: Any = replace(rollout.horizon, unit="steps")
+    counts = [steps(policy, CANVAS, update).count for update in (0, 540)]
+    assert counts[0] == round(0.09 * length) < length
+    assert counts[1] / length == pytest.approx(0.09 + 540 * 9 / 15360, abs=1 / length)
+
+
+CUTS = [Truncated(0.5), Truncated(0.5, unit="steps"), Progressive(), Progressive(0.5, 0.0)]
+
+
+def judged(method: Method) -> bool:
+    """Whether anything in a method depends on the grades of its rollouts, found by giving them others."""
+    rollout, hints = method.rollout, [context.hint for context in method.contexts]
+    by_gate = [grades for grades in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0)) if method.gate(list(map(graded, grades)))]
+    tries = isinstance(rollout, PassAtK) and rollout.attempts > 1 and (rollout.until_solved or rollout.keep == "best")
+    return len(by_gate) < 3 or tries or method.trust.needs_outcome or any(hint and hint.needs_outcome for hint in hints)
+
+
+def graded(score: float) -> Any:
+    return replace(EXAMPLE, grade=Grade(score == 1, score, None))
+
+
+EXAMPLE = Rollout(PROMPTED[0].problem, 0, "", Grade(True, 1.0, None), trajectory=None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("horizon", CUTS, ids=str)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_horizon_that_cuts_is_refused_with_what_asks_for_outcomes(name, gate, horizon):
+    method = METHODS[name].method
+    if not isinstance(method.rollout, PassAtK):
+        return
+    for rollout in (method.rollout, replace(method.rollout, attempts=1)):
+        try:
+            whole = replace(method, gate=GATES[gate](), rollout=rollout)
+        except InputError:  # never, horizon or not
+            continue
+        cut = replace(rollout, horizon=horizon)
+        if judged(whole):
+            with pytest.raises(InputError, match=r"^method\.(gate|rollout|trust|contexts) .*horizon to complete$"):
+                replace(whole, rollout=cut)
+        else:
+            replace(whole, rollout=cut)
+        replace(whole, rollout=replace(rollout, horizon=Truncated(1.0)))
+
+
+@pytest.mark.parametrize("horizon", CUTS[:3], ids=str)
+def test_what_a_horizon_leaves_is_trained_on(policy, horizon):
+    """Where the pair is accepted no update is skipped, right or wrong."""
+    for name in ("d_opsd", "d_opsd_pmi", "d_demo_psd", "rft", "later_step"):
+        rollout = PassAtK(attempts=1, temperature=1.0, horizon=horizon)
+        method = replace(METHODS[name].method, gate=All(), rollout=rollout)
+        task: Any = Wrong()
+        rollouts = gather(rollout, method.gate, rollout(policy, task, PROMPTED, CANVAS, 3, 0))
+        assert rollouts.size == len(PROMPTED)
+        plan = plan_update(replace(method, contexts=(), target=Sampled(), divergence=TokenNLL()), rollouts, KEYS)
+        assert plan is not None
+        assert plan.num_sites > 0
+
+
+class Wrong:
+    """Nobody is right."""
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        return Grade(False, 0.0, None)

@@ -103,10 +103,16 @@ _DIGITS = (
 )
 _SPD = {name: ["method.rollout.problems=64"] for name in ("spd", "self_distillation", "self_retraining")}
 
+
+def _grown(first: float, step: float, every: int) -> list[str]:
+    """A horizon in shares of the completion."""
+    return [f"method.rollout.horizon={{initial_ratio: {first}, ratio_step: {step}, every: {every}}}"]
+
+
 RUNS: dict[str, dict[str, list[str]]] = {
     "autoregressive": {
         **_SHARED,
-        "popd": [*_SHARED["popd"], "method.rollout.horizon.start=8", "method.rollout.horizon.step=2"],
+        "popd": [*_SHARED["popd"], *_grown(8 / 72, 2 / 72, 1)],
         **_SPD,
         "topd ratio=0.25": [*_SHARED["topd"], "method.rollout.horizon.ratio=0.25"],
         "topd ratio=0.5": [*_SHARED["topd"], "method.rollout.horizon.ratio=0.5"],
@@ -125,7 +131,7 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "d_rcsd": [*_RETRY, _DIGITS, f"method.contexts=[{{name: suffix, prompt: {{{_RUBRIC}, source: data}}}}]"],
         "d_step_align": [*_critique("verbatim_prefix"), _DIGITS],
         "diffu_grpo": _GROUP,
-        "popd": [*_SHARED["popd"], "method.rollout.horizon={name: progressive, start: 1, step: 1, every: 8}"],
+        "popd": [*_SHARED["popd"], *_grown(0.25, 0.25, 8)],
         "topd ratio=0.5": [*_SHARED["topd"], "method.rollout.horizon.ratio=0.5"],
     },
     "autoregressive reader": {

@@ -57,6 +57,11 @@ class Trust(Protocol):
         ...
 
     @property
+    def needs_outcome(self) -> bool:
+        """Whether it asks which rollouts are right."""
+        ...
+
+    @property
     def needs_group(self) -> bool:
         """Whether it compares all rollouts of a problem."""
         ...
@@ -157,6 +162,7 @@ class Equal(Unmeasured):
     """Every rollout and every target counts the same: factor 1."""
 
     always_counts: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = False
 
@@ -186,6 +192,7 @@ class ImportanceCap(Ranged, key="method.trust"):
     cap: Positive = 2.0
     clamp: Positive = 20.0
     always_counts: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
@@ -236,6 +243,7 @@ class GroupAdvantage(Ranged, key="method.trust"):
     ratio_clip: Positive = 0.5
     kl: NonNegative = 0.0
     needs_old_logp: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = True
     needs_group: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
 
@@ -303,6 +311,7 @@ class OutcomeValidated(Ranged, Pooling, key="method.trust"):
     at_least: Share = 1.0
     local: Count | None = None
     always_counts: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = True
     needs_group: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = False
 

@@ -85,9 +85,9 @@ PROMPTED: dict[str, Row] = {
         "opd on the first tenth of each completion; the other tenths are never generated.",
     ),
     "popd": Row(
-        replace(OPD, rollout=replace(OPD.rollout, horizon=Progressive(start=1382, step=9))),
+        replace(OPD, rollout=replace(OPD.rollout, horizon=Progressive(initial_ratio=0.09, ratio_step=9 / 15360))),
         "POPD, arXiv 2605.31490, Eq. 10 and 11, App. B",
-        "opd with 9 tokens more at every update. The start is not stated; 1382 of 15360 tokens is inferred from the "
-        "paper's times.",
+        "opd with 9 of 15,360 tokens more at every update. The start is not stated; 9 % of the length (1,382 tokens) "
+        "is inferred from the paper's times.",
     ),
 }

@@ -143,6 +143,11 @@ class Hint(Protocol):
         ...
 
     @property
+    def needs_outcome(self) -> bool:
+        """Whether it asks which rollouts are right."""
+        ...
+
+    @property
     def writing(self) -> Writing | None:
         """Who writes a text for each rollout first, and how; None if nobody has to."""
         ...

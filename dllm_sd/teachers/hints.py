@@ -56,6 +56,7 @@ class Prompt(Ranged):
     shows_later_blocks: ClassVar[bool] = False
     reveals: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
     writing: ClassVar[Writing | None] = None
     per_problem: ClassVar[bool] = False
 
@@ -119,6 +120,7 @@ class Sibling(Prompt):
     """Leave out what stands before the end of its thinking, ``</think>``."""
     template: str = SIBLING
     needs_group: ClassVar[bool] = True
+    needs_outcome: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
