@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -228,7 +228,8 @@ def _eval(options: argparse.Namespace) -> int:
     from accelerate import Accelerator, PartialState
 
     from dllm_sd.config import to_tree
-    from dllm_sd.evaluation import evaluate_into
+    from dllm_sd.evaluation import evaluate_into, first
+    from dllm_sd.pairing import READ
     from dllm_sd.tables import print_evaluation
 
     attempts = [f"eval.attempts={options.attempts}"] if options.attempts is not None else []
@@ -237,6 +238,8 @@ def _eval(options: argparse.Namespace) -> int:
     task = tree["task"]["name"]
     out = Path(options.out or Path(options.model if _is_run(options.model) else "") / "eval" / task)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
+    if PartialState().is_main_process:
+        _say_lost(policy, map(config.task.messages, first(config.task.problems("test"), READ)), "the prompts")
     with Accelerator().autocast():
         report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
     if PartialState().is_main_process:
@@ -316,7 +319,9 @@ def _sample(options: argparse.Namespace) -> int:
     console = Console()
     frames: list[list[int]] = []
     settings = replace(config.decode, temperature=config.eval.temperature)
-    prompt = policy.encode([{"role": "user", "content": options.prompt}])
+    asked = [{"role": "user", "content": options.prompt}]
+    prompt = policy.encode(asked)
+    _say_lost(policy, [asked], "the prompt")
     with Live(console=console, refresh_per_second=30, transient=True) as live:
 
         def watch(canvas: Any) -> None:
@@ -329,6 +334,12 @@ def _sample(options: argparse.Namespace) -> int:
         console.print(Text(f"{step:>4} ", style="dim") + _frame(policy, [*frames[max(0, step - 1) : step], frame]))
     console.print(Text(policy.text(tokens), style="bold"))
     return 0
+
+
+def _say_lost(policy: Any, conversations: Iterable[Sequence[Mapping[str, str]]], what: str) -> None:
+    """A line about what the tokenizer does not know of some prompts, if there is anything."""
+    if policy.chat is not None and (words := policy.chat.warn_of_lost(map(policy.chat.render, conversations), what)):
+        print(words, file=sys.stderr)
 
 
 def _frame(policy: Any, frames: Sequence[Sequence[int]]) -> Any:

@@ -1,7 +1,8 @@
 """Whether a method and a model belong together, decided before any weight is read."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from string import Formatter
 
 from dllm_sd.canvases import AllMasked
 from dllm_sd.config import Config
@@ -15,10 +16,13 @@ from dllm_sd.rollouts import needed_length
 from dllm_sd.tasks import Jsonl
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, Feedback, Reference
+from dllm_sd.teachers.table import AnyHint
 from dllm_sd.writers import Server
 
 CHECKED = 1000
 """References that are read before a run begins."""
+READ = 100
+"""Prompts of which it is found out before a run begins whether the tokenizer knows their words."""
 
 
 def check_model(config: Config) -> Blueprint:
@@ -155,6 +159,35 @@ def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Pr
         if long
         else None
     )
+
+
+def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> dict[str, str]:
+    """Sentences on what the tokenizer does not know: of the first prompts and references, and of what hints add.
+
+    Returns:
+        Those that there are, of the prompts, the completions that demonstrations imitate, and the hints.
+    """
+    chat, task = blueprint.chat, config.task
+    if chat is None or not chat.loses:
+        return {}
+    some = [problems[i] for i in range(min(READ, len(problems)))]
+    hints = [context.hint for context in config.method.contexts if context.hint is not None]
+    shown = any(isinstance(hint, Reference) for hint in hints)
+    references = [text for problem in some if (text := task.reference(problem)) is not None]
+    hinted = [text for hint in hints for text in _words(hint)] + (references if shown else [])
+    told = {
+        "prompts": chat.warn_of_lost((chat.render(task.messages(problem)) for problem in some), "the prompts"),
+        "completions": chat.warn_of_lost([] if config.method.rollout.decodes else references, "the references"),
+        "hints": chat.warn_of_lost(hinted, "the hints and the words around them (method.contexts)"),
+    }
+    return {kind: sentence for kind, sentence in told.items() if sentence is not None}
+
+
+def _words(hint: AnyHint) -> list[str]:
+    """What a hint's templates say around their slots, and what it asks a teacher to reason about."""
+    texts = [value for f in fields(hint) if isinstance(value := getattr(hint, f.name), str) and "{" in value]
+    texts = ["".join(literal for literal, *_ in Formatter().parse(text)) for text in texts]
+    return [*texts, *([hint.reasoning.instruction, hint.reasoning.transition] if hint.reasoning else [])]
 
 
 def check_peers(config: Config) -> None:

@@ -10,10 +10,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from dllm_sd.config import apply_overrides, build_config
+from dllm_sd.config import apply_overrides, build_config, load_config
 from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
-from dllm_sd.pairing import CHECKED, check_data, check_model, check_references
+from dllm_sd.pairing import CHECKED, check_data, check_model, check_references, check_words
 from dllm_sd.policies import loading
 from dllm_sd.policies.blueprint import Blueprint
 from dllm_sd.policies.loading import build_policy
@@ -28,7 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "causal": {**RANDOM, "as": "autoregressive"},
 }
 SWITCH = "{{ messages[-1].content }}{{ enable_thinking }}"
+SLOTS = "{question}{hint}"
+DECODE = {"length": 16, "block_length": 4}
 REASONS = {"name": "reference", "reasoning": {"length": 10}}
+REASONED = {"name": "reference", "reasoning": {"length": 8}}
 
 
 @pytest.fixture(autouse=True)
@@ -393,3 +396,60 @@ def test_a_folder_is_read_without_its_weights(tmp_path, saved):
         check("causal", method=taught_by(str(folder)))
     finally:
         weights.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_ar"])
+def test_the_quickstarts_use_words_that_their_models_know(name: str):
+    config = load_config(name)
+    assert check_words(config, check_model(config), config.task.problems("train")) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "prompt", "kinds"),
+    [
+        ("sft", "{puzzle}", []),
+        ("sft", "Solve {puzzle}", ["prompts"]),
+        ({"name": "opsd", "contexts": [{"name": "reference", "template": SLOTS}]}, "{puzzle}", []),
+        (
+            {"name": "opsd", "contexts": [{"name": "reference", "template": f"See {SLOTS}"}]},
+            "{puzzle}",
+            ["hints"],
+        ),
+        ("opsd", "{puzzle}", ["hints"]),
+        (
+            {"name": "opsd", "contexts": [{**REASONED, "template": SLOTS}]},
+            "{puzzle}",
+            ["hints"],
+        ),
+        ("sdpo", "{puzzle}", ["hints"]),
+    ],
+)
+def test_words_that_the_tokenizer_does_not_know_are_said_before_a_run(method: Any, prompt: str, kinds: list[str]):
+    tree = {"task": {"name": "sudoku", "prompt": prompt, "answer": "{solution}"}, "model": MODELS["denoiser"]}
+    config = build_config({**tree, "decode": {"length": 16, "block_length": 4}, "method": method})
+    told = check_words(config, check_model(config), config.task.problems("train"))
+    assert list(told) == kinds
+    for kind in kinds:
+        assert ("the prompts, such as 'Solve' of 'Solve " in told[kind]) == (kind == "prompts")
+        assert len(told[kind]) < 500
+
+
+def test_references_that_the_tokenizer_does_not_know_are_said_of_where_they_are_read(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"question": "1+1", "answer": "2 apples"}\n')
+    task = {"name": "jsonl", "data": str(tmp_path / "a.jsonl"), "reference_field": "answer", "size_dev": 0}
+    shown = {"name": "opsd", "contexts": [{"name": "reference", "template": SLOTS}]}
+    for method, kinds in (("sft", ["completions"]), (shown, ["hints"]), ("grpo", [])):
+        config = build_config(
+            {"task": task, "model": RANDOM, "method": method, "decode": {"length": 16, "block_length": 4}}
+        )
+        told = check_words(config, check_model(config), config.task.problems("train"))
+        assert list(told) == kinds
+        assert all("such as 'apples' of '2 apples'" in sentence for sentence in told.values())
+
+
+def test_missing_references_are_answered_with_the_key_that_names_them(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    task = {"name": "jsonl", "data": str(tmp_path / "a.jsonl"), "size_dev": 0}
+    config = build_config({"task": task, "model": RANDOM, "method": "sft", "decode": {"length": 16, "block_length": 4}})
+    with pytest.raises(InputError, match=r"set task\.reference_field to .*, such as task\.reference_field=answer$"):
+        check_data(config, config.task.problems("train"))

@@ -1,7 +1,7 @@
 """Text and tokens: the only renderer of chat templates, for students and teachers, in training and evaluation."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, shown
 from dllm_sd.limits import TooLong, limited
 from dllm_sd.policies.chat_templates import choose_template, find_switches
 from dllm_sd.policies.small_files import brief, is_whole
@@ -23,7 +23,14 @@ MEMORY = 2**27
 _FAILED, _REMEDY = "the chat template", "mend it in the tokenizer's files, or set model.chat_template"
 _ROLES = ("bos", "eos", "pad", "mask", "unk", "cls", "sep")
 """Tokens that a tokenizer names and that say nothing."""
+_RARE = "\U0001f9ff\u3042\u0416\u00e5"
+"""Characters of which a tokenizer that does not know everything is likely not to know one."""
 _TAG = re.compile(r"<(/?)([^<>/|]+)>")
+
+
+def _share(part: int, whole: int) -> str:
+    """A share in per cent, never rounded to nothing."""
+    return f"{max(1, round(100 * part / max(1, whole)))} %" if 100 * part >= whole else "less than 1 %"
 
 
 def _partner(tag: re.Match[str]) -> str:
@@ -194,6 +201,50 @@ class Chat:
         """Ids of ``<0x00>`` to ``<0xFF>``, in which sentencepiece spells what it has no piece for."""
         words = self.tokenizer.get_vocab()
         return frozenset(words[word] for word in (f"<0x{byte:02X}>" for byte in range(256)) if word in words)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of the token that stands for what the tokenizer does not know; None where that token means more."""
+        named = {getattr(self.tokenizer, f"{role}_token_id", None) for role in _ROLES if role != "unk"}
+        unknown = self.tokenizer.unk_token_id
+        return None if unknown in {*named, self.end_id, *self.marks} else unknown
+
+    @cached_property
+    def loses(self) -> bool:
+        """Whether there is text that the tokenizer does not know; one of bytes knows everything."""
+        return bool(self.lost(_RARE))
+
+    def lost(self, text: str) -> str:
+        """The characters of a text that no token stands for, white space aside."""
+        if not self.tokenizer.is_fast:
+            return "\ufffd" * self._tokens(text).count(-1 if self.unknown_id is None else self.unknown_id)
+        read: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        known = bytearray(len(text))
+        for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
+            if token != self.unknown_id:
+                known[start:end] = b"\1" * (end - start)
+        return "".join(letter for letter, seen in zip(text, known, strict=True) if not seen and not letter.isspace())
+
+    def warn_of_lost(self, texts: Iterable[str], what: str) -> str | None:
+        """A sentence on what the tokenizer does not know of some texts, with an example; None if it knows all.
+
+        Args:
+            texts: as they are given to the tokenizer; not looked at where it knows everything.
+            what: what they are, such as ``the prompts``.
+        """
+        if not self.loses:
+            return None
+        letters, lost, example = 0, 0, ""
+        for text in texts:
+            gone = self.lost(text)
+            letters, lost = letters + sum(not letter.isspace() for letter in text), lost + len(gone)
+            example = example or (gone and f"{shown(gone[:20])} of {shown(text)}")
+        if not lost:
+            return None
+        return (
+            f"the tokenizer does not know {_share(lost, letters)} of the characters of {what}, such as {example}; "
+            "the model cannot see them: use its own words, or a tokenizer that knows them"
+        )
 
     def _tokens(self, text: str) -> list[int]:
         if (half := lone_surrogate(text)) is not None:

@@ -20,7 +20,7 @@ from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.files import write_file
 from dllm_sd.finite import LARGEST, find_broken, fingerprint
 from dllm_sd.objective import Graded, Plan, grade, plan_update
-from dllm_sd.pairing import check_data, check_model, check_references
+from dllm_sd.pairing import check_data, check_model, check_references, check_words
 from dllm_sd.policies.blueprint import Blueprint
 from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.site_head import ask
@@ -61,6 +61,7 @@ from dllm_sd.training.outcome import initial_sources, warnings_of
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
 from dllm_sd.training.supply import Supply
+from dllm_sd.training.unknown import Unknown
 from dllm_sd.training.zero import shape_of
 
 Parts = list[tuple[Plan, Graded]]
@@ -81,12 +82,11 @@ class Trainer:
         with together():
             problems = config.task.problems("train")
             self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
-            self.test = (
-                first(config.task.problems("test"), config.eval.final_problems) if config.eval.final_problems else []
-            )
+            final = config.eval.final_problems
+            self.test = first(config.task.problems("test"), final) if final else []
             check_data(config, problems)
             blueprint = check_model(config)
-            left_out = check_references(config, blueprint, problems)
+            long, words = check_references(config, blueprint, problems), check_words(config, blueprint, problems)
         self.folder = RunFolder(config)
         try:
             self._build(blueprint)
@@ -96,8 +96,9 @@ class Trainer:
         except BaseException:
             self.folder.release()
             raise
+        self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, words)
         if self.main:
-            for sentence in filter(None, (left_out, *initial_sources(config))):
+            for sentence in filter(None, (long, *words.values(), *initial_sources(config))):
                 print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -231,7 +232,8 @@ class Trainer:
                 self._write_pictures(update, parts, regions, self.rollouts)
         for model in self.models.values():
             model.after_update(update)
-        metrics |= rollout_metrics(self.rollouts) | self.supply.shelf.after_update(update, self.rollouts.chosen)
+        metrics |= rollout_metrics(self.rollouts) | self.unknown(self.rollouts, self.main)
+        metrics |= self.supply.shelf.after_update(update, self.rollouts.chosen)
         reach = self.method.rollout.reach(self.policy, self.config.decode, batch)
         metrics |= {} if reach is None else {"rollouts/horizon": reach.count}
         metrics |= {"rollouts/too_long": self.state.too_long, "updates_skipped": self.state.skipped}

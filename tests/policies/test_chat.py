@@ -17,7 +17,7 @@ import yaml
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import ByteLevel, Split, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
@@ -403,6 +403,63 @@ def test_a_token_that_the_tokenizer_does_not_have_is_refused_with_those_like_it(
         read_blueprint(Model(path=path, mask_token="<mask>"))
     with pytest.raises(InputError, match=r"no token 'end'; mend model\.end_tokens; did you mean <\|end\|>\?$"):
         read_blueprint(Model(path=path, end_tokens=("<|end|>", "end")))
+
+
+def words_of(known: str, split: Any, unknown: str | None = "<unk>", **options: Any) -> Chat:
+    """A tokenizer of whole words or letters that knows those of ``known`` alone."""
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", *known.split()])}
+    core = Tokenizer(options.pop("model", WordLevel)(words, unk_token=unknown))
+    core.pre_tokenizer = split
+    return Chat(PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unknown, eos_token="</s>", **options), 1)
+
+
+@pytest.mark.parametrize(
+    ("made", "lost"),
+    [
+        (lambda: words_of("two plus", Whitespace()), "3?"),
+        (lambda: words_of("t w o p l u s", Split("", "isolated")), "3?"),
+        (lambda: words_of("t w o p l u s", Split("", "isolated"), None, model=lambda w, **_: BPE(w, [])), "3?"),
+        (lambda: tokenizer(), ""),
+    ],
+    ids=["words", "letters", "letters without an unknown token", "all letters"],
+)
+def test_what_a_tokenizer_does_not_know_is_found_and_said(made: Callable[[], Any], lost: str):
+    ours = made() if isinstance(made(), Chat) else Chat(made(), 5)
+    assert ours.loses
+    assert ours.lost("two plus 3?") == lost
+    assert ours.lost("two\n plus\t") == ""
+    said = ours.warn_of_lost(["two plus", "two plus 3?"], "the prompts")
+    if not lost:
+        assert said is None
+        return
+    assert said is not None
+    assert said.startswith(
+        "the tokenizer does not know 12 % of the characters of the prompts, such as '3?' of 'two plus"
+    )
+    assert ours.warn_of_lost(["two plus", ""], "the prompts") is None
+
+
+def test_a_tokenizer_of_bytes_knows_everything(tmp_path: Path):
+    ours = Chat(made_tokenizer("bos", None, tmp_path), 1)
+    assert not ours.loses
+    assert ours.unknown_id is None
+    assert ours.warn_of_lost(iter(lambda: pytest.fail("a text was looked at"), 0), "the prompts") is None
+
+
+def test_an_unknown_token_that_also_ends_a_text_is_no_sign_of_unknown_text():
+    ours = words_of("two", Whitespace(), "</s>")
+    assert ours.unknown_id is None
+    assert words_of("two", Whitespace()).unknown_id == 0
+
+
+def test_a_tokenizer_that_would_cut_long_texts_does_not(tmp_path: Path):
+    made = tokenizer()
+    made.backend_tokenizer.enable_truncation(8)
+    made.save_pretrained(tmp_path)
+    ours = Chat(AutoTokenizer.from_pretrained(tmp_path), 5)
+    assert len(ours.encode_completion("ab" * 50)) == 101
+    assert len(ours.encode([{"role": "user", "content": "ab" * 50}])) == 100
+    assert ours.lost("ab" * 50) == ""
 
 
 # What follows reads the published tokenizers, which are too big to keep here.
