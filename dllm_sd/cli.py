@@ -258,7 +258,8 @@ def _load(
     from accelerate import Accelerator
 
     from dllm_sd.config import apply_overrides, build_config
-    from dllm_sd.policies.blueprint import model_folder
+    from dllm_sd.pairing import check_decodings
+    from dllm_sd.policies.blueprint import model_folder, read_blueprint
     from dllm_sd.policies.loading import build_policy, put_on
     from dllm_sd.training.checkpoint import load_weights, state_of
     from dllm_sd.training.folder import read_tree
@@ -273,11 +274,14 @@ def _load(
         tree = {"task": {"name": task}, "model": {"path": name}}
     else:
         raise InputError(f"{name!r} is neither a run nor a model with a recipe; name a task with --task")
-    if task is not None and tree["task"].get("name") != task:
+    own = tree.get("task")
+    if task is not None and task != (own.get("name") if isinstance(own, dict) else own):
         tree["task"] = {"name": task}
     config = build_config(apply_overrides(tree, overrides))
     accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
-    policy = build_policy(config.model, accelerator.device)
+    blueprint = read_blueprint(config.model)
+    check_decodings(config, blueprint)
+    policy = build_policy(blueprint, accelerator.device)
     weights = name
     if adapter is not None:
         put_on(policy, adapter)

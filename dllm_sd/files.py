@@ -11,6 +11,8 @@ from uuid import uuid4
 from dllm_sd.errors import InputError, on_one_line, shown
 
 PLACE = "a path"
+DEEPEST = 200
+"""Folders in a path, one within the other; making more is nobody's wish."""
 Place = Annotated[str, PLACE]
 """A file or folder in a config; a ``~`` at its start is the home folder."""
 
@@ -84,9 +86,9 @@ def at_home(name: str, key: str) -> str:
     """
     try:
         path = str(Path(name).expanduser()) if name.startswith("~") else name
-        possible = (
-            "\0" not in path and all(len(os.fsencode(part)) < 256 for part in path.split("/")) and len(path) < 4096
-        )
+        parts = path.split("/")
+        possible = "\0" not in path and all(len(os.fsencode(part)) < 256 for part in parts) and len(path) < 4096
+        possible = possible and len(parts) <= DEEPEST
     except (RuntimeError, UnicodeEncodeError):
         possible, path = False, name
     if not possible:

@@ -139,7 +139,7 @@ def _use(policy: AnyPolicy, model: Model, to: Layout, name: str, trained: Traine
             f"policy = {python}\n"
             f"policy.module.model = PeftModel.from_pretrained(policy.module.model, {json.dumps(name)})\n```"
         )
-    tree = read_tree(trained.run) if trained else {}
+    tree = _resolved(trained) if trained else {}
     words = [f"--task {tree['task']['name']}" if tree else "--task NAME"]
     words += [f"decode.{key}={tree['decode'][key]}" for key in ("length", "block_length") if tree]
     words += [f"model.{key}={value}" for key, value in options.items() if isinstance(value, int)]
@@ -152,8 +152,7 @@ def _use(policy: AnyPolicy, model: Model, to: Layout, name: str, trained: Traine
 def _training(trained: Trained | None) -> str:
     if trained is None:
         return "These weights were not trained by dllm-sd; only their format was changed."
-    tree = read_tree(trained.run)
-    method = build_config(tree).method
+    tree, method = _resolved(trained), build_config(read_tree(trained.run)).method
     update = state_of(trained.checkpoint).update
     kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
     kind += ", the initial ones, which no training has changed" if update == 0 else ""
@@ -163,6 +162,11 @@ def _training(trained: Trained | None) -> str:
         "To train it again, save these settings as `config.yaml` and run `dllm-sd train config.yaml`.\n\n"
         f"<details><summary>Settings</summary>\n\n```yaml\n{settings_of(trained.run)}```\n\n</details>"
     )
+
+
+def _resolved(trained: Trained) -> dict[str, Any]:
+    """The settings of a run with all their keys, however little its file says."""
+    return to_tree(build_config(read_tree(trained.run)))
 
 
 def _parts(method: Method) -> str:

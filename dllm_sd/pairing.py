@@ -34,12 +34,10 @@ def check_model(config: Config) -> Blueprint:
     _check_precision(config)
     blueprint = read_blueprint(config.model)
     _check_teachers(config, blueprint)
-    _check_suppressed(config, blueprint)
+    check_decodings(config, blueprint)
     if blueprint.causal:
         _check_causal(config)
         return blueprint
-    for key, settings in _decodings(config).items():
-        check_denoising(blueprint.block_length, settings, key)
     if blueprint.block_length is None:
         return blueprint
     if isinstance(config.method.canvases, AllMasked):
@@ -84,11 +82,18 @@ def _check_precision(config: Config) -> None:
     )
 
 
-def _check_suppressed(config: Config, blueprint: Blueprint) -> None:
-    rows = blueprint.config.get_text_config().vocab_size
+def check_decodings(config: Config, blueprint: Blueprint) -> None:
+    """Refuse ways to decode, the run's own and other schedules, that this model does not have.
+
+    Raises:
+        InputError: naming the key, and the remedy.
+    """
     for key, settings in _decodings(config).items():
-        if beyond := [token for token in settings.suppress if token >= rows]:
-            raise InputError(f"{key}.suppress names token {beyond[0]}, but the last one is {rows - 1}; leave it out")
+        settings.check_suppressed(blueprint.config.get_text_config().vocab_size, key)
+        if blueprint.causal:
+            _check_causal_decoding(config, settings, key)
+        else:
+            check_denoising(blueprint.block_length, settings, key)
 
 
 def check_data(config: Config, problems: Sequence[Problem]) -> None:
@@ -231,20 +236,22 @@ def _decodings(config: Config) -> dict[str, Decoding]:
     return {"decode": config.decode} | {f"eval.schedules.{name}": replace(config.decode, **o) for name, o in schedules}
 
 
+def _check_causal_decoding(config: Config, settings: Decoding, key: str) -> None:
+    """Refuse a way to decode that an autoregressive model does not have."""
+    for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
+        if getattr(settings, name):
+            raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
+    if settings.compile is not None:
+        raise InputError(f"{key}.compile is for denoising and this model is autoregressive; leave it out")
+    if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
+        other = f"model.dtype to {config.optim.autocast}, or " if config.model.lora else ""
+        raise InputError(
+            f"{key}.continuous under optim.autocast needs weights of that type; set {other}{key}.continuous to false"
+        )
+
+
 def _check_causal(config: Config) -> None:
-    """Refuse what an autoregressive model cannot do."""
-    for key, settings in _decodings(config).items():
-        for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
-            if getattr(settings, name):
-                raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
-        if settings.compile is not None:
-            raise InputError(f"{key}.compile is for denoising and this model is autoregressive; leave it out")
-        if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
-            other = f"model.dtype to {config.optim.autocast}, or " if config.model.lora else ""
-            raise InputError(
-                f"{key}.continuous under optim.autocast needs weights of that type; set {other}{key}.continuous to "
-                "false"
-            )
+    """Refuse teachers that show what an autoregressive model never reads."""
     for context in config.method.contexts:
         if context.reveals:
             name = next(name for name, part in CONTEXTS.items() if part is type(context))

@@ -51,6 +51,8 @@ Count = Annotated[int, Range(least=1)]
 """A count of at least 1 that costs nothing by itself, such as an interval."""
 Size = Annotated[int, Range(least=1, most=2**20)]
 """A count that time and memory grow with: of positions, rows, problems, draws."""
+SplitSize = Annotated[int, Range(least=0, most=2**28)]
+"""Training problems: their order takes 8 bytes each, 2 GiB at most."""
 Seed = Annotated[int, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]

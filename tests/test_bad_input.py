@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dllm_sd.cli import main
+from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.model import Model, Shape
 
@@ -314,3 +315,62 @@ def test_a_report_folder_that_is_a_file_is_refused(
     Path("out").write_text("mine")
     assert main(["eval", "tiny", "--task", "sudoku", "--out", "out"]) == 2
     assert capsys.readouterr().err == "dllm-sd: cannot write to 'out': File exists; give another --out\n"
+
+
+ODD = ("coin", "sudoku", None, 5, [1], {}, {"name": 5}, {"name": None}, {"nope": 1})
+"""What may stand where a config has a section, by mistake."""
+
+
+@pytest.mark.parametrize("kind", ["run", "recipe"])
+@pytest.mark.parametrize("section", ["task", "model", "method", "decode", "eval", "optim", "log", "peers"])
+def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_answers_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], section: str, kind: str
+):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(*_: Any) -> None:
+        raise InputError("the config was good")
+
+    monkeypatch.setattr("dllm_sd.policies.loading.build_policy", loaded)
+    file = tmp_path / "run" / {"run": "config.yaml", "recipe": "recipe.yaml"}[kind]
+    good = {name: part for name, part in TREE.items() if name in ("task", "model", "decode", "method")}
+    said: set[str] = set()
+    for odd in (*ODD, None):
+        tree = {**good, section: odd}
+        if odd is ODD[0]:
+            del tree[section]
+        file.write_text(yaml.safe_dump(tree))
+        commands = [["eval", "run"], ["eval", "run", "--task", "sudoku"], ["eval", "run", "--task", "countdown"]]
+        commands += [["sample", "run", "hi"], ["sample", "run", "hi", "--task", "sudoku"]]
+        for command in (*commands, *([["export", "run", "--to", "merged", "out"]] if kind == "run" else ())):
+            assert main(command) == 2
+            said.add(capsys.readouterr().err)
+    assert all(words.startswith("dllm-sd: ") and words.count("\n") == 1 for words in said)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("key", ["decode.suppress=[25]", "eval.schedules={slow: {suppress: [3, 99999999999]}}"])
+@pytest.mark.parametrize(
+    "command", [["eval", "tiny", "--task", "sudoku"], ["sample", "tiny", "hi", "--task", "sudoku"]]
+)
+def test_a_token_that_the_model_lacks_cannot_be_suppressed_wherever_a_model_is_loaded(
+    command: list[str], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, key]) == 2
+    assert "suppress names token" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("out", ["a/" * 250 + "b", "x" * 300, "a\0b", "b/" * 2000])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_graded(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("lines.jsonl").write_text('{"generation": "3", "answer": "3"}\n')
+    with pytest.raises(SystemExit, match="2"):
+        main(["grade", "lines.jsonl", "--task", "gsm8k", "--out", out])
+    assert "which no file can be named" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"lines.jsonl"}

@@ -62,6 +62,17 @@ class Decoding(Ranged, key="decode"):
         if self.threshold is not None and self.steps is not None:
             raise InputError("decode.threshold decides the number of steps; set decode.steps to null")
 
+    def check_suppressed(self, vocabulary: int, key: str = "decode") -> None:
+        """Refuse to suppress what a model with so large a ``vocabulary`` (``v``) does not have.
+
+        Raises:
+            InputError: naming the ``key`` under which these settings stand.
+        """
+        if beyond := [token for token in self.suppress if token >= vocabulary]:
+            raise InputError(
+                f"{key}.suppress names token {beyond[0]}, but the last one is {vocabulary - 1}; leave it out"
+            )
+
     @property
     def num_blocks(self) -> int:
         """Blocks on the canvas.

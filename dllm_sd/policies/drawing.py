@@ -131,7 +131,12 @@ def never_drawn(
     """What neither the ``settings`` nor ``suppress`` let pass, for `draw`: ids int64, or a mask where they are `MANY`.
 
     A mask needs the size of the ``vocabulary``; without it they are ids.
+
+    Raises:
+        InputError: if the settings name a token beyond the vocabulary, or all of it.
     """
+    if vocabulary is not None:
+        settings.check_suppressed(vocabulary)
     ids = torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64)
     if vocabulary is None or len(ids) <= MANY:
         return ids.to(device)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from dllm_sd.errors import InputError
 from dllm_sd.files import Place
 from dllm_sd.randomness import make_key
-from dllm_sd.ranges import Natural, Range, Seed
+from dllm_sd.ranges import Natural, Range, Seed, SplitSize
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import evaluate, marked_expression
 from dllm_sd.tasks.published import countdown_expression, python_value, reaches, uses
@@ -49,7 +49,7 @@ class Countdown(Sized):
     number_max: Number = 99
     target_min: Target = 10
     target_max: Target = 100
-    size_train: Natural = 1_000_000
+    size_train: SplitSize = 1_000_000
     size_dev: Natural = 1024
     size_test: Natural = 1024
     seed: Seed = 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from dllm_sd.errors import InputError
 from dllm_sd.files import Place
 from dllm_sd.randomness import make_key
-from dllm_sd.ranges import Count, Natural, Seed
+from dllm_sd.ranges import Count, Natural, Seed, SplitSize
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import MAX_TEXT, last_answer
 from dllm_sd.tasks.grids import completions, grids, has_holes_only, large_grid, large_puzzle, obeys, worked_steps
@@ -65,7 +65,7 @@ class Sudoku(Sized):
 
     empties_min: Count = 6
     empties_max: Count = 10
-    size_train: Natural = 1_000_000
+    size_train: SplitSize = 1_000_000
     size_dev: Natural = 1024
     size_test: Natural = 3072
     seed: Seed = 0

@@ -169,6 +169,12 @@ def test_a_few_ids_stay_numbers_and_a_tail_is_cut_off():
         never_drawn(Decoding(), range(WIDTH), torch.device("cpu"), WIDTH)
 
 
+def test_what_is_beyond_the_vocabulary_cannot_be_suppressed_and_its_last_token_can():
+    never_drawn(Decoding(suppress=(WIDTH - 1,)), (), torch.device("cpu"), WIDTH)
+    with pytest.raises(InputError, match=f"suppress names token {WIDTH}, but the last one is {WIDTH - 1}"):
+        never_drawn(Decoding(suppress=(3, WIDTH)), (), torch.device("cpu"), WIDTH)
+
+
 @pytest.mark.parametrize("backbone", [{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_both_backbones_decode_the_same_with_a_mask_and_with_numbers(make_policy, policy_shape, backbone, temperature):

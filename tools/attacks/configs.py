@@ -191,6 +191,7 @@ CONFIGS: dict[str, bytes] = {
 """Contents of a config, all to be refused."""
 
 SMALL = ("eval.final_problems=2", "decode.length=8")
+ODD_SCHEDULE = "eval.schedules={a: {suppress: [9999999]}}"
 COMMANDS: dict[str, Words] = {
     "config is a device": ("train", "/dev/zero"),
     "config is a fifo": ("train", "fifo"),
@@ -206,12 +207,31 @@ COMMANDS: dict[str, Words] = {
     "eval with huge attempts": ("eval", "tiny", "--task", "coin", "--attempts", DIGITS),
     "eval into a file": ("eval", "tiny", "--task", "coin", "--out", "file", *SMALL),
     "eval into a long name": ("eval", "tiny", "--task", "coin", "--out", LONG, *SMALL),
+    "eval suppresses a token that no model has": (
+        "eval",
+        "tiny",
+        "--task",
+        "coin",
+        "decode.suppress=[9999999]",
+        *SMALL,
+    ),
+    "eval suppresses it in another schedule": ("eval", "tiny", "--task", "coin", ODD_SCHEDULE, *SMALL),
+    "eval of a recipe in one word": ("eval", "recipe", "--task", "sudoku", "max_prompt=0"),
+    "sample suppresses a token that no model has": (
+        "sample",
+        "tiny",
+        "hello",
+        "--task",
+        "coin",
+        f"decode.suppress=[{2**40}]",
+    ),
     "eval compares devices": ("eval", "--compare", "/dev/zero", "/dev/zero"),
     "grade of a device": ("grade", "/dev/zero", "--task", "coin"),
     "grade of deep JSON": ("grade", "deep.jsonl", "--task", "coin"),
     "grade of garbage": ("grade", "binary.jsonl", "--task", "coin"),
     "grade into a file": ("grade", "sums.jsonl", "--task", "coin", "--out", "file"),
     "grade into a long name": ("grade", "sums.jsonl", "--task", "coin", "--out", LONG),
+    "grade into a deep path": ("grade", "sums.jsonl", "--task", "coin", "--out", "a/" * 1900),
     "show for no processes": ("show", CONFIG, "--processes", "0"),
     "show for negative processes": ("show", CONFIG, "--processes", "-1"),
     "show for huge processes": ("show", CONFIG, "--processes", DIGITS),
@@ -256,6 +276,8 @@ def prepare(folder: Path) -> None:
     (folder / "wide.jsonl").write_text('{"question": "' + "1" * 5_000_000 + '", "answer": ' + DIGITS + "}\n")
     (folder / "half.jsonl").write_text(SUMS[:-20])
     (folder / "binary.jsonl").write_bytes(bytes(range(256)))
+    (folder / "recipe").mkdir()
+    (folder / "recipe" / "recipe.yaml").write_text("task: coin\n")
     os.mkfifo(folder / "fifo")
 
 
