@@ -261,7 +261,7 @@ def _load(
     from dllm_sd.pairing import check_decodings
     from dllm_sd.policies.blueprint import model_folder, read_blueprint
     from dllm_sd.policies.loading import build_policy, put_on
-    from dllm_sd.training.checkpoint import load_weights, state_of
+    from dllm_sd.training.checkpoint import chosen_checkpoint, load_weights, state_of
     from dllm_sd.training.folder import read_tree
     from dllm_sd.training.outcome import initial_of
 
@@ -288,25 +288,12 @@ def _load(
         weights = f"{name} with {adapter}"
     accelerator.prepare_model(policy.module, evaluation_mode=True)
     if _is_run(name):
-        folder = _checkpoint(run, last)
+        folder = chosen_checkpoint(run, last)
         load_weights(policy, folder)
         weights = f"{folder.name}, update {state_of(folder).update}"
         if (sentence := initial_of(folder)) and accelerator.is_main_process:
             _warn(sentence)
     return config, policy, weights
-
-
-def _checkpoint(run: Path, last: bool) -> Path:
-    """The last weights of a run, or its best ones, which are the last where none were found to be better."""
-    from dllm_sd.training.checkpoint import best_checkpoint, latest_checkpoint
-
-    best, latest = best_checkpoint(run), latest_checkpoint(run)
-    if best is None and latest is None:
-        raise InputError(f"run {str(run)!r} has no checkpoint yet; train it further")
-    found = latest if last else best or latest
-    if found is None:
-        raise InputError(f"run {str(run)!r} has no last weights; export --weights best")
-    return found
 
 
 def _is_run(name: str) -> bool:
@@ -430,6 +417,7 @@ def _export(options: argparse.Namespace) -> int:
 
     from dllm_sd.exporting import check_folder, export_policy, push_folder
     from dllm_sd.model_card import Trained
+    from dllm_sd.training.checkpoint import chosen_checkpoint
 
     run, folder = Path(options.run), Path(options.folder)
     if not _is_run(options.run):
@@ -444,7 +432,7 @@ def _export(options: argparse.Namespace) -> int:
             raise InputError(f"--push {options.push!r} is no name of a repository: {error}") from error
     last = options.weights == "last"
     config, policy, _ = _load(options.run, options.overrides, last=last)
-    trained = Trained(run, _checkpoint(run, last))
+    trained = Trained(run, chosen_checkpoint(run, last))
     export_policy(policy, config.model, options.to, folder, trained, options.push)
     Console().print(f"written to {folder}", highlight=False, soft_wrap=True)
     if options.push:

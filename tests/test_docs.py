@@ -166,7 +166,9 @@ def one_update(run: Path, method: Mapping[str, Any], lr: float = 5e-6, **model: 
 
 @pytest.fixture
 def metric_keys(tmp_path: Path) -> set[str]:
-    """All that runs without a teacher (whose step is lost in rounding), with one, with several under a horizon, and with a capped trust write."""
+    """All that runs write: without a teacher (whose step is lost in rounding), with one, with several under a horizon,
+    and with a capped trust.
+    """
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     sft = {"name": "sft", "rollout": {"problems": 4}}
     d_opsd = {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}, "gate": "all"}

@@ -135,6 +135,21 @@ def best_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def chosen_checkpoint(run: Path, last: bool = False) -> Path:
+    """The best weights of a run, or its last ones; these also where none were found to be better.
+
+    Raises:
+        InputError: if there are none, or only the best and the last ones are wanted.
+    """
+    best, latest = best_checkpoint(run), latest_checkpoint(run)
+    if best is None and latest is None:
+        raise InputError(f"run {str(run)!r} has no checkpoint yet; train it further")
+    found = latest if last else best or latest
+    if found is None:
+        raise InputError(f"run {str(run)!r} has no last weights; export --weights best")
+    return found
+
+
 def _own(folder: Path) -> Path:
     if folder.is_symlink():
         raise InputError(f"checkpoint {folder} is a symbolic link, which is not followed; {remedy(folder)}")
