@@ -71,7 +71,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Ema(Ranged, key="method.teacher"):
-    """An exponential moving average of the student: copy <- decay copy + (1 - decay) live, after every update."""
+    """An exponential moving average of the student: copy <- decay copy + (1 - decay) live, after every optimizer step.
+
+    At an update that is skipped it stays (lasgroup/SDPO, commit 0e6d510, moves it in the step): else it would come
+    nearer to a student that has not learnt.
+    """
 
     decay: Share = 0.99
     stored: ClassVar[bool] = True
@@ -264,8 +268,13 @@ class Teacher:
         return swapped(self.policy.module, self.copy) if self.copy else nullcontext()
 
     @torch.no_grad()
-    def after_update(self, update: int) -> None:
-        """Let the weights follow the student; call once after each update, counted from 1."""
+    def after_update(self, update: int, stepped: bool = True) -> None:
+        """Let the weights follow the student; call once after each update, counted from 1, also after a skipped one.
+
+        A snapshot is renewed whether the update ``stepped`` or not: it belongs to rollouts, which go by updates.
+        """
+        if isinstance(self.weights, Ema) and not stepped:
+            return
         self.weights.after_update(self.copy, trained(self.policy), update)
         self._fill_slots()
 

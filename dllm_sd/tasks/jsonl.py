@@ -15,8 +15,10 @@ from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number,
 from dllm_sd.tasks.math import gold_answer, grade_answer
 from dllm_sd.tasks.sources import Sourced
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.texts import parse_rubric, render_rubric
+from dllm_sd.texts import parse_rubric, render_rubric, rubric_score
+from dllm_sd.texts.rubric import RUBRIC_WRITER_PLAIN
 
+_PROMPT = "{question}"
 _GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
 
 
@@ -33,12 +35,14 @@ class Jsonl(Sourced):
     ``grader``: "exact" compares the last ``<answer>``, or the whole text if there is none, with ``answer_field`` up to
     white space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
     expressions; "math" compares LaTeX answers as the task math does; "choice" compares letters as the task choice does;
-    "rubric" needs no answer and takes any list of criteria for right. A reference may be a list, written as JSON.
+    "rubric" needs no answer; the score is that of `texts.rubric_score` where ``reference_field`` holds a rubric, and 1
+    else, and from 0.5 on it is right. Unless ``prompt`` is given, it asks for a rubric of ``{question}``. A reference
+    may be a list, written as JSON.
     """
 
     data: Place | None = None
     data_test: Place | None = None
-    prompt: str = "{question}"
+    prompt: str = _PROMPT
     system: str | None = None
     answer_field: str = "answer"
     reference_field: str | None = None
@@ -51,6 +55,10 @@ class Jsonl(Sourced):
         if self.grader not in _GRADERS:
             raise InputError(f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}.")
 
+    def prompt_template(self) -> str:
+        """``prompt``; where rubrics are wanted and none is given, what a rubric context asks its writer."""
+        return RUBRIC_WRITER_PLAIN if self.grader == "rubric" and self.prompt == _PROMPT else self.prompt
+
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
         """The system text, where there is one, and the prompt, or the row's own conversation."""
         spoken = self._conversation(problem.fields, "The problem")
@@ -62,9 +70,10 @@ class Jsonl(Sourced):
 
     def _conversation(self, fields: Mapping[str, Any], where: str) -> list[dict[str, str]] | None:
         """The conversation that the prompt is, if its template is nothing but a field that holds one."""
-        field = self.prompt.strip().removeprefix("{").removesuffix("}")
+        prompt = self.prompt_template().strip()
+        field = prompt.removeprefix("{").removesuffix("}")
         value = fields.get(field)
-        if self.prompt.strip() != f"{{{field}}}" or not is_conversation(value):
+        if prompt != f"{{{field}}}" or not is_conversation(value):
             return None
         here = f"{where}: field {field!r}"
         spoken = read_conversation(value, here)
@@ -97,8 +106,11 @@ class Jsonl(Sourced):
         """By the grader that was named."""
         if self.grader == "rubric":
             rubric = parse_rubric(completion)
-            right = not isinstance(rubric, str)
-            return Grade(right, float(right), render_rubric(rubric) if right else None)
+            if isinstance(rubric, str):
+                return Grade(False, 0.0, None)
+            gold = parse_rubric(problem.fields.get(self.reference_field) if self.reference_field else None)
+            score = 1.0 if isinstance(gold, str) else rubric_score(rubric, gold)
+            return Grade(score >= 0.5, score, render_rubric(rubric))
         gold = needed(problem.fields, self.answer_field)
         if self.grader == "choice":
             return grade_letter(problem.fields, gold, completion)
@@ -146,7 +158,7 @@ class Jsonl(Sourced):
                     row.text(self.reference_field)
             spoken = self._conversation(row.fields, row.where)
             asked = json.dumps(spoken) if spoken else ""
-            asked = asked or render(self.prompt, row.fields, f"task.prompt (for {row.where})")
+            asked = asked or render(self.prompt_template(), row.fields, f"task.prompt (for {row.where})")
             yield Entry(row.number, asked, row.fields)
 
 

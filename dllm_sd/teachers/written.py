@@ -11,7 +11,18 @@ from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.context import Ask, Occasion
 from dllm_sd.teachers.hints import Prompt, Sibling, check_slots, check_template
 from dllm_sd.teachers.writing import Message, Writing
-from dllm_sd.texts import FORMS, Form, accept_critique, generic, noisy, parse_rubric, reduced, regions, render_rubric
+from dllm_sd.texts import (
+    FORMS,
+    Form,
+    accept_critique,
+    generic,
+    is_unfinished,
+    noisy,
+    parse_rubric,
+    reduced,
+    regions,
+    render_rubric,
+)
 from dllm_sd.texts import Rubric as Criteria
 from dllm_sd.texts.critique import CRITIC_ANSWER, CRITIC_REFERENCE, CRITIQUE_TEACHER
 from dllm_sd.texts.feedback import FEEDBACK, sanitise
@@ -60,7 +71,11 @@ class Rubric(Prompt):
     """One criterion a line instead of JSON."""
     template: str = RUBRIC_TEACHER
     prompt: str = RUBRIC_WRITER_PLAIN
-    """Asks the writer: `{question}`, and `{reference}` if it wants to."""
+    """Asks the writer: `{question}`, and `{reference}` if it wants to. Give what the writer was trained to answer, the
+    `task.prompt` of Stage I; the defaults of both are one."""
+    question: str | None = None
+    """The question as the writer reads it, a template over the problem's fields such as `{question}` (the paper's bare
+    question); None takes the whole prompt, with what the task demands of a solution."""
     writing: Writing | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     per_problem: ClassVar[bool] = True
 
@@ -76,7 +91,10 @@ class Rubric(Prompt):
     def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
         """The same for all rollouts of a problem, so that it is written once."""
         task, problem = occasion.task, occasion.rollout.problem
-        slots = {"question": occasion.question, "reference": task.reference(problem) or ""}
+        question = occasion.question
+        if self.question is not None:
+            question = render(self.question, problem.fields, f"the context's question (for {problem.id})")
+        slots = {"question": question, "reference": task.reference(problem) or ""}
         return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
 
     def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
@@ -85,7 +103,9 @@ class Rubric(Prompt):
             text = without_thinking(text).strip()
             return (text, "kept") if text else (None, "empty")
         rubric = parse_rubric(text)
-        return (None, rubric) if isinstance(rubric, str) else (render_rubric(rubric), "kept")
+        if isinstance(rubric, str):
+            return None, "unfinished" if is_unfinished(text) else rubric
+        return render_rubric(rubric), "kept"
 
     def ask(self, occasion: Occasion) -> Ask | None:
         """None where there is no usable rubric, or no reference that is to stand with it."""

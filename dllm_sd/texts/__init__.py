@@ -20,11 +20,13 @@ from dllm_sd.texts.rubric import (
     Criterion,
     Rubric,
     generic,
+    is_unfinished,
     noisy,
     parse_rubric,
     reduced,
     render_rubric,
 )
+from dllm_sd.texts.rubric_score import rubric_score
 
 __all__ = [
     "FORMS",
@@ -39,6 +41,7 @@ __all__ = [
     "first_change",
     "full_quote",
     "generic",
+    "is_unfinished",
     "no_trace",
     "noisy",
     "parse_rubric",
@@ -46,6 +49,7 @@ __all__ = [
     "reduced",
     "regions",
     "render_rubric",
+    "rubric_score",
     "sanitise",
     "verbatim_prefix",
 ]

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key, permutation
-from dllm_sd.texts.thinking import without_thinking
+from dllm_sd.texts.thinking import behind_thinking, without_thinking
 
 LONGEST = 100_000
 """Characters behind the thinking that are looked at."""
@@ -82,7 +82,8 @@ Reply with one JSON list and no other text. Every point is an object with the fi
 [{{"title": "Units converted", "description": "Essential Criteria: Turns the speed into metres per second before it is \
 used.", "weight": 5}},
 {{"title": "Sign slip", "description": "Pitfall Criteria: Takes the deceleration as positive.", "weight": -1}}]"""
-"""Asks for a rubric by the question alone (Eq. 4): ``{question}``."""
+"""Asks for a rubric by the question alone (Eq. 4): ``{question}``. Stage I learns to answer it (the default of
+`task.prompt` under `task.grader` rubric), and Stage II asks its writer so (that of a rubric context's `prompt`)."""
 
 _QUESTION_ONLY = "Question:\n{question}\n"
 _WITH_REFERENCE = f"""{_QUESTION_ONLY}
@@ -135,14 +136,19 @@ def parse_rubric(source: object) -> Rubric | Reason:
     An item is a sentence or an object with a description. A title may be missing, and so may a weight (see `WEIGHTS`),
     which may be text or a fraction.
     """
-    items = _first_list(without_thinking(source)[:LONGEST]) if isinstance(source, str) else source
-    if not isinstance(items, list | tuple):
+    items = _written_list(source) if isinstance(source, str) else source
+    if isinstance(items, str) or not isinstance(items, list | tuple):
         return "no_list"
     if not items:
         return "empty"
     criteria = [_criterion(item) for item in items]
     good = tuple(one for one in criteria if one is not None)
     return Rubric(good) if len(good) == len(criteria) else "bad_item"
+
+
+def is_unfinished(text: str) -> bool:
+    """Whether a text is no rubric since its thinking or its list breaks off, as where the writer's length ends it."""
+    return _written_list(text) == "unfinished"
 
 
 def render_rubric(rubric: Rubric) -> str:
@@ -193,7 +199,14 @@ def _some(rubric: Rubric, count: int, key: int) -> tuple[Criterion, ...]:
     return tuple(rubric.criteria[place] for place in chosen)
 
 
-def _first_list(text: str) -> list[object] | None:
+def _written_list(text: str) -> list[object] | Literal["unfinished"] | None:
+    """The first JSON list behind the thinking, or that one of the two breaks off."""
+    if text.strip() and behind_thinking(text) == len(text) and "</think>" not in text:
+        return "unfinished"
+    return _first_list(without_thinking(text)[:LONGEST])
+
+
+def _first_list(text: str) -> list[object] | Literal["unfinished"] | None:
     """The first JSON list, in time linear in the text: what a failed try has read is not read again."""
     decoder = json.JSONDecoder(strict=False)  # a line may break within a string
     text = text.rstrip()
@@ -205,7 +218,7 @@ def _first_list(text: str) -> list[object] | None:
             return decoder.raw_decode(text, start)[0]
         except json.JSONDecodeError as error:
             if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
-                return None
+                return "unfinished"
             start = text.find("[", max(error.pos, start + 1))
         except (ValueError, RecursionError):  # a number of thousands of digits; brackets in brackets without end
             return None

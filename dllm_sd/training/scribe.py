@@ -84,7 +84,8 @@ class Scribe:
         policy = model.policy
         prompts = [policy.encode(request.messages, sampling.thinking) for request in requests]
         short = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.longest]
-        changes = {"length": sampling.length, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        changes = {"length": sampling.length, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        changes["top_k"] = sampling.top_k
         settings = replace(self.decode, **changes)
         keys = [make_key("writer", requests[i].key) for i in short]
         texts = self._decode(model, [prompts[i] for i in short], settings, keys)

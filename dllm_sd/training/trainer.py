@@ -231,7 +231,7 @@ class Trainer:
             if self._due(update):
                 self._write_pictures(update, parts, regions, self.rollouts)
         for model in self.models.values():
-            model.after_update(update)
+            model.after_update(update, stepped=plan is not None)
         metrics |= rollout_metrics(self.rollouts) | self.unknown(self.rollouts, self.main)
         metrics |= self.supply.shelf.after_update(update, self.rollouts.chosen)
         reach = self.method.rollout.reach(self.policy, self.config.decode, batch)

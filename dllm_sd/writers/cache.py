@@ -113,6 +113,8 @@ def ask_once(
 def _asked(identity: Mapping[str, Any], request: Request, sampling: Sampling) -> dict[str, Any]:
     """Who is asked for what, as plain JSON."""
     settings = asdict(sampling) | {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}
+    if not sampling.top_k:  # so that texts from before there was this key are found
+        del settings["top_k"]
     messages = [dict(message) for message in request.messages]
     return {"writer": dict(identity), "messages": messages, "sampling": settings, "key": request.key}
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dllm_sd.ranges import PositiveShare, Ranged, Size, Temperature
+from dllm_sd.ranges import Natural, PositiveShare, Ranged, Size, Temperature
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Sampling(Ranged):
     """0 takes the likeliest token each time."""
     top_p: PositiveShare = 1.0
     """Probability mass that is drawn from; 1 is all of it."""
+    top_k: Natural = 0
+    """Likeliest tokens that are drawn from; 0 is all of them. Servers read it that know it (vLLM, SGLang)."""
     thinking: bool | None = None
     """The thinking switch of chat templates that have one; None leaves it to the writer."""
 

@@ -146,6 +146,8 @@ class Server(Ranged):
             "top_p": sampling.top_p,
             "seed": make_key("server", request.key) >> 32,  # 31 bits
         }
+        if sampling.top_k:  # no key of OpenAI's, which refuses unknown ones
+            body["top_k"] = sampling.top_k
         if sampling.thinking is not None:  # as vLLM and SGLang hand it to the chat template
             body["chat_template_kwargs"] = {"enable_thinking": sampling.thinking}
         return body

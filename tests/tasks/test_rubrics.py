@@ -1,13 +1,21 @@
 """Rubrics in the task jsonl: a grader that wants a list of criteria, and lists as references."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from dllm_sd.config import load_config
 from dllm_sd.errors import InputError
+from dllm_sd.policies.weights import Peer
 from dllm_sd.tasks import Grade, Jsonl, Problem
+from dllm_sd.teachers import Rubric
+from dllm_sd.teachers.context import Occasion
 from dllm_sd.texts import parse_rubric
+from dllm_sd.texts.rubric_score import form
 from tests.texts.hostile import hostile_texts, seconds
 
 TASK = Jsonl(grader="rubric", reference_field="rubric")
@@ -89,3 +97,65 @@ def test_a_reference_that_is_neither_text_nor_a_list_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"line 1.*rubric") as refusal:
         Jsonl(data=str(path), grader="rubric", reference_field="rubric", size_dev=0).problems("train")
     assert "\n" not in str(refusal.value)
+
+
+def demanded(*subjects: str) -> list[dict[str, Any]]:
+    """A rubric in the form that the prompt demands, about these subjects."""
+    kinds = [("Essential", 5), ("Important", 3), ("Optional", 2), ("Optional", 1), ("Pitfall", -1)]
+    return [
+        {"title": f"{word} named", "description": f"{kind} Criteria: Explains {word} {rest}.", "weight": weight}
+        for (kind, weight), (word, rest) in zip(kinds, (one.split(" ", 1) for one in subjects), strict=True)
+    ]
+
+
+SKY = demanded("scattering of short waves", "sunlight spectrum", "molecules sizes", "evening colours", "ocean mirrors")
+SEA = demanded(
+    "rivers bringing minerals", "evaporation leaving residue", "volcanic vents", "currents below", "rainfall above"
+)[:4]
+
+
+def scored(written: object, gold: object) -> Grade:
+    return TASK.grade(Problem("x", {"question": "Why?", "rubric": gold}), json.dumps(written))
+
+
+def test_a_rubric_scores_by_how_many_of_the_datas_criteria_it_has_and_by_its_form():
+    assert scored(SKY, SKY).score == 1.0
+    assert scored([*SKY[1:], SKY[0]], [one["description"] for one in SKY]).score == 1.0  # order and titles are free
+    assert scored(SKY, [*SKY, *SEA]).score == pytest.approx(5 / 9)
+    half = scored(SKY[:2], SKY)  # too few, no pitfall; two of five criteria
+    assert half.score == pytest.approx(1 / 3 * 2 / 5)
+    assert (half.correct, scored(SKY, SKY).correct, scored(SKY, SEA).correct) == (False, True, False)
+    assert scored(SKY, SEA).score == 0.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": 10},
+        {"description": "Explains scattering of short waves"},
+        {"description": "Essential Criteria: " + "wave " * 40},
+    ],
+)
+def test_a_criterion_that_the_prompt_does_not_allow_costs_form(change: dict[str, Any]):
+    rubric = parse_rubric([{**SKY[0], **change}, *SKY[1:]])
+    assert not isinstance(rubric, str)
+    assert form(rubric) == pytest.approx((1 + 1 + 4 / 5) / 3)
+
+
+def test_both_stages_of_rcsd_give_the_writer_the_same_tokens(make_policy: Callable[..., Any]):
+    """Whatever the question, and by the shipped configs' settings."""
+    policy = make_policy(as_="autoregressive")
+    fields = {"question": "Why is {this} the sky's colour?", "rubric": SKY, "answer": "4"}
+    first, second = (load_config(name, ["task.data=x.jsonl"]) for name in ("qwen3_8b_rcsd_writer", "qwen3_8b_rcsd"))
+    problem = Problem("x", fields)
+    learnt = policy.encode(first.task.messages(problem), first.model.thinking)
+    (hint,) = second.method.contexts
+    assert isinstance(hint, Rubric)
+    assert hint.writing is not None
+    rollout: Any = SimpleNamespace(problem=problem)
+    asked = hint.request(Occasion(rollout, (), second.task, 0))
+    assert asked is not None
+    assert policy.encode(asked, hint.writing.sampling.thinking) == learnt
+    assert first.model.thinking is hint.writing.sampling.thinking is False
+    assert hint.writing.writer == Peer(f"{first.run}/checkpoints/{first.updates:06d}")
+    assert first.decode.top_k == hint.writing.sampling.top_k == 20

@@ -129,7 +129,7 @@ def test_nothing_is_said_where_the_last_weights_are_taken(
 def test_a_run_whose_steps_change_no_weight_says_so(steps: dict[str, float], tmp_path: Path):
     run = tmp_path / "run"
     model = {"random_init": True, "as": "autoregressive", "tokenizer": "tiny_ar", "shape": SHAPE, "dtype": "bfloat16"}
-    trainer = Trainer(build_config(tree_at(tmp_path, model=model, optim=steps)))
+    trainer = Trainer(build_config(tree_at(tmp_path, model=model, optim={**steps, "pure_bfloat16": True})))
     before = {name: value.detach().clone() for name, value in trainer.policy.module.named_parameters()}
     report = trainer.train()
     after = weights(run / "checkpoints" / "000004")

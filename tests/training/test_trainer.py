@@ -279,7 +279,7 @@ def test_nothing_is_saved_of_a_step_that_made_weights_useless(
     followed: list[int] = []
     (teacher,) = trainer.models.values()
     follow = teacher.after_update
-    monkeypatch.setattr(teacher, "after_update", lambda update: (followed.append(update), follow(update)))
+    monkeypatch.setattr(teacher, "after_update", lambda update, **how: (followed.append(update), follow(update, **how)))
     with pytest.raises(
         FloatingPointError, match=r"^the step of update 4 made .*; nothing of it was saved: .* update 2$"
     ):
@@ -396,3 +396,49 @@ def test_two_processes_give_the_same_updates_as_one(whole: Path, tmp_path: Path)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert_same_run(whole, run, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"name": "ema", "decay": 0.5}, {"name": "snapshot", "every": 2}], ids=["ema", "snapshot"]
+)
+def test_an_average_stays_where_it_is_at_an_update_without_a_step(
+    weights: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under accumulation and over a stop; snapshots go by updates, which decide whose rollouts are graded."""
+    plan, skipped = trainer_module.plan_update, {2, 3, 6}
+    numbers: list[int] = []
+
+    def planned(*arguments: Any) -> Any:
+        return None if numbers[-1] in skipped else plan(*arguments)
+
+    update = Trainer._update
+    seen: dict[int, tuple[dict[str, torch.Tensor], ...]] = {}
+
+    def noting(self: Trainer, number: int) -> dict[str, Any]:
+        numbers.append(number)
+        metrics = update(self, number)
+        (model,) = self.models.values()
+        copies = model.copy, trained(self.policy)
+        seen[number] = tuple({name: value.detach().clone() for name, value in one.items()} for one in copies)
+        return metrics
+
+    monkeypatch.setattr(trainer_module, "plan_update", planned)
+    monkeypatch.setattr(Trainer, "_update", noting)
+    method = {**TREE["method"], "gate": "all", "teacher": weights}
+    settings = config_at(tmp_path / "run", method=method, eval__every=0, optim__tokens_per_batch=96)
+    Trainer(settings).train(until=4)
+    Trainer(settings).train()
+    assert numbers == [1, 2, 3, 4, 5, 6]
+    ema = weights["name"] == "ema"
+    for number in range(2, 7):
+        (before, _), (copy, live) = seen[number - 1], seen[number]
+        for name, value in copy.items():
+            if ema:
+                wanted = before[name] if number in skipped else 0.5 * before[name] + 0.5 * live[name]
+            else:
+                wanted = before[name] if number % 2 else live[name]
+            assert torch.equal(value, wanted) or torch.allclose(value, wanted, rtol=1e-14, atol=0), (number, name)
+    moved = [
+        number for number in range(2, 7) if any((seen[number][0][n] != v).any() for n, v in seen[number - 1][0].items())
+    ]
+    assert moved == ([4, 5] if ema else [2, 4, 6])
