@@ -355,7 +355,7 @@ def _show(options: argparse.Namespace) -> int:
     from dllm_sd.config import load_config, to_tree, to_yaml
     from dllm_sd.evaluation import first
     from dllm_sd.memory import estimate
-    from dllm_sd.pairing import check_model
+    from dllm_sd.pairing import check_outline
     from dllm_sd.policies.loading import skeleton
     from dllm_sd.tables import memory_table
 
@@ -370,11 +370,17 @@ def _show(options: argparse.Namespace) -> int:
         method.add_row(slot, "\n".join(_describe_part(item) for item in parts) or "none")
     console.print(method)
     _say_source(console, config.method)
-    blueprint = check_model(config)
+    blueprint, absent = check_outline(config)
+    if absent is not None:
+        console.print(f"not checked, and memory from the shape that is known: {absent}", highlight=False, markup=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = estimate(skeleton(blueprint), config, processes=options.processes, sharded=options.sharded, device=device)
     console.print(memory_table(memory))
-    problem = first(config.task.problems("train"), 1) or first(config.task.problems("test"), 1)
+    try:
+        problem = first(config.task.problems("train"), 1) or first(config.task.problems("test"), 1)
+    except InputError as error:
+        console.print(f"no prompt to show: {error}", highlight=False, markup=False)
+        return 0
     if problem and blueprint.chat is not None:
         prompt = blueprint.chat.render(config.task.messages(problem[0]))
         tokens = len(blueprint.chat.encode(config.task.messages(problem[0])))

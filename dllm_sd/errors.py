@@ -24,6 +24,10 @@ class InputError(ValueError):
         super().__init__(in_short(message))
 
 
+class NotAtHand(InputError):
+    """What the input names is right in itself, as far as one can see, but not here: a checkpoint, a package, a file."""
+
+
 class Stopped(RuntimeError):
     """A run that cannot go on through no mistake in its input, such as a writer that fails too often.
 

@@ -6,8 +6,8 @@ from string import Formatter
 
 from dllm_sd.canvases import AllMasked
 from dllm_sd.config import Config
-from dllm_sd.errors import InputError
-from dllm_sd.policies.blueprint import Blueprint, read_blueprint
+from dllm_sd.errors import InputError, NotAtHand
+from dllm_sd.policies.blueprint import Blueprint, outline, read_blueprint
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import teacher_model
 from dllm_sd.policies.masked_diffusion import check_denoising
@@ -25,15 +25,38 @@ READ = 100
 """Prompts of which it is found out before a run begins whether the tokenizer knows their words."""
 
 
-def check_model(config: Config) -> Blueprint:
+def check_outline(config: Config) -> tuple[Blueprint, str | None]:
+    """As `check_model`, but for a checkpoint that is not at hand from what is known of its shape, if that is.
+
+    Returns:
+        The blueprint, and a sentence on what is not at hand, so that something was not checked; None if all was.
+
+    Raises:
+        InputError: naming the key, and the remedy.
+    """
+    try:
+        return check_model(config), None
+    except NotAtHand as error:
+        known = outline(config.model)
+        if known is None:
+            raise
+        return check_model(config, known), str(error)
+
+
+def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
     """Read what the checkpoint says without its weights, and refuse what this model cannot do.
+
+    Args:
+        config: the run.
+        known: an outline to judge by, instead of reading the files of the model and those of other teachers.
 
     Raises:
         InputError: naming the key, and the remedy.
     """
     _check_precision(config)
-    blueprint = read_blueprint(config.model)
-    _check_teachers(config, blueprint)
+    blueprint = known or read_blueprint(config.model)
+    if known is None:
+        _check_teachers(config, blueprint)
     check_decodings(config, blueprint)
     if blueprint.causal:
         _check_causal(config)
@@ -285,7 +308,7 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
         if not isinstance(weights, Checkpoint):
             continue
         if weights.path is None:
-            raise InputError("method.teacher.0.path is missing; name the checkpoint that teaches")
+            raise NotAtHand("method.teacher.0.path is missing; name the checkpoint that teaches")
         other = read_blueprint(teacher_model(weights, config.model))
         if other.causal != blueprint.causal or other.block_length != blueprint.block_length:
             raise InputError(

@@ -10,10 +10,11 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dllm_sd.errors import InputError, cut, shown
+from dllm_sd.errors import InputError, NotAtHand, cut, shown
 from dllm_sd.policies.chat import Chat
 from dllm_sd.policies.families import CAUSAL, MARK, Family, recognise
 from dllm_sd.policies.model import Model, Shape
+from dllm_sd.policies.shapes import SHAPES
 from dllm_sd.policies.small_files import (
     GENERATION,
     brief,
@@ -75,7 +76,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
     needs["model.attention"] = ("flash_attn", model.attention == "flash_attention_2")
     for key, (package, used) in needs.items():
         if used and find_spec(package) is None:
-            raise InputError(
+            raise NotAtHand(
                 f"{key} needs the package {package}, which is not installed; install it, or leave {key} out"
             )
     where = repr(model.path) if model.path else "model.shape"
@@ -124,11 +125,43 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
     )
 
 
+def outline(model: Model) -> Blueprint | None:
+    """What is known of a model of known shape without its files: enough to count its weights, no tokenizer.
+
+    None where the shape is not known.
+    """
+    where = repr(model.path) if model.path else "model.shape"
+    written = SHAPES.get(str(model.path), {})
+    if not written and (model.path is not None or model.shape.vocab_size is None):
+        return None
+    family = recognise(written, where) if model.path else CAUSAL
+    causal, length = _is_causal(model, family, written, where), _block_length(model, family, written)
+    if model.path is None:
+        config = _shaped(model.shape, None)
+    elif family.config is not None:
+        config = family.native_config(written, where)
+    else:
+        config = AutoConfig.for_model(**written)
+    if not causal:
+        config.is_causal = False
+        setattr(config, MARK, {"family": family.name, "block_length": length})
+    return Blueprint(
+        model=model,
+        family=family,
+        config=config,
+        chat=None,
+        mask_id=None if causal else 0,
+        end_ids=(0,),
+        pad_id=0,
+        block_length=length,
+    )
+
+
 def _read_config(path: str) -> dict[str, Any]:
     file = find_file(path, "config.json")
     if file is None:
         away = "" if Path(model_folder(path)).is_dir() else ", or the hub cannot be reached"
-        raise InputError(
+        raise NotAtHand(
             f"there is no config.json at {path!r} (model.path){away}; give a checkpoint folder or a hub name"
         )
     if find_file(path, "adapter_config.json") is not None:  # transformers would load the model that it names
@@ -150,7 +183,7 @@ def _read_generation(path: str) -> dict[str, Any]:
 def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | None:
     source = model.tokenizer or model.path
     if source is None:
-        raise InputError("model.tokenizer is missing; name the folder or hub name of a tokenizer")
+        raise NotAtHand("model.tokenizer is missing; name the folder or hub name of a tokenizer")
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
     if not needed and not any(find_file(source, name) for name in names):
         return None
@@ -196,12 +229,12 @@ def _is_causal(model: Model, family: Family, written: Mapping[str, Any], where: 
     return model.as_ == "autoregressive"
 
 
-def _shaped(shape: Shape, tokenizer: Tokenizer) -> PreTrainedConfig:
+def _shaped(shape: Shape, tokenizer: Tokenizer | None) -> PreTrainedConfig:
     build: Any = {"llama": LlamaConfig, "qwen3": Qwen3Config}[shape.architecture]
     size = shape.hidden_size // shape.num_attention_heads
     return build(
         **({"head_dim": size, "num_key_value_heads": shape.num_attention_heads} if build is Qwen3Config else {}),
-        vocab_size=shape.vocab_size or len(tokenizer),
+        vocab_size=shape.vocab_size or len(tokenizer or ()),
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_hidden_layers,
         num_attention_heads=shape.num_attention_heads,

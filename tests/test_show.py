@@ -1,0 +1,107 @@
+"""`dllm-sd show` needs no network: shapes of the checkpoints that shipped configs name come with the program."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dllm_sd.config import load_config, shipped_configs
+from dllm_sd.errors import InputError
+from dllm_sd.pairing import check_model, check_outline
+from dllm_sd.policies.blueprint import outline
+from dllm_sd.policies.loading import skeleton
+from dllm_sd.policies.model import Model
+from dllm_sd.policies.shapes import SHAPES
+from tests.test_docs import DOCUMENTS, commands
+
+ROOT = Path(__file__).resolve().parent.parent
+MADE = {"tiny_reader_sft"}
+"""Configs of a model whose tokenizer is made by a tool first."""
+SCRIPT = """
+import contextlib, io, json, sys
+from dllm_sd.cli import main
+said = []
+for words in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["show", *words])
+    said.append([status, out.getvalue(), err.getvalue()])
+json.dump(said, sys.stdout)
+"""
+PARAMETERS = {
+    **{"GSAI-ML/LLaDA-8B-Instruct": 8_015_581_184, "Dream-org/Dream-v0-Instruct-7B": 7_615_616_512},
+    **{"Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B": 1_720_574_976, "Qwen/Qwen3-4B": 4_022_468_096},
+    **{"Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768},
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+}
+"""As published."""
+
+
+def shown(commands_: list[list[str]], home: Path) -> list[tuple[int, str, str]]:
+    """What `dllm-sd show` answers, without network and without a cache."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(commands_),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=home,
+        env={**os.environ, **offline},
+    )
+    return [(status, out, err) for status, out, err in json.loads(done.stdout)]
+
+
+def test_every_shipped_config_and_every_command_in_the_documents_is_shown_without_network(tmp_path: Path):
+    asked = [[name] for name in shipped_configs() if name not in MADE]
+    for document in DOCUMENTS:
+        found = [words for command, *words in commands(document) if command == "show" and words]
+        asked += [words for words in found if not words[0].isupper()]
+    assert ["quickstart_ar", "method=sgsd"] in asked
+    for words, (status, out, err) in zip(asked, shown(asked, tmp_path), strict=True):
+        assert status == 0, (words, err)
+        assert err == "", words
+        assert re.search(r"parameters +│ +[\d,]+ │", out), words
+        assert "peak: always" in out, words
+        absent = load_config(words[0]).model.path
+        assert ("not checked" in out) == (absent in SHAPES or "smoke" in words[0]), words
+        assert "measured:" not in out
+        assert ("% after" in out) <= ("no forecast for others" in out), words
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_have_as_many_weights_as_their_publishers_say(name: str):
+    known = outline(Model(path=name))
+    assert known is not None
+    assert skeleton(known).num_parameters() == PARAMETERS[name]
+
+
+def test_every_shape_is_of_a_network_and_every_shipped_checkpoint_has_one():
+    for name in SHAPES:
+        known = outline(Model(path=name))
+        assert known is not None
+        assert skeleton(known).num_parameters() > 4e8
+    paths = {load_config(name).model.path for name in shipped_configs()} - {None, "tiny", "tiny_ar"}
+    assert paths <= set(SHAPES)
+
+
+def test_an_unknown_checkpoint_that_is_not_there_is_refused(tmp_path: Path):
+    config = load_config("quickstart", [f"model.path={tmp_path}"])
+    with pytest.raises(InputError, match=r"^there is no config\.json at"):
+        check_outline(config)
+
+
+def test_what_a_known_shape_cannot_do_is_refused_before_anything_is_downloaded():
+    for name, override, words in (
+        ("sdar_4b_gsm8k", "method.contexts=[suffix]", "reveals later blocks"),
+        ("qwen3_4b_opsd", "method=d_opsd", "suffix reveals what stands behind"),
+    ):
+        config = load_config(name, [override])
+        known = outline(config.model)
+        assert known is not None
+        with pytest.raises(InputError, match=words):
+            check_model(config, known)
