@@ -313,3 +313,21 @@ def test_a_missing_config_is_refused_with_a_hint():
         load_config("quikstart")
     with pytest.raises(InputError, match=r"^there is no config file 'zzz'; shipped configs: .*quickstart"):
         load_config("zzz")
+
+
+def test_configs_of_published_settings_do_as_their_papers_say():
+    for name in ("qwen3_4b_opsd", "qwen3_4b_opsd_pmi"):
+        config = load_config(name)
+        assert config.model.thinking is False
+        assert [context.hint.thinking for context in config.method.contexts if context.hint] == [True] * (
+            len(config.method.contexts) - (name == "qwen3_4b_opsd_pmi")
+        )
+        assert config.eval.schedules["length 38912"]["length"] == 38912
+        assert config.eval.final_problems > 0
+    for name in ("qwen3_4b_opsd", "qwen3_4b_opsd_pmi", "qwen3_8b_sdpo", "qwen3_4b_demo_psd", "r1_distill_1.5b_topd"):
+        assert load_config(name).optim.betas == (0.9, 0.999)
+    rollout = load_config("llada_8b_sudoku").method.rollout
+    assert (rollout.keep, rollout.until_solved, rollout.attempts) == ("best", False, 8)
+    for name in ("llada_8b_gsm8k", "llada_8b_math", "llada_8b_countdown", "llada_8b_sudoku"):
+        divergence = load_config(name).method.divergence
+        assert (divergence.clip, divergence.clip_at) == ("entry", 0.04 if name == "llada_8b_math" else 0.05)
