@@ -326,8 +326,8 @@ def test_configs_of_published_settings_do_as_their_papers_say():
         assert config.eval.final_problems > 0
     for name in ("qwen3_4b_opsd", "qwen3_4b_opsd_pmi", "qwen3_8b_sdpo", "qwen3_4b_demo_psd", "r1_distill_1.5b_topd"):
         assert load_config(name).optim.betas == (0.9, 0.999)
-    rollout = load_config("llada_8b_sudoku").method.rollout
+    rollout: Any = load_config("llada_8b_sudoku").method.rollout
     assert (rollout.keep, rollout.until_solved, rollout.attempts) == ("best", False, 8)
     for name in ("llada_8b_gsm8k", "llada_8b_math", "llada_8b_countdown", "llada_8b_sudoku"):
-        divergence = load_config(name).method.divergence
+        divergence: Any = load_config(name).method.divergence
         assert (divergence.clip, divergence.clip_at) == ("entry", 0.04 if name == "llada_8b_math" else 0.05)
