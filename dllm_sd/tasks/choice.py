@@ -10,19 +10,13 @@ from dllm_sd.errors import InputError
 from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, needed
-from dllm_sd.tasks.grading import MAX_TEXT, last_answer, last_boxed
+from dllm_sd.tasks.letters import read_letter
 from dllm_sd.tasks.sources import Sourced
 from dllm_sd.tasks.task import Grade, Problem, mean
 
 _UNKNOWN = "ABCD"  # the letters of a problem that does not say which it has
 _OPTION = re.compile(r"(?:^|\n)[ \t]{0,8}[(*]{0,2}([A-Z])[*]{0,2}[:.)]")
 _INLINE_OPTION = re.compile(r"(?<!\w)\(([A-Z])\)")
-_WRAP = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s{0,8}\{([^{}]{0,400})\}")
-_STATED = re.compile(
-    r"(?i:\b(?:answer|choice|option)(?:\s{1,4}is)?)\s{0,4}:?\s{0,4}(?i:option\s{1,4})?[$*(\[]{0,4}([A-Z])(?![\w'])"
-)
-_ALONE = re.compile(r"(?i:option\s{1,4})?[*(\[]{0,4}([A-Za-z])[*)\]]{0,4}\.?")
-_LED = re.compile(r"[*(\[]{0,4}([A-Z])(?:[*)\]]{1,4}|[:.])(?=[\s*:.]|$)")
 
 _PROMPT = """\
 {question}
@@ -40,7 +34,7 @@ class Choice(Sourced):
     split, chosen by a permutation that never changes.
 
     A completion is graded by the letter in its last box, else in its last closed answer tag, else by the last "answer
-    is X", else by a letter that is all of it or of its last line.
+    is X" or "X is correct", else by a letter that is all of its last line. Several letters at once are none.
     """
 
     data: Place | None = None
@@ -126,31 +120,6 @@ def gold_letter(answer: Any, letters: str, options: Any, where: str) -> str:
         if texts.count(answer.strip()) == 1:
             return letters[texts.index(answer.strip())]
     raise InputError(f"{where}: the answer {answer!r:.60} is none of the options {', '.join(letters)}; correct it.")
-
-
-def read_letter(text: str, letters: str, options: Any = None) -> str | None:
-    """The letter among ``letters`` that a completion gives, or None."""
-    for read in (last_boxed, last_answer):
-        marked = read(text)
-        if marked is not None and marked.strip():
-            return _letter(marked, letters, options)
-    text = text[-MAX_TEXT:].strip()
-    if stated := _STATED.findall(text):
-        return stated[-1] if stated[-1] in letters else None
-    lines = text.splitlines()
-    return _letter(lines[-1], letters, None) if lines else None
-
-
-def _letter(content: str, letters: str, options: Any) -> str | None:
-    """The letter that a marked answer is, or that it begins with, or whose option it repeats."""
-    content = _WRAP.sub(r"\1", content[:MAX_TEXT].replace("$", " ")).strip()
-    if isinstance(options, list | tuple):
-        texts = [str(option).strip() for option in options]
-        if texts.count(content) == 1 and texts.index(content) < len(letters):
-            return letters[texts.index(content)]
-    match = _ALONE.fullmatch(content) or _LED.match(content)
-    found = match.group(1) if match else next(iter(_STATED.findall(content)[-1:]), "")
-    return found.upper() if found and found.upper() in letters else None
 
 
 def _entries(rows: list[Row]) -> Iterator[Entry]:

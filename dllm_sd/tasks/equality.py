@@ -1,28 +1,20 @@
-"""When two mathematical answers are the same: by published string rules, by mended ones, or by value."""
+"""When two mathematical answers are the same: by the published rules on strings, by their parts, or by value."""
 
+import logging
 import re
-from fractions import Fraction
 from functools import cache
 from typing import Any
 
 from dllm_sd.errors import InputError
-from dllm_sd.tasks.grading import MAX_DIGITS, MAX_TEXT, last_answer, last_boxed
+from dllm_sd.limits import TooLong, limited
+from dllm_sd.tasks.grading import MAX_DIGITS, MAX_TEXT, is_blank, last_answer, last_boxed
 
-MAX_ANSWER = 2000  # characters of a marked answer that are compared by the mended rules
 MAX_SYMBOLIC = 300  # characters of an answer that is handed to the algebra system
 MAX_GROWTH = 1000  # product of all exponents in such an answer
-SECONDS = 1  # that the algebra system may take for each of its steps
+SECONDS = 1.0  # of processor time that the algebra system may take for a comparison
+MEMORY = 2**28  # bytes that it may ask for
 
 _ROOT = re.compile(r"\\sqrt(?!\{)(.)", re.DOTALL)
-_WORDS = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s{0,8}\{([^{}]*)\}")
-_UNIT = re.compile(r"(?<=[0-9}])\s*\\(?:text|mathrm|mbox)\s{0,8}\{[^{}]*\}(?:\^\{?[0-9]\}?)?\s*$")
-_SPACING = re.compile(r"\\[,;:!]|\\ |~|\\q?quad(?![a-zA-Z])|\\displaystyle(?![a-zA-Z])|\\[()\[\]]")
-_NAME = re.compile(r"^[A-Za-z](?:_\{?\w\}?)?\s*(?:=|\\in(?![a-zA-Z]))\s*")
-_SHORTER = re.compile(r"\\(le|ge|ne)q(?![a-zA-Z])")
-_EXACT = re.compile(
-    r"([-+]?)(?:([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?|(\.[0-9]+)"
-    r"|([0-9]+)/([0-9]+)|\\frac\{(-?[0-9]+)\}\{([0-9]+)\})"
-)
 _UNBRACED = re.compile(r"\\boxed +([^\s${}][^$\n]{0,200})")
 _DIGITS = re.compile(r"[0-9]+")
 _EXPONENT = re.compile(
@@ -33,10 +25,10 @@ _FACTORIAL = re.compile(r"(?<![0-9])(?:[0-9]{1,2}|[A-Za-z])!(?!\s*[\^!])")
 
 
 def marked_answer(text: str) -> str | None:
-    """The last closed box, else the last closed answer tag, else a box without braces, else all of a short text."""
+    """The last filled box, else the last filled answer tag, else a box without braces, else all of a short text."""
     for read in (last_boxed, last_answer):
         marked = read(text)
-        if marked is not None and marked.strip():
+        if marked is not None and not is_blank(marked):
             return marked.strip()
     text = text[-MAX_TEXT:].strip()
     if found := _UNBRACED.findall(text):
@@ -48,19 +40,6 @@ def same_published(one: str, other: str) -> bool:
     """Equality of the strings after the published normalisation of MATH; of the raw strings where that gives up."""
     first, second = normalised(one), normalised(other)
     return one == other if first is None or second is None else first == second
-
-
-def same(one: str, other: str) -> bool:
-    """Equality by the published rules, or after tidying, or as exact numbers."""
-    if same_published(one, other):
-        return True
-    if max(len(one), len(other)) > MAX_ANSWER:
-        return False
-    first, second = tidied(one), tidied(other)
-    if not first or not second:
-        return False
-    number = _exact(first)
-    return first == second or (number is not None and number == _exact(second))
 
 
 def normalised(text: str) -> str | None:
@@ -93,23 +72,17 @@ def normalised(text: str) -> str | None:
     return _whole_quotient("\\frac{1}{2}" if braced == "0.5" else braced)
 
 
-def tidied(text: str) -> str:
-    """``normalised`` for what it overlooks: math marks, spacing, words, units, long names, other relation signs."""
-    text = _SPACING.sub(" ", text.replace("{,}", ",").replace("\\$", "").replace("$", "").replace("\u2212", "-"))
-    text = _WORDS.sub(r"\1", _UNIT.sub("", text)).strip().rstrip(".").strip()
-    text = _NAME.sub("", _SHORTER.sub(r"\\\1", text))
-    form = normalised(text)
-    return "".join((text if form is None else form).split())
-
-
 def same_value(one: str, other: str) -> bool:
-    """Equality by math-verify, within bounds of size and time; False for what is beyond them."""
+    """Equality by math-verify, within bounds of size, processor time and memory; False for what is beyond them."""
     algebra = _algebra()
     if not (_is_tame(one) and _is_tame(other)):
         return False
     try:
-        gold, found = (algebra.parse(f"${text}$", parsing_timeout=SECONDS) for text in (one, other))
-        return bool(algebra.verify(gold, found, timeout_seconds=SECONDS))
+        with limited(SECONDS, MEMORY):
+            gold, found = (algebra.parse(f"${text}$", parsing_timeout=None) for text in (one, other))
+            return bool(algebra.verify(gold, found, timeout_seconds=None))
+    except TooLong:
+        return False
     except Exception:  # an algebra system fails in every way there is, and a text that it cannot read equals nothing
         return False
 
@@ -121,12 +94,17 @@ def need_algebra() -> None:
 
 @cache
 def _algebra() -> Any:
+    """math-verify, ready: its first comparison would pay for imports and grammars within the limits of one answer."""
     try:
         import math_verify  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError(
             "task.equality symbolic needs math-verify, which is not installed; run pip install 'dllm-sd[math]'."
         ) from None
+    for name in ("math_verify.parser", "math_verify.grader"):  # they warn that they bound no time, which is done here
+        logging.getLogger(name).setLevel(logging.ERROR)
+    one, other = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in ("\\frac{x}{2}", "x/2"))
+    math_verify.verify(one, other, timeout_seconds=None)
     return math_verify
 
 
@@ -172,17 +150,3 @@ def _whole_quotient(text: str) -> str | None:
     except ValueError:
         return None
     return f"\\frac{{{numbers[0]}}}{{{numbers[1]}}}" if text == f"{numbers[0]}/{numbers[1]}" else text
-
-
-def _exact(text: str) -> Fraction | None:
-    match = _EXACT.fullmatch(text) if len(text) <= MAX_DIGITS else None
-    if match is None:
-        return None
-    sign, whole, decimals, point, over, under, top, bottom = match.groups()
-    if int(under or bottom or 1) == 0:
-        return None
-    if whole or point:
-        value = Fraction((whole or "0").replace(",", "") + (decimals or point or ""))
-    else:
-        value = Fraction(int(over or top), int(under or bottom))
-    return -value if sign == "-" else value

@@ -1,6 +1,7 @@
 """Reading answers out of model output: marked spans, numbers, arithmetic. Total, exact, and linear in the text."""
 
 import re
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -13,47 +14,100 @@ MAX_DIGITS = 40  # longest number that is converted
 MAX_EXPRESSION = 200  # characters of an arithmetic expression
 MAX_DEPTH = 20  # nested parentheses and signs of an arithmetic expression
 
+DASHES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
+"""Characters that stand for a minus sign."""
+FULL_WIDTH = {chr(0xFEE0 + ord(sign)): sign for sign in "0123456789().,%+=/"}
+"""Characters as wide as two, and what they say."""
+SINGLE_FRACTIONS = {
+    "\u00bd": "1/2",
+    "\u2153": "1/3",
+    "\u2154": "2/3",
+    "\u00bc": "1/4",
+    "\u00be": "3/4",
+    "\u215b": "1/8",
+}
+"""Fractions that are one character."""
+
+_LONGEST_BLANK = 200  # characters of a blank answer
+_BLANK_CONTENT = re.compile(
+    r"\\(?:text|mathrm|mbox)(?=\s*\{)|\\(?:quad|qquad|ldots|dots|_|[,;:! ])|(?<!\\)[{}]|[\s$?._\u2026~-]+"
+)
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\[{}]|[{}]")
+_DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-+])?"  # a sign is a minus only where nothing is there to subtract from
     r"(?<!\w)(?<![0-9]\.)"
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    r"(?:/[0-9]+)?(?!\d)"
+    r"(?:[0-9]{1,12} {1,3}(?=[0-9]{1,12}/[0-9]))?"  # the whole of a mixed number
+    + _DIGITS
+    + r"(?:/[0-9]+|[eE][-+]?[0-9]{1,2}(?![\w.]))?(?!\d)"
 )
 _FRACTION = re.compile(
-    r"\\[dt]?frac\s{0,8}(?:\{\s{0,8}(-?[0-9]+)\s{0,8}\}\s{0,8}\{\s{0,8}([0-9]+)\s{0,8}\}|([0-9])([0-9]))"
+    r"\\[dt]?frac\s{0,8}"
+    r"(?:\{\s{0,8}(-?[0-9]+)\s{0,8}\}\s{0,8}\{\s{0,8}(-?[0-9]+)\s{0,8}\}"
+    r"|([0-9])([0-9])|\{([0-9]+)\}([0-9])|([0-9])\{([0-9]+)\})"
 )
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s{0,8}\{[^{}]*\}(?:\^\{?[0-9]\}?)?")
 _ALL_WORDS = re.compile(r"\s*\\(?:text|mathrm|mbox)\s{0,8}\{([^{}]*)\}\s*")
-_POWER_OF_TEN = re.compile(r"[-+]?[0-9]{1,20}(?:\.[0-9]{1,20})?[eE][-+]?[0-9]{1,2}")
+_TEN_TO_THE = re.compile(
+    r"(?<=[0-9])\s{0,3}(?:\\times|\\cdot|[x*\u00d7\u00b7])\s{0,3}10\s{0,3}\^\s{0,3}"
+    r"(?:\{\s{0,3}([-+]?[0-9]{1,2})\s{0,3}\}|(-?[0-9]{1,2}))(?![0-9])"
+)
+_MAGNITUDE = re.compile(r"(?<=[0-9])[ -]{0,2}(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
+_ZEROS = {"hundred": "e2", "thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
 _TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+)|([-+*/()]))")
 _THOUSANDS = re.compile(r"(?<=[0-9,])(?:\\[,!]|\{,\})(?=[0-9]{3})")
+_APART = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+")
 _BLANK = ("$", "%", "\\,", "\\!", "\\;", "\\left", "\\right")  # become spaces, which never join two numbers
+_SIGNS = str.maketrans(
+    {**dict.fromkeys(DASHES, "-"), **FULL_WIDTH, **{one: f" {two}" for one, two in SINGLE_FRACTIONS.items()}}
+)
+_PART = re.compile(r"\\[dt]?frac\s{0,8}\{([^{}]{1,100})\}\s{0,8}\{([^{}]{1,100})\}")
+_TIMES = re.compile(r"(?<=[0-9)]) ?x ?(?=[0-9(])")
 _OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("·", "*"), ("⋅", "*"), ("÷", "/"))  # noqa: RUF001
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last ``\\boxed{...}`` with balanced braces holds; an unclosed box does not count."""
+    """What the last filled ``\\boxed{...}`` with balanced braces holds; an unclosed box does not count.
+
+    Blank where all boxes are blank, None where there is none.
+    """
     text = text[-MAX_TEXT:]
     stack: list[tuple[bool, int]] = []
     start = end = -1
+    filled = False
     for match in _BRACES.finditer(text):
         mark = match.group()
         if mark == "}":
             is_box, inside = stack.pop() if stack else (False, 0)
-            if is_box and inside > start:
-                start, end = inside, match.start()
+            if is_box and (inside > start or not filled):
+                holds = match.start() - inside > _LONGEST_BLANK or not is_blank(text[inside : match.start()])
+                if holds or start < 0:
+                    start, end, filled = inside, match.start(), holds
         elif mark[-1] == "{" and mark != "\\{":
             stack.append((mark != "{", match.end()))
     return None if start < 0 else text[start:end]
 
 
 def last_answer(text: str) -> str | None:
-    """What the last closed ``<answer>...</answer>`` holds."""
+    """What the last filled ``<answer>...</answer>`` holds; blank where all are blank, None where none is closed."""
     text = text[-MAX_TEXT:]
+    blank: str | None = None
     end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return None if start < 0 else text[start + len("<answer>") : end]
+    while end >= 0:
+        start = text.rfind("<answer>", 0, end)
+        if start < 0:
+            break
+        content = text[start + len("<answer>") : end]
+        if len(content) > _LONGEST_BLANK or not is_blank(content):
+            return content
+        blank = content if blank is None else blank
+        end = text.rfind("</answer>", 0, start)
+    return blank
+
+
+def is_blank(content: str) -> bool:
+    """Whether a mark holds nothing but space, dots, question marks, lines and empty words."""
+    return not _BLANK_CONTENT.sub("", content)
 
 
 def final_number(text: str) -> Fraction | None:
@@ -64,49 +118,68 @@ def final_number(text: str) -> Fraction | None:
     """
     for read in (last_boxed, last_answer):
         marked = read(text)
-        if marked is not None and marked.strip():
+        if marked is not None and not is_blank(marked):
             return only_number(marked)
     text = text[-MAX_TEXT:]
     lines = text.rpartition("####")[2].strip().splitlines() if "####" in text else []
     if lines and (number := only_number(lines[0])) is not None:
         return number
-    last = ""
-    for match in _NUMBER.finditer(_plain(text)):
-        last = match.group()
-    return _fraction(last)
+    numbers = deque(_NUMBER.finditer(_plain(text)), maxlen=1)
+    return _fraction(numbers[0]) if numbers else None
 
 
 def only_number(text: str) -> Fraction | None:
-    """The one number of ``text`` (right of its last ``=``), whatever words and signs stand around it.
+    """The one number of ``text``, whatever words and signs stand around it.
 
-    Reads ``1,200``, ``$-5``, ``12.5%``, ``1e3``, ``3/4``, ``\\frac{3}{4}``. None where there is none, or
-    several that differ.
+    Reads ``1,200``, ``$-5``, ``12.5%``, ``1e3``, ``3/4``, ``\\frac{3}{4}``, ``5 1/2``, ``2 million``. Of an equation it
+    is the side that is a number, the right one first, unless another side is a different number; of ``72 = 12 * 6`` the
+    left one where the equation holds. None where there is none, or several that differ.
     """
-    text = text[-MAX_TEXT:].rpartition("=")[2]
+    text = text[-MAX_TEXT:]
     if words := _ALL_WORDS.fullmatch(text):
         text = words.group(1)
+    if "\\pm" in text or "\u00b1" in text:
+        return None
+    *others, side = text.split("=")
+    number = _number_of(side)
+    if not others:
+        return number
+    if number is None:
+        number, read = _number_of(others[-1]), evaluate(_arithmetic(side))
+        return number if read is not None and read[0] == number else None
+    literal = [value for other in others if (value := _literal(other)) is not None]
+    return number if all(value == number for value in literal) else None
+
+
+def _number_of(text: str) -> Fraction | None:
     text = _UNIT.sub(" ", _plain(text)).strip()
-    if _POWER_OF_TEN.fullmatch(text):
-        return Fraction(text)
     text = re.sub(r"\\[A-Za-z]+", " ", text).strip()
     text = re.sub(r"^([-+])\s+(?=[0-9.])", r"\1", text)
-    values = {_fraction(match.group()) for match in _NUMBER.finditer(text)}
+    if _APART.fullmatch(text):
+        text = text.replace(" ", "")
+    values = {_fraction(match) for match in _NUMBER.finditer(text)}
     return values.pop() if len(values) == 1 else None
+
+
+def _literal(text: str) -> Fraction | None:
+    """The value of a text that is a number and nothing else."""
+    match = _NUMBER.fullmatch(_plain(text).strip())
+    return None if match is None else _fraction(match)
 
 
 def gold_number(answer: Any, where: str) -> Fraction:
     """The number of a data row's ``answer``: a number, or text that is one or ends in ``#### N``."""
     text = answer if isinstance(answer, str) else "" if isinstance(answer, bool) else str(answer)
-    text = _plain(text[-MAX_TEXT:].rpartition("####")[2]).strip().replace(",", "")
-    number = _fraction(text) if _NUMBER.fullmatch(text) else None
+    number = _literal(text[-MAX_TEXT:].rpartition("####")[2].replace(",", ""))
     if number is None:
         raise InputError(f"{where}: the answer {answer!r:.60} is not a number; correct it.")
     return number
 
 
 def _plain(text: str) -> str:
-    text = text.replace("\u2212", "-").replace("\\$", "$").replace("-$", "-")
-    text = _blanked(_THOUSANDS.sub("", text))
+    text = text.translate(_SIGNS).replace("\\$", "$").replace("-$", "-")
+    text = _TEN_TO_THE.sub(lambda match: f"e{match.group(1) or match.group(2)}", _THOUSANDS.sub("", text))
+    text = _MAGNITUDE.sub(lambda match: _ZEROS[match.group(1).lower()], _blanked(text))
     return _FRACTION.sub(_slashed, text)
 
 
@@ -118,37 +191,56 @@ def _blanked(text: str) -> str:
 
 def _slashed(match: re.Match[str]) -> str:
     before = match.string[match.start() - 1 : match.start()] if match.start() else ""
-    over, under = match.group(1) or match.group(3), match.group(2) or match.group(4)
+    over, under = (part for part in match.groups() if part is not None)
+    if under.startswith("-"):
+        over, under = over.removeprefix("-") if over.startswith("-") else f"-{over}", under[1:]
     return f"{' ' if before.isalnum() else ''}{over}/{under}"
 
 
-def _fraction(text: str) -> Fraction | None:
-    return None if not text or len(text) > MAX_DIGITS else _short_fraction(text)
+def _fraction(match: re.Match[str]) -> Fraction | None:
+    text = match.group()
+    return None if len(text) > MAX_DIGITS else _short_fraction(text)
 
 
 @lru_cache(maxsize=2**12)  # answers are often the same few numbers, and a fraction takes long to make
 def _short_fraction(text: str) -> Fraction | None:
-    over, _, under = text.replace(",", "").partition("/")
+    head, _, under = text.replace(",", "").partition("/")
+    *whole, over = head.split()
     if under and not int(under):
         return None
-    return Fraction(over) / int(under) if under else Fraction(over)
+    if not under:
+        return Fraction(over)
+    value = Fraction(over) / int(under)
+    if whole and 0 < value < 1:
+        value += abs(int(whole[0]))
+        return -value if whole[0].startswith("-") else value
+    return value
 
 
 def marked_expression(text: str) -> str | None:
     """The expression a completion answers with: from the last box, else the last closed tag, else all of a short text.
 
-    Only the left side of the first ``=`` is kept, operators are mapped to ``+ - * /``. None where nothing fits.
+    Operators are mapped to ``+ - * /``. Of an equation it is the first side, or the second where the first is a number
+    alone. None where nothing fits, or where the sides of an equation differ.
     """
     marked = last_boxed(text)
-    marked = last_answer(text) if marked is None else marked
-    marked = text if marked is None else marked
+    marked = last_answer(text) if marked is None or is_blank(marked) else marked
+    marked = text if marked is None or is_blank(marked) else marked
     if len(marked) > 4 * MAX_EXPRESSION:
         return None
-    expression = _blanked(marked.partition("=")[0].replace("\u2212", "-"))
-    for mark, operator in _OPERATORS:
-        expression = expression.replace(mark, operator)
-    expression = expression.strip()
+    sides = [_arithmetic(side) for side in marked.split("=")]
+    expression = sides[1] if len(sides) > 1 and sides[0].isdigit() else sides[0]
+    if len(sides) > 1 and (values := [read[0] for side in sides if (read := evaluate(side))]) and len({*values}) > 1:
+        return None
     return expression if 0 < len(expression) <= MAX_EXPRESSION else None
+
+
+def _arithmetic(text: str) -> str:
+    """Mathematics as an arithmetic expression, as far as it is one."""
+    text = _PART.sub(r"((\1)/(\2))", text.translate(_SIGNS))
+    for mark, sign in (*_OPERATORS, ("[", "("), ("]", ")"), *((blank, " ") for blank in _BLANK if blank != "%")):
+        text = text.replace(mark, sign)
+    return _TIMES.sub("*", text).strip()
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 from dllm_sd.errors import InputError
 from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
+from dllm_sd.tasks.answers import same_answer
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
-from dllm_sd.tasks.equality import marked_answer, need_algebra, same, same_published, same_value
+from dllm_sd.tasks.equality import marked_answer, need_algebra, same_published, same_value
 from dllm_sd.tasks.grading import last_boxed
 from dllm_sd.tasks.published import math_answer
 from dllm_sd.tasks.sources import Sourced
@@ -31,9 +32,9 @@ class Math(Sourced):
     HuggingFaceH4/MATH-500 are loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen by
     a permutation that never changes. A solution without a box gets one in the reference.
 
-    ``equality``: "text" compares after string rules and as exact numbers, "symbolic" also by math-verify, within bounds
-    of size and time. ``mode`` compatible reads and compares as d-OPSD's published evaluation does; see ``published``.
-    Where ``answer`` is None no completion is correct.
+    ``equality``: "text" compares answers part by part (see ``answers``), "symbolic" finds formulas equal by math-verify
+    too, within bounds of size and time. ``mode`` compatible reads and compares as d-OPSD's published evaluation does;
+    see ``published``. Where ``answer`` is None no completion is correct.
     """
 
     data: Place | None = None
@@ -97,9 +98,9 @@ def gold_answer(value: Any, where: str) -> str:
 def grade_answer(gold: str | None, completion: str, equality: Equality = "text") -> Grade:
     """Grade by the answer that a completion marks."""
     found = marked_answer(completion)
-    correct = gold is not None and found is not None and same(gold, found)
+    correct = gold is not None and found is not None and same_answer(gold, found)
     if not correct and gold is not None and found is not None and equality == "symbolic":
-        correct = same_value(gold, found)
+        correct = same_answer(gold, found, same_value)
     return Grade(correct, float(correct), found)
 
 

@@ -1,4 +1,4 @@
-"""LaTeX answers are equal when the published rules say so, or tidied text, or exact numbers."""
+"""LaTeX answers are equal when their parts are; the published rules decide in compatible mode."""
 
 import importlib.util
 import json
@@ -11,7 +11,8 @@ import pytest
 
 from dllm_sd.errors import InputError
 from dllm_sd.tasks import Math, Problem, Task
-from dllm_sd.tasks.equality import _algebra, marked_answer, normalised, same, same_published
+from dllm_sd.tasks.answers import same_answer as same
+from dllm_sd.tasks.equality import _algebra, marked_answer, normalised, same_published
 
 # Rows in the form of MATH, AIME and HMMT files.
 ROWS = [
@@ -97,7 +98,7 @@ def test_the_default_mode_mends_them(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("1", "2"), ("12", "1,2"), ("", ""), ("1/0", "2/0"), ("(1,2)", "(2,1)"), ("x", "y"), ("1,20", "120"), ("-1", "1")],
+    [("1", "2"), ("12", "1,2"), ("1/0", "2/0"), ("(1,2)", "(2,1)"), ("x", "y"), ("1,20", "120"), ("-1", "1")],
 )
 def test_what_differs_differs(one: str, other: str) -> None:
     assert same(one, other) == same_published(one, other) == (one == other)
@@ -172,20 +173,22 @@ def test_symbolic_equality_comes_after_text_and_stays_within_bounds(monkeypatch:
     asked: list[str] = []
 
     def parse(text: str, **bounds: object) -> str:
-        assert bounds["parsing_timeout"] == 1
+        assert bounds["parsing_timeout"] is None  # the bounds are of processor time
         asked.append(text)
-        if "broken" in text:
+        if "broken" in text.replace(" ", ""):
             raise ValueError
         return "".join(sorted(text))
 
     _algebra.cache_clear()
     stub = SimpleNamespace(parse=parse, verify=lambda one, other, **bounds: one == other and bool(bounds))
     monkeypatch.setitem(sys.modules, "math_verify", stub)
+    assert _algebra() is stub
+    asked.clear()
     task = Math(equality="symbolic")
     assert task.grade(Problem("x", {"answer": "2"}), "\\boxed{2.0}").correct
     assert not asked
     assert task.grade(Problem("x", {"answer": "a+b"}), "\\boxed{b+a}").correct
-    assert asked == ["$a+b$", "$b+a$"]
+    assert asked == ["$a + b$", "$b + a$"]
     assert not task.grade(Problem("x", {"answer": "a"}), "\\boxed{broken}").correct
     for wild in ("9^{9^9}", "9^{999}", "9!!", "(9!)!", "1" * 13, "x" * 400, "9**9**9", "2^{10}^{10}", "1" * 5 + "!"):
         count = len(asked)

@@ -1,0 +1,83 @@
+"""Units behind a number: which words are one, and which units are the same."""
+
+import re
+
+_FORMS = {
+    "cm": "centimeter centimetre",
+    "mm": "millimeter millimetre",
+    "m": "meter metre",
+    "km": "kilometer kilometre",
+    "in": "inch inche",
+    "ft": "foot feet",
+    "yd": "yard",
+    "mi": "mile",
+    "mg": "milligram",
+    "g": "gram",
+    "kg": "kilogram",
+    "lb": "pound",
+    "oz": "ounce",
+    "ml": "milliliter millilitre",
+    "l": "liter litre",
+    "s": "sec second",
+    "min": "minute",
+    "h": "hr hour",
+    "$": "usd dollar",
+    "°": "degree deg",
+    "%": "percent",
+}
+_SHORT = {form: unit for unit, forms in _FORMS.items() for form in forms.split()} | {
+    "miles per hour": "mph",
+    "per cent": "%",
+}
+_MORE = "day week month year cent euro rupee newton joule watt volt unit"
+MEASURE = "|".join(
+    sorted(
+        {
+            *(unit for unit in _FORMS if unit.isalpha() and len(unit) > 1),
+            *(f"{form}s?" for form in [*_SHORT, *_MORE.split(), "inches"]),
+        },
+        key=len,
+        reverse=True,
+    )
+)
+"""A pattern of the units that may stand behind a number without ``\\text{}``."""
+
+_NO_UNIT = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a about all almost an approximately at base but by cubed divided dozen each either else equals except exactly
+        factorial false few for half hundred if is it least less many maybe million billion trillion thousand minus mod
+        modulo more most multiplied negative neither no none nor not of only otherwise over perhaps plus possibly
+        quarter raised remainder root roughly several some squared than the then third times to total true undefined
+        unless unknown up when where with without wrong right correct incorrect zero one two three four five six seven
+        eight nine ten
+        """,
+    )
+)
+"""Words that change what a number says, or that no unit has."""
+_POWERS = {"square": 2, "sq": 2, "cubic": 3}
+
+
+def unit_of(words: str, power: str = "") -> str | None:
+    """The unit that ``words`` behind a number are, in one form; empty for "units", None where they are no unit.
+
+    ``power`` is the exponent behind them.
+    """
+    parts = words.casefold().replace("-", " ").split()
+    if not 0 < len(parts) <= 4 or _NO_UNIT & {*parts} or not all(part.isalpha() for part in parts):
+        return None
+    if len(parts[0]) == 1 and parts[0] not in _FORMS:
+        return None
+    if parts[0] in _POWERS and len(parts) > 1:
+        power, parts = str(_POWERS[parts[0]]), parts[1:]
+    whole = _singular(" ".join(parts))
+    if whole == "unit":
+        return ""
+    return _SHORT.get(whole, whole) + (f"^{power}" if power else "")
+
+
+def _singular(words: str) -> str:
+    if words in _SHORT or words in _FORMS:
+        return words
+    return words[:-1] if len(words) > 3 and words.endswith("s") and not words.endswith("ss") else words
