@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -228,18 +228,19 @@ def _eval(options: argparse.Namespace) -> int:
     from accelerate import Accelerator, PartialState
 
     from dllm_sd.config import to_tree
-    from dllm_sd.evaluation import evaluate_into, first
+    from dllm_sd.evaluation import evaluate_into, test_problems
     from dllm_sd.pairing import READ
     from dllm_sd.tables import print_evaluation
 
     attempts = [f"eval.attempts={options.attempts}"] if options.attempts is not None else []
-    config, policy, weights = _load(options.model, [*options.overrides, *attempts], options.task, options.adapter)
+    overrides = [*options.overrides, *attempts]
+    config, policy, weights = _load(options.model, overrides, options.task, options.adapter, refuse=test_problems)
     tree = to_tree(config)
     task = tree["task"]["name"]
     out = Path(options.out or Path(options.model if _is_run(options.model) else "") / "eval" / task)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
     if PartialState().is_main_process:
-        _say_lost(policy, map(config.task.messages, first(config.task.problems("test"), READ)), "the prompts")
+        _say_lost(policy, map(config.task.messages, test_problems(config)[:READ]), "the prompts")
     with Accelerator().autocast():
         report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
     if PartialState().is_main_process:
@@ -249,11 +250,16 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _load(
-    name: str, overrides: Sequence[str], task: str | None = None, adapter: str | None = None, last: bool = False
+    name: str,
+    overrides: Sequence[str],
+    task: str | None = None,
+    adapter: str | None = None,
+    last: bool = False,
+    refuse: Callable[[Any], object] = lambda config: None,
 ) -> tuple[Any, Any, str]:
     """Config and policy of a run (its best or last weights) or of a model, in the precision that the run trained in.
 
-    Also says which weights these are.
+    Also says which weights these are. ``refuse`` looks at the config before any weights are read.
     """
     from accelerate import Accelerator
 
@@ -281,6 +287,7 @@ def _load(
     accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
     blueprint = read_blueprint(config.model)
     check_decodings(config, blueprint)
+    refuse(config)
     policy = build_policy(blueprint, accelerator.device)
     weights = name
     if adapter is not None:

@@ -1,5 +1,6 @@
 """Evaluation: decode held-out problems with the training sampler, grade them with the training grader, report."""
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -62,13 +63,18 @@ class Report:
     occupancy: float
     """Share of the decoder's slots that was busy; 0 where nothing was decoded."""
     too_long: int
+    """Problems that were left out, and are not among the ``n``, because their prompt is longer than `max_prompt`."""
+    cut: int
+    """Attempts without an end token within `decode.length`; they are graded as they are."""
+    unread: int
+    """Attempts that no answer could be read from; they count as wrong."""
     seconds: float
     extra: Mapping[str, float]
     """What the task measures beside accuracy, and its chance level."""
 
     def tree(self) -> dict[str, Any]:
         """For report.json."""
-        plain = ("n", "accuracy", "score", "length", "tokens_per_step", "occupancy", "too_long")
+        plain = ("n", "accuracy", "score", "length", "tokens_per_step", "occupancy", "too_long", "cut", "unread")
         tree = {
             **{name: getattr(self, name) for name in plain},
             "pass_at_k": {str(k): value for k, value in self.pass_at_k.items()},
@@ -101,10 +107,11 @@ def evaluate(
     each attempt is written down as it ends, and what is written there already is not decoded again.
 
     Raises:
-        InputError: if no problem is left to evaluate.
+        InputError: if no problem is left to evaluate, or two have one id.
     """
     start = time.perf_counter()
     with together():
+        check_ids(problems)
         prompted = [prompt_tokens(policy, task, problem, max_prompt) for problem in problems[rank::world]]
     mine = [item for item in prompted if item is not None]
     lines = dict(record.lines) if record else {}
@@ -113,13 +120,14 @@ def evaluate(
 
     def write(rows: Tensor, trajectory: Trajectory) -> None:
         nonlocal fresh
-        lengths, steps = trajectory.length.tolist(), trajectory.num_steps.tolist()
+        lengths, steps, ended = (x.tolist() for x in (trajectory.length, trajectory.num_steps, trajectory.ended))
         for place, row in enumerate(rows.tolist()):
             item, attempt = jobs[row]
             text = policy.text(trajectory.tokens[place, : lengths[place]].tolist())
             grade = task.grade(item.problem, text)
             verdict = (grade.correct, grade.score, grade.parsed)
-            line = Line(item.problem.id, digest(item.problem), attempt, text, *verdict, lengths[place], steps[place])
+            ends = (lengths[place], steps[place], ended[place])
+            line = Line(item.problem.id, digest(item.problem), attempt, text, *verdict, *ends)
             lines[line.id, attempt], fresh = line, fresh + lengths[place]
             if record is not None:
                 record.append(line)
@@ -193,12 +201,12 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
     """
     processes = PartialState()
     with together():
-        problems = config.task.problems("test")
-        wanted = first(problems, config.eval.final_problems or len(problems))
+        wanted = test_problems(config)
         if all(prompt_tokens(policy, config.task, problem, config.max_prompt) is None for problem in wanted):
             raise _none_left(len(wanted), config.max_prompt)
     lock = FolderLock(folder, "evaluation folder", "give another --out")
-    on_main(lambda: _claim(folder, lock, settings))
+    asked = hashlib.sha256("".join(f"{one.id} {digest(one)}\n" for one in wanted).encode()).hexdigest()
+    on_main(lambda: _claim(folder, lock, {**settings, "problems": asked}))
     try:
         reports, evaluated = dict[str, Any](), list[str]()
         for name, overrides in {"trained": {}, **config.eval.schedules}.items():
@@ -216,6 +224,35 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
     finally:
         lock.release()
     return tree
+
+
+def test_problems(config: Config) -> list[Problem]:
+    """The problems of the test split that an evaluation asks.
+
+    Raises:
+        InputError: if there are none, or two of them have one id.
+    """
+    problems = config.task.problems("test")
+    wanted = first(problems, config.eval.final_problems or len(problems))
+    check_ids(wanted)
+    return wanted
+
+
+def check_ids(*splits: Sequence[Problem]) -> None:
+    """Refuse two problems of a split with one id: attempts are kept, and figures are made, by id.
+
+    Raises:
+        InputError: naming the id, and what differs.
+    """
+    for problems in splits:
+        met: dict[str, Problem] = {}
+        for problem in problems:
+            if (other := met.get(problem.id)) is not None:
+                names = [*{**other.fields, **problem.fields}]
+                differ = [name for name in names if other.fields.get(name) != problem.fields.get(name)]
+                words = f"with another {differ[0]!r:.60}" if differ else "with the same fields"
+                raise InputError(f"problem {problem.id!r} is there twice, {words}; give every problem an id of its own")
+            met[problem.id] = problem
 
 
 def _claim(folder: Path, lock: FolderLock, settings: Mapping[str, Any]) -> None:
@@ -269,6 +306,8 @@ def _report(
         tokens_per_second=fresh / seconds,
         occupancy=rows / max(1, slots),
         too_long=dropped,
+        cut=sum(line.ended is False for line in lines),
+        unread=sum(line.parsed is None for line in lines),
         seconds=seconds,
         extra=extra,
     )

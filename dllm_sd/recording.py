@@ -33,6 +33,8 @@ class Line:
     """Tokens, up to and including the end."""
     steps: int
     """Decoding steps."""
+    ended: bool | None = None
+    """Whether it has an end token; None where nobody knows."""
 
     @property
     def grade(self) -> Grade:

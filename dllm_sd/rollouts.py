@@ -95,10 +95,10 @@ class Rollouts:
     counts: Mapping[str, float]
     """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected;
     problems lost because their reference is longer than `decode.length`: long_reference (of demonstrations); and
-    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Nothing is lost without a name:
-    kept + rejected + no_hint + long_hint are all counted attempts where `keep` is all, else one for each problem
-    without a long_reference. Where hints are written: written (texts asked for), cached (of them, not written again),
-    and dropped/REASON."""
+    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Of the kept ones, cut_hint are
+    those whose teacher reads a hint without its end. Nothing is lost without a name: kept + rejected + no_hint +
+    long_hint are all counted attempts where `keep` is all, else one for each problem without a long_reference. Where
+    hints are written: written (texts asked for), cached (of them, not written again), and dropped/REASON."""
     chosen: tuple[Rollout, ...] = ()
     """The kept rollouts and those that the gate rejected: for people to look at, and for hints from siblings."""
 

@@ -9,6 +9,13 @@ from rich.table import Table
 
 from dllm_sd.memory import Memory
 
+LEFT_OUT = {
+    "too_long": ("prompts too long", "problems left out"),
+    "cut": ("texts without an end", "graded as they are"),
+    "unread": ("texts without an answer", "wrong"),
+}
+"""What an evaluation could not ask, or could not read to the end: field of its report, in words, what became of it."""
+
 
 def print_training(report: Mapping[str, Any], run: Path) -> None:
     """Before and after training, and where the run lies."""
@@ -47,8 +54,9 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
             cells |= {f"{words}@{k}": f"{100 * share:.2f} %" for k, share in tree[key].items() if k != "1"}
         cells |= {"tokens": f"{tree['length']:.1f}", "tokens per forward": f"{tree['tokens_per_step']:.2f}"}
         cells |= {"tokens per second": f"{tree['time/tokens_per_second']:.0f}"}
+        cells |= {f"{words} ({kept})": str(tree[name]) for name, (words, kept) in LEFT_OUT.items()}
         cells |= {"slots busy": f"{tree['occupancy']:.0%}"}
-        known = {"n", "accuracy", "score", "length", "tokens_per_step", "occupancy", "too_long"}
+        known = {"n", "accuracy", "score", "length", "tokens_per_step", "occupancy"}
         extra = {key: value for key, value in tree.items() if isinstance(value, float) and key not in known}
         cells |= {key: f"{value:.4g}" for key, value in extra.items() if not key.startswith("time/")}
         for label, cell in {**cells, "seconds": f"{tree['time/seconds']:.1f}"}.items():

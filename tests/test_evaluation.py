@@ -14,15 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.estimates import pass_at_k, wilson_interval
-from dllm_sd.evaluation import Item, Report, evaluate, first
+from dllm_sd.evaluation import Item, Report, evaluate, evaluate_into, first
 from dllm_sd.policies.decoding import Decoding
+from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.recording import Line, Record, begin, digest, finish
 from dllm_sd.rollouts import PassAtK, prompt_tokens
-from dllm_sd.tasks import Grade, Problem, Sudoku
+from dllm_sd.tables import LEFT_OUT, print_evaluation
+from dllm_sd.tasks import TASKS, Grade, Problem, Sudoku
 from dllm_sd.tasks.task import Unguessable
 
 TASK = Sudoku(prompt="{puzzle}", answer="{solution}")
@@ -159,6 +163,62 @@ def test_long_prompts_are_left_out_and_counted(policy: MaskedDiffusion):
     report, items = run(policy, max_prompt=3)
     assert (report.n, report.too_long) == (6, 4)
     assert items == [item for i, item in enumerate(run(policy)[1]) if i % 5 < 3]
+
+
+@pytest.mark.parametrize("attempts", [1, 4])
+@pytest.mark.parametrize("max_prompt", [1, 3, 9])
+def test_whatever_is_left_out_cut_or_not_read_is_counted_by_name_and_shown(
+    policy: MaskedDiffusion, max_prompt: int, attempts: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    report, items = run(policy, max_prompt=max_prompt, attempts=attempts)
+    assert report.n + report.too_long == len(Parity().problems("test"))
+    assert report.n == len(items)
+    lengths = [length for item in items for length in item.lengths]
+    assert sum(length == DECODE.length for length in lengths) >= report.cut >= (max_prompt * attempts > 30)
+    assert report.unread == sum(parsed is None for item in items for parsed in item.parsed)
+    right = sum(map(sum, (item.correct for item in items)))
+    assert report.accuracy == pytest.approx(right / (report.n * attempts))  # cut and unread ones are in it
+    tree = json.loads(json.dumps(report.tree()))
+    console = Console(record=True, width=200)
+    monkeypatch.setattr("dllm_sd.tables.Console", lambda: console)
+    print_evaluation("a title", {"schedules": {"trained": tree}})
+    lines = console.export_text().splitlines()
+    for name, (words, _) in LEFT_OUT.items():
+        assert tree[name] == getattr(report, name)
+        assert any(words in line and f" {tree[name]} " in line for line in lines), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"), [({"prompt": "11"}, "another 'prompt'"), ({"prompt": "1"}, "same fields")]
+)
+def test_two_problems_with_one_id_are_refused_before_anything_is_decoded(
+    policy: MaskedDiffusion, fields: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(MaskedDiffusion, "decode", None)
+    problems = [Problem("a", {"prompt": "1"}), Problem("b", {"prompt": "1"}), Problem("a", fields)]
+    with pytest.raises(InputError, match=f"^problem 'a' is there twice, with .*{words}; give every problem an id of"):
+        run(policy, problems=problems)
+
+
+def test_an_evaluation_whose_problems_changed_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoded: list[str] = []
+    monkeypatch.setattr(
+        Parity, "grade", lambda self, problem, text: decoded.append(problem.id) or Grade(True, 1.0, "1")
+    )
+    monkeypatch.setitem(TASKS, "parity", Parity)
+    config = build_config({"task": "sudoku", "model": {"path": "tiny"}, "decode": {"length": 8, "block_length": 4}})
+    config = replace(config, task=Parity())
+    policy, settings = build_policy(config.model), {"task": {"name": "parity"}}
+    for fields, count in (("1", 10), ("1", 0), ("2", 10)):
+        monkeypatch.setattr(
+            Parity,
+            "problems",
+            lambda self, split, f=fields: [Problem(f"parity/{i}", {"prompt": f * 2}) for i in range(10)],
+        )
+        decoded.clear()
+        assert evaluate_into(tmp_path / "scores", policy, config, settings)["n"] == 10
+        assert len(decoded) == count
 
 
 def test_nothing_to_evaluate_is_refused(policy: MaskedDiffusion):

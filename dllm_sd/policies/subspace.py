@@ -55,6 +55,8 @@ class Gradients:
     """Examples with a supervised token."""
     skipped: int
     """Examples without one among the positions that are read."""
+    cut: int = 0
+    """Examples, used or skipped, of which the end is not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +239,10 @@ def collect(
     parts = kv_layers(module.network)
     device = next(module.parameters()).device
     rows: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
-    used = skipped = 0
+    used = skipped = cut = 0
     with evaluating(module), torch.enable_grad():
         for example in examples:
+            cut += longest is not None and len(example.ids) > longest
             ids, sites, targets = (x[:longest].to(device) for x in (example.ids, example.sites, example.targets))
             if module.shift:
                 sites = sites & (torch.arange(len(sites), device=device) > 0)
@@ -259,7 +262,7 @@ def collect(
             "take shorter examples"
         )
     stacked = {layer: (torch.cat(keys), torch.cat(values)) for layer, (keys, values) in rows.items()}
-    return Gradients(stacked, used, skipped)
+    return Gradients(stacked, used, skipped, cut)
 
 
 @contextmanager

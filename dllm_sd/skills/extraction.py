@@ -205,16 +205,31 @@ def _extract(
     for memory, answer in zip(memories, _answers(write, asked), strict=True):
         if memory.correct:
             found, reason = parse_items(answer, Skill, settings.longest, counts)
-            skills += found[: settings.most]
+            skills += _most(found, settings.most, "many", counts)
         else:
             found, reason = parse_items(answer, Mistake, settings.longest, counts)
-            mistakes += found[: settings.most]
+            mistakes += _most(found, settings.most, "many", counts)
         if reason is not None:
             counts[f"skipped/{reason}"] += 1
     right = sum(memory.correct for memory in memories)
     counts.update({"successes": right, "failures": len(memories) - right})
     counts.update({"candidates/skills": len(skills), "candidates/mistakes": len(mistakes)})
     return skills, mistakes
+
+
+def _most(items: Sequence[Item], most: int, reason: str, counts: Counter[str]) -> Sequence[Item]:
+    """The first ``most`` entries; what is left out is counted."""
+    if len(items) > most:
+        counts[f"left_out/{reason}"] += len(items) - most
+    return items[:most]
+
+
+def _single(items: Sequence[Item], counts: Counter[str]) -> tuple[Item, ...]:
+    """The entries without repetitions, which are counted."""
+    found = distinct(items)
+    if len(found) < len(items):
+        counts["left_out/repeated"] += len(items) - len(found)
+    return found
 
 
 def _answers(write: Write, chats: list[list[dict[str, str]]]) -> Sequence[str | None]:
@@ -247,7 +262,7 @@ def _merge(
     """
     name = "skills" if kind is Skill else "mistakes"
     template = settings.merge_skills if kind is Skill else settings.merge_mistakes
-    items, idle, last = distinct(items), 0, not items
+    items, idle, last = _single(items, counts), 0, not items
     while not last and idle < settings.patience:
         groups = [items[start : start + settings.group] for start in range(0, len(items), settings.group)]
         asked = [_merge_request(group, template, name) for group in groups if len(group) > 1]
@@ -265,7 +280,7 @@ def _merge(
         idle = 0 if len(merged) < len(items) else idle + 1
         items, last = tuple(merged), len(groups) == 1
         counts[f"layers/{name}"] += 1
-    return distinct(items)
+    return _single(items, counts)
 
 
 def _merge_request(group: Sequence[Item], template: str, name: str) -> list[dict[str, str]]:
@@ -288,6 +303,6 @@ def _renewed(
     fixed = [item for item in items if not is_dynamic(item)]
     added = [item for item in items if is_dynamic(item)]
     merged = _merge([*added, *new], kind, write, settings, counts)
-    fresh = distinct([*fixed, *merged])[len(distinct(fixed)) :]  # what a fixed entry says already is not added
+    fresh = _single([*fixed, *merged], counts)[len(distinct(fixed)) :]  # what a fixed entry says already is not added
     limit = min(len(added) + settings.growth, settings.capacity)
-    return (*fixed, *numbered(fresh[:limit], DYNAMIC))
+    return (*fixed, *numbered(_most(fresh, limit, "full", counts), DYNAMIC))

@@ -77,7 +77,7 @@ def inform(
         )
         for rollout in rollouts.kept
     ]
-    counts = {**rollouts.counts}
+    counts = {"cut_hint": 0.0, **rollouts.counts}
     written: dict[AnyHint, list[Occasion]] = {
         hint: _written(hint, hint.writing, occasions, sources.write, batch, counts) if hint.writing else occasions
         for hint in dict.fromkeys(filter(None, hints))
@@ -85,9 +85,11 @@ def inform(
     kept: list[Rollout] = []
     for place, rollout in enumerate(rollouts.kept):
         asks = [hint.ask(written[hint][place]) if hint else None for hint in hints]
-        prompts = [
-            prompt_tokens(ask, hint, policy) if hint and ask else None for hint, ask in zip(hints, asks, strict=True)
+        read = [
+            prompt_tokens(ask, hint, policy) if hint and ask else (None, False)
+            for hint, ask in zip(hints, asks, strict=True)
         ]
+        prompts = [prompt for prompt, _ in read]
         missing = [
             "no_hint" if ask is None else "long_hint"
             for hint, ask, prompt in zip(hints, asks, prompts, strict=True)
@@ -99,6 +101,7 @@ def inform(
         else:
             weights = tuple(ask.weight if ask else 1.0 for ask in asks)
             notes = tuple(ask.text if ask else None for ask in asks)
+            counts["cut_hint"] += any(cut for _, cut in read)
             kept.append(replace(rollout, teacher_prompts=tuple(prompts), teacher_weights=weights, notes=notes))
     for context, hint in enumerate(hints):
         if hint and hint.reasoning and kept:
@@ -150,16 +153,17 @@ def _key(hint: AnyHint, rollout: Rollout, batch: tuple[int, int]) -> int:
     return make_key(*batch, *rollout.key_parts, rollout.attempt, "writing")
 
 
-def prompt_tokens(ask: Ask, hint: AnyHint, policy: Policy) -> tuple[int, ...] | None:
-    """The prompt of one teacher, None if it is longer than it may be."""
+def prompt_tokens(ask: Ask, hint: AnyHint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
+    """The prompt of one teacher, None if it is longer than it may be; and whether its hint was cut to fit."""
     prompt = policy.encode(_messages(ask, hint), hint.thinking)
     words: list[int] = []
+    cut = len(prompt) > hint.longest
     if len(prompt) > hint.longest and hint.overflow == "cut":
         words = policy.encode_completion(ask.text, ended=False)
     while len(prompt) > hint.longest and words:
         words = words[: len(words) - (len(prompt) - hint.longest)] if len(prompt) - hint.longest < len(words) else []
         prompt = policy.encode(_messages(replace(ask, text=policy.text(words)), hint), hint.thinking)
-    return tuple(prompt) if len(prompt) <= hint.longest else None
+    return (tuple(prompt), cut) if len(prompt) <= hint.longest else (None, False)
 
 
 def _messages(ask: Ask, hint: AnyHint) -> list[dict[str, str]]:

@@ -136,6 +136,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "rollouts/rejected": int(counts["rejected"]),
         "rollouts/no_hint": int(counts["no_hint"]),
         "rollouts/long_hint": int(counts["long_hint"]),
+        "rollouts/cut_hint": int(counts.get("cut_hint", 0)),
         "rollouts/generated": int(counts["generated"]),
         "rollouts/length": counts["tokens"] / attempts,
         "rollouts/steps": counts["steps"] / attempts,

@@ -14,7 +14,7 @@ from typing import Any
 from dllm_sd.checkpoint_files import WEIGHTS, read_tensors
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation import evaluate_run, first
+from dllm_sd.evaluation import Report, evaluate_run, first
 from dllm_sd.files import write_file
 from dllm_sd.pairing import check_data, check_model, check_peers, check_references
 from dllm_sd.policies.weights import Peer
@@ -76,11 +76,13 @@ def _train_rounds(
     met: set[str] = set()
     for number in range(peers.rounds):
         if number == len(rounds):
-            scores = {student.name: _begin(config, student, number, length) for student in peers.students}
+            found = {student.name: _begin(config, student, number, length) for student in peers.students}
+            scores = {name: {domain: one.accuracy for domain, one in own.items()} for name, own in found.items()}
+            too_long = {name: {domain: one.too_long for domain, one in own.items()} for name, own in found.items()}
             begun()
             lag = lags(scores)
             tutors = {name: value <= peers.tolerance for name, value in lag.items()}
-            rounds.append({"round": number, "scores": scores, "lag": lag, "tutors": tutors})
+            rounds.append({"round": number, "scores": scores, "too_long": too_long, "lag": lag, "tutors": tutors})
             on_main(lambda: write_file(run / ROUNDS, json.dumps(rounds, indent=1)))
         for student, other in zip(peers.students, reversed(peers.students), strict=True):
             done = _snapshot(run, number + 1, student) / WEIGHTS
@@ -224,7 +226,7 @@ def _keep(trainer: Trainer, run: Path, number: int, student: Student) -> None:
     on_main(copy)
 
 
-def _begin(config: Config, student: Student, number: int, length: int) -> dict[str, float]:
+def _begin(config: Config, student: Student, number: int, length: int) -> dict[str, Report]:
     """Score a student for a round, by domain, and keep it as a tutor."""
     peers = config.peers
     assert peers is not None
@@ -234,8 +236,7 @@ def _begin(config: Config, student: Student, number: int, length: int) -> dict[s
     asked = by_domain(config.task.problems("dev"), peers.field, peers.problems)
     settings = replace(config, eval=replace(config.eval, attempts=peers.attempts, temperature=peers.temperature))
     with gathered(trainer.accelerator, trainer.module):
-        scores = {
-            domain: evaluate_run(trainer.policy, settings, problems, trainer.rank, trainer.world).accuracy
+        return {
+            domain: evaluate_run(trainer.policy, settings, problems, trainer.rank, trainer.world)
             for domain, problems in asked.items()
         }
-    return scores

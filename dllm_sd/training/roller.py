@@ -36,15 +36,15 @@ class Roller:
         self.base = None if rolling is None else models[rolling]
         self.projectors: Projectors = {}
 
-    def calibrate(self, task: Task, problems: Sequence[Problem]) -> None:
-        """Find the subspace of the initial weights, if there is to be one: the same whenever it is done.
+    def calibrate(self, task: Task, problems: Sequence[Problem]) -> dict[str, int]:
+        """Find the subspace of the initial weights, if there is to be one: the same whenever it is done; its counts.
 
         Raises:
             InputError: if model or data have no such subspace.
         """
         settings, module = self.settings, self.policy.module
         if not isinstance(settings, Subspace) or self.base is None:
-            return
+            return {}
         if any(isinstance(part, FSDPModule) for part in module.modules()):
             raise InputError("method.rollout.policy subspace needs whole weights on every process; train without FSDP")
         keys = kv_layers(module.network)
@@ -54,6 +54,7 @@ class Roller:
         with self.base.present():
             found = collect(module, (supervised(self.policy, task, one) for one in some), layers, settings.longest)
         self.projectors = settings(found)
+        return {f"calibration/{name}": getattr(found, name) for name in ("used", "skipped", "cut")}
 
     @contextmanager
     def present(self, module: nn.Module) -> Iterator[None]:

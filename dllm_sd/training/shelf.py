@@ -23,15 +23,21 @@ class Shelf:
         self.library, self.task, self.write, self.seed = library, task, write, seed
         self.bank = Bank()
 
-    def open(self, saved: Mapping[str, Any] | None, attempt: Callable[[int], Sequence[Rollout]]) -> None:
-        """The bank of a checkpoint, else that of the library's file, else one from ``attempt(count)`` at problems.
+    def open(
+        self, saved: Mapping[str, Any] | None, attempt: Callable[[int], tuple[Sequence[Rollout], int]]
+    ) -> dict[str, int]:
+        """The bank of a checkpoint, else that of the library's file, else one that the model writes; its counts.
+
+        Args:
+            saved: what the checkpoint has.
+            attempt: ``attempt(count)`` gives attempts at problems, and how many had prompts that were too long.
 
         Raises:
             InputError: if it holds fewer pairs than the library's count.
         """
-        library = self.library
+        library, counts = self.library, dict[str, int]()
         if library is None:
-            return
+            return {}
         where = f"the bank {library.path} (method.library.path)"
         if saved is not None:
             where = "the bank of the checkpoint"
@@ -39,16 +45,19 @@ class Shelf:
         elif library.path is not None:
             self.bank = read_bank(library.path)
         else:
-            memories = [self._memory(rollout) for rollout in attempt(library.memories)]
-            self.bank, _ = cold_start(memories, lambda chats: self._answers(chats, 0), library.extraction)
+            rollouts, too_long = attempt(library.memories)
+            memories = [self._memory(rollout) for rollout in rollouts]
+            self.bank, counts = cold_start(memories, lambda chats: self._answers(chats, 0), library.extraction)
+            counts = {"too_long": too_long, **counts}
             where = "the bank that the model wrote"
         pairs = min(len(self.bank.skills), len(self.bank.mistakes))
         if pairs < library.count:
             raise InputError(
                 f"{where} holds {len(self.bank.skills)} skills and {len(self.bank.mistakes)} mistakes, too few for "
                 f"{library.count} pairs; name another in method.library.path, or lower method.library.count and list "
-                "as many contexts"
+                f"as many contexts{_said(counts)}"
             )
+        return {f"bank/{name}": count for name, count in counts.items()}
 
     def after_update(self, update_number: int, rollouts: Sequence[Rollout]) -> dict[str, int]:
         """Renew the bank when its time has come, from the rollouts of this update; what happened, for the log."""
@@ -88,3 +97,8 @@ class Shelf:
         assert self.library is not None
         requests = [Request(tuple(chat), make_key(self.seed, "skills", number, chat[-1]["content"])) for chat in chats]
         return [written.text for written in self.write(self.library.writing, requests)]
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    """What was counted while a bank was made, in brackets; nothing where none was."""
+    return f" ({', '.join(f'{name} {count}' for name, count in counts.items())})" if counts else ""

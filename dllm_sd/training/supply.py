@@ -46,10 +46,9 @@ class Supply:
         self.scribe = Scribe(teachers, config.decode, accelerator, models, cache)
         self.shelf = Shelf(self.method.library, config.task, self.scribe.write, config.seed)
 
-    def open(self, bank: Mapping[str, Any] | None) -> None:
-        """What is done once, with the initial weights or what a checkpoint says: a subspace, a bank."""
-        self.roller.calibrate(self.config.task, self.feed.problems)
-        self.shelf.open(bank, self._attempt)
+    def open(self, bank: Mapping[str, Any] | None) -> dict[str, int]:
+        """What is done once, with the initial weights or what a checkpoint says: a subspace, a bank; its counts."""
+        return self.roller.calibrate(self.config.task, self.feed.problems) | self.shelf.open(bank, self._attempt)
 
     def take(self, batch: int, cursor: int) -> tuple[Rollouts, int, int]:
         """The rollouts of a batch, the position in the stream of problems behind it, and how many were too long.
@@ -72,9 +71,9 @@ class Supply:
         with self.roller.present(self.module):
             return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.crew)
 
-    def _attempt(self, count: int) -> list[Rollout]:
-        """One attempt of the model as it is at each of the first problems, for a bank of skills."""
+    def _attempt(self, count: int) -> tuple[list[Rollout], int]:
+        """One attempt of the model as it is at each of the first problems, for a bank; and how many were too long."""
         rule = PassAtK(problems=count, attempts=1, temperature=1.0)
-        prompted, _, _ = self.feed.take(0, min(count, len(self.feed.problems)))
+        prompted, _, dropped = self.feed.take(0, min(count, len(self.feed.problems)))
         key = make_key(self.config.seed, "memories")
-        return [one for attempts in self._dealt(rule, prompted, key, 0) for one in attempts]
+        return [one for attempts in self._dealt(rule, prompted, key, 0) for one in attempts], dropped

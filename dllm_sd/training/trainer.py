@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dllm_sd.checkpoint_files import STATE, damaged
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
-from dllm_sd.evaluation import Report, evaluate_run, first
+from dllm_sd.evaluation import Report, check_ids, evaluate_run, first
 from dllm_sd.files import write_file
 from dllm_sd.finite import LARGEST, find_broken, fingerprint
 from dllm_sd.objective import Graded, Plan, grade, plan_update
@@ -84,6 +84,7 @@ class Trainer:
             self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
             final = config.eval.final_problems
             self.test = first(config.task.problems("test"), final) if final else []
+            check_ids(self.dev, self.test)
             check_data(config, problems)
             blueprint = check_model(config)
             long, words = check_references(config, blueprint, problems), check_words(config, blueprint, problems)
@@ -134,7 +135,7 @@ class Trainer:
         config = self.config
         with together():
             self.supply = Supply(config, problems, self.policy, self.module, self.models, self.accelerator)
-        self.supply.open(self.state.bank)
+        self.begun = self.supply.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(_counts(self.policy.module))
         done = self.state.update if self.resumed else -1
@@ -172,7 +173,7 @@ class Trainer:
         with self.progress, Interrupt(self.progress) as interrupt:
             if not self.resumed:
                 state.before = self._test("testing the initial weights")
-                self._evaluate({"update": 0})
+                self._evaluate({"update": 0, **self.begun})
                 if until == 0:
                     self._save()
             while not self.finished and state.update < until:
@@ -332,7 +333,7 @@ class Trainer:
             self.progress.phase("evaluating")
             report = self._accuracy(self.dev, {})
             metrics |= {"eval/accuracy": report.accuracy, "eval/score": report.score, "eval/length": report.length}
-            metrics |= {"eval/too_long": report.too_long}
+            metrics |= {"eval/too_long": report.too_long, "eval/cut": report.cut, "eval/unread": report.unread}
             metrics |= {"time/eval": report.seconds}
             state.since_best += 1
             if report.accuracy > state.best_accuracy:
@@ -427,8 +428,7 @@ class Trainer:
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
         self.state.bank = self.supply.shelf.tree
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
-        update = self.state.update
-        on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep, log_sums(self.run, update)))
+        on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep, log_sums(self.run, self.state.update)))
         on_main(lambda: self.supply.shelf.write_down(self.run))
 
     def _anywhere(self, flag: bool) -> bool:

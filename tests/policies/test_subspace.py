@@ -308,6 +308,7 @@ def test_examples_without_a_supervised_token_are_skipped_and_counted(make_policy
     policy = make_policy(**KINDS[kind])
     seen, cut, none, first = (example(policy, *at) for at in ((2, 3), (6, 7), (), (0,)))
     found = collect(policy.module, [none, seen, cut, first], (1,), longest=6)
+    assert found.cut == sum(len(one.ids) > 6 for one in (none, seen, cut, first)) > 0
     assert (found.used, found.skipped) == ((1, 3) if policy.causal else (2, 2))  # nothing speaks about a first token
     short = Supervised(*(x[:6] for x in (seen.ids, seen.sites, seen.targets)))
     alone = collect(policy.module, [short], (1,))

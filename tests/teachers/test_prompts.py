@@ -214,12 +214,15 @@ def test_a_hint_is_cut_at_its_end_and_nothing_else_is(each, longest):
         each, Reference(template="{question}({hint}),", longest=longest, overflow="cut"), problems=problems
     )
     expected: list[str] = []
+    cut = 0
     for question, solution in (("1+2=", "1234"), ("10+20=", "123456789")):
         room = longest - len(question) - len("(),")
         if room >= 0:
             expected += [f"{question}({solution[:room]}),"] * 3
+            cut += 3 * (room < len(solution))
     assert prompts(each, rollouts) == expected
     assert rollouts.counts["long_hint"] == 6 - len(expected)
+    assert rollouts.counts["cut_hint"] == cut
     assert all(len(rollout.teacher_prompts[0] or ()) <= longest for rollout in rollouts.kept)
 
 

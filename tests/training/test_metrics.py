@@ -232,7 +232,7 @@ def test_rollout_metrics_are_shares_of_problems_and_means_over_attempts():
         **{"rollouts/problems": 4, "rollouts/attempts": 10, "rollouts/decoded": 12, "rollouts/kept": 3},
         **{"rollouts/rejected": 1, "rollouts/pass_rate": 0.75, "rollouts/first_try": 0.25},
         **{"rollouts/length": 5.0, "rollouts/steps": 2.0, "rollouts/generated": 60},
-        **{"rollouts/no_hint": 2, "rollouts/long_hint": 1},
+        **{"rollouts/no_hint": 2, "rollouts/long_hint": 1, "rollouts/cut_hint": 0},
     }
 
 

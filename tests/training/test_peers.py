@@ -319,11 +319,12 @@ def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments
     settings = changed(settings, tolerance=0.0)
     train_peers(settings)
     written = json.loads((Path(settings.run) / "rounds.json").read_text())
-    assert [entry.keys() for entry in written] == [{"round", "scores", "lag", "tutors"}] * 2
+    assert [entry.keys() for entry in written] == [{"round", "scores", "too_long", "lag", "tutors"}] * 2
     for number, entry in enumerate(written):
         assert entry["round"] == number
         assert entry["scores"].keys() == entry["lag"].keys() == entry["tutors"].keys() == {"one", "two"}
         assert entry["lag"] == lags(entry["scores"])
+        assert entry["too_long"] == {name: {domain: 0 for domain in own} for name, own in entry["scores"].items()}
         assert entry["tutors"] == {name: value == 0 for name, value in entry["lag"].items()}
         for scores in entry["scores"].values():  # two problems of each domain, two attempts at each
             assert all(4 * score == int(4 * score) and 0 <= score <= 1 for score in scores.values())

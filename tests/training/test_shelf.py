@@ -100,12 +100,14 @@ def test_a_bank_with_too_few_pairs_is_refused(tmp_path: Path):
 def test_without_a_file_the_bank_is_made_of_attempts(problem: str | None, word: str):
     author, counts = Author(), []
 
-    def attempt(count: int) -> list[Rollout]:
+    def attempt(count: int) -> tuple[list[Rollout], int]:
         counts.append(count)
-        return attempts(True, False, True, False)
+        return attempts(True, False, True, False), 3
 
     shelf = Shelf(Library(count=2, memories=4, problem=problem), TASK, author, 0)
-    shelf.open(None, attempt)
+    found = shelf.open(None, attempt)
+    assert (found["bank/too_long"], found["bank/successes"], found["bank/failures"]) == (3, 2, 2)
+    assert (found["bank/skills"], found["bank/mistakes"]) == (2, 2)
     assert counts == [4]
     assert (len(shelf.bank.skills), len(shelf.bank.mistakes)) == (2, 2)
     asked = [next(line for line in text.splitlines() if line.startswith("Problem: ")) for text in author.asked[:4]]
