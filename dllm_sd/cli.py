@@ -364,7 +364,7 @@ def _show(options: argparse.Namespace) -> int:
     from dllm_sd.memory import estimate
     from dllm_sd.pairing import check_outline
     from dllm_sd.policies.loading import skeleton
-    from dllm_sd.tables import memory_table
+    from dllm_sd.tables import describe_part, memory_table
 
     config = load_config(options.config, options.overrides)
     console = Console()
@@ -374,7 +374,7 @@ def _show(options: argparse.Namespace) -> int:
     method.add_column("part")
     for slot, part in to_tree(config)["method"].items():
         parts = part if isinstance(part, list) else [part]
-        method.add_row(slot, "\n".join(_describe_part(item) for item in parts) or "none")
+        method.add_row(slot, "\n".join(describe_part(item) for item in parts) or "none")
     console.print(method)
     _say_source(console, config.method)
     blueprint, absent = check_outline(config)
@@ -413,15 +413,6 @@ def _say_source(console: Console, method: Any) -> None:
         console.print(words, highlight=False, markup=False)
     for record in records:
         console.print(f"- {measured_line(record)}", highlight=False, markup=False)
-
-
-def _describe_part(part: Any) -> str:
-    if not isinstance(part, dict):
-        return str(part)
-    fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
-    if "name" not in part:  # a part of one kind only, such as a library
-        return fields
-    return f"{part['name']} ({fields})" if fields else part["name"]
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -101,3 +101,13 @@ def memory_table(memory: Memory) -> Table:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size else "0"
+
+
+def describe_part(part: Any) -> str:
+    """A part and its fields in one line."""
+    if not isinstance(part, dict):
+        return str(part)
+    fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
+    if "name" not in part:  # a part of one kind only, such as a library
+        return fields
+    return f"{part['name']} ({fields})" if fields else part["name"]

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dllm_sd import locking
-from dllm_sd.cli import _describe_part, main
+from dllm_sd.cli import main
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.methods import METHODS
 from dllm_sd.model_card import _parts
+from dllm_sd.tables import describe_part
 from dllm_sd.training import trainer
 from dllm_sd.training.trainer import Trainer
 
@@ -164,7 +165,7 @@ def test_show_and_model_cards_can_tell_the_parts_of_every_method():
     for name, row in METHODS.items():
         for slot, group in to_tree(row.method).items():
             for part in group if isinstance(group, list) else [group]:
-                words = _describe_part(part)
+                words = describe_part(part)
                 assert not isinstance(part, dict) or words.startswith(part.get("name", "")), (name, slot)
         assert f"target {to_tree(row.method)['target']['name']}" in _parts(row.method), name
 

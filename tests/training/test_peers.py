@@ -324,7 +324,7 @@ def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments
         assert entry["round"] == number
         assert entry["scores"].keys() == entry["lag"].keys() == entry["tutors"].keys() == {"one", "two"}
         assert entry["lag"] == lags(entry["scores"])
-        assert entry["too_long"] == {name: {domain: 0 for domain in own} for name, own in entry["scores"].items()}
+        assert entry["too_long"] == {name: dict.fromkeys(own, 0) for name, own in entry["scores"].items()}
         assert entry["tutors"] == {name: value == 0 for name, value in entry["lag"].items()}
         for scores in entry["scores"].values():  # two problems of each domain, two attempts at each
             assert all(4 * score == int(4 * score) and 0 <= score <= 1 for score in scores.values())
