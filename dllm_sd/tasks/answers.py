@@ -182,7 +182,7 @@ def _one(nodes: Nodes, depth: int) -> Answer:
         place = nodes.index(r"\pm")
         signed = [[*nodes[:place], sign, *nodes[place + 1 :]] for sign in "+-"]
         return Answer(Several("list", tuple(_one(unsigned(part), depth) for part in signed)), name, unit)
-    if len(nodes) == 1 and nodes[0][0] == "matrix":
+    if len(nodes) == 1 and isinstance(nodes[0], tuple) and nodes[0][0] == "matrix":
         _, kind, rows = nodes[0]
         shape = "x".join(str(len(row)) for row in rows)
         return Answer(Several(f"{kind} {shape}", _answers([cell for row in rows for cell in row], depth)), name, unit)
@@ -208,14 +208,18 @@ def _measured(nodes: Nodes) -> tuple[Nodes, str | None]:
     sign, rest = (nodes[:1], nodes[1:]) if nodes[:1] in (["-"], ["+"]) else ([], nodes)
     if rest[:1] == [r"\$"]:
         return sign + rest[1:], "$"
-    power = nodes[-1][1] if len(nodes) > 2 and nodes[-1][0] == "^" and nodes[-2][0] == "words" else None
+    last = nodes[-1]
+    power = (
+        last[1] if len(nodes) > 2 and isinstance(last, tuple) and last[0] == "^" and nodes[-2][0] == "words" else None
+    )
     place = len(nodes) - (1 if power is None else 2)
     if place < 1 or nodes[place - 1] in OPERATORS or nodes[0][0] == "words":
         return nodes, None
     last = nodes[place]
     if last in ("%", "°"):
         return nodes[:place], str(last)
-    unit = unit_of(last[1], spell(power) if power else "") if last[0] == "words" else None
+    worded = isinstance(last, tuple) and last[0] == "words"
+    unit = unit_of(last[1], spell(power) if power else "") if worded else None
     return (nodes, None) if unit is None else (nodes[:place], unit or None)
 
 

@@ -73,7 +73,7 @@ class Jsonl(Sourced):
         prompt = self.prompt_template().strip()
         field = prompt.removeprefix("{").removesuffix("}")
         value = fields.get(field)
-        if prompt != f"{{{field}}}" or not is_conversation(value):
+        if value is None or prompt != f"{{{field}}}" or not is_conversation(value):
             return None
         here = f"{where}: field {field!r}"
         spoken = read_conversation(value, here)

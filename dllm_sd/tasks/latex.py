@@ -2,13 +2,14 @@
 
 import re
 from fractions import Fraction
+from typing import Any
 
 from dllm_sd.tasks.grading import DASHES, FULL_WIDTH, MAX_DIGITS, SINGLE_FRACTIONS
 from dllm_sd.tasks.units import MEASURE
 
 MAX_DEPTH = 20  # nested groups
 
-Node = str | tuple  # a token; or a command with its arguments: ("frac", over, under), ("words", text), ...
+Node = str | tuple[Any, ...]  # a token; or a command with its arguments: ("frac", over, under), ("words", text), ...
 Nodes = list[Node]
 OPERATORS = ("+", "-", "/", "=", "<", ">", r"\cdot", r"\le", r"\ge")
 
@@ -25,7 +26,7 @@ _MIXED = re.compile(r"(?<![0-9.])([0-9]{1,12}) +([0-9]{1,12})/([0-9]{1,12})(?![0
 _MEASURED = re.compile(
     rf"(?<=[0-9}}])\s+((?:square |cubic |sq )?(?:{MEASURE}))(\^\{{?[23]\}}?)?\s*\.?\s*$", re.IGNORECASE
 )
-_SAME = {
+_SAME: dict[str, str] = {
     **{rf"\{name}frac": r"\frac" for name in "dtc"},
     **{r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge", r"\geqslant": r"\ge", r"\neq": r"\ne"},
     **{r"\lt": "<", r"\gt": ">", r"\varnothing": r"\emptyset", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\ast": "*"},
@@ -71,7 +72,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.tokens: list[Node] = []
         for words, token in _TOKEN.findall(text):
-            self.tokens += [_SAME.get(token, token)] if token else _from_words(words)
+            self.tokens += [_same(token)] if token else _from_words(words)
         self.tokens.reverse()
 
     def nodes(self, depth: int, end: str | None) -> Nodes:
@@ -139,6 +140,11 @@ class _Parser:
         return ("matrix", "p" if name in ("pmatrix", "bmatrix") else name, [row for row in rows if row != [[]]])
 
 
+def _same(token: str) -> str:
+    """The usual one of the tokens that mean the same."""
+    return _SAME.get(token, token)
+
+
 def _from_words(text: str) -> Nodes:
     """What stands in ``\\text{}``: numbers and signs as elsewhere, words together, "and" and "or" as separators."""
     found: Nodes = []
@@ -146,7 +152,7 @@ def _from_words(text: str) -> Nodes:
         if token in ("and", "or"):
             found.append(",")
         elif not token[0].isalpha():
-            found.append(_SAME.get(token, token))
+            found.append(_same(token))
         else:
             before = f"{found.pop()[1]} " if found and found[-1][0] == "words" else ""
             found.append(("words", before + token.replace(".", "")))
@@ -207,8 +213,9 @@ def literal(nodes: Nodes) -> Fraction | None:
 
 
 def _scientific(nodes: Nodes, first: Fraction) -> Fraction | None:
-    if len(nodes) == 4 and nodes[2] == "10" and nodes[3][0] == "^":
-        exponent = literal(nodes[3][1])
+    power = nodes[-1]
+    if len(nodes) == 4 and nodes[2] == "10" and isinstance(power, tuple) and power[0] == "^":
+        exponent = literal(power[1])
         if exponent is not None and exponent.denominator == 1 and abs(exponent) <= MAX_DIGITS:
             return first * Fraction(10) ** int(exponent)
     return None
@@ -217,8 +224,8 @@ def _scientific(nodes: Nodes, first: Fraction) -> Fraction | None:
 def _repeating(nodes: Nodes) -> Fraction | None:
     """``0.\\overline{3}`` and ``0.1\\overline{6}``."""
     *digits, last = nodes
-    text = "".join(digits) if all(isinstance(node, str) for node in digits) else ""
-    if last[0] != "over" or len(last[1]) != 1 or not isinstance(last[1][0], str):
+    text = "".join(node if isinstance(node, str) else "?" for node in digits)
+    if not isinstance(last, tuple) or last[0] != "over" or len(last[1]) != 1 or not isinstance(last[1][0], str):
         return None
     again = last[1][0]
     if not re.fullmatch(r"[0-9]{1,20}\.[0-9]{0,20}", text) or not re.fullmatch(r"[0-9]{1,20}", again):
@@ -228,6 +235,8 @@ def _repeating(nodes: Nodes) -> Fraction | None:
 
 
 def _quotient(node: Node) -> Fraction | None:
+    if isinstance(node, str):
+        return None
     over, under = literal(node[1]), literal(node[2])
     return over / under if over is not None and under else None
 
