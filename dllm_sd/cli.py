@@ -316,9 +316,9 @@ def _sample(options: argparse.Namespace) -> int:
     config, policy, _ = _load(options.model, options.overrides, options.task)
     console = Console()
     frames: list[list[int]] = []
-    settings = replace(config.decode, temperature=config.eval.temperature)
+    settings = replace(config.held_out(), temperature=config.eval.temperature)
     asked = [{"role": "user", "content": options.prompt}]
-    prompt = policy.encode(asked)
+    prompt = policy.encode(asked, config.eval.thinking)
     _say_lost(policy, [asked], "the prompt")
     with Live(console=console, refresh_per_second=30, transient=True) as live:
 

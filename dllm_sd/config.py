@@ -51,6 +51,10 @@ class Config(Ranged, key=""):
     """`auto` continues a run of the same configuration and refuses another's folder, `force` continues in spite of
     changed settings, `fresh` discards what the folder holds of a former run."""
 
+    def held_out(self, schedule: str | None = None) -> Decoding:
+        """How held-out problems are answered: `decode` with the overrides of `eval.decode`, and of a schedule."""
+        return replace(self.decode, **{**self.eval.decode, **(self.eval.schedules[schedule] if schedule else {})})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.run:
@@ -167,11 +171,14 @@ def _number(key: Any, path: str) -> int:
 def build_config(tree: Mapping[str, Any]) -> Config:
     """Validate a plain tree and build the config."""
     config = _build(Config, tree, "", None)
+    own = config.eval.decode
+    held_out = _build(Decoding, own, "eval.decode", config.decode)
     schedules: dict[str, dict[str, Any]] = {}
     for name, overrides in config.eval.schedules.items():
-        decode = _build(Decoding, overrides, f"eval.schedules.{name}", config.decode)
+        decode = _build(Decoding, overrides, f"eval.schedules.{name}", held_out)
         schedules[str(name)] = {key: getattr(decode, key) for key in overrides}
-    return replace(config, eval=replace(config.eval, schedules=schedules))
+    own = {key: getattr(held_out, key) for key in own}
+    return replace(config, eval=replace(config.eval, decode=own, schedules=schedules))
 
 
 def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:

@@ -96,6 +96,7 @@ def evaluate(
     attempts: int = 1,
     seed: int = 0,
     max_prompt: int = 512,
+    thinking: bool | None = None,
     rank: int = 0,
     world: int = 1,
     record: Record | None = None,
@@ -112,7 +113,7 @@ def evaluate(
     start = time.perf_counter()
     with together():
         check_ids(problems)
-        prompted = [prompt_tokens(policy, task, problem, max_prompt) for problem in problems[rank::world]]
+        prompted = [prompt_tokens(policy, task, problem, max_prompt, thinking) for problem in problems[rank::world]]
     mine = [item for item in prompted if item is not None]
     lines = dict(record.lines) if record else {}
     jobs = [(item, i) for item in mine for i in range(attempts) if (item.problem.id, i) not in lines]
@@ -160,22 +161,23 @@ def evaluate_run(
     problems: Sequence[Problem],
     rank: int,
     world: int,
-    overrides: Mapping[str, Any] | None = None,
+    schedule: str | None = None,
     record: Record | None = None,
 ) -> Report:
     """Evaluate with the settings of a run: in training and by ``dllm-sd eval`` alike.
 
-    ``overrides`` replace fields of `decode` (another schedule).
+    ``schedule`` is one of `eval.schedules`; None is the run's own way to decode held-out problems.
     """
     report, _ = evaluate(
         policy,
         config.task,
         problems,
-        replace(config.decode, **(overrides or {})),
+        config.held_out(schedule),
         temperature=config.eval.temperature,
         attempts=config.eval.attempts,
         seed=config.seed,
         max_prompt=config.max_prompt,
+        thinking=config.eval.thinking,
         rank=rank,
         world=world,
         record=record,
@@ -202,18 +204,20 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
     processes = PartialState()
     with together():
         wanted = test_problems(config)
-        if all(prompt_tokens(policy, config.task, problem, config.max_prompt) is None for problem in wanted):
+        longest, thinking = config.max_prompt, config.eval.thinking
+        if all(prompt_tokens(policy, config.task, problem, longest, thinking) is None for problem in wanted):
             raise _none_left(len(wanted), config.max_prompt)
     lock = FolderLock(folder, "evaluation folder", "give another --out")
     asked = hashlib.sha256("".join(f"{one.id} {digest(one)}\n" for one in wanted).encode()).hexdigest()
     on_main(lambda: _claim(folder, lock, {**settings, "problems": asked}))
     try:
         reports, evaluated = dict[str, Any](), list[str]()
-        for name, overrides in {"trained": {}, **config.eval.schedules}.items():
+        for schedule in (None, *config.eval.schedules):
+            name = schedule or "trained"
             with together():
                 record = Record(folder, name, processes.process_index)
             report = evaluate_run(
-                policy, config, wanted, processes.process_index, processes.num_processes, overrides, record
+                policy, config, wanted, processes.process_index, processes.num_processes, schedule, record
             )
             reports[name], evaluated = report.tree(), record.problems
         tree = {"task": settings["task"]["name"], **reports["trained"], "schedules": reports, "settings": settings}

@@ -120,7 +120,8 @@ def estimate(
     share = processes if sharded else 1
     canvas = config.max_prompt + config.decode.length
     canvases = max(1, config.optim.tokens_per_batch // canvas)
-    tokens, decoded = canvases * canvas, config.decode.batch_size * canvas
+    ways = [config.decode, config.held_out(), *map(config.held_out, config.eval.schedules)]
+    tokens, decoded = canvases * canvas, max(way.batch_size * (config.max_prompt + way.length) for way in ways)
     candidates, sites = _sites(config, canvases, shape.causal)
     saved, again = shape.saved(tokens, canvas)
     transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
@@ -135,7 +136,7 @@ def estimate(
         gathered, whole = (size * shape.compute // shape.residual for size in (gathered, whole))
     of_head, product = _head_gradient(shape, sites > few)
     joined = shape.head * shape.trained_bytes if of_head and shape.trained_bytes < shape.wide and sites > few else 0
-    read, logits = _decoding(config, shape, device)
+    costs = [(config.max_prompt + way.length, *_decoding(way, config, shape, device)) for way in ways]
     return Memory(
         parameters=shape.parameters,
         trainable=shape.trainable,
@@ -152,8 +153,8 @@ def estimate(
         backward=max(again + transient + shape.dequantised, of_head + joined),
         step=0 if device in FUSED or not plain else shape.bytes_trained // share,
         held=(whole if sharded else 0) + shape.merged + decoded * shape.remembered,
-        rollouts=shape.forward(read, canvas, decoding=True),
-        rollout_logits=read * shape.hidden * shape.residual + logits,
+        rollouts=max(shape.forward(read, length, decoding=True) for length, read, _ in costs),
+        rollout_logits=max(read * shape.hidden * shape.residual + logits for _, read, logits in costs),
     )
 
 
@@ -278,9 +279,9 @@ def _mixtures(layer: nn.Module) -> Iterator[Any]:
     return (x for x in layer.modules() if getattr(getattr(x, "gate_up_proj", None), "ndim", 0) == 3)
 
 
-def _decoding(config: Config, shape: _Shape, device: str) -> tuple[int, int]:
+def _decoding(decode: Decoding, config: Config, shape: _Shape, device: str) -> tuple[int, int]:
     """Positions that one forward of a decoder reads, and bytes of the logits and their copies that choosing holds."""
-    decode, longest = config.decode, config.max_prompt
+    longest = config.max_prompt
     filters = any(x.top_k or x.top_p < 1 for x in (decode, config.method.rollout) if isinstance(x, Decoding | PassAtK))
     copies = 2 + max(shape.vocabulary % RUN > 0, shape.logit / shape.wide * (shape.logit < shape.wide)) + 4 * filters
     if shape.causal:

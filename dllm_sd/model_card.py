@@ -196,7 +196,7 @@ def _results(trained: Trained | None) -> str:
     settings = report["settings"]
     rows = ["| decoding | weights | n | accuracy | 95 % interval |", "|---|---|---|---|---|"]
     for schedule in report["best"]:
-        changed = settings["decode"] | settings["eval"]["schedules"].get(schedule, {})
+        changed = settings["decode"] | settings["eval"]["decode"] | settings["eval"]["schedules"].get(schedule, {})
         keys = ("length", "block_length", "tokens_per_step", "steps", "threshold", "order")
         decoding = ", ".join(f"{key} {changed[key]}" for key in keys if changed.get(key) is not None)
         for weights in ("before", "after", "best"):

@@ -111,6 +111,8 @@ def check_decodings(config: Config, blueprint: Blueprint) -> None:
     Raises:
         InputError: naming the key, and the remedy.
     """
+    if config.eval.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
+        raise InputError("eval.thinking is set, but the chat template has no thinking switch; leave it out")
     for key, settings in _decodings(config).items():
         settings.check_suppressed(blueprint.config.get_text_config().vocab_size, key)
         if blueprint.causal:
@@ -255,8 +257,9 @@ def _domains(config: Config) -> list[str]:
 
 def _decodings(config: Config) -> dict[str, Decoding]:
     """How the run decodes: its own settings and the other schedules, each by its key."""
-    schedules = config.eval.schedules.items()
-    return {"decode": config.decode} | {f"eval.schedules.{name}": replace(config.decode, **o) for name, o in schedules}
+    own = {"eval.decode": config.held_out()} if config.eval.decode else {}
+    schedules = {f"eval.schedules.{name}": config.held_out(name) for name in config.eval.schedules}
+    return {"decode": config.decode} | own | schedules
 
 
 def _check_causal_decoding(config: Config, settings: Decoding, key: str) -> None:

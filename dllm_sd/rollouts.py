@@ -55,9 +55,14 @@ def with_occurrences(prompted: Iterable[Prompted]) -> list[Prompted]:
     return numbered
 
 
-def prompt_tokens(policy: Policy, task: Task, problem: Problem, longest: int) -> Prompted | None:
-    """The problem with its prompt, or None where that is longer than ``longest`` tokens (never cut)."""
-    prompt = tuple(policy.encode(task.messages(problem)))
+def prompt_tokens(
+    policy: Policy, task: Task, problem: Problem, longest: int, thinking: bool | None = None
+) -> Prompted | None:
+    """The problem with its prompt, or None where that is longer than ``longest`` tokens (never cut).
+
+    ``thinking`` overrides the template's switch.
+    """
+    prompt = tuple(policy.encode(task.messages(problem), thinking))
     return Prompted(problem, prompt) if len(prompt) <= longest else None
 
 

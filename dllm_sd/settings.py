@@ -46,8 +46,12 @@ class Evaluation(Ranged, key="eval"):
     """Test problems on which the initial and the best weights are compared at the end; 0 skips it."""
     attempts: Size = 1
     temperature: Temperature = 0.0
+    decode: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of `decode` for held-out problems, such as a greater length than that of rollouts."""
+    thinking: bool | None = None
+    """The thinking switch of the chat template for held-out problems; None takes `model.thinking`."""
     schedules: Mapping[str, Any] = field(default_factory=dict)
-    """Other decoding settings (name: overrides of `decode`) under which the end is compared too."""
+    """Other decoding settings (name: overrides of `decode` and `eval.decode`) under which the end is compared too."""
     patience: Natural = 0
     """Stop after this many evaluations in a row without a new best; 0 never stops for that."""
     collapse: Share = 0.0

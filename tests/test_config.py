@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,7 @@ def test_configs_of_published_settings_do_as_their_papers_say():
         assert [context.hint.thinking for context in config.method.contexts if context.hint] == [True] * (
             len(config.method.contexts) - (name == "qwen3_4b_opsd_pmi")
         )
-        assert config.eval.schedules["length 38912"]["length"] == 38912
+        assert (config.held_out().length, config.eval.thinking, config.decode.length) == (38912, True, 1024)
         assert config.eval.final_problems > 0
     for name in ("qwen3_4b_opsd", "qwen3_4b_opsd_pmi", "qwen3_8b_sdpo", "qwen3_4b_demo_psd", "r1_distill_1.5b_topd"):
         assert load_config(name).optim.betas == (0.9, 0.999)
@@ -331,3 +332,14 @@ def test_configs_of_published_settings_do_as_their_papers_say():
     for name in ("llada_8b_gsm8k", "llada_8b_math", "llada_8b_countdown", "llada_8b_sudoku"):
         divergence: Any = load_config(name).method.divergence
         assert (divergence.clip, divergence.clip_at) == ("entry", 0.04 if name == "llada_8b_math" else 0.05)
+
+
+def test_held_out_problems_are_answered_with_settings_of_their_own_and_schedules_change_those() -> None:
+    config = build("eval.decode.length=64", "eval.schedules.short.steps=4", "eval.schedules.long.length=128")
+    assert config.decode.length != 64
+    assert config.held_out() == replace(config.decode, length=64)
+    assert config.held_out("short") == replace(config.decode, length=64, steps=4)
+    assert config.held_out("long") == replace(config.decode, length=128)
+    assert build_config(to_tree(config)) == config
+    with pytest.raises(InputError, match=r"eval\.decode has no key 'lenght'|unknown key 'eval\.decode\.lenght'"):
+        build("eval.decode.lenght=64")

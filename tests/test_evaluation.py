@@ -336,3 +336,18 @@ def test_two_processes_report_what_one_reports(tmp_path: Path):
         assert {path.name for path in out.iterdir()} == {"report.json", "generations.jsonl", "settings.json"}
     assert reports[0] == reports[1]
     assert len(reports[0][1]) == 31
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_evaluations_ask_with_the_thinking_that_is_set_for_them(
+    policy: MaskedDiffusion, thinking: bool | None, monkeypatch: pytest.MonkeyPatch
+):
+    encode, asked = MaskedDiffusion.encode, list[bool | None]()
+
+    def noted(self: MaskedDiffusion, messages: Any, thinking: bool | None = None) -> list[int]:
+        asked.append(thinking)
+        return encode(self, messages)
+
+    monkeypatch.setattr(MaskedDiffusion, "encode", noted)
+    run(policy, thinking=thinking, attempts=1)
+    assert asked == [thinking] * len(Parity().problems("test"))

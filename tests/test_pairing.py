@@ -196,6 +196,13 @@ def test_a_thinking_teacher_needs_a_template_with_a_switch(model, thinking):
     check(model, method=method, chat_template=SWITCH)
 
 
+@pytest.mark.parametrize("model", ["denoiser", "causal"])
+def test_thinking_in_evaluations_needs_a_template_with_a_switch(model):
+    found = refusal(model, "eval.thinking=true")
+    assert found == "eval.thinking is set, but the chat template has no thinking switch; leave it out"
+    check(model, "eval.thinking=true", chat_template=SWITCH)
+
+
 def test_the_thinking_of_the_prompt_of_a_suffix_needs_a_switch_too():
     context = {"name": "suffix", "prompt": {"name": "no_question", "thinking": True}}
     assert "has no thinking switch" in refusal("denoiser", method={"name": "d_opsd", "contexts": [context]})

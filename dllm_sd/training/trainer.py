@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -331,7 +331,7 @@ class Trainer:
         settings, state = self.config.eval, self.state
         if settings.every and (state.update % settings.every == 0 or state.update == self.config.updates):
             self.progress.phase("evaluating")
-            report = self._accuracy(self.dev, {})
+            report = self._accuracy(self.dev, None)
             metrics |= {"eval/accuracy": report.accuracy, "eval/score": report.score, "eval/length": report.length}
             metrics |= {"eval/too_long": report.too_long, "eval/cut": report.cut, "eval/unread": report.unread}
             metrics |= {"time/eval": report.seconds}
@@ -351,17 +351,17 @@ class Trainer:
             if self.log is not None:
                 self.log.write(metrics)
 
-    def _accuracy(self, problems: Sequence[Problem], overrides: Mapping[str, Any]) -> Report:
+    def _accuracy(self, problems: Sequence[Problem], schedule: str | None) -> Report:
         with gathered(self.accelerator, self.module):
-            return evaluate_run(self.policy, self.config, problems, self.rank, self.world, overrides)
+            return evaluate_run(self.policy, self.config, problems, self.rank, self.world, schedule)
 
     def _test(self, phase: str) -> dict[str, Any]:
         """Test reports by decoding schedule; `trained` is the schedule of the run."""
         if not self.test:
             return {}
         self.progress.phase(phase)
-        schedules = {"trained": {}, **self.config.eval.schedules}
-        return {name: self._accuracy(self.test, overrides).tree() for name, overrides in schedules.items()}
+        schedules = (None, *self.config.eval.schedules)
+        return {name or "trained": self._accuracy(self.test, name).tree() for name in schedules}
 
     def _report(self) -> dict[str, Any]:
         """Compare initial, last and best weights on the test split and write report.json; the best weights stay."""
