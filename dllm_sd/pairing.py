@@ -305,6 +305,14 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
         if not blueprint.causal:
             text = replace(config.decode, length=writing.sampling.length)
             check_denoising(blueprint.block_length, text, "the text of a context's writer with decode")
+    if (how := config.method.library and config.method.library.attempt) is not None:
+        if how.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
+            raise InputError(
+                "method.library.attempt sets thinking, but the chat template has no thinking switch; leave it out"
+            )
+        if not blueprint.causal:
+            text = replace(config.decode, length=how.length)
+            check_denoising(blueprint.block_length, text, "the attempts of method.library with decode")
     for weights in config.method.models():
         if isinstance(weights, Peer) and weights.path is None and config.peers is None:
             raise InputError("a context's writer peer has no path; name a checkpoint or adapter of another run")

@@ -189,6 +189,9 @@ class PassAtK(Ranged, key="method.rollout"):
     """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
     horizon: Complete | Truncated | Progressive = field(default_factory=Complete, metadata={"parts": HORIZONS})
     """How much of a completion is generated."""
+    draw: Literal["fresh", "fixed"] = "fresh"
+    """`fixed`: a problem's attempts are the same whenever it is met, so that later epochs train on one set of texts,
+    which is drawn once (SPD). They are decoded anew each time, and are the same since `policy` does not learn."""
     passes: Size = 1
     """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
     decodes: ClassVar[bool] = True
@@ -197,6 +200,11 @@ class PassAtK(Ranged, key="method.rollout"):
         super().__post_init__()
         if self.keep == "all" and self.until_solved:
             raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
+        if self.draw == "fixed" and isinstance(self.policy, Live):
+            raise InputError(
+                "method.rollout.draw fixed is of texts that stay, but the student's change as it learns; set "
+                "method.rollout.policy to base or subspace, or draw to fresh"
+            )
 
     def __call__(
         self,
@@ -211,6 +219,8 @@ class PassAtK(Ranged, key="method.rollout"):
         decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
         def key(i: int, attempt: int) -> int:
+            if self.draw == "fixed":
+                return make_key(seed, "draw", prompted[i].problem.id, attempt, "decode")
             return make_key(seed, update, *prompted[i].key_parts, attempt, "decode")
 
         def grade(i: int, one: Trajectory) -> tuple[str, Grade]:

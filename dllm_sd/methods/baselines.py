@@ -79,8 +79,8 @@ BASELINES: dict[str, Row] = {
         SELF_TRAINING,
         "SPD, arXiv 2605.22675, Eq. 6 to 14, and github.com/gh540-svg/hahaha, commit e249fec",
         "Cross-entropy on the model's own text, right or wrong, written by the initial weights with keys and values "
-        "held in the subspace that right answers depend on. Here every update draws fresh texts, and prompts are not "
-        "trained on; the paper draws once, trains for up to five epochs, and on prompts too.",
+        "held in the subspace that right answers depend on. One text is drawn for each "
+        "problem, and later epochs train on it again. Prompts are not trained on; in the paper they are.",
     ),
     "self_distillation": Row(
         replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=Base())),

@@ -54,7 +54,7 @@ RCSD = Method(
     temperature=1.2,
 )
 SELF_TRAINING = Method(
-    rollout=PassAtK(problems=4, attempts=1, temperature=0.7, top_p=0.9, policy=Subspace()),
+    rollout=PassAtK(problems=4, attempts=1, temperature=0.7, top_p=0.9, policy=Subspace(), draw="fixed"),
     gate=All(),
     contexts=(),
     target=Sampled(),

@@ -13,6 +13,7 @@ from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import Ask, Occasion
 from dllm_sd.teachers.hints import Prompt, check_template
 from dllm_sd.teachers.writing import Writing
+from dllm_sd.writers import Sampling
 
 SKILLS = """\
 Notes from work on other problems. They may or may not fit this one; use what helps, in your own way, and do not \
@@ -37,6 +38,9 @@ class Library(Ranged, key="method.library"):
     """How a problem reads where the bank is asked for it and where it is extracted from, a template over the problem's
     fields such as `{problem}` (SGSD); None takes the whole prompt."""
     memories: Size = 256
+    attempt: Sampling | None = None
+    """How these attempts are decoded; None decodes as far as the run does, at temperature 1, with the student's
+    thinking. The released code: 38912 tokens, temperature 1, top-p 0.95, thinking on."""
     every: Natural = 25
     """Updates between two updates of the bank, from the rollouts of the last one; 0 leaves it as it is."""
     writing: Writing = field(default_factory=Writing)

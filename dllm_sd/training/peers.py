@@ -5,6 +5,7 @@ rounds decide is in `rounds.json`, all else in the students' own run folders; th
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -54,6 +55,8 @@ def train_peers(config: Config) -> dict[str, Any]:
             check_data(own, problems)
             check_references(own, check_model(own), problems)
     folder = RunFolder(config)
+    if (sentence := alike(peers.students)) is not None:
+        on_main(lambda: print(f"dllm-sd: {sentence}", file=sys.stderr))
     try:
         if config.resume != "fresh":
             _check_students(config, peers)
@@ -81,7 +84,7 @@ def _train_rounds(
             too_long = {name: {domain: one.too_long for domain, one in own.items()} for name, own in found.items()}
             begun()
             lag = lags(scores)
-            tutors = {name: value <= peers.tolerance for name, value in lag.items()}
+            tutors = {name: may_tutor(scores[name], value, peers.tolerance) for name, value in lag.items()}
             rounds.append({"round": number, "scores": scores, "too_long": too_long, "lag": lag, "tutors": tutors})
             on_main(lambda: write_file(run / ROUNDS, json.dumps(rounds, indent=1)))
         for student, other in zip(peers.students, reversed(peers.students), strict=True):
@@ -197,6 +200,27 @@ def lags(scores: Scores) -> dict[str, float]:
         name: round(sum((best[domain] - own[domain]) / best[domain] for domain in best if best[domain] > 0), 9)
         for name, own in scores.items()
     }
+
+
+def may_tutor(own: Mapping[str, float], lag: float, tolerance: float) -> bool:
+    """Whether a student may comment in a round (Eq. 2); one that has solved nothing never may.
+
+    Where nobody has solved anything the paper's lag is 0 / 0, and here 0: nobody knows enough to say anything. Two
+    equally good students have no lag, and both may.
+    """
+    return lag <= tolerance and any(own.values())
+
+
+def alike(students: Sequence[Student]) -> str | None:
+    """A sentence on students that begin with the same weights."""
+    first, second = ((one.path, one.start) for one in students)
+    if first != second:
+        return None
+    return (
+        f"students {students[0].name} and {students[1].name} begin with the same weights, and a student has nothing to "
+        "learn from its like; give each the adapter or checkpoint of a model that is better in its own domain, in "
+        "peers.students.N.start or .path"
+    )
 
 
 def by_domain(problems: Sequence[Problem], field: str, count: int) -> dict[str, list[Problem]]:

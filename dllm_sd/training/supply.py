@@ -1,6 +1,7 @@
 """Where an update's rollouts come from: problems dealt to the processes, decoded, graded, gated and informed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,18 @@ class Supply:
 
     def _attempt(self, count: int) -> tuple[list[Rollout], int]:
         """One attempt of the model as it is at each of the first problems, for a bank; and how many were too long."""
-        rule = PassAtK(problems=count, attempts=1, temperature=1.0)
         prompted, _, dropped = self.feed.take(0, min(count, len(self.feed.problems)))
+        decode, task = self.config.decode, self.config.task
+        rule = PassAtK(problems=count, attempts=1, temperature=1.0)
+        if (how := self.method.library and self.method.library.attempt) is not None:
+            rule = replace(rule, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k)
+            decode = replace(decode, length=how.length)
+        if how is not None and how.thinking is not None:
+            encode = self.policy.encode
+            prompted = [
+                replace(one, prompt=tuple(encode(task.messages(one.problem), how.thinking))) for one in prompted
+            ]
         key = make_key(self.config.seed, "memories")
-        return [one for attempts in self._dealt(rule, prompted, key, 0) for one in attempts], dropped
+        with self.roller.present(self.module):
+            tried = rule(self.policy, task, prompted, decode, key, 0, self.crew)
+        return [one for attempts in tried for one in attempts], dropped

@@ -25,13 +25,19 @@ from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.training import peers as peers_module
 from dllm_sd.training.metrics import LOGS
-from dllm_sd.training.peers import by_domain, lags, student_config, train_peers
+from dllm_sd.training.peers import alike, by_domain, lags, may_tutor, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
 from tools.attacks.contents import contents, differences
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 HINT = {"template": "{question}({hint})", "solution": "{hint}", "comment": "{hint}", "prompt": "{response}{question}"}
 WRITING = {"writer": "peer", "sampling": {"length": 6, "temperature": 1.0}, "tolerance": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def lag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models solve nothing, and comment here all the same."""
+    monkeypatch.setattr(peers_module, "may_tutor", lambda own, lag, tolerance: lag <= tolerance)
 
 
 @pytest.fixture
@@ -93,6 +99,25 @@ def test_a_lag_is_the_relative_distance_to_the_better_student_summed_over_domain
     assert found == pytest.approx({"phys": (56.3 - 37.3) / 56.3, "chem": (51.6 - 48.6) / 51.6})
     assert [value <= 0.2 for value in found.values()] == [False, True]
     assert lags({"a": {"x": 0.0}, "b": {"x": 0.0}}) == {"a": 0, "b": 0}
+
+
+def test_who_has_solved_nothing_comments_on_nobody_and_equals_comment_on_each_other():
+    for scores in ({"a": {"x": 0.0, "y": 0.0}, "b": {"x": 0.0, "y": 0.0}}, {"a": {"x": 0.0}, "b": {"x": 0.4}}):
+        found = {name: may_tutor(own, lags(scores)[name], 9.0) for name, own in scores.items()}
+        assert found == {name: any(own.values()) for name, own in scores.items()}
+    assert all(may_tutor({"x": 0.5, "y": 0.1}, lag, 0.0) for lag in lags({key: {"x": 0.5} for key in "ab"}).values())
+    assert [may_tutor({"x": 0.5}, lag, 0.2) for lag in (0.2, 0.200001)] == [True, False]
+
+
+def test_students_that_begin_alike_are_told_so():
+    def pair(**second: Any) -> tuple[Student, Student]:
+        return Student("one", "x", start="a", path="p"), Student("two", "y", **{"start": "a", "path": "p", **second})
+
+    sentence = alike(pair())
+    assert sentence is not None
+    assert "one and two begin with the same weights" in sentence
+    assert "peers.students.N.start" in sentence
+    assert alike(pair(start="b")) is alike(pair(path="q")) is None
 
 
 def test_the_validation_problems_are_as_many_of_each_domain():

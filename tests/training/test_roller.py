@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from accelerate import Accelerator
 
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
+from dllm_sd.methods import METHODS
 from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.model import Lora
 from dllm_sd.policies.subspace import Subspace, collect, projected
 from dllm_sd.policies.weights import Base, Live, Teacher, trained
-from dllm_sd.rollouts import PassAtK
-from dllm_sd.tasks.task import Problem
+from dllm_sd.rollouts import PassAtK, Prompted
+from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.roller import Roller, supervised
 from dllm_sd.training.trainer import Trainer
 
@@ -40,6 +42,7 @@ class Sums:
 
 
 TASK: Any = Sums()
+GRADED: Any = SimpleNamespace(grade=lambda problem, text: Grade(False, 0.0, None))
 PROBLEMS = [Problem(str(i), {"reference": f"1{i}+15-{i}=15"}) for i in range(4)]
 
 
@@ -185,3 +188,25 @@ def test_a_run_rolls_out_with_the_initial_weights_to_its_end_and_after_a_stop(tm
     assert seen == texts
     for name, value in trained(resumed.policy).items():
         assert torch.equal(value, dict(trained(whole.policy))[name]), name
+
+
+def test_a_fixed_draw_gives_a_problem_the_same_text_whenever_it_is_met(make_policy):
+    """In any batch, beside whatever else; a fresh draw does not."""
+    policy = make_policy(as_="autoregressive")
+
+    def texts(rule: PassAtK, batch: int, *numbers: int) -> list[list[int]]:
+        prompted = [Prompted(PROBLEMS[i], tuple(PROMPTS[i % 2]), occurrence=batch % 2) for i in numbers]
+        tried = rule(policy, GRADED, prompted, DECODE, 5, batch)
+        return [attempts[0].trajectory.tokens[0].tolist() for attempts in tried]
+
+    fixed, fresh = (PassAtK(attempts=1, temperature=1.0, policy=Base(), draw=draw) for draw in ("fixed", "fresh"))
+    first = texts(fixed, 0, 0, 1, 2)
+    assert texts(fixed, 7, 2, 0) == [first[2], first[0]]
+    assert first[0] != first[2]  # one prompt, two problems
+    assert texts(fresh, 7, 2, 0) != texts(fresh, 0, 2, 0)
+    with pytest.raises(InputError, match=r"method\.rollout\.draw fixed"):
+        PassAtK(draw="fixed")
+    for name in ("spd", "self_distillation", "self_retraining"):
+        rule = METHODS[name].method.rollout
+        assert isinstance(rule, PassAtK)
+        assert rule.draw == "fixed"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Rollout
+from dllm_sd.rollouts import PassAtK, Rollout
 from dllm_sd.skills import Bank, Mistake, Skill, build_bank, read_bank, write_bank
 from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem
@@ -269,3 +269,34 @@ def test_a_checkpoints_bank_that_is_too_small_is_named_as_such():
     shelf = Shelf(Library(count=3), TASK, nobody, 0)
     with pytest.raises(InputError, match=r"^the bank of the checkpoint holds 2 skills and 2 mistakes"):
         shelf.open(BANK.tree(), nobody)
+
+
+def test_the_attempts_for_a_bank_are_decoded_as_the_library_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And the run's own rollouts as before."""
+    asked: list[tuple[Any, ...]] = []
+    decode = PassAtK.__call__
+
+    def noting(self: PassAtK, policy: Any, task: Any, prompted: Any, settings: Any, *rest: Any) -> Any:
+        asked.append((settings.length, self.temperature, self.top_p, self.top_k))
+        return decode(self, policy, task, prompted, settings, *rest)
+
+    monkeypatch.setattr(PassAtK, "__call__", noting)
+    contexts = [{"name": "skills", "rank": 0}]
+    attempt = {"length": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 3}
+    for library, wanted in (({"attempt": attempt}, (5, 0.7, 0.9, 3)), ({}, (7, 1.0, 1.0, 0))):
+        method = {"name": "sgsd", "rollout": {"problems": 2}, "contexts": contexts}
+        config = build_config(
+            {
+                "run": str(tmp_path / str(len(asked))),
+                "updates": 1,
+                "model": {"path": "tiny_ar"},
+                "task": {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{solution}"},
+                "decode": {"length": 7, "batch_size": 8},
+                "method": {**method, "library": {"count": 1, "memories": 3, **library}},
+                "eval": {"every": 0},
+                "log": {"progress": False, "tensorboard": False},
+            }
+        )
+        with pytest.raises(InputError, match="the bank that the model wrote holds 0 skills"):
+            Trainer(config)
+        assert asked[-1] == wanted
