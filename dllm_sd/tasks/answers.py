@@ -31,7 +31,9 @@ from dllm_sd.tasks.units import unit_of
 MAX_ANSWER = 2000  # characters of an answer that is read
 MAX_ITEMS = 100  # parts of a list, a set or a tuple
 
-_NO_FORMULA = re.compile(r"\\text|/|[0-9] _\{")  # words, slashes that bind in doubtful ways, bases of numbers
+_NAME = re.compile(r"[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|ell)")
+_NO_FORMULA = re.compile(r"\\text|/|[0-9] _\{|[=<>.]|\\(?:in|le|ge|ne)(?![A-Za-z])")
+"""Words, slashes that bind in doubtful ways, bases of numbers, relations."""
 _COMMAS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _ARITHMETIC = {r"\cdot": "*", "{": "(", "}": ")"}
 
@@ -130,7 +132,8 @@ def _formula(value: Fraction | Letters | Body) -> str:
 
 
 def _all_equal(one: Several, other: Several, leaf: Leaf) -> bool:
-    if one.kind != other.kind or len(one.items) != len(other.items):
+    kinds = {one.kind, other.kind}
+    if (len(kinds) > 1 and kinds != {"list", "set"}) or len(one.items) != len(other.items):
         return False
     if one.kind not in ("list", "set", "union"):
         return all(_equal(first, second, leaf) for first, second in zip(one.items, other.items, strict=True))
@@ -144,8 +147,7 @@ def _all_equal(one: Several, other: Several, leaf: Leaf) -> bool:
 
 
 def _answer(nodes: Nodes, depth: int) -> Answer:
-    while nodes and nodes[-1] in (".", ","):
-        nodes = nodes[:-1]
+    nodes = nodes[:-1] if nodes and nodes[-1] in (".", ",") and nodes[-2:-1] != nodes[-1:] else nodes
     if not nodes or depth > MAX_DEPTH:
         raise Unreadable
     for mark, kind in ((r"\cup", "union"), (",", "list")):
@@ -197,7 +199,11 @@ def _named(nodes: Nodes) -> tuple[str | None, Nodes]:
     if place is None or place + 1 == len(nodes) or "=" in nodes[place + 1 :]:
         return None, nodes
     head = nodes[:place]
-    letter = bool(head) and isinstance(head[0], str) and (head[0].isalpha() or re.fullmatch(r"\\[A-Za-z]+", head[0]))
+    if nodes[place] == r"\in" and nodes[place + 1] not in ("(", "[", r"\{"):
+        return None, nodes
+    if len(head) > 1 and all(node[0] == "words" or (isinstance(node, str) and node.isupper()) for node in head):
+        return spell(head), nodes[place + 1 :]  # "Area", or the name of a line such as AB
+    letter = bool(head) and (head[0][0] == "words" or (isinstance(head[0], str) and bool(_NAME.fullmatch(head[0]))))
     tail = head[2:] if len(head) > 1 and head[1][0] == "_" else head[1:]
     called = len(tail) == 3 and tail[0] == "(" and tail[2] == ")" and isinstance(tail[1], str)
     return (spell(head), nodes[place + 1 :]) if letter and (not tail or called) else (None, nodes)

@@ -266,7 +266,8 @@ _JSON = {None: "null", True: "true", False: "false"}
 
 def _is_plain(value: Any) -> bool:
     """Whether there is one way to write a value: text, or a finite number."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    number = number and (isinstance(value, int) or math.isfinite(value))
     return isinstance(value, str) or number
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from dllm_sd.errors import InputError
+from dllm_sd.tasks.units import changes_value
 
 MAX_TEXT = 100_000  # characters at the end of a completion that are looked at
 MAX_DIGITS = 40  # longest number that is converted
@@ -46,13 +47,29 @@ _FRACTION = re.compile(
     r"(?:\{\s{0,8}(-?[0-9]+)\s{0,8}\}\s{0,8}\{\s{0,8}(-?[0-9]+)\s{0,8}\}"
     r"|([0-9])([0-9])|\{([0-9]+)\}([0-9])|([0-9])\{([0-9]+)\})"
 )
-_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s{0,8}\{[^{}]*\}(?:\^\{?[0-9]\}?)?")
+_POWER_OF_UNIT = re.compile(
+    r"(\\(?:text|mathrm|mbox)\s{0,8}\{[^{}]*\}|(?<![A-Za-z])(?:[cmk]?m|ft|in|yd))\s{0,2}\^\{?[0-9]\}?"
+)
+_BOXED = re.compile(r"(?:\\\W?)?(?<!\w)boxed\{")  # a box whose backslash is missing or misplaced
+_GROUP = re.compile(r"[({]\s{0,8}([-+]?[0-9][0-9.,/]{0,40})\s{0,8}[)}]")
+_HARMLESS = re.compile(
+    r"\\(?:text|math|m)(?:bf|it|rm|sf|tt|box|normal)?(?![A-Za-z])|</?[a-z]{1,20}>?"
+    r"|\\(?:boxed|fbox|displaystyle|q?quad|approx|circ)(?![A-Za-z])"
+    r"|\^\s{0,2}\{?\s{0,2}\\circ\s{0,2}\}?|\\[,;:!%() \[\]]|\\(?=[%\s]|$)|[{}~]"
+)
+_SYMBOL = re.compile(
+    r"[\\^_!<>|+?\u2260\u2264\u2265\u221a\u03c0]|#\s{0,3}[-*/x\u00d7\u00b7(]\s{0,3}[#(a-z0-9]"
+    r"|[A-Za-z)]\s{0,3}[-/*]\s{0,3}#|#\s{0,2}\("
+)
 _ALL_WORDS = re.compile(r"\s*\\(?:text|mathrm|mbox)\s{0,8}\{([^{}]*)\}\s*")
 _TEN_TO_THE = re.compile(
     r"(?<=[0-9])\s{0,3}(?:\\times|\\cdot|[x*\u00d7\u00b7])\s{0,3}10\s{0,3}\^\s{0,3}"
     r"(?:\{\s{0,3}([-+]?[0-9]{1,2})\s{0,3}\}|(-?[0-9]{1,2}))(?![0-9])"
 )
-_MAGNITUDE = re.compile(r"(?<=[0-9])[ -]{0,2}(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
+_MAGNITUDE = re.compile(
+    r"(?<=[0-9])(?:[ -]{0,2}|\s{0,2}\\text\{\s{0,2})(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE
+)
+_NEGATIVE = re.compile(r"(?<![0-9)] )\b(?:minus|negative)\s{1,3}(?=[$0-9.])", re.IGNORECASE)
 _ZEROS = {"hundred": "e2", "thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
 _TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+)|([-+*/()]))")
 _THOUSANDS = re.compile(r"(?<=[0-9,])(?:\\[,!]|\{,\})(?=[0-9]{3})")
@@ -147,18 +164,30 @@ def only_number(text: str) -> Fraction | None:
     if number is None:
         number, read = _number_of(others[-1]), evaluate(_arithmetic(side))
         return number if read is not None and read[0] == number else None
-    literal = [value for other in others if (value := _literal(other)) is not None]
-    return number if all(value == number for value in literal) else None
+    return number if all(value == number for other in others if (value := _worked(other)) is not None) else None
+
+
+def _worked(text: str) -> Fraction | None:
+    """The value of a side of an equation that is a number or arithmetic."""
+    value = _literal(text)
+    read = evaluate(_arithmetic(text)) if value is None else None
+    return value if read is None else read[0]
 
 
 def _number_of(text: str) -> Fraction | None:
-    text = _UNIT.sub(" ", _plain(text)).strip()
-    text = re.sub(r"\\[A-Za-z]+", " ", text).strip()
-    text = re.sub(r"^([-+])\s+(?=[0-9.])", r"\1", text)
+    """The one number of a text in which nothing changes its value: no operator, no other symbol, no such word."""
+    text = _plain(_POWER_OF_UNIT.sub(r"\1", _BOXED.sub("{", text))).strip()
+    text = _GROUP.sub(r"\1", _HARMLESS.sub(" ", _GROUP.sub(r"\1", text))).strip()
+    text = re.sub(
+        r"(?<![\w.)] )(?<![\w.)])([-+])\s*(?:(?:[$\u20ac\u00a3\u00a5]|USD|EUR)\s*)?(?=[0-9.])", r" \1", text
+    ).strip()
     if _APART.fullmatch(text):
         text = text.replace(" ", "")
     values = {_fraction(match) for match in _NUMBER.finditer(text)}
-    return values.pop() if len(values) == 1 else None
+    rest = _NUMBER.sub("#", text)
+    before, behind = rest.partition("#")[0], rest.rpartition("#")[2]
+    wrong = len(values) != 1 or _SYMBOL.search(rest) or changes_value(before, behind)
+    return None if wrong else values.pop()
 
 
 def _literal(text: str) -> Fraction | None:
@@ -179,6 +208,7 @@ def gold_number(answer: Any, where: str) -> Fraction:
 def _plain(text: str) -> str:
     text = text.translate(_SIGNS).replace("\\$", "$").replace("-$", "-")
     text = _TEN_TO_THE.sub(lambda match: f"e{match.group(1) or match.group(2)}", _THOUSANDS.sub("", text))
+    text = _NEGATIVE.sub("-", text)
     text = _MAGNITUDE.sub(lambda match: _ZEROS[match.group(1).lower()], _blanked(text))
     return _FRACTION.sub(_slashed, text)
 
@@ -228,10 +258,13 @@ def marked_expression(text: str) -> str | None:
     marked = text if marked is None or is_blank(marked) else marked
     if len(marked) > 4 * MAX_EXPRESSION:
         return None
-    sides = [_arithmetic(side) for side in marked.split("=")]
-    expression = sides[1] if len(sides) > 1 and sides[0].isdigit() else sides[0]
-    if len(sides) > 1 and (values := [read[0] for side in sides if (read := evaluate(side))]) and len({*values}) > 1:
-        return None
+    sides = [_arithmetic(side) for side in marked.strip().removesuffix(".").split("=")]
+    if len(sides) > 1:
+        sides = sides[1:] if sides[0].isalpha() and len(sides[0]) == 1 else sides
+        read = [evaluate(side) for side in sides]
+        if None in read or len({value for value, _ in filter(None, read)}) > 1:
+            return None
+    expression = next((side for side in sides if not side.isdigit()), sides[0])
     return expression if 0 < len(expression) <= MAX_EXPRESSION else None
 
 

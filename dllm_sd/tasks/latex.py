@@ -18,10 +18,12 @@ _TOKEN = re.compile(_WORDS + r"|(\\[A-Za-z]+|\\.|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^
 _IN_WORDS = re.compile(r"[0-9]+(?:\.[0-9]+)?|[^\W\d_]+(?:[.'\u2019-][^\W\d_]+)*\.?|[^\s]")
 _NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
 _NOTHING = re.compile(
-    r"(\\\\)|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![A-Za-z])\.?|\\[,;:!> ]|\\[()\[\]]|(?<!\\)[~$]"
+    r"(\\\\)|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|bm|boldsymbol|underline|fbox|q?quad)(?![A-Za-z])\.?"
+    r"|\\[,;:!> ]|\\[()\[\]]|(?<!\\)[~$]"
 )
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,!]|,\s*\\!\s*|\{,\})(?=[0-9]{3}(?![0-9]))")
 _POWER = re.compile(r"\*\*\s{0,4}(-?[0-9]{1,12}|[A-Za-z])")
+_APART = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+")
 _MIXED = re.compile(r"(?<![0-9.])([0-9]{1,12}) +([0-9]{1,12})/([0-9]{1,12})(?![0-9])")
 _MEASURED = re.compile(
     rf"(?<=[0-9}}])\s+((?:square |cubic |sq )?(?:{MEASURE}))(\^\{{?[23]\}}?)?\s*\.?\s*$", re.IGNORECASE
@@ -52,6 +54,10 @@ class Unreadable(Exception):
 
 def cleaned(text: str) -> str:
     """LaTeX without math marks, spacing and sizes, its characters mapped to commands, thousands joined."""
+    text = text.strip().removeprefix("**").removesuffix("**")
+    text = re.sub(r"\\\\\[[^\]]{0,10}\]", r"\\\\", text)
+    if _APART.fullmatch(text):
+        text = text.replace(" ", "")
     text = _POWER.sub(r"^{\1}", _THOUSANDS.sub("", text.translate(_SIGNS)))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _NOTHING.sub(lambda match: match.group(1) or " ", text))
     return _MEASURED.sub(r"\\text{\1}\2", text)

@@ -1,6 +1,7 @@
 """Which option of a multiple-choice question a completion gives: exactly one letter, or none."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from dllm_sd.tasks.grading import MAX_TEXT, is_blank, last_answer, last_boxed
@@ -8,41 +9,57 @@ from dllm_sd.tasks.grading import MAX_TEXT, is_blank, last_answer, last_boxed
 _WRAP = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s{0,8}\{([^{}]{0,400})\}")
 _LETTER = r"""
     (?:(?i:option|choice|letter)\ {1,4})?
-    [$*_(\[{"'`\\]{0,6}
+    [$*_(\[{"'`\u2018\u201c\\]{0,6}
     (?P<letter>[A-Z] | [a-z](?=[)\]*.,;"'`]|\s*$))  # a small one only where it can be no article
-    (?![\w'])
-    [)\]}*_$"'`\\]{0,6}
+    (?![\w+\#=^/-]|['\u2019.]\w)
+    [)\]}*_$"'`\u2019\u201d\\]{0,6}
 """
+_HOW = r"(?:(?i:most\ likely|likely|probably|clearly|definitely|indeed|therefore|thus|simply|then|obviously)\ )?"
 _STATED = re.compile(
     r"""
-    (?: (?i:\b(?:answer|choice|option)\b) [*_]{0,2} (?i:\s{1,4}(?:is|are|(?:should|must|would|will)\ be)\b)?
-      | \bI\ (?i:choose|pick|select|go\ with)\b )
-    \s{0,4} [:=]? [*_]{0,2} \s{0,4} [:=]? \s{0,4}
-    """
+    (?: (?i:\b(?:answer|choice|option)\b) [*_]{0,2}
+        (?: (?i:\s{1,4}(?:is|are|(?:should|must|would|will)\ be)\b) \s{0,4}:? | \s{0,4}[:=\u2013\u2014] | \s{1,4}- )
+      | (?: \bI(?:'ll|\ will|\ would)?\ (?i:choose|pick|select|go\ with)
+          | (?:^|[.:\n]\s{0,4})(?i:choose|pick|select) )\b )
+    [*_]{0,2} \s{0,4} """
+    + _HOW
     + _LETTER
-    + r"(?=(?P<rest>.{0,80}))",
+    + r"(?=(?P<rest>.{0,80}(?:\n\s{0,4}[A-Z](?=\s*(?:\n|$)))?))",
     re.VERBOSE,
 )
 """The answer is C; **Answer:** (C); I choose option C."""
+_DOUBTED = re.compile(
+    r"(?i:\b(?:not|n't|wrong|incorrect|worst|false|bad|least|likely|unlikely|neither|doubt)\b[^.\n]{0,20})$"
+)
 _CALLED = re.compile(
     r"\s(?:is|must\sbe|should\sbe)\s(?:(?:clearly|indeed|therefore|thus)\s)?"
-    r"(?:the\s)?(?:only\s)?(?:correct|right|best|(?:final\s)?answer)\b"
+    r"(?:the\s)?(?:only\s)?(?:correct|right|best|(?:final\s)?answer)\b(?!\s+(?:only|if|unless))"
 )
 """C is correct; option C is the right answer."""
-_BEFORE = re.compile(r"(?:^|[\s(\[{*_$\"'`,/])" + _LETTER + r"$", re.VERBOSE)
+_BEFORE = re.compile(
+    r"(?:^|[.:;,\n!?]\s{0,4})(?:(?i:so|therefore|thus|hence|then|clearly|i\ think|i\ believe),?(?:\ that)?\s{1,4})?"
+    r"(?:(?i:the|only)\s{1,4})?" + _LETTER + r"$",
+    re.VERBOSE,
+)
 _DENIED = re.compile(
-    r"\s{0,4}(?:(?:is|are|was|looks|seems|can)\b.{0,24}\b(?:wrong|incorrect|false|not|too|ruled|impossible)\b|isn't|cannot)"
+    r"(?i:\W{0,6}(?:wrong|incorrect|false|no\b|which\ is\ (?:wrong|incorrect|not))"
+    r"|\s{0,4}(?:(?:is|are|was|looks|seems|can)\b.{0,24}\b(?:wrong|incorrect|false|not|too|ruled|impossible)\b"
+    r"|isn't|cannot|fails))"
 )
+_REASON = re.compile(r"\b(?:because|since|for|given|due|which|that|where|as(?! well))\b|[.;:]")
 _ANOTHER = re.compile(
-    r"\s{0,4}\(?(?:,|/|\bor\b|\band\b|&)\s{0,4}(?:(?i:option|choice)\s{1,4})?[*(\[]{0,3}[A-Z](?![\w'])"
+    r"[\s.,;|+&/()\u2013\u2014-]{0,6}"
+    r"(?i:(?:or|and|maybe|perhaps|plus|also|possibly|alternatively|as\ well\ as|then|,)[\s,]{0,4}){0,3}"
+    r"(?:(?i:option|choice)\s{1,4})?[*(\[]{0,3}[A-Z](?![\w'])(?!\s+[a-z])"
 )
-_OR = re.compile(r"(?:\bor|\band|/|,)\s{0,4}(?:(?i:option|choice)\s{1,4})?$")
+_OTHER = re.compile(r"(?<![\w'])(?<!not )(?<!than )(?<!over )(?<!of )(?<!unlike )[A-Z](?![\w'+#=^-])(?!\s+[a-z])")
 _ARTICLE = re.compile(
-    r"\s{1,4}(?!(?:because|since|as|for|which|that|due|given|with|from|and|but|not|rather|is)\b)[a-z]"
+    r"\s{1,4}(?!(?:because|since|as|for|which|that|due|given|with|from|and|but|not|rather|is|or|unless|maybe)\b)[a-z]"
 )
-_ALONE = re.compile(r"(?i:option\s{1,4})?[*(\[]{0,4}([A-Za-z])[*)\]]{0,4}\.?")
+_ALONE = re.compile(r"(?i:option\s{1,4})?[*(\[]{0,4}([A-Za-z])[*)\]]{0,4}[.?]?")
 _LED = re.compile(r"[*(\[]{0,4}([A-Z])(?:[*)\]]{1,4}|[:.])(?=[\s*:.]|$)")
-_BEHIND = re.compile(r"(?<![\w'])[*(\[]{0,3}([A-Z])(?:[*)\]]{1,4}|[:.](?=[\s*]|$))|\b(?:or|and)\s{1,4}([A-Z])(?![\w'])")
+_TEXT = re.compile(r"[*(\[]{0,4}([A-Z])[*)\]]{0,4}\s{0,4}[:.)\u2013\u2014-]{0,2}[*]{0,4}\s{1,4}(.{1,400})", re.DOTALL)
+_UNSURE = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|maybe|perhaps|or|either|neither|nor)\b)")
 
 
 def read_letter(text: str, letters: str, options: Any = None) -> str | None:
@@ -67,13 +84,25 @@ def _marked(content: str, letters: str, options: Any) -> str | None:
         texts = [str(option).strip() for option in options]
         if texts.count(content) == 1 and texts.index(content) < len(letters):
             return letters[texts.index(content)]
+        if (
+            (text := _TEXT.fullmatch(content))
+            and text[1] in letters
+            and text[2].strip() == _at(texts, letters, text[1])
+        ):
+            return text[1]
     match = _ALONE.fullmatch(content) or _LED.match(content)
     if match is None:
         stated = _statements(content)
         return stated[-1] if stated and stated[-1] in {*letters} else None
-    letter = match.group(1).upper()
-    others = {first or second for first, second in _BEHIND.findall(content[match.end() :])} - {letter}
-    return letter if letter in letters and not others & {*letters} else None
+    letter, rest = match.group(1).upper(), content[match.end() :]
+    others = {*re.findall(r"(?<![\w'])([A-Z])(?![\w'])(?!\s+[a-z])", rest)} & {*letters} - {letter}
+    return letter if letter in letters and not others and not _UNSURE.search(rest) else None
+
+
+def _at(texts: Sequence[str], letters: str, letter: str) -> str | None:
+    """The text of the option with a letter."""
+    place = letters.index(letter)
+    return texts[place] if place < len(texts) else None
 
 
 def _statements(text: str) -> list[str]:
@@ -82,11 +111,17 @@ def _statements(text: str) -> list[str]:
     for match in _STATED.finditer(text):
         rest = match["rest"]
         bare = text[match.start("letter") - 1] == " "
-        if not _DENIED.match(rest) and not (match["letter"] in "AI" and bare and _ARTICLE.match(rest)):
-            found.append((match.start("letter"), " " if _ANOTHER.match(rest) else match["letter"]))
+        article = match["letter"] in "AI" and bare and _ARTICLE.match(rest)
+        if (
+            not article
+            and not _DENIED.match(rest)
+            and not _DOUBTED.search(text[max(match.start() - 30, 0) : match.start()])
+        ):
+            claim = _REASON.split(rest, maxsplit=1)[0]
+            several = _ANOTHER.match(rest) or any(other != match["letter"] for other in _OTHER.findall(claim))
+            found.append((match.start("letter"), " " if several else match["letter"]))
     for match in _CALLED.finditer(text):
-        before = text[max(match.start() - 30, 0) : match.start()]
+        before = text[max(match.start() - 40, 0) : match.start()]
         if letter := _BEFORE.search(before):
-            several = _OR.search(before[: letter.start() + 1])
-            found.append((match.start() - len(before) + letter.start("letter"), " " if several else letter["letter"]))
+            found.append((match.start() - len(before) + letter.start("letter"), letter["letter"]))
     return [letter.upper() for _, letter in sorted(found)]

@@ -51,7 +51,9 @@ _NO_UNIT = frozenset(
         modulo more most multiplied negative neither no none nor not of only otherwise over perhaps plus possibly
         quarter raised remainder root roughly several some squared than the then third times to total true undefined
         unless unknown up when where with without wrong right correct incorrect zero one two three four five six seven
-        eight nine ten
+        eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety lakh crore gross score double
+        twice triple pi inverse opposite greater larger bigger smaller fewer higher lower halve tenth hundredth
+        thousandth fourth fifth sixth seventh eighth ninth inverse reciprocal negative positive
         """,
     )
 )
@@ -65,7 +67,7 @@ def unit_of(words: str, power: str = "") -> str | None:
     ``power`` is the exponent behind them.
     """
     parts = words.casefold().replace("-", " ").split()
-    if not 0 < len(parts) <= 4 or _NO_UNIT & {*parts} or not all(part.isalpha() for part in parts):
+    if not 0 < len(parts) <= 4 or any(map(_is_no_unit, parts)) or not all(part.isalpha() for part in parts):
         return None
     if len(parts[0]) == 1 and parts[0] not in _FORMS:
         return None
@@ -81,3 +83,33 @@ def _singular(words: str) -> str:
     if words in _SHORT or words in _FORMS:
         return words
     return words[:-1] if len(words) > 3 and words.endswith("s") and not words.endswith("ss") else words
+
+
+def _is_no_unit(word: str) -> bool:
+    return word in _NO_UNIT or word.removesuffix("s") in _NO_UNIT or word.endswith("teen")
+
+
+_BEFORE = frozenset(
+    ["not", "no", "neither", "nor", "never", "more", "less", "fewer", "greater", "least", "most", "than", "over"]
+)
+_BEFORE |= frozenset(
+    ["under", "above", "below", "half", "twice", "double", "triple", "except", "maybe", "perhaps", "either", "log"]
+)
+_BEHIND = frozenset(
+    ["squared", "cubed", "dozen", "factorial", "wrong", "incorrect", "false", "not", "half", "halves", "quarter"]
+)
+_BEHIND |= frozenset(
+    ["hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "k", "tenth", "hundredth", "or"]
+)
+_UNITS = frozenset(["m", "g", "s", "h", "l", "L", "C", "F", "K", "V", "W", "N", "J"])
+
+
+def changes_value(before: str, behind: str) -> bool:
+    """Whether words around a number say that the value is another one, as "not", "dozen" or a name such as ``x`` do."""
+    first, last = (re.findall(r"[^\W\d_]+", text.casefold()) for text in (before, behind))
+    near = [*re.findall(r"(?:^|\W)([^\W\d_])\s?$", before), *re.findall(r"^\s?([^\W\d_])(?!\w)", behind)]
+    return (
+        any(word in _BEFORE for word in first)
+        or any(word in _BEHIND or word.removesuffix("s") in _BEHIND for word in last)
+        or any(letter not in _UNITS and letter != "a" for letter in near)
+    )

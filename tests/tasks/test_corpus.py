@@ -40,4 +40,4 @@ def test_every_verdict_is_right(kind: str) -> None:
 def test_the_corpus_is_large_and_balanced() -> None:
     verdicts = [line["right"] for kind in TASKS for line in lines(kind)]
     assert len(verdicts) >= 300
-    assert 0.4 < sum(verdicts) / len(verdicts) < 0.6
+    assert 0.35 < sum(verdicts) / len(verdicts) < 0.65

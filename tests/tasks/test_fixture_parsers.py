@@ -110,6 +110,7 @@ KNOWN: dict[str, dict[str, int]] = {
         "brackets": 1,
         "comma in tag": 1,
         "cut or filled up": 2,
+        "equal numbers": 1,
         "first box": 1,
         "first tag": 1,
         "fraction": 1,

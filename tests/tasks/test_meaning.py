@@ -73,12 +73,10 @@ def pair(draw: Draw, value: tuple[str, str, int, int]) -> str:
     return f"{left}{first},{draw.choice(['', ' ', chr(92) + ','])}{second}{right}"
 
 
-def collection(draw: Draw, value: tuple[str, tuple[int, ...]]) -> str:
-    """A way to write a set or several answers."""
-    kind, items = value
-    items = tuple(draw.sample(items, len(items)))
-    texts = [str(item) for item in items]
-    if kind == "set":
+def collection(draw: Draw, value: tuple[int, ...]) -> str:
+    """A way to write several answers, which are a set."""
+    texts = [str(item) for item in draw.sample(value, len(value))]
+    if draw.random() < 0.5:
         return r"\{" + draw.choice([",", ", "]).join(texts) + r"\}"
     return draw.choice([", ", r" \text{ and } ", r" \text{ or } "]).join(texts)
 
@@ -120,7 +118,7 @@ KINDS: dict[str, tuple[Callable[[Draw], object], Callable[[Draw, object], str]]]
     "roots": (lambda draw: (draw.randint(2, 12), draw.choice([2, 3, 5, 6, 7, 10, 11, 13])), root),
     "pairs": (lambda draw: (*draw.choice(["()", "[]", "(]", "[)"]), draw.randint(-4, 4), draw.randint(-4, 4)), pair),
     "collections": (
-        lambda draw: (draw.choice(["set", "list"]), tuple(sorted(draw.sample(range(-4, 5), draw.randint(2, 3))))),
+        lambda draw: tuple(sorted(draw.sample(range(-4, 5), draw.randint(2, 3)))),
         collection,
     ),
     "measures": (lambda draw: (draw.randint(1, 5), draw.choice(["cm", "kg", "apples", "cm^2"])), measure),
