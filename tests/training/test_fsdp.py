@@ -23,6 +23,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.chunks import CHUNK
 from dllm_sd.training import sharding
 from dllm_sd.training import trainer as trainer_module
+from dllm_sd.training.sharding import gather_tensors
 from dllm_sd.training.trainer import Trainer
 from tests import exact  # noqa: F401
 
@@ -51,12 +52,31 @@ CASES: dict[str, dict[str, Any]] = {
         "decode": {"length": 20, "block_length": 4, "tokens_per_step": 4},
         "optim": {**BASE["optim"], "lr": 3e-3, "tokens_per_batch": 36},
     },
+    "lora_start": {"model": LORA, "optim": {**BASE["optim"], "lr": 3e-3}},  # from what one process trained as "lora"
 }
-MOVING = ("full_ema", "lora_ema")
+GOING_ON = ("full_ema", "lora_ema", "lora_start")
 
 
-def config_of(case: str, run: Path) -> Any:
-    return build_config({**BASE, **CASES[case], "run": str(run)})
+def start_of(run: Path) -> Path:
+    """The adapter that a run of "lora_start" begins with."""
+    return run.parents[1] / "one" / "lora" / "checkpoints" / "000004"
+
+
+def config_of(case: str, run: Path, base: Mapping[str, Any] = BASE, cases: Mapping[str, Any] = CASES) -> Any:
+    tree = {**base, **cases[case], "run": str(run)}
+    if case == "lora_start":
+        tree["model"] = {**tree["model"], "lora": {**tree["model"]["lora"], "start": str(start_of(run))}}
+    return build_config(tree)
+
+
+def check_teacher(trainer: Trainer) -> None:
+    """The base of a run that begins with an adapter is that adapter, whatever the student has become."""
+    if (lora := trainer.config.model.lora) is None or lora.start is None:
+        return
+    (teacher,) = trainer.teachers
+    expected, found = load_file(start_of(trainer.run) / "model.safetensors"), gather_tensors(teacher.copy)
+    assert not trainer.main or found.keys() == expected.keys()
+    assert all(torch.equal(value.cpu(), expected[name]) for name, value in found.items())
 
 
 def stop_after(config: Any, update: int) -> None:
@@ -115,9 +135,11 @@ def work(folder: Path) -> None:
     for case in sorted(CASES.keys() - {"full"}):
         trainer = Trainer(config_of(case, folder / "two" / case))
         check_pieces(trainer)
+        check_teacher(trainer)
         trainer.train()
         check_pieces(trainer)
-    for case in MOVING:
+        check_teacher(trainer)
+    for case in GOING_ON:
         Trainer(config_of(case, folder / "one_then_two" / case)).train()
         stop_after(config_of(case, folder / "two_then_one" / case), 2)
     check_refusal(folder / "refused")
@@ -144,10 +166,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     for case in CASES:
         Trainer(config_of(case, folder / "one" / case)).train()
-    for case in MOVING:
+    for case in GOING_ON:
         stop_after(config_of(case, folder / "one_then_two" / case), 2)
     launch(str(Path(__file__)), str(folder))
-    for case in MOVING:
+    for case in GOING_ON:
         Trainer(config_of(case, folder / "two_then_one" / case)).train()
     return folder
 
@@ -189,7 +211,7 @@ def test_pieces_on_two_processes_learn_what_one_process_learns(runs: Path, case:
 
 
 @pytest.mark.parametrize("order", ["one_then_two", "two_then_one"])
-@pytest.mark.parametrize("case", MOVING)
+@pytest.mark.parametrize("case", GOING_ON)
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, case: str, order: str) -> None:
     assert_same(runs / "one" / case, runs / order / case)
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from dllm_sd.cli import leave_together, main
-from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.training.zero import ZeroOptimizer, read_stage
-from tests.training.test_fsdp import stop_after
+from tests.training import test_fsdp
+from tests.training.test_fsdp import check_teacher, stop_after
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
@@ -48,13 +48,18 @@ CASES: dict[str, dict[str, Any]] = {
         "decode": {"length": 20, "block_length": 4, "tokens_per_step": 4},
         "optim": {**BASE["optim"], "lr": 3e-3, "tokens_per_batch": 36},
     },
+    "lora_start": {  # not in stage 3
+        "method": {**BASE["method"], "teacher": {"name": "base"}},
+        "model": LORA,
+        "optim": {**BASE["optim"], "lr": 3e-3},
+    },
 }
-OF_STAGE = {2: ("full", "full_ema", "lora"), 3: ("full", "lora")}
+OF_STAGE = {2: ("full", "full_ema", "lora", "lora_start"), 3: ("full", "lora")}
 EVERY = [(stage, case) for stage, cases in OF_STAGE.items() for case in cases]
 
 
 def config_of(case: str, run: Path) -> Any:
-    return build_config({**BASE, **CASES[case], "run": str(run)})
+    return test_fsdp.config_of(case, run, BASE, CASES)
 
 
 def check_pieces(trainer: Trainer, stage: int) -> None:
@@ -91,7 +96,9 @@ def work(folder: Path, stage: int) -> None:
     for case in OF_STAGE[stage]:
         if case != "full":
             trainer = Trainer(config_of(case, folder / f"two{stage}" / case))
+            check_teacher(trainer)
             trainer.train()
+            check_teacher(trainer)
             check_pieces(trainer, stage)
         Trainer(config_of(case, folder / f"one_then_two{stage}" / case)).train()
         stop_after(config_of(case, folder / f"two_then_one{stage}" / case), 2)
@@ -184,6 +191,7 @@ def test_a_non_finite_loss_on_one_process_is_written_down(runs: tuple[Path, int]
         ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "full", {}, "offloading"),
         ({"ZERO_STAGE": "2"}, "full", {"model": {"path": "tiny", "dtype": "bfloat16"}}, "model.dtype"),
         ({"ZERO_STAGE": "3"}, "full_ema", {}, "method.teacher"),
+        ({"ZERO_STAGE": "3"}, "lora_start", {}, "method.teacher"),
         ({"ZERO_STAGE": "3"}, "full", {"optim": {"name": "adamw_8bit"}}, "optim.name"),
     ],
 )
@@ -198,7 +206,7 @@ def test_what_deepspeed_cannot_do_is_refused(
     for key, value in environment.items():
         monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{key}", value)
     with pytest.raises(InputError, match=words):
-        read_stage(build_config({**BASE, **CASES[case], **changes, "run": str(tmp_path)}))
+        read_stage(test_fsdp.config_of(case, tmp_path / "runs" / case, BASE, {case: {**CASES[case], **changes}}))
 
 
 if __name__ == "__main__":
