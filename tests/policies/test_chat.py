@@ -341,7 +341,8 @@ def test_a_thinking_switch_is_a_variable_that_the_template_reads(template: str, 
             Chat(tokenizer(template), 5, thinking=False)
         return
     for value in (True, False):
-        wanted = made.tokenizer.apply_chat_template(MESSAGES, tokenize=False, **dict.fromkeys(switches, value))
+        given: dict[str, Any] = dict.fromkeys(switches, value)
+        wanted = made.tokenizer.apply_chat_template(MESSAGES, tokenize=False, **given)
         assert Chat(tokenizer(template), 5, thinking=value).render(MESSAGES, open_turn=False) == wanted
         assert made.render(MESSAGES, open_turn=False, thinking=value) == wanted
 
