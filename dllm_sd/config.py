@@ -219,7 +219,7 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
     if not isinstance(tree, Mapping):
         raise InputError(f"{path or 'the config'} must be a mapping of keys, not {shown(tree)}")
     known = {_key(f): f for f in fields(cls) if f.init}
-    former: Mapping[str, str] = getattr(cls, "former_keys", {})
+    former: Mapping[str, str] = vars(cls).get("former_keys", {})
     for key in tree:
         if key in former:
             raise InputError(f"{_join(path, str(key))} is now {former[key]}; set that")
