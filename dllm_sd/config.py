@@ -219,10 +219,10 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
     if not isinstance(tree, Mapping):
         raise InputError(f"{path or 'the config'} must be a mapping of keys, not {shown(tree)}")
     known = {_key(f): f for f in fields(cls) if f.init}
-    former: Mapping[str, str] = vars(cls).get("former_keys", {})
+    renamed: Mapping[str, str] = vars(cls).get("former_keys", {})
     for key in tree:
-        if key in former:
-            raise InputError(f"{_join(path, str(key))} is now {former[key]}; set that")
+        if key in renamed:
+            raise InputError(f"{_join(path, str(key))} is now {renamed[key]}; set that")
         if key not in known:
             raise InputError(f"unknown key {shown(_join(path, str(key)))}; {_hint(key, known, 'known keys:')}")
     hints = hints_of(cls)
