@@ -92,7 +92,11 @@ def test_every_rollout_of_a_batch_has_its_own_keys_group_and_hints(name: str, ba
     rollouts = rolled(method, backbone)
     assert rollouts.size == COUNT * ATTEMPTS
     assert len(set(rollouts.keys(SEED, BATCH))) == rollouts.size
-    assert len({rollout.text for rollout in rollouts.kept}) > rollouts.size * 0.8  # 12 tokens of 25
+    texts = len({rollout.text for rollout in rollouts.kept})
+    if getattr(method.rollout, "draw", "fresh") == "fixed":  # one text a problem, whenever it is met
+        assert texts == rollouts.size / 3
+    else:
+        assert texts > rollouts.size * 0.8  # 12 tokens of 25
     assert rollouts.group.bincount().tolist() == [ATTEMPTS] * COUNT
     contexts = tuple(map(in_digits, method.contexts))
     found = inform(rollouts, contexts, TASK, backbone, analyse, (SEED, BATCH), Sources(TWO, write))
