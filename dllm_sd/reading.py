@@ -164,12 +164,16 @@ MOST_DIGITS = 4000
 """Digits of a whole number."""
 
 
+def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:
+    """The first key of a JSON object that is there again, None where all differ."""
+    keys = [key for key, _ in pairs]
+    return next((key for key in keys if keys.count(key) > 1), None) if len({*keys}) < len(keys) else None
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Wrong(f"{next(key for key in keys if keys.count(key) > 1)!r:.60} is there twice")
-    return tree
+    if (key := repeated_key(pairs)) is not None:
+        raise _Wrong(f"{key!r:.60} is there twice")
+    return dict(pairs)
 
 
 def _no_number(word: str) -> Any:

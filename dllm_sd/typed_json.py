@@ -8,6 +8,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from dllm_sd.reading import repeated_key
+
 WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number of 64 bits",
@@ -33,11 +35,9 @@ def parse_json(content: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands there twice")
-    return tree
+    if (key := repeated_key(pairs)) is not None:
+        raise ValueError(f"the key {key!r:.60} stands there twice")
+    return dict(pairs)
 
 
 def build(kind: Any, tree: Any, where: str = "it") -> Any:

@@ -133,12 +133,11 @@ def _entries(rows: list[Row]) -> Iterator[Entry]:
         else:
             if not isinstance(options, list | tuple) or not 2 <= len(options) <= len(ascii_uppercase):
                 raise InputError(f"{row.where}: options must be a list of 2 to 26 texts, not {options!r:.60}.")
-            odd = next(
-                (option for option in options if isinstance(option, bool) or not isinstance(option, str | int | float)),
-                "",
-            )
-            if odd != "":
-                raise InputError(f"{row.where}: an option must be text or a number, not {odd!r:.60}; correct it.")
+            for option in options:
+                if isinstance(option, bool) or not isinstance(option, str | int | float):
+                    raise InputError(
+                        f"{row.where}: an option must be text or a number, not {option!r:.60}; correct it."
+                    )
             letters = ascii_uppercase[: len(options)]
             lines = [f"{letter}: {option}" for letter, option in zip(letters, options, strict=True)]
             text = "\n".join([row.text("question").strip(), "", *lines])

@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_sd.errors import InputError
 from dllm_sd.limits import TooLong, limited
-from dllm_sd.tasks.grading import MAX_DIGITS, MAX_TEXT, is_blank, last_answer, last_boxed
+from dllm_sd.tasks.grading import MAX_DIGITS, MAX_TEXT, filled_mark
 
 MAX_SYMBOLIC = 300  # characters of an answer that is handed to the algebra system
 MAX_GROWTH = 1000  # product of all exponents in such an answer
@@ -26,10 +26,8 @@ _FACTORIAL = re.compile(r"(?<![0-9])(?:[0-9]{1,2}|[A-Za-z])!(?!\s*[\^!])")
 
 def marked_answer(text: str) -> str | None:
     """The last filled box, else the last filled answer tag, else a box without braces, else all of a short text."""
-    for read in (last_boxed, last_answer):
-        marked = read(text)
-        if marked is not None and not is_blank(marked):
-            return marked.strip()
+    if (marked := filled_mark(text)) is not None:
+        return marked.strip()
     text = text[-MAX_TEXT:].strip()
     if found := _UNBRACED.findall(text):
         return found[-1].strip()

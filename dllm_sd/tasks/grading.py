@@ -122,6 +122,15 @@ def last_answer(text: str) -> str | None:
     return blank
 
 
+def filled_mark(text: str) -> str | None:
+    """What the last filled box holds, else the last filled answer tag; None where neither is filled."""
+    for read in (last_boxed, last_answer):
+        marked = read(text)
+        if marked is not None and not is_blank(marked):
+            return marked
+    return None
+
+
 def is_blank(content: str) -> bool:
     """Whether a mark holds nothing but space, dots, question marks, lines and empty words."""
     return not _BLANK_CONTENT.sub("", content)
@@ -133,10 +142,8 @@ def final_number(text: str) -> Fraction | None:
     It is read from the last box, else the last closed answer tag, else the line after the last ``####``, else it is
     the last number of the text. Where a mark is there its content decides; blank marks do not count.
     """
-    for read in (last_boxed, last_answer):
-        marked = read(text)
-        if marked is not None and not is_blank(marked):
-            return only_number(marked)
+    if (marked := filled_mark(text)) is not None:
+        return only_number(marked)
     text = text[-MAX_TEXT:]
     lines = text.rpartition("####")[2].strip().splitlines() if "####" in text else []
     if lines and (number := only_number(lines[0])) is not None:
@@ -253,9 +260,8 @@ def marked_expression(text: str) -> str | None:
     Operators are mapped to ``+ - * /``. Of an equation it is the first side, or the second where the first is a number
     alone. None where nothing fits, or where the sides of an equation differ.
     """
-    marked = last_boxed(text)
-    marked = last_answer(text) if marked is None or is_blank(marked) else marked
-    marked = text if marked is None or is_blank(marked) else marked
+    marked = filled_mark(text)
+    marked = text if marked is None else marked
     if len(marked) > 4 * MAX_EXPRESSION:
         return None
     sides = [_arithmetic(side) for side in marked.strip().removesuffix(".").split("=")]

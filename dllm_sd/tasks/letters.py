@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dllm_sd.tasks.grading import MAX_TEXT, is_blank, last_answer, last_boxed
+from dllm_sd.tasks.grading import MAX_TEXT, filled_mark
 
 _WRAP = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s{0,8}\{([^{}]{0,400})\}")
 _LETTER = r"""
@@ -64,10 +64,8 @@ _UNSURE = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|maybe|perhaps|or|eithe
 
 def read_letter(text: str, letters: str, options: Any = None) -> str | None:
     """The letter among ``letters`` that a completion gives, or None where it gives none or several."""
-    for read in (last_boxed, last_answer):
-        marked = read(text)
-        if marked is not None and not is_blank(marked):
-            return _marked(marked, letters, options)
+    if (marked := filled_mark(text)) is not None:
+        return _marked(marked, letters, options)
     text = text[-MAX_TEXT:].strip()
     if stated := _statements(text):
         return stated[-1] if stated[-1] in letters else None

@@ -42,22 +42,40 @@ MEASURE = "|".join(
 )
 """A pattern of the units that may stand behind a number without ``\\text{}``."""
 
-_NO_UNIT = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a about all almost an approximately at base but by cubed divided dozen each either else equals except exactly
-        factorial false few for half hundred if is it least less many maybe million billion trillion thousand minus mod
-        modulo more most multiplied negative neither no none nor not of only otherwise over perhaps plus possibly
-        quarter raised remainder root roughly several some squared than the then third times to total true undefined
-        unless unknown up when where with without wrong right correct incorrect zero one two three four five six seven
-        eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety lakh crore gross score double
-        twice triple pi inverse opposite greater larger bigger smaller fewer higher lower halve tenth hundredth
-        thousandth fourth fifth sixth seventh eighth ninth inverse reciprocal negative positive
-        """,
-    )
+
+def _set_of(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_NO_UNIT = _set_of(
+    """
+    a about all almost an approximately at base but by cubed divided dozen each either else equals except exactly
+    factorial false few for half hundred if is it least less many maybe million billion trillion thousand minus mod
+    modulo more most multiplied negative neither no none nor not of only otherwise over perhaps plus possibly
+    quarter raised remainder root roughly several some squared than the then third times to total true undefined
+    unless unknown up when where with without wrong right correct incorrect zero one two three four five six seven
+    eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety lakh crore gross score double
+    twice triple pi inverse opposite greater larger bigger smaller fewer higher lower halve tenth hundredth
+    thousandth fourth fifth sixth seventh eighth ninth inverse reciprocal negative positive
+    """
 )
 """Words that change what a number says, or that no unit has."""
+_BEFORE = _set_of(
+    """
+    not no neither nor never more less fewer greater least most than over under above below half twice double triple
+    except maybe perhaps either log
+    """
+)
+"""Words before a number that make it another one, or a bound."""
+_BEHIND = _set_of(
+    """
+    squared cubed dozen factorial wrong incorrect false not half halves quarter hundred thousand million billion
+    trillion lakh crore k tenth hundredth or
+    """
+)
+"""Words behind a number that do."""
+_LETTERS = _set_of("m g s h l L C F K V W N J a")
+"""Letters beside a number that are units (or the article) and no names."""
 _POWERS = {"square": 2, "sq": 2, "cubic": 3}
 
 
@@ -89,21 +107,6 @@ def _is_no_unit(word: str) -> bool:
     return word in _NO_UNIT or word.removesuffix("s") in _NO_UNIT or word.endswith("teen")
 
 
-_BEFORE = frozenset(
-    ["not", "no", "neither", "nor", "never", "more", "less", "fewer", "greater", "least", "most", "than", "over"]
-)
-_BEFORE |= frozenset(
-    ["under", "above", "below", "half", "twice", "double", "triple", "except", "maybe", "perhaps", "either", "log"]
-)
-_BEHIND = frozenset(
-    ["squared", "cubed", "dozen", "factorial", "wrong", "incorrect", "false", "not", "half", "halves", "quarter"]
-)
-_BEHIND |= frozenset(
-    ["hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "k", "tenth", "hundredth", "or"]
-)
-_UNITS = frozenset(["m", "g", "s", "h", "l", "L", "C", "F", "K", "V", "W", "N", "J"])
-
-
 def changes_value(before: str, behind: str) -> bool:
     """Whether words around a number say that the value is another one, as "not", "dozen" or a name such as ``x`` do."""
     first, last = (re.findall(r"[^\W\d_]+", text.casefold()) for text in (before, behind))
@@ -111,5 +114,5 @@ def changes_value(before: str, behind: str) -> bool:
     return (
         any(word in _BEFORE for word in first)
         or any(word in _BEHIND or word.removesuffix("s") in _BEHIND for word in last)
-        or any(letter not in _UNITS and letter != "a" for letter in near)
+        or any(letter not in _LETTERS for letter in near)
     )
