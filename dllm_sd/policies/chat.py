@@ -116,6 +116,7 @@ class Chat:
         if self.written_by is None:
             return "\n\n".join(message["content"] for message in spoken)
         thinking = self.thinking if thinking is None else thinking
+        switch: dict[str, Any] = {} if thinking is None else dict.fromkeys(self.switches, thinking)
         system = any(message.get("role") == "system" for message in spoken)
         with _bounded(", or leave out the system message (task.system)" if system else ""):
             rendered = self.tokenizer.apply_chat_template(
@@ -124,7 +125,7 @@ class Chat:
                 tokenize=False,
                 add_generation_prompt=open_turn and not continued,
                 continue_final_message=continued,
-                **({} if thinking is None else dict.fromkeys(self.switches, thinking)),
+                **switch,
             )
         given = sum(len(message["content"]) for message in spoken)
         if len(rendered) > 8 * given + 2**20:
@@ -206,7 +207,7 @@ class Chat:
     def unknown_id(self) -> int | None:
         """Id of the token that stands for what the tokenizer does not know; None where that token means more."""
         named = {getattr(self.tokenizer, f"{role}_token_id", None) for role in _ROLES if role != "unk"}
-        unknown = self.tokenizer.unk_token_id
+        unknown: Any = self.tokenizer.unk_token_id
         return None if unknown in {*named, self.end_id, *self.marks} else unknown
 
     @cached_property

@@ -76,7 +76,7 @@ def choose_template(own: Any, asked: str | None) -> str | None:
     names = ", ".join(sorted(map(str, named)))
     if asked is None:
         if not named:
-            return own or None
+            return own if isinstance(own, str) and own else None
         if "default" not in named:
             raise InputError(f"the tokenizer has several chat templates and no default; set {KEY} to one of {names}")
         return named["default"]
