@@ -73,7 +73,7 @@ class StubPolicy:
         assert tokens[-1] == 101, "only what stands up to the end token is text"
         return str(tokens[0])
 
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode(self, messages: Sequence[dict[str, str]], thinking: bool | None = None) -> list[int]:
         return [ord(c) for c in messages[0]["content"]]
 
 
