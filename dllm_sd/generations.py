@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from dllm_sd.errors import InputError
 from dllm_sd.estimates import figures, majority, wilson_interval
 from dllm_sd.files import replacing
-from dllm_sd.reading import open_regular, parse_json, text_lines, why_no_object
+from dllm_sd.reading import open_regular, parse_json, text_lines, why_broken, why_no_object
 from dllm_sd.tally import Tally
 from dllm_sd.tasks.task import Grade, Problem, Task
 
@@ -166,8 +166,13 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
-    remedy = why_no_object(text) or "write one JSON object on each line"
-    fields = parse_json(text, f"{where}: this is not valid JSON", remedy, surrogates=True, parse_constant=float)
+    claim, remedy = f"{where}: this is not valid JSON", why_no_object(text) or "write one JSON object on each line"
+    try:
+        fields = parse_json(text, claim, remedy, surrogates=True, parse_constant=float)
+    except InputError:
+        if words := why_broken(text):
+            raise InputError(f"{claim}; {words}") from None
+        raise
     if not isinstance(fields, dict):
         raise InputError(f'{where}: this is no JSON object; write one as in {{"id": "1", "generation": "..."}}')
     return fields

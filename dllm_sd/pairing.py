@@ -195,20 +195,31 @@ def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem
     """Sentences on what the tokenizer does not know: of the first prompts and references, and of what hints add.
 
     Returns:
-        Those that there are, of the prompts, the completions that demonstrations imitate, and the hints.
+        Those that there are, of the prompts, the completions that demonstrations imitate, and the hints; and of
+        special tokens that prompts and references spell.
+
+    Raises:
+        InputError: if the chat template leaves out the system message of a prompt.
     """
     chat, task = blueprint.chat, config.task
-    if chat is None or not chat.loses:
+    if chat is None:
         return {}
     some = [problems[i] for i in range(min(READ, len(problems)))]
+    conversations = [task.messages(problem) for problem in some]
+    if any(message["role"] == "system" for messages in conversations for message in messages):
+        chat.check_template(system=True)
     hints = [context.hint for context in config.method.contexts if context.hint is not None]
     shown = any(isinstance(hint, Reference) for hint in hints)
     references = [text for problem in some if (text := task.reference(problem)) is not None]
     hinted = [text for hint in hints for text in _words(hint)] + (references if shown else [])
     told = {
-        "prompts": chat.warn_of_lost((chat.render(task.messages(problem)) for problem in some), "the prompts"),
+        "prompts": chat.warn_of_lost(map(chat.render, conversations), "the prompts"),
         "completions": chat.warn_of_lost([] if config.method.rollout.decodes else references, "the references"),
         "hints": chat.warn_of_lost(hinted, "the hints and the words around them (method.contexts)"),
+        "special": chat.warn_of_control(
+            [*(message["content"] for messages in conversations for message in messages), *references],
+            "the first messages and references",
+        ),
     }
     return {kind: sentence for kind, sentence in told.items() if sentence is not None}
 

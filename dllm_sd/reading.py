@@ -214,6 +214,33 @@ def why_no_object(line: str) -> str | None:
     return "it looks like a table with tabs; save it as CSV" if start[0] not in '{"' and "\t" in start else None
 
 
+def why_broken(line: str) -> str | None:
+    """What is wrong with a line that begins as an object and is no JSON, and the remedy; None where it cannot be said.
+
+    It takes as long as reading the line does, which `why_no_object` does not.
+    """
+    line = line.strip()
+    inside = line.removesuffix("}").rstrip()
+    if inside.endswith(",") and _reads(inside[:-1] + "}"):
+        return "a comma stands behind the last field; take it out"
+    try:
+        _, end = json.JSONDecoder().raw_decode(line)
+    except (ValueError, RecursionError):
+        return None
+    rest = line[end:].strip()
+    if rest.lstrip(", \t").startswith("{"):
+        return "two objects stand on one line; write each one on a line of its own, as jq -c . FILE does"
+    return "a comma stands behind the object; take it out" if rest == "," else None
+
+
+def _reads(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _is_deep(tree: Any) -> bool:
     level = [tree]
     for _ in range(DEEPEST + 1):

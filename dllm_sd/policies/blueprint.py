@@ -112,7 +112,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
         chat = Chat(tokenizer, end_ids[0], model.chat_template or family.template, model.thinking, marks)
         if model.thinking is None and family.thinking is not None and chat.has_switch:
             chat = replace(chat, thinking=family.thinking)
-        chat.render([{"role": "user", "content": "?"}])  # a template that cannot do even this is refused now
+        chat.check_template()
     return Blueprint(
         model=model,
         family=family,

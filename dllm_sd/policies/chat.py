@@ -33,6 +33,11 @@ def _share(part: int, whole: int) -> str:
     return f"{max(1, round(100 * part / max(1, whole)))} %" if 100 * part >= whole else "less than 1 %"
 
 
+def _replaced(text: str, words: Mapping[str, str]) -> str:
+    """A text with other words for some of its words; of those that overlap the first counts."""
+    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], text) if words else text
+
+
 def _partner(tag: re.Match[str]) -> str:
     """The closing tag of an opening one, and the other way round."""
     return f"<{'' if tag[1] else '/'}{tag[2]}>"
@@ -135,13 +140,16 @@ class Chat:
     def encode(self, messages: Sequence[Mapping[str, Any]], thinking: bool | None = None) -> list[int]:
         """Chat messages as prompt tokens, the assistant's turn opened.
 
-        A template writes all special tokens itself. Without one they are those that the tokenizer puts before a text,
-        once; the end token that some put behind it would end the prompt, and is left out.
+        A template writes all special tokens itself; what a message says of `control_tokens` is text, as where a
+        tokenizer splits special tokens. Without a template special tokens are those that the prompt spells, and those
+        that the tokenizer puts before a text, once; the end token that some put behind it would end the prompt, and is
+        left out.
         """
+        if self.written_by is not None:
+            messages, stand_ins = self._protected(messages)
+            return self._tokens(self.render(messages, thinking=thinking), stand_ins)
         tokens = self._tokens(self.render(messages, thinking=thinking))
-        if self.written_by is not None or tokens[: len(self.opening)] == self.opening:
-            return tokens
-        return [*self.opening, *tokens]
+        return tokens if tokens[: len(self.opening)] == self.opening else [*self.opening, *tokens]
 
     @cached_property
     def opening(self) -> list[int]:
@@ -154,8 +162,10 @@ class Chat:
         return [token for token in whole[:1] if token == self.tokenizer.bos_token_id]
 
     def encode_completion(self, text: str, ended: bool = True) -> list[int]:
-        """A completion as tokens, with the token that ends the turn if it is ``ended``."""
-        return [*self._tokens(text), *([self.end_id] if ended else [])]
+        """A completion as tokens, with the token that ends the turn if it is ``ended``; `control_tokens` are text."""
+        stand_ins = self._stand_ins([text])
+        tokens = self._tokens(_replaced(text, stand_ins), {char: token for token, char in stand_ins.items()})
+        return [*tokens, *([self.end_id] if ended else [])]
 
     @cached_property
     def formatting(self) -> tuple[int, ...]:
@@ -187,15 +197,60 @@ class Chat:
         """Special tokens that the template writes around every message; tags that come in pairs are no such marks."""
         if self.written_by is None:
             return set()
-        added = self.tokenizer.added_tokens_decoder
-        special = {number for number, token in added.items() if token.special} | {*self.tokenizer.all_special_ids}
         words = self.tokenizer.get_vocab()
         tags = {number for word, number in words.items() if (tag := _TAG.fullmatch(word)) and _partner(tag) in words}
         asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
         found = set(self._tokens(self.render([asked])))
         with suppress(InputError):  # a template may refuse to write an answer, and then has no marks of its own for it
             found |= set(self._tokens(self.render([asked, answered], open_turn=False)))
-        return found & special - tags
+        return found & self._special_ids - tags
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids of all tokens that the tokenizer marks as special."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset([number for number, token in added if token.special] + self.tokenizer.all_special_ids)
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Special tokens that end, begin or hide text, as they are spelled, the longest first: those of `silent_ids`.
+
+        Data and hints may spell one, and must not end a turn by it.
+        """
+        spelled = [self.tokenizer.convert_ids_to_tokens(number) for number in self.silent_ids & self._special_ids]
+        return tuple(sorted(filter(None, map(str, spelled)), key=lambda token: (-len(token), token)))
+
+    def warn_of_control(self, texts: Iterable[str], what: str) -> str | None:
+        """A sentence on texts that spell one of `control_tokens`, with an example; None if none does."""
+        count, example = 0, ""
+        for text in texts:
+            if held := next((token for token in self.control_tokens if token in text), None):
+                count, example = count + 1, example or f"{shown(held)} in {shown(text)}"
+        if not count:
+            return None
+        said = (
+            "it becomes that token, since there is no chat template: take it out if that is not meant"
+            if self.written_by is None
+            else "it is read as text and not as that token"
+        )
+        return f"{count:,} of {what} spell a special token, such as {example}; {said}"
+
+    def check_template(self, system: bool = False) -> None:
+        """Refuse a template that writes nothing, or leaves out the user's message or the ``system`` one.
+
+        Raises:
+            InputError: for such a template, and as `render` does.
+        """
+        spoken = [("system", "Instruction0")] * system + [("user", "Question0")]
+        rendered = self.render([{"role": role, "content": content} for role, content in spoken]).casefold()
+        if not rendered.strip():
+            raise InputError(f"{_FAILED} renders nothing for a conversation; {_REMEDY}")
+        for role, content in spoken:
+            if content.casefold() not in rendered:
+                other = ", or leave out task.system" if role == "system" else ""
+                raise InputError(
+                    f"{_FAILED} leaves out the {role} message, so the model cannot read it; {_REMEDY}{other}"
+                )
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
@@ -247,7 +302,41 @@ class Chat:
             "the model cannot see them: use its own words, or a tokenizer that knows them"
         )
 
-    def _tokens(self, text: str) -> list[int]:
+    def _protected(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Messages in which a character stands for each of `control_tokens`, and what those characters stand for."""
+        spoken = [{**message, "content": content_of(message)} for message in messages]
+        stand_ins = self._stand_ins([message["content"] for message in spoken])
+        replaced = [{**message, "content": _replaced(message["content"], stand_ins)} for message in spoken]
+        return replaced, {char: token for token, char in stand_ins.items()}
+
+    def _stand_ins(self, texts: Sequence[str]) -> dict[str, str]:
+        """For each of `control_tokens` that texts spell a character of private use that none of them holds."""
+        spelled = [token for token in self.control_tokens if any(token in text for text in texts)]
+        free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if not any(char in text for text in texts))
+        return dict(zip(spelled, free, strict=False)) if spelled else {}
+
+    def _tokens(self, text: str, stand_ins: Mapping[str, str] | None = None) -> list[int]:
+        """A text as tokens; what ``stand_ins`` stand for is no special token there."""
         if (half := lone_surrogate(text)) is not None:
             raise InputError(f"a text holds {half}, which no tokenizer reads; correct the text that it comes from")
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+        if not stand_ins or not any(char in text for char in stand_ins):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+        tokens: list[int] = []
+        for piece in self._at_special.split(text):  # a special token parts a text for every tokenizer
+            spelled = _replaced(piece, stand_ins)
+            split = {"split_special_tokens": True} if spelled != piece else {}
+            read: Any = self.tokenizer(spelled, add_special_tokens=False, **split)
+            if split and (held := self.silent_ids & self._special_ids & {*read["input_ids"]} - {self.unknown_id}):
+                token = self.tokenizer.convert_ids_to_tokens(min(held))
+                raise InputError(
+                    f"a text spells the special token {shown(token)}, which the tokenizer cannot read as text; take it "
+                    "out of the data"
+                )
+            tokens += read["input_ids"]
+        return tokens
+
+    @cached_property
+    def _at_special(self) -> re.Pattern[str]:
+        """Splits a text at its special tokens, and keeps them."""
+        spelled = [str(self.tokenizer.convert_ids_to_tokens(number)) for number in self._special_ids]
+        return re.compile(f"({'|'.join(map(re.escape, sorted(spelled, key=len, reverse=True)))})")

@@ -72,7 +72,12 @@ def choose_template(own: Any, asked: str | None) -> str | None:
     """
     named = own if isinstance(own, Mapping) else {}
     if isinstance(own, list | tuple):  # as a tokenizer_config.json writes them
-        named = {one["name"]: one["template"] for one in own}
+        named = {one["name"]: one["template"] for one in own if _is_named(one)}
+        if len(named) != len(own):
+            raise InputError(
+                "the tokenizer's chat templates are a list in which not every one has a 'name' of its own and a "
+                f"'template'; correct its chat_template, or set {KEY} to a template"
+            )
     names = ", ".join(sorted(map(str, named)))
     if asked is None:
         if not named:
@@ -89,6 +94,11 @@ def choose_template(own: Any, asked: str | None) -> str | None:
         f"{KEY} is {shown(asked)}, which is no template (there is no {{{{ or {{% in it), no file and no template's "
         f"name; {theirs}"
     )
+
+
+def _is_named(one: Any) -> bool:
+    """Whether an item of a list of templates is one: its name, and its text."""
+    return isinstance(one, Mapping) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
 
 
 class _Generation(Extension):

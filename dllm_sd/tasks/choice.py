@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, shown
 from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, needed
@@ -48,7 +48,7 @@ class Choice(Sourced):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_templates(("question", "letters"), ("answer",))
+        self.check_templates(("question", "letters"), ("answer",), optional=("letters",))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By the letter that the completion gives."""
@@ -122,6 +122,20 @@ def gold_letter(answer: Any, letters: str, options: Any, where: str) -> str:
     raise InputError(f"{where}: the answer {answer!r:.60} is none of the options {', '.join(letters)}; correct it.")
 
 
+def check_options(options: Sequence[Any], where: str) -> None:
+    """Refuse options of which a reader could not choose one: empty ones, two that are equal, what is no text."""
+    seen: set[str] = set()
+    for option in options:
+        if isinstance(option, bool) or not isinstance(option, str | int | float):
+            raise InputError(f"{where}: an option must be text or a number, not {option!r:.60}; correct it.")
+        text = str(option).strip()
+        if not text:
+            raise InputError(f"{where}: an option is empty; fill it, or leave the row out.")
+        if text in seen:
+            raise InputError(f"{where}: the option {shown(text)} is there twice; correct it, or leave the row out.")
+        seen.add(text)
+
+
 def _entries(rows: list[Row]) -> Iterator[Entry]:
     for row in rows:
         options = row.fields.get("options")
@@ -133,11 +147,7 @@ def _entries(rows: list[Row]) -> Iterator[Entry]:
         else:
             if not isinstance(options, list | tuple) or not 2 <= len(options) <= len(ascii_uppercase):
                 raise InputError(f"{row.where}: options must be a list of 2 to 26 texts, not {options!r:.60}.")
-            for option in options:
-                if isinstance(option, bool) or not isinstance(option, str | int | float):
-                    raise InputError(
-                        f"{row.where}: an option must be text or a number, not {option!r:.60}; correct it."
-                    )
+            check_options(options, row.where)
             letters = ascii_uppercase[: len(options)]
             lines = [f"{letter}: {option}" for letter, option in zip(letters, options, strict=True)]
             text = "\n".join([row.text("question").strip(), "", *lines])

@@ -57,9 +57,12 @@ def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> list[di
                 f"{where}, message {number} has {shown(min(map(str, more)))}, which is not read; leave it out"
             )
         try:
-            messages.append({"role": message["role"], "content": content_of(message)})
+            content = content_of(message)
         except InputError as error:
             raise InputError(f"{where}, message {number}: {error}") from None
+        if not content.strip():
+            raise InputError(f"{where}, message {number} is empty; fill it, or leave it out")
+        messages.append({"role": message["role"], "content": content})
     return messages
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, overload
 
 from dllm_sd.errors import InputError, os_reason, shown
 from dllm_sd.randomness import make_key, permutation
-from dllm_sd.reading import open_regular, parse_json, text_lines, why_no_object
+from dllm_sd.reading import LONGEST_LINE, open_regular, parse_json, text_lines, why_broken, why_no_object
 from dllm_sd.tasks.conversations import is_conversation
 from dllm_sd.tasks.task import Problem, Split
 
@@ -32,11 +32,17 @@ class Row:
         return self.fields[name]
 
     def text(self, name: str) -> str:
-        """The field ``name``, which must be a string."""
+        """The field ``name``, which must be a string that says something."""
         value = self.value(name)
         if not isinstance(value, str):
             raise InputError(f"{self.where}: field {name!r} must be a string, not {value!r:.80}; quote it.")
+        if not value.strip():
+            raise InputError(f"{self.where}: field {name!r} is empty; fill it, or leave the row out.")
         return value
+
+    def has(self, name: str) -> bool:
+        """Whether the field ``name`` holds anything; an empty cell of a table holds nothing."""
+        return self.fields.get(name) not in (None, "")
 
 
 def read_rows(path: str, key: str) -> list[Row]:
@@ -85,7 +91,12 @@ def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
         here, seen = f"{where}, line {number}", why_no_object(line)
         if seen and not line.lstrip().startswith("["):
             raise InputError(f"{here} is not valid JSON: {seen}.")
-        fields = parse_json(line, f"{here} is not valid JSON", f"{seen or 'write one JSON object on each line'}.")
+        try:
+            fields = parse_json(line, f"{here} is not valid JSON", f"{seen or 'write one JSON object on each line'}.")
+        except InputError:
+            if words := why_broken(line):
+                raise InputError(f"{here} is not valid JSON: {words}.") from None
+            raise
         if not isinstance(fields, dict):
             remedy = seen or 'write one as in {"field": value} on each line'
             raise InputError(f"{here} is not a JSON object; {remedy}.")
@@ -94,6 +105,7 @@ def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
 
 
 def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_LINE)  # its own bound is 128 KiB
     reader = csv.reader(_lines(file, where), strict=True)
     header: list[str] | None = None
     count = 0
@@ -112,7 +124,17 @@ def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
             yield Row(here, count, dict(zip(header, cells, strict=True)))
             count += 1
     except csv.Error as error:
-        raise InputError(f"{where}, line {reader.line_num} is not valid CSV ({error}); correct its quotes.") from None
+        remedy = next((words for said, words in _CSV.items() if said in str(error)), "correct its quotes")
+        raise InputError(f"{where}, line {reader.line_num} is not valid CSV ({error}); {remedy}.") from None
+
+
+_CSV = {
+    "field larger": "a cell has more characters than that, or the quote that opens it is never closed",
+    "new-line character": "its lines end with carriage returns alone, or one stands in a cell: end lines with line "
+    "feeds, and put quotes around a cell of several lines",
+    "unexpected end": "the quote that opens the last cell is never closed",
+}
+"""What to do about an error of the module csv, by words of its message."""
 
 
 def _header(cells: list[str], here: str) -> list[str]:
@@ -144,6 +166,8 @@ class Splits:
     """Rows that were left out because they occur in the test split."""
     size_dev: int
     """Rows that were to be held out for the dev split."""
+    held: int = 0
+    """Rows that were left out because they occur in the dev split."""
 
     def __getitem__(self, split: Split) -> Sequence[Problem]:
         """The problems of a split."""
@@ -159,6 +183,12 @@ class Splits:
             return "set task.data to a file"
         if self.tested == self.rows:
             return f"all {self.rows} rows of task.data occur in the test split too; set task.data_test to other rows"
+        if self.held:
+            return (
+                f"the dev split takes {len(self['dev'])} of the {self.rows - self.tested} rows of task.data, and the "
+                f"{self.held} others ask the same as one of these; give rows that differ, let task.prompt ask for a "
+                "field in which they differ, or set task.size_dev to 0"
+            )
         out = f", and {self.tested} more that occur in the test split too" if self.tested else ""
         return (
             f"set task.data to a file with more rows than task.size_dev, which is {self.size_dev}, or lower that (the "
@@ -189,7 +219,7 @@ def divide(task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: i
         "dev": named("dev", dev),
         "test": named("test", tested),
     }
-    return Splits(parts, len(given), len(given) - len(rest), size_dev)
+    return Splits(parts, len(given), len(given) - len(rest), size_dev, len(rest) - len(dev) - len(kept))
 
 
 def choose(splits: Splits, split: Split) -> Sequence[Problem]:
@@ -259,6 +289,14 @@ def render(template: str, fields: Mapping[str, Any], key: str) -> str:
             )
         text += ", ".join(map(str, parts))
     return text
+
+
+def fields_of(template: str) -> list[str]:
+    """The names that a template asks for, in order."""
+    try:
+        return [name for _, name, *_ in Formatter().parse(template) if name is not None]
+    except ValueError:  # `render` says what is wrong with it
+        return []
 
 
 _JSON = {None: "null", True: "true", False: "false"}

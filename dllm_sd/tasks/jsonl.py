@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, shown
 from dllm_sd.files import Place
 from dllm_sd.ranges import Natural
-from dllm_sd.tasks.choice import gold_letter, grade_letter, letters_of, right_letter
+from dllm_sd.tasks.choice import check_options, gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.conversations import is_conversation, read_conversation
-from dllm_sd.tasks.datafile import Entry, Row, chat, needed, render
+from dllm_sd.tasks.datafile import Entry, Row, chat, fields_of, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
 from dllm_sd.tasks.math import gold_answer, grade_answer
 from dllm_sd.tasks.sources import Sourced
@@ -54,6 +54,11 @@ class Jsonl(Sourced):
         super().__post_init__()
         if self.grader not in _GRADERS:
             raise InputError(f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}.")
+        if not fields_of(self.prompt) and not set("{}") & set(self.prompt):
+            raise InputError(
+                "task.prompt asks for no field of the rows, so that all problems are the same; put one in, such as "
+                "{question}"
+            )
 
     def prompt_template(self) -> str:
         """``prompt``; where rubrics are wanted and none is given, what a rubric context asks its writer."""
@@ -77,6 +82,8 @@ class Jsonl(Sourced):
             return None
         here = f"{where}: field {field!r}"
         spoken = read_conversation(value, here)
+        if spoken[-1]["role"] == "system":
+            raise InputError(f"{here} holds nothing but a system message; add the user's, which is the question")
         if spoken[-1]["role"] != "user":
             raise InputError(
                 f"{here} ends with the answer of the assistant; end it with the user's message, and put the answer "
@@ -141,24 +148,32 @@ class Jsonl(Sourced):
     def _checked(self, rows: list[Row]) -> Iterator[Entry]:
         for row in rows:
             gold = "" if self.grader == "rubric" else _answer(row.value(self.answer_field), row.where)
+            if self.grader != "rubric" and not gold.strip():
+                raise InputError(f"{row.where}: the answer is empty; fill it, or leave the row out.")
             if self.grader == "number":
                 gold_number(gold, row.where)
             elif self.grader == "math":
                 gold_answer(gold, row.where)
             elif self.grader == "choice":
                 options = row.fields.get("options")
+                check_options(options if isinstance(options, list) else [], row.where)
                 gold_letter(row.value(self.answer_field), letters_of(row.fields), options, row.where)
             elif self.grader == "expression" and evaluate(gold) is None:
                 raise InputError(f"{row.where}: answer {gold!r:.60} is no arithmetic expression; correct it.")
             if self.reference_field is not None:
                 value = row.value(self.reference_field)
+                here = f"{row.where}: field {self.reference_field!r}"
                 if is_conversation(value):
-                    _answer_of(value, f"{row.where}: field {self.reference_field!r}")
-                elif not isinstance(value, list):
+                    _answer_of(value, here)
+                elif isinstance(value, list):
+                    _check_list(value, here)
+                else:
                     row.text(self.reference_field)
             spoken = self._conversation(row.fields, row.where)
             asked = json.dumps(spoken) if spoken else ""
             asked = asked or render(self.prompt_template(), row.fields, f"task.prompt (for {row.where})")
+            if not asked.strip():
+                raise InputError(f"{row.where} asks nothing: task.prompt is empty there; fill it, or leave the row out")
             yield Entry(row.number, asked, row.fields)
 
 
@@ -168,6 +183,13 @@ def _answer_of(value: Any, where: str) -> str:
     if len(spoken) != 1 or spoken[0]["role"] != "assistant":
         raise InputError(f"{where} must be text, or a list of one message of the assistant, not a longer conversation")
     return spoken[0]["content"]
+
+
+def _check_list(value: list[Any], where: str) -> None:
+    """Refuse a list that says nothing in one of its places; it is written as JSON, such as a rubric."""
+    bad = next((item for item in value if not isinstance(item, str | int | float | Mapping) or item in ("", {})), None)
+    if not value or bad is not None or None in value:
+        raise InputError(f"{where} must be text, or a list of texts or objects, not {shown(value)}; correct it.")
 
 
 def _answer(value: Any, where: str) -> str:

@@ -107,9 +107,9 @@ def grade_answer(gold: str | None, completion: str, equality: Equality = "text")
 def _entries(rows: list[Row]) -> Iterator[Entry]:
     for row in rows:
         problem = row.text("problem")
-        solution = row.text("solution") if row.fields.get("solution") is not None else None
+        solution = row.text("solution") if row.has("solution") else None
         box = last_boxed(solution) if solution is not None else None
-        if row.fields.get("answer") is not None:
+        if row.has("answer"):
             answer = gold_answer(row.value("answer"), row.where)
         elif box is not None and box.strip():
             answer = box

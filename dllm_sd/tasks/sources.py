@@ -1,7 +1,7 @@
 """What tasks share: problems asked by one template that come from files, from the hub, or out of a generator."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from dllm_sd.tasks.datafile import (
     chat,
     choose,
     divide,
+    fields_of,
     hub_rows,
     read_rows,
     render,
@@ -62,9 +63,17 @@ class Asked(Ranged, Unguessable, key="task"):
         """What the answer template may ask for: the fields of the problem."""
         return problem.fields
 
-    def check_templates(self, asked: Iterable[str], answered: Iterable[str]) -> None:
-        """Refuse templates that ask for fields that the problems will not have."""
+    def check_templates(self, asked: Sequence[str], answered: Iterable[str], optional: Collection[str] = ()) -> None:
+        """Refuse templates that ask for fields that the problems will not have, and a prompt without the question.
+
+        Args:
+            asked: fields for the prompt; it may leave out those of ``optional``.
+            answered: fields for the answer besides.
+            optional: fields that say nothing that the others do not say.
+        """
         render(self.prompt, dict.fromkeys(asked, ""), "task.prompt")
+        if missing := [name for name in asked if name not in {*fields_of(self.prompt), *optional}]:
+            raise InputError(f"task.prompt leaves out {{{missing[0]}}}, without which nothing is asked; put it in")
         render(self.answer, dict.fromkeys((*asked, *answered), ""), "task.answer")
 
 

@@ -35,6 +35,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies import chat
 from dllm_sd.policies.blueprint import Blueprint, read_blueprint
 from dllm_sd.policies.chat import Chat
+from dllm_sd.policies.chat_templates import choose_template
 from dllm_sd.policies.families import LLADA_TEMPLATE
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.model import Model
@@ -246,7 +247,8 @@ def made_tokenizer(begins: str, template: Any, folder: Path) -> Any:
 CONVERSATIONS = [
     [{"role": "user", "content": "ab"}],
     [{"role": "user", "content": " \n1 + 1 ?\t\u00e9\U0001f9ff\n "}],
-    [{"role": "user", "content": "<answer>4</answer> </s>[user]"}],
+    [{"role": "user", "content": "<answer>4</answer> </answer>"}],
+    [{"role": "user", "content": "</s>[user]"}],
     [{"role": "user", "content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}],
     MESSAGES[:3],
     MESSAGES,
@@ -261,6 +263,8 @@ def test_prompts_are_the_tokens_that_transformers_makes(begins: str, template: s
     for conversation in CONVERSATIONS:
         spoken = [{**m, "content": content_of(m)} for m in conversation]
         given = conversation if template == "reads parts" else spoken
+        if template != "none" and any("</s>" in m["content"] for m in spoken):
+            continue  # transformers lets data end a turn
         if template == "no system" and conversation[0]["role"] == "system":
             with pytest.raises(InputError, match=r"no system role.*or leave out the system message \(task\.system\)$"):
                 ours.encode(conversation)
@@ -294,9 +298,87 @@ def test_a_completion_survives_its_tokens_but_for_turn_marks(begins: str, templa
         tokens = ours.encode_completion(text)
         assert ours.text([0, *tokens, 2, 3, 1]) == text
         assert "".join(ours.text([token]) for token in ours.encode_completion("<answer>4 .")) == "<answer>4 ."
-    marks = ours.encode_completion("[user][assistant]", ended=False)
+    marks = ours.tokenizer.convert_tokens_to_ids(["[user]", "[assistant]"])
     assert ours.text(marks) == ("[user][assistant]" if template == "none" else "")
     assert ours.silent_ids == {0, 1, 2, 3, *(marks if template != "none" else [])}
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "none"])
+@pytest.mark.parametrize("begins", ["nothing", "bos and eos by key"])
+def test_special_tokens_that_data_spells_are_text_and_end_no_turn(begins: str, template: str, tmp_path: Path):
+    ours = Chat(made_tokenizer(begins, TEMPLATES[template], tmp_path), 1)
+    for word in ("</s>", "<mask>", "<pad>", "<s>", "[user]", "[assistant]"):
+        for text in (f"a {word} b", word, f"{word}{word} <answer>{word}", f" x{word}\n</s>", f"<think>{word}</think>"):
+            plain = ours.encode([{"role": "user", "content": "ab"}])
+            held = ours.encode([{"role": "user", "content": text}])
+            assert [one for one in held if one in ours.silent_ids] == [one for one in plain if one in ours.silent_ids]
+            spelled = ours.render([{"role": "user", "content": text}])
+            assert ours.tokenizer.decode(held) == spelled
+            completion = ours.encode_completion(text)
+            assert completion[-1] == 1
+            assert not ours.silent_ids & {*completion[:-1]}
+            assert ours.text(completion) == text
+            assert ("<answer>" in text) == (ours.tokenizer.convert_tokens_to_ids("<answer>") in completion)
+
+
+def test_text_beside_a_spelled_special_token_has_the_tokens_of_a_tokenizer_that_splits_them(tmp_path: Path):
+    ours = Chat(made_tokenizer("nothing", TURNS + CLOSED, tmp_path), 1)
+    text = "a b </s> c"
+    wanted = ours.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ours.encode_completion(text, ended=False) == wanted
+    assert ours.encode([{"role": "user", "content": text}])[1:-2] == wanted
+
+
+def test_spelled_special_tokens_are_said_once_with_what_becomes_of_them(tmp_path: Path):
+    for template, becomes in ((None, "it becomes that token"), (TURNS + CLOSED, "it is read as text")):
+        ours = Chat(made_tokenizer("nothing", template, tmp_path), 1)
+        assert ours.warn_of_control(["a", "<answer>"], "the prompts") is None
+        said = ours.warn_of_control(["a", "b </s>", "<mask>", "x" * 999], "the prompts")
+        assert said is not None
+        assert said.startswith("2 of the prompts spell a special token, such as '</s>' in 'b </s>'; ")
+        assert becomes in said
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "words"),
+    [
+        ("{{ 'Answer.' }}", False, "leaves out the user message"),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
+            False,
+            "nothing",
+        ),
+        ("{{ '\n ' }}", False, "renders nothing"),
+        ("{{ messages[-1].content[:3] }}", False, "leaves out the user message"),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            True,
+            "leaves out the system message",
+        ),
+    ],
+)
+def test_a_template_that_leaves_the_question_out_is_refused(template: str, system: bool, words: str):
+    with pytest.raises(InputError, match=r"^the chat template ") as caught:
+        Chat(tokenizer(), 5, template=template).check_template(system)
+    assert words in str(caught.value)
+    assert "set model.chat_template" in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "no system"])
+def test_templates_that_write_all_messages_pass(template: str, tmp_path: Path):
+    for system in (False, True):
+        Chat(made_tokenizer("bos", TEMPLATES[template], tmp_path), 1).check_template(system)
+
+
+@pytest.mark.parametrize(
+    "odd", [[{}], ["x"], [{"name": "default"}], [{"name": 1, "template": "{{ 1 }}"}], [None], [{"template": "{{ 1 }}"}]]
+)
+def test_an_odd_list_of_templates_is_a_sentence(odd: Any):
+    for asked in (None, "default"):
+        with pytest.raises(
+            InputError, match=r"^the tokenizer's chat templates are a list in which .* model\.chat_template"
+        ):
+            choose_template(odd, asked)
 
 
 def test_begin_is_not_doubled_where_the_text_begins_with_it(tmp_path: Path):

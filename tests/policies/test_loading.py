@@ -491,8 +491,12 @@ def test_an_autoregressive_model_decodes_as_a_diffusion_model_and_no_longer_gene
 def test_a_familys_thinking_switch_is_left_alone_by_templates_without_one(tmp_path: Path):
     plain_llama(tmp_path, 41, False)
     model = Model(path=str(ORIGINAL / "a2d_qwen3" / "single"), tokenizer=str(tmp_path), mask_token="?")
-    with_switch = replace(model, chat_template="{{ enable_thinking is defined }}")
-    for given, rendered in ((replace(model, chat_template="{{ 1 }}"), "1"), (with_switch, "True"), (model, "1+1=")):
+    with_switch = replace(model, chat_template="{{ messages[0].content }}{{ enable_thinking is defined }}")
+    for given, rendered in (
+        (replace(model, chat_template="{{ messages[0].content }}!"), "1+1=!"),
+        (with_switch, "1+1=True"),
+        (model, "1+1="),
+    ):
         chat = blueprint.read_blueprint(given).chat
         assert chat
         assert chat.render([{"content": "1+1="}]) == rendered

@@ -118,3 +118,22 @@ def test_jsonl_grades_letters_and_latex_too(tmp_path: Path) -> None:
     assert Jsonl(grader="math").grade(Problem("x", {"answer": "\\frac12"}), "\\boxed{0.5}").correct
     with pytest.raises(InputError, match="none of the options A, B"):
         Jsonl(data=jsonl_file(tmp_path / "b.jsonl", [{**rows[0], "answer": "C?"}]), grader="choice").problems("dev")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["x", "x", "y"], "the option 'x' is there twice"),
+        (["x ", "x"], "the option 'x' is there twice"),
+        ([1, "1"], "the option '1' is there twice"),
+        (["x", ""], "an option is empty"),
+        (["x", " "], "an option is empty"),
+        (["x", None], "an option must be text or a number"),
+    ],
+)
+def test_options_between_which_nobody_can_choose_are_refused(tmp_path: Path, options: list, words: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "Which?", "options": options, "answer": "A"}) + "\n")
+    with pytest.raises(InputError, match=r"line 1: ") as caught:
+        Choice(data=str(path)).problems("dev")
+    assert words in str(caught.value)

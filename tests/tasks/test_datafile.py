@@ -94,6 +94,10 @@ def test_a_file_of_another_kind_is_called_by_its_name(write, name: str, content:
         (b'{"a": 1}\r{"a": 2}\r', "line 1 is not valid JSON: its lines end with carriage returns alone"),
         (b'{"a": 1, "a": 2}\n', r"line 1 is not valid JSON \('a' is there twice\)"),
         (b'{"a": {"b": 1, "b": 1}}\n', r"line 1 is not valid JSON \('b' is there twice\)"),
+        (b'{"a": 1} {"a": 2}\n', "line 1 is not valid JSON: two objects stand on one line; write each one on a line"),
+        (b'{"a": 1}, {"a": 2}\n', "line 1 is not valid JSON: two objects stand on one line; write each one on a line"),
+        (b'{"a": 1}\n{"a": 1},\n', "line 2 is not valid JSON: a comma stands behind the object; take it out"),
+        (b'{"a": [1], }\n', "line 1 is not valid JSON: a comma stands behind the last field; take it out"),
         (b'{"a": NaN}\n', r"line 1 is not valid JSON \(NaN is no JSON number\)"),
         (b'{"a": [-Infinity]}\n', r"line 1 is not valid JSON \(-Infinity is no JSON number\)"),
         (b'{"a": 1e999}\n', r"line 1 is not valid JSON \(the number 1e999 is beyond all measure\)"),
@@ -127,12 +131,34 @@ def test_whole_pairs_and_long_numbers_are_read_as_they_stand(write):
         (b'{"a": 1, "b": 2}\n', "line 1 holds JSON and not the names of columns; .* ends in .jsonl"),
         (b"a;b\n1;2\n", "line 1 parts its columns by ';'; save the file with commas"),
         (b"a\tb\n1\t2\n", r"line 1 parts its columns by '\\t'; save the file with commas"),
+        (b"a,b\r1,2\r", r"line 1 is not valid CSV .*; its lines end with carriage returns alone, or one stands in a"),
+        (b'a,b\n1,"2\n', r"line 2 is not valid CSV .*; the quote that opens the last cell is never closed"),
+        (b'a,b\n1,"2"x\n', r"line 2 is not valid CSV .*; correct its quotes"),
         (b"a,b,a\n1,2,3\n", "line 1 has the column 'a' twice; give every column a name of its own"),
     ],
 )
 def test_a_table_that_would_be_misread_is_refused(write, content: bytes, message: str):
     with pytest.raises(InputError, match=r"^task\.data: .*a\.csv, " + message):
         read_rows(write("a.csv", content), "task.data")
+
+
+def test_a_cell_may_be_as_long_as_a_line(write):
+    text = "word, " * 50_000
+    rows = read_rows(write("a.csv", f'question,answer\n"{text}",1\n'.encode()), "task.data")
+    assert rows[0].fields == {"question": text, "answer": "1"}
+
+
+def test_a_cell_that_is_never_closed_is_named_as_such(write):
+    lines = b"x" * 2**20 + b"\n"
+    with pytest.raises(InputError, match=r"is not valid CSV .*; a cell has more characters than that, or the quote"):
+        read_rows(write("a.csv", b'question,answer\n"' + lines * 18), "task.data")
+
+
+def test_an_empty_text_is_no_text(write):
+    for blank in ("", " \\n"):
+        row = read_rows(write("a.jsonl", f'{{"a": "{blank}"}}\n'.encode()), "task.data")[0]
+        with pytest.raises(InputError, match=r"line 1: field 'a' is empty; fill it, or leave the row out"):
+            row.text("a")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
@@ -207,7 +233,8 @@ def test_a_dev_split_larger_than_the_data_takes_what_is_there():
             "which is 5, or lower that (the file has 3 rows, of which the dev split takes 3, and",
         ),
         ("abcd", "", 4, "train", "which is 4, or lower that (the file has 4 rows, of which the dev split takes 4)"),
-        ("aaaa", "", 1, "train", "which is 1, or lower that (the file has 4 rows, of which the dev split takes 1)"),
+        ("aaaa", "", 1, "train", "takes 1 of the 4 rows of task.data, and the 3 others ask the same as one of these"),
+        ("ababc", "c", 2, "train", "takes 2 of the 4 rows of task.data, and the 2 others ask the same as one of these"),
         ("abcd", "", 0, "dev", "set task.data to a file and task.size_dev above 0"),
         ("", "a", 2, "train", "set task.data to a file."),
         ("abcd", "", 1, "test", "set task.data_test to a file."),

@@ -193,3 +193,63 @@ def test_a_system_text_stands_once(tmp_path: Path):
     data = jsonl_file(tmp_path / "a.jsonl", [{"messages": [SYSTEM, *TURNS], "answer": "1"}])
     with pytest.raises(InputError, match=r"line 1: field 'messages' has a system message of its own; set task\.system"):
         Jsonl(data=data, prompt="{messages}", system="s").problems("dev")
+
+
+@pytest.mark.parametrize(
+    ("fields", "row", "words"),
+    [
+        ({}, {"question": " ", "answer": "1"}, "asks nothing: task.prompt is empty there"),
+        ({"prompt": "{messages}"}, {"messages": [], "answer": "1"}, "asks nothing: task.prompt is empty there"),
+        ({}, {"question": "a", "answer": " "}, "the answer is empty"),
+        ({"grader": "choice"}, {"question": "A: x\nB: y", "answer": ""}, "the answer is empty"),
+        ({"reference_field": "r"}, {"question": "a", "answer": "1", "r": " "}, "field 'r' is empty"),
+        ({"reference_field": "r"}, {"question": "a", "answer": "1", "r": []}, "must be text, or a list of texts or"),
+        ({"reference_field": "r"}, {"question": "a", "answer": "1", "r": [1, None]}, "not [1, None]"),
+        (
+            {"reference_field": "r"},
+            {"question": "a", "answer": "1", "r": ["x", ""]},
+            "must be text, or a list of texts",
+        ),
+        (
+            {"reference_field": "r"},
+            {"question": "a", "answer": "1", "r": [["x"]]},
+            "must be text, or a list of texts or",
+        ),
+        (
+            {"prompt": "{messages}"},
+            {"messages": [SYSTEM], "answer": "1"},
+            "holds nothing but a system message; add the",
+        ),
+        (
+            {"prompt": "{messages}"},
+            {"messages": [{"role": "user", "content": " "}], "answer": "1"},
+            "message 0 is empty; fill it, or leave it out",
+        ),
+        (
+            {"grader": "choice"},
+            {"question": "?", "options": ["x", " x"], "answer": "A"},
+            "the option 'x' is there twice",
+        ),
+        ({"grader": "choice"}, {"question": "?", "options": ["x", ""], "answer": "A"}, "an option is empty"),
+    ],
+)
+def test_a_row_that_says_nothing_in_one_place_is_refused_with_its_line(
+    tmp_path: Path, fields: dict, row: dict, words: str
+):
+    with pytest.raises(InputError, match=r"line 1\b") as caught:
+        Jsonl(data=jsonl_file(tmp_path / "a.jsonl", [row]), **fields).problems("dev")
+    assert words in str(caught.value)
+
+
+def test_a_prompt_without_any_field_is_refused():
+    with pytest.raises(InputError, match=r"^task\.prompt asks for no field of the rows, .* such as \{question\}$"):
+        Jsonl(prompt="Solve it.")
+
+
+def test_rows_that_all_ask_the_same_do_not_blame_the_size_of_the_dev_split(tmp_path: Path):
+    rows = [{"topic": "x", "question": str(n), "answer": "1"} for n in range(9)]
+    task = Jsonl(data=jsonl_file(tmp_path / "a.jsonl", rows), prompt="About {topic}", size_dev=2)
+    with pytest.raises(
+        InputError, match=r"the dev split takes 2 of the 9 rows .* the 7 others ask the same .*task\.prompt"
+    ):
+        task.problems("train")

@@ -85,9 +85,10 @@ def test_without_the_question_only_its_text_is_missing(name: str) -> None:
 
 @pytest.mark.parametrize("kind", TASKS.values())
 def test_the_system_text_stays_as_it_is(kind: type) -> None:
-    fields = {"question": "Why?", "problem": "Why?", "puzzle": "Why?", "numbers": ["Why?"], "target": "Why?"}
+    fields = {"question": "Why?", "problem": "Why?", "puzzle": "Why?", "numbers": [], "target": "Why?"}
     name = {Sudoku: "puzzle", Countdown: "target", Math: "problem"}.get(kind, "question")
-    task = kind(system=" s ", prompt=f" {{{name}}} in  one\n")
+    more = "{numbers}" if kind is Countdown else ""
+    task = kind(system=" s ", prompt=f" {{{name}}} in  one\n{more}")
     assert task.messages(Problem("x", fields)) == [
         {"role": "system", "content": " s "},
         {"role": "user", "content": " Why? in  one\n"},
@@ -96,7 +97,7 @@ def test_the_system_text_stays_as_it_is(kind: type) -> None:
         {"role": "system", "content": " s "},
         {"role": "user", "content": "in  one"},
     ]
-    assert kind(prompt=f"{{{name}}}\n").messages(Problem("x", fields), False) == [{"role": "user", "content": ""}]
+    assert kind(prompt=f"{{{name}}}{more}\n").messages(Problem("x", fields), False) == [{"role": "user", "content": ""}]
 
 
 def test_a_field_that_is_not_there_is_refused_with_and_without_the_question() -> None:
@@ -153,3 +154,19 @@ def test_an_answer_that_is_none_of_the_options_is_refused() -> None:
         Choice().final_answer(Problem("x", {"answer": "C", "options": ["red", "green"]}))
     with pytest.raises(InputError, match="the answer must be a string or a number"):
         Jsonl().final_answer(Problem("x", {"answer": [1]}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "left_out"),
+    [
+        (Gsm8k, "Solve it.", "question"),
+        (Math, "", "problem"),
+        (Countdown, "{numbers}", "target"),
+        (Countdown, "{target}", "numbers"),
+        (Sudoku, "{{puzzle}}", "puzzle"),
+        (Choice, "{letters}", "question"),
+    ],
+)
+def test_a_prompt_that_leaves_out_the_question_is_refused(kind: Any, prompt: str, left_out: str) -> None:
+    with pytest.raises(InputError, match=rf"^task\.prompt leaves out \{{{left_out}\}}, without which nothing is asked"):
+        kind(prompt=prompt)
