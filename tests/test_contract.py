@@ -750,6 +750,7 @@ def test_a_run_that_crashed_after_its_first_update_ends_as_if_nothing_had_happen
             assert torch.equal(x[key].nan_to_num(7.0), y[key].nan_to_num(7.0)), f"{name}: {key}"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(teachers: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(

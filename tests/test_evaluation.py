@@ -322,6 +322,7 @@ def test_separators_inside_a_generation_do_not_break_its_line(tmp_path: Path):
     assert list(Record(tmp_path, "trained", 0).lines.values()) == [line]
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_reports(tmp_path: Path):
     reports = []
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -9,6 +9,23 @@ from dllm_sd.config import load_config
 from dllm_sd.training.trainer import Trainer
 
 
+def test_the_quickstart_starts_where_it_says_and_learns(tmp_path: Path) -> None:
+    """The first two updates; `-m slow` goes on."""
+    changes = ["updates=2", "eval={every: 2, problems: 128, final_problems: 0}", "log.progress=false"]
+    Trainer(load_config("quickstart", [*changes, f"run={tmp_path / 'run'}"])).train()
+    start, *lines = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert 0.4 < start["eval/accuracy"] < 0.75
+    assert [line["update"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["sites"] > 500
+        assert line["grad_norm"] > 0
+        assert 0 < line["loss"] < 0.7  # of JSD 0.5, which is at most log 2
+        assert 0.4 < line["rollouts/pass_rate"] < 1
+    assert (tmp_path / "run" / "samples.jsonl").stat().st_size > 0
+    assert list((tmp_path / "run" / "tb").iterdir())
+
+
+@pytest.mark.slow
 def test_a_dozen_updates_of_the_quickstart_lift_greedy_accuracy(tmp_path: Path) -> None:
     changes = ["updates=12", "eval.every=12", "eval.final_problems=0", "log.progress=false", f"run={tmp_path / 'run'}"]
     Trainer(load_config("quickstart", changes)).train()

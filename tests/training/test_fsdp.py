@@ -201,6 +201,7 @@ def assert_same(one: Path, other: Path, update: int = 4) -> None:
             torch.testing.assert_close(x[key], y[key], rtol=0, atol=1e-9, msg=f"{name}: {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_pieces_on_two_processes_learn_what_one_process_learns(runs: Path, case: str) -> None:
     assert_same(runs / "one" / case, runs / "two" / case)
@@ -210,12 +211,14 @@ def test_pieces_on_two_processes_learn_what_one_process_learns(runs: Path, case:
     assert any(line["canvases"] % 2 for line in lines) == (case == "lora_ema")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["one_then_two", "two_then_one"])
 @pytest.mark.parametrize("case", GOING_ON)
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, case: str, order: str) -> None:
     assert_same(runs / "one" / case, runs / order / case)
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_on_one_process_is_written_down(runs: Path) -> None:
     assert json.loads((runs / "refused" / "nonfinite.json").read_text())["update"] == 1
 

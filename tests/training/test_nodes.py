@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.training.test_fsdp import BASE, ROOT, assert_same
 
 TREE = {**BASE, "optim": {**BASE["optim"], "lr": 3e-3}, "updates": 2, "checkpoint": {"every": 1}}
@@ -19,6 +21,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_machines_learn_what_one_process_learns(tmp_path: Path) -> None:
     config, port = tmp_path / "config.yaml", free_port()
     config.write_text(json.dumps(TREE))

@@ -38,6 +38,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_one_mechanism_tells_all_processes(said: list[dict[str, Any]]):
     first, second = (one["mechanism"] for one in said)
     for way in ("on_main", "together"):
@@ -53,6 +54,7 @@ def test_one_mechanism_tells_all_processes(said: list[dict[str, Any]]):
     assert first["value"] == second["value"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "status", "words"),
     [

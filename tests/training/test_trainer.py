@@ -361,6 +361,7 @@ def wait_for_lines(run: Path, count: int, process: subprocess.Popen[str]) -> Non
     raise AssertionError(f"the run wrote no {count} lines: {process.communicate()[1]}")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_ends_in_the_same_place(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for lines in (2, 5):
@@ -374,6 +375,7 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_place(whole: Pat
     assert_same_run(whole, run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_exits_with_130(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = launch(run)
@@ -389,6 +391,7 @@ def test_ctrl_c_saves_and_exits_with_130(whole: Path, tmp_path: Path) -> None:
     assert_same_run(whole, run)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_updates_as_one(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
