@@ -1,7 +1,9 @@
 """The contract of every named method on both backbones, through the trainer, with tiny random models.
 
 What holds for all: the student learns, teachers keep to their own rule, no hint is in what the student reads, and
-neither micro-batches nor processes nor a crash change a run. Run as a script this file is one of several processes.
+neither micro-batches nor processes nor a crash change a run. The first tier asks everything of a few pairs that
+together have every part on every backbone (`FIRST`); `-m slow` asks it of all the others. Run as a script this file is
+one of several processes.
 """
 
 import json
@@ -10,10 +12,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import mkdtemp
@@ -28,6 +30,7 @@ from torch import Tensor
 from dllm_sd.cli import main
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
+from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
 from dllm_sd.pairing import check_model
 from dllm_sd.policies.loading import build_policy
@@ -200,13 +203,63 @@ PAIRS: list[Pair] = [
     (case, kind) for case in CASES for kind in BACKBONES if kind == "diffusion" or case not in ONLY_DIFFUSION
 ]
 
-SHARED = {*METHODS, "opsd reasoned", "opsd reasoned lora", "opsd reasoned by another checkpoint", "opsd progressive"}
-SHARED |= {"suffix and reference", "sdpo, several passes", "sdpo lora"}
+
+def parts_of(part: Any) -> Iterator[str]:
+    """The names of the classes of a method's parts, and of their parts."""
+    if is_dataclass(part):
+        yield type(part).__name__.lower()
+        yield from (name for one in fields(part) for name in parts_of(getattr(part, one.name)))
+    elif isinstance(part, tuple):
+        yield from (name for one in part for name in parts_of(one))
+
+
+SLOTS = {"name", *(one.name for one in fields(Method))}
+
+
+def named_in(tree: Any, key: str = "name") -> Iterator[str]:
+    """The names of parts that the sizes of a case put in a method."""
+    if isinstance(tree, dict):
+        yield from (name for inner, value in tree.items() for name in named_in(value, inner))
+    elif isinstance(tree, list):
+        yield from (name for one in tree for name in named_in(one, key))
+    elif isinstance(tree, str) and key in SLOTS and tree not in METHODS:
+        yield tree.replace("_", "")
+
+
+def traits(pair: Pair) -> set[Pair]:
+    """What a pair tries: its parts, adapters, and rollouts that serve several updates, each on its backbone."""
+    case, kind = pair
+    found = {*parts_of(METHODS[CASES[case]["name"]].method), *named_in(CASES[case])}
+    found |= {"lora"} if "lora" in case else set()
+    found |= {"passes"} if updates_of(case) > 2 else set()
+    return {(name, kind) for name in found}
+
+
+def covering(pairs: Sequence[Pair]) -> set[Pair]:
+    """Few pairs that have all that any pair has: always the next with most that is not yet there."""
+    left, chosen = {trait for pair in pairs for trait in traits(pair)}, set[Pair]()
+    while left:
+        best = max(pairs, key=lambda pair: len(traits(pair) & left))
+        chosen.add(best)
+        left -= traits(best)
+    return chosen
 
 
 def updates_of(case: str) -> int:
     """Rollouts that serve two updates are followed by one of the next."""
     return 3 if CASES[case]["rollout"].get("passes", 1) > 1 else 2
+
+
+FIRST = covering(PAIRS)
+
+
+def in_tiers(pairs: Iterable[Pair]) -> list[Any]:
+    """Pairs as parameters of a test: those of `FIRST` in the first tier, the others in the second."""
+    return [pytest.param(pair, marks=() if pair in FIRST else pytest.mark.slow) for pair in pairs]
+
+
+SHARED = {*METHODS, "opsd reasoned", "opsd reasoned lora", "opsd reasoned by another checkpoint", "opsd progressive"}
+SHARED |= {"suffix and reference", "sdpo, several passes", "sdpo lora"}
 
 
 def model_of(case: str, kind: Backbone, seed: int = 1) -> dict[str, Any]:
@@ -427,7 +480,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             server.shutdown()
 
 
-@cache
+@lru_cache(maxsize=1)  # the tests of a pair come one after another; more would hold every model
 def seen(pair: Pair, teachers: Path) -> Seen:
     """The uninterrupted run of a pair, watched."""
     config = config_at(Path(mkdtemp(dir=teachers.parent)) / "run", *pair, teachers)
@@ -444,7 +497,7 @@ def seen(pair: Pair, teachers: Path) -> Seen:
     return Seen(config, trainer, initial, others, pieces)
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: " on ".join(pair))
+@pytest.fixture(scope="module", params=in_tiers(PAIRS), ids=lambda pair: " on ".join(pair))
 def pair(request: pytest.FixtureRequest) -> Pair:
     """A method and a backbone on which it is defined."""
     return request.param
@@ -650,7 +703,7 @@ def assert_hinted(whole: Seen, found: Sequence[int], hint: Any, rollout: Rollout
     assert any(found[at : at + len(part)] == part for part in tokens for at in range(len(found) - len(part) + 1))
 
 
-@pytest.mark.parametrize("pair", REACH, ids=" on ".join)
+@pytest.mark.parametrize("pair", in_tiers(REACH), ids=" on ".join)
 def test_nothing_behind_the_horizon_is_written_or_graded(pair: Pair, teachers: Path) -> None:
     whole = seen(pair, teachers)
     reached = False
@@ -667,7 +720,7 @@ def test_nothing_behind_the_horizon_is_written_or_graded(pair: Pair, teachers: P
     assert reached  # others ended before
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "reasoned" in pair[0]], ids=" on ".join)
+@pytest.mark.parametrize("pair", in_tiers(pair for pair in PAIRS if "reasoned" in pair[0]), ids=" on ".join)
 def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teachers: Path) -> None:
     whole = seen(pair, teachers)
     config, (teacher,) = whole.config, whole.trainer.teachers
@@ -695,7 +748,7 @@ def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teac
 def test_an_update_is_the_same_in_one_piece_and_in_many(
     pair: Pair, whole: Seen, teachers: Path, tmp_path: Path
 ) -> None:
-    config = config_at(tmp_path / "run", *pair, teachers, tokens=1, rows=1)
+    config = config_at(tmp_path / "run", *pair, teachers, tokens=1, rows=5)
     pieces: list[Piece] = []
     with watched(pieces):
         Trainer(config).train()
@@ -784,6 +837,18 @@ def work(folder: Path, teachers: Path) -> None:
         trainer = Trainer(config_at(folder / "-".join(pair), *pair, teachers, tokens))
         assert trainer.world == 2
         trainer.train()
+
+
+def test_the_first_tier_has_every_part_on_every_backbone() -> None:
+    wanted = {trait for pair in PAIRS for trait in traits(pair)}
+    assert wanted == {trait for pair in FIRST for trait in traits(pair)}
+    assert {
+        ("passatk", "diffusion"),
+        ("ema", "autoregressive"),
+        ("progressive", "diffusion"),
+        ("lora", "diffusion"),
+    } <= (wanted)
+    assert len(FIRST) < len(PAIRS) / 3
 
 
 # What is not defined.

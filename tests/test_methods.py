@@ -42,10 +42,6 @@ from dllm_sd.writers import Written
 from tests.stub_task import StubTask
 
 NAMES = pytest.mark.parametrize("name", METHODS)
-PAIRS = [(name, None) for name in METHODS]
-PAIRS += [
-    (name, "autoregressive") for name in METHODS if not any(part.reveals for part in METHODS[name].method.contexts)
-]
 
 
 def likelihood(**parts: Any) -> Method:
@@ -117,18 +113,6 @@ def test_a_named_method_says_where_it_comes_from_and_builds_again(name):
     assert replace(row.method) == row.method  # builds again: nothing that it refuses
 
 
-@pytest.mark.parametrize(("name", "backbone"), PAIRS)
-def test_every_method_gives_a_finite_loss_whose_gradient_reaches_the_student(make_policy, name, backbone):
-    run = Run(METHODS[name].method, make_policy(as_=backbone), make_policy(as_=backbone, seed=5))
-    assert torch.isfinite(run.graded.loss)
-    assert run.graded.loss.dtype == torch.float64
-    assert torch.isfinite(run.graded.value).all()
-    for parameter, gradient in run.gradient.items():
-        assert gradient is not None, parameter
-        assert torch.isfinite(gradient).all()
-        assert gradient.abs().max() > 0, parameter
-
-
 def accepted(name: str, weights: Any) -> bool:
     """Whether a row may have these weights: the student itself can neither teach nor be the reference unhinted."""
     try:
@@ -148,8 +132,10 @@ def test_the_student_itself_is_refused_only_where_it_sees_nothing_more():
     assert len(WEIGHTED) == 4 * len(METHODS) - len(refused)
 
 
-@pytest.mark.parametrize(("name", "weights"), WEIGHTED)
-def test_no_gradient_and_no_change_reaches_a_teacher(make_policy, name, weights):
+@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("name", ["d_opsd", "opsd_pmi"])
+def test_no_gradient_and_no_change_reaches_a_teacher_of_any_weights(make_policy, name, weights):
+    """Of one context and of several; test_contract asks it of each named method with its own weights."""
     policy = make_policy()
     before = {key: value.detach().clone() for key, value in trained(policy).items()}
     run = Run(replace(METHODS[name].method, teacher=(weights,)), policy)
@@ -158,22 +144,6 @@ def test_no_gradient_and_no_change_reaches_a_teacher(make_policy, name, weights)
     for teacher in run.teachers:
         assert not any(value.requires_grad or value.grad is not None for value in teacher.copy.values())
         assert all(torch.equal(value, before[key]) for key, value in teacher.copy.items())
-
-
-@NAMES
-def test_a_hint_never_reaches_the_students_view(make_policy, policy, name):
-    run = Run(METHODS[name].method, policy, make_policy(seed=5))
-    prompts = {item.prompt for item in PROMPTED}
-    masked = isinstance(METHODS[name].method.canvases, AllMasked)  # which hides some of the prompt
-    for view in run.views:
-        for ids, mask in zip(view.ids[:, :-16], view.mask[:, :-16], strict=True):
-            assert tuple(ids[mask].tolist()) in prompts or masked
-        assert (view.ids[view.sites] == policy.mask_id).all()
-        if METHODS[name].method.contexts and isinstance(METHODS[name].method.canvases, DecoderSteps):
-            # What the decoder saw: blocks behind the first mask's are all masked.
-            for completion in (view.ids[:, -16:] == policy.mask_id).tolist():
-                block = completion.index(True) // 4
-                assert all(completion[4 * (block + 1) :])
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), GeneralisedJSD(0.5), GeneralisedJSD(0.1)], ids=repr)

@@ -201,7 +201,7 @@ BEFORE = ["build_policy", "build_optimizer", "prepare", "latest_checkpoint", "re
 
 
 @pytest.mark.parametrize("holds", ["nothing", "no files", "a run"])
-@pytest.mark.parametrize("resume", ["auto", "force", "fresh"])
+@pytest.mark.parametrize("resume", ["auto", "fresh", pytest.param("force", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [*BEFORE, "Supply", "MetricsLog"])
 def test_a_refusal_at_any_step_leaves_the_folder_as_it_was(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: str, resume: str, step: str

@@ -161,6 +161,7 @@ def test_each_student_learns_while_the_other_as_it_was_comments(config, monkeypa
         assert not same(run / "rounds" / "0" / name, run / "rounds" / "1" / name)
 
 
+@pytest.mark.slow
 def test_a_tutor_frozen_by_phase_is_as_it_was_when_the_phase_began(config):
     settings = config()
     settings = replace(settings, peers=replace(settings.peers, freeze="phase"))
@@ -321,8 +322,14 @@ def whole_weights(settings: Config) -> Config:
     return replace(settings, model=replace(settings.model, lora=None), optim=replace(settings.optim, lr=0.003))
 
 
-@pytest.mark.parametrize("freeze", ["round", "phase"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "freeze"),
+    [
+        ("lora", "round"),
+        ("full", "phase"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "phase"), ("full", "round"))),
+    ],
+)
 def test_a_tutor_has_the_weights_of_the_rounds_start_or_of_the_phases(config, moments, kind, freeze):
     settings = config() if kind == "lora" else whole_weights(config())
     settings = changed(settings, freeze=freeze)
@@ -356,6 +363,7 @@ def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments
     assert {score for entry in written for own in entry["scores"].values() for score in own.values()} - {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_behind_a_shut_gate_a_student_learns_as_by_self_distillation_alone(config, moments, monkeypatch):
     monkeypatch.setattr(peers_module, "lags", lambda scores: {"one": 9.1, "two": 9.1})
     settings = config()
@@ -400,6 +408,7 @@ def test_two_adapters_begin_with_what_other_runs_trained(config, moments, tmp_pa
 # Stops.
 
 
+@pytest.mark.slow
 def test_wherever_a_run_is_stopped_it_ends_as_if_nothing_had_happened(config, moments, monkeypatch):
     def settings_at(run: str) -> Config:
         settings = whole_weights(config(run))
@@ -458,6 +467,7 @@ def changed_by_a_space(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b" \n")
 
 
+@pytest.mark.slow
 def test_whatever_of_either_student_is_damaged_a_refusal_leaves_the_whole_folder_as_it_was(
     config, moments, monkeypatch, tmp_path
 ):

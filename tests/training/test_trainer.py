@@ -34,6 +34,11 @@ TREE: dict[str, Any] = {
 }
 
 
+LONG = pytest.mark.slow
+"""A run like another one, which the first tier has."""
+SMALL: dict[str, Any] = {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}}
+
+
 def config_at(run: Path, **changes: Any) -> Any:
     tree = json.loads(json.dumps(TREE))
     for key, value in changes.items():
@@ -93,7 +98,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, config: Any, update: int) -> Non
             trainer.train()
 
 
-@pytest.mark.parametrize("tokens", [32, 96, 10**6])
+@pytest.mark.parametrize("tokens", [96, *(pytest.param(tokens, marks=LONG) for tokens in (32, 10**6))])
 def test_micro_batches_do_not_change_an_update(whole: Path, tmp_path: Path, tokens: int) -> None:
     Trainer(config_at(tmp_path / "run", optim__tokens_per_batch=tokens)).train()
     assert_same_run(whole, tmp_path / "run", 1e-9)
@@ -129,7 +134,7 @@ def test_decoding_batches_do_not_change_a_run(whole: Path, tmp_path: Path) -> No
             assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-9), key
 
 
-@pytest.mark.parametrize("crash", [1, 3, 5])
+@pytest.mark.parametrize("crash", [3, *(pytest.param(crash, marks=LONG) for crash in (1, 5))])
 def test_a_crashed_run_goes_on_as_if_nothing_had_happened(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
 ) -> None:
@@ -143,12 +148,11 @@ def test_a_crashed_run_goes_on_as_if_nothing_had_happened(
 @pytest.mark.parametrize(
     "method",
     [
-        {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}, "teacher": {"name": "ema", "decay": 0.9}},
-        {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}, "teacher": {"name": "snapshot", "every": 2}},
-        {"name": "d_opsd_reference", "rollout": {"problems": 4, "attempts": 2, "passes": 3}},
-        {"name": "diffu_grpo", "rollout": {"problems": 4, "attempts": 4}},
+        pytest.param({**SMALL, "teacher": {"name": "ema", "decay": 0.9}}, id="ema", marks=LONG),
+        pytest.param({**SMALL, "teacher": {"name": "snapshot", "every": 2}}, id="snapshot", marks=LONG),
+        pytest.param({"name": "d_opsd_reference", "rollout": {**SMALL["rollout"], "passes": 3}}, id="chunks"),
+        pytest.param({"name": "diffu_grpo", "rollout": {"problems": 4, "attempts": 4}}, id="grpo", marks=LONG),
     ],
-    ids=["ema", "snapshot", "chunks", "grpo"],
 )
 def test_teachers_and_half_used_rollouts_survive_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Mapping[str, Any]

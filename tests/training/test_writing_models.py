@@ -101,7 +101,7 @@ def test_a_request_that_is_too_long_is_not_written(make_policy, tmp_path):
 # Every kind of writer, on both backbones.
 
 
-BACKBONES = pytest.mark.parametrize("backbone", [{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
+CAUSAL = {"as_": "autoregressive"}
 WRITERS = pytest.mark.parametrize(
     "part",
     [Live(), Base(), Ema(0.5), Snapshot(2), Checkpoint("other"), Peer("PEER")],
@@ -148,8 +148,15 @@ def counting(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @WRITERS
-@KINDS
-@BACKBONES
+@pytest.mark.parametrize(
+    ("backbone", "kind"),
+    [
+        pytest.param({}, {}, id="denoiser, full"),
+        pytest.param(CAUSAL, LORA, id="autoregressive, lora"),
+        pytest.param({}, LORA, id="denoiser, lora", marks=pytest.mark.slow),
+        pytest.param(CAUSAL, {}, id="autoregressive, full", marks=pytest.mark.slow),
+    ],
+)
 def test_a_writer_writes_with_its_own_weights_and_only_one_that_stays_reads_the_disk(
     make_policy, backbone, kind, part, tmp_path, monkeypatch
 ):
@@ -177,7 +184,10 @@ class Watched(Scribe):
 
 
 @WRITERS
-@pytest.mark.parametrize(("kind", "world"), [({}, 5), (LORA, 2)], ids=["full, five", "lora, two"])
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [pytest.param(LORA, 2, id="lora, two"), pytest.param({}, 5, id="full, five", marks=pytest.mark.slow)],
+)
 def test_dealt_over_processes_writers_write_the_same_in_the_same_order(
     make_policy, kind, world, part, tmp_path, monkeypatch
 ):
