@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_the_extent_of_a_denoiser_is_its_blocks_and_its_steps(policy):
 
 
 @pytest.mark.parametrize("unit", ["blocks", "steps"])
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
 @pytest.mark.parametrize("changes", [{}, {"tokens_per_step": 3}, {"batch_size": 2}], ids=str)
 def test_a_cut_rollout_is_the_start_of_the_whole_one(each, unit, count, changes):
     settings, reach = replace(CANVAS, **changes), Reach(unit, count)
@@ -284,14 +285,13 @@ def graded(score: float) -> Any:
 EXAMPLE = Rollout(PROMPTED[0].problem, 0, "", Grade(True, 1.0, None), trajectory=None)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("horizon", CUTS, ids=str)
-@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_horizon_that_cuts_is_refused_with_what_asks_for_outcomes(name, gate, horizon):
+def test_a_horizon_that_cuts_is_refused_with_what_asks_for_outcomes(name):
     method = METHODS[name].method
     if not isinstance(method.rollout, PassAtK):
         return
-    for rollout in (method.rollout, replace(method.rollout, attempts=1)):
+    rollouts = (method.rollout, replace(method.rollout, attempts=1))
+    for horizon, gate, rollout in product(CUTS, GATES, rollouts):
         try:
             whole = replace(method, gate=GATES[gate](), rollout=rollout)
         except InputError:  # never, horizon or not

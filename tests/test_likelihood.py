@@ -68,7 +68,7 @@ def test_one_token_has_the_probability_that_the_model_gives_it(policy):
     assert ours == pytest.approx(log_probabilities(policy, PROMPT, [7], {0})[0], abs=1e-12)
 
 
-@pytest.mark.parametrize("samples", [1, 3, 6])
+@pytest.mark.parametrize("samples", [3, *(pytest.param(samples, marks=pytest.mark.slow) for samples in (1, 6))])
 def test_the_estimate_is_unbiased(policy, samples):
     keys = [make_key("trial", i) for i in range(600)]
     found = torch.tensor(log_likelihoods(policy, [(PROMPT, ANSWER)] * 600, keys, samples=samples, batch_size=256))
@@ -77,7 +77,7 @@ def test_the_estimate_is_unbiased(policy, samples):
     assert abs(float(found.mean()) - over_masks(policy, PROMPT, ANSWER)) < 4 * error
 
 
-@pytest.mark.parametrize("samples", [2, 5, 6])
+@pytest.mark.parametrize("samples", [5, *(pytest.param(samples, marks=pytest.mark.slow) for samples in (2, 6))])
 def test_the_estimate_of_a_block_causal_model_is_unbiased_and_exact_where_masks_are_few(make_policy, samples):
     policy = make_policy(block_length=4)
     prompt, answer = [5, 9, 14, 6, 20], [7, 12, 4, 8, 8, 5, 11, 9]  # blocks of 3, 4 and 1 answer tokens

@@ -39,6 +39,8 @@ SETTINGS = {
     "long": replace(WARM, length=40),
     "one token": replace(WARM, length=1),
 }
+QUICK = ("greedy", "sampled", "top k and top p")
+"""Those of the first tier."""
 LORA = Lora(rank=4, alpha=8, dropout=0.5)
 
 Make = Callable[..., Autoregressive]
@@ -90,7 +92,9 @@ def view_of(done: Trajectory) -> View:
 # The same trajectories
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name not in QUICK)]
+)
 def test_tokens_and_reveal_steps_are_those_of_generate(both, name):
     settings = SETTINGS[name]
     theirs = both.decode(PROMPTS, settings, KEYS)
@@ -100,7 +104,7 @@ def test_tokens_and_reveal_steps_are_those_of_generate(both, name):
         assert {bool(x) for x in theirs.ended} == {True, False}
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [3, *(pytest.param(value, marks=pytest.mark.slow) for value in (1, 2, 7))])
 def test_the_number_of_slots_changes_nothing(causal, batch_size):
     same(in_turns(causal, replace(WARM, batch_size=batch_size)), causal.decode(PROMPTS, WARM, KEYS))
 
@@ -125,7 +129,7 @@ def test_a_row_ends_with_any_of_the_end_tokens(causal):
     assert len({int(theirs.tokens[row, theirs.length[row] - 1]) for row in range(theirs.size)} & {1, 7, 9}) > 1
 
 
-@pytest.mark.parametrize("count", [1, 5, 99])
+@pytest.mark.parametrize("count", [5, *(pytest.param(value, marks=pytest.mark.slow) for value in (1, 99))])
 def test_a_horizon_is_the_start_of_the_whole(causal, count):
     reach = Reach("steps", count)
     ours = in_turns(causal, WARM, reach=reach)
@@ -169,7 +173,7 @@ def test_a_prompt_that_is_read_in_several_passes_changes_nothing(causal, monkeyp
     same(in_turns(causal, replace(WARM, batch_size=4)), causal.decode(PROMPTS, WARM, KEYS))
 
 
-@pytest.mark.parametrize("room", [0.2, 0.5])
+@pytest.mark.parametrize("room", [0.2, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_rows_that_give_their_pages_away_begin_anew_and_end_the_same(causal, monkeypatch, room):
     monkeypatch.setattr(continuous, "PAGE", 4)
     monkeypatch.setattr(continuous, "ROOM", room)
@@ -231,7 +235,7 @@ def test_rows_are_told_of_as_they_end(causal):
     assert [row for rows, _ in told for row in rows] != list(range(len(PROMPTS)))
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 64])
+@pytest.mark.parametrize("batch_size", [3, *(pytest.param(value, marks=pytest.mark.slow) for value in (2, 64))])
 def test_the_meter_counts_passes_and_busy_slots(causal, batch_size):
     settings = replace(WARM, batch_size=batch_size)
     meter, other, passes = Meter(), Meter(), []
@@ -304,7 +308,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, policy: Autoregressive, after: int) 
     monkeypatch.setattr(policy.module.network.base_model, "forward", forward)
 
 
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("after", [5, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_failure_of_the_thread_is_an_error_here(make, monkeypatch, after):
     policy = make(attention="eager", dtype="float32")
     with monkeypatch.context() as patch:

@@ -54,7 +54,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_fixed_shapes_change_nothing(policy: Any, name: str, batch_size: int):
     settings = replace(CASES[name], batch_size=batch_size)
     assert_same(fixed(policy, settings), policy.decode(PROMPTS, settings, KEYS))

@@ -138,7 +138,8 @@ KNOWN: dict[str, dict[str, int]] = {
 """How often default mode differs on the shipped files, by the defect of the published reader that it mends."""
 
 
-SEPARATORS = r"(?<=[0-9])(?:,|\\[,!]|\{,\}|,\\!)\s*(?=[0-9]{3})"
+SEPARATORS = r"(?<=[0-9])(?:,|\\[,!;: ]|\{,\}|,\\!|~|\\thinspace)\s*(?=[0-9]{3})"
+"""What stands between thousands, in plain text and in LaTeX."""
 
 
 def bare(text: str, pattern: str) -> str:
@@ -165,6 +166,7 @@ def reason(item: dict[str, Any], published: Grade, ours: Grade) -> str:
             "unclosed box": boxed_span(text) is None,
             "box cut at its first brace": bool(re.search(r"\\boxed\{[^}\n]*\{", text)),
             "line break in the box": bool(re.search(r"\\boxed\s?\{[^}]*\n", text)),
+            "thousands separators": ours.parsed is not None and bool(re.search(SEPARATORS, text)),
         },
         "math500": {
             "answer tag": bool(tags) and published.parsed != ours.parsed,

@@ -163,6 +163,7 @@ def test_teachers_and_half_used_rollouts_survive_a_crash(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_lora_runs_resume_exactly_with_the_base_behind_the_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +218,9 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rollouts(
     assert written["sites"][0].keys() == {"problem", "occurrence", "attempt", "step", "position", "loss"}
 
 
-@pytest.mark.parametrize("method", [TREE["method"], {"name": "d_opsd_reference", "rollout": {"passes": 3}}])
+@pytest.mark.parametrize(
+    "method", [TREE["method"], pytest.param({"name": "d_opsd_reference", "rollout": {"passes": 3}}, marks=LONG)]
+)
 def test_what_was_learnt_before_a_non_finite_loss_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Mapping[str, Any]
 ) -> None:
@@ -261,7 +264,7 @@ def spoil(entry: str, value: float) -> Any:
 SPOILT = {"exp_avg": -torch.inf}
 
 
-@pytest.mark.parametrize("entry", ["overshoot", *SPOILT])
+@pytest.mark.parametrize("entry", ["overshoot", *(pytest.param(entry, marks=LONG) for entry in SPOILT)])
 def test_nothing_is_saved_of_a_step_that_made_weights_useless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str
 ) -> None:
@@ -316,6 +319,7 @@ def test_a_run_that_stops_at_a_non_finite_loss_removes_no_checkpoint(
         assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"000002", "000003"}
 
 
+@pytest.mark.slow
 def test_training_ends_when_accuracy_collapses_and_the_best_weights_stay(tmp_path: Path) -> None:
     config = config_at(
         tmp_path / "run",
@@ -406,7 +410,11 @@ def test_two_processes_give_the_same_updates_as_one(whole: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "weights", [{"name": "ema", "decay": 0.5}, {"name": "snapshot", "every": 2}], ids=["ema", "snapshot"]
+    "weights",
+    [
+        pytest.param({"name": "ema", "decay": 0.5}, id="ema"),
+        pytest.param({"name": "snapshot", "every": 2}, id="snapshot", marks=LONG),
+    ],
 )
 def test_an_average_stays_where_it_is_at_an_update_without_a_step(
     weights: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
