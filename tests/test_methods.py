@@ -1,3 +1,9 @@
+"""What named methods are made of, what a teacher with any weights learns of an update, and what is refused.
+
+That a method's loss is finite and its gradient reaches every parameter, that its teachers keep to their rule, and that
+no hint is in what the student reads, is asked of every named method on every backbone in test_contract.
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast

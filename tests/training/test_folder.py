@@ -277,6 +277,7 @@ def killed_at(number: int, action: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_replaces_another_leaves_the_one_or_the_other(finished: Path, tmp_path: Path):
     new, kept, number = config(tmp_path / "run", **TINY, seed=1, resume="fresh"), set(), 0
     shutil.copytree(finished, tmp_path / "run")
