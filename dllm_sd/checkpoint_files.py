@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dllm_sd.errors import InputError, on_one_line, os_reason
-from dllm_sd.typed_json import build, parse_json
+from dllm_sd import reading
+from dllm_sd.errors import InputError
+from dllm_sd.typed_json import build, own_json
 
 CHECKPOINTS, WEIGHTS, STATE = "checkpoints", "model.safetensors", "state.json"
 FILES = "files"
@@ -51,8 +52,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / STATE
     try:
-        content = _plain(file).read_bytes()
-        tree = parse_json(content)
+        content = reading.read_whole(_plain(file))
+        tree = own_json(content)
         if not isinstance(tree, dict):
             raise ValueError(f"it must be an object, not {tree!r:.60}")
         if FILES in tree or FORMAT in tree:
@@ -125,18 +126,18 @@ def _plain(file: Path) -> Path:
 
 def damaged(file: Path, why: BaseException | str) -> InputError:
     """The refusal of a file of a checkpoint, which says what can be done."""
-    if isinstance(why, OSError):
-        why = os_reason(why)
-    words = why if isinstance(why, str) else on_one_line(why)
-    return InputError(f"checkpoint {file} is missing or damaged ({words:.200}); {remedy(file.parent)}")
+    return reading.damaged(f"checkpoint {file}", why, remedy(file.parent))
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a checkpoint that cannot be used: go on from the one before."""
+    """What to do about a checkpoint that cannot be used: go on from the one before, or without the best weights."""
     if folder.parent.name != CHECKPOINTS:
         return "give another folder, or begin the run that it is of anew with resume=fresh"
-    number = int(folder.name) if folder.name.isascii() and folder.name.isdigit() else None
-    others = [one for one in numbered_checkpoints(folder.parent.parent) if number is None or int(one.name) < number]
+    others = numbered_checkpoints(folder.parent.parent)
+    if not (folder.name.isascii() and folder.name.isdigit()):
+        last = f"; eval, sample and export take {CHECKPOINTS}/{others[-1].name} once it is removed" if others else ""
+        return f"put back a copy of it, or train with resume=force to choose the best weights anew{last}"
+    others = [one for one in others if int(one.name) < int(folder.name)]
     if not others:
         return "use resume=fresh to begin again"
     return f"remove {folder} to go on from update {int(others[-1].name)} ({CHECKPOINTS}/{others[-1].name})"

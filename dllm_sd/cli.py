@@ -420,7 +420,7 @@ def _export(options: argparse.Namespace) -> int:
     from huggingface_hub.utils import validate_repo_id
 
     from dllm_sd.exporting import check_folder, export_policy, push_folder
-    from dllm_sd.model_card import Trained
+    from dllm_sd.model_card import Trained, read_results
     from dllm_sd.training.checkpoint import chosen_checkpoint
 
     run, folder = Path(options.run), Path(options.folder)
@@ -435,6 +435,7 @@ def _export(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise InputError(f"--push {options.push!r} is no name of a repository: {error}") from error
     last = options.weights == "last"
+    read_results(run)  # a damaged report is refused before the weights are read
     config, policy, _ = _load(options.run, options.overrides, last=last)
     trained = Trained(run, chosen_checkpoint(run, last))
     export_policy(policy, config.model, options.to, folder, trained, options.push)

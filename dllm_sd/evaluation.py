@@ -280,6 +280,10 @@ def _refuse_others(folder: Path) -> None:
     for path in (folder / REPORT, folder / SETTINGS, folder / GENERATIONS, *folder.glob(".generations.*")):
         if path.is_symlink():
             raise InputError(f"{str(path)!r} is a symbolic link, which is not followed; give another --out")
+        if path.exists() and not path.is_file():
+            raise InputError(
+                f"{str(path)!r} is no file, as an evaluation has there; move it away, or give another --out"
+            )
 
 
 def _none_left(dropped: int, max_prompt: int) -> InputError:

@@ -1,21 +1,26 @@
 """The model card of an exported policy: what it is, how to use it, how it was trained, what was measured."""
 
 import json
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from dllm_sd.config import build_config, to_tree
+from dllm_sd.errors import InputError
 from dllm_sd.method import Method
 from dllm_sd.method_page import closest
 from dllm_sd.policies.blueprint import Blueprint, model_folder
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.model import Model
+from dllm_sd.reading import damaged, read_own
 from dllm_sd.training.checkpoint import state_of
 from dllm_sd.training.folder import read_tree
+from dllm_sd.typed_json import read_json
 
 Layout = Literal["peft", "merged", "original"]
 
@@ -109,7 +114,9 @@ def model_card(
 
 def settings_of(run: Path) -> str:
     """The resolved config of a run as YAML, without its folder."""
-    return re.sub(r"^run: .*\n", "", (run / "config.yaml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    read_tree(run)  # refuses what is no config
+    text = read_own(run / "config.yaml", "give another folder").decode("utf-8")
+    return re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
 
 
 def _license(path: str | None) -> str | None:
@@ -184,25 +191,70 @@ def _method_name(method: Method) -> str:
     return f"`{found[0]}` {'' if found[1] else 'with settings of its own '}" if found else ""
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What a card says of a decoding schedule."""
+
+    partial: ClassVar[bool] = True
+    n: int
+    accuracy: float
+    ci95: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a card says of the report of a run."""
+
+    partial: ClassVar[bool] = True
+    task: str
+    before: Mapping[str, _Measured]
+    after: Mapping[str, _Measured]
+    best: Mapping[str, _Measured]
+    best_dev_accuracy: float
+    best_update: int
+    settings: dict[str, Any]
+
+
+def read_results(run: Path) -> Results | None:
+    """What a finished run has measured; None where it has no report yet.
+
+    Raises:
+        InputError: naming the report, if it is damaged.
+    """
+    file, remedy = run / "report.json", "run the same dllm-sd train again to have it written anew, or remove it"
+    if not os.path.lexists(file):
+        return None
+    found: Results = read_json(file, Results, remedy)
+    every = [found.before, found.after, found.best]
+    try:
+        settings = to_tree(build_config(found.settings))
+    except InputError as error:
+        raise damaged(file, error, remedy) from error
+    if any(one.keys() != found.best.keys() for one in every):
+        raise damaged(file, "before, after and best are not of the same schedules", remedy)
+    if any(len(one.ci95) != 2 for some in every for one in some.values()):
+        raise damaged(file, "ci95 must have two ends", remedy)
+    return replace(found, settings=settings)
+
+
 def _results(trained: Trained | None) -> str:
-    file = trained.run / "report.json" if trained else None
-    report = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-    if not report.get("best"):
-        if report.get("best_dev_accuracy", -1.0) < 0:
+    found = read_results(trained.run) if trained else None
+    if found is None or not found.best:
+        if found is None or found.best_dev_accuracy < 0:
             return "No results were measured."
-        best, update = f"{100 * report['best_dev_accuracy']:.1f} %", report["best_update"]
-        n = report["settings"]["eval"]["problems"]
-        return f"Best accuracy on up to {n} dev problems: {best}, after update {update}; no test problems were decoded."
-    settings = report["settings"]
+        best, n = f"{100 * found.best_dev_accuracy:.1f} %", found.settings["eval"]["problems"]
+        words = f"after update {found.best_update}; no test problems were decoded."
+        return f"Best accuracy on up to {n} dev problems: {best}, {words}"
+    settings = found.settings
     rows = ["| decoding | weights | n | accuracy | 95 % interval |", "|---|---|---|---|---|"]
-    for schedule in report["best"]:
+    for schedule in found.best:
         changed = settings["decode"] | settings["eval"]["decode"] | settings["eval"]["schedules"].get(schedule, {})
         keys = ("length", "block_length", "tokens_per_step", "steps", "threshold", "order")
         decoding = ", ".join(f"{key} {changed[key]}" for key in keys if changed.get(key) is not None)
         for weights in ("before", "after", "best"):
-            found = report[weights][schedule]
-            low, high = (f"{100 * end:.1f}" for end in found["ci95"])
-            cells = (f"{schedule} ({decoding})", weights, found["n"], f"{100 * found['accuracy']:.1f} %")
+            one: _Measured = getattr(found, weights)[schedule]
+            low, high = (f"{100 * end:.1f}" for end in one.ci95)
+            cells = (f"{schedule} ({decoding})", weights, one.n, f"{100 * one.accuracy:.1f} %")
             rows.append(f"| {' | '.join(map(str, cells))} | {low} to {high} |")
-    words = f"Accuracy on test problems of `{report['task']}` at temperature {settings['eval']['temperature']}."
+    words = f"Accuracy on test problems of `{found.task}` at temperature {settings['eval']['temperature']}."
     return f"{words} Before: initial weights; after: last; best: best on the dev split.\n\n" + "\n".join(rows)

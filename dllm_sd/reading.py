@@ -6,12 +6,13 @@ import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.errors import InputError, on_one_line, os_reason
 
 LONGEST_LINE = 2**24
 """Bytes of a line, its end included."""
@@ -56,10 +57,35 @@ def read_whole(path: Path, largest: int = LARGEST_FILE) -> bytes:
         OSError: as `open_regular`, and if it has more than ``largest`` bytes.
     """
     with open_regular(path) as file:
-        content = file.read(largest + 1)
+        content = file.read(largest + 1 if largest < sys.maxsize else -1)
     if len(content) > largest:
         raise OSError(errno.EFBIG, f"larger than {largest >> 20} MiB")
     return content
+
+
+def damaged(file: Path | str, why: BaseException | str, remedy: str) -> InputError:
+    """The refusal of a file that the program wrote itself and cannot use: why, and what can be done.
+
+    Args:
+        file: its name, or more words with it.
+        why: what was met, in words or as it was raised.
+        remedy: what to do.
+    """
+    if isinstance(why, BaseException):
+        why = os_reason(why) if isinstance(why, OSError) else on_one_line(why)
+    return InputError(f"{file} is missing or damaged ({why:.200}); {remedy}")
+
+
+def read_own(file: Path, remedy: str, largest: int = LARGEST_FILE) -> bytes:
+    """All of a file that the program wrote itself.
+
+    Raises:
+        InputError: as `damaged`, if it cannot be read or has more than ``largest`` bytes.
+    """
+    try:
+        return read_whole(file, largest)
+    except OSError as error:
+        raise damaged(file, error, remedy) from error
 
 
 def bounded_lines(file: BinaryIO, where: Callable[[int], str]) -> Iterator[bytes]:
@@ -127,36 +153,58 @@ class _Wrong(ValueError):
     """What is wrong with a JSON text that its parser would let pass."""
 
 
+def json_value(
+    content: str | bytes, *, surrogates: bool = False, deepest: int = DEEPEST, **options: Callable[..., Any]
+) -> Any:
+    """The value that a JSON text says.
+
+    Args:
+        content: the text, or its bytes in UTF-8.
+        surrogates: whether half a surrogate pair may stand in a string, though it is no character.
+        deepest: lists and objects that may stand one within the other.
+        **options: hooks of `json.loads`, instead of those that refuse a key twice, NaN, and numbers beyond floats.
+
+    Raises:
+        ValueError: saying in a few words what is wrong: it is no UTF-8 or no JSON, is nested too deeply, or holds what
+            no file can mean.
+    """
+    hooks: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _no_number, "parse_float": _finite}
+    too_deep = _Wrong(f"nested more than {deepest} levels deep")
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        tree = json.loads(text, **{**hooks, "parse_int": _whole, **options})
+    except UnicodeDecodeError:
+        raise _Wrong("no UTF-8 text") from None
+    except RecursionError:
+        raise too_deep from None
+    if text.count("[") + text.count("{") > deepest and _is_deep(tree, deepest):
+        raise too_deep
+    if not surrogates and _ESCAPED.search(text):
+        _refuse_halves(tree)
+    return tree
+
+
 def parse_json(
     text: str, claim: str, remedy: str, *, explain: bool = False, surrogates: bool = False, **options: Any
 ) -> Any:
-    """The value that a JSON text says.
+    """The value that a JSON text says, or one sentence on what is wrong with it.
 
     Args:
         text: the JSON text.
         claim: begins the message, as in ``FILE, line 3 is not valid JSON``.
         remedy: what to do where it is wrong.
         explain: whether the message says what the parser met.
-        surrogates: whether half a surrogate pair may stand in a string, though it is no character.
-        **options: hooks of `json.loads`, instead of those that refuse a key twice, NaN, and numbers beyond floats.
+        surrogates: as in `json_value`.
+        **options: as in `json_value`.
 
     Raises:
-        InputError: if it is not JSON, or is nested more than `DEEPEST` levels deep, or holds what no file can mean.
+        InputError: where `json_value` refuses it.
     """
-    hooks: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _no_number, "parse_float": _finite}
     try:
-        tree = json.loads(text, **{**hooks, "parse_int": _whole, **options})
-        deep = text.count("[") + text.count("{") > DEEPEST and _is_deep(tree)
-        if not surrogates and not deep and _ESCAPED.search(text):
-            _refuse_halves(tree)
-    except RecursionError:
-        deep, tree = True, None
+        return json_value(text, surrogates=surrogates, **options)
     except ValueError as error:
         said = f" ({on_one_line(error)})" if explain or isinstance(error, _Wrong) else ""
         raise InputError(f"{claim}{said}; {remedy}") from None
-    if deep:
-        raise InputError(f"{claim} (nested more than {DEEPEST} levels deep); {remedy}")
-    return tree
 
 
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
@@ -241,9 +289,9 @@ def _reads(text: str) -> bool:
     return True
 
 
-def _is_deep(tree: Any) -> bool:
+def _is_deep(tree: Any, deepest: int) -> bool:
     level = [tree]
-    for _ in range(DEEPEST + 1):
+    for _ in range(deepest + 1):
         level = [part for part in level if isinstance(part, list | dict)]
         if not level:
             return False

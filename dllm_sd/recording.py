@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.files import replacing, write_file
+from dllm_sd.reading import read_own
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.typed_json import build, parse_json
+from dllm_sd.typed_json import build, own_json
 
 GENERATIONS, SETTINGS = "generations.jsonl", "settings.json"
 
@@ -124,19 +126,25 @@ def _partial(folder: Path) -> list[Path]:
 
 def _cut_half_line(file: Path) -> None:
     """What a crash left behind the last line break would be glued to the next line."""
-    if file.is_file():
-        content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(file, whole)
+    content = _content(file)
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+
+
+def _content(file: Path) -> bytes:
+    """All that stands in a file of attempts, nothing where there is none."""
+    if not os.path.lexists(file):
+        return b""
+    return read_own(file, "remove it, and what it held is decoded again", sys.maxsize)
 
 
 def _read(folder: Path) -> Iterator[tuple[str, Line]]:
     for file in (folder / GENERATIONS, *_partial(folder)):
-        *lines, _ = file.read_bytes().split(b"\n") if file.is_file() else [b""]  # the last is empty, or was cut off
+        *lines, _ = _content(file).split(b"\n")  # the last is empty, or was cut off
         for number, text in enumerate(lines, 1):
             try:
-                tree = parse_json(text)
+                tree = own_json(text)
                 schedule = build(str, tree.pop("schedule", None) if isinstance(tree, dict) else tree, "schedule")
                 yield schedule, build(Line, tree)
             except ValueError as error:

@@ -1,14 +1,14 @@
 """JSON files that anything may have happened to: read strictly, and built into the dataclass that they must hold."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dllm_sd.reading import repeated_key
+from dllm_sd.reading import DEEPEST, damaged, json_value, read_own
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -20,35 +20,41 @@ WORDS: dict[Any, str] = {
 """What a value must be, by the type that it is declared with."""
 
 
-def parse_json(content: bytes) -> Any:
-    """The tree of a JSON text.
+def own_json(content: bytes) -> Any:
+    """The tree of JSON that the program wrote: as `reading.json_value`, with whatever a problem may have brought in.
+
+    Half of a surrogate pair and NaN may stand in it, and the fields of a problem lie some levels deeper than in the
+    data that they are from.
 
     Raises:
-        ValueError: saying in a few words what is wrong: no UTF-8, no JSON, a key twice, or nested too deeply.
+        ValueError: saying in a few words what is wrong.
     """
+    return json_value(content, surrogates=True, deepest=2 * DEEPEST, parse_constant=float)
+
+
+def read_json(file: Path, kind: Any, remedy: str) -> Any:
+    """A JSON file that the program wrote, as what the type ``kind`` says (`build`).
+
+    Raises:
+        InputError: naming the file, why it cannot be used, and the ``remedy``.
+    """
+    content = read_own(file, remedy)
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError:
-        raise ValueError("it is no UTF-8 text") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (key := repeated_key(pairs)) is not None:
-        raise ValueError(f"the key {key!r:.60} stands there twice")
-    return dict(pairs)
+        return build(kind, own_json(content))
+    except ValueError as error:
+        raise damaged(file, error, remedy) from error
 
 
 def build(kind: Any, tree: Any, where: str = "it") -> Any:
     """``tree`` as what the type ``kind`` says: a dataclass of an object, a tuple of a list, or the plain value itself.
 
     Numbers must be finite and fit into 64 bits; ``Any`` takes everything. An object must have every field of its
-    dataclass and no other key. What is an instance of ``kind`` already, such as a tensor, stays.
+    dataclass and no other key; where the dataclass says ``partial = True``, other keys are passed over. What is an
+    instance of ``kind`` already, such as a tensor, stays.
 
     Args:
         kind: a dataclass, ``tuple[X, ...]``, a mapping from text, a union, or a plain type.
-        tree: what `parse_json` gave.
+        tree: what `own_json` gave.
         where: what the value is called in an error.
 
     Raises:
@@ -116,6 +122,6 @@ def _dataclass(kind: Any, tree: Any, where: str) -> Any:
     prefix = "" if where == "it" else f"{where}."
     if missing := [name for name in hints if name not in values]:
         raise ValueError(f"{where} lacks {missing[0]!r}")
-    if unknown := [name for name in values if name not in hints]:
+    if (unknown := [name for name in values if name not in hints]) and not getattr(kind, "partial", False):
         raise ValueError(f"{where} holds {unknown[0]!r:.60}, which is unknown")
     return kind(**{name: build(hint, values[name], f"{prefix}{name}") for name, hint in hints.items()})

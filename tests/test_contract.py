@@ -16,10 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import mkdtemp
-from threading import Thread
 from typing import Any, Literal
 
 import pytest
@@ -57,6 +55,7 @@ from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.trajectory import NEVER
 from tests import exact  # noqa: F401
+from tools.stub_writer import StubWriter, running
 
 ROOT = Path(__file__).parents[1]
 Backbone = Literal["diffusion", "autoregressive"]
@@ -441,23 +440,6 @@ def save_teacher(folder: Path, kind: Backbone) -> None:
     policy.chat.tokenizer.save_pretrained(folder / kind)
 
 
-class Answer(BaseHTTPRequestHandler):
-    """A writer that answers every question with one step and an answer, a function of the question."""
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        digits = make_key(asked["messages"][-1]["content"])
-        text = f"<step_1>{digits % 89}</step_1><answer>{digits % 7}</answer>"
-        body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 BANK = Bank(
     tuple(Skill(f"gen_{i:03d}", f"{i}{i}", f"{i}+{i}", "=0") for i in range(1, 4)),
     tuple(Mistake(f"err_{i:03d}", f"{i}*{i}", "=1", f"{i}-{i}") for i in range(5, 8)),
@@ -473,11 +455,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for kind in BACKBONES:
             save_teacher(folder, kind)
         write_bank(BANK, folder / "bank.json")
-        with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-            Thread(target=server.serve_forever, daemon=True).start()
-            (folder / "url").write_text(f"http://127.0.0.1:{server.server_port}/v1")
+        with running(StubWriter()) as server:
+            (folder / "url").write_text(server.url)
             yield folder
-            server.shutdown()
 
 
 @lru_cache(maxsize=1)  # the tests of a pair come one after another; more would hold every model

@@ -11,16 +11,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean
-from threading import Thread
 from typing import Any
 
 from make_tiny_reader import corrected
+from stub_writer import StubWriter, running
 
 import dllm_sd
 
@@ -214,10 +211,10 @@ def run(folder: Path, names: list[str]) -> None:
             teach(backbone, folder)
         if "READER" in needed or _OWN[backbone]:
             make_reader(folder)
-    with serve_critic() as critic, ThreadPoolExecutor(JOBS) as pool:
+    with running(StubWriter(critic)) as server, ThreadPoolExecutor(JOBS) as pool:
         if any(name == "rcsd learned" for _, name in wanted):
             list(pool.map(lambda seed: learn_to_write(folder, seed), SEEDS))
-        jobs = [command(backbone, name, seed, folder, critic) for seed in SEEDS for backbone, name in wanted]
+        jobs = [command(backbone, name, seed, folder, server.url) for seed in SEEDS for backbone, name in wanted]
         for number, said in enumerate(pool.map(_call, jobs), 1):
             print(f"{number} of {len(jobs)}: {said}", flush=True)
 
@@ -257,30 +254,10 @@ def learn_to_write(folder: Path, seed: int) -> None:
     _make([*words, *longer], folder / f"writer_{seed}_run", folder / f"writer_{seed}")
 
 
-@contextmanager
-def serve_critic() -> Iterator[str]:
-    """A server that corrects traces; its base URL."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Critic) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        server.shutdown()
-
-
-class Critic(BaseHTTPRequestHandler):
-    """Answers ``puzzle:|solution|trace`` with the trace, put right."""
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-        puzzle, solution, trace = asked.split("|", 2)
-        text = corrected(puzzle.rstrip(":").replace(" ", ""), solution.replace(" ", ""), trace)
-        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is said of each request."""
+def critic(question: str) -> str:
+    """To ``puzzle:|solution|trace`` the trace, put right."""
+    puzzle, solution, trace = question.split("|", 2)
+    return corrected(puzzle.rstrip(":").replace(" ", ""), solution.replace(" ", ""), trace)
 
 
 def _make(settings: list[str], made: Path, target: Path) -> None:

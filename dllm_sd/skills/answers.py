@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dllm_sd.skills.bank import Item, Mistake, Skill, text_names
+from dllm_sd.texts.thinking import without_thinking
 
 MAX_TEXT = 100_000  # characters of an answer that are looked at
 MAX_STARTS = 32  # places of an answer at which JSON may begin
@@ -46,11 +47,6 @@ def parse_items(
         if rows:
             break
     return tuple(items), None if items else reason
-
-
-def without_thinking(text: str) -> str:
-    """What stands behind the thinking; nothing where the thinking has a beginning and no end."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _decoded(text: str) -> Iterator[Any]:

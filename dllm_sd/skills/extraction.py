@@ -16,9 +16,10 @@ from typing import Annotated
 
 from dllm_sd.errors import InputError
 from dllm_sd.ranges import Count, Natural, Range, Ranged, Share
-from dllm_sd.skills.answers import MAX_TEXT, parse_items, without_thinking
+from dllm_sd.skills.answers import MAX_TEXT, parse_items
 from dllm_sd.skills.bank import DYNAMIC, Bank, Item, Mistake, Skill, distinct, is_dynamic, numbered, text_names, texts
 from dllm_sd.tasks.datafile import chat, render
+from dllm_sd.texts.thinking import without_thinking
 
 Write = Callable[[list[list[dict[str, str]]]], Sequence[str | None]]
 """``write(chats)``: one answer for each chat, in order; None where there is none."""

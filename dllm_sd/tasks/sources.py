@@ -22,7 +22,7 @@ from dllm_sd.tasks.datafile import (
     read_rows,
     render,
 )
-from dllm_sd.tasks.task import Problem, Split, Unguessable
+from dllm_sd.tasks.task import Problem, Split, Task, Unguessable
 
 
 class Asked(Ranged, Unguessable, key="task"):
@@ -104,6 +104,10 @@ class Sized(Asked):
             return choose(self._files, split)[:size]
         return Generated(range(size), partial(self.generate, split))
 
+    def splits(self) -> Splits | None:
+        """What the files were divided into; None where problems are generated."""
+        return self._files if self.data is not None or self.data_test is not None else None
+
     @cached_property
     def _files(self) -> Splits:
         train = read_rows(self.data, "task.data") if self.data is not None else []
@@ -130,6 +134,10 @@ class Sourced(Asked):
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split; the first call reads the data."""
         return choose(self._splits, split)
+
+    def splits(self) -> Splits | None:
+        """What the data was divided into."""
+        return self._splits
 
     @cached_property
     def _splits(self) -> Splits:
@@ -170,3 +178,17 @@ def rows_of(source: str | None, split: str, key: str) -> list[Row]:
         return read_rows(source, key)
     name, _, config = source.partition(":")
     return hub_rows(name, config or None, split, key)
+
+
+def rows_left_out(task: Task) -> tuple[dict[str, int], str | None]:
+    """Rows of ``task.data`` that are in no split since another split has the same; and a sentence, if there are any.
+
+    Returns:
+        The counts by metric, none of a task that reads no file of rows to train on.
+    """
+    splits = task.splits() if isinstance(task, Sized | Sourced) else None
+    if splits is None or not splits.rows:
+        return {}, None
+    counts = {"data/in_test": splits.tested, "data/in_dev": splits.held}
+    found = " and ".join(f"{count} occur in the {name[8:]} split too" for name, count in counts.items() if count)
+    return counts, f"of the {splits.rows} rows of task.data, {found}; training leaves them out" if found else None

@@ -115,7 +115,7 @@ def parse_steps(text: str, needs_answer: bool = False) -> Steps | Reason:
     answer: Part | None = None
     opened: re.Match[str] | None = None
     answering = False  # an answer has begun
-    for tag in _TAG.finditer(text, behind_thinking(text)):
+    for tag in _TAG.finditer(text, *behind_thinking(text)):
         is_step, is_close = tag[2] is not None, bool(tag[1])
         if not is_step and not steps and opened is None:
             continue  # an answer before all steps is none

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key, permutation
-from dllm_sd.texts.thinking import behind_thinking, without_thinking
+from dllm_sd.texts.thinking import breaks_off, without_thinking
 
 LONGEST = 100_000
 """Characters behind the thinking that are looked at."""
@@ -201,7 +201,7 @@ def _some(rubric: Rubric, count: int, key: int) -> tuple[Criterion, ...]:
 
 def _written_list(text: str) -> list[object] | Literal["unfinished"] | None:
     """The first JSON list behind the thinking, or that one of the two breaks off."""
-    if text.strip() and behind_thinking(text) == len(text) and "</think>" not in text:
+    if breaks_off(text):
         return "unfinished"
     return _first_list(without_thinking(text)[:LONGEST])
 

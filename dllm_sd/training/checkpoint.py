@@ -74,6 +74,11 @@ class State:
     bank: dict[str, Any] | None = None
     """The bank of skills, of runs that have one."""
 
+    def without_best(self, why: str) -> str:
+        """Forget the best weights, which cannot be used; a sentence that says so."""
+        self.best_update, self.best_accuracy, self.since_best = 0, -1.0, 0
+        return f"{why}; the best weights are chosen anew"
+
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     """Write ``tensors`` (file name: named tensors) and ``state`` so that ``folder`` appears whole or not at all.
@@ -202,9 +207,36 @@ def check_checkpoint(folder: Path) -> State:
     tree = read_state(folder)
     state = _build_state(tree, folder)
     verify(folder, tree.get(FILES, {}))
+    if WEIGHTS not in tree.get(FILES, [WEIGHTS]):
+        raise damaged(folder / WEIGHTS, f"it is not listed in {STATE}")
     for file in () if FILES in tree else sorted(folder.glob("*.safetensors")):
         load_tensors(folder, file.name)
     return state
+
+
+def check_best(run: Path, state: State) -> None:
+    """Read the best weights of a run that goes on from ``state``: at its end they are tested.
+
+    Raises:
+        InputError: naming the file that is missing, damaged, or of an earlier update than the best one, with the
+            remedy.
+    """
+    if state.best_accuracy < 0:  # none were chosen
+        return
+    best = best_checkpoint(run)
+    if best is None:
+        raise damaged(run / CHECKPOINTS / "best" / STATE, "there is no such file")
+    if (update := check_checkpoint(best).update) < state.best_update:
+        raise damaged(best / STATE, f"it is of update {update}, and the best weights are of update {state.best_update}")
+
+
+def why_no_best(run: Path, state: State) -> str | None:
+    """Why the best weights of a run cannot be used, None where they can."""
+    try:
+        check_best(run, state)
+    except InputError as error:
+        return str(error).partition("; ")[0]
+    return None
 
 
 def saved_log_sums(folder: Path) -> dict[str, str] | None:

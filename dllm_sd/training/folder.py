@@ -1,10 +1,10 @@
 """The run folder: one configuration each, one process at a time, nothing written outside, nothing lost by a refusal."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from dllm_sd.files import remove, writable, write_file
 from dllm_sd.locking import LOCK, FolderLock
 from dllm_sd.plain_yaml import read_yaml
 from dllm_sd.processes import on_main
+from dllm_sd.reading import read_own
+from dllm_sd.typed_json import build, own_json
 
 CONFIG, REPORT = "config.yaml", "report.json"
 CONTENTS = (
@@ -147,14 +149,37 @@ def read_report(run: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
     Args:
         run: its folder.
         facts: what the report must say of the run; ``before`` also shows what the reports of the test split look like.
+
+    Raises:
+        InputError: naming it, if it is there and cannot be read.
     """
+    file = run / REPORT
+    if not os.path.lexists(file):
+        return None
+    content = read_own(file, "make it readable, or remove it to have it written anew")
     try:
-        tree = json.loads((run / REPORT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        tree = build(dict[str, Any], own_json(content))
+        build(_Said, {name: tree.get(name, missing) for name, missing in vars(_Said((), {})).items()})
+    except ValueError:
         return None
-    if not isinstance(tree, dict) or any(key not in tree or tree[key] != value for key, value in facts.items()):
+    if any(key not in tree or tree[key] != value for key, value in facts.items()):
         return None
-    return tree if all(_alike(tree.get(name), facts["before"]) for name in ("after", "best")) else None
+    if not all(_alike(tree.get(name), facts["before"]) for name in ("after", "best")):
+        return None
+    final = tree["best"].get("trained", {})
+    return tree if all(tree.get(key) == final[key] for key in FINAL if key in final) else None
+
+
+FINAL = ("n", "accuracy", "ci95", "pass_at_k")
+"""What a report says at its top of the best weights under the run's own decoding."""
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a report says beside its figures; reports of former versions lack it."""
+
+    warnings: tuple[str, ...]
+    left_out: Mapping[str, int]
 
 
 def _alike(value: Any, model: Any) -> bool:

@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,11 +15,15 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from dllm_sd.errors import InputError
 from dllm_sd.objective import Graded, Plan
+from dllm_sd.reading import damaged, open_regular, read_own
 from dllm_sd.rollouts import Rollout, Rollouts
 from dllm_sd.training.advantage import advantage_picture
+from dllm_sd.training.left_out import is_left_out, left_out
 from dllm_sd.trajectory import NEVER
+from dllm_sd.typed_json import own_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
 
 
 class MetricsLog:
@@ -45,17 +50,24 @@ class MetricsLog:
                     self.board.add_scalar(name, value, values["update"])
             self.board.flush()
 
-    def left_out(self, passes: int) -> dict[str, int]:
-        """How many rollouts of the run were not learnt from, by reason; ``passes`` updates share theirs."""
-        lines = map(json.loads, self.metrics.read_bytes().splitlines())
-        fresh = [line for line in lines if line["update"] % passes == 1 % passes and line["update"] > 0]
-        return {name: sum(line.get(f"rollouts/{name}", 0) for line in fresh) for name in LEFT_OUT}
+    def summed_up(self, passes: int) -> tuple[dict[str, int], bool]:
+        """What the run left out (`left_out`), and whether it has done updates of which none changed a weight.
 
-    def changed_nothing(self) -> bool:
-        """Whether the run has done updates and none of them changed a weight; those that were skipped did not."""
-        lines = [json.loads(line) for line in self.metrics.read_bytes().splitlines()]
-        done = [line for line in lines if line["update"] > 0]
-        return bool(done) and all(line["loss"] is None or "weights_unchanged" in line for line in done)
+        Args:
+            passes: updates that share their rollouts.
+
+        Raises:
+            InputError: naming the file and the line, if one is no line of a run.
+        """
+        steps: list[bool] = []
+
+        def noted() -> Iterator[dict[str, Any]]:
+            for line in read_lines(self.metrics):
+                if line["update"] > 0:  # a skipped update changes nothing
+                    steps.append(line.get("loss") is not None and "weights_unchanged" not in line)
+                yield line
+
+        return left_out(noted(), passes), bool(steps) and not any(steps)
 
     def write_sample(self, sample: Mapping[str, Any], slot: int) -> None:
         """Append one rollout with its text; TensorBoard shows it in the row ``slot``."""
@@ -116,9 +128,7 @@ def cut(unclipped: float, clipped: float) -> float:
     return taken / unclipped if unclipped else math.nan
 
 
-LEFT_OUT = {"rejected": "rejected by method.gate", "no_hint": "without a hint", "long_hint": "with too long a hint"}
-"""Why a rollout is not learnt from, as it is counted and in words."""
-WRITING = ("written", "cached")
+WRITING = ("written", "cached", "damaged")
 """What is counted where hints are written."""
 
 
@@ -216,7 +226,7 @@ def end_of(file: Path, update: int) -> int:
     Raises:
         InputError: if the file was not written by a run.
     """
-    content = file.read_bytes() if update >= 0 else b""
+    content = read_own(file, REMEDY, sys.maxsize) if update >= 0 else b""
     end = content.rfind(b"\n") + 1  # what follows the last newline was cut off while it was written
     _refuse_garbage(file, content[:end])
     while end:
@@ -238,11 +248,15 @@ def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
     Args:
         run: its folder.
         update: finished updates.
-        sums: what `log_sums` gave then; None, of an earlier checkpoint or by wish, only reads them.
+        sums: what `log_sums` gave then; None, of an earlier checkpoint or by wish, only reads every line.
 
     Raises:
         InputError: naming the file; nothing is changed.
     """
+    for name in LOGS if sums is None else ():
+        if (run / name).exists():
+            for _ in read_lines(run / name):
+                pass
     found = {name: _sum(run / name, update) for name in LOGS if (run / name).exists()}
     for name, wanted in (sums or {}).items():
         if found.get(name) != wanted:
@@ -268,20 +282,44 @@ def _refuse_garbage(file: Path, lines: bytes) -> None:
         raise _strange(file, wrong)
 
 
-def _update_in(file: Path, content: bytes, start: int, end: int) -> int:
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log, one after another; a half-written one at the end does not count.
+
+    Raises:
+        InputError: naming the file, and the line that was not written by a run.
+    """
     try:
-        update = json.loads(content[start:end])["update"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        update = None
-    if not isinstance(update, int) or isinstance(update, bool):
-        raise _strange(file, content.count(b"\n", 0, start) + 1)
-    return update
+        with open_regular(file) as content:
+            for number, line in enumerate(content, 1):
+                if line.endswith(b"\n"):
+                    yield _parsed(line) or _refuse(file, number)
+    except OSError as error:
+        raise damaged(file, error, REMEDY) from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """One line of a log: an object with a whole number of an update, and of all that is left out; None for others."""
+    try:
+        tree = own_json(line)
+    except ValueError:
+        return None
+    if not isinstance(tree, dict) or type(tree.get("update")) is not int:
+        return None
+    counts = [tree[name] for name in filter(is_left_out, tree)]
+    return tree if all(type(count) is int and count >= 0 for count in counts) else None
+
+
+def _update_in(file: Path, content: bytes, start: int, end: int) -> int:
+    line = _parsed(content[start:end]) or _refuse(file, content.count(b"\n", 0, start) + 1)
+    return line["update"]
+
+
+def _refuse(file: Path, line: int) -> NoReturn:
+    raise _strange(file, line)
 
 
 def _strange(file: Path, line: int) -> InputError:
-    return InputError(
-        f"{file}:{line}: this is no line of a run; correct it, remove the file, or discard the run with resume=fresh"
-    )
+    return InputError(f"{file}:{line}: this is no line of a run; {REMEDY}")
 
 
 def _append(file: Path, values: Mapping[str, Any]) -> None:

@@ -7,23 +7,22 @@ from dllm_sd.checkpoint_files import CHECKPOINTS
 from dllm_sd.config import Config
 from dllm_sd.policies.weights import Peer
 from dllm_sd.training.checkpoint import State, latest_checkpoint, state_of
-from dllm_sd.training.metrics import LEFT_OUT
+from dllm_sd.training.left_out import in_words
 
 
-def warnings_of(state: State, left_out: Mapping[str, int] | None, unchanged: bool) -> list[str]:
+def warnings_of(state: State, left_out: Mapping[str, int], unchanged: bool) -> list[str]:
     """Sentences on a run that learnt nothing, or whose best weights are those that it began with.
 
     Args:
         state: of the run at its end.
-        left_out: where every update was skipped, how many rollouts were left out, by reason.
+        left_out: how much was left out, by name.
         unchanged: whether no step of the run changed any weight.
     """
     if state.update == 0:
         return []
-    if left_out is not None:
-        reasons = [f"{count} rollouts {LEFT_OUT[name]}" for name, count in left_out.items()]
-        reasons.append(f"{state.too_long} problems longer than max_prompt")
-        return [f"nothing was learnt: all {state.update} updates were skipped ({', '.join(reasons)})"]
+    if state.skipped == state.update:
+        reasons = ", ".join(in_words(left_out)) or "nothing was left out"
+        return [f"nothing was learnt: all {state.update} updates were skipped ({reasons})"]
     if unchanged:
         return [
             f"nothing was learnt: none of {state.update} updates changed a weight; the steps were lost in rounding, or "

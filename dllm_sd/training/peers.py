@@ -5,12 +5,13 @@ rounds decide is in `rounds.json`, all else in the students' own run folders; th
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dllm_sd.checkpoint_files import WEIGHTS, read_tensors
 from dllm_sd.config import Config, to_tree
@@ -20,15 +21,23 @@ from dllm_sd.files import write_file
 from dllm_sd.pairing import check_data, check_model, check_peers, check_references
 from dllm_sd.policies.weights import Peer
 from dllm_sd.processes import on_main, together
+from dllm_sd.reading import damaged, read_own
 from dllm_sd.settings import Peers, Student
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import AnyContext, Feedback
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.training.checkpoint import check_checkpoint, latest_checkpoint, saved_log_sums, write_checkpoint
+from dllm_sd.training.checkpoint import (
+    check_best,
+    check_checkpoint,
+    latest_checkpoint,
+    saved_log_sums,
+    write_checkpoint,
+)
 from dllm_sd.training.folder import REPORT, RunFolder
 from dllm_sd.training.metrics import check_logs
 from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer
+from dllm_sd.typed_json import own_json, read_json
 
 ROUNDS = "rounds.json"
 Scores = Mapping[str, Mapping[str, float]]
@@ -127,6 +136,8 @@ def _check_student(run: Path, begun: int, length: int, forced: bool) -> None:
         return
     state = check_checkpoint(checkpoint)
     update = state.update
+    if not forced:
+        check_best(run, state)
     check_logs(run, update, None if forced else saved_log_sums(checkpoint))
     least, most = 0 if state.stopped else max(0, begun - 1) * length, begun * length
     if not forced and not least <= update <= most:
@@ -152,16 +163,25 @@ def _read_rounds(run: Path, peers: Peers) -> list[dict[str, Any]]:
     Raises:
         InputError: if the file holds something else.
     """
-    try:
-        rounds = json.loads((run / ROUNDS).read_text(encoding="utf-8"))
-        names = {student.name for student in peers.students}
-        if all(one["round"] == i and one["tutors"].keys() == names for i, one in enumerate(rounds)):
-            return rounds
-    except FileNotFoundError:
+    file, remedy = run / ROUNDS, "put back a copy of it, or use resume=fresh to begin the rounds anew"
+    if not os.path.lexists(file):
         return []
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    raise InputError(f"{run / ROUNDS} does not hold the rounds of this run; use resume=fresh to begin them anew")
+    rounds, names = read_json(file, tuple[_Round, ...], remedy), {student.name for student in peers.students}
+    for number, one in enumerate(rounds):
+        if one.round != number or not one.tutors.keys() == one.scores.keys() == one.lag.keys() == names:
+            raise damaged(file, f"entry {number} is not of round {number} of {' and '.join(sorted(names))}", remedy)
+    return own_json(read_own(file, remedy))
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What every version has written of a round."""
+
+    partial: ClassVar[bool] = True
+    round: int
+    scores: Mapping[str, Mapping[str, float]]
+    lag: Mapping[str, float]
+    tutors: Mapping[str, bool]
 
 
 def student_config(config: Config, student: Student, tutor: Peer | None) -> Config:

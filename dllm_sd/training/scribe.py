@@ -47,6 +47,7 @@ class Scribe:
         self.teachers, self.models, self.cache, self.longest = teachers, models or {}, cache, longest
         self.decode, self.accelerator = decode, accelerator
         self._identities: dict[Weights, dict[str, Any]] = {}
+        self._damaged = 0
 
     def __call__(
         self, context: int, prompts: Sequence[Sequence[int]], reasoning: Reasoning, keys: Sequence[int]
@@ -79,6 +80,11 @@ class Scribe:
             if not entered:  # sharded weights are gathered by all processes together
                 self._answers(model, [], writing.sampling)
         return self._together(mine, answers)
+
+    def damaged_texts(self) -> int:
+        """How many stored texts were damaged, and asked for again, on this process since the last call."""
+        before, self._damaged = self._damaged, self.cache.corrupt if self.cache else 0
+        return self._damaged - before
 
     def _answers(self, model: Teacher, requests: Sequence[Request], sampling: Sampling) -> list[Written]:
         policy = model.policy

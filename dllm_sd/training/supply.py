@@ -63,6 +63,8 @@ class Supply:
         informed = inform(
             *(rollouts, self.method.contexts, config.task, self.policy, self.scribe, (config.seed, batch), sources)
         )
+        if damaged := sum(self.crew.gather([self.scribe.damaged_texts()])):
+            informed = replace(informed, counts={**informed.counts, "damaged": float(damaged)})
         return informed, cursor, dropped
 
     def _dealt(

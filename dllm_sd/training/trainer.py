@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_sd.checkpoint_files import STATE, damaged
 from dllm_sd.config import Config, to_tree
@@ -28,6 +28,7 @@ from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.processes import on_main, together
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import Rollouts
+from dllm_sd.tasks.sources import rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_span
 from dllm_sd.training.advantage import region_map, region_metrics, region_sums
@@ -35,6 +36,7 @@ from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.checkpoint import (
     State,
     best_checkpoint,
+    check_best,
     latest_checkpoint,
     load_weights,
     prune_checkpoints,
@@ -43,8 +45,9 @@ from dllm_sd.training.checkpoint import (
     save_best,
     save_run,
     saved_log_sums,
+    why_no_best,
 )
-from dllm_sd.training.folder import REPORT, RunFolder, read_report
+from dllm_sd.training.folder import FINAL, REPORT, RunFolder, read_report
 from dllm_sd.training.metrics import (
     MetricsLog,
     broken_sites,
@@ -62,7 +65,7 @@ from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
 from dllm_sd.training.supply import Supply
 from dllm_sd.training.unknown import Unknown
-from dllm_sd.training.zero import shape_of
+from dllm_sd.training.zero import parameters_in_words
 
 Parts = list[tuple[Plan, Graded]]
 
@@ -88,6 +91,8 @@ class Trainer:
             check_data(config, problems)
             blueprint = check_model(config)
             long, words = check_references(config, blueprint, problems), check_words(config, blueprint, problems)
+            self.rows, shared = rows_left_out(config.task)
+        self.told = [*filter(None, (shared, long, *words.values()))]
         self.folder = RunFolder(config)
         try:
             self._build(blueprint)
@@ -99,7 +104,7 @@ class Trainer:
             raise
         self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, words)
         if self.main:
-            for sentence in filter(None, (long, *words.values(), *initial_sources(config))):
+            for sentence in (*self.told, *initial_sources(config)):
                 print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -135,9 +140,9 @@ class Trainer:
         config = self.config
         with together():
             self.supply = Supply(config, problems, self.policy, self.module, self.models, self.accelerator)
-        self.begun = self.supply.open(self.state.bank)
+        self.begun = self.rows | self.supply.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
-        self.progress.say(_counts(self.policy.module))
+        self.progress.say(parameters_in_words(self.policy.module))
         done = self.state.update if self.resumed else -1
         self.log: MetricsLog | None = None
         with together():
@@ -365,7 +370,7 @@ class Trainer:
 
     def _report(self) -> dict[str, Any]:
         """Compare initial, last and best weights on the test split and write report.json; the best weights stay."""
-        state, best = self.state, best_checkpoint(self.run)
+        state, best = self.state, best_checkpoint(self.run) if self.state.best_accuracy >= 0 else None
         after = self._test("testing the last weights")
         chosen = after
         if best is not None and state.best_update != state.update:
@@ -374,7 +379,7 @@ class Trainer:
         final = chosen.get("trained", {})
         report = {
             **self._facts(),
-            **{key: final[key] for key in ("n", "accuracy", "ci95", "pass_at_k") if key in final},
+            **{key: final[key] for key in FINAL if key in final},
             **self._outcome(),
             "after": after,
             "best": chosen,
@@ -400,28 +405,28 @@ class Trainer:
         return json.loads(json.dumps(facts))
 
     def _outcome(self) -> dict[str, Any]:
-        """What is to be said of the run in words; where all updates were skipped, how many rollouts were left out."""
-        state, passes = self.state, self.method.rollout.passes
-        idle = {} if state.skipped < state.update else {"left_out": on_main(lambda: self._read_log().left_out(passes))}
-        unchanged = on_main(lambda: self._read_log().changed_nothing())
-        return {**idle, "warnings": warnings_of(state, idle.get("left_out"), unchanged)}
-
-    def _read_log(self) -> MetricsLog:
-        assert self.log is not None
-        return self.log
+        """What is to be said of the run: how much it left out, by name, and sentences."""
+        log, passes = self.log, self.method.rollout.passes
+        left_out, unchanged = on_main(lambda: log.summed_up(passes) if log is not None else ({}, False))
+        return {"left_out": left_out, "warnings": warnings_of(self.state, left_out, unchanged)}
 
     # Saving, and acting together
 
     def _load(self, checkpoint: Path) -> None:
         self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, [*self.models.values()])
+        state = self.state
         if self.config.resume == "force":  # with another method, it may begin with what the former one did not have
+            on_main(lambda: check_logs(self.run, state.update, None))
+            if (lost := on_main(lambda: why_no_best(self.run, state))) is not None:
+                self.told.append(state.without_best(lost))
             return
-        between = self.state.update % self.method.rollout.passes != 0
+        on_main(lambda: check_best(self.run, state))
+        between = state.update % self.method.rollout.passes != 0
         lacking = {"rollouts": between and self.rollouts is None}
-        lacking["bank"] = self.method.library is not None and self.state.bank is None
+        lacking["bank"] = self.method.library is not None and state.bank is None
         if names := [name for name, lacks in lacking.items() if lacks]:
             raise damaged(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
-        on_main(lambda: check_logs(self.run, self.state.update, saved_log_sums(checkpoint)))
+        on_main(lambda: check_logs(self.run, state.update, saved_log_sums(checkpoint)))
 
     def _save(self, prune: bool = True) -> None:
         keep = self.config.checkpoint.keep if prune else None
@@ -442,9 +447,3 @@ class Trainer:
         total = self.accelerator.reduce(value, "sum")
         assert isinstance(total, Tensor)
         return total
-
-
-def _counts(module: nn.Module) -> str:
-    sizes = [(shape_of(value).numel(), value.requires_grad) for value in module.parameters()]
-    total, ours = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    return f"{total:,} parameters, {ours:,} of them trained ({ours / total:.1%})"

@@ -249,3 +249,10 @@ def decoding(module: nn.Module) -> Any:
 def _decoding(module: nn.Module) -> Iterator[None]:
     with assembled(module.parameters()), undisturbed(module):
         yield
+
+
+def parameters_in_words(module: nn.Module) -> str:
+    """How many parameters a model has, whole, and how many of them are trained."""
+    sizes = [(shape_of(value).numel(), value.requires_grad) for value in module.parameters()]
+    total, ours = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    return f"{total:,} parameters, {ours:,} of them trained ({ours / total:.1%})"

@@ -20,7 +20,8 @@ Ask = Callable[[Sequence[Request]], Generator[tuple[int, Written]]]
 class Cache:
     """One small JSON file for each text, ``folder/ab/abcd....json``, with what was asked beside it.
 
-    The name is the SHA-256 of who was asked for what. Threads and processes may share a folder: files appear whole
+    The name is the SHA-256 of who was asked for what; that of the text stands beside it, except in files of earlier
+    versions. Threads and processes may share a folder: files appear whole
     or not at all. A file that holds something else is counted, ignored and written anew.
     """
 
@@ -44,7 +45,10 @@ class Cache:
         try:
             entry = json.loads(self._path(asked).read_bytes().decode("utf-8"))
             text = entry.pop("text")
-            corrupt = not isinstance(text, str) or not text.strip() or _canonical(entry) != _canonical(asked)
+            corrupt = (
+                not isinstance(text, str) or not text.strip() or entry.pop("sha256", None) not in (None, _sum(text))
+            )
+            corrupt = corrupt or _canonical(entry) != _canonical(asked)
         except FileNotFoundError:
             pass
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -63,7 +67,7 @@ class Cache:
             InputError: if the folder cannot be written, such as on a full disk.
         """
         path = self._path(asked)
-        content = json.dumps({"text": text, **asked}, ensure_ascii=False, indent=1)
+        content = json.dumps({"text": text, "sha256": _sum(text), **asked}, ensure_ascii=False, indent=1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             encoded = content.encode("utf-8", "backslashreplace")  # half a surrogate as JSON writes it
@@ -117,6 +121,10 @@ def _asked(identity: Mapping[str, Any], request: Request, sampling: Sampling) ->
         del settings["top_k"]
     messages = [dict(message) for message in request.messages]
     return {"writer": dict(identity), "messages": messages, "sampling": settings, "key": request.key}
+
+
+def _sum(text: str) -> str:
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _canonical(tree: Any) -> str:

@@ -288,9 +288,9 @@ def test_a_state_that_is_odd_json_is_refused_even_without_checksums(saved: Saved
     edit(saved.last, lambda tree: None, checksums=False)
     text = (saved.last / "state.json").read_text()
     for changed, words in (
-        (text.replace('"update": 3', '"update": 3, "update": 3'), "the key 'update' stands there twice"),
-        (text.replace('"update": 3', f'"update": {"3" * 5000}'), "integer string"),
-        (text.replace('"update": 3', f'"update": {"[" * 9999}'), "nested too deeply"),
+        (text.replace('"update": 3', '"update": 3, "update": 3'), "'update' is there twice"),
+        (text.replace('"update": 3', f'"update": {"3" * 5000}'), "a number has 5000 digits"),
+        (text.replace('"update": 3', f'"update": {"[" * 9999}'), "nested more than 200 levels deep"),
         (text.replace('"seconds": 1.5', '"seconds": NaN'), "seconds must be a finite number"),
         (text.replace('"update": 3', '"update": 2'), "update must be 3, as the folder says, not 2"),
         (text.replace('"skipped": 0', '"skipped": 4'), "cannot be above the 3 updates"),

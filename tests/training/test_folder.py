@@ -369,7 +369,7 @@ FACTS = {"task": "sudoku", "updates": 2, "stopped": None, "best_dev_accuracy": -
 
 @pytest.mark.parametrize("key", [*FACTS, "after", "best"])
 def test_a_report_that_is_not_of_the_run_as_it_is_now_is_none(tmp_path: Path, key: str) -> None:
-    report = {**FACTS, "after": TESTED, "best": TESTED, "settings": {}}
+    report = {**FACTS, **TESTED["trained"], "after": TESTED, "best": TESTED, "settings": {}}
     file = tmp_path / "report.json"
     file.write_text(json.dumps(report))
     assert read_report(tmp_path, FACTS) == report

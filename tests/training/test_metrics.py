@@ -75,7 +75,7 @@ def test_a_log_that_does_not_exist_is_not_made(tmp_path: Path):
 
 def test_only_the_lines_that_go_and_the_last_that_stays_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file, parsed, loads = write_lines(tmp_path / "metrics.jsonl", list(range(20000)), '{"half'), [], json.loads
-    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    monkeypatch.setattr(json, "loads", lambda text, **hooks: parsed.append(text) or loads(text, **hooks))
     keep_until(file, 19996)
     assert len(parsed) == 4
     monkeypatch.undo()

@@ -141,11 +141,11 @@ def test_a_run_whose_steps_change_no_weight_says_so(steps: dict[str, float], tmp
 
 
 def test_a_run_without_a_rollout_to_learn_from_says_that_alone():
-    found = warnings_of(State(3, skipped=3, too_long=2), {"rejected": 5}, unchanged=True)
+    found = warnings_of(State(3, skipped=3), {"rollouts/rejected": 5, "rollouts/too_long": 2}, unchanged=True)
     (sentence,) = found
     assert sentence.startswith("nothing was learnt: all 3 updates were skipped (5 rollouts ")
     assert "2 problems longer than max_prompt" in sentence
-    assert warnings_of(State(), None, unchanged=False) == []
+    assert warnings_of(State(), {}, unchanged=False) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

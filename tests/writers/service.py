@@ -1,48 +1,60 @@
 """A real server on this machine that fails as it is told, and the ways in which it can."""
 
-import json
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Lock, Thread
-from typing import Any, TypeVar
+from collections.abc import Callable
+from threading import Event, Lock
+from typing import Any
 
 from dllm_sd.writers import Request, Sampling, Server, Written
+from tools.stub_writer import Handler, StubWriter, completion, running
+
+__all__ = ["BRIEF", "FAULTS", "Fault", "Handler", "Service", "body", "completion", "requests", "running", "write_one"]
 
 SECRET = "sk-c0ffee-5ecret"
 
 
-class Service(ThreadingHTTPServer):
+class Service(StubWriter):
     """Answers a chat whose last message is ``x`` with ``text of x``, after the faults that are planned for it."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__("text of {}".format)
         self.faults: dict[str, list[Callable[[Handler], Any]]] = defaultdict(list)
         self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.released, self.lock = Event(), Lock()
         self.now, self.most = 0, 0
         self.meet: Callable[[], Any] = lambda: None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
     def fault(self, text: str, body: Any) -> "Fault | None":
         """What goes wrong with this request."""
         return self.faults[text].pop(0) if self.faults[text] else None
 
-    def reply(self, text: str) -> str:
-        """What is answered where nothing goes wrong."""
-        return f"text of {text}"
-
     def count(self, text: str) -> int:
         """How often it was asked for one text."""
         return sum(one == text for one, _, _ in self.seen)
+
+    def respond(self, handler: Handler, asked: Any) -> None:
+        """Note the request, and answer it unless something goes wrong."""
+        text = asked["messages"][-1]["content"]
+        with self.lock:
+            assert handler.path == "/v1/chat/completions"
+            self.seen.append((text, asked, dict(handler.headers)))
+            fault = self.fault(text, asked)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.meet()
+        with self.lock:
+            self.now -= 1
+        if fault:
+            fault(handler)
+        else:
+            super().respond(handler, asked)
+
+    def shutdown(self) -> None:
+        """Stop, and let go whoever is kept waiting."""
+        self.released.set()
+        super().shutdown()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are expected."""
@@ -50,66 +62,17 @@ class Service(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-S = TypeVar("S", bound=Service)
-
-
-@contextmanager
-def running(service: S) -> Iterator[S]:
-    """A server for a while."""
-    thread = Thread(target=service.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield service
-    finally:
-        service.released.set()
-        service.shutdown()
-        thread.join()
-        service.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One request."""
-
-    server: Service  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
-        with self.server.lock:
-            assert self.path == "/v1/chat/completions"
-            self.server.seen.append((text, body, dict(self.headers)))
-            fault = self.server.fault(text, body)
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-        self.server.meet()
-        with self.server.lock:
-            self.server.now -= 1
-        if fault:
-            fault(self)
-        else:
-            self.answer(completion(self.server.reply(text)))
-
-    def answer(self, content: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def completion(text: Any) -> bytes:
-    """The body of an answer."""
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-
-
 Fault = Callable[[Handler], Any]
 
 
+def service_of(handler: Handler) -> Service:
+    """The server that a request came to."""
+    assert isinstance(handler.server, Service)
+    return handler.server
+
+
 def slow(handler: Handler) -> None:
-    handler.server.released.wait(5)
+    service_of(handler).released.wait(5)
 
 
 def drip(handler: Handler) -> None:
@@ -117,7 +80,7 @@ def drip(handler: Handler) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    while not handler.server.released.wait(0.02):
+    while not service_of(handler).released.wait(0.02):
         handler.wfile.write(b" ")
 
 

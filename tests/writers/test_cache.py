@@ -1,5 +1,6 @@
 """The cache of written texts: by content, whole or not at all, mended where it is broken."""
 
+import hashlib
 import json
 import os
 from collections.abc import Generator, Sequence
@@ -47,6 +48,7 @@ def test_an_entry_is_a_readable_file_named_after_its_content(tmp_path: Path):
     assert (file.parent.name, file.suffix, len(file.stem)) == (file.stem[:2], ".json", 64)
     assert json.loads(file.read_text(encoding="utf-8")) == {
         "text": "text 0",
+        "sha256": hashlib.sha256(b"text 0").hexdigest(),
         "writer": IDENTITY,
         "messages": [{"role": "user", "content": "Wie heißt \U0001f600?"}],
         "sampling": {"length": 1024, "temperature": 0.0, "top_p": 1.0, "thinking": None},
@@ -203,3 +205,18 @@ def test_threads_that_share_a_cache_read_whole_texts_or_none(tmp_path: Path):
     assert cache.corrupt == 0
     assert cache.hits + cache.misses == 120
     assert the_file(tmp_path).suffix == ".json"
+
+
+def test_a_text_that_was_changed_on_the_disk_is_counted_and_not_used(tmp_path: Path):
+    cache, asked = Cache(tmp_path), {"key": 1}
+    cache.put(asked, "a text")
+    (file,) = tmp_path.rglob("*.json")
+    whole = file.read_text()
+    for changed in (whole.replace("a text", "another"), whole.replace('"sha256": "', '"sha256": "0')):
+        file.write_text(changed)
+        assert cache.get(asked) is None
+    assert cache.corrupt == 2
+    former = json.loads(whole)
+    del former["sha256"]
+    file.write_text(json.dumps(former))  # as earlier versions wrote it
+    assert cache.get(asked) == "a text"

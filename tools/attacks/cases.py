@@ -6,16 +6,15 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from dllm_sd.randomness import make_key
 from dllm_sd.skills import Bank, Mistake, Skill, write_bank
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.sudoku import Sudoku
 from dllm_sd.tasks.task import Grade, Problem
 from tools.attacks.child import die_with_parent
+from tools.stub_writer import StubWriter, steps_or_entries
 
 CONFIG = "config.yaml"
 Words = tuple[str, ...]
@@ -165,41 +164,19 @@ EVERYTHING = Case(
 """A run with a moving teacher, a bank, and rollouts between passes."""
 
 
-class Answer(BaseHTTPRequestHandler):
-    """A writer whose text is a function of the question: steps, or entries for a bank."""
-
-    def do_POST(self) -> None:
-        """Answer."""
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = asked["messages"][-1]["content"]
-        digits = make_key(question)
-        text = f"<step_1>{digits % 89}</step_1><answer>{digits % 7}</answer>"
-        if '"title"' in question or '"description"' in question:
-            names = ("title", "principle", "when_to_apply", "description", "why_it_happens", "how_to_avoid")
-            text = json.dumps([{name: str(digits % (97 + i)) for i, name in enumerate(names)}])
-        body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
 @contextmanager
 def writer() -> Iterator[str]:
     """A server on this machine, in a process of its own since this one forks; its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server = StubWriter(steps_or_entries)
     pid = os.fork()
     if pid == 0:
         die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         server.serve_forever()
-    port = server.server_port
+    url = server.url
     server.server_close()
     try:
-        yield f"http://127.0.0.1:{port}/v1"
+        yield url
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
