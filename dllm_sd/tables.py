@@ -31,15 +31,16 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
             low, high = best["ci95"]
             table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
             for name, (words, kept) in LEFT_OUT.items():
-                counts = [str(report[which][schedule][name]) for which in ("before", "after", "best")]
-                table.add_row(f"  {words} ({kept})", *counts)
+                if name in best:  # reports of former versions lack some
+                    counts = (str(report[which][schedule][name]) for which in ("before", "after", "best"))
+                    table.add_row(f"  {words} ({kept})", *counts)
         console.print(table)
         console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
     words = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
     best_dev = f"; best dev accuracy {100 * report['best_dev_accuracy']:.1f} % at update {report['best_update']}"
     console.print(words + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
     if left_out := in_words(report.get("left_out", {})):  # reports of former versions have none
-        console.print(f"left out of training: {', '.join(left_out)}", highlight=False)
+        console.print(f"left out: {', '.join(left_out)}", highlight=False)
     if report["stopped"]:
         console.print(f"stopped early: {report['stopped']}")
     console.print(f"run folder {run}: report.json, metrics.jsonl, samples.jsonl, config.yaml, checkpoints/")

@@ -46,7 +46,7 @@ BEST, LAST = Path("checkpoints/best"), Path("checkpoints/000002")
 
 
 def attempts_of(run: Path) -> None:
-    (run / "eval" / ".generations.0.jsonl").unlink()
+    (run / "eval" / ".generations.0.jsonl").unlink(missing_ok=True)
     finish(run / "eval", ["a", "b"], ["trained"], 1)
 
 

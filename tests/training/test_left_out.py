@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import dllm_sd
+from dllm_sd import tables
 from dllm_sd.cli import main
 from dllm_sd.rollouts import COUNTS
 from dllm_sd.training.left_out import LEFT_OUT, REASONS, in_words, is_left_out, left_out
@@ -39,7 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], Rows, Rows]] = {
     "data/in_dev": ({}, [*ROWS, *ROWS], []),
     "rollouts/too_long": ({"max_prompt": 6}, [*ROWS, *(longer(row, "question") for row in ROWS)], []),
     "eval/too_long": (
-        {"max_prompt": 6, "eval": {"every": 1, "problems": 8}, "task": {"size_dev": 8}},
+        {"max_prompt": 6, "eval": {"every": 1, "problems": 8, "final_problems": 1}, "task": {"size_dev": 8}},
         [*ROWS, *(longer(row, "question") for row in ROWS)],
         [],
     ),
@@ -87,6 +88,8 @@ def test_what_a_run_leaves_out_is_counted_reported_and_told_once(
         assert count == (logged[-1] if cumulative else sum(logged))
     for sentence in in_words(found):
         assert out.out.count(sentence) == 1
+    for words, kept in tables.LEFT_OUT.values():  # what the test split lost, in the table
+        assert out.out.count(f"{words} ({kept})") == 1
     if name == "data/in_test":
         assert found[name] == 3
         assert "of the 16 rows of task.data, 3 occur in the test split too; training leaves them out" in out.err
