@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from dllm_sd.tasks.grading import evaluate
 from dllm_sd.tasks.latex import (
     MAX_DEPTH,
     OPERATORS,
@@ -26,7 +25,9 @@ from dllm_sd.tasks.latex import (
     split,
     unsigned,
 )
+from dllm_sd.tasks.number_words import number_of_words
 from dllm_sd.tasks.units import unit_of
+from dllm_sd.tasks.worked import worked
 
 MAX_ANSWER = 2000  # characters of an answer that is read
 MAX_ITEMS = 100  # parts of a list, a set or a tuple
@@ -34,8 +35,8 @@ MAX_ITEMS = 100  # parts of a list, a set or a tuple
 _NAME = re.compile(r"[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|ell)")
 _NO_FORMULA = re.compile(r"\\text|/|[0-9] _\{|[=<>.]|\\(?:in|le|ge|ne)(?![A-Za-z])")
 """Words, slashes that bind in doubtful ways, bases of numbers, relations."""
+_WORDED = re.compile(r"^\\(?:text|mathrm|mbox)\s{0,8}\{([^{}]*)\}$")
 _COMMAS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-_ARITHMETIC = {r"\cdot": "*", "{": "(", "}": ")"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def same_answer(one: str, other: str, leaf: Leaf = lambda one, other: False) -> 
 def readings(text: str) -> tuple[Answer, ...]:
     """What an answer may say: none where it cannot be read, two where ``1,234`` may be a number or a list."""
     text = cleaned(text)
+    if (number := number_of_words(_WORDED.sub(r"\1", text.strip(" .")))) is not None:
+        return (Answer(Fraction(number)),)
     texts = [text]
     if _COMMAS.search(text) and not re.search(r"[(\[]|\\\{", text):
         texts.insert(0, _COMMAS.sub(lambda match: match.group().replace(",", ""), text))
@@ -133,6 +136,20 @@ def _formula(value: Fraction | Letters | Body) -> str:
 
 def _all_equal(one: Several, other: Several, leaf: Leaf) -> bool:
     kinds = {one.kind, other.kind}
+    if kinds == {"named", "()"}:
+        named = one if one.kind == "named" else other
+        names = [item.name or "" for item in named.items]
+        latin = [name for name in names if name.isalpha() and name.isascii()]
+        if latin != sorted(latin):  # whose values come in another order than readers expect
+            return False
+        return len(one.items) == len(other.items) and all(
+            _equal(first, second, leaf) for first, second in zip(one.items, other.items, strict=True)
+        )
+    if "named" in kinds and kinds <= {"named", "list"}:
+        one, other = (Several("list", several.items) for several in (one, other))
+        kinds = {"list"}
+        if any(item.name is None for several in (one, other) for item in several.items):
+            return False
     if (len(kinds) > 1 and kinds != {"list", "set"}) or len(one.items) != len(other.items):
         return False
     if one.kind not in ("list", "set", "union"):
@@ -150,6 +167,7 @@ def _answer(nodes: Nodes, depth: int) -> Answer:
     nodes = nodes[:-1] if nodes and nodes[-1] in (".", ",") and nodes[-2:-1] != nodes[-1:] else nodes
     if not nodes or depth > MAX_DEPTH:
         raise Unreadable
+    nodes = _bracketed(nodes)
     for mark, kind in ((r"\cup", "union"), (",", "list")):
         if len(parts := [part for part in split(nodes, mark) if part]) > 1:
             return Answer(Several(kind, _answers(parts, depth)))
@@ -174,6 +192,8 @@ def _one(nodes: Nodes, depth: int) -> Answer:
     """An answer that is no list and in no brackets."""
     if nodes[0] == r"\approx":
         nodes = nodes[1:]
+    if (equations := _pairs(nodes)) is not None:
+        return Answer(Several("named", tuple(_one(equation, depth + 1) for equation in equations)))
     name, nodes = _named(nodes)
     if name is not None and enclosed(nodes):
         return Answer(_answer(nodes, depth + 1).value, name)
@@ -193,12 +213,56 @@ def _one(nodes: Nodes, depth: int) -> Answer:
     return Answer(_value(nodes) if number is None else number, name, unit)
 
 
+def _bracketed(nodes: Nodes) -> Nodes:
+    """A matrix whose brackets stand around it as one that has its own."""
+    if len(nodes) != 3 or not isinstance(nodes[1], tuple) or nodes[1][:2] != ("matrix", ""):
+        return nodes
+    kind = {("(", ")"): "p", ("[", "]"): "p", ("|", "|"): "vmatrix"}.get((str(nodes[0]), str(nodes[2])))
+    return nodes if kind is None else [("matrix", kind, nodes[1][2])]
+
+
+def _pairs(nodes: Nodes) -> list[Nodes] | None:
+    """The equations that ``(x, y) = (1, 2)`` stands for; None for anything else."""
+    sides = split(nodes, "=")
+    if len(sides) != 2 or not all(side[:1] == ["("] and enclosed(side) for side in sides):
+        return None
+    names, values = (split(side[1:-1], ",") for side in sides)
+    letters = [name and isinstance(name[0], str) and bool(_NAME.fullmatch(name[0])) for name in names]
+    short = all(len(name) == 1 or (len(name) == 2 and name[1][0] == "_") for name in names)
+    if not 1 < len(names) == len(values) or not all(letters) or not short or len({*map(spell, names)}) < len(names):
+        return None
+    return [[*name, "=", *value] for name, value in zip(names, values, strict=True)]
+
+
+def _is_called(head: Nodes) -> bool:
+    """Whether nodes are a value with a name of several signs: ``P(A|B)``, ``f^{-1}(2)``, ``f'(2)``, ``|AB|``."""
+    if head[:1] == ["|"] and head[-1:] == ["|"]:
+        return len(head) > 2 and all(isinstance(node, str) and "A" <= node <= "Z" for node in head[1:-1])
+    if head[:1] in ([r"\angle"], [r"\triangle"]) or (len(head) == 1 and head[0][0] == "over"):
+        inside = head[0][1] if head[0][0] == "over" else head[1:]
+        return bool(inside) and all(isinstance(node, str) and "A" <= node <= "Z" for node in inside)
+    function = bool(head) and (head[0][0] == "words" or (isinstance(head[0], str) and head[0].isalpha()))
+    rest = head[1:]
+    while rest and (rest[0] in ("'", "\u2032") or rest[0] == ("^", ["-", "1"]) or rest[0][0] == "_"):
+        rest = rest[1:]
+    return function and len(rest) > 2 and rest[0] in ("(", "[") and enclosed(rest)
+
+
 def _named(nodes: Nodes) -> tuple[str | None, Nodes]:
-    """The name before ``=`` or ``\\in``, such as ``x``, ``x_1`` or ``f(x)``, and the rest."""
-    place = next((place for place, node in enumerate(nodes) if node in ("=", r"\in")), None)
-    if place is None or place + 1 == len(nodes) or "=" in nodes[place + 1 :]:
+    """The name before ``=`` or ``\\in``, such as ``x``, ``x_1``, ``f(x)`` or ``|AB|``, and the rest."""
+    depth, place = 0, None
+    for at, node in enumerate(nodes):
+        depth += (node in ("(", "[")) - (node in (")", "]"))
+        if node in ("=", r"\in") and depth <= 0:
+            place = at
+            break
+    if place is None or place + 1 == len(nodes):
         return None, nodes
     head = nodes[:place]
+    if "=" in nodes[place + 1 :] and _worked(_measured(nodes[place + 1 :])[0]) is None:
+        return None, nodes
+    if nodes[place] == "=" and _is_called(head):
+        return spell(head), nodes[place + 1 :]
     if nodes[place] == r"\in" and nodes[place + 1] not in ("(", "[", r"\{"):
         return None, nodes
     if len(head) > 1 and all(node[0] == "words" or (isinstance(node, str) and node.isupper()) for node in head):
@@ -232,18 +296,16 @@ def _measured(nodes: Nodes) -> tuple[Nodes, str | None]:
 def _worked(nodes: Nodes) -> Fraction | None:
     """The number of an equation that holds, such as ``12 \\cdot 6 = 72``; None for any other."""
     sides = split(nodes, "=")
-    values = [literal(side) for side in sides]
-    if len(sides) < 2 or values.count(None) == len(sides):
+    if len(sides) < 2 or all(literal(side) is None for side in sides):
         return None
-    for place, side in enumerate(sides):
-        if values[place] is None:
-            read = evaluate("".join(_ARITHMETIC.get(node, node) if isinstance(node, str) else "?" for node in side))
-            values[place] = None if read is None else read[0]
-    return values[0] if len(set(values)) == 1 else None
+    values = {worked(side) for side in sides}
+    return values.pop() if len(values) == 1 else None
 
 
-def _value(nodes: Nodes) -> Letters | Body:
+def _value(nodes: Nodes) -> Fraction | Letters | Body:
     if all((isinstance(node, str) and node.isalpha()) or node[0] == "words" for node in nodes):
         text = "".join(node if isinstance(node, str) else f" {node[1]} " for node in nodes)
+        if (number := number_of_words(text)) is not None:
+            return Fraction(number)
         return Letters(" ".join(text.split()), any(len(node[1]) > 1 for node in nodes if not isinstance(node, str)))
     return Body(spell(nodes))

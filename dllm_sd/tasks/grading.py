@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from dllm_sd.errors import InputError
+from dllm_sd.tasks.number_words import number_of_words
 from dllm_sd.tasks.units import changes_value
 
 MAX_TEXT = 100_000  # characters at the end of a completion that are looked at
@@ -78,7 +79,19 @@ _BLANK = ("$", "%", "\\,", "\\!", "\\;", "\\left", "\\right")  # become spaces, 
 _SIGNS = str.maketrans(
     {**dict.fromkeys(DASHES, "-"), **FULL_WIDTH, **{one: f" {two}" for one, two in SINGLE_FRACTIONS.items()}}
 )
-_PART = re.compile(r"\\[dt]?frac\s{0,8}\{([^{}]{1,100})\}\s{0,8}\{([^{}]{1,100})\}")
+_PART = re.compile(
+    r"(?<![0-9])(?<![0-9] )\\[dtc]?frac\s{0,8}"
+    r"(?:\{([^{}]{1,200})\}|([0-9]))\s{0,8}(?:\{([^{}]{1,200})\}|([0-9])(?![0-9]))"
+)
+_BESIDE = re.compile(r"(?<=[0-9)])\s{0,3}(?=\()|(?<=\))\s{0,3}(?=[0-9])")  # the product of two things side by side
+_FENCE = re.compile(r"```[a-z]{0,10}\s{0,4}\n([^`]*)```|`([^`]*)`|\*\*((?:[^*]|\*(?!\*))*)\*\*")
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s{0,8}\{([^{}]*)\}")
+_INTRODUCED = re.compile(
+    r"(?:(?:the|an?|my|this|that|it|answer|final|finally|arithmetic|expression|equation|solution|result|is|so|thus"
+    r"|therefore|hence|we|get|have|here)\b[\s:,*]{0,4})+",
+    re.IGNORECASE,
+)
+_EQUALS = re.compile(r",?\s(?:which\s)?(?:equals|is equal to)\s", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=[0-9)]) ?x ?(?=[0-9(])")
 _OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("·", "*"), ("⋅", "*"), ("÷", "/"))  # noqa: RUF001
 
@@ -162,6 +175,8 @@ def only_number(text: str) -> Fraction | None:
     text = text[-MAX_TEXT:]
     if words := _ALL_WORDS.fullmatch(text):
         text = words.group(1)
+    if (spelled := number_of_words(text)) is not None:
+        return Fraction(spelled)
     if "\\pm" in text or "\u00b1" in text:
         return None
     *others, side = text.split("=")
@@ -260,11 +275,12 @@ def marked_expression(text: str) -> str | None:
     Operators are mapped to ``+ - * /``. Of an equation it is the first side, or the second where the first is a number
     alone. None where nothing fits, or where the sides of an equation differ.
     """
-    marked = filled_mark(text)
-    marked = text if marked is None else marked
+    found = filled_mark(text)
+    marked = text if found is None else found
     if len(marked) > 4 * MAX_EXPRESSION:
         return None
-    sides = [_arithmetic(side) for side in marked.strip().removesuffix(".").split("=")]
+    marked = _unfenced(marked) if found is None else _unworded(_unfenced(marked))
+    sides = [_arithmetic(side) for side in marked.removesuffix(".").split("=")]
     if len(sides) > 1:
         sides = sides[1:] if sides[0].isalpha() and len(sides[0]) == 1 else sides
         read = [evaluate(side) for side in sides]
@@ -274,12 +290,55 @@ def marked_expression(text: str) -> str | None:
     return expression if 0 < len(expression) <= MAX_EXPRESSION else None
 
 
+def _unfenced(text: str) -> str:
+    """An answer without a fence of code or marks of bold type around it."""
+    text = text.strip()
+    fenced = _FENCE.fullmatch(text.removesuffix("."))
+    return next(filter(None, fenced.groups()), "").strip() if fenced else text
+
+
+def _unworded(text: str) -> str:
+    """A marked answer without the words before it that say nothing but that it is one."""
+    text = _TEXT.sub(r" \1 ", text).strip()
+    if introduced := _INTRODUCED.match(text):
+        text = text[introduced.end() :]
+    return _EQUALS.sub(" = ", text).strip()
+
+
+def _multiplied(text: str) -> str:
+    """Signs for the products of things side by side; none where a slash before them would bind in doubtful ways."""
+    places = [match.span() for match in _BESIDE.finditer(text)]
+    for start, end in reversed(places):
+        if _before_operand(text, start) == "/":
+            return ""
+        text = f"{text[:start]}*{text[end:]}"
+    return text
+
+
+def _before_operand(text: str, end: int) -> str:
+    """The sign before the number or the brackets that end there, and before all that stand side by side with them."""
+    depth, place = 0, end - 1
+    while place >= 0:
+        sign = text[place]
+        depth += (sign == ")") - (sign == "(")
+        if depth < 0 or (depth == 0 and sign in "+-*/"):
+            return sign
+        place -= 1
+    return ""
+
+
 def _arithmetic(text: str) -> str:
     """Mathematics as an arithmetic expression, as far as it is one."""
-    text = _PART.sub(r"((\1)/(\2))", text.translate(_SIGNS))
+    text = text.translate(_SIGNS)
+    for _ in range(MAX_DEPTH if len(text) <= 4 * MAX_EXPRESSION else 1):  # fractions within fractions, from within
+        inner = _PART.sub(lambda part: "(({})/({}))".format(*filter(None, part.groups())), text)
+        if inner == text:
+            break
+        text = inner
     for mark, sign in (*_OPERATORS, ("[", "("), ("]", ")"), *((blank, " ") for blank in _BLANK if blank != "%")):
         text = text.replace(mark, sign)
-    return _TIMES.sub("*", text).strip()
+    text = _TIMES.sub("*", text).strip()
+    return _multiplied(text) if len(text) <= 4 * MAX_EXPRESSION else text
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:

@@ -16,6 +16,9 @@ OPERATORS = ("+", "-", "/", "=", "<", ">", r"\cdot", r"\le", r"\ge")
 _WORDS = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s{0,8}\{([^{}]*)\}"
 _TOKEN = re.compile(_WORDS + r"|(\\[A-Za-z]+|\\.|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s])", re.DOTALL)
 _IN_WORDS = re.compile(r"[0-9]+(?:\.[0-9]+)?|[^\W\d_]+(?:[.'\u2019-][^\W\d_]+)*\.?|[^\s]")
+_WORD_QUOTIENT = re.compile(
+    r"\s*([0-9]+(?:\.[0-9]+)?)?\s*([A-Za-z]+(?: [A-Za-z]+)?)\s*/\s*([A-Za-z]+)\s*(?:\^([23]))?\s*"
+)
 _NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
 _NOTHING = re.compile(
     r"(\\\\)|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|bm|boldsymbol|underline|fbox|q?quad)(?![A-Za-z])\.?"
@@ -26,7 +29,13 @@ _POWER = re.compile(r"\*\*\s{0,4}(-?[0-9]{1,12}|[A-Za-z])")
 _APART = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+")
 _MIXED = re.compile(r"(?<![0-9.])([0-9]{1,12}) +([0-9]{1,12})/([0-9]{1,12})(?![0-9])")
 _MEASURED = re.compile(
-    rf"(?<=[0-9}}])\s+((?:square |cubic |sq )?(?:{MEASURE}))(\^\{{?[23]\}}?)?\s*\.?\s*$", re.IGNORECASE
+    rf"(?<=[0-9}}])\s+((?:square |cubic |sq )?(?:{MEASURE})(?:/(?:{MEASURE}|[hsml]))?|[mg]/(?:{MEASURE}|[hsml]))"
+    r"(\^\{?[23]\}?)?\s*\.?\s*$",
+    re.IGNORECASE,
+)
+_UNIT_QUOTIENT = re.compile(
+    r"\\frac\s{0,4}\{\s{0,4}\\(?:text|mathrm)\{([ A-Za-z]{1,30})\}\s{0,4}\}"
+    r"\s{0,4}\{\s{0,4}\\(?:text|mathrm)\{([ A-Za-z]{1,30})\}\s{0,4}(\^\{?[23]\}?)?\s{0,4}\}"
 )
 _SAME: dict[str, str] = {
     **{rf"\{name}frac": r"\frac" for name in "dtc"},
@@ -60,6 +69,7 @@ def cleaned(text: str) -> str:
         text = text.replace(" ", "")
     text = _POWER.sub(r"^{\1}", _THOUSANDS.sub("", text.translate(_SIGNS)))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _NOTHING.sub(lambda match: match.group(1) or " ", text))
+    text = _UNIT_QUOTIENT.sub(r"\\text{\1/\2}\3", text)
     return _MEASURED.sub(r"\\text{\1}\2", text)
 
 
@@ -108,6 +118,8 @@ class _Parser:
                 self.tokens.pop()
                 index = self.nodes(depth + 1, "]")
             return [("sqrt", [] if index == ["2"] else index, self._argument(depth))]
+        if token in (r"\binom", r"\dbinom", r"\tbinom"):
+            return [("binom", self._argument(depth), self._argument(depth))]
         if token in ("^", "_"):
             content = self._argument(depth)
             return ["°"] if token == "^" and content in ([r"\circ"], ["°"]) else [(token, content)]
@@ -137,13 +149,16 @@ class _Parser:
 
     def _matrix(self, depth: int) -> Node:
         name = self._name()
-        if not name.endswith("matrix"):
+        if not name.endswith("matrix") and name != "array":
             raise Unreadable
-        inside = self.nodes(depth + 1, r"\end")
+        if name == "array":
+            self._name()  # how its columns are set
+        inside = [node for node in self.nodes(depth + 1, r"\end") if node != r"\hline"]
         if self._name() != name:
             raise Unreadable
         rows = [split(row, "&") for row in split(inside, r"\\")]
-        return ("matrix", "p" if name in ("pmatrix", "bmatrix") else name, [row for row in rows if row != [[]]])
+        kind = "p" if name in ("pmatrix", "bmatrix") else "" if name in ("array", "matrix", "smallmatrix") else name
+        return ("matrix", kind, [row for row in rows if row != [[]]])
 
 
 def _same(token: str) -> str:
@@ -154,6 +169,10 @@ def _same(token: str) -> str:
 def _from_words(text: str) -> Nodes:
     """What stands in ``\\text{}``: numbers and signs as elsewhere, words together, "and" and "or" as separators."""
     found: Nodes = []
+    if quotient := _WORD_QUOTIENT.fullmatch(text):
+        number, over, under, power = quotient.groups()
+        unit: Nodes = [("words", f"{over.strip()} per {under.strip()}")]
+        return [*([number] if number else []), *unit, *([("^", [power])] if power else [])]
     for token in _IN_WORDS.findall(text):
         if token in ("and", "or"):
             found.append(",")
@@ -307,6 +326,8 @@ def _spell_one(node: Node) -> str:
         return node[1] if len(node[1]) == 1 else f"\\text{{{node[1].casefold()}}}"
     if node[0] == "over":
         return f"\\overline{{{spell(node[1])}}}"
+    if node[0] == "binom":
+        return f"\\binom{{{spell(node[1])}}}{{{spell(node[2])}}}"
     if node[0] == "matrix":
         rows = (" & ".join(map(spell, row)) for row in node[2])
         return f"\\begin{{{node[1]}}} {' ; '.join(rows)} \\end{{{node[1]}}}"

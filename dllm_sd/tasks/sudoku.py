@@ -1,5 +1,6 @@
 """Sudoku, 4x4 or 9x9: generated without end and without a network, or read from CSV files; graded by the rules."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,17 @@ from dllm_sd.tasks.published import sudoku_cells
 from dllm_sd.tasks.sources import Draws, Sized
 from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 
-_LAYOUT = re.compile(r"[\s\[\](){}|,+-]+")
+_LAYOUT = re.compile(r"[\s\[\](){}|,;+-]+")
+_LATEX = re.compile(
+    r"\\(?:begin|end)\s{0,3}\{[a-z]{0,8}matrix\}|\\begin\s{0,3}\{array\}\s{0,3}\{(?:[^{}]|\{[^{}]{0,9}\}){0,99}\}"
+    r"|\\end\s{0,3}\{array\}|\\(?:hline|left|right|boxed|quad)(?![a-z])|\\\\(?:\[[^\]\s]{0,9}\])?|\\[,;! ]|[&$]"
+)
+_TURNED = re.compile(r"[\])}]\s{0,3}\^\s{0,3}\{?\s{0,3}(?:T|t|\\top|\\mathsf)")
+_SEGMENT = re.compile(r"(\n|;)")
+_LABEL = re.compile(r"\b(?:row|r)\s{0,3}[1-9]", re.IGNORECASE)
+_LABELLED = re.compile(
+    r"[\s*#>|-]{0,9}(?:row|r)\s{0,3}([1-9])\s{0,3}\*{0,2}\s{0,3}[:=]([\s*\[\]()|,0-9]*)\.?\s{0,9}", re.IGNORECASE
+)
 _RUN = re.compile(r"(?<!\d)[0-9]+(?!\d)")
 _STEP = re.compile(r"[0-9]{2} *= *[0-9]+")
 _MOST_EMPTY = {4: 12, 9: 50}
@@ -217,16 +228,44 @@ def parse_grid(text: str, cells: int = 16) -> str | None:
     """The ``cells`` digits that a completion answers with, or None.
 
     They are looked for in the last closed answer tag, or in the whole text if there is none: the last run of exactly
-    so many digits, else the last one when white space, brackets, pipes and commas are taken out. Worked steps such as
-    ``12=3`` are no part of a run.
+    so many digits, else the last one when white space, brackets, pipes, commas and the marks of LaTeX's matrices are
+    taken out. Worked steps such as ``12=3`` are no part of a run. Lines such as ``Row 2: 3 4 1 2`` are put in the order
+    of their labels. A matrix that is transposed is none.
     """
     marked = last_answer(text)
     text = text[-MAX_TEXT:] if marked is None else marked
+    if _TURNED.search(text):
+        return None
+    text = _rows_joined(_LATEX.sub(" ", text), cells)
     for candidate in (text, _LAYOUT.sub("", _STEP.sub("=", text))):
         runs = [run for run in _RUN.findall(candidate) if len(run) == cells]
         if runs:
             return runs[-1]
     return None
+
+
+def _rows_joined(text: str, cells: int) -> str:
+    """A text in which a block of labelled rows is one run of digits, where every row is there once and whole."""
+    if not _LABEL.search(text):
+        return text
+    size = math.isqrt(cells)
+    joined: list[str] = []
+    block: dict[str, str] = {}
+    waiting: list[str] = []
+    for segment in [*_SEGMENT.split(text), None]:
+        row = _LABELLED.fullmatch(segment) if segment is not None else None
+        if row is not None:
+            digits = "".join(re.findall("[0-9]", row[2]))
+            waiting.append(segment or "")
+            block[row[1]] = digits if len(digits) == size and row[1] not in block else ""
+        elif segment is not None and block and (not segment.strip() or segment == ";"):
+            waiting.append(segment)
+        else:
+            whole = sorted(block) == [str(number) for number in range(1, size + 1)] and all(block.values())
+            joined += [" ", *(block[label] for label in sorted(block)), "\n"] if whole else waiting
+            joined.append(segment or "")
+            block, waiting = {}, []
+    return "".join(joined)
 
 
 def is_solution(puzzle: str, grid: str) -> bool:

@@ -76,6 +76,7 @@ _BEHIND = _set_of(
 """Words behind a number that do."""
 _LETTERS = _set_of("m g s h l L C F K V W N J a")
 """Letters beside a number that are units (or the article) and no names."""
+_POWERED = {"squared": "2", "cubed": "3"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3}
 
 
@@ -85,16 +86,35 @@ def unit_of(words: str, power: str = "") -> str | None:
     ``power`` is the exponent behind them.
     """
     parts = words.casefold().replace("-", " ").split()
-    if not 0 < len(parts) <= 4 or any(map(_is_no_unit, parts)) or not all(part.isalpha() for part in parts):
+    if (
+        not 0 < len(parts) <= 4
+        or any(map(_is_no_unit, parts[:-1] if "per" in parts[1:-1] else parts))
+        or not all(part.isalpha() for part in parts)
+    ):
         return None
     if len(parts[0]) == 1 and parts[0] not in _FORMS:
         return None
     if parts[0] in _POWERS and len(parts) > 1:
         power, parts = str(_POWERS[parts[0]]), parts[1:]
+    if "per" in parts[1:-1] and parts != ["miles", "per", "hour"]:
+        return _rate(parts, power)
     whole = _singular(" ".join(parts))
     if whole == "unit":
         return ""
     return _SHORT.get(whole, whole) + (f"^{power}" if power else "")
+
+
+def _rate(parts: list[str], power: str) -> str | None:
+    """One unit per another; ``power`` is that of the last."""
+    place = parts.index("per")
+    over, under = " ".join(parts[:place]), parts[place + 1 :]
+    if under[-1] in _POWERED and len(under) > 1 and not power:
+        power, under = _POWERED[under[-1]], under[:-1]
+    names = [_singular(over), _singular(" ".join(under))]
+    if any(name not in _SHORT and name not in _FORMS and f" {name} " not in f" {_MORE} " for name in names):
+        return None
+    short = [_SHORT.get(name, name) for name in names]
+    return "mph" if short == ["mi", "h"] and not power else "/".join(short) + (f"^{power}" if power else "")
 
 
 def _singular(words: str) -> str:

@@ -108,6 +108,85 @@ def polynomial(draw: Draw, value: tuple[int, int, int]) -> str:
     )
 
 
+UNITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def spelled(draw: Draw, value: int) -> str:
+    """A way to write a whole number below a million in words, or in digits."""
+    if draw.random() < 0.3:
+        return str(value)
+    if value < 0:
+        return f"{draw.choice(['minus', 'negative'])} {spelled_out(draw, -value)}"
+    return draw.choice(["{}", r"\text{{{}}}", r"\text{{ {}}}"]).format(spelled_out(draw, value))
+
+
+def spelled_out(draw: Draw, value: int) -> str:
+    """A number as words."""
+    if value >= 1000:
+        rest = f" {spelled_out(draw, value % 1000)}" if value % 1000 else ""
+        return f"{spelled_out(draw, value // 1000)} thousand{rest}"
+    if value >= 100:
+        rest = f" {draw.choice(['and ', ''])}{spelled_out(draw, value % 100)}" if value % 100 else ""
+        return f"{UNITS[value // 100]} hundred{rest}"
+    if value < 20:
+        teens = ("thir", "four", "fif", "six", "seven", "eigh", "nine")
+        return UNITS[value] if value < 13 else f"{teens[value - 13]}teen"
+    rest = f"{draw.choice(['-', ' '])}{UNITS[value % 10]}" if value % 10 else ""
+    return TENS[value // 10 - 2] + rest
+
+
+def chain(draw: Draw, value: int) -> str:
+    """A way to say how a number is reached."""
+    part = draw.randint(1, 20)
+    steps = [
+        f"{value - part} + {part}",
+        f"{value + part} - {part}",
+        rf"\frac{{{value * part}}}{{{part}}}",
+        rf"\frac{{{value * part + part} - {part}}}{{{part}}}",
+        f"2({value}) - {value}",
+        rf"\sqrt{{{part * part}}} + {value} - {part}",
+    ]
+    name = draw.choice(["", "P(A|B) = "])  # with two names that differ answers do, too
+    return f"{name}{' = '.join([*draw.sample(steps, draw.randint(1, 2)), str(value)])}"
+
+
+def named_pair(draw: Draw, value: tuple[int, int]) -> str:
+    """A way to write two named values."""
+    one, other = value
+    pairs = [f"(x, y) = ({one}, {other})", rf"(x,y)=\left({one},{other}\right)"]
+    return draw.choice([*pairs, f"x = {one}, y = {other}", rf"y={other} \text{{ and }} x={one}"])
+
+
+def speed(draw: Draw, value: tuple[int, str]) -> str:
+    """A way to write a number with a unit that is a quotient."""
+    number, unit = value
+    over, under = unit.split("/")
+    square = "^2" if under.endswith("^2") else ""
+    under = under.removesuffix("^2")
+    words = {"km": "kilometers", "m": "meters", "h": "hour", "s": "second"}
+    return draw.choice(
+        [
+            f"{number} {unit}",
+            rf"{number} \text{{ {unit}}}",
+            rf"{number} \text{{ {over}/{under}}}{square}",
+            rf"{number}\frac{{\text{{{over}}}}}{{\text{{{under}}}{square}}}",
+            rf"{number}\text{{ {words[over]} per {words[under]}{' squared' if square else ''}}}",
+            f"{number} {over}/{under}" + ("\u00b2" if square else ""),
+        ]
+    )
+
+
+def matrix(draw: Draw, value: tuple[int, ...]) -> str:
+    """A way to write a matrix of two rows."""
+    a, b, c, d = value
+    inside = rf"{a} & {b} \\ {c} & {d}"
+    left, right = draw.choice([("(", ")"), ("[", "]")])
+    frames = [("pmatrix", "", "", ""), ("bmatrix", "", "", ""), ("array", "{cc}", rf"\left{left}", rf"\right{right}")]
+    name, columns, opened, closed = draw.choice([*frames, ("matrix", "", rf"\left{left}", rf"\right{right}")])
+    return rf"{opened}\begin{{{name}}}{columns} {inside} \end{{{name}}}{closed}"
+
+
 def _rational(draw: Draw) -> Fraction:
     return Fraction(draw.randint(-60, 60), draw.randint(1, 12))
 
@@ -122,7 +201,12 @@ KINDS: dict[str, tuple[Callable[[Draw], object], Callable[[Draw, object], str]]]
         collection,
     ),
     "measures": (lambda draw: (draw.randint(1, 5), draw.choice(["cm", "kg", "apples", "cm^2"])), measure),
-    "words": (lambda draw: draw.choice(["monday", "tuesday", "even", "odd", "not even", "two lines", "two"]), word),
+    "words": (lambda draw: draw.choice(["monday", "tuesday", "even", "odd", "not even", "two lines", "lines"]), word),
+    "spelled": (lambda draw: draw.choice([-1, 1]) * draw.randint(0, 10 ** draw.randint(1, 6) - 1), spelled),
+    "chains": (lambda draw: draw.randint(1, 9), chain),
+    "named pairs": (lambda draw: (draw.randint(1, 3), draw.randint(1, 3)), named_pair),
+    "speeds": (lambda draw: (draw.randint(1, 5), draw.choice(["km/h", "m/s", "m/s^2", "km/s"])), speed),
+    "arrays": (lambda draw: tuple(draw.randint(0, 1) for _ in range(4)), matrix),
     "polynomials": (lambda draw: tuple(draw.choice([-3, -2, 2, 3, 4]) for _ in range(3)), polynomial),
 }
 
@@ -143,9 +227,10 @@ def test_answers_are_equal_exactly_when_they_mean_the_same(kind: str) -> None:
 def test_answers_of_different_kinds_are_different() -> None:
     draw = Draw("kinds")
     texts = [(kind, write(draw, make(draw))) for kind, (make, write) in KINDS.items() for _ in range(12)]
-    texts = [(kind, text) for kind, text in texts if kind != "measures"]  # whose unit may be left out
+    texts = [(kind, text) for kind, text in texts if kind not in ("measures", "speeds")]
+    numeric = {"wholes", "rationals", "spelled", "chains"}
     for (one, first), (other, second) in combinations(texts, 2):
-        if one != other and {one, other} != {"wholes", "rationals"}:
+        if one != other and not {one, other} <= numeric:
             assert not same_answer(first, second), (first, second)
 
 
