@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-PASSING = ("time/", "seconds", "writers/cached", "occupancy", "files", "logs")
-"""Keys that may differ: how long it took, what was on the disk already, and checksums of files that hold such keys."""
+PASSING = ("time/", "seconds", "writers/cached", "writers/damaged", "occupancy", "files", "logs")
+"""Keys that may differ: how long it took, what was on the disk already or damaged there, and checksums of files that
+hold such keys."""
 UNSEEN = ("tb", ".lock")
 """Names that are not compared: pictures for people, and locks. Nor are texts that were being kept: several runs may
 share them, so that none removes what another may be writing."""
