@@ -270,6 +270,25 @@ def whole_sequence(trajectory: Trajectory) -> Canvases:
     )
 
 
+def with_prompt(canvases: Canvases, trajectory: Trajectory) -> Canvases:
+    """Canvases of autoregressive rollouts on which the prompt is to be graded too.
+
+    The axis ``l`` becomes ``p - 1 + l``: all of the sequence but its first column. The first token of each prompt is
+    not graded, since nothing stands before it.
+    """
+    prompt, mask = trajectory.prompt_ids[canvases.rows, 1:], trajectory.prompt_mask[canvases.rows]
+    asked = mask[:, 1:] & mask[:, :-1]
+    maps = {name: torch.cat([asked, getattr(canvases, name)], 1) for name in ("masked", "active", "revealed")}
+    unknown = torch.full(prompt.shape, torch.nan, dtype=canvases.old_logp.dtype, device=prompt.device)
+    return replace(
+        canvases,
+        **maps,
+        gradable=torch.cat([asked, canvases.gradable], 1),
+        tokens=torch.cat([prompt, canvases.tokens], 1),
+        old_logp=torch.cat([unknown, canvases.old_logp], 1),
+    )
+
+
 def known_logp(trajectory: Trajectory) -> Tensor:
     """`Trajectory.logp`, or NaN everywhere."""
     if trajectory.logp is not None:

@@ -362,7 +362,7 @@ def _show(options: argparse.Namespace) -> int:
     from dllm_sd.config import load_config, to_tree, to_yaml
     from dllm_sd.evaluation import first
     from dllm_sd.memory import estimate
-    from dllm_sd.pairing import check_outline
+    from dllm_sd.pairing import check_outline, other_outlines
     from dllm_sd.policies.loading import skeleton
     from dllm_sd.tables import describe_part, memory_table
 
@@ -381,8 +381,12 @@ def _show(options: argparse.Namespace) -> int:
     if absent is not None:
         console.print(f"not checked, and memory from the shape that is known: {absent}", highlight=False, markup=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    memory = estimate(skeleton(blueprint), config, processes=options.processes, sharded=options.sharded, device=device)
-    console.print(memory_table(memory))
+    known = other_outlines(config)
+    others = {weights: skeleton(other) for weights, other in known.items() if other is not None}
+    counted: dict[str, Any] = {"processes": options.processes, "sharded": options.sharded, "device": device}
+    console.print(memory_table(estimate(skeleton(blueprint), config, **counted, others=others)))
+    if missing := [weights.path for weights in known if weights not in others]:
+        console.print(f"not counted, since its shape is not known: the checkpoint {missing[0]}", highlight=False)
     try:
         problem = first(config.task.problems("train"), 1) or first(config.task.problems("test"), 1)
     except InputError as error:

@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer's other chat templates, as transformers writes it."""
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Floating types by their name in a safetensors header."""
 
@@ -258,7 +260,20 @@ def _write_original(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> st
         file = find_file(blueprint.model.tokenizer or path if name in TOKENIZER_FILES else path, name)
         if file is not None:
             write_file(folder / name, file.read_bytes())
+    _copy_named_templates(blueprint, folder)
     return ", ".join(sorted(str(STORED[name]).removeprefix("torch.") for name in lost)) or None
+
+
+def _copy_named_templates(blueprint: Blueprint, folder: Path) -> None:
+    """The chat templates beside the default one, each in a file of its own, where the tokenizer has such files."""
+    named = blueprint.chat.tokenizer.chat_template if blueprint.chat is not None else None
+    source = blueprint.model.tokenizer or blueprint.model.path
+    assert source is not None
+    for name in named if isinstance(named, Mapping) else ():
+        place = Path(NAMED_TEMPLATES) / f"{name}.jinja"
+        if place.parent == Path(NAMED_TEMPLATES) and (file := find_file(source, str(place))) is not None:
+            (folder / NAMED_TEMPLATES).mkdir(exist_ok=True)
+            write_file(folder / place, file.read_bytes())
 
 
 def _network(model: Any) -> Any:

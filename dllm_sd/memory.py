@@ -8,8 +8,8 @@ a mask and repeats grouped keys and values; micro-batches that are full, and at 
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.denoising import CHUNK, CHUNK_ELSEWHERE
 from dllm_sd.policies.drawing import RUN
 from dllm_sd.policies.families import CAUSAL, FAMILIES, MARK
-from dllm_sd.policies.loading import DTYPES
+from dllm_sd.policies.loading import DTYPES, teacher_model
 from dllm_sd.policies.slots import READ, READ_ELSEWHERE
-from dllm_sd.policies.weights import Ema, without_adapter
+from dllm_sd.policies.weights import Checkpoint, Ema, without_adapter
 from dllm_sd.rollouts import PassAtK
 from dllm_sd.training.optim import FUSED
 
@@ -105,7 +105,13 @@ class Memory:
 
 
 def estimate(
-    network: nn.Module, config: Config, *, processes: int = 1, sharded: bool = False, device: str = "cuda"
+    network: nn.Module,
+    config: Config,
+    *,
+    processes: int = 1,
+    sharded: bool = False,
+    device: str = "cuda",
+    others: Mapping[Checkpoint, nn.Module] | None = None,
 ) -> Memory:
     """What a run of `config` will need on each process.
 
@@ -115,6 +121,8 @@ def estimate(
         processes: how many there are; each has its own rollouts and micro-batches.
         sharded: FSDP2 (weights, gradients, optimizer and copies are divided) instead of DDP. Not measured yet.
         device: ``cpu`` or ``cuda``, where the step is fused; elsewhere it makes one temporary of all trained weights.
+        others: the networks of other checkpoints that teach or write, which every process holds whole; one that is
+            left out is not counted.
     """
     shape, plain = _Shape(network, config), config.optim.name == "adamw"
     share = processes if sharded else 1
@@ -126,6 +134,9 @@ def estimate(
     saved, again = shape.saved(tokens, canvas)
     transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
     copies, cast = _copies(config, shape, sharded)
+    apart = {weights: _Shape(other, _config_of(weights, config)) for weights, other in (others or {}).items()}
+    teachers = [*(one for weights, one in apart.items() if weights in config.method.weights()), shape]
+    pass_of_teacher = max(one.forward(tokens, canvas) - one.casts * (one is not shape) for one in teachers)
     contexts, asks = len(config.method.contexts), config.method.sites.score is not None
     few = at_once(shape.vocabulary, shape.hidden, device)
     said = shape.vocabulary * shape.logit if candidates <= few else shape.hidden * shape.residual
@@ -144,10 +155,10 @@ def estimate(
         sites=sites,
         weights=shape.weights // share,
         optimizer=(2 * shape.bytes_trained if plain else int(shape.trainable * EIGHT_BITS)) // share,
-        copies=copies // share,
+        copies=copies // share + sum(one.weights for one in apart.values()),
         gradients=shape.bytes_trained // share * (2 if processes > 1 and not sharded else 1),
         gathered=gathered if sharded else 0,
-        teacher=cast // share + max(shape.forward(tokens, canvas), scored) if contexts else 0,
+        teacher=cast // share + max(pass_of_teacher, scored) if contexts else 0,
         activations=saved,
         losses=_losses(config, shape, sites, few, of_head, product) + (scored if candidates > few else 0),
         backward=max(again + transient + shape.dequantised, of_head + joined),
@@ -156,6 +167,11 @@ def estimate(
         rollouts=max(shape.forward(read, length, decoding=True) for length, read, _ in costs),
         rollout_logits=max(read * shape.hidden * shape.residual + logits for _, read, logits in costs),
     )
+
+
+def _config_of(weights: Checkpoint, config: Config) -> Config:
+    """The config by which another checkpoint is counted: its own type of weights, and nothing trained."""
+    return replace(config, model=replace(teacher_model(weights, config.model), lora=None))
 
 
 class _Shape:
@@ -302,7 +318,7 @@ def _sites(config: Config, canvases: int, causal: bool) -> tuple[int, int]:
     """
     decode, method = config.decode, config.method
     if causal:
-        masked = active = revealed = decode.length
+        masked = active = revealed = decode.length + (config.max_prompt - 1) * method.sites.prompt
     elif isinstance(method.canvases, DecoderSteps):
         masked, active = decode.length, decode.block_length
         revealed = max(decode.schedule) if decode.threshold is None else decode.block_length

@@ -66,7 +66,15 @@ class Method(Ranged, key="method"):
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         super().__post_init__()
-        checks = (_check_contexts, _check_library, _check_sites, _check_target, _check_divergence, _check_gap)
+        checks = (
+            _check_contexts,
+            _check_library,
+            _check_sites,
+            _check_prompt,
+            _check_target,
+            _check_divergence,
+            _check_gap,
+        )
         for check in (*checks, _check_outcome, _check_group, _check_cap, _check_roles, _check_student):
             check(self)
 
@@ -137,6 +145,18 @@ def _check_sites(method: Method) -> None:
         everything |= isinstance(context, LaterStep) and context.ahead is None
         if everything:
             raise InputError("method.contexts reveals the whole active block, so the teacher can choose no site there")
+
+
+def _check_prompt(method: Method) -> None:
+    if not method.sites.prompt:
+        return
+    plain = isinstance(method.divergence, TokenNLL) and isinstance(method.trust, Equal) and not method.contexts
+    if not plain or not isinstance(method.canvases, DecoderSteps):
+        raise InputError(
+            "method.sites.prompt trains on the prompt as on the text, which is for cross-entropy alone; set "
+            "method.divergence to token_nll, contexts to [], trust to equal and canvases to decoder_steps, or leave it "
+            "out"
+        )
 
 
 def _check_target(method: Method) -> None:

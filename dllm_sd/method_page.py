@@ -84,6 +84,8 @@ def measured_line(record: Mapping[str, Any]) -> str:
     after = ", ".join(map(str, record["after"]))
     remark = _remark(record, "premise")
     doubt = f"; no test of the method, since {remark['reason']}" if remark else ""
+    other = _remark(record, "setting")
+    doubt += f"; with another setting: {other['reason']}" if other else ""
     return (
         f"{record['method']} on the tiny {record['backbone']} model: {record['before'][0]} -> {after} % after "
         f"{record['updates']} updates ({record['seeds']} seeds){doubt}"
@@ -96,8 +98,8 @@ def _records() -> list[dict[str, Any]]:
 
 
 def _remarks() -> list[dict[str, Any]]:
-    """What was found out of records later: `kind` is `withdrawn` (measured wrongly, no result), or `premise` (measured
-    rightly on a model where the method has nothing to work with)."""
+    """What was found out of records later: `kind` is `withdrawn` (measured wrongly, no result), `premise` (measured
+    rightly on a model where the method has nothing to work with), or `setting` (measured before the row changed)."""
     return _read("remarks.json")
 
 
@@ -127,7 +129,7 @@ def _measured_tables() -> str:
 
 
 def _remark_line(remark: Mapping[str, Any]) -> str:
-    word = {"withdrawn": "Withdrawn", "premise": "No test of the method"}[remark["kind"]]
+    word = {"withdrawn": "Withdrawn", "premise": "No test of the method", "setting": "Another setting"}[remark["kind"]]
     methods = ", ".join(f"`{name}`" for name in remark["methods"])
     line = f"- {word} ({remark['date']}), {methods}: {remark['reason']}."
     return fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) + "\n"

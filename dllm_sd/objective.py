@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_sd.canvases import Canvases, drawn_share
+from dllm_sd.canvases import Canvases, drawn_share, with_prompt
 from dllm_sd.losses.chunks import Spoken, swept
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
@@ -139,6 +139,8 @@ def plan_update(
     canvases = method.canvases(trajectory, keys, part, method.rollout.passes)
     if canvases.size == 0:
         return None
+    if method.sites.prompt:
+        canvases = with_prompt(canvases, trajectory)
     gradable = canvases.gradable
     candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
     protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates

@@ -43,6 +43,19 @@ def check_outline(config: Config) -> tuple[Blueprint, str | None]:
         return check_model(config, known), str(error)
 
 
+def other_outlines(config: Config) -> dict[Checkpoint, Blueprint | None]:
+    """What is known of the shapes of other checkpoints that teach or write; None where nothing is."""
+    found: dict[Checkpoint, Blueprint | None] = {}
+    for weights in config.method.models():
+        if isinstance(weights, Checkpoint):
+            model = teacher_model(weights, config.model)
+            try:
+                found[weights] = None if model.path is None else read_blueprint(model)
+            except NotAtHand:
+                found[weights] = outline(model)
+    return found
+
+
 def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
     """Read what the checkpoint says without its weights, and refuse what this model cannot do.
 
@@ -61,6 +74,8 @@ def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
     if blueprint.causal:
         _check_causal(config)
         return blueprint
+    if config.method.sites.prompt:
+        raise InputError("method.sites.prompt grades the prompt, which a denoiser never masks; leave it out")
     if blueprint.block_length is None:
         return blueprint
     if isinstance(config.method.canvases, AllMasked):
@@ -316,14 +331,14 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
         if not blueprint.causal:
             text = replace(config.decode, length=writing.sampling.length)
             check_denoising(blueprint.block_length, text, "the text of a context's writer with decode")
-    if (how := config.method.library and config.method.library.attempt) is not None:
+    for name, how in (config.method.library.texts() if config.method.library else {}).items():
         if how.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
             raise InputError(
-                "method.library.attempt sets thinking, but the chat template has no thinking switch; leave it out"
+                f"method.library.{name} sets thinking, but the chat template has no thinking switch; leave it out"
             )
         if not blueprint.causal:
             text = replace(config.decode, length=how.length)
-            check_denoising(blueprint.block_length, text, "the attempts of method.library with decode")
+            check_denoising(blueprint.block_length, text, f"the texts of method.library.{name} with decode")
     for weights in config.method.models():
         if isinstance(weights, Peer) and weights.path is None and config.peers is None:
             raise InputError("a context's writer peer has no path; name a checkpoint or adapter of another run")

@@ -52,6 +52,11 @@ class Evaluation(Ranged, key="eval"):
     """The thinking switch of the chat template for held-out problems; None takes `model.thinking`."""
     schedules: Mapping[str, Any] = field(default_factory=dict)
     """Other decoding settings (name: overrides of `decode` and `eval.decode`) under which the end is compared too."""
+    best_by: Literal["accuracy", "loss"] = "accuracy"
+    """What makes the best weights: dev accuracy, or the mean training loss of the updates since the evaluation before
+    (with `every` an epoch's updates the loss of the epoch, as SPD stops by, arXiv 2605.22675)."""
+    min_delta: NonNegative = 0.0
+    """How far that loss must fall to be a new best; accuracies are compared as they are."""
     patience: Natural = 0
     """Stop after this many evaluations in a row without a new best; 0 never stops for that."""
     collapse: Share = 0.0

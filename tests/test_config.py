@@ -14,7 +14,7 @@ from dllm_sd.config import apply_overrides, build_config, load_config, shipped_c
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import ReverseKL
 from dllm_sd.losses.sites import TeacherTop
-from dllm_sd.policies.weights import Base, Ema
+from dllm_sd.policies.weights import Base, Ema, Peer
 from dllm_sd.rollouts import PassAtK
 from dllm_sd.teachers import LaterStep, Suffix
 
@@ -52,6 +52,39 @@ def test_a_shipped_config_is_valid_and_comes_back_from_its_own_yaml(file: Path):
     config = load_config(str(file))
     assert build_config(yaml.safe_load(to_yaml(config))) == config
     assert load_config(file.stem) == config
+
+
+def sources() -> list[tuple[str, str, Path]]:
+    """Checkpoints that shipped configs take from the runs of others: whose, and as a student's start or a writer."""
+    found = []
+    for file in CONFIGS:
+        config = load_config(str(file))
+        starts = [("start", one.start) for one in config.peers.students] if config.peers else []
+        paths = [*starts, *(("writer", one.path) for one in config.method.models() if isinstance(one, Peer))]
+        found += [(file.stem, kind, Path(path)) for kind, path in paths if path is not None]
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind", "path"), sources(), ids=str)
+def test_what_a_shipped_config_takes_from_a_run_its_first_lines_say_how_to_make(name: str, kind: str, path: Path):
+    header = [line for line in (CONFIGS[0].parent / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    asked, run = load_config(name), str(path.parent.parent)
+    shipped = {load_config(file.stem).run: file.stem for file in CONFIGS}
+    commands = [line[1:].split() for line in header if line.startswith("#   dllm-sd train")]
+    if run in shipped:
+        assert shipped[run] in " ".join(header)
+        made = load_config(shipped[run])
+    else:
+        (words,) = [words for words in commands if f"run={run}" in words]
+        made = load_config(words[2], words[3:])
+    assert made.run == run
+    last = int(path.name)
+    assert last == made.updates or last % made.checkpoint.every == 0
+    assert last > made.updates - made.checkpoint.every * made.checkpoint.keep
+    assert made.model.path == asked.model.path
+    assert made.model.lora == asked.model.lora
+    if kind == "start":
+        assert not made.method.rollout.decodes
 
 
 def test_every_shipped_config_is_found_by_name():

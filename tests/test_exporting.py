@@ -16,14 +16,14 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dllm_sd import InputError, exporting, load_policy
 from dllm_sd.cli import main
 from dllm_sd.exporting import Layout, export_policy, fold, push_folder
 from dllm_sd.model_card import model_card
-from dllm_sd.policies.blueprint import read_blueprint
+from dllm_sd.policies.blueprint import model_folder, read_blueprint
 from dllm_sd.policies.families import MARK
 from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.model import Lora, Model
@@ -541,3 +541,32 @@ def test_an_autoregressive_model_comes_out_as_what_transformers_takes_it_for(tmp
         assert MARK not in written
         assert "mask_token_id" not in written
         assert load_policy(str(tmp_path / "out")).causal
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["beside the weights", "in a folder of its own"])
+def test_the_original_layout_keeps_chat_templates_of_every_name(apart: bool, tmp_path: Path):
+    source = shutil.copytree(model_folder("tiny_ar"), tmp_path / "source", copy_function=shutil.copyfile)
+    place = tmp_path / "tokenizer" if apart else source
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "T", "rag": "R"}
+    tokenizer.save_pretrained(place)
+    assert {path.name for path in (place / "additional_chat_templates").iterdir()} == {"tool_use.jinja", "rag.jinja"}
+    model = Model(path=str(source), tokenizer=str(place) if apart else None)
+    export_policy(load(model), model, "original", tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_a_template_that_is_named_as_a_place_elsewhere_is_not_followed(tmp_path: Path):
+    source = shutil.copytree(model_folder("tiny_ar"), tmp_path / "a" / "source", copy_function=shutil.copyfile)
+    (tmp_path / "outside.jinja").write_text("secret")
+    (source / "additional_chat_templates").mkdir()
+    settings = read(source / "tokenizer_config.json")
+    named = [
+        {"name": "default", "template": "{{ messages[0].content }}"},
+        {"name": "../../../outside", "template": "x"},
+    ]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+    model = Model(path=str(source))
+    export_policy(load(model), model, "original", tmp_path / "b" / "c" / "out")
+    assert [path.name for path in (tmp_path / "b").rglob("*.jinja")] == []

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dllm_sd.config import build_config
 from dllm_sd.memory import Memory, estimate
+from dllm_sd.policies.weights import Checkpoint
 from dllm_sd.tables import memory_table
 from tools.check_memory import rows_of
 
@@ -70,6 +71,31 @@ def test_the_start_of_an_adapter_that_goes_on_is_a_copy_and_the_checkpoint_is_no
         method = {"name": "d_opsd", "teacher": [{"name": "base", "at": at}]}
         assert needed(begun, {"method": method}).copies == copies
         assert needed({**BFLOAT16, "lora": LORA}, {"method": method}).copies == 0
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_another_checkpoint_that_teaches_is_held_whole_by_every_process(llada, dtype, size):
+    method = {"name": "opd", "teacher": [{"name": "checkpoint", "path": "t", "dtype": dtype}]}
+    tree = {"task": {"name": "gsm8k"}, "model": {"path": "llada", **BFLOAT16, "lora": LORA}, "method": method}
+    config = build_config(tree)
+    (weights,) = config.method.models()
+    assert isinstance(weights, Checkpoint)
+    for more in ({}, {"processes": 8}, {"processes": 8, "sharded": True}):
+        alone, beside = estimate(llada, config, **more), estimate(llada, config, **more, others={weights: llada})
+        assert beside.copies - alone.copies == size * PARAMETERS
+        assert beside.weights == alone.weights
+        assert beside.optimizer == alone.optimizer
+
+
+def test_a_teacher_that_is_wider_than_the_student_needs_more_for_its_pass(llada):
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLADA, "hidden_size": 512, "num_hidden_layers": 2}))
+    method = {"name": "opd", "teacher": [{"name": "checkpoint", "path": "t"}]}
+    config = build_config({"task": {"name": "gsm8k"}, "model": {"path": "llada"}, "method": method})
+    (weights,) = config.method.models()
+    assert isinstance(weights, Checkpoint)
+    passes = [estimate(small, config, others={weights: other}).teacher for other in (small, llada)]
+    assert passes[0] < passes[1]
 
 
 def test_the_tokens_and_logits_of_a_micro_batch_by_hand(needed):
@@ -135,3 +161,15 @@ MEASURED = {
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(name, tmp_path: Path):
     for _, what, guess, truth in rows_of(name, {"model": MEASURED[name]}, "cpu", tmp_path):
         assert guess == pytest.approx(truth, rel=0.2), what
+
+
+def test_a_prompt_that_is_graded_has_sites(needed):
+    keys = {"max_prompt": 256, "decode": {"length": 256}, "optim": {"tokens_per_batch": 8192}}
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLADA, "num_hidden_layers": 1}))
+    tree = {"task": {"name": "gsm8k"}, "model": {"path": "llada"}, **keys}
+    sites = [
+        estimate(causal, build_config({**tree, "method": {"name": "spd", "sites": {"prompt": prompt}}})).sites
+        for prompt in (False, True)
+    ]
+    assert sites == [16 * 256, 16 * 511]

@@ -79,21 +79,22 @@ def test_show_says_where_the_method_comes_from_and_what_was_measured(one_record,
     assert json.dumps("with settings of its own") not in said
 
 
-@pytest.mark.parametrize("kind", ["withdrawn", "premise"])
+@pytest.mark.parametrize("kind", ["withdrawn", "premise", "setting"])
 def test_a_withdrawn_figure_is_shown_nowhere_and_a_doubtful_one_with_its_doubt(one_record, monkeypatch, capsys, kind):
     remark = {"backbone": "diffusion", "methods": ["opsd ratio=0.5"], "kind": kind, "date": "2026-01-02"}
     monkeypatch.setattr(pages, "_remarks", lambda: [remark | {"reason": "its teacher was deaf"}])
     assert main(["show", "quickstart_ar", "method=opsd"]) == 0
     said, page = " ".join(capsys.readouterr().out.split()), methods_page()
     assert page.count("its teacher was deaf") == page.count("2026-01-02") == 1
-    assert ("54.5 -> 60.1" in said) == ("| 60.1, 61.0, 62.0 |" in page) == (kind == "premise")
-    assert ("its teacher was deaf" in said) == ("| `opsd ratio=0.5` * |" in page) == (kind == "premise")
+    assert ("54.5 -> 60.1" in said) == ("| 60.1, 61.0, 62.0 |" in page) == (kind != "withdrawn")
+    assert ("its teacher was deaf" in said) == (kind != "withdrawn")
+    assert ("| `opsd ratio=0.5` * |" in page) == (kind == "premise")
 
 
 def test_every_remark_is_about_a_record_that_exists():
     records = {(record["backbone"], record["method"]) for record in pages._records()}
     for remark in pages._remarks():
-        assert remark["kind"] in ("withdrawn", "premise")
+        assert remark["kind"] in ("withdrawn", "premise", "setting")
         assert {(remark["backbone"], name) for name in remark["methods"]} <= records
         assert remark["methods"]
         assert remark["reason"]

@@ -1,10 +1,12 @@
 """`dllm-sd show` needs no network: shapes of the checkpoints that shipped configs name come with the program."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,13 @@ import pytest
 from dllm_sd.config import load_config, shipped_configs
 from dllm_sd.errors import InputError
 from dllm_sd.pairing import check_model, check_outline
-from dllm_sd.policies.blueprint import outline
+from dllm_sd.policies.blueprint import outline, read_blueprint
 from dllm_sd.policies.loading import skeleton
 from dllm_sd.policies.model import Model
 from dllm_sd.policies.shapes import SHAPES
 from tests.test_docs import DOCUMENTS, commands
 
 ROOT = Path(__file__).resolve().parent.parent
-MADE = {"tiny_reader_sft"}
-"""Configs of a model whose tokenizer is made by a tool first."""
 SCRIPT = """
 import contextlib, io, json, sys
 from dllm_sd.cli import main
@@ -57,7 +57,7 @@ def shown(commands_: list[list[str]], home: Path) -> list[tuple[int, str, str]]:
 
 
 def test_every_shipped_config_and_every_command_in_the_documents_is_shown_without_network(tmp_path: Path):
-    asked = [[name] for name in shipped_configs() if name not in MADE]
+    asked = [[name] for name in shipped_configs()]
     for document in DOCUMENTS:
         found = [words for command, *words in commands(document) if command == "show" and words]
         asked += [words for words in found if not words[0].isupper()]
@@ -67,8 +67,10 @@ def test_every_shipped_config_and_every_command_in_the_documents_is_shown_withou
         assert err == "", words
         assert re.search(r"parameters +│ +[\d,]+ │", out), words
         assert "peak: always" in out, words
-        absent = load_config(words[0]).model.path
-        assert ("not checked" in out) == (absent in SHAPES or "smoke" in words[0]), words
+        model = load_config(words[0]).model
+        unmade = model.path is None and model.tokenizer is not None and not model.tokenizer.startswith("tiny")
+        assert ("not checked" in out) == (model.path in SHAPES or "smoke" in words[0] or unmade), words
+        assert not unmade or f"no usable tokenizer at {model.tokenizer!r}" in out
         assert "measured:" not in out
         assert ("% after" in out) <= ("no forecast for others" in out), words
 
@@ -87,6 +89,33 @@ def test_every_shape_is_of_a_network_and_every_shipped_checkpoint_has_one():
         assert skeleton(known).num_parameters() > 4e8
     paths = {load_config(name).model.path for name in shipped_configs()} - {None, "tiny", "tiny_ar"}
     assert paths <= set(SHAPES)
+
+
+@pytest.mark.parametrize("place", ["runs/no/tokenizer", "nobody/nothing", "/no/where", "./no_where"])
+def test_a_shape_without_its_tokenizer_is_counted_and_shown_and_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config("tiny_reader_sft", [f"model.tokenizer={place}"])
+    known, said = check_outline(config)
+    assert said is not None
+    assert place in said
+    assert skeleton(known).get_input_embeddings().weight.shape == (84, 64)
+    with pytest.raises(InputError, match=r"model\.tokenizer|model\.path"):
+        check_model(config)
+
+
+def test_the_reader_that_is_known_offline_has_a_row_for_each_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("make_tiny_reader")
+    tool.make_tokenizer(tmp_path)
+    config = load_config("tiny_reader_sft", [f"model.tokenizer={tmp_path}"])
+    made, unset = (
+        read_blueprint(config.model),
+        replace(config.model, shape=replace(config.model.shape, vocab_size=None)),
+    )
+    assert made.config.vocab_size == read_blueprint(unset).config.vocab_size
 
 
 def test_an_unknown_checkpoint_that_is_not_there_is_refused(tmp_path: Path):

@@ -23,6 +23,9 @@ class Revealed:
 
     content: bool = False
     """Leave out tokens that say nothing: special ones, marks of thinking, line breaks (SGSD, arXiv 2605.28791)."""
+    prompt: bool = False
+    """Grade the tokens of the prompt too, all but the first (SPD, arXiv 2605.22675, Eq. 14): cross-entropy on whole
+    texts, of autoregressive models only."""
     score: ClassVar[None] = None
     covers: ClassVar[Covers] = "step"
 
@@ -38,6 +41,7 @@ class AllMasked:
     block: bool = False
     content: bool = False
     """As for `revealed`."""
+    prompt: ClassVar[bool] = False
     score: ClassVar[None] = None
 
     @property
@@ -63,6 +67,7 @@ class TeacherTop(Ranged, key="method.sites"):
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
     content: ClassVar[bool] = False
+    prompt: ClassVar[bool] = False
     covers: ClassVar[Covers] = "none"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:

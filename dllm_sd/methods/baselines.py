@@ -80,7 +80,8 @@ BASELINES: dict[str, Row] = {
         "SPD, arXiv 2605.22675, Eq. 6 to 14, and github.com/gh540-svg/hahaha, commit e249fec",
         "Cross-entropy on the model's own text, right or wrong, written by the initial weights with keys and values "
         "held in the subspace that right answers depend on. One text is drawn for each "
-        "problem, and later epochs train on it again. Prompts are not trained on; in the paper they are.",
+        "problem, and later epochs train on it again. Prompts are not trained on; in the paper they are "
+        "(method.sites.prompt).",
     ),
     "self_distillation": Row(
         replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=Base())),

@@ -76,7 +76,7 @@ WRITTEN: dict[str, Row] = {
             divergence=GatedGap(),
             trust=OutcomeValidated(),
             average="rollouts",
-            library=Library(),
+            library=Library(writing=Writing(sampling=Sampling(length=4096)), renewal=Sampling(length=2048)),
         ),
         "SGSD, arXiv 2605.28791, and github.com/walawalagoose/SGSD, commit f296a91",
         "Eight teachers, each with a skill and a mistake from a bank in its prompt; the outcome of a rollout says "

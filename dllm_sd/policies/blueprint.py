@@ -184,9 +184,13 @@ def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | N
     source = model.tokenizer or model.path
     if source is None:
         raise NotAtHand("model.tokenizer is missing; name the folder or hub name of a tokenizer")
-    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-    if not needed and not any(find_file(source, name) for name in names):
-        return None
+    if not _has_tokenizer(source):
+        if not needed:
+            return None
+        raise NotAtHand(
+            f"no usable tokenizer at {source!r} (model.tokenizer): there is none, or the hub cannot be reached; make "
+            "it, or name another"
+        )
     load: Any = family.tokenizer or AutoTokenizer
     check_tokenizer_files(source)
     try:
@@ -195,6 +199,15 @@ def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | N
         return tokenizer
     except Exception as error:  # damaged JSON can make transformers stumble over anything
         raise InputError(f"no usable tokenizer at {source!r} (model.tokenizer): {brief(error)}") from error
+
+
+def _has_tokenizer(source: str) -> bool:
+    """Whether a folder, or what the hub or its cache has of that name, holds a file of a tokenizer."""
+    no_name = source.count("/") > 1 or source[:1] in (".", "~", "/")  # on the hub
+    if no_name and not Path(source).is_dir():
+        return False
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+    return any(find_file(source, name) for name in names)
 
 
 def _native_config(

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +70,9 @@ class Sudoku(Sized):
     The template ``answer`` may also ask for ``{steps}``: a line ``rc=d`` for every empty cell, in an order in which
     logic forces them (see ``worked_steps``).
 
+    With ``easy_up_to`` a generated problem has the field ``domain`` too: ``easy`` with up to so many empty cells, else
+    ``hard``.
+
     ``size`` is the length of a row, 4 or 9; a 9x9 puzzle may have up to 50 empty cells, and its solution too belongs
     to one split only.
     """
@@ -87,6 +90,7 @@ class Sudoku(Sized):
     data_test: Place | None = None
     mode: Mode = "default"
     size: Literal[4, 9] = 4
+    easy_up_to: Natural = 0
     title: ClassVar[str] = "sudoku"
     answered_by: ClassVar[str] = "solution"
     final: ClassVar[str] = "solution"
@@ -157,9 +161,11 @@ class Sudoku(Sized):
 
     def generate(self, split: Split, index: int) -> Problem:
         """Problem ``index`` of ``split``, by keyed draws."""
-        if self.size == 9:
-            return self._generate_large(split, index)
-        return self._generate_small(split, index)
+        problem = self._generate_large(split, index) if self.size == 9 else self._generate_small(split, index)
+        if not self.easy_up_to:
+            return problem
+        easy = problem.fields["puzzle"].count("0") <= self.easy_up_to
+        return replace(problem, fields={**problem.fields, "domain": "easy" if easy else "hard"})
 
     def _grade_published(self, problem: Problem, completion: str) -> Grade:
         puzzle = self._grid(needed(problem.fields, "puzzle"), "puzzle", "The problem")

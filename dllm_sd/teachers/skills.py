@@ -13,7 +13,7 @@ from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import Ask, Occasion
 from dllm_sd.teachers.hints import Prompt, check_template
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.writers import Sampling
+from dllm_sd.writers import Sampling, Server
 
 SKILLS = """\
 Notes from work on other problems. They may or may not fit this one; use what helps, in your own way, and do not \
@@ -45,12 +45,22 @@ class Library(Ranged, key="method.library"):
     """Updates between two updates of the bank, from the rollouts of the last one; 0 leaves it as it is."""
     writing: Writing = field(default_factory=Writing)
     """Who extracts and merges."""
+    renewal: Sampling | None = None
+    """How the texts of a renewal are written, by the same writer; None writes them as those of the first bank. The
+    released code: 4096 tokens for the first bank, 2048 for a renewal."""
     extraction: Extraction = field(default_factory=Extraction)
 
     @property
     def needs_writer(self) -> bool:
         """Whether the bank is made or renewed."""
         return self.path is None or self.every > 0
+
+    def texts(self) -> dict[str, Sampling]:
+        """How each kind of text is written by the run's own weights, by its key."""
+        local = self.needs_writer and not isinstance(self.writing.writer, Server)
+        kinds = {"attempt": self.attempt if self.path is None else None}
+        kinds |= {"writing.sampling": self.writing.sampling, "renewal": self.renewal} if local else {}
+        return {key: how for key, how in kinds.items() if how is not None}
 
     def check(self, problems: Sequence[Problem]) -> None:
         """Refuse a `problem` that shows nothing of a problem, or asks for what one of them does not have.

@@ -47,6 +47,8 @@ from dllm_sd.typed_json import all_finite, build
 OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollouts.safetensors"
 LOGS = "logs"
 """Key of `state.json`: checksums of the logs as they were when it was saved (`metrics.log_sums`)."""
+ADDED = ("best_loss", "loss_sum", "losses")
+"""Keys that checkpoints of version 0.1 do not have."""
 
 
 @dataclass
@@ -73,6 +75,12 @@ class State:
     """Time spent in updates."""
     bank: dict[str, Any] | None = None
     """The bank of skills, of runs that have one."""
+    best_loss: float | None = None
+    """Mean training loss that made the best weights, where `eval.best_by` is loss."""
+    loss_sum: float | None = None
+    """Sum of the training losses since the last evaluation; None where there was none."""
+    losses: int = 0
+    """How many losses that sum holds."""
 
     def without_best(self, why: str) -> str:
         """Forget the best weights, which cannot be used; a sentence that says so."""
@@ -181,7 +189,8 @@ def state_of(folder: Path) -> State:
 
 def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     try:
-        plain = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOGS, "rollouts")}
+        told = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOGS, "rollouts")}
+        plain = {one.name: one.default for one in fields(State) if one.name in ADDED} | told
         state: State = build(State, plain)
         if not all_finite(plain):
             raise ValueError("it holds a number that is not finite")

@@ -182,7 +182,7 @@ def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
 
 
 def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[str, Any]]:
-    """The sites whose loss is not finite, with the rollout that each belongs to."""
+    """The sites whose loss is not finite, with the rollout that each belongs to; positions below 0 are the prompt's."""
     canvas, position = graded.sites.nonzero(as_tuple=True)
     found = []
     for i in (~torch.isfinite(graded.term)).nonzero()[:, 0].tolist():
@@ -193,11 +193,16 @@ def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[st
                 "occurrence": rollout.occurrence,
                 "attempt": rollout.attempt,
                 "step": int(plan.canvases.steps[canvas[i]]),
-                "position": int(position[i]),
+                "position": int(position[i]) - _prompt_columns(graded, rollout),
                 "loss": str(float(graded.term[i])),
             }
         )
     return found
+
+
+def _prompt_columns(graded: Graded, rollout: Rollout) -> int:
+    """Columns of the prompt before those of the completion, where the prompt is graded too."""
+    return graded.sites.shape[1] - rollout.trajectory.tokens.shape[1]
 
 
 def divergence_table(parts: Sequence[tuple[Plan, Graded]], rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
@@ -207,7 +212,8 @@ def divergence_table(parts: Sequence[tuple[Plan, Graded]], rollouts: Rollouts) -
     for plan, graded in parts:
         canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
         rows, steps = plan.canvases.rows[canvas].cpu(), plan.canvases.steps[canvas].cpu()
-        mine = (rows == 0) & (steps >= 0)
+        position = position - _prompt_columns(graded, rollouts.kept[0])
+        mine = (rows == 0) & (steps >= 0) & (position >= 0)
         table[steps[mine], position[mine]] = graded.value.float().cpu()[mine]
     return None if bool(table.isnan().all()) else (trajectory.reveal_step[0], table)
 

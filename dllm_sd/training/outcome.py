@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from string import Formatter
 
 from dllm_sd.checkpoint_files import CHECKPOINTS
-from dllm_sd.config import Config
-from dllm_sd.policies.weights import Peer
+from dllm_sd.config import Config, build_config
+from dllm_sd.policies.weights import Checkpoint, Peer
+from dllm_sd.tasks import Jsonl
+from dllm_sd.teachers import Rubric
 from dllm_sd.training.checkpoint import State, latest_checkpoint, state_of
+from dllm_sd.training.folder import CONFIG, read_tree
 from dllm_sd.training.left_out import in_words
 
 
@@ -51,8 +55,51 @@ def initial_of(folder: Path) -> str | None:
     return f"{folder}: {initial_are_best(int(latest.name))}"
 
 
-def initial_sources(config: Config) -> list[str]:
-    """The same of the weights that a run takes from another one: to start from, to teach or to write with."""
+def about_sources(config: Config) -> list[str]:
+    """Sentences on what a run takes from other runs: initial weights, and writers that learnt to answer otherwise."""
+    return [*_initial_sources(config), *asked_otherwise(config)]
+
+
+def asked_otherwise(config: Config) -> list[str]:
+    """Sentences on rubric writers that a run trained on (Stage I of RCSD) and that are asked otherwise here."""
+    found: list[str] = []
+    hints = [context.hint for context in config.method.contexts]
+    for place, hint in enumerate(hints):
+        writer = hint.writing.writer if isinstance(hint, Rubric) and hint.writing else None
+        if not isinstance(hint, Rubric) or not isinstance(writer, Peer | Checkpoint) or writer.path is None:
+            continue
+        run = Path(writer.path).parent.parent
+        if Path(writer.path).parent.name != CHECKPOINTS or not (run / CONFIG).is_file():
+            continue
+        learnt = build_config(read_tree(run))
+        if isinstance(learnt.task, Jsonl) and learnt.task.grader == "rubric":
+            found += _asked_otherwise(run, learnt, learnt.task, config, hint, f"method.contexts.{place}")
+    return found
+
+
+def _asked_otherwise(run: Path, learnt: Config, task: Jsonl, config: Config, hint: Rubric, key: str) -> list[str]:
+    thinking = hint.writing.sampling.thinking if hint.writing else None
+    thinking = config.model.thinking if thinking is None else thinking
+    differs = {
+        ("task.prompt", f"{key}.prompt", "prompt"): _words(task.prompt_template()) != _words(hint.prompt),
+        ("task.system", f"{key}, whose writer gets none", "system text"): task.system is not None,
+        ("model.thinking", f"{key}.writing.sampling.thinking", "thinking"): learnt.model.thinking != thinking,
+    }
+    return [
+        f"the writer of {run} learnt to answer with another {what} ({theirs} there) than it is asked with here "
+        f"({ours}); set both to the same"
+        for (theirs, ours, what), other in differs.items()
+        if other
+    ]
+
+
+def _words(template: str) -> list[tuple[str, bool]]:
+    """A template without the names of its slots, which are the data's in one stage and the context's in the other."""
+    return [(literal, name is not None) for literal, name, *_ in Formatter().parse(template)]
+
+
+def _initial_sources(config: Config) -> list[str]:
+    """Sentences on initial weights that a run takes from another one: to start from, to teach or to write with."""
     start = config.model.lora.start if config.model.lora else None
     paths = [start, *(one.path for one in config.method.models() if isinstance(one, Peer))]
     return [sentence for path in dict.fromkeys(filter(None, paths)) if (sentence := initial_of(Path(path)))]

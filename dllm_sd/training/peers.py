@@ -1,7 +1,8 @@
 """Two students that teach each other (OPCoD, arXiv 2606.14368, Algorithm 1), by means of the one trainer.
 
-A round: both are scored, each is frozen as the other's tutor, and then each learns for as many updates. All that the
-rounds decide is in `rounds.json`, all else in the students' own run folders; the same command goes on from there.
+A round: both are scored, each is frozen as the other's tutor, and then each learns for as many updates; at the end both
+are scored once more. All that the rounds decide is in `rounds.json`, its scores also in `metrics.jsonl`, all else in
+the students' own run folders; the same command goes on from there.
 """
 
 import json
@@ -30,11 +31,12 @@ from dllm_sd.training.checkpoint import (
     check_best,
     check_checkpoint,
     latest_checkpoint,
+    load_weights,
     saved_log_sums,
     write_checkpoint,
 )
 from dllm_sd.training.folder import REPORT, RunFolder
-from dllm_sd.training.metrics import check_logs
+from dllm_sd.training.metrics import LOGS, check_logs
 from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.typed_json import own_json, read_json
@@ -86,16 +88,19 @@ def _train_rounds(
     run, length, reports = Path(config.run), config.updates // peers.rounds, {}
     rounds = on_main(lambda: _read_rounds(run, peers))
     met: set[str] = set()
+    ended: dict[str, dict[str, Report]] = {}
     for number in range(peers.rounds):
         if number == len(rounds):
             found = {student.name: _begin(config, student, number, length) for student in peers.students}
-            scores = {name: {domain: one.accuracy for domain, one in own.items()} for name, own in found.items()}
+            scores = _accuracies(found)
             too_long = {name: {domain: one.too_long for domain, one in own.items()} for name, own in found.items()}
             begun()
             lag = lags(scores)
             tutors = {name: may_tutor(scores[name], value, peers.tolerance) for name, value in lag.items()}
+            for former in rounds[-1:]:
+                former["after"] = scores
             rounds.append({"round": number, "scores": scores, "too_long": too_long, "lag": lag, "tutors": tutors})
-            on_main(lambda: write_file(run / ROUNDS, json.dumps(rounds, indent=1)))
+            on_main(lambda: _write_rounds(run, rounds, length))
         for student, other in zip(peers.students, reversed(peers.students), strict=True):
             done = _snapshot(run, number + 1, student) / WEIGHTS
             if on_main(done.is_file) and number + 1 < peers.rounds:
@@ -109,7 +114,29 @@ def _train_rounds(
                 begun()
             reports[student.name] = trainer.train((number + 1) * length)
             _keep(trainer, run, number + 1, student)
+            if number + 1 == peers.rounds and "after" not in rounds[-1]:
+                load_weights(trainer.policy, _snapshot(run, number + 1, student))  # the report left the best ones there
+                ended[student.name] = _score(trainer, config)
+    if ended:
+        rounds[-1]["after"] = _accuracies(ended)
+        on_main(lambda: _write_rounds(run, rounds, length))
     return rounds, reports
+
+
+def _accuracies(found: Mapping[str, Mapping[str, Report]]) -> dict[str, dict[str, float]]:
+    return {name: {domain: one.accuracy for domain, one in own.items()} for name, own in found.items()}
+
+
+def _write_rounds(run: Path, rounds: Sequence[Mapping[str, Any]], length: int) -> None:
+    """Write down what the rounds have decided, and as metrics the scores at the start of each and at the end of all."""
+    scored = [one["scores"] for one in rounds] + [one["after"] for one in rounds[-1:] if "after" in one]
+    lines = [
+        {"update": number * length}
+        | {f"eval/accuracy/{name}/{domain}": value for name, own in scores.items() for domain, value in own.items()}
+        for number, scores in enumerate(scored)
+    ]
+    write_file(run / LOGS[0], "".join(json.dumps(line) + "\n" for line in lines))
+    write_file(run / ROUNDS, json.dumps(rounds, indent=1))
 
 
 def _check_students(config: Config, peers: Peers) -> None:
@@ -272,11 +299,16 @@ def _keep(trainer: Trainer, run: Path, number: int, student: Student) -> None:
 
 def _begin(config: Config, student: Student, number: int, length: int) -> dict[str, Report]:
     """Score a student for a round, by domain, and keep it as a tutor."""
-    peers = config.peers
-    assert peers is not None
     trainer = Trainer(student_config(config, student, None))
     trainer.train(number * length)
     _keep(trainer, Path(config.run), number, student)
+    return _score(trainer, config)
+
+
+def _score(trainer: Trainer, config: Config) -> dict[str, Report]:
+    """How good a student is as it stands, by domain."""
+    peers = config.peers
+    assert peers is not None
     asked = by_domain(config.task.problems("dev"), peers.field, peers.problems)
     settings = replace(config, eval=replace(config.eval, attempts=peers.attempts, temperature=peers.temperature))
     with gathered(trainer.accelerator, trainer.module):

@@ -1,6 +1,7 @@
 """The run's bank of skills: read or made at the start, renewed from rollouts, part of every checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ class Shelf:
     def _answers(self, chats: Sequence[Sequence[Mapping[str, str]]], number: int) -> list[str | None]:
         assert self.library is not None
         requests = [Request(tuple(chat), make_key(self.seed, "skills", number, chat[-1]["content"])) for chat in chats]
-        return [written.text for written in self.write(self.library.writing, requests)]
+        writing = self.library.writing
+        if number and self.library.renewal is not None:
+            writing = replace(writing, sampling=self.library.renewal)
+        return [written.text for written in self.write(writing, requests)]
 
 
 def _said(counts: Mapping[str, int]) -> str:

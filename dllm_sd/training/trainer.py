@@ -60,8 +60,9 @@ from dllm_sd.training.metrics import (
     site_sums,
 )
 from dllm_sd.training.optim import BrokenStep, build_optimizer, learning_rate
-from dllm_sd.training.outcome import initial_sources, warnings_of
+from dllm_sd.training.outcome import about_sources, warnings_of
 from dllm_sd.training.progress import Interrupt, Progress
+from dllm_sd.training.selection import add_loss, judge
 from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
 from dllm_sd.training.supply import Supply
 from dllm_sd.training.unknown import Unknown
@@ -104,7 +105,7 @@ class Trainer:
             raise
         self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, words)
         if self.main:
-            for sentence in (*self.told, *initial_sources(config)):
+            for sentence in (*self.told, *about_sources(config)):
                 print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -193,6 +194,7 @@ class Trainer:
                     raise
                 state.update += 1
                 state.seconds += time.perf_counter() - started
+                add_loss(state, metrics["loss"])
                 self._evaluate(metrics)
                 self.progress.finished(state.update)
                 interrupted = self._anywhere(interrupt.asked)
@@ -340,17 +342,9 @@ class Trainer:
             metrics |= {"eval/accuracy": report.accuracy, "eval/score": report.score, "eval/length": report.length}
             metrics |= {"eval/too_long": report.too_long, "eval/cut": report.cut, "eval/unread": report.unread}
             metrics |= {"time/eval": report.seconds}
-            state.since_best += 1
-            if report.accuracy > state.best_accuracy:
-                state.since_best = 0
-            if report.accuracy >= state.best_accuracy:  # of equals the later weights, which have learnt more
-                state.best_accuracy, state.best_update = report.accuracy, state.update
+            if judge(state, settings, report.accuracy):
                 weights = gather_tensors(trained(self.policy))
                 on_main(lambda: save_best(self.run, weights, state))
-            if settings.patience and state.since_best >= settings.patience:
-                state.stopped = f"no better dev accuracy in {state.since_best} evaluations"
-            if settings.collapse and report.accuracy < state.best_accuracy - settings.collapse:
-                state.stopped = f"dev accuracy fell from {state.best_accuracy:.3f} to {report.accuracy:.3f}"
             self.progress.line(metrics)
         with together():
             if self.log is not None:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from dllm_sd.cli import main
-from dllm_sd.config import build_config
+from dllm_sd.config import Config, build_config, load_config, to_yaml
 from dllm_sd.finite import fingerprint
 from dllm_sd.training.checkpoint import State
-from dllm_sd.training.outcome import initial_of, warnings_of
+from dllm_sd.training.outcome import asked_otherwise, initial_of, warnings_of
 from dllm_sd.training.trainer import Trainer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -158,3 +158,50 @@ def test_a_change_of_any_single_number_changes_the_fingerprint(dtype: torch.dtyp
         changed[0].view(-1)[place] *= 1 + 2 * torch.finfo(dtype).eps
         assert fingerprint(changed) != before
     assert fingerprint([values[0], torch.full((3,), 1e-30, dtype=dtype)]) != before
+
+
+@pytest.fixture
+def stages(tmp_path: Path):
+    """The shipped second stage of RCSD, and where its writer was trained, with overrides of either."""
+
+    def build(first: list[str], second: list[str]) -> list[str]:
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "config.yaml").write_text(to_yaml(load_config("qwen3_8b_rcsd_writer", first)))
+        writer = f"method.contexts.0.writing.writer={{name: peer, path: {run / 'checkpoints' / '001000'}}}"
+        config: Config = load_config("qwen3_8b_rcsd", [writer, *second])
+        return asked_otherwise(config)
+
+    return build
+
+
+PROMPT = "task.prompt='Mark {question} by a list.'"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "keys"),
+    [
+        ([], [], []),
+        ([PROMPT], [], [("task.prompt", "method.contexts.0.prompt")]),
+        ([], ["method.contexts.0.prompt='Mark {question} by a list.'"], [("task.prompt", "method.contexts.0.prompt")]),
+        ([PROMPT], ["method.contexts.0.prompt='Mark {question} by a list.'"], []),
+        (["task.prompt='Mark {text} by a list.'"], ["method.contexts.0.prompt='Mark {question} by a list.'"], []),
+        (["task.system=Be brief."], [], [("task.system", "method.contexts.0")]),
+        (["model.thinking=true"], [], [("model.thinking", "method.contexts.0.writing.sampling.thinking")]),
+        ([], ["method.contexts.0.writing.sampling.thinking=null"], [("model.thinking", "sampling.thinking")]),
+        (["task.grader=exact", PROMPT], [], []),  # no writer of rubrics
+    ],
+)
+def test_a_writer_that_is_asked_otherwise_than_it_was_trained_is_named_with_both_keys(stages, first, second, keys):
+    said = stages(first, second)
+    assert len(said) == len(keys)
+    for sentence, (theirs, ours) in zip(said, keys, strict=True):
+        assert theirs in sentence
+        assert ours in sentence
+        assert "\n" not in sentence
+
+
+def test_a_writer_that_is_no_checkpoint_of_a_run_is_not_looked_at(tmp_path: Path):
+    writer = f"method.contexts.0.writing.writer={{name: peer, path: {tmp_path}}}"
+    assert asked_otherwise(load_config("qwen3_8b_rcsd", [writer])) == []
+    assert asked_otherwise(load_config("quickstart")) == []

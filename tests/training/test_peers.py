@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError, shown
+from dllm_sd.evaluation import evaluate_run
 from dllm_sd.policies.blueprint import model_folder
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.model import Model
@@ -24,6 +25,7 @@ from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.training import peers as peers_module
+from dllm_sd.training.checkpoint import load_weights
 from dllm_sd.training.metrics import LOGS
 from dllm_sd.training.peers import alike, by_domain, lags, may_tutor, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
@@ -349,9 +351,26 @@ def test_a_tutor_has_the_weights_of_the_rounds_start_or_of_the_phases(config, mo
 def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments):
     settings = config()
     settings = changed(settings, tolerance=0.0)
-    train_peers(settings)
+    report = train_peers(settings)
+    assert settings.peers is not None
     written = json.loads((Path(settings.run) / "rounds.json").read_text())
-    assert [entry.keys() for entry in written] == [{"round", "scores", "too_long", "lag", "tutors"}] * 2
+    assert [entry.keys() for entry in written] == [{"round", "scores", "too_long", "lag", "tutors", "after"}] * 2
+    assert written[0]["after"] == written[1]["scores"]
+    assert written == report["rounds"]
+    for student in settings.peers.students:  # the last weights, whichever were the best
+        policy = build_policy(student_config(settings, student, None).model)
+        load_weights(policy, Path(settings.run) / "rounds" / "2" / student.name)
+        asked = by_domain(settings.task.problems("dev"), "domain", 4)
+        measured = replace(settings, eval=replace(settings.eval, attempts=2, temperature=1.0))
+        found = {domain: evaluate_run(policy, measured, some, 0, 1).accuracy for domain, some in asked.items()}
+        assert found == written[-1]["after"][student.name]
+    scored = [*(entry["scores"] for entry in written), written[-1]["after"]]
+    lines = [json.loads(line) for line in (Path(settings.run) / "metrics.jsonl").read_text().splitlines()]
+    assert [line.pop("update") for line in lines] == [0, 2, 4]
+    assert lines == [
+        {f"eval/accuracy/{name}/{domain}": value for name, own in one.items() for domain, value in own.items()}
+        for one in scored
+    ]
     for number, entry in enumerate(written):
         assert entry["round"] == number
         assert entry["scores"].keys() == entry["lag"].keys() == entry["tutors"].keys() == {"one", "two"}
@@ -361,6 +380,19 @@ def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments
         for scores in entry["scores"].values():  # two problems of each domain, two attempts at each
             assert all(4 * score == int(4 * score) and 0 <= score <= 1 for score in scores.values())
     assert {score for entry in written for own in entry["scores"].values() for score in own.values()} - {0.0, 1.0}
+
+
+def test_where_nobody_has_solved_anything_nobody_comments(config, monkeypatch):
+    monkeypatch.setattr(peers_module, "may_tutor", may_tutor)
+    monkeypatch.setattr(Jsonl, "grade", lambda self, problem, completion: Grade(False, 0.0, None))
+    settings = config()
+    report = train_peers(settings)
+    assert [entry["tutors"] for entry in report["rounds"]] == [{"one": False, "two": False}] * 2
+    assert report["rounds"][-1]["after"] == {name: {"large": 0.0, "small": 0.0} for name in ("one", "two")}
+    for name in ("one", "two"):
+        lines = metrics(Path(settings.run) / "students" / name)
+        assert not any("writers/written" in line for line in lines)
+        assert [line.get("rollouts/no_hint") for line in lines[1:]] == [4] * 4
 
 
 @pytest.mark.slow
@@ -541,7 +573,7 @@ def test_students_are_scored_with_whole_weights(config, moments, monkeypatch):
     monkeypatch.setattr(peers_module, "gathered", noting)
     monkeypatch.setattr(peers_module, "evaluate_run", evaluating)
     train_peers(config())
-    assert inside == [True] * 8  # two rounds, two students, two domains
+    assert inside == [True] * 12  # before, between and after two rounds, two students, two domains
 
 
 # Refusals.

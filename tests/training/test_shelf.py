@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from safetensors.torch import load_file
 
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
+from dllm_sd.methods import METHODS
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts import PassAtK, Rollout
 from dllm_sd.skills import Bank, Mistake, Skill, build_bank, read_bank, write_bank
 from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Library
+from dllm_sd.teachers.writing import Writing
 from dllm_sd.training import shelf as shelf_module
 from dllm_sd.training.scribe import Scribe
 from dllm_sd.training.shelf import Shelf
@@ -71,6 +74,28 @@ class Author:
 
 def nobody(*_: Any) -> Any:
     raise AssertionError("nobody was to be asked")
+
+
+def test_a_renewal_is_written_at_its_own_length_and_by_the_same_writer():
+    """4,096 tokens for the first bank and 2,048 for a renewal in the code of arXiv 2605.28791."""
+
+    class Noting(Author):
+        def __call__(self, writing: Any, requests: Sequence[Request]) -> list[Written]:
+            asked.append(writing)
+            return super().__call__(writing, requests)
+
+    row = METHODS["sgsd"].method.library
+    assert row is not None
+    for library, renewed in ((row, 2048), (replace(row, renewal=None), 4096)):
+        asked: list[Writing] = []
+        shelf = Shelf(replace(library, count=1), TASK, Noting(), 0)
+        shelf.open(None, lambda count: (attempts(True, False), 0))
+        first = len(asked)
+        assert first > 0
+        shelf.after_update(library.every, attempts(True, False))
+        assert [one.sampling.length for one in asked] == [4096] * first + [renewed] * (len(asked) - first)
+        assert len(asked) > first
+        assert {one.writer for one in asked} == {library.writing.writer}
 
 
 def test_a_bank_is_read_from_its_file_and_found_by_words(tmp_path: Path):

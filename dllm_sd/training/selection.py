@@ -1,0 +1,52 @@
+"""Which weights of a run are its best ones, and when training stops early."""
+
+from dllm_sd.settings import Evaluation
+from dllm_sd.training.checkpoint import State
+
+
+def add_loss(state: State, loss: float | None) -> None:
+    """Note the loss of an update, if it had one, for the mean that `eval.best_by` loss compares."""
+    if loss is not None:
+        state.loss_sum = (state.loss_sum or 0.0) + loss
+        state.losses += 1
+
+
+def judge(state: State, settings: Evaluation, accuracy: float) -> bool:
+    """Note what an evaluation found, and whether training stops for it.
+
+    Args:
+        state: of the run; it is changed.
+        settings: of the evaluation.
+        accuracy: on the dev split.
+
+    Returns:
+        Whether these weights are the best ones now. Of equally accurate ones the later are, which have learnt more.
+    """
+    if settings.best_by == "loss":
+        better, best = _judge_loss(state, settings.min_delta)
+    else:
+        better, best = accuracy > state.best_accuracy, accuracy >= state.best_accuracy
+    state.since_best = 0 if better else state.since_best + 1
+    if best:
+        state.best_accuracy, state.best_update = accuracy, state.update
+    what = "lower training loss" if settings.best_by == "loss" else "better dev accuracy"
+    if settings.patience and state.since_best >= settings.patience:
+        state.stopped = f"no {what} in {state.since_best} evaluations"
+    if settings.collapse and accuracy < state.best_accuracy - settings.collapse:
+        state.stopped = f"dev accuracy fell from {state.best_accuracy:.3f} to {accuracy:.3f}"
+    return best
+
+
+def _judge_loss(state: State, min_delta: float) -> tuple[bool, bool]:
+    """Whether nothing speaks against these weights, and whether they are the best.
+
+    Without an update since the last evaluation there is no loss, and nothing is said either way.
+    """
+    if state.loss_sum is None:
+        return True, False
+    loss = state.loss_sum / state.losses
+    state.loss_sum, state.losses = None, 0
+    best = state.best_loss is None or loss < state.best_loss - min_delta
+    if best:
+        state.best_loss = loss
+    return best, best
