@@ -2,7 +2,7 @@
 
 import sys
 
-from dllm_sd.cli import leave_together, main
+from dllm_sd.cli.main import leave_together, main
 
 if __name__ == "__main__":
     status = main()

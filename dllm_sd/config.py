@@ -12,13 +12,13 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, cut, shown
-from dllm_sd.files import PLACE, Place, at_home, names_file
-from dllm_sd.method import Method
+from dllm_sd.files.plain_yaml import DEEPEST, parse_yaml, read_yaml, write_yaml
+from dllm_sd.files.writing import PLACE, Place, at_home, names_file
 from dllm_sd.methods import METHODS
-from dllm_sd.plain_yaml import DEEPEST, parse_yaml, read_yaml, write_yaml
-from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.model import Model
+from dllm_sd.methods.method import Method
+from dllm_sd.pretrained.model import Model
 from dllm_sd.ranges import LIMIT, Count, Ranged, Seed, Size, check, hints_of
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
 from dllm_sd.tasks import TASKS

@@ -6,13 +6,13 @@ from string import Formatter
 
 from dllm_sd.canvases import AllMasked
 from dllm_sd.config import Config
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, NotAtHand
-from dllm_sd.policies.blueprint import Blueprint, outline, read_blueprint
-from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import teacher_model
 from dllm_sd.policies.masked_diffusion import check_denoising
 from dllm_sd.policies.weights import Checkpoint, Peer
-from dllm_sd.rollouts import needed_length
+from dllm_sd.pretrained.blueprint import Blueprint, outline, read_blueprint
+from dllm_sd.rollouts.rules import needed_length
 from dllm_sd.tasks import Jsonl
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, Feedback, Reference

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from dllm_sd.errors import InputError
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Count, Natural, NonNegative, Positive, Range, Ranged, Share, ShareBelowOne, Size, Temperature
 
 

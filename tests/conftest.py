@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.model import Model, Shape
+from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 from tests import exact  # noqa: F401

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dllm_sd.cli import main
 from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.model import Model, Shape
+from dllm_sd.pretrained.model import Model, Shape
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TREE: dict[str, Any] = {

@@ -16,12 +16,12 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from dllm_sd import locking
 from dllm_sd.cli import main
 from dllm_sd.config import load_config, to_tree
+from dllm_sd.export.model_card import _parts
+from dllm_sd.files import locking
 from dllm_sd.methods import METHODS
-from dllm_sd.model_card import _parts
-from dllm_sd.tables import describe_part
+from dllm_sd.reports.tables import describe_part
 from dllm_sd.training import trainer
 from dllm_sd.training.trainer import Trainer
 

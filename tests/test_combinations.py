@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
-from dllm_sd.horizons import Truncated
 from dllm_sd.losses import (
     Barycenter,
     Each,
@@ -33,13 +33,13 @@ from dllm_sd.losses import (
 )
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import Revealed, TeacherTop
-from dllm_sd.method import Method
-from dllm_sd.objective import grade, plan_update
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.methods.method import Method
+from dllm_sd.network.site_head import ask
+from dllm_sd.objective.equation import grade, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
-from dllm_sd.rollouts import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, Rollout, Score, gather
+from dllm_sd.rollouts.horizons import Truncated
+from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, Rollout, Score, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import Sources, inform

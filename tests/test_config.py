@@ -15,7 +15,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import ReverseKL
 from dllm_sd.losses.sites import TeacherTop
 from dllm_sd.policies.weights import Base, Ema, Peer
-from dllm_sd.rollouts import PassAtK
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.teachers import LaterStep, Suffix
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))

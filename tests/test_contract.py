@@ -28,14 +28,14 @@ from torch import Tensor
 from dllm_sd.cli import main
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
-from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
+from dllm_sd.methods.method import Method
+from dllm_sd.network.site_head import SiteHead
 from dllm_sd.pairing import check_model
 from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.site_head import SiteHead
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.skills import Bank, Mistake, Skill, format_pair, retrieve, write_bank
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.sudoku import Sudoku

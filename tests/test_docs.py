@@ -14,10 +14,11 @@ from typing import Any, get_args
 import pytest
 
 import dllm_sd
-from dllm_sd import METHODS, TASKS, cli
+from dllm_sd import METHODS, TASKS
+from dllm_sd.cli.main import main
 from dllm_sd.config import build_config, load_config, shipped_configs
 from dllm_sd.losses import DIVERGENCES
-from dllm_sd.method import Average, Method
+from dllm_sd.methods.method import Average, Method
 from dllm_sd.teachers import CONTEXTS
 from dllm_sd.training.trainer import Trainer
 
@@ -202,7 +203,7 @@ def test_the_method_in_the_readme_trains(
     few = ["updates=1", "eval.every=0", "eval.final_problems=0", "log.progress=false"]
     (command,) = re.findall(r"`python my_method.py (train [^`]+)`", README.read_text())
     run = tmp_path / "run"
-    assert cli.main([*command.split(), *few, "method.rollout.problems=4", f"run={run}"]) == 0
+    assert main([*command.split(), *few, "method.rollout.problems=4", f"run={run}"]) == 0
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["teacher/entropy"] < last["student/entropy"]
     assert "count: 8" in (run / "config.yaml").read_text()
@@ -217,7 +218,7 @@ def test_the_part_in_the_guide_works(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main([command, "--help"])
+        main([command, "--help"])
     assert exit_.value.code == 0
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.losses import (
     Barycenter,
@@ -31,15 +32,14 @@ from dllm_sd.losses import (
     TopK,
 )
 from dllm_sd.losses.sites import Revealed, TeacherTop
-from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
-from dllm_sd.objective import Graded, grade, plan_update
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.methods.method import Method
+from dllm_sd.network.site_head import Read, ask
+from dllm_sd.objective.equation import Graded, grade, plan_update
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.site_head import Read, ask
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
-from dllm_sd.rollouts import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, gather
+from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, gather
 from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix

@@ -15,9 +15,9 @@ from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
 from dllm_sd.pairing import CHECKED, check_data, check_model, check_references, check_words
 from dllm_sd.policies import loading
-from dllm_sd.policies.blueprint import Blueprint
 from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.model import Model, Shape
+from dllm_sd.pretrained.blueprint import Blueprint
+from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.tasks.task import Problem
 
 SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

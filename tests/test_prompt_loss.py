@@ -9,13 +9,13 @@ from torch.nn.functional import cross_entropy
 
 from dllm_sd import METHODS, InputError, load_policy
 from dllm_sd.config import load_config
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses.sites import Revealed
-from dllm_sd.method import Method
-from dllm_sd.objective import grade, plan_update
+from dllm_sd.methods.method import Method
+from dllm_sd.network.site_head import ask
+from dllm_sd.objective.equation import grade, plan_update
 from dllm_sd.pairing import check_model
-from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.site_head import ask
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.metrics import broken_sites, divergence_table
 

@@ -10,9 +10,9 @@ import pytest
 
 from dllm_sd.cli import main
 from dllm_sd.config import Config, build_config
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, shown
-from dllm_sd.method import Method
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.methods.method import Method
 from dllm_sd.ranges import LIMIT, Count, Range, Ranged, check, hints_of
 from dllm_sd.tasks import TASKS
 

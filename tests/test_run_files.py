@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import dllm_sd
-from dllm_sd.comparison import compare_files
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
-from dllm_sd.model_card import read_results, settings_of
-from dllm_sd.recording import Line, Record, begin, finish
+from dllm_sd.evaluation.comparison import compare_files
+from dllm_sd.evaluation.recording import Line, Record, begin, finish
+from dllm_sd.export.model_card import read_results, settings_of
 from dllm_sd.settings import Peers, Student
 from dllm_sd.skills import Bank, Mistake, Skill, read_bank, write_bank
 from dllm_sd.training.checkpoint import check_best, check_checkpoint, saved_log_sums, state_of

@@ -14,10 +14,10 @@ import pytest
 from dllm_sd.config import load_config, shipped_configs
 from dllm_sd.errors import InputError
 from dllm_sd.pairing import check_model, check_outline
-from dllm_sd.policies.blueprint import outline, read_blueprint
 from dllm_sd.policies.loading import skeleton
-from dllm_sd.policies.model import Model
-from dllm_sd.policies.shapes import SHAPES
+from dllm_sd.pretrained.blueprint import outline, read_blueprint
+from dllm_sd.pretrained.model import Model
+from dllm_sd.pretrained.shapes import SHAPES
 from tests.test_docs import DOCUMENTS, commands
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dllm_sd.cli import main
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.policies.loading import AnyPolicy, load_policy
 from dllm_sd.policies.policy import View
 from dllm_sd.tasks.sudoku import Sudoku

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dllm_sd.policies.decoding import Decoding, Meter
+from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.model import Lora, Model, Shape
+from dllm_sd.pretrained.model import Lora, Model, Shape
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import PassAtK, Rollout, prompt_tokens
+from dllm_sd.rollouts.rules import PassAtK, Rollout, prompt_tokens
 from dllm_sd.trajectory import Trajectory
 from tools import naive
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from dllm_sd.evaluation import evaluate
+from dllm_sd.evaluation.recording import Record, begin
 from dllm_sd.randomness import make_key
-from dllm_sd.recording import Record, begin
 from tools import naive
 
 

@@ -33,17 +33,17 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from dllm_sd.canvases import AllMasked
-from dllm_sd.losses.chunks import Spoken
 from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL, TokenNLL
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import GroupAdvantage
-from dllm_sd.method import Method
-from dllm_sd.objective import Plan, grade, plan_update
+from dllm_sd.methods.method import Method
+from dllm_sd.network.site_head import Head, Read
+from dllm_sd.objective.chunked import Spoken
+from dllm_sd.objective.equation import Plan, grade, plan_update
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.site_head import Head, Read
 from dllm_sd.policies.weights import Base
-from dllm_sd.rollouts import All, PassAtK, Rollout, Rollouts
+from dllm_sd.rollouts.rules import All, PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.trajectory import Trajectory

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
-from dllm_sd.objective import Plan, grade, plan_update
+from dllm_sd.methods.method import Method
+from dllm_sd.network.site_head import ask
+from dllm_sd.objective.equation import Plan, grade, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.weights import Live, Teacher
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.trajectory import Trajectory

@@ -1,4 +1,4 @@
-"""Measured peaks beside the estimate of `dllm_sd.memory`, on randomly initialised models.
+"""Measured peaks beside the estimate of `dllm_sd.reports.memory`, on randomly initialised models.
 
     python tools/check_memory.py [--device cpu] [--only WORDS]
 
@@ -26,18 +26,18 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Glm4MoeConfig, PreTrainedConfig, Qwen3Config
 
 from dllm_sd.config import Config, build_config
-from dllm_sd.memory import Memory, estimate
-from dllm_sd.objective import Plan, grade, plan_update
-from dllm_sd.policies.blueprint import read_blueprint
-from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.denoising import denoise
+from dllm_sd.decoding.denoising import denoise
+from dllm_sd.decoding.queue import Listed
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.decoding.slots import Layout
+from dllm_sd.network.site_head import ask
+from dllm_sd.objective.equation import Plan, grade, plan_update
 from dllm_sd.policies.loading import AnyPolicy, build_policy, skeleton
-from dllm_sd.policies.queue import Listed
-from dllm_sd.policies.site_head import ask
-from dllm_sd.policies.slots import Layout
 from dllm_sd.policies.weights import Teacher, trained
+from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.reports.memory import Memory, estimate
+from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.optim import build_optimizer

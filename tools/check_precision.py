@@ -17,8 +17,8 @@ from transformers import Qwen2Config, Qwen3Config
 
 from dllm_sd.config import Config, load_config, shipped_configs
 from dllm_sd.policies.loading import DTYPES, build_policy
-from dllm_sd.policies.model import Model
 from dllm_sd.policies.weights import trained
+from dllm_sd.pretrained.model import Model
 from dllm_sd.training.optim import build_optimizer, learning_rate
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dllm_sd.method_page import methods_page
+from dllm_sd.reports.method_page import methods_page
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_sd.policies.chat import Chat
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.model import Model, Shape
+from dllm_sd.pretrained.chat import Chat
+from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Grade, Problem, Split, Unguessable
 

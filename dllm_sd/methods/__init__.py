@@ -3,9 +3,9 @@
 A new paper is a new part and a new row. The trainer never sees a name.
 """
 
-from dllm_sd.method import Method
 from dllm_sd.methods.baselines import BASELINES
 from dllm_sd.methods.denoising import DENOISING
+from dllm_sd.methods.method import Method
 from dllm_sd.methods.prompted import PROMPTED
 from dllm_sd.methods.row import Row
 from dllm_sd.methods.written import WRITTEN

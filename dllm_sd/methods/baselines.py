@@ -7,10 +7,10 @@ from dllm_sd.losses.divergences import TokenNLL
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import GroupAdvantage
-from dllm_sd.method import Method
+from dllm_sd.methods.method import Method
 from dllm_sd.methods.row import GROUP, SELF_TRAINING, Row
 from dllm_sd.policies.weights import Base
-from dllm_sd.rollouts import All, Demonstrations, PassAtK
+from dllm_sd.rollouts.rules import All, Demonstrations, PassAtK
 from dllm_sd.teachers import (
     Nothing,
 )

@@ -5,10 +5,10 @@ from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL
 from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.losses.supports import TopK
 from dllm_sd.losses.targets import Barycenter, PurifiedPMI
-from dllm_sd.method import Method
+from dllm_sd.methods.method import Method
 from dllm_sd.methods.row import Row
 from dllm_sd.policies.weights import Ema
-from dllm_sd.rollouts import All, Correct, PassAtK
+from dllm_sd.rollouts.rules import All, Correct, PassAtK
 from dllm_sd.teachers import (
     Critique,
     LaterStep,

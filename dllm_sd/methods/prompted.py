@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from dllm_sd.horizons import Progressive, Truncated
 from dllm_sd.losses.divergences import GeneralisedJSD, PolicyGradient, ReverseKL
 from dllm_sd.losses.supports import FullVocabulary
 from dllm_sd.losses.targets import Barycenter, PurifiedPMI
 from dllm_sd.losses.trust import Equal
 from dllm_sd.methods.row import GROUP, OPD, OPSD, SDPO, Row
 from dllm_sd.policies.weights import Live
+from dllm_sd.rollouts.horizons import Progressive, Truncated
 from dllm_sd.teachers import (
     Nothing,
     Reference,

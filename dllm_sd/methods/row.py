@@ -6,10 +6,10 @@ from dllm_sd.losses.divergences import ForwardKL, GeneralisedJSD, PolicyGradient
 from dllm_sd.losses.supports import TopK
 from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import ImportanceCap
-from dllm_sd.method import Method
-from dllm_sd.policies.subspace import Subspace
+from dllm_sd.methods.method import Method
+from dllm_sd.network.subspace import Subspace
 from dllm_sd.policies.weights import Checkpoint, Ema
-from dllm_sd.rollouts import All, PassAtK
+from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.teachers import Nothing, Reference, Sibling
 
 

@@ -9,10 +9,10 @@ from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.supports import TopK
 from dllm_sd.losses.targets import Each
 from dllm_sd.losses.trust import OutcomeValidated
-from dllm_sd.method import Method
+from dllm_sd.methods.method import Method
 from dllm_sd.methods.row import OPSD, RCSD, SDPO, Row
 from dllm_sd.policies.weights import Live, Peer
-from dllm_sd.rollouts import All, PassAtK
+from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.teachers import (
     Critique,
     Feedback,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dllm_sd.policies.continuous import TurnChoice, check_continuous, generate_in_turns
-from dllm_sd.policies.decoding import Decoding, Meter
-from dllm_sd.policies.drawing import force, never_drawn
+from dllm_sd.decoding.continuous import TurnChoice, check_continuous, generate_in_turns
+from dllm_sd.decoding.queue import Queue, complete_in_batches
+from dllm_sd.decoding.sampling import force, never_drawn
+from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.policies.language_model import LanguageModel
-from dllm_sd.policies.queue import Queue, complete_in_batches
 from dllm_sd.randomness import fold, key_tensor, uniform
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, completion_length, concatenate, left_pad
 

@@ -14,14 +14,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.autoregressive import Autoregressive
-from dllm_sd.policies.blueprint import Blueprint, read_blueprint
-from dllm_sd.policies.families import LINEARS
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.small_files import ADAPTER, brief, read_tree
-from dllm_sd.policies.weight_files import stored_tensors
 from dllm_sd.policies.weights import Checkpoint, Peer, Teacher, Weights, trained, without_peft_warning
+from dllm_sd.pretrained.blueprint import Blueprint, read_blueprint
+from dllm_sd.pretrained.families import LINEARS
+from dllm_sd.pretrained.model import Lora, Model
+from dllm_sd.pretrained.small_files import ADAPTER, brief, read_tree
+from dllm_sd.pretrained.weight_files import stored_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 AnyPolicy = MaskedDiffusion | Autoregressive

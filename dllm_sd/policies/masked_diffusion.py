@@ -9,13 +9,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dllm_sd.decoding.denoising import Watch, denoise
+from dllm_sd.decoding.queue import Job, Listed, Queue
+from dllm_sd.decoding.settings import Decoding, Meter
+from dllm_sd.decoding.slots import Layout
 from dllm_sd.errors import InputError
-from dllm_sd.policies.chat import Chat
-from dllm_sd.policies.decoding import Decoding, Meter
-from dllm_sd.policies.denoising import Watch, denoise
 from dllm_sd.policies.language_model import LanguageModel
-from dllm_sd.policies.queue import Job, Listed, Queue
-from dllm_sd.policies.slots import Layout
+from dllm_sd.pretrained.chat import Chat
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, left_pad
 
 

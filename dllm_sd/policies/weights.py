@@ -18,17 +18,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.nn import Parameter
 
-from dllm_sd.checkpoint_files import WEIGHTS as CHECKPOINT_WEIGHTS
-from dllm_sd.checkpoint_files import read_tensors
 from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.files import Place
-from dllm_sd.finite import find_broken
-from dllm_sd.losses.chunks import Spoken
+from dllm_sd.files.checkpoint_files import WEIGHTS as CHECKPOINT_WEIGHTS
+from dllm_sd.files.checkpoint_files import read_tensors
+from dllm_sd.files.writing import Place
 from dllm_sd.losses.supports import at_least_float32
-from dllm_sd.policies.adapters import check_scale
+from dllm_sd.network.finite import find_broken
+from dllm_sd.network.site_head import Head, ask, evaluating
+from dllm_sd.network.swapping import swapped, switched
+from dllm_sd.objective.chunked import Spoken
 from dllm_sd.policies.policy import Policy, View
-from dllm_sd.policies.site_head import Head, ask, evaluating
-from dllm_sd.policies.swapping import swapped, switched
+from dllm_sd.pretrained.adapters import check_scale
 from dllm_sd.ranges import Count, Ranged, Share
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from dllm_sd.errors import InputError, os_reason
-from dllm_sd.files import write_file
-from dllm_sd.reading import parse_json, read_whole
+from dllm_sd.files.reading import parse_json, read_whole
+from dllm_sd.files.writing import write_file
 
 DYNAMIC = "dyn"
 """Ids of entries that training added begin with this and an underscore; only they are ever replaced."""

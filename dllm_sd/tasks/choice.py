@@ -7,7 +7,7 @@ from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError, shown
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, needed
 from dllm_sd.tasks.letters import read_letter

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Annotated, Any, ClassVar
 
 from dllm_sd.errors import InputError
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Range, Seed, SplitSize
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of

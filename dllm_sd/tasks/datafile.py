@@ -10,8 +10,8 @@ from string import Formatter
 from typing import Any, BinaryIO, overload
 
 from dllm_sd.errors import InputError, os_reason, shown
+from dllm_sd.files.reading import LONGEST_LINE, open_regular, parse_json, text_lines, why_broken, why_no_object
 from dllm_sd.randomness import make_key, permutation
-from dllm_sd.reading import LONGEST_LINE, open_regular, parse_json, text_lines, why_broken, why_no_object
 from dllm_sd.tasks.conversations import is_conversation
 from dllm_sd.tasks.task import Problem, Split
 

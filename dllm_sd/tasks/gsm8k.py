@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from dllm_sd.errors import InputError
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.grading import final_number, gold_number

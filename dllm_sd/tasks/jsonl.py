@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError, shown
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.choice import check_options, gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.conversations import is_conversation, read_conversation

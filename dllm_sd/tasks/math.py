@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.answers import same_answer
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Count, Natural, Seed, SplitSize
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dllm_sd.errors import InputError
-from dllm_sd.files import Place
+from dllm_sd.files.writing import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Ranged, Size
 from dllm_sd.skills import RETRIEVERS, AnyRetriever, Bank, Extraction, Lexical, Pair, format_pair, retrieve

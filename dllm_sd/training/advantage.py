@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dllm_sd.objective import Graded, Plan
+from dllm_sd.objective.equation import Graded, Plan
 from dllm_sd.policies.policy import Policy, offsets
-from dllm_sd.rollouts import Rollouts
+from dllm_sd.rollouts.rules import Rollouts
 from dllm_sd.teachers import AnyContext
 from dllm_sd.teachers.hints import Prompt
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_sd.checkpoint_files import (
+from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.files.checkpoint_files import (
     CHECKPOINTS,
     FILES,
     FORMAT,
@@ -32,17 +33,16 @@ from dllm_sd.checkpoint_files import (
     state_text,
     verify,
 )
-from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.files import remove, write_file
-from dllm_sd.finite import find_broken
+from dllm_sd.files.typed_json import all_finite, build
+from dllm_sd.files.writing import remove, write_file
+from dllm_sd.network.finite import find_broken
+from dllm_sd.parallel.sharding import fill, gather_tensors
+from dllm_sd.parallel.zero import ZeroOptimizer, shape_of
 from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import Teacher, placed_like, trained
-from dllm_sd.rollouts import Rollouts
+from dllm_sd.rollouts.rules import Rollouts
+from dllm_sd.rollouts.stored import TensorError, load_rollouts, rollout_tensors
 from dllm_sd.training.optim import load_state, state_shapes, state_tensors
-from dllm_sd.training.sharding import fill, gather_tensors
-from dllm_sd.training.stored_rollouts import TensorError, load_rollouts, rollout_tensors
-from dllm_sd.training.zero import ZeroOptimizer, shape_of
-from dllm_sd.typed_json import all_finite, build
 
 OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollouts.safetensors"
 LOGS = "logs"

@@ -10,12 +10,12 @@ from typing import Any
 
 from dllm_sd.config import Config, to_tree, to_yaml
 from dllm_sd.errors import InputError, Stopped, shown
-from dllm_sd.files import remove, writable, write_file
-from dllm_sd.locking import LOCK, FolderLock
-from dllm_sd.plain_yaml import read_yaml
-from dllm_sd.processes import on_main
-from dllm_sd.reading import read_own
-from dllm_sd.typed_json import build, own_json
+from dllm_sd.files.locking import LOCK, FolderLock
+from dllm_sd.files.plain_yaml import read_yaml
+from dllm_sd.files.reading import read_own
+from dllm_sd.files.typed_json import build, own_json
+from dllm_sd.files.writing import remove, writable, write_file
+from dllm_sd.parallel.processes import on_main
 
 CONFIG, REPORT = "config.yaml", "report.json"
 CONTENTS = (

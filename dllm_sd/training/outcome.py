@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
 
-from dllm_sd.checkpoint_files import CHECKPOINTS
 from dllm_sd.config import Config, build_config
+from dllm_sd.files.checkpoint_files import CHECKPOINTS
 from dllm_sd.policies.weights import Checkpoint, Peer
 from dllm_sd.tasks import Jsonl
 from dllm_sd.teachers import Rubric

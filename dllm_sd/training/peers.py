@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dllm_sd.checkpoint_files import WEIGHTS, read_tensors
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation import Report, evaluate_run, first
-from dllm_sd.files import write_file
+from dllm_sd.evaluation.evaluate import Report, evaluate_run, first
+from dllm_sd.files.checkpoint_files import WEIGHTS, read_tensors
+from dllm_sd.files.reading import damaged, read_own
+from dllm_sd.files.typed_json import own_json, read_json
+from dllm_sd.files.writing import write_file
 from dllm_sd.pairing import check_data, check_model, check_peers, check_references
+from dllm_sd.parallel.processes import on_main, together
+from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.weights import Peer
-from dllm_sd.processes import on_main, together
-from dllm_sd.reading import damaged, read_own
 from dllm_sd.settings import Peers, Student
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import AnyContext, Feedback
@@ -37,9 +39,7 @@ from dllm_sd.training.checkpoint import (
 )
 from dllm_sd.training.folder import REPORT, RunFolder
 from dllm_sd.training.metrics import LOGS, check_logs
-from dllm_sd.training.sharding import gathered
 from dllm_sd.training.trainer import Trainer
-from dllm_sd.typed_json import own_json, read_json
 
 ROUNDS = "rounds.json"
 Scores = Mapping[str, Mapping[str, float]]

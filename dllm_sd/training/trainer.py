@@ -13,21 +13,24 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dllm_sd.checkpoint_files import STATE, damaged
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
-from dllm_sd.evaluation import Report, check_ids, evaluate_run, first
-from dllm_sd.files import write_file
-from dllm_sd.finite import LARGEST, find_broken, fingerprint
-from dllm_sd.objective import Graded, Plan, grade, plan_update
+from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, first
+from dllm_sd.experience.pipeline import Supply
+from dllm_sd.files.checkpoint_files import STATE, damaged
+from dllm_sd.files.writing import write_file
+from dllm_sd.network.finite import LARGEST, find_broken, fingerprint
+from dllm_sd.network.site_head import ask
+from dllm_sd.objective.equation import Graded, Plan, grade, plan_update
 from dllm_sd.pairing import check_data, check_model, check_references, check_words
-from dllm_sd.policies.blueprint import Blueprint
+from dllm_sd.parallel.processes import on_main, together
+from dllm_sd.parallel.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
+from dllm_sd.parallel.zero import parameters_in_words
 from dllm_sd.policies.loading import build_policy, make_teacher
-from dllm_sd.policies.site_head import ask
 from dllm_sd.policies.weights import add_adapter, trained
-from dllm_sd.processes import on_main, together
+from dllm_sd.pretrained.blueprint import Blueprint
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Rollouts
+from dllm_sd.rollouts.rules import Rollouts
 from dllm_sd.tasks.sources import rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_span
@@ -63,10 +66,7 @@ from dllm_sd.training.optim import BrokenStep, build_optimizer, learning_rate
 from dllm_sd.training.outcome import about_sources, warnings_of
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.selection import add_loss, judge
-from dllm_sd.training.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
-from dllm_sd.training.supply import Supply
 from dllm_sd.training.unknown import Unknown
-from dllm_sd.training.zero import parameters_in_words
 
 Parts = list[tuple[Plan, Graded]]
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from dllm_sd.errors import shown
-from dllm_sd.policies.chat import Chat
-from dllm_sd.rollouts import Rollouts
+from dllm_sd.pretrained.chat import Chat
+from dllm_sd.rollouts.rules import Rollouts
 
 
 class Unknown:

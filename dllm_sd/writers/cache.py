@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any
 
 from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.files import write_file
+from dllm_sd.files.writing import write_file
 from dllm_sd.writers.request import Request, Sampling, Written
 
 Ask = Callable[[Sequence[Request]], Generator[tuple[int, Written]]]

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases, DecoderSteps
 from dllm_sd.losses import FullVocabulary, GeneralisedJSD, ReverseKL, TopK
-from dllm_sd.losses.chunks import Spoken
 from dllm_sd.losses.sites import Revealed, TeacherTop, choose
-from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
-from dllm_sd.objective import grade, plan_update
+from dllm_sd.methods.method import Method
+from dllm_sd.network.site_head import Head
+from dllm_sd.objective.chunked import Spoken
+from dllm_sd.objective.equation import grade, plan_update
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.site_head import Head
-from dllm_sd.rollouts import PassAtK, Rollout, Rollouts
+from dllm_sd.rollouts.rules import PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory
 from tests.oracles.fixtures import golden

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_sd.policies.decoding import Decoding
-from dllm_sd.policies.denoising import denoise
+from dllm_sd.decoding.denoising import denoise
+from dllm_sd.decoding.queue import Job, Listed
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.decoding.slots import Layout
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.queue import Job, Listed
-from dllm_sd.policies.slots import Layout
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
 from tests.oracles.fixtures import golden

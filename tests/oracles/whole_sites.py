@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dllm_sd.losses.sites import choose
 from dllm_sd.losses.trust import Drawn
-from dllm_sd.method import Method
-from dllm_sd.objective import Plan
+from dllm_sd.methods.method import Method
+from dllm_sd.objective.equation import Plan
 from dllm_sd.policies.policy import View
 
 Logits = Callable[[View], Tensor]

@@ -26,13 +26,13 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import dllm_sd
 from dllm_sd import load_policy
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
-from dllm_sd.policies import blueprint
-from dllm_sd.policies.decoding import Decoding
 from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.model import Lora, Model, Shape
 from dllm_sd.policies.policy import View
+from dllm_sd.pretrained import blueprint
+from dllm_sd.pretrained.model import Lora, Model, Shape
 
 ORIGINAL = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 """Checkpoints in the layouts that the families publish."""

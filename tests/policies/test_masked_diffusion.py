@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllm_sd.decoding.sampling import invert
+from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
-from dllm_sd.policies.decoding import Decoding, Meter
-from dllm_sd.policies.drawing import invert
 from dllm_sd.policies.policy import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dllm_sd.policies.blueprint import read_blueprint
-from dllm_sd.policies.chat import Chat
-from dllm_sd.policies.model import Model
 from dllm_sd.policies.policy import offsets
+from dllm_sd.pretrained.blueprint import read_blueprint
+from dllm_sd.pretrained.chat import Chat
+from dllm_sd.pretrained.model import Model
 
 SAMPLE = "h\u00e9llo \U0001f600\U0001f469\u200d\U0001f469 \u4e2d\u6587 e\u0301\u0302 \ufffd\ufffd don't . ' ' ok" * 3
 

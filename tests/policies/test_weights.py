@@ -7,11 +7,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 from dllm_sd.errors import InputError
+from dllm_sd.network.site_head import SiteHead
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.model import Lora
 from dllm_sd.policies.policy import View
-from dllm_sd.policies.site_head import SiteHead
 from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, add_adapter, trained
+from dllm_sd.pretrained.model import Lora
 
 IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])
 VIEW = View(IDS, torch.ones_like(IDS, dtype=torch.bool), IDS == 0)

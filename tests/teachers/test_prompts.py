@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses import Each, PurifiedPMI, ReverseKL
-from dllm_sd.method import Method
-from dllm_sd.objective import plan_update
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.methods.method import Method
+from dllm_sd.objective.equation import plan_update
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import All, Correct, PassAtK, Rollout, Rollouts, gather
+from dllm_sd.rollouts.rules import All, Correct, PassAtK, Rollout, Rollouts, gather
+from dllm_sd.rollouts.stored import load_rollouts, rollout_tensors
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext, LaterStep, NoQuestion, Nothing, Reasoning, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import inform
-from dllm_sd.training.stored_rollouts import load_rollouts, rollout_tensors
 
 BATCH = (3, 7)
 CANVAS = Decoding(length=12, block_length=4, tokens_per_step=2)

@@ -8,12 +8,12 @@ import pytest
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
+from dllm_sd.rollouts.stored import load_rollouts, rollout_tensors
 from dllm_sd.skills import Bank, Mistake, Random, Skill, retrieve
 from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import Generated
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Library, Nothing, Reference, Skills
-from dllm_sd.training.stored_rollouts import load_rollouts, rollout_tensors
 from tests.teachers.scripted import BATCH, TASK, informed, places, prompts, rolled
 
 BANK = Bank(

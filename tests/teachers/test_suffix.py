@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dllm_sd.canvases import DecoderSteps
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
-from dllm_sd.policies.decoding import Decoding
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import Rollout
+from dllm_sd.rollouts.rules import Rollout
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import (
     CONTEXTS,

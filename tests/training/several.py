@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_sd.experience import text_generator as scribe
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import trained
-from dllm_sd.training import scribe
 
 
 @dataclass

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllm_sd.method import Method
 from dllm_sd.methods import METHODS
-from dllm_sd.objective import Plan, plan_update
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.methods.method import Method
+from dllm_sd.objective.equation import Plan, plan_update
+from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import by_length, extents, micro_batches
 from dllm_sd.trajectory import Trajectory

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import dllm_sd
-from dllm_sd import tables
 from dllm_sd.cli import main
-from dllm_sd.rollouts import COUNTS
+from dllm_sd.reports import tables
+from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.training.left_out import LEFT_OUT, REASONS, in_words, is_left_out, left_out
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nan
 
 from dllm_sd.errors import InputError
-from dllm_sd.objective import Graded
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.objective.equation import Graded
+from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks import Grade, Problem
 from dllm_sd.training.metrics import (
     LOGS,

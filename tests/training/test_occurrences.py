@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from dllm_sd.horizons import Complete
-from dllm_sd.method import Method
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.experience.feed import Feed
 from dllm_sd.methods import METHODS
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.methods.method import Method
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts import COUNTS, All, PassAtK, Prompted, Rollout, Rollouts, gather, with_occurrences
+from dllm_sd.rollouts.horizons import Complete
+from dllm_sd.rollouts.rules import COUNTS, All, PassAtK, Prompted, Rollout, Rollouts, gather, with_occurrences
 from dllm_sd.tasks.task import Grade, Problem, Unguessable
 from dllm_sd.teachers.prompts import Sources, inform
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
-from dllm_sd.training.feed import Feed
 from dllm_sd.training.metrics import rollout_metrics, sample_entry
 from dllm_sd.writers import Request, Written
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm_sd.config import Optim
 from dllm_sd.errors import InputError
-from dllm_sd.memory import EIGHT_BITS
+from dllm_sd.reports.memory import EIGHT_BITS
 from dllm_sd.training import optim
 from dllm_sd.training.optim import build_optimizer, check_optimizer, learning_rate, load_state, state_tensors
 

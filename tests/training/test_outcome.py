@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dllm_sd.cli import main
 from dllm_sd.config import Config, build_config, load_config, to_yaml
-from dllm_sd.finite import fingerprint
+from dllm_sd.network.finite import fingerprint
 from dllm_sd.training.checkpoint import State
 from dllm_sd.training.outcome import asked_otherwise, initial_of, warnings_of
 from dllm_sd.training.trainer import Trainer

@@ -16,19 +16,19 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from tests.training.test_nodes import free_port
 from torch.distributed.fsdp import FSDPModule
 
-from dllm_sd.cli import leave_together, main
+from dllm_sd.cli.main import leave_together, main
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation import evaluate_into
+from dllm_sd.evaluation.evaluate import evaluate_into
+from dllm_sd.parallel.processes import on_main, processes, together
 from dllm_sd.policies.loading import build_policy
-from dllm_sd.processes import on_main, processes, together
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 from tests import exact  # noqa: F401
-from tests.training.test_fsdp import BASE, EMA, ROOT, assert_same, config_of
-from tests.training.test_nodes import free_port
+from tests.parallel.test_fsdp import BASE, EMA, ROOT, assert_same, config_of
 
 UPDATES = 2
 TREE = {**BASE, "updates": UPDATES, "checkpoint": {"every": UPDATES}}

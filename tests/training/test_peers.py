@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError, shown
-from dllm_sd.evaluation import evaluate_run
-from dllm_sd.policies.blueprint import model_folder
+from dllm_sd.evaluation.evaluate import evaluate_run
 from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.model import Model
 from dllm_sd.policies.weights import Peer, Teacher, trained
+from dllm_sd.pretrained.blueprint import model_folder
+from dllm_sd.pretrained.model import Model
 from dllm_sd.settings import Peers, Student
 from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem

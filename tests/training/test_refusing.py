@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dllm_sd.locking import FolderLock
+from dllm_sd.files.locking import FolderLock
 from tests.training.test_folder import TINY
 
 ROOT = Path(__file__).parents[2]

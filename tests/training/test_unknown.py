@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.policies.blueprint import read_blueprint
-from dllm_sd.policies.chat import Chat
-from dllm_sd.policies.model import Model
-from dllm_sd.rollouts import Rollout, Rollouts
+from dllm_sd.pretrained.blueprint import read_blueprint
+from dllm_sd.pretrained.chat import Chat
+from dllm_sd.pretrained.model import Model
+from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.unknown import Unknown
 

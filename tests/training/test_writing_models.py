@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
-from dllm_sd.exporting import export_policy
-from dllm_sd.policies.decoding import Decoding
+from dllm_sd.experience.text_generator import Scribe
+from dllm_sd.export.exporting import export_policy
 from dllm_sd.policies.loading import AnyPolicy, build_policy
-from dllm_sd.policies.model import Lora, Model
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, trained
+from dllm_sd.pretrained.model import Lora, Model
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import State, save_best
-from dllm_sd.training.scribe import Scribe
 from dllm_sd.writers import Cache, Request, Sampling
 from tests.training.several import Processes, gathering, move
 

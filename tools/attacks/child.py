@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-import dllm_sd.commands
-import dllm_sd.exporting
-import dllm_sd.memory
-import dllm_sd.tables
+import dllm_sd.cli.offline
+import dllm_sd.export.exporting
+import dllm_sd.reports.memory
+import dllm_sd.reports.tables
 import dllm_sd.training.peers  # noqa: F401  (imported here once, for all children)
 from dllm_sd.cli import main
 

@@ -1,0 +1,1 @@
+"""How tokens are chosen: the settings, the samplers, the queue that they serve."""

@@ -1,0 +1,155 @@
+"""How a token is drawn from logits: greedily, or by inverse CDF at one uniform number, in float32."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.errors import InputError
+
+RUN = 256
+"""Vocabulary entries that are searched at a time: first the run, then the entry in it."""
+TINY = torch.finfo(torch.float32).tiny
+MANY = 1024
+"""Ids that are never drawn are a mask where they are more than this: a few are copied and filled faster by number."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token at each of ``m`` sites."""
+
+    token: Tensor
+    """int64 ``[m]``."""
+    logp: Tensor
+    """`Trajectory.logp` ``[m]``: under the distribution at the temperature (1 if greedy), nothing left out."""
+    own: Tensor
+    """``[m]``: the same at temperature 1."""
+    normaliser: Tensor
+    """``[m]``: log-sum-exp of the logits as they came."""
+
+
+def draw(logits: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> Draw:
+    """Draw one token a site, without ``never``. Overwrites ``logits``.
+
+    Args:
+        logits: float32 ``[m v]``.
+        settings: temperature, top-k and top-p.
+        never: what is not to be drawn (`never_drawn`): ids int64, or bool ``[w]`` that is true at such ids and ends
+            behind the last other one.
+        u: uniform numbers ``[m]`` in (0, 1); not read if greedy.
+    """
+    log_total = _log_total_of(logits, never, settings.temperature)
+    if never.dtype == torch.bool:
+        logits = logits[:, : len(never)].masked_fill_(never, -torch.inf)
+    else:
+        logits.index_fill_(-1, never, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    gap = logits.sub_(top)  # everything below is relative to the best token that is allowed
+    weight = gap.exp()
+    normaliser = log_total(weight, top, 1.0)
+    if settings.temperature == 0:
+        token = first_largest(gap)
+        own = gap.gather(-1, token[:, None])[:, 0] - normaliser
+        return Draw(token, own, own, normaliser + top[:, 0])
+    heat, of_logp = settings.temperature, normaliser
+    if heat != 1:
+        weight = torch.div(gap, heat, out=weight).exp_()
+        of_logp = log_total(weight, top, heat)
+    if 0 < settings.top_k < logits.shape[-1] or settings.top_p < 1:
+        weight = warp(gap, settings).exp_()
+    token = invert(weight, u)
+    found = gap.gather(-1, token[:, None])[:, 0]
+    return Draw(token, found / heat - of_logp, found - normaliser, normaliser + top[:, 0])
+
+
+def _log_total_of(logits: Tensor, never: Tensor, temperature: float) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """``log_total(weight, top, heat)``: log-sum-exp of all ``(logits - top) / heat``, ``[m]``, banned ones included.
+
+    To be called before the banned ones are overwritten; ``weight [m v]`` is exp of the allowed ones. Few banned logits
+    are kept, of many the sums.
+    """
+    if never.dtype == torch.bool:
+        sums = {heat: (logits / heat if heat != 1 else logits).logsumexp(-1) for heat in {1.0, temperature or 1.0}}
+        return lambda weight, top, heat: sums[heat] - top[:, 0] / heat
+    banned = logits[:, never]
+
+    def log_total(weight: Tensor, top: Tensor, heat: float) -> Tensor:
+        allowed = weight.sum(-1).log()
+        return torch.logaddexp(allowed, ((banned - top) / heat).logsumexp(-1)) if banned.shape[-1] else allowed
+
+    return log_total
+
+
+def warp(logits: Tensor, settings: Decoding) -> Tensor:
+    """Logits ``[m v]`` of what is sampled from: over the temperature, then top-k, then top-p, as transformers does."""
+    unused: Any = None
+    logits = TemperatureLogitsWarper(settings.temperature)(unused, logits)
+    if 0 < settings.top_k < logits.shape[-1]:
+        logits = TopKLogitsWarper(settings.top_k)(unused, logits)
+    return TopPLogitsWarper(settings.top_p)(unused, logits) if settings.top_p < 1 else logits
+
+
+def invert(weight: Tensor, u: Tensor) -> Tensor:
+    """Tokens int64 ``[m]`` drawn in proportion to ``weight [m v]``, by inverse CDF at ``u [m]`` in (0, 1)."""
+    runs = _runs(weight, 0.0)
+    until = runs.sum(-1).cumsum(-1)
+    target = u[:, None] * until[:, -1:]
+    run = _search(until, target)
+    inside = runs.gather(1, run[..., None].expand(-1, -1, RUN))[:, 0].cumsum(-1)
+    before = torch.where(run > 0, until.gather(1, (run - 1).clamp(min=0)), 0)
+    rest = torch.minimum((target - before).clamp(min=TINY), inside[:, -1:])  # a token of weight 0 is never hit
+    return (run * RUN + _search(inside, rest))[:, 0]
+
+
+def first_largest(values: Tensor) -> Tensor:
+    """int64 ``[m]``: the first of the largest entries of ``values [m v]`` (argmax, but faster)."""
+    runs = _runs(values, -torch.inf)
+    run = runs.amax(-1).argmax(-1, keepdim=True)
+    return (run * RUN)[:, 0] + runs.gather(1, run[..., None].expand(-1, -1, RUN))[:, 0].argmax(-1)
+
+
+def _runs(values: Tensor, filler: float) -> Tensor:
+    """``[m v] -> [m r RUN]``."""
+    short = -values.shape[-1] % RUN
+    values = pad(values, (0, short), value=filler) if short else values
+    return values.unflatten(-1, (-1, RUN))
+
+
+def _search(until: Tensor, target: Tensor) -> Tensor:
+    """The first entry of ``until [m r]`` that is at least ``target [m 1]``, ``[m 1]``."""
+    return torch.searchsorted(until, target.contiguous()).clamp(max=until.shape[-1] - 1)
+
+
+def never_drawn(
+    settings: Decoding, suppress: Sequence[int], device: torch.device, vocabulary: int | None = None
+) -> Tensor:
+    """What neither the ``settings`` nor ``suppress`` let pass, for `draw`: ids int64, or a mask where they are `MANY`.
+
+    A mask needs the size of the ``vocabulary``; without it they are ids.
+
+    Raises:
+        InputError: if the settings name a token beyond the vocabulary, or all of it.
+    """
+    if vocabulary is not None:
+        settings.check_suppressed(vocabulary)
+    ids = torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64)
+    if vocabulary is None or len(ids) <= MANY:
+        return ids.to(device)
+    mask = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, ids, True)
+    if bool(mask.all()):
+        raise InputError("decode.suppress leaves no token to draw; list fewer")
+    return mask[: int((~mask).nonzero()[-1]) + 1].to(device)
+
+
+def force(scores: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """What leaves a logits processor's caller one token, drawn at ``u [m]`` from ``scores [m v]`` without ``never``.
+
+    Returns ``[m v]``, 0 at that token and -inf elsewhere, and its `Trajectory.logp` ``[m]``.
+    """
+    drawn = draw(scores.float().clone(), settings, never, u)
+    return torch.full_like(scores, -torch.inf).scatter(-1, drawn.token[:, None], 0.0), drawn.logp

@@ -1,0 +1,194 @@
+"""The rows that are being denoised: a fixed number of slots, each at its own block and step, on the device.
+
+What the host must know (which slots are taken, how long their prompts are) it knows from what it put there itself, so
+that a step waits for nothing. Only `Slots.look` asks the device, for the rows that have ended.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_sd.decoding.queue import Job
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.randomness import key_tensor
+from dllm_sd.trajectory import NEVER, Reach, Trajectory, completion_length, left_pad
+
+READ = {"cpu": 1024}
+"""Positions that one forward reads, by kind of device: what is read next stays in the cache of a CPU."""
+READ_ELSEWHERE = 2**15
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ids that a denoiser writes with, and how it counts blocks."""
+
+    mask_id: int
+    """Stands where nothing is written yet; never committed."""
+    end_ids: tuple[int, ...]
+    """End a completion."""
+    pad_id: int
+    """Fills positions that an early end leaves open."""
+    blocks_of_prompt: bool = False
+    """Count blocks from the first prompt token, as block-causal models do."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slots that one forward reads."""
+
+    slots: Tensor
+    """int64 ``[n]``."""
+    prompt: int
+    """Columns of the longest prompt."""
+
+
+class Slots:
+    """State of ``r`` rows; tensors hold a row a slot, completions one more column that takes what belongs nowhere."""
+
+    def __init__(
+        self, count: int, longest: int, settings: Decoding, layout: Layout, device: torch.device, reach: Reach | None
+    ) -> None:
+        """``count`` free slots for prompts of at most ``longest`` tokens."""
+        self.settings, self.layout, self.device, self.reach = settings, layout, device, reach
+        length = settings.length
+        self.prompt_ids = torch.full((count, longest), layout.pad_id, device=device)
+        self.prompt_mask = torch.zeros((count, longest), dtype=torch.bool, device=device)
+        self.tokens = torch.full((count, length + 1), layout.mask_id, device=device)
+        self.reveal_step = torch.full((count, length + 1), NEVER, device=device)
+        self.logp = torch.full((count, length + 1), torch.nan, device=device)
+        self.live = torch.zeros(count, dtype=torch.bool, device=device)
+        """Whether a row goes on."""
+        self.busy = torch.zeros((), dtype=torch.int64, device=device)
+        """Steps of rows so far."""
+        self.keys, self.block, self.within, self.step, self.lead = (
+            torch.zeros(count, dtype=torch.int64, device=device) for _ in range(5)
+        )
+        """Key; active block; step inside it; steps so far; prompt tokens in the block where the completion begins."""
+        self.ends = torch.tensor(layout.end_ids, device=device)
+        self.schedule = torch.tensor(settings.schedule, device=device)
+        self.jobs: list[Job | None] = [None] * count
+
+    @property
+    def taken(self) -> list[int]:
+        """Slots with a row."""
+        return [slot for slot, job in enumerate(self.jobs) if job is not None]
+
+    @property
+    def vacant(self) -> list[int]:
+        """Slots without one."""
+        return [slot for slot, job in enumerate(self.jobs) if job is None]
+
+    def begin(self, jobs: Sequence[Job]) -> Tensor:
+        """Put jobs into free slots, int64 ``[j]``."""
+        free = self.vacant[: len(jobs)]
+        slots = torch.tensor(free, device=self.device)
+        ids, mask = (x.to(self.device) for x in left_pad([job.prompt for job in jobs], self.layout.pad_id))
+        start = self.prompt_ids.shape[1] - ids.shape[1]
+        self.prompt_ids[slots], self.prompt_mask[slots] = self.layout.pad_id, False
+        self.prompt_ids[slots, start:], self.prompt_mask[slots, start:] = ids, mask
+        self.tokens[slots], self.reveal_step[slots] = self.layout.mask_id, NEVER
+        self.logp[slots], self.live[slots] = torch.nan, True
+        self.keys[slots] = key_tensor([job.key for job in jobs], self.device)
+        self.block[slots], self.within[slots], self.step[slots] = 0, 0, 0
+        if self.layout.blocks_of_prompt:
+            self.lead[slots] = mask.sum(1) % self.settings.block_length
+        for slot, job in zip(free, jobs, strict=True):
+            self.jobs[slot] = job
+        return slots
+
+    def groups(self, fixed: bool, remembered: bool = False) -> list[Group]:
+        """The slots in forwards of rows of like length.
+
+        Args:
+            fixed: keep to few possible shapes: rows are filled up to a power of two with free slots, which do nothing.
+            remembered: no more than the active blocks is read.
+        """
+        taken = self.taken
+        if fixed:
+            rows = min(len(self.jobs), 1 << max(0, len(taken) - 1).bit_length())
+            chosen = (taken + self.vacant)[:rows]
+            return [Group(torch.tensor(chosen, device=self.device), self.prompt_ids.shape[1])] if taken else []
+        sizes = {slot: len(job.prompt) for slot, job in enumerate(self.jobs) if job is not None}
+        order = sorted(taken, key=lambda slot: -sizes[slot])
+        budget = READ.get(self.device.type, READ_ELSEWHERE)
+        read = [self.settings.block_length if remembered else sizes[x] + self.settings.length for x in order]
+        cut = split(read, budget)
+        return [Group(torch.tensor(order[a:b], device=self.device), sizes[order[a]]) for a, b in cut]
+
+    def commit(self, group: Group, at: Tensor, commit: Tensor, token: Tensor, logp: Tensor, still: Tensor) -> None:
+        """Write down a step, and let each row move on.
+
+        Args:
+            group: the rows ``[n]``.
+            at: int64 ``[n i]``, columns of the completion; the last one of all for what is no position.
+            commit: bool ``[n i]``, what is fixed now.
+            token: int64 ``[n i]``.
+            logp: ``[n i]``.
+            still: bool ``[n i]``, what stays masked in the active block.
+        """
+        rows, settings = group.slots, self.settings
+        step, within, block = self.step[rows], self.within[rows], self.block[rows]
+        for state, new in ((self.tokens, token), (self.logp, logp), (self.reveal_step, step[:, None].expand_as(at))):
+            former = state[rows]
+            state[rows] = former.scatter(1, at, torch.where(commit, new.to(state.dtype), former.gather(1, at)))
+        full = ~still.any(1)  # such a block moves on, past the steps that would commit nothing
+        whole = settings.threshold is None and not self.layout.blocks_of_prompt
+        self.step[rows] = step = step + torch.where(full, len(self.schedule) - within if whole else 1, 1)
+        self.within[rows] = torch.where(full | (settings.threshold is not None), 0, within + 1)
+        self.block[rows] = block = block + full.long()
+        done = block > (settings.length - 1 + self.lead[rows]) // settings.block_length
+        if self.reach is not None:
+            done |= (block if self.reach.unit == "blocks" else step) >= self.reach.count
+        if settings.early_end:
+            known = (self.reveal_step[rows, :-1] != NEVER).cumprod(1).bool()
+            done |= (torch.isin(self.tokens[rows, :-1], self.ends) & known).any(1)  # nothing before it can change
+        self.live[rows] = self.live[rows] & ~done
+
+    def look(self) -> list[int]:
+        """Taken slots whose rows have ended. Waits for the device."""
+        live = self.live.tolist()
+        return [slot for slot in self.taken if not live[slot]]
+
+    def free(self, slots: Sequence[int]) -> list[Job]:
+        """Take the rows out of some slots."""
+        jobs = [job for slot in slots if (job := self.jobs[slot]) is not None]
+        for slot in slots:
+            self.jobs[slot] = None
+        self.live[torch.tensor(slots, dtype=torch.int64, device=self.device)] = False
+        return jobs
+
+    def trajectory(self, slots: Sequence[int]) -> Trajectory:
+        """What was made in some slots, on the CPU."""
+        rows = torch.tensor(slots, device=self.device)
+        layout, settings = self.layout, self.settings
+        tokens, reveal_step, logp = (x[rows, :-1].cpu() for x in (self.tokens, self.reveal_step, self.logp))
+        known = reveal_step != NEVER
+        tokens = tokens.masked_fill(~known, layout.pad_id)
+        ids, mask = left_pad([job.prompt for slot in slots if (job := self.jobs[slot]) is not None], layout.pad_id)
+        return Trajectory(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            tokens=tokens,
+            reveal_step=reveal_step,
+            length=completion_length(tokens, layout.end_ids, known),
+            block_length=settings.block_length,
+            mask_id=layout.mask_id,
+            end_ids=layout.end_ids,
+            pad_id=layout.pad_id,
+            blocks_of_prompt=layout.blocks_of_prompt,
+            logp=logp,
+        )
+
+
+def split(widths: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """Ranges of rows of falling ``widths`` that hold at most ``budget`` positions with their padding, or one row."""
+    cut: list[tuple[int, int]] = []
+    for row in range(len(widths)):
+        start = cut[-1][0] if cut else 0
+        if cut and (row + 1 - start) * widths[start] <= budget:
+            cut[-1] = (start, row + 1)
+        else:
+            cut.append((row, row + 1))
+    return cut

@@ -1,0 +1,177 @@
+"""Two evaluations on the same problems: the difference of their accuracies, and how sure it is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.evaluation.generations import stream_generations
+from dllm_sd.randomness import fold, key_tensor, make_key, uniform
+
+_BATCH = 2**22  # numbers drawn at a time
+
+Verdicts = Mapping[str, Sequence[bool]]
+"""Of each problem, by its id, which attempts were correct."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Problems by who was right: the table of McNemar's test."""
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``b`` against ``a`` on the ``n`` problems that both have; a problem counts by the mean of its attempts.
+
+    ``difference`` is accuracy b - accuracy a with the 95 % interval ``ci95``. ``counts`` and ``p_value`` (McNemar's
+    exact test) are None where a problem has several attempts. ``alone_a`` and ``alone_b`` are the problems that only
+    one of the two has, which are left out.
+    """
+
+    n: int
+    accuracy_a: float
+    accuracy_b: float
+    difference: float
+    ci95: tuple[float, float]
+    counts: Counts | None
+    p_value: float | None
+    alone_a: int
+    alone_b: int
+
+
+def compare(a: Verdicts, b: Verdicts, *, seed: int = 0, resamples: int = 10_000) -> Comparison:
+    """Compare two evaluations problem by problem; a function of the verdicts and ``seed``, not of their order.
+
+    Raises:
+        InputError: if they share no problem.
+    """
+    shared = sorted(a.keys() & b.keys())
+    if not shared:
+        raise InputError(
+            f"the two evaluations share no problem ({_some(a)} against {_some(b)}); compare evaluations on one task"
+        )
+    right_a, right_b = (torch.tensor([_share(v[i]) for i in shared], dtype=torch.float64) for v in (a, b))
+    single = all(len(v[problem]) == 1 for v in (a, b) for problem in shared)
+    counts = _counts([(a[i][0], b[i][0]) for i in shared]) if single else None
+    return Comparison(
+        n=len(shared),
+        accuracy_a=math.fsum(right_a.tolist()) / len(shared),
+        accuracy_b=math.fsum(right_b.tolist()) / len(shared),
+        difference=math.fsum((right_b - right_a).tolist()) / len(shared),
+        ci95=bootstrap_interval(right_b - right_a, seed=seed, resamples=resamples),
+        counts=counts,
+        p_value=None if counts is None else mcnemar(counts.only_a, counts.only_b),
+        alone_a=len(a) - len(shared),
+        alone_b=len(b) - len(shared),
+    )
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p-value of McNemar's test (Psychometrika 12, 1947), by the exact binomial instead of chi-square.
+
+    If neither of the two were better, each problem that only one of them solves would be a fair coin; the p-value is
+    the chance of a split at least as uneven as ``only_a`` to ``only_b``.
+
+    >>> round(mcnemar(10, 2), 4)
+    0.0386
+    """
+    n, tail, ways = only_a + only_b, 0, 1
+    for i in range(min(only_a, only_b) + 1):
+        tail, ways = tail + ways, ways * (n - i) // (i + 1)  # ways is the binomial coefficient (n, i), exactly
+    return min(1.0, 2 * tail / 2**n)
+
+
+def bootstrap_interval(differences: Tensor, *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of a mean of paired differences ``[n]`` by resampling the problems.
+
+    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: a problem is drawn with what both
+    evaluations made of it, so that the pairing is kept.
+    """
+    values, n = differences.to(torch.float64), len(differences)
+    rows = max(1, _BATCH // n)
+    means = [
+        values[resample(n, range(start, min(start + rows, resamples)), seed)].mean(dim=1)
+        for start in range(0, resamples, rows)
+    ]
+    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def resample(n: int, numbers: range, seed: int = 0) -> Tensor:
+    """The problems that the bootstrap's resamples with these ``numbers`` draw, int64 ``[len(numbers), n]``."""
+    keys = fold(key_tensor([make_key(seed, "bootstrap")]), torch.tensor(list(numbers), dtype=torch.int64))
+    return (uniform(keys, n).to(torch.float64) * n).to(torch.int64)
+
+
+def compare_files(a: Path, b: Path) -> dict[str, Comparison]:
+    """Compare the generations that two files or folders hold, by the name of the schedule that both decoded with.
+
+    If each of them holds one schedule only, those two are compared, whatever their names.
+
+    Raises:
+        InputError: naming the file, and the remedy.
+    """
+    (left, one), (right, other) = (_read(find_generations(path)) for path in (a, b))
+    for problem in one.keys() & other.keys():
+        if one[problem] != other[problem]:
+            raise InputError(f"{a} and {b} asked different problems under the id {problem!r}; evaluate the same task")
+    if len(left) == len(right) == 1:
+        (name_a, only_a), (name_b, only_b) = *left.items(), *right.items()
+        return {name_a if name_a == name_b else f"{name_a} | {name_b}": compare(only_a, only_b)}
+    if not left.keys() & right.keys():
+        raise InputError(f"{a} and {b} share no schedule ({', '.join(left)} against {', '.join(right)}); decode alike")
+    return {name: compare(left[name], right[name]) for name in left if name in right}
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, list[bool]]], dict[str, Any]]:
+    """Which attempts were correct, by schedule (an unnamed one is called default) and problem; what problems hold.
+
+    The latter is the last ``digest`` of each problem, where lines have one.
+    """
+    found: dict[str, dict[str, list[bool]]] = {}
+    digests: dict[str, Any] = {}
+    for item in stream_generations(path):
+        found.setdefault(item.schedule or "default", {}).setdefault(item.id, []).append(item.correct)
+        digests[item.id] = item.fields.get("digest")
+    return found, {problem: digest for problem, digest in digests.items() if digest is not None}
+
+
+def find_generations(path: Path) -> Path:
+    """The file of graded generations that ``path`` is, or that the folder holds, itself or in ``eval/TASK``.
+
+    Raises:
+        InputError: if there is none, or more than one to choose from.
+    """
+    if not path.is_dir():
+        if path.exists():
+            return path
+        raise InputError(f"there is no {str(path)!r}; name a folder with generations.jsonl or graded.jsonl, or a file")
+    for pattern in ("", "eval/*/"):
+        found = sorted(file for name in ("generations", "graded") for file in path.glob(f"{pattern}{name}.jsonl"))
+        if len(found) > 1:
+            raise InputError(f"{path} holds {', '.join(str(file.relative_to(path)) for file in found)}; name one file")
+        if found:
+            return found[0]
+    raise InputError(f"{path} holds no generations.jsonl or graded.jsonl; evaluate it first: dllm-sd eval {path}")
+
+
+def _counts(pairs: Sequence[tuple[bool, bool]]) -> Counts:
+    return Counts(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))))
+
+
+def _share(correct: Sequence[bool]) -> float:
+    return sum(correct) / len(correct)
+
+
+def _some(found: Verdicts) -> str:
+    return next((repr(problem) for problem in found), "nothing")

@@ -1,0 +1,1 @@
+"""Where the rollouts of an update come from: problems, weights, texts, banks."""

@@ -1,0 +1,55 @@
+"""The order in which problems are met: a keyed permutation of the training split for every epoch."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dllm_sd.errors import InputError
+from dllm_sd.policies.policy import Policy
+from dllm_sd.randomness import make_key, random_order
+from dllm_sd.rollouts.rules import Prompted, prompt_tokens, with_occurrences
+from dllm_sd.tasks.task import Problem, Task
+
+
+class Feed:
+    """Deals out training problems; what comes at a position is a function of (seed, position) alone."""
+
+    def __init__(self, problems: Sequence[Problem], policy: Policy, task: Task, seed: int, max_prompt: int) -> None:
+        self.problems, self.policy, self.task = problems, policy, task
+        self.seed, self.max_prompt = seed, max_prompt
+        if not len(problems):
+            raise InputError("the training split holds no problems; name other data in task")
+        self._order = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        """The order of an epoch, int32: generated tasks have a million problems, and a list of these takes 36 MB."""
+        order = random_order(make_key(self.seed, "epoch", epoch), len(self.problems))
+        return order.to(torch.int32) if len(order) <= torch.iinfo(torch.int32).max else order
+
+    def take(self, cursor: int, count: int) -> tuple[list[Prompted], int, int]:
+        """The next ``count`` problems from position ``cursor``.
+
+        Returns:
+            The problems with their prompts and occurrences, the position after them, and how many were left out on the
+            way because their prompt exceeds `max_prompt`.
+
+        Raises:
+            InputError: if a whole epoch holds no prompt that is short enough.
+        """
+        taken: list[Prompted] = []
+        dropped = barren = 0
+        while len(taken) < count:
+            epoch, place = divmod(cursor, len(self.problems))
+            problem = self.problems[int(self._order(epoch)[place])]
+            prompted = prompt_tokens(self.policy, self.task, problem, self.max_prompt)
+            cursor += 1
+            if prompted is None:
+                dropped, barren = dropped + 1, barren + 1
+                if barren == 2 * len(self.problems) - 1:  # so many in a row contain a whole epoch
+                    raise InputError(f"every training prompt is longer than max_prompt {self.max_prompt}; raise it")
+            else:
+                taken.append(prompted)
+                barren = 0
+        return with_occurrences(taken), cursor, dropped

@@ -1,0 +1,88 @@
+"""Whose weights make the rollouts, and the calibration that a subspace is found by."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from dllm_sd.errors import InputError
+from dllm_sd.network.subspace import Projectors, Subspace, Supervised, collect, kv_layers, projected
+from dllm_sd.parallel.sharding import gathered
+from dllm_sd.policies.loading import AnyPolicy
+from dllm_sd.policies.policy import Policy, offsets
+from dllm_sd.policies.weights import Live, Teacher, Weights
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK
+from dllm_sd.tasks.task import Problem, Task
+
+
+class Roller:
+    """Puts the weights that roll out in the place of the student's."""
+
+    def __init__(
+        self,
+        rule: PassAtK | Demonstrations,
+        policy: AnyPolicy,
+        models: Mapping[Weights, Teacher],
+        accelerator: Accelerator,
+    ) -> None:
+        self.settings = Live() if isinstance(rule, Demonstrations) else rule.policy
+        self.policy, self.accelerator = policy, accelerator
+        rolling = None if isinstance(rule, Demonstrations) else rule.rolling
+        self.base = None if rolling is None else models[rolling]
+        self.projectors: Projectors = {}
+
+    def calibrate(self, task: Task, problems: Sequence[Problem]) -> dict[str, int]:
+        """Find the subspace of the initial weights, if there is to be one: the same whenever it is done; its counts.
+
+        Raises:
+            InputError: if model or data have no such subspace.
+        """
+        settings, module = self.settings, self.policy.module
+        if not isinstance(settings, Subspace) or self.base is None:
+            return {}
+        if any(isinstance(part, FSDPModule) for part in module.modules()):
+            raise InputError("method.rollout.policy subspace needs whole weights on every process; train without FSDP")
+        keys = kv_layers(module.network)
+        dimension: Any = keys[0][0].weight
+        layers = settings.chosen(len(keys), len(dimension))
+        some = [problems[i] for i in range(min(settings.calibration, len(problems)))]
+        with self.base.present():
+            found = collect(module, (supervised(self.policy, task, one) for one in some), layers, settings.longest)
+        self.projectors = settings(found)
+        return {f"calibration/{name}": getattr(found, name) for name in ("used", "skipped", "cut")}
+
+    @contextmanager
+    def present(self, module: nn.Module) -> Iterator[None]:
+        """Inside, ``module`` decodes with the weights that roll out, whole; all processes enter together."""
+        held = projected(self.policy.module.network, self.projectors) if self.projectors else nullcontext()
+        with self.base.present() if self.base else nullcontext(), gathered(self.accelerator, module), held:
+            yield
+
+
+def supervised(policy: Policy, task: Task, problem: Problem) -> Supervised:
+    """A problem with its reference, and the tokens of the final answer as what is to be right (SPD, Sec. 3).
+
+    The answer is looked for from the end of the reference; tokens that lie in it as a whole count. A model that
+    denoises reads masks there.
+
+    Raises:
+        InputError: if the task's data has no reference or no answer.
+    """
+    reference, answer = task.reference(problem), task.final_answer(problem)
+    if reference is None or not answer:
+        raise InputError(
+            f"method.rollout.policy subspace learns from right answers, but problem {problem.id} has no reference with "
+            "a final answer; name data that has, or another policy"
+        )
+    prompt, tokens = policy.encode(task.messages(problem)), policy.encode_completion(reference, ended=False)
+    start = reference.rfind(answer)
+    inside = [start <= a < b <= start + len(answer) for a, b in pairwise(offsets(policy, tokens))]
+    targets = torch.tensor([*prompt, *tokens])
+    sites = torch.tensor([False] * len(prompt) + [start >= 0 and one for one in inside])
+    ids = targets if policy.causal else targets.masked_fill(sites, policy.mask_id)
+    return Supervised(ids, sites, targets)

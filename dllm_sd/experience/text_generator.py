@@ -1,0 +1,138 @@
+"""Texts for hints: analyses by teachers, and what writers write, dealt over the processes."""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from dllm_sd.config import to_tree
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.parallel.processes import together
+from dllm_sd.parallel.sharding import gathered, whole
+from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Peer, Teacher, Weights
+from dllm_sd.randomness import make_key
+from dllm_sd.teachers.context import Reasoning
+from dllm_sd.teachers.writing import Writing
+from dllm_sd.writers import Cache, Request, Sampling, Server, Written, ask_once
+
+_FREE = ("length", "temperature", "top_p", "top_k", "batch_size", "continuous")
+"""Keys of `decode` that do not change what a writer writes: its own stand in their place, or memory only."""
+
+
+class Scribe:
+    """Lets models and servers write; to be called by all processes together, each with everything."""
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        decode: Decoding,
+        accelerator: Accelerator,
+        models: Mapping[Weights, Teacher] | None = None,
+        cache: Cache | None = None,
+        longest: int = 10240,
+    ) -> None:
+        """For the teachers of the contexts, and all ``models`` of the run by whose weights they are.
+
+        Args:
+            teachers: of the contexts, in their order.
+            decode: how the run decodes; a text has its own length and temperature.
+            accelerator: of the processes.
+            models: whose weights may write.
+            cache: what was written before by weights that do not move.
+            longest: longest prompt of a writer, in tokens.
+        """
+        self.teachers, self.models, self.cache, self.longest = teachers, models or {}, cache, longest
+        self.decode, self.accelerator = decode, accelerator
+        self._identities: dict[Weights, dict[str, Any]] = {}
+        self._damaged = 0
+
+    def __call__(
+        self, context: int, prompts: Sequence[Sequence[int]], reasoning: Reasoning, keys: Sequence[int]
+    ) -> list[str]:
+        """The analyses of the teacher of a context, one for each prompt."""
+        settings = replace(self.decode, length=reasoning.length, temperature=reasoning.temperature)
+        mine = self._mine(len(prompts))
+        texts = self._decode(self.teachers[context], [prompts[i] for i in mine], settings, [keys[i] for i in mine])
+        return self._together(mine, texts)
+
+    def write(self, writing: Writing, requests: Sequence[Request]) -> list[Written]:
+        """What a writer answers to each request, or why there is nothing; from the disk where it stands there."""
+        mine = self._mine(len(requests))
+        asked = [requests[i] for i in mine]
+        if isinstance(writing.writer, Server):
+            with together():
+                answers = writing.writer.write(asked, writing.sampling, self.cache)
+            return self._together(mine, answers)
+        model, stays = self.models[writing.writer], isinstance(writing.writer, Base | Peer | Checkpoint)
+        identity = self._identity(writing.writer, model) if stays else {}
+        entered = False
+
+        def ask(missing: Sequence[Request]) -> Generator[tuple[int, Written]]:
+            nonlocal entered
+            entered = True
+            yield from enumerate(self._answers(model, missing, writing.sampling))
+
+        with together():  # texts are kept once all weights are gathered, and that alone may fail on one process
+            answers = ask_once(identity, asked, writing.sampling, self.cache if stays else None, ask)
+            if not entered:  # sharded weights are gathered by all processes together
+                self._answers(model, [], writing.sampling)
+        return self._together(mine, answers)
+
+    def damaged_texts(self) -> int:
+        """How many stored texts were damaged, and asked for again, on this process since the last call."""
+        before, self._damaged = self._damaged, self.cache.corrupt if self.cache else 0
+        return self._damaged - before
+
+    def _answers(self, model: Teacher, requests: Sequence[Request], sampling: Sampling) -> list[Written]:
+        policy = model.policy
+        prompts = [policy.encode(request.messages, sampling.thinking) for request in requests]
+        short = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.longest]
+        changes = {"length": sampling.length, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        changes["top_k"] = sampling.top_k
+        settings = replace(self.decode, **changes)
+        keys = [make_key("writer", requests[i].key) for i in short]
+        texts = self._decode(model, [prompts[i] for i in short], settings, keys)
+        answers = [Written(None, "long_request")] * len(requests)
+        for i, text in zip(short, texts, strict=True):
+            answers[i] = Written(text, None) if text.strip() else Written(None, "no_text")
+        return answers
+
+    def _decode(
+        self, model: Teacher, prompts: Sequence[Sequence[int]], settings: Decoding, keys: Sequence[int]
+    ) -> list[str]:
+        """This process's texts; all enter, also those with nothing to write."""
+        with model.present(), gathered(self.accelerator, model.policy.module):
+            if not prompts:
+                return []
+            written = model.policy.decode(prompts, settings, keys)
+            rows = zip(written.tokens, written.length.tolist(), strict=True)
+            return [model.policy.text(tokens[:length].tolist()) for tokens, length in rows]
+
+    def _identity(self, weights: Weights, model: Teacher) -> dict[str, Any]:
+        """Whose texts these are: what the weights add up to, tensor by tensor, without adapters of others."""
+        if weights not in self._identities:
+            digest = sha256()
+            adapters = getattr(model.policy.module.model, "peft_config", {}).keys() if weights.stored else set()
+            with model.present():
+                every = dict(model.policy.module.named_parameters())
+                own = {name: value for name, value in every.items() if adapters.isdisjoint(name.split("."))}
+                for name, value in sorted((own | (model.copy if adapters else {})).items()):
+                    digest.update(
+                        f"{name} {tuple(value.shape)} {float(whole(value).detach().double().sum())!r}".encode()
+                    )
+            decoding = {key: value for key, value in to_tree(self.decode).items() if key not in _FREE}
+            self._identities[weights] = {**to_tree(weights, WEIGHTS), "sum": digest.hexdigest(), "decode": decoding}
+        return self._identities[weights]
+
+    def _mine(self, count: int) -> range:
+        return range(self.accelerator.process_index, count, self.accelerator.num_processes)
+
+    def _together(self, mine: range, values: Sequence[Any]) -> list[Any]:
+        """The values of all processes, in order."""
+        pairs = [*zip(mine, values, strict=True)]
+        if self.accelerator.num_processes > 1:
+            pairs = sorted(gather_object(pairs), key=lambda pair: pair[0])
+        return [value for _, value in pairs]

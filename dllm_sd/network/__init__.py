@@ -1,0 +1,1 @@
+"""How a network is read at some sites, and changed for a while."""

@@ -1,0 +1,1 @@
+"""The equation: what is graded in an update, and the loss of it."""

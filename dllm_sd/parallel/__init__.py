@@ -1,0 +1,1 @@
+"""Many processes: what they decide together, and how weights are split among them."""

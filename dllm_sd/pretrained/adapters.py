@@ -1,0 +1,47 @@
+"""What a stored adapter was made with: its tensors alone do not say how much they count."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from dllm_sd.errors import InputError
+from dllm_sd.files.plain_yaml import read_yaml
+from dllm_sd.pretrained.small_files import ADAPTER, read_tree
+
+
+def check_scale(path: str, student: LoraConfig) -> None:
+    """Refuse an adapter of another rank or alpha than the student's, under whose ``alpha / rank`` it would count.
+
+    Its own ``adapter_config.json`` says so, or the ``config.yaml`` of the run that it is a checkpoint of. Where there
+    is neither, nothing is known.
+
+    Raises:
+        InputError: naming the key and its value.
+    """
+    own = Path(path) / "adapter_config.json"
+    made = _exported(own) if own.is_file() else _trained(Path(path).parent.parent / "config.yaml")
+    for name, value in {"rank": student.r, "alpha": student.lora_alpha}.items():
+        if name in made and made[name] != value:
+            raise InputError(
+                f"the adapter at {path!r} was made with {name} {made[name]}, but model.lora.{name} is {value}; set it "
+                f"to {made[name]}"
+            )
+
+
+def _exported(file: Path) -> dict[str, Any]:
+    tree = read_tree(file, ADAPTER)
+    made = {"rank": tree.get("r"), "alpha": tree.get("lora_alpha")}
+    if None in made.values():
+        raise InputError(f"{file} does not say an adapter's r and lora_alpha; give a PEFT adapter of LoRA")
+    if odd := [name for name in ("use_rslora", "alpha_pattern", "rank_pattern") if tree.get(name)]:
+        raise InputError(f"{file} sets {odd[0]}, under which adapters count otherwise; give one of plain LoRA")
+    return made
+
+
+def _trained(file: Path) -> dict[str, Any]:
+    try:
+        lora = read_yaml(file, str(file))["model"]["lora"]
+        return {"rank": lora["rank"], "alpha": lora["alpha"]}
+    except (OSError, ValueError, TypeError, KeyError):  # no run, or one that trained all weights
+        return {}

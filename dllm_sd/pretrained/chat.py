@@ -1,0 +1,342 @@
+"""Text and tokens: the only renderer of chat templates, for students and teachers, in training and evaluation."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from dllm_sd.errors import InputError, shown
+from dllm_sd.files.reading import lone_surrogate
+from dllm_sd.limits import TooLong, limited
+from dllm_sd.pretrained.chat_templates import choose_template, find_switches
+from dllm_sd.pretrained.small_files import brief, is_whole
+from dllm_sd.tasks.conversations import content_of
+
+SECONDS = 5.0
+"""Processor time that a template has for one conversation."""
+MEMORY = 2**27
+"""Bytes that it may ask for."""
+_FAILED, _REMEDY = "the chat template", "mend it in the tokenizer's files, or set model.chat_template"
+_ROLES = ("bos", "eos", "pad", "mask", "unk", "cls", "sep")
+"""Tokens that a tokenizer names and that say nothing."""
+_RARE = "\U0001f9ff\u3042\u0416\u00e5"
+"""Characters of which a tokenizer that does not know everything is likely not to know one."""
+_TAG = re.compile(r"<(/?)([^<>/|]+)>")
+
+
+def _share(part: int, whole: int) -> str:
+    """A share in per cent, never rounded to nothing."""
+    return f"{max(1, round(100 * part / max(1, whole)))} %" if 100 * part >= whole else "less than 1 %"
+
+
+def _replaced(text: str, words: Mapping[str, str]) -> str:
+    """A text with other words for some of its words; of those that overlap the first counts."""
+    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], text) if words else text
+
+
+def _partner(tag: re.Match[str]) -> str:
+    """The closing tag of an opening one, and the other way round."""
+    return f"<{'' if tag[1] else '/'}{tag[2]}>"
+
+
+@contextmanager
+def _bounded(otherwise: str = "") -> Iterator[None]:
+    """Around a template, which is a program of somebody else: whatever it does is one sentence within seconds."""
+    try:
+        with limited(SECONDS, MEMORY):
+            yield
+    except TooLong:
+        raise InputError(f"chat_template: {_FAILED} takes more than {SECONDS:g} seconds; {_REMEDY}") from None
+    except MemoryError:
+        raise InputError(f"chat_template: {_FAILED} takes too much memory; {_REMEDY}") from None
+    except Exception as error:  # it can stumble over anything
+        remedy = f"{_REMEDY}{otherwise}"
+        raise InputError(f"the chat template cannot render the prompt: {brief(error)}; {remedy}") from error
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer and the way in which conversations are written for one checkpoint."""
+
+    tokenizer: Tokenizer
+    end_id: int
+    """Token that ends the assistant's turn."""
+    template: str | None = None
+    """Jinja chat template, or the name of one of the tokenizer's; None takes the tokenizer's own. Without any, contents
+    are joined by blank lines, behind the token that the tokenizer begins a text with."""
+    thinking: bool | None = None
+    """Value of the template's thinking switch (`chat_templates.SWITCHES`); None leaves it to the template."""
+    marks: tuple[int, ...] = ()
+    """Ids that are no text besides those that the tokenizer names: all end tokens, the mask."""
+
+    def __post_init__(self) -> None:
+        choose_template(self.tokenizer.chat_template, self.template)
+        if self.thinking is not None and not self.has_switch:
+            raise InputError("model.thinking is set, but the chat template has no thinking switch; leave it out")
+
+    @cached_property
+    def written_by(self) -> str | None:
+        """The text of the template in force; None where there is none."""
+        return choose_template(self.tokenizer.chat_template, self.template)
+
+    @cached_property
+    def switches(self) -> tuple[str, ...]:
+        """The variables by which the template turns thinking on and off."""
+        if self.written_by is None:
+            return ()
+        with _bounded():
+            return find_switches(self.written_by)
+
+    @property
+    def has_switch(self) -> bool:
+        """Whether the template can turn thinking on and off."""
+        return bool(self.switches)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        open_turn: bool = True,
+        thinking: bool | None = None,
+        *,
+        continued: bool = False,
+    ) -> str:
+        """A conversation as text.
+
+        Args:
+            messages: each with a ``role`` and a ``content`` (`conversations.content_of`).
+            open_turn: whether to add what makes the assistant speak next.
+            thinking: of this conversation, where it differs from the usual one.
+            continued: whether the last message is one that the assistant shall go on with, so that its turn is neither
+                ended nor opened anew; ``open_turn`` then means nothing.
+
+        Raises:
+            InputError: if the template refuses the messages, fails, takes too long, or asks for too much memory, or a
+                content is no text.
+        """
+        spoken = [{**message, "content": content_of(message)} for message in messages]
+        if self.written_by is None:
+            return "\n\n".join(message["content"] for message in spoken)
+        thinking = self.thinking if thinking is None else thinking
+        switch: dict[str, Any] = {} if thinking is None else dict.fromkeys(self.switches, thinking)
+        system = any(message.get("role") == "system" for message in spoken)
+        with _bounded(", or leave out the system message (task.system)" if system else ""):
+            rendered = self.tokenizer.apply_chat_template(
+                spoken,
+                chat_template=self.written_by,
+                tokenize=False,
+                add_generation_prompt=open_turn and not continued,
+                continue_final_message=continued,
+                **switch,
+            )
+        given = sum(len(message["content"]) for message in spoken)
+        if len(rendered) > 8 * given + 2**20:
+            raise InputError(f"chat_template: {_FAILED} makes {len(rendered)} characters of {given}; {_REMEDY}")
+        return str(rendered)
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], thinking: bool | None = None) -> list[int]:
+        """Chat messages as prompt tokens, the assistant's turn opened.
+
+        A template writes all special tokens itself; what a message says of `control_tokens` is text, as where a
+        tokenizer splits special tokens. Without a template special tokens are those that the prompt spells, and those
+        that the tokenizer puts before a text, once; the end token that some put behind it would end the prompt, and is
+        left out.
+        """
+        if self.written_by is not None:
+            messages, stand_ins = self._protected(messages)
+            return self._tokens(self.render(messages, thinking=thinking), stand_ins)
+        tokens = self._tokens(self.render(messages, thinking=thinking))
+        return tokens if tokens[: len(self.opening)] == self.opening else [*self.opening, *tokens]
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text, such as BOS."""
+        whole: Any = self.tokenizer("?")["input_ids"]
+        bare = self._tokens("?")
+        places = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+        if places:
+            return whole[: places[0]]
+        return [token for token in whole[:1] if token == self.tokenizer.bos_token_id]
+
+    def encode_completion(self, text: str, ended: bool = True) -> list[int]:
+        """A completion as tokens, with the token that ends the turn if it is ``ended``; `control_tokens` are text."""
+        stand_ins = self._stand_ins([text])
+        tokens = self._tokens(_replaced(text, stand_ins), {char: token for token, char in stand_ins.items()})
+        return [*tokens, *([self.end_id] if ended else [])]
+
+    @cached_property
+    def formatting(self) -> tuple[int, ...]:
+        """Ids of tokens that say nothing: special ones, marks such as ``<think>`` and ``<|im_end|>``, line breaks.
+
+        Source: the released code of SGSD (arXiv 2605.28791).
+        """
+        words = self.tokenizer.get_vocab()
+        mark = re.compile(r"</?think>|<\|[^<>|]*\|>")
+        breaks = {self._tokens("\n" * count)[0] for count in range(1, 9) if len(self._tokens("\n" * count)) == 1}
+        marks = {number for word, number in words.items() if mark.fullmatch(word)}
+        return tuple(sorted(breaks | marks | set(self.tokenizer.all_special_ids)))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Completion tokens as text: all but `silent_ids`, exactly as the tokens spell it."""
+        spoken = [token for token in tokens if token not in self.silent_ids]
+        return str(self.tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def silent_ids(self) -> frozenset[int]:
+        """Ids that `text` leaves out: padding, mask, unknown, begin and end tokens, and the marks of turns.
+
+        Other special tokens, such as ``<think>`` or ``<answer>``, are text that a grader wants to see.
+        """
+        named = (getattr(self.tokenizer, f"{role}_token_id", None) for role in _ROLES)
+        return frozenset({*filter(is_whole, named), self.end_id, *self.marks, *self._turn_marks()})
+
+    def _turn_marks(self) -> set[int]:
+        """Special tokens that the template writes around every message; tags that come in pairs are no such marks."""
+        if self.written_by is None:
+            return set()
+        words = self.tokenizer.get_vocab()
+        tags = {number for word, number in words.items() if (tag := _TAG.fullmatch(word)) and _partner(tag) in words}
+        asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
+        found = set(self._tokens(self.render([asked])))
+        with suppress(InputError):  # a template may refuse to write an answer, and then has no marks of its own for it
+            found |= set(self._tokens(self.render([asked, answered], open_turn=False)))
+        return found & self._special_ids - tags
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids of all tokens that the tokenizer marks as special."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset([number for number, token in added if token.special] + self.tokenizer.all_special_ids)
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Special tokens that end, begin or hide text, as they are spelled, the longest first: those of `silent_ids`.
+
+        Data and hints may spell one, and must not end a turn by it.
+        """
+        spelled = [self.tokenizer.convert_ids_to_tokens(number) for number in self.silent_ids & self._special_ids]
+        return tuple(sorted(filter(None, map(str, spelled)), key=lambda token: (-len(token), token)))
+
+    def warn_of_control(self, texts: Iterable[str], what: str) -> str | None:
+        """A sentence on texts that spell one of `control_tokens`, with an example; None if none does."""
+        count, example = 0, ""
+        for text in texts:
+            if held := next((token for token in self.control_tokens if token in text), None):
+                count, example = count + 1, example or f"{shown(held)} in {shown(text)}"
+        if not count:
+            return None
+        said = (
+            "it becomes that token, since there is no chat template: take it out if that is not meant"
+            if self.written_by is None
+            else "it is read as text and not as that token"
+        )
+        return f"{count:,} of {what} spell a special token, such as {example}; {said}"
+
+    def check_template(self, system: bool = False) -> None:
+        """Refuse a template that writes nothing, or leaves out the user's message or the ``system`` one.
+
+        Raises:
+            InputError: for such a template, and as `render` does.
+        """
+        spoken = [("system", "Instruction0")] * system + [("user", "Question0")]
+        rendered = self.render([{"role": role, "content": content} for role, content in spoken]).casefold()
+        if not rendered.strip():
+            raise InputError(f"{_FAILED} renders nothing for a conversation; {_REMEDY}")
+        for role, content in spoken:
+            if content.casefold() not in rendered:
+                other = ", or leave out task.system" if role == "system" else ""
+                raise InputError(
+                    f"{_FAILED} leaves out the {role} message, so the model cannot read it; {_REMEDY}{other}"
+                )
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of ``<0x00>`` to ``<0xFF>``, in which sentencepiece spells what it has no piece for."""
+        words = self.tokenizer.get_vocab()
+        return frozenset(words[word] for word in (f"<0x{byte:02X}>" for byte in range(256)) if word in words)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of the token that stands for what the tokenizer does not know; None where that token means more."""
+        named = {getattr(self.tokenizer, f"{role}_token_id", None) for role in _ROLES if role != "unk"}
+        unknown: Any = self.tokenizer.unk_token_id
+        return None if unknown in {*named, self.end_id, *self.marks} else unknown
+
+    @cached_property
+    def loses(self) -> bool:
+        """Whether there is text that the tokenizer does not know; one of bytes knows everything."""
+        return bool(self.lost(_RARE))
+
+    def lost(self, text: str) -> str:
+        """The characters of a text that no token stands for, white space aside."""
+        if not self.tokenizer.is_fast:
+            return "\ufffd" * self._tokens(text).count(-1 if self.unknown_id is None else self.unknown_id)
+        read: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        known = bytearray(len(text))
+        for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
+            if token != self.unknown_id:
+                known[start:end] = b"\1" * (end - start)
+        return "".join(letter for letter, seen in zip(text, known, strict=True) if not seen and not letter.isspace())
+
+    def warn_of_lost(self, texts: Iterable[str], what: str) -> str | None:
+        """A sentence on what the tokenizer does not know of some texts, with an example; None if it knows all.
+
+        Args:
+            texts: as they are given to the tokenizer; not looked at where it knows everything.
+            what: what they are, such as ``the prompts``.
+        """
+        if not self.loses:
+            return None
+        letters, lost, example = 0, 0, ""
+        for text in texts:
+            gone = self.lost(text)
+            letters, lost = letters + sum(not letter.isspace() for letter in text), lost + len(gone)
+            example = example or (gone and f"{shown(gone[:20])} of {shown(text)}")
+        if not lost:
+            return None
+        return (
+            f"the tokenizer does not know {_share(lost, letters)} of the characters of {what}, such as {example}; "
+            "the model cannot see them: use its own words, or a tokenizer that knows them"
+        )
+
+    def _protected(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Messages in which a character stands for each of `control_tokens`, and what those characters stand for."""
+        spoken = [{**message, "content": content_of(message)} for message in messages]
+        stand_ins = self._stand_ins([message["content"] for message in spoken])
+        replaced = [{**message, "content": _replaced(message["content"], stand_ins)} for message in spoken]
+        return replaced, {char: token for token, char in stand_ins.items()}
+
+    def _stand_ins(self, texts: Sequence[str]) -> dict[str, str]:
+        """For each of `control_tokens` that texts spell a character of private use that none of them holds."""
+        spelled = [token for token in self.control_tokens if any(token in text for text in texts)]
+        free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if not any(char in text for text in texts))
+        return dict(zip(spelled, free, strict=False)) if spelled else {}
+
+    def _tokens(self, text: str, stand_ins: Mapping[str, str] | None = None) -> list[int]:
+        """A text as tokens; what ``stand_ins`` stand for is no special token there."""
+        if (half := lone_surrogate(text)) is not None:
+            raise InputError(f"a text holds {half}, which no tokenizer reads; correct the text that it comes from")
+        if not stand_ins or not any(char in text for char in stand_ins):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+        tokens: list[int] = []
+        for piece in self._at_special.split(text):  # a special token parts a text for every tokenizer
+            spelled = _replaced(piece, stand_ins)
+            split = {"split_special_tokens": True} if spelled != piece else {}
+            read: Any = self.tokenizer(spelled, add_special_tokens=False, **split)
+            if split and (held := self.silent_ids & self._special_ids & {*read["input_ids"]} - {self.unknown_id}):
+                token = self.tokenizer.convert_ids_to_tokens(min(held))
+                raise InputError(
+                    f"a text spells the special token {shown(token)}, which the tokenizer cannot read as text; take it "
+                    "out of the data"
+                )
+            tokens += read["input_ids"]
+        return tokens
+
+    @cached_property
+    def _at_special(self) -> re.Pattern[str]:
+        """Splits a text at its special tokens, and keeps them."""
+        spelled = [str(self.tokenizer.convert_ids_to_tokens(number)) for number in self._special_ids]
+        return re.compile(f"({'|'.join(map(re.escape, sorted(spelled, key=len, reverse=True)))})")

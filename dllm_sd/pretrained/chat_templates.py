@@ -1,0 +1,125 @@
+"""Which Jinja template writes a conversation, and the thinking switch that it may have."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dllm_sd.errors import InputError, os_reason, shown
+from dllm_sd.files.reading import parse_json, read_whole
+from dllm_sd.files.writing import at_home, names_file
+
+KEY = "model.chat_template"
+SWITCHES = (
+    *("enable_thinking", "thinking", "enable_reasoning", "use_thinking", "thinking_enabled"),
+    *("enable_think", "add_thinking", "think", "reasoning"),
+)
+"""Names that templates give to the variable that turns thinking on or off."""
+_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
+_LARGEST = 2**20
+
+
+def is_template(text: str) -> bool:
+    """Whether a text can be a Jinja template: without a ``{{`` or ``{%`` it would write the same for every prompt."""
+    return "{{" in text or "{%" in text
+
+
+def read_template(given: str) -> str:
+    """The template that the key `model.chat_template` means: a text as it is, or what the file of that name holds.
+
+    A name that is neither is given back for `choose_template`, which knows the tokenizer. Of a ``.json`` file, such
+    as a tokenizer_config.json, the key ``chat_template`` is taken.
+
+    Raises:
+        InputError: if nothing is given, or there is no such file, or it holds no template.
+    """
+    if not given.strip():
+        raise InputError(f"{KEY} is empty; give a template, a file or a name, or null for the tokenizer's own")
+    if is_template(given) and not names_file(given):
+        return given
+    path = Path(at_home(given, KEY))
+    if not (names_file(str(path)) or path.suffix.lower() in _SUFFIXES or "/" in given):
+        return given
+    where = f"the file {shown(given)} ({KEY})"
+    try:
+        text = read_whole(path, _LARGEST).decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({os_reason(error)}); name a file that holds a template") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{where} is not UTF-8 text; save it as UTF-8") from None
+    if path.suffix.lower() == ".json":
+        tree = parse_json(text, f"{where} is not valid JSON", "correct it, or name another file")
+        text = tree.get("chat_template") if isinstance(tree, dict) else None
+    if not isinstance(text, str) or not is_template(text):
+        raise InputError(f"{where} holds no chat template: there is no {{{{ or {{% in it; name another file")
+    return text
+
+
+def choose_template(own: Any, asked: str | None) -> str | None:
+    """The template to write with, None where there is none.
+
+    Args:
+        own: the tokenizer's: a text, several by name, or None.
+        asked: the user's or the family's, which goes first: a template, or the name of one of the tokenizer's.
+
+    Raises:
+        InputError: if no template of the tokenizer has that name, or none of several is its default.
+    """
+    named = own if isinstance(own, Mapping) else {}
+    if isinstance(own, list | tuple):  # as a tokenizer_config.json writes them
+        named = {one["name"]: one["template"] for one in own if _is_named(one)}
+        if len(named) != len(own):
+            raise InputError(
+                "the tokenizer's chat templates are a list in which not every one has a 'name' of its own and a "
+                f"'template'; correct its chat_template, or set {KEY} to a template"
+            )
+    names = ", ".join(sorted(map(str, named)))
+    if asked is None:
+        if not named:
+            return own if isinstance(own, str) and own else None
+        if "default" not in named:
+            raise InputError(f"the tokenizer has several chat templates and no default; set {KEY} to one of {names}")
+        return named["default"]
+    if is_template(asked):
+        return asked
+    if asked in named:
+        return named[asked]
+    theirs = f"templates of this tokenizer: {names}" if named else "this tokenizer has no templates with names"
+    raise InputError(
+        f"{KEY} is {shown(asked)}, which is no template (there is no {{{{ or {{% in it), no file and no template's "
+        f"name; {theirs}"
+    )
+
+
+def _is_named(one: Any) -> bool:
+    """Whether an item of a list of templates is one: its name, and its text."""
+    return isinstance(one, Mapping) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+
+
+class _Generation(Extension):
+    """The tag of transformers that marks the assistant's words: here what stands inside counts."""
+
+    tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements inside the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def find_switches(template: str) -> tuple[str, ...]:
+    """The variables of `SWITCHES` that a template reads, whether or not it gives them a default of its own.
+
+    Words of a comment or of a text, fields of a message, and variables that the template only sets are none.
+
+    Raises:
+        jinja2.TemplateSyntaxError: if it is no template.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    read = find_undeclared_variables(environment.parse(template))
+    return tuple(name for name in SWITCHES if name in read)

@@ -1,0 +1,371 @@
+"""How much memory a run will need, from the model's shape and the config, before anything is loaded.
+
+Counted is what PyTorch allocates on one process's device, in bytes: no CUDA context (about 0.5 GB), no fragmentation
+and no data. The formulas say what autograd keeps for transformers' decoder layers (RMSNorm in float32, rotary
+embedding, sdpa or flash attention, SwiGLU) and PEFT's adapters; `tools/check_memory.py` compares them with what is
+measured. Assumed is the worst of an update: prompts of `max_prompt` tokens, of unequal lengths, so that attention has
+a mask and repeats grouped keys and values; micro-batches that are full, and at least two, so that gradients are there.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dllm_sd.canvases import AllMasked, DecoderSteps
+from dllm_sd.config import Config
+from dllm_sd.decoding.denoising import CHUNK, CHUNK_ELSEWHERE
+from dllm_sd.decoding.sampling import RUN
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.decoding.slots import READ, READ_ELSEWHERE
+from dllm_sd.losses.divergences import GeneralisedJSD, PolicyGradient, TokenNLL
+from dllm_sd.losses.gap import GatedGap
+from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.sites import TeacherTop
+from dllm_sd.losses.supports import TopK
+from dllm_sd.objective.chunked import at_once
+from dllm_sd.policies.loading import DTYPES, teacher_model
+from dllm_sd.policies.weights import Checkpoint, Ema, without_adapter
+from dllm_sd.pretrained.families import CAUSAL, FAMILIES, MARK
+from dllm_sd.rollouts.rules import PassAtK
+from dllm_sd.training.optim import FUSED
+
+SECOND_READERS = ("k_proj", "v_proj", "up_proj")
+"""Linear layers that read the same tensor as another one, which autograd keeps once."""
+EIGHT_BITS = 2 * (1 + 4 / 256)
+"""Bytes of both states of a weight in 8 bits, with a float32 scale for each 256 of them."""
+BITS = 4.127
+"""Bits of a 4-bit weight: NF4 and its doubly quantised constants (QLoRA, arXiv 2305.14314, Sec. 3)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process holds; counts, and bytes of everything else."""
+
+    parameters: int
+    """Number of parameters, adapters included."""
+    trainable: int
+    """Number of trained parameters."""
+    tokens: int
+    """Tokens of a micro-batch."""
+    sites: int
+    """Graded sites of a micro-batch, at most."""
+    weights: int
+    """Bytes of all weights, adapters included; always there."""
+    optimizer: int
+    """Bytes of the optimizer's two states; always there."""
+    copies: int
+    """Bytes of the teachers' own weights; always there."""
+    gradients: int
+    """Bytes of gradients, with DDP's buckets; there while learning."""
+    gathered: int
+    """Bytes of weights that FSDP has gathered while learning."""
+    teacher: int
+    """Bytes that a teacher's forward adds: its activations, then its logits at the candidates, or hidden states there
+    where a chunk of the loss does not hold all sites."""
+    activations: int
+    """Bytes that autograd keeps of the student's forward."""
+    losses: int
+    """Bytes of logits and losses, added to the activations: copies of chunk x vocabulary in float32, the gradients of
+    hidden states and of a trained head."""
+    backward: int
+    """Bytes that backward adds to the activations after the losses: a layer's gradients, or that of the head; under
+    gradient checkpointing also the activations of one layer."""
+    step: int
+    """Bytes that the optimizer's step adds to the gradients."""
+    held: int
+    """Bytes that decoding holds: all weights, gathered (FSDP2); weights set aside (`merge_rollouts`); prefix cache."""
+    rollouts: int
+    """Bytes of the activations of a decoding batch."""
+    rollout_logits: int
+    """Bytes of the logits of its active positions and of the copies that sampling makes, after the activations."""
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are always there."""
+        return self.weights + self.optimizer + self.copies
+
+    @property
+    def learning(self) -> int:
+        """Highest bytes of a micro-batch or optimizer step, beside what is resident."""
+        student = self.activations + max(self.losses, self.backward)
+        return self.gradients + self.gathered + max(self.teacher, student, self.step)
+
+    @property
+    def decoding(self) -> int:
+        """Highest bytes of rollouts and evaluation, beside what is resident."""
+        return self.held + max(self.rollouts, self.rollout_logits)
+
+    @property
+    def peak(self) -> int:
+        """Highest bytes of all."""
+        return self.resident + max(self.learning, self.decoding)
+
+
+def estimate(
+    network: nn.Module,
+    config: Config,
+    *,
+    processes: int = 1,
+    sharded: bool = False,
+    device: str = "cuda",
+    others: Mapping[Checkpoint, nn.Module] | None = None,
+) -> Memory:
+    """What a run of `config` will need on each process.
+
+    Args:
+        network: the native transformers model without adapters; only shapes are read (`loading.skeleton`).
+        config: the run.
+        processes: how many there are; each has its own rollouts and micro-batches.
+        sharded: FSDP2 (weights, gradients, optimizer and copies are divided) instead of DDP. Not measured yet.
+        device: ``cpu`` or ``cuda``, where the step is fused; elsewhere it makes one temporary of all trained weights.
+        others: the networks of other checkpoints that teach or write, which every process holds whole; one that is
+            left out is not counted.
+    """
+    shape, plain = _Shape(network, config), config.optim.name == "adamw"
+    share = processes if sharded else 1
+    canvas = config.max_prompt + config.decode.length
+    canvases = max(1, config.optim.tokens_per_batch // canvas)
+    ways = [config.decode, config.held_out(), *map(config.held_out, config.eval.schedules)]
+    tokens, decoded = canvases * canvas, max(way.batch_size * (config.max_prompt + way.length) for way in ways)
+    candidates, sites = _sites(config, canvases, shape.causal)
+    saved, again = shape.saved(tokens, canvas)
+    transient = int(2.5 * tokens * max(shape.widest * shape.compute, shape.widest_adapter * shape.wide))
+    copies, cast = _copies(config, shape, sharded)
+    apart = {weights: _Shape(other, _config_of(weights, config)) for weights, other in (others or {}).items()}
+    teachers = [*(one for weights, one in apart.items() if weights in config.method.weights()), shape]
+    pass_of_teacher = max(one.forward(tokens, canvas) - one.casts * (one is not shape) for one in teachers)
+    contexts, asks = len(config.method.contexts), config.method.sites.score is not None
+    few = at_once(shape.vocabulary, shape.hidden, device)
+    said = shape.vocabulary * shape.logit if candidates <= few else shape.hidden * shape.residual
+    scored = candidates * said * contexts + min(candidates, few) * shape.vocabulary * shape.logit * asks
+    outside = shape.weights - sum(shape.of_layers)
+    gathered, whole = outside + 2 * max(shape.of_layers), shape.weights
+    if shape.autocast:  # FSDP2 gathers in the type that computes
+        gathered, whole = (size * shape.compute // shape.residual for size in (gathered, whole))
+    of_head, product = _head_gradient(shape, sites > few)
+    joined = shape.head * shape.trained_bytes if of_head and shape.trained_bytes < shape.wide and sites > few else 0
+    costs = [(config.max_prompt + way.length, *_decoding(way, config, shape, device)) for way in ways]
+    return Memory(
+        parameters=shape.parameters,
+        trainable=shape.trainable,
+        tokens=tokens,
+        sites=sites,
+        weights=shape.weights // share,
+        optimizer=(2 * shape.bytes_trained if plain else int(shape.trainable * EIGHT_BITS)) // share,
+        copies=copies // share + sum(one.weights for one in apart.values()),
+        gradients=shape.bytes_trained // share * (2 if processes > 1 and not sharded else 1),
+        gathered=gathered if sharded else 0,
+        teacher=cast // share + max(pass_of_teacher, scored) if contexts else 0,
+        activations=saved,
+        losses=_losses(config, shape, sites, few, of_head, product) + (scored if candidates > few else 0),
+        backward=max(again + transient + shape.dequantised, of_head + joined),
+        step=0 if device in FUSED or not plain else shape.bytes_trained // share,
+        held=(whole if sharded else 0) + shape.merged + decoded * shape.remembered,
+        rollouts=max(shape.forward(read, length, decoding=True) for length, read, _ in costs),
+        rollout_logits=max(read * shape.hidden * shape.residual + logits for _, read, logits in costs),
+    )
+
+
+def _config_of(weights: Checkpoint, config: Config) -> Config:
+    """The config by which another checkpoint is counted: its own type of weights, and nothing trained."""
+    return replace(config, model=replace(teacher_model(weights, config.model), lora=None))
+
+
+class _Shape:
+    """Sizes of a network as `config` trains it."""
+
+    def __init__(self, network: Any, config: Config) -> None:
+        model, lora, self.config = config.model, config.model.lora, network.config
+        itemsize, self.autocast = DTYPES[model.dtype].itemsize, config.optim.autocast is not None
+        family = FAMILIES.get(str((getattr(self.config, MARK, None) or {}).get("family")), CAUSAL)
+        self.rank, self.targets = (lora.rank, lora.targets or family.lora_targets) if lora else (0, ())
+        self.dropout = lora is not None and lora.dropout > 0
+        self.checkpointed, self.eager = model.gradient_checkpointing, model.attention == "eager"
+        # Bytes of a number inside the layers, between them, in adapters and losses and RMSNorm, in logits.
+        self.compute, self.residual, self.wide = 2 if self.autocast else itemsize, itemsize, max(4, itemsize)
+        self.trained_bytes, self.logit = self.wide if lora else itemsize, 4 if self.autocast else itemsize
+        self.layers = list(network.base_model.layers)
+        self.vocabulary, self.hidden = network.get_output_embeddings().weight.shape
+        self.head = self.vocabulary * self.hidden
+        self.heads, self.experts = self.config.num_attention_heads, getattr(self.config, "num_experts_per_tok", 0) or 0
+        linears = [pair for layer in self.layers for pair in _linears(layer)]
+        self.queries = max((x.out_features for name, x in linears if name == "q_proj"), default=self.hidden)
+        stacked = [self.experts * x.gate_up_proj.shape[1] for layer in self.layers for x in _mixtures(layer)]
+        self.widest = max([max(x.weight.shape) for _, x in linears] + stacked)
+        self.widest_adapter = max((max(x.weight.shape) for name, x in linears if name in self.targets), default=0)
+
+        names = set(lora.modules_to_save) if lora else set()
+        every, inside = list(network.parameters()), [list(layer.parameters()) for layer in self.layers]
+        saved = [x for n, part in network.named_modules() if n.rpartition(".")[2] in names for x in part.parameters()]
+        pairs = [[x for name, x in _linears(layer) if name in self.targets] for layer in self.layers]
+        adapters = [self.rank * sum(sum(x.weight.shape) for x in of_layer) for of_layer in pairs]
+        self.parameters = _count(every) + sum(adapters) + _count(saved)
+        self.trainable = sum(adapters) + _count(saved) if lora else self.parameters
+        self.bytes_trained = sum(adapters) * self.wide + _count(saved) * itemsize if lora else _count(every) * itemsize
+        self.of_layers = [_count(x) * itemsize + n * self.wide for x, n in zip(inside, adapters, strict=True)]
+        self.dequantised = 0
+        if model.quantization == "4bit":
+            for i, layer in enumerate(self.layers):
+                self.of_layers[i] -= int(_count(x.weight for _, x in _linears(layer)) * (itemsize - BITS / 8))
+            self.dequantised = max(x.weight.numel() for _, x in linears) * self.compute
+        outside = _count(every) - sum(map(_count, inside)) + _count(saved)
+        self.weights = outside * itemsize + sum(self.of_layers)
+        # Set aside while decoding with folded adapters; keys and values per token that are remembered.
+        self.merged = itemsize * sum(_count(x.weight for x in y) for y in pairs) if lora and lora.merge_rollouts else 0
+        self.causal = getattr(self.config, "is_causal", True) is not False  # a denoiser's config says so
+        block_causal = (getattr(self.config, MARK, None) or {}).get("block_length") and config.decode.prefix_cache
+        self.remembered = self.compute * sum(x.out_features for n, x in linears if n in ("k_proj", "v_proj"))
+        self.remembered *= bool(block_causal or self.causal)
+        # Autocast keeps bfloat16 copies of trained weights for a forward, and autograd keeps those of all.
+        used = _count(x.weight for _, x in linears) + self.head
+        self.casts = 2 * (sum(adapters) if lora else used) * self.autocast
+        self.casts_saved = 2 * (sum(adapters) + used) * self.autocast
+
+    def saved(self, tokens: int, canvas: int) -> tuple[int, int]:
+        """Bytes that autograd keeps of ``tokens``, and those that backward computes again (one layer, or none)."""
+        final = self._norm(self.hidden)
+        layers = [self._layer(layer, canvas) for layer in self.layers]
+        if self.checkpointed:
+            return tokens * (final + len(layers) * self.hidden * self.residual), tokens * max(layers) + self.casts
+        return tokens * (final + sum(layers)) + self.casts_saved, 0
+
+    def _norm(self, width: int) -> int:
+        """Per token: the input in float32, its root mean square, and what a trained weight multiplies."""
+        return width * (self.wide + (0 if self.rank else self.residual)) + 4
+
+    def _layer(self, layer: nn.Module, canvas: int) -> int:
+        """Bytes per token that autograd keeps of a layer; what is the same tensor is counted once."""
+        total = self.compute * 4 * self.queries + 4 * self.heads  # q, k and v of every head, result; normaliser
+        if self.eager:  # probabilities in float32, and in the type of the layers
+            total += self.heads * canvas * (4 + self.compute * (self.compute != 4))
+        for name, module in layer.named_modules():
+            if "norm" in type(module).__name__.lower():
+                of_heads = name.endswith(("q_norm", "k_norm"))
+                total += self._norm(self.queries if of_heads else _count(module.parameters()))
+        for name, linear in _linears(layer):
+            total += self._input(name, linear)
+            if name == "gate_proj":
+                total += 3 * self.compute * linear.out_features  # gate, silu(gate), up
+        for module in _mixtures(layer):  # also what the experts return and, where they are trained, read
+            numbers = self.hidden + 3 * module.down_proj.shape[-1]
+            numbers += 0 if self.rank else self.hidden + module.down_proj.shape[-1]
+            total += self.experts * self.compute * numbers
+        return total
+
+    def _input(self, name: str, linear: nn.Linear) -> int:
+        """Bytes per token that autograd keeps for a linear layer and its adapter, beside what other layers keep."""
+        if self.rank and name not in self.targets:
+            return 0
+        width, alone = linear.in_features, name not in (*SECOND_READERS, "o_proj")
+        if not self.rank:
+            return self.compute * width * ((self.autocast and name != "o_proj") or alone)
+        low = self.compute if self.autocast else self.wide  # of what the adapter reads
+        if self.dropout:
+            return low * (self.rank + width) + self.wide * width
+        return low * (self.rank + width * (self.autocast or self.compute < self.wide or alone))
+
+    def forward(self, tokens: int, canvas: int, decoding: bool = False) -> int:
+        """Highest bytes of a forward without gradient, its logits left out."""
+        scores = self.heads * canvas * (2 * self.compute + 4) * self.eager
+        inside = max(3 * self.widest * self.compute, 7 * self.queries * self.compute + scores)
+        if self.rank and not (decoding and self.merged):
+            low = self.compute if self.autocast else self.wide  # of the adapter's branch, which adds two or three
+            branch = (2 * self.compute + (2 if low == self.compute else 3) * low) * self.widest_adapter
+            inside = max(inside, branch + self.hidden * self.wide * (self.compute < self.wide))
+        stream = 3 * self.hidden * self.residual + self.hidden * 2 * self.autocast
+        mask = canvas * (1 + self.compute) + 2 * self.residual * self.queries // self.heads
+        return tokens * (stream + inside + mask) + self.casts + self.dequantised
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name.rpartition(".")[2], module
+
+
+def _mixtures(layer: nn.Module) -> Iterator[Any]:
+    """Modules that hold the weights of many experts in one tensor; adapters pass them over."""
+    return (x for x in layer.modules() if getattr(getattr(x, "gate_up_proj", None), "ndim", 0) == 3)
+
+
+def _decoding(decode: Decoding, config: Config, shape: _Shape, device: str) -> tuple[int, int]:
+    """Positions that one forward of a decoder reads, and bytes of the logits and their copies that choosing holds."""
+    longest = config.max_prompt
+    filters = any(x.top_k or x.top_p < 1 for x in (decode, config.method.rollout) if isinstance(x, Decoding | PassAtK))
+    copies = 2 + max(shape.vocabulary % RUN > 0, shape.logit / shape.wide * (shape.logit < shape.wide)) + 4 * filters
+    if shape.causal:
+        return decode.batch_size * longest, int(decode.batch_size * shape.vocabulary * shape.wide * (2 + copies))
+    width = max(longest, decode.block_length) if shape.remembered else longest + decode.length
+    rows = decode.batch_size
+    if not shape.remembered and decode.compile is None:
+        rows = max(1, min(rows, READ.get(device, READ_ELSEWHERE) // width))
+    held = min(rows * decode.block_length * shape.vocabulary, CHUNK.get(device, CHUNK_ELSEWHERE))
+    copies += 2 * bool(decode.guidance) + 3 * (decode.order == "entropy")
+    return rows * width, int(held * shape.wide * copies)
+
+
+def _sites(config: Config, canvases: int, causal: bool) -> tuple[int, int]:
+    """Candidates and graded sites of a micro-batch, at most; an autoregressive canvas has them at every token.
+
+    Random masks hide a share of the completion that is uniform on (0, 1): mean and two standard deviations of it.
+    """
+    decode, method = config.decode, config.method
+    if causal:
+        masked = active = revealed = decode.length + (config.max_prompt - 1) * method.sites.prompt
+    elif isinstance(method.canvases, DecoderSteps):
+        masked, active = decode.length, decode.block_length
+        revealed = max(decode.schedule) if decode.threshold is None else decode.block_length
+    else:
+        hidden = 1.0 if isinstance(method.canvases, AllMasked) else min(1, 0.5 + 2 / math.sqrt(12 * canvases))
+        masked = active = revealed = math.ceil(decode.length * hidden)
+    if isinstance(method.sites, AllMaskedSites):
+        candidates = sites = active if method.sites.block else masked
+    elif isinstance(method.sites, TeacherTop):
+        candidates, sites = active, min(active, method.sites.count or revealed)
+    else:
+        candidates = sites = revealed
+    return canvases * candidates, canvases * sites
+
+
+def _head_gradient(shape: _Shape, several: bool) -> tuple[int, int]:
+    """Bytes of the gradient of a trained head, and of what a chunk makes to add to it."""
+    if shape.rank:
+        return 0, 0
+    if not several:  # it is what the only chunk makes
+        return shape.head * shape.trained_bytes, 0
+    return shape.head * shape.wide, shape.head * shape.compute * (shape.compute < shape.wide)
+
+
+def _losses(config: Config, shape: _Shape, sites: int, few: int, head: int, product: int) -> int:
+    """Bytes at the worst moment of a chunk of sites: in its loss, or when it adds to the gradient of the head."""
+    method, c = config.method, len(config.method.contexts)
+    chunk, several = min(sites, few) * shape.vocabulary * shape.wide, sites > few
+    raw = c * (shape.logit / shape.wide) * (not several)  # the teachers' logits, if they are kept
+    if isinstance(method.divergence, TokenNLL | PolicyGradient | GatedGap) or isinstance(method.support, TopK):
+        copies = 3 + c
+    else:
+        jensen = isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1
+        copies = max(3 + 4 * c, 2 + 5 * c) if jensen else 3 + 4 * c
+    inside = max((copies + raw) * chunk + several * head, (1 + raw) * chunk + head + product)
+    return int(inside) + sites * shape.hidden * shape.residual
+
+
+def _copies(config: Config, shape: _Shape, sharded: bool) -> tuple[int, int]:
+    """Bytes of all teachers' own weights, and of the copy that is made while one of them reads."""
+    lora = config.model.lora
+    own = [
+        weights
+        for weights in config.method.models()
+        if weights.stored and not (lora and without_adapter(weights, lora.start is not None))
+    ]
+    averages = any(isinstance(w, Ema) for w in own)
+    cast = not shape.rank and (sharded or (averages and shape.trained_bytes < 4))
+    total = sum(shape.trainable * shape.wide if isinstance(w, Ema) else shape.bytes_trained for w in own)
+    return total, shape.bytes_trained if own and cast else 0

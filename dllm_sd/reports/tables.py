@@ -1,0 +1,120 @@
+"""Reports as tables for people."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dllm_sd.reports.memory import Memory
+from dllm_sd.training.left_out import in_words
+
+LEFT_OUT = {
+    "too_long": ("prompts too long", "problems left out"),
+    "cut": ("texts without an end", "graded as they are"),
+    "unread": ("texts without an answer", "wrong"),
+}
+"""What an evaluation could not ask, or could not read to the end: field of its report, in words, what became of it."""
+
+
+def print_training(report: Mapping[str, Any], run: Path) -> None:
+    """Before and after training, and where the run lies."""
+    console = Console()
+    if report["best"]:
+        table = Table(title=f"{report['task']}: accuracy on {report['n']} test problems")
+        table.add_column("decoding")
+        for name in ("before", "after", "best"):
+            table.add_column(name, justify="right")
+        for schedule, best in report["best"].items():
+            cells = [f"{100 * report[name][schedule]['accuracy']:.1f} %" for name in ("before", "after")]
+            low, high = best["ci95"]
+            table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+            for name, (words, kept) in LEFT_OUT.items():
+                if name in best:  # reports of former versions lack some
+                    counts = (str(report[which][schedule][name]) for which in ("before", "after", "best"))
+                    table.add_row(f"  {words} ({kept})", *counts)
+        console.print(table)
+        console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
+    words = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
+    best_dev = f"; best dev accuracy {100 * report['best_dev_accuracy']:.1f} % at update {report['best_update']}"
+    console.print(words + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
+    if left_out := in_words(report.get("left_out", {})):  # reports of former versions have none
+        console.print(f"left out: {', '.join(left_out)}", highlight=False)
+    if report["stopped"]:
+        console.print(f"stopped early: {report['stopped']}")
+    console.print(f"run folder {run}: report.json, metrics.jsonl, samples.jsonl, config.yaml, checkpoints/")
+    console.print(f"curves, samples and trajectories: tensorboard --logdir {run / 'tb'}")
+
+
+def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
+    """A column for each decoding schedule."""
+    table = Table(title=title)
+    table.add_column("decoding")
+    rows: dict[str, list[str]] = {}
+    for name, tree in report["schedules"].items():
+        table.add_column(name, justify="right")
+        low, high = tree["ci95"]
+        cells = {"problems": str(tree["n"]), "accuracy": f"{100 * tree['accuracy']:.2f} %"}
+        cells["95 % interval"] = f"{100 * low:.1f} to {100 * high:.1f}"
+        for key, words in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
+            cells |= {f"{words}@{k}": f"{100 * share:.2f} %" for k, share in tree[key].items() if k != "1"}
+        cells |= {"tokens": f"{tree['length']:.1f}", "tokens per forward": f"{tree['tokens_per_step']:.2f}"}
+        cells |= {"tokens per second": f"{tree['time/tokens_per_second']:.0f}"}
+        cells |= {f"{words} ({kept})": str(tree[name]) for name, (words, kept) in LEFT_OUT.items()}
+        cells |= {"slots busy": f"{tree['occupancy']:.0%}"}
+        known = {"n", "accuracy", "score", "length", "tokens_per_step", "occupancy"}
+        extra = {key: value for key, value in tree.items() if isinstance(value, float) and key not in known}
+        cells |= {key: f"{value:.4g}" for key, value in extra.items() if not key.startswith("time/")}
+        for label, cell in {**cells, "seconds": f"{tree['time/seconds']:.1f}"}.items():
+            rows.setdefault(label, []).append(cell)
+    for label, values in rows.items():
+        table.add_row(label, *values)
+    Console().print(table)
+
+
+def memory_table(memory: Memory) -> Table:
+    """An estimate of `memory.estimate`."""
+    shown = Table(title="memory of one process (estimate)")
+    shown.add_column("what")
+    shown.add_column("size", justify="right")
+    shown.add_row("parameters", f"{memory.parameters:,}")
+    shown.add_row("trainable parameters", f"{memory.trainable:,}")
+    shown.add_row("tokens, sites of a micro-batch", f"{memory.tokens:,}, {memory.sites:,}", end_section=True)
+    decoding = {"held": "held weights, cache", "rollouts": "rollouts", "rollout_logits": "their logits, after that"}
+    groups = {
+        "always": (memory.resident, {"weights": "weights", "optimizer": "optimizer state", "copies": "teacher copies"}),
+        "learning, at most": (
+            memory.learning,
+            {
+                "gradients": "gradients",
+                "gathered": "gathered weights",
+                "teacher": "teacher's pass, before",
+                "activations": "activations",
+                "losses": "logits and losses, with them",
+                "backward": "backward, after these",
+                "step": "optimizer step, at the end",
+            },
+        ),
+        "decoding, at most": (memory.decoding, decoding),
+    }
+    for name, (total, rows) in groups.items():
+        for field, words in rows.items():
+            shown.add_row(f"  {words}", _gigabytes(getattr(memory, field)))
+        shown.add_row(name, _gigabytes(total), end_section=True)
+    shown.add_row("peak: always + the larger of learning and decoding", _gigabytes(memory.peak), style="bold")
+    return shown
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size else "0"
+
+
+def describe_part(part: Any) -> str:
+    """A part and its fields in one line."""
+    if not isinstance(part, dict):
+        return str(part)
+    fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
+    if "name" not in part:  # a part of one kind only, such as a library
+        return fields
+    return f"{part['name']} ({fields})" if fields else part["name"]

@@ -1,0 +1,1 @@
+"""How an update gets graded completions."""

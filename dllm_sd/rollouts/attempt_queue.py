@@ -1,0 +1,145 @@
+"""Attempts at problems as a decoder's queue: a problem is tried again only while it is unsolved.
+
+Several processes share one queue. Whenever their decoders ask, they tell each other what has ended and how many slots
+are free, and each of them deals out the same next attempts, so that no process waits for the retries of another.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_sd.decoding.queue import Job
+from dllm_sd.tasks.task import Grade
+from dllm_sd.trajectory import Trajectory
+
+STEPS = 4
+"""Decoding steps between two exchanges of several processes."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that share the work."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+    """From the list of each process to the lists of all, joined in the order of the ranks."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A graded completion."""
+
+    problem: int
+    """Its place among the problems."""
+    number: int
+    """Counted from 0."""
+    text: str
+    grade: Grade
+    trajectory: Trajectory
+    """A batch of one."""
+
+
+class Attempts:
+    """A `Queue` of attempts: the problems least tried first, and of them the longest, as neighbours of like length."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        key: Callable[[int, int], int],
+        grade: Callable[[int, Trajectory], tuple[str, Grade]],
+        *,
+        limit: int,
+        until_solved: bool = True,
+        ahead: int = 0,
+        crew: Crew | None = None,
+    ) -> None:
+        """Nothing has begun.
+
+        Args:
+            prompts: of all problems, on every process.
+            key: seed of an attempt, from problem and number.
+            grade: text and verdict of a batch of one.
+            limit: most attempts at a problem.
+            until_solved: False makes all of them, solved or not.
+            ahead: attempts at an unsolved problem that may be under way beside the one that is due, where slots would
+                stay free.
+            crew: the processes; None is this one alone.
+        """
+        self.prompts, self.key, self.grade, self.limit = prompts, key, grade, limit
+        self.until_solved, self.crew = until_solved, crew or Crew()
+        self.ahead = ahead if until_solved else limit
+        self.longest = max(map(len, prompts), default=0)
+        self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        self.most = len(prompts) * min(limit, 1 + self.ahead)
+        self.patience = STEPS if self.crew.size > 1 else None
+        self.begun = [0] * len(prompts)
+        """Attempts at each problem that have begun; this and what follows is the same on all processes."""
+        self.failed = [0] * len(prompts)
+        """Attempts at each problem up to which all have ended unsolved."""
+        self.solved: dict[int, int] = {}
+        """The first attempt that solved it."""
+        self.open: set[tuple[int, int]] = set()
+        """Under way."""
+        self.over: set[tuple[int, int]] = set()
+        """Ended without solving."""
+        self._told: list[tuple[int, int, bool]] = []
+        self._found: list[Attempt] = []
+
+    def take(self, room: int) -> list[Job] | None:
+        """The attempts that this process is to begin now."""
+        rooms = [0] * self.crew.size
+        for rank, free, ended in self.crew.gather([(self.crew.rank, room, self._told)]):
+            rooms[rank] = free
+            for problem, number, correct in ended:
+                self._settle(problem, number, correct)
+        self._told = []
+        mine = self._deal(rooms)[self.crew.rank]
+        return [Job(name, self.prompts[name[0]], self.key(*name)) for name in mine] if self.open else None
+
+    def wanted(self, job: Job) -> bool:
+        """False where an earlier attempt has solved the problem meanwhile."""
+        return job.name in self.open
+
+    def ended(self, jobs: Sequence[Job], trajectory: Trajectory) -> None:
+        """Grade, and remember to tell the others."""
+        for job, one in zip(jobs, trajectory.singly(), strict=True):
+            problem, number = job.name
+            text, grade = self.grade(problem, one)
+            self._found.append(Attempt(problem, number, text, grade, one))
+            self._told.append((problem, number, grade.correct))
+
+    def collected(self) -> list[list[Attempt]]:
+        """Each problem's attempts that have ended, in order, on every process."""
+        tried: list[list[Attempt]] = [[] for _ in self.prompts]
+        for attempt in sorted(self.crew.gather(self._found), key=lambda attempt: attempt.number):
+            tried[attempt.problem].append(attempt)
+        return tried
+
+    def counts(self, attempt: Attempt) -> bool:
+        """Whether a serial loop would have made it."""
+        return attempt.number <= self.solved.get(attempt.problem, self.limit)
+
+    def _settle(self, problem: int, number: int, correct: bool) -> None:
+        self.open.discard((problem, number))
+        self.over.add((problem, number))
+        while (problem, self.failed[problem]) in self.over:
+            self.failed[problem] += 1
+        if correct and self.until_solved:
+            self.solved[problem] = min(number, self.solved.get(problem, number))
+            self.open -= {(problem, later) for later in range(number + 1, self.begun[problem])}
+
+    def _deal(self, rooms: list[int]) -> list[list[tuple[int, int]]]:
+        """What each process is to begin: the next job always goes to whoever has most room."""
+        dealt: list[list[tuple[int, int]]] = [[] for _ in rooms]
+        for level in range(1 + self.ahead):
+            for problem in sorted(self.order, key=lambda i: self.begun[i]):
+                number = self.begun[problem]
+                due = number <= self.failed[problem] + level and number < self.limit and problem not in self.solved
+                if due and max(rooms) > 0:
+                    rank = rooms.index(max(rooms))
+                    rooms[rank] -= 1
+                    dealt[rank].append((problem, number))
+                    self.open.add((problem, number))
+                    self.begun[problem] += 1
+        return dealt

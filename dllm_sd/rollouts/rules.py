@@ -1,0 +1,440 @@
+"""Rollouts: decode, grade, retry what is not solved yet, keep, gate.
+
+Decoding order never changes a result: attempt ``a`` of a problem is a function of (seed, update, problem, attempt), and
+of which occurrence of the problem it is where one batch holds several.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.errors import InputError
+from dllm_sd.network.subspace import Subspace
+from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.weights import Base, Live
+from dllm_sd.randomness import make_key
+from dllm_sd.ranges import Natural, PositiveShare, Ranged, Share, Size, Temperature
+from dllm_sd.rollouts.attempt_queue import Attempts, Crew
+from dllm_sd.rollouts.horizons import HORIZONS, Complete, Progressive, Truncated
+from dllm_sd.tasks.task import Grade, Problem, Task
+from dllm_sd.trajectory import Reach, Trajectory, concatenate
+
+
+def key_parts(problem: Problem, occurrence: int) -> tuple[str, ...]:
+    """What the keys of one occurrence of a problem in a batch are made of; the first has the problem's id alone."""
+    return (problem.id, f"occurrence {occurrence}") if occurrence else (problem.id,)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A problem with its prompt tokens."""
+
+    problem: Problem
+    prompt: tuple[int, ...]
+    occurrence: int = 0
+    """How often a problem of this id stands before it in the same batch."""
+
+    @property
+    def key_parts(self) -> tuple[str, ...]:
+        """What tells it apart from all others of the batch (`key_parts`)."""
+        return key_parts(self.problem, self.occurrence)
+
+
+def with_occurrences(prompted: Iterable[Prompted]) -> list[Prompted]:
+    """A batch whose problems know how often they stood in it before, so that no two have the same random numbers."""
+    met = Counter[str]()
+    numbered = []
+    for item in prompted:
+        numbered.append(replace(item, occurrence=met[item.problem.id]))
+        met[item.problem.id] += 1
+    return numbered
+
+
+def prompt_tokens(
+    policy: Policy, task: Task, problem: Problem, longest: int, thinking: bool | None = None
+) -> Prompted | None:
+    """The problem with its prompt, or None where that is longer than ``longest`` tokens (never cut).
+
+    ``thinking`` overrides the template's switch.
+    """
+    prompt = tuple(policy.encode(task.messages(problem), thinking))
+    return Prompted(problem, prompt) if len(prompt) <= longest else None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One graded completion; its trajectory is a batch of one."""
+
+    problem: Problem
+    attempt: int
+    text: str
+    grade: Grade
+    trajectory: Trajectory
+    counted: bool = True
+    """False for an attempt that a serial retry loop would not have made: it began `ahead` of the first correct one."""
+    teacher_prompts: tuple[tuple[int, ...] | None, ...] = ()
+    """The prompt that each teacher context reads in the place of the student's; None where it reads the student's."""
+    teacher_weights: tuple[float, ...] = ()
+    """How far each context is believed beside the others; empty where all count the same."""
+    notes: tuple[str | None, ...] = ()
+    """The hint in each teacher's prompt, as text."""
+    occurrence: int = 0
+    """`Prompted.occurrence`: a data set may be smaller than a batch, and an epoch may end within one."""
+
+    @property
+    def key_parts(self) -> tuple[str, ...]:
+        """What the attempts at one occurrence of a problem, a group, have in common (`key_parts`)."""
+        return key_parts(self.problem, self.occurrence)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """``b`` kept rollouts of one update, and the counts over everything that was decoded for them."""
+
+    kept: tuple[Rollout, ...]
+    counts: Mapping[str, float]
+    """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected;
+    problems lost because their reference is longer than `decode.length`: long_reference (of demonstrations); and
+    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Of the kept ones, cut_hint are
+    those whose teacher reads a hint without its end. Nothing is lost without a name: kept + rejected + no_hint +
+    long_hint are all counted attempts where `keep` is all, else one for each problem without a long_reference. Where
+    hints are written: written (texts asked for), cached (of them, not written again), and dropped/REASON."""
+    chosen: tuple[Rollout, ...] = ()
+    """The kept rollouts and those that the gate rejected: for people to look at, and for hints from siblings."""
+
+    @property
+    def size(self) -> int:
+        """``b``."""
+        return len(self.kept)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """All kept trajectories as one batch."""
+        return concatenate([rollout.trajectory for rollout in self.kept])
+
+    @property
+    def reward(self) -> Tensor:
+        """float64 ``[b]``, the score of each."""
+        return torch.tensor([rollout.grade.score for rollout in self.kept], dtype=torch.float64)
+
+    @property
+    def group(self) -> Tensor:
+        """int64 ``[b]``, equal for rollouts of one occurrence of a problem."""
+        number = {parts: i for i, parts in enumerate(dict.fromkeys(rollout.key_parts for rollout in self.kept))}
+        return torch.tensor([number[rollout.key_parts] for rollout in self.kept], dtype=torch.int64)
+
+    def keys(self, seed: int, update: int) -> list[int]:
+        """One key a rollout for the random choices of teachers and masks."""
+        return [make_key(seed, update, *rollout.key_parts, rollout.attempt, "canvases") for rollout in self.kept]
+
+
+class RolloutRule(Protocol):
+    """How an update gets its rollouts."""
+
+    problems: int
+    """Problems per batch of rollouts."""
+    passes: int
+    """Updates that the same rollouts serve."""
+    decodes: ClassVar[bool]
+    """Whether the policy decodes (else the data set's references are used)."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        task: Task,
+        prompted: Sequence[Prompted],
+        decode: Decoding,
+        seed: int,
+        update: int,
+        crew: Crew | None = None,
+    ) -> list[list[Rollout]]:
+        """The graded attempts at each problem, in the order of the problems; on every process of the ``crew``."""
+        ...
+
+    def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
+        """How far the rollouts of a batch are decoded; None is to the end."""
+        ...
+
+
+ROLLING: dict[str, type] = {"live": Live, "base": Base, "subspace": Subspace}
+"""Who may make rollouts."""
+
+
+@dataclass(frozen=True)
+class PassAtK(Ranged, key="method.rollout"):
+    """Sample until solved, at most `attempts` times a problem (pass@k resampling, arXiv 2606.18195, Sec. 3.3).
+
+    Only problems not yet solved are tried again, in any free slot of any process; the outcome is that of a serial loop.
+    """
+
+    problems: Size = 16
+    attempts: Size = 8
+    keep: Literal["first", "best", "all"] = "first"
+    """The first correct attempt (or the last one if none is), the best by score (the latest of equals), or all."""
+    until_solved: bool = True
+    """False makes every attempt, solved or not."""
+    ahead: Natural = 0
+    """Further attempts at an unsolved problem that may begin early where decoding slots would stay empty; those behind
+    the first correct one are dropped. Worth it only where few rows leave a device idle."""
+    temperature: Temperature = 0.9
+    top_k: Natural = 0
+    """As in `decode`, which is for evaluations."""
+    top_p: PositiveShare = 1.0
+    policy: Live | Base | Subspace = field(default_factory=Live, metadata={"parts": ROLLING})
+    """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
+    horizon: Complete | Truncated | Progressive = field(default_factory=Complete, metadata={"parts": HORIZONS})
+    """How much of a completion is generated."""
+    draw: Literal["fresh", "fixed"] = "fresh"
+    """`fixed`: a problem's attempts are the same whenever it is met, so that later epochs train on one set of texts,
+    which is drawn once (SPD). They are decoded anew each time, and are the same since `policy` does not learn."""
+    passes: Size = 1
+    """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
+    decodes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep == "all" and self.until_solved:
+            raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
+        if self.draw == "fixed" and isinstance(self.policy, Live):
+            raise InputError(
+                "method.rollout.draw fixed is of texts that stay, but the student's change as it learns; set "
+                "method.rollout.policy to base or subspace, or draw to fresh"
+            )
+
+    def __call__(
+        self,
+        policy: Policy,
+        task: Task,
+        prompted: Sequence[Prompted],
+        decode: Decoding,
+        seed: int,
+        update: int,
+        crew: Crew | None = None,
+    ) -> list[list[Rollout]]:
+        decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+        def key(i: int, attempt: int) -> int:
+            if self.draw == "fixed":
+                return make_key(seed, "draw", prompted[i].problem.id, attempt, "decode")
+            return make_key(seed, update, *prompted[i].key_parts, attempt, "decode")
+
+        def grade(i: int, one: Trajectory) -> tuple[str, Grade]:
+            text = policy.text(one.tokens[0, : int(one.length)].tolist())
+            return text, task.grade(prompted[i].problem, text)
+
+        prompts = [item.prompt for item in prompted]
+        queue = Attempts(
+            prompts,
+            key,
+            grade,
+            limit=self.attempts,
+            until_solved=self.until_solved,
+            ahead=self.ahead,
+            crew=crew,
+        )
+        policy.complete(queue, decode, reach=self.reach(policy, decode, update))
+        return [
+            [
+                Rollout(
+                    *(item.problem, x.number, x.text, x.grade, x.trajectory, queue.counts(x)),
+                    occurrence=item.occurrence,
+                )
+                for x in tried
+            ]
+            for item, tried in zip(prompted, queue.collected(), strict=True)
+        ]
+
+    def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
+        """What the horizon says of the first update that this batch serves."""
+        return self.horizon(policy, decode, batch * self.passes)
+
+    @property
+    def rolling(self) -> Base | None:
+        """The weights that decode in the place of the student's; those of a subspace are held in it by the roller."""
+        match self.policy:
+            case Live():
+                return None
+            case Base():
+                return self.policy
+        return Base()
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some completions are not generated to their end."""
+        return self.horizon.cuts
+
+    @property
+    def needs_outcome(self) -> bool:
+        """Whether attempts are made or chosen by how good they are."""
+        return self.attempts > 1 and (self.until_solved or self.keep == "best")
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether several rollouts of a problem are kept, right or wrong."""
+        return self.keep == "all" and self.attempts > 1
+
+    def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        """What is kept of one problem's counted attempts."""
+        if self.keep == "all":
+            return list(attempts)
+        if self.keep == "best":
+            return [max(attempts, key=lambda rollout: (rollout.grade.score, rollout.attempt))]
+        correct = [rollout for rollout in attempts if rollout.grade.correct]
+        return [correct[0] if correct else attempts[-1]]
+
+
+@dataclass(frozen=True)
+class Demonstrations(Ranged, key="method.rollout"):
+    """The data set's reference completions instead of the policy's own (supervised fine-tuning)."""
+
+    problems: Size = 32
+    passes: Size = 1
+    decodes: ClassVar[bool] = False
+    policy: ClassVar[None] = None
+    keeps_groups: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        policy: Policy,
+        task: Task,
+        prompted: Sequence[Prompted],
+        decode: Decoding,
+        seed: int,
+        update: int,
+        crew: Crew | None = None,
+    ) -> list[list[Rollout]]:
+        return [self._one(policy, task, item, decode) for item in prompted]
+
+    def reach(self, policy: Policy, decode: Decoding, batch: int) -> None:
+        """Demonstrations are whole."""
+        return None
+
+    def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        """Everything is kept."""
+        return list(attempts)
+
+    def _one(self, policy: Policy, task: Task, item: Prompted, decode: Decoding) -> list[Rollout]:
+        reference = task.reference(item.problem)
+        if reference is None:
+            raise InputError(f"problem {item.problem.id} has no reference to imitate; method.rollout needs one")
+        tokens = policy.encode_completion(reference)
+        if needed_length(tokens) > decode.length:
+            return []  # `gather` counts it
+        tokens = tokens[: decode.length]  # an answer that fills the canvas is ended by it
+        trajectory = policy.demonstration(item.prompt, tokens, decode)
+        return [Rollout(item.problem, 0, reference, Grade(True, 1.0, None), trajectory, occurrence=item.occurrence)]
+
+
+def needed_length(tokens: Sequence[int]) -> int:
+    """The least `decode.length` for a completion's ``tokens``: a canvas that it fills needs no end token."""
+    return len(tokens) - 1
+
+
+ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrations}
+
+
+@dataclass(frozen=True)
+class All:
+    """Every rollout counts."""
+
+    count_rejected: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
+    """Whether it asks how good a rollout is, which nobody knows before its end."""
+    needs_group: ClassVar[bool] = False
+    """Whether it compares all rollouts of a problem."""
+    mixes: ClassVar[bool] = True
+    """Whether right and wrong rollouts of a problem pass together."""
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return list(attempts)
+
+
+@dataclass(frozen=True)
+class Correct:
+    """Correct rollouts only."""
+
+    count_rejected: bool = False
+    """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
+    needs_outcome: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return [rollout for rollout in attempts if rollout.grade.correct]
+
+
+@dataclass(frozen=True)
+class Score(Ranged, key="method.gate"):
+    """Rollouts that score at least `at_least` (partial credit)."""
+
+    at_least: Share = 0.25
+    count_rejected: bool = False
+    needs_outcome: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return [rollout for rollout in attempts if rollout.grade.score >= self.at_least]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
+
+    count_rejected: bool = False
+    needs_outcome: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        return list(attempts) if len({rollout.grade.score for rollout in attempts}) > 1 else []
+
+
+GATES: dict[str, type] = {"all": All, "correct": Correct, "score": Score, "mixed": Mixed}
+Gate = All | Correct | Score | Mixed
+
+
+COUNTS = (
+    *("problems", "attempts", "decoded", "solved", "first_try", "tokens", "steps", "generated"),
+    *("kept", "rejected", "no_hint", "long_hint"),
+)
+"""What is always counted in `Rollouts.counts`."""
+
+
+def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[Rollout]]) -> Rollouts:
+    """Keep and gate the attempts of each problem, and count.
+
+    Args:
+        rule: chooses what is kept of a problem.
+        gate: rejects what does not count; selection happens before any training compute.
+        tried: per problem, its attempts in order.
+    """
+    kept: list[Rollout] = []
+    seen: list[Rollout] = []
+    counts: dict[str, float] = dict.fromkeys(COUNTS if rule.decodes else (*COUNTS, "long_reference"), 0.0)
+    for attempts in tried:
+        counted = [rollout for rollout in attempts if rollout.counted]
+        counts["problems"] += 1
+        if not rule.decodes:
+            counts["long_reference"] += not attempts
+        counts["attempts"] += len(counted)
+        counts["decoded"] += len(attempts)
+        counts["solved"] += any(rollout.grade.correct for rollout in counted)
+        counts["first_try"] += bool(counted) and counted[0].grade.correct
+        counts["tokens"] += sum(int(rollout.trajectory.written) for rollout in counted)
+        counts["generated"] += sum(int(rollout.trajectory.written) for rollout in attempts)
+        counts["steps"] += sum(int(rollout.trajectory.num_steps) for rollout in counted)
+        chosen = rule.choose(counted) if counted else []
+        passed = gate(chosen)
+        counts["kept"] += len(passed)
+        counts["rejected"] += len(chosen) - len(passed)
+        kept += passed
+        seen += chosen
+    return Rollouts(tuple(kept), counts, tuple(seen))

@@ -1,0 +1,132 @@
+"""What teachers write before they grade: with their own weights, and the same over any number of processes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.experience.text_generator import Scribe
+from dllm_sd.policies.loading import AnyPolicy
+from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.pretrained.model import Lora
+from dllm_sd.randomness import make_key
+from dllm_sd.teachers import Reasoning
+from tests.training.several import Processes, gathering, move
+
+PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21]]
+KEYS = [make_key("row", i) for i in range(len(PROMPTS))]
+REASONING = Reasoning(length=16, temperature=0.7)
+DECODE = Decoding(length=8, block_length=4, tokens_per_step=1, temperature=0.0, top_k=20)
+LORA = {"lora": Lora(rank=4, alpha=8)}
+
+
+def texts(policy: AnyPolicy, **changes: Any) -> list[str]:
+    """What a policy as it is now writes."""
+    settings = replace(DECODE, length=16, temperature=0.7, **changes)
+    done = policy.decode(PROMPTS, settings, KEYS)
+    return [policy.text(row[:end].tolist()) for row, end in zip(done.tokens, done.length, strict=True)]
+
+
+def write(teachers: Sequence[Teacher], context: int = 0, rank: int = 0, world: int = 1) -> list[str]:
+    accelerator: Any = Processes(rank, world)
+    return Scribe(teachers, DECODE, accelerator)(context, PROMPTS, REASONING, KEYS)
+
+
+@pytest.fixture(params=[{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
+def build(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> Callable[..., AnyPolicy]:
+    """Random policies of one backbone."""
+    return lambda **options: make_policy(**request.param, **options)
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("weights", [Base(), Ema(0.9), Snapshot(5)], ids=repr)
+def test_the_teachers_weights_write_and_not_the_students(build, options, weights):
+    policy = build(**options)
+    move(policy, 1)  # adapters begin with nothing
+    if isinstance(weights, Base) and options:
+        policy_base = build(**options)
+        before = texts(policy_base)
+    else:
+        before = texts(policy)
+    teacher = Teacher(weights, policy)
+    move(policy, 2)
+    after = texts(policy)
+    live = {name: value.clone() for name, value in trained(policy).items()}
+    assert write([teacher]) == before != after
+    assert texts(policy) == after
+    assert all(torch.equal(value, live[name]) for name, value in trained(policy).items())
+
+
+def test_the_live_teacher_writes_as_the_student_does_now(build):
+    policy = build()
+    teacher = Teacher(Live(), policy)
+    before = write([teacher])
+    move(policy, 2)
+    assert write([teacher]) == texts(policy) != before
+
+
+def test_another_checkpoint_writes_with_its_own_weights(build):
+    policy, other = build(), build(seed=5)
+    teachers = [Teacher(Live(), policy), Teacher(Checkpoint("other"), policy, other=other)]
+    assert write(teachers, context=1) == texts(other) != texts(policy)
+    assert write(teachers, context=0) == texts(policy)
+
+
+def test_length_and_temperature_are_those_of_the_analysis_and_all_else_of_the_run(build):
+    policy = build()
+    teacher = [Teacher(Live(), policy)]
+    assert write(teacher) == texts(policy)
+    assert max(map(len, write(teacher))) > 8
+    accelerator: Any = Processes()
+    narrow = Scribe(teacher, replace(DECODE, top_k=1), accelerator)(0, PROMPTS, REASONING, KEYS)
+    assert narrow == texts(policy, top_k=1) != texts(policy)
+    short = Scribe(teacher, DECODE, accelerator)(0, PROMPTS, Reasoning(length=4), KEYS)
+    assert max(map(len, short)) <= 4
+
+
+def test_an_analysis_ends_at_the_end_token(build):
+    policy = build()
+    settings = replace(DECODE, length=16, temperature=0.7)
+    done = policy.decode(PROMPTS, settings, KEYS)
+    assert done.ended.any()
+    for text, row, ended in zip(write([Teacher(Live(), policy)]), done.tokens.tolist(), done.ended, strict=True):
+        if ended:
+            assert text == policy.text(row[: row.index(policy.end_ids[0])])
+
+
+def test_other_keys_write_other_texts(build):
+    accelerator: Any = Processes()
+    scribe = Scribe([Teacher(Live(), build())], DECODE, accelerator)
+    keys = [make_key("other", i) for i in range(len(PROMPTS))]
+    assert scribe(0, PROMPTS, REASONING, KEYS) == scribe(0, PROMPTS, REASONING, KEYS)
+    assert scribe(0, PROMPTS, REASONING, keys) != scribe(0, PROMPTS, REASONING, KEYS)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, monkeypatch, world):
+    teacher = [Teacher(Live(), build())]
+    alone = write(teacher)
+    parts = gathering(monkeypatch)
+    found = [write(teacher, rank=rank, world=world) for rank in range(world)][-1]
+    assert found == alone
+    assert [len(part) for part in parts] == [len(range(rank, 5, world)) for rank in range(world)]
+
+
+def test_a_real_accelerator_of_one_process_gathers_nothing(build):
+    teacher = [Teacher(Live(), build())]
+    assert Scribe(teacher, DECODE, Accelerator())(0, PROMPTS, REASONING, KEYS) == write(teacher)
+
+
+def test_writing_leaves_modes_and_random_numbers_alone(build):
+    policy = build(lora=Lora(rank=4, alpha=8, dropout=0.3))
+    policy.module.train()
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    one, again = (write([Teacher(Base(), policy)]) for _ in range(2))
+    assert one == again
+    assert policy.module.training
+    assert torch.equal(torch.get_rng_state(), state)
