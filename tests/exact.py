@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.losses.numerics import at_least_float32
 
 
 def normalise(self: Any, hidden_states: Tensor) -> Tensor:

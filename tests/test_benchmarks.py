@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dllm_sd.methods import METHODS
-from dllm_sd.objective.equation import plan_update
+from dllm_sd.objective.plan import plan_update
 from tools import bench_loss, bench_update
 from tools.naive import body
 

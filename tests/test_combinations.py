@@ -35,7 +35,8 @@ from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import ask
-from dllm_sd.objective.equation import grade, plan_update
+from dllm_sd.objective.equation import grade
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts.horizons import Truncated

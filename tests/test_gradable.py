@@ -14,7 +14,7 @@ from dllm_sd.canvases import CANVASES, AllMasked, DecoderSteps, RandomMasks
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.methods.method import Method
-from dllm_sd.objective.equation import Plan, plan_update
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.rollouts.horizons import Complete, Progressive, Truncated
 from dllm_sd.rollouts.rules import All, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem

@@ -35,9 +35,10 @@ from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import Read, ask
-from dllm_sd.objective.equation import Graded, grade, plan_update
+from dllm_sd.network.view import View
+from dllm_sd.objective.equation import Graded, grade
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, gather
 from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve

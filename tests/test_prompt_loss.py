@@ -13,7 +13,8 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses.sites import Revealed
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import ask
-from dllm_sd.objective.equation import grade, plan_update
+from dllm_sd.objective.equation import grade
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.pairing import check_model
 from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem

@@ -9,8 +9,8 @@ import torch
 
 from dllm_sd.cli import main
 from dllm_sd.decoding.settings import Decoding
+from dllm_sd.network.view import View
 from dllm_sd.policies.loading import AnyPolicy, load_policy
-from dllm_sd.policies.policy import View
 from dllm_sd.tasks.sudoku import Sudoku
 from dllm_sd.tasks.task import Problem
 

@@ -38,10 +38,11 @@ from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import GroupAdvantage
 from dllm_sd.methods.method import Method
+from dllm_sd.network.lazy_logits import Spoken
 from dllm_sd.network.site_head import Head, Read
-from dllm_sd.objective.chunked import Spoken
-from dllm_sd.objective.equation import Plan, grade, plan_update
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
+from dllm_sd.objective.equation import grade
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.weights import Base
 from dllm_sd.rollouts.rules import All, PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem

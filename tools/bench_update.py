@@ -29,9 +29,10 @@ from torch import Tensor
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import ask
-from dllm_sd.objective.equation import Plan, grade, plan_update
+from dllm_sd.network.view import View
+from dllm_sd.objective.equation import grade
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Live, Teacher
 from dllm_sd.rollouts.rules import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem

@@ -31,7 +31,8 @@ from dllm_sd.decoding.queue import Listed
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.decoding.slots import Layout
 from dllm_sd.network.site_head import ask
-from dllm_sd.objective.equation import Plan, grade, plan_update
+from dllm_sd.objective.equation import grade
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.loading import AnyPolicy, build_policy, skeleton
 from dllm_sd.policies.weights import Teacher, trained
 from dllm_sd.pretrained.blueprint import read_blueprint

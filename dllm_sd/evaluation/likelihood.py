@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dllm_sd.network.site_head import evaluating
+from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import left_pad
 

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from dllm_sd.errors import InputError
 from dllm_sd.export.model_card import Layout, Trained, model_card, settings_of
 from dllm_sd.files.writing import write_file
-from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.finite import find_broken
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.pretrained.blueprint import Blueprint, brief, find_file, read_blueprint

@@ -18,6 +18,7 @@ from dllm_sd.losses.divergences import (
 )
 from dllm_sd.losses.gap import GatedGap, drawn_gap, gate, local_support
 from dllm_sd.losses.measured import Divergence, Measured
+from dllm_sd.losses.numerics import at_least_float32, floor_logp
 from dllm_sd.losses.policy_gradient import PolicyGradient, clipped_surrogate, log_ratio_advantage
 from dllm_sd.losses.supports import (
     SUPPORTS,
@@ -25,8 +26,6 @@ from dllm_sd.losses.supports import (
     Support,
     TopK,
     append_tail,
-    at_least_float32,
-    floor_logp,
     gather_top_k,
     log_tail,
     renormalise,

@@ -33,8 +33,8 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.fused import summed
 from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.measured import Measured
+from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.losses.policy_gradient import PolicyGradient
-from dllm_sd.losses.supports import floor_logp
 from dllm_sd.ranges import Positive, Ranged, Share
 
 Clip = Literal["none", "token", "entry"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_sd.losses.supports import LOG_ZERO, floor_logp
+from dllm_sd.losses.numerics import LOG_ZERO, floor_logp
 
 
 def summed(student_logp: Tensor, target_logp: Tensor, beta: float, clip_at: float | None) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dllm_sd.losses.supports import floor_logp
+from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.ranges import Count, Positive, Ranged
 
 

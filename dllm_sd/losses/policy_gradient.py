@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.losses.roles import Role
-from dllm_sd.losses.supports import floor_logp
 from dllm_sd.ranges import Positive, Range, Ranged
 
 #: Log-ratios of two policies are cut at this distance from 0 (verl's constant), so that their exponential is finite.

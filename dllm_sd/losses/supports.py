@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.numerics import at_least_float32, floor_logp
 from dllm_sd.losses.roles import Role
 from dllm_sd.ranges import Count, Ranged
 
-#: A probability of zero counts as ``exp(LOG_ZERO)``: still exactly 0.0 as a number, but its logarithm is finite.
-LOG_ZERO = -1e4
 #: The tail bucket holds at least this much probability (SDPO's constant), so that its logarithm stays finite.
 MIN_TAIL = 1e-7
 
@@ -30,20 +29,6 @@ class Support(Protocol):
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
         """``[m v], [c m v] -> [m u], [c m u]``."""
         ...
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Widen ``[...]`` to float32 where its dtype is lower or an integer; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def floor_logp(logp: Tensor) -> Tensor:
-    """Log-probabilities ``[...]`` in float32 or float64 with -inf replaced by ``LOG_ZERO``, where the gradient is 0.
-
-    Products such as ``0 * log 0`` and differences such as ``log 0 - log 0`` are then 0 instead of NaN.
-    A NaN in the input stays a NaN.
-    """
-    return at_least_float32(logp).clamp(min=LOG_ZERO)
 
 
 def top_k_index(logp: Tensor, k: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import jsd_entries, kl_entries
-from dllm_sd.losses.supports import floor_logp
+from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.ranges import Positive, Range, Ranged, Share
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
+from dllm_sd.losses.numerics import at_least_float32, floor_logp
 from dllm_sd.losses.roles import Role
-from dllm_sd.losses.supports import at_least_float32, floor_logp
 from dllm_sd.ranges import Count, NonNegative, Positive, Ranged, Share
 
 

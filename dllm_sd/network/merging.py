@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear
 
-from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.losses.numerics import at_least_float32
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from dllm_sd.network.prefix_cache import Window, block_causal
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dllm_sd.errors import InputError
-from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.site_head import SiteHead, evaluating
 from dllm_sd.ranges import Count, Natural, PositiveShare, Ranged, Size, check
 

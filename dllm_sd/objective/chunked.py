@@ -7,7 +7,7 @@ Axes: ``m`` graded sites, ``i`` sites of a chunk, ``h`` width of the hidden stat
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,62 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from dllm_sd.losses.supports import at_least_float32
-
-#: Logits of a chunk, as many numbers: 32 MiB in float32 (larger tensors of a CPU are new pages of the system, each
-#: time), or four times that on an accelerator (not measured).
-CHUNK = {"cpu": 2**23, "cuda": 2**25}
-
-
-def at_once(vocabulary: int, width: int, device: str) -> int:
-    """Sites ``i`` of a chunk.
-
-    What a chunk costs beside its sites is to read the head and to add to its gradient, ``v h`` numbers each. So wide
-    heads have at least a site for 32 columns (up to 128 sites), however many logits that are: a copy of these is then
-    at most a 32nd of the head.
-    """
-    return max(1, CHUNK.get(device, CHUNK["cuda"]) // vocabulary, min(width // 32, 128))
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """What a model says at the sites: hidden states, and how to turn some of them into logits, whenever asked."""
-
-    hidden: Tensor
-    """``[m h]``."""
-    head: Callable[[Tensor], Tensor] = lambda hidden: hidden
-    """``[i h] -> [i v]``; by default the states are logits already."""
-    autocast: torch.dtype | None = None
-    """Compute type of the head."""
-
-    @staticmethod
-    def now(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> "Spoken":
-        """With the compute type that is in force."""
-        device = hidden.device.type
-        return Spoken(hidden, head, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[i h] -> [i v]``."""
-        device, dtype = hidden.device.type, self.autocast
-        # A cast of the head that was made without gradient must not be found again where one is needed.
-        with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
-            return self.head(hidden)
-
-    def at(self, rows: slice) -> Tensor:
-        """Logits ``[i v]`` of some sites."""
-        return self.logits(self.hidden[rows])
-
-    def select(self, kept: Tensor) -> "Spoken":
-        """At the sites that are true in bool ``[m]``."""
-        return replace(self, hidden=self.hidden[kept])
-
-    def chunks(self) -> list[slice]:
-        """All sites, so many at a time as one may hold the logits of."""
-        with torch.no_grad():
-            vocabulary = self.logits(self.hidden[:0]).shape[-1]
-        size = at_once(vocabulary, self.hidden.shape[-1], self.hidden.device.type)
-        return [slice(start, start + size) for start in range(0, max(1, len(self.hidden)), size)]
-
+from dllm_sd.losses.numerics import at_least_float32
+from dllm_sd.network.lazy_logits import Spoken
 
 Equation = Callable[[Callable[[], Tensor], slice], Mapping[str, Tensor]]
 """Gets a maker of logits ``[i v]`` (so that nobody else holds them) and the sites; gives columns ``[i]``."""

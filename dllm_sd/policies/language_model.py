@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dllm_sd.errors import InputError
 from dllm_sd.network.merging import merged
 from dllm_sd.network.site_head import SiteHead, evaluating
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
 from dllm_sd.pretrained.chat import Chat
 
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
+from dllm_sd.network.view import View
 from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Checkpoint, Peer, Teacher, Weights, trained, without_peft_warning
 from dllm_sd.pretrained.blueprint import Blueprint, read_blueprint
 from dllm_sd.pretrained.families import LINEARS

@@ -22,12 +22,13 @@ from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.files.checkpoint_files import WEIGHTS as CHECKPOINT_WEIGHTS
 from dllm_sd.files.checkpoint_files import read_tensors
 from dllm_sd.files.writing import Place
-from dllm_sd.losses.supports import at_least_float32
+from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.finite import find_broken
+from dllm_sd.network.lazy_logits import Spoken
 from dllm_sd.network.site_head import Head, ask, evaluating
 from dllm_sd.network.swapping import swapped, switched
-from dllm_sd.objective.chunked import Spoken
-from dllm_sd.policies.policy import Policy, View
+from dllm_sd.network.view import View
+from dllm_sd.policies.policy import Policy
 from dllm_sd.pretrained.adapters import check_scale
 from dllm_sd.ranges import Count, Ranged, Share
 

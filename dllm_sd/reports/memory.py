@@ -25,7 +25,7 @@ from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import TeacherTop
 from dllm_sd.losses.supports import TopK
-from dllm_sd.objective.chunked import at_once
+from dllm_sd.network.lazy_logits import at_once
 from dllm_sd.policies.loading import DTYPES, teacher_model
 from dllm_sd.policies.weights import Checkpoint, Ema, without_adapter
 from dllm_sd.pretrained.families import CAUSAL, FAMILIES, MARK

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dllm_sd.objective.equation import Graded, Plan
+from dllm_sd.objective.equation import Graded
+from dllm_sd.objective.plan import Plan
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.rollouts.rules import Rollouts
 from dllm_sd.teachers import AnyContext

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dllm_sd.objective.equation import Plan
+from dllm_sd.objective.plan import Plan
 
 
 def micro_batches(plan: Plan, tokens: int, processes: int = 1) -> list[list[Tensor]]:

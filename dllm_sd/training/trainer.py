@@ -21,7 +21,8 @@ from dllm_sd.files.checkpoint_files import STATE, damaged
 from dllm_sd.files.writing import write_file
 from dllm_sd.network.finite import LARGEST, find_broken, fingerprint
 from dllm_sd.network.site_head import ask
-from dllm_sd.objective.equation import Graded, Plan, grade, plan_update
+from dllm_sd.objective.equation import Graded, grade
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.pairing import check_data, check_model, check_references, check_words
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole

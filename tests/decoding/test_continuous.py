@@ -19,8 +19,8 @@ from dllm_sd.decoding.continuous import TurnChoice
 from dllm_sd.decoding.sampling import draw
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
+from dllm_sd.network.view import View
 from dllm_sd.policies.autoregressive import Autoregressive
-from dllm_sd.policies.policy import View
 from dllm_sd.pretrained.model import Lora, Shape
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import Reach, Trajectory

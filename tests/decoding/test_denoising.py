@@ -20,8 +20,8 @@ from dllm_sd.decoding import sampling as drawing
 from dllm_sd.decoding.sampling import draw, first_largest, invert, never_drawn, warp
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
+from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
 from tests.oracles.sampling import inverse, kept

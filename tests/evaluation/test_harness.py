@@ -17,8 +17,8 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.harness import HarnessModel, cut, main, register
 from dllm_sd.evaluation.likelihood import log_likelihoods, written_greedily
+from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.pretrained.model import Lora
 from dllm_sd.randomness import make_key
 from tests.test_docs import ROOT, section

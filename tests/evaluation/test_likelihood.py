@@ -6,8 +6,8 @@ import torch
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.evaluation.likelihood import draw_masks, log_likelihoods, spans, written_greedily
+from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.randomness import make_key
 
 PROMPT, ANSWER = [5, 9, 14, 6, 20], [7, 12, 4]

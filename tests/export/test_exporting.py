@@ -25,8 +25,8 @@ from dllm_sd.export import exporting
 from dllm_sd.export.exporting import Layout, export_policy, fold, push_folder
 from dllm_sd.export.model_card import model_card
 from dllm_sd.network.prefix_cache import block_causal
+from dllm_sd.network.view import View
 from dllm_sd.policies.loading import AnyPolicy, build_policy
-from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import trained
 from dllm_sd.pretrained.blueprint import model_folder, read_blueprint
 from dllm_sd.pretrained.families import MARK

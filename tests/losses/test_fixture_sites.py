@@ -13,10 +13,11 @@ from dllm_sd.losses import FullVocabulary, GeneralisedJSD, ReverseKL, TopK
 from dllm_sd.losses.sites import Revealed, TeacherTop, choose
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
+from dllm_sd.network.lazy_logits import Spoken
 from dllm_sd.network.site_head import Head
-from dllm_sd.objective.chunked import Spoken
-from dllm_sd.objective.equation import grade, plan_update
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
+from dllm_sd.objective.equation import grade
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.rollouts.rules import PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from dllm_sd import load_policy
 from dllm_sd.network.site_head import SiteHead
 from dllm_sd.network.subspace import Gradients, Subspace, Supervised, collect, kv_layers, projected, projector
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
 from tests.oracles.fixtures import checkpoints, golden
 from tests.oracles.subspace import multiplied, singular_vectors
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.network.merging import merged
+from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.pretrained.model import Lora
 
 IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_sd.objective.chunked import CHUNK, Spoken, at_once, swept
+from dllm_sd.network.lazy_logits import CHUNK, Spoken, at_once
+from dllm_sd.objective.chunked import swept
 
 M, H, V = 7, 5, 11
 

@@ -36,11 +36,12 @@ from dllm_sd.losses import (
 )
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
+from dllm_sd.network.lazy_logits import CHUNK, Spoken
 from dllm_sd.network.site_head import Head
+from dllm_sd.network.view import View
 from dllm_sd.objective import equation as objective
-from dllm_sd.objective.chunked import CHUNK, Spoken
-from dllm_sd.objective.equation import Plan, grade, plan_update
-from dllm_sd.policies.policy import View
+from dllm_sd.objective.equation import grade
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.weights import Base, Live, Snapshot
 from dllm_sd.rollouts.rules import All, PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem

@@ -24,11 +24,12 @@ from dllm_sd.losses import (
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
+from dllm_sd.network.lazy_logits import CHUNK
 from dllm_sd.network.site_head import Read, ask
-from dllm_sd.objective.chunked import CHUNK
-from dllm_sd.objective.equation import Plan, entropy, grade, plan_update
+from dllm_sd.network.view import View
+from dllm_sd.objective.equation import entropy, grade
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import Base, Teacher, trained
 from dllm_sd.pretrained.model import Lora
 from dllm_sd.randomness import make_key

@@ -10,7 +10,7 @@ from dllm_sd.decoding.denoising import denoise
 from dllm_sd.decoding.queue import Job, Listed
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.decoding.slots import Layout
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
 from tests.oracles.fixtures import golden

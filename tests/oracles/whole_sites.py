@@ -8,8 +8,8 @@ from torch import Tensor
 from dllm_sd.losses.sites import choose
 from dllm_sd.losses.trust import Drawn
 from dllm_sd.methods.method import Method
-from dllm_sd.objective.equation import Plan
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
+from dllm_sd.objective.plan import Plan
 
 Logits = Callable[[View], Tensor]
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from dllm_sd.cli import main
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
-from dllm_sd.objective.chunked import CHUNK
+from dllm_sd.network.lazy_logits import CHUNK
 from dllm_sd.parallel import sharding
 from dllm_sd.parallel.sharding import gather_tensors
 from dllm_sd.training import trainer as trainer_module

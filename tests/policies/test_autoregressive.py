@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import dllm_sd
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
+from dllm_sd.network.view import View
 from dllm_sd.policies.autoregressive import NO_MASK, Autoregressive
 from dllm_sd.policies.loading import AnyPolicy, build_policy, load_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.pretrained.model import Lora, Model, Shape
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, left_pad

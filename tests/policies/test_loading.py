@@ -28,9 +28,9 @@ import dllm_sd
 from dllm_sd import load_policy
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
+from dllm_sd.network.view import View
 from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.pretrained import blueprint
 from dllm_sd.pretrained.model import Lora, Model, Shape
 

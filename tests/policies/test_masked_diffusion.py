@@ -9,7 +9,7 @@ from torch import Tensor
 from dllm_sd.decoding.sampling import invert
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
-from dllm_sd.policies.policy import View
+from dllm_sd.network.view import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
 from tests.oracles.decoding import decode_one, full_logits, transfer_counts

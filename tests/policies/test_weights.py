@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from dllm_sd.errors import InputError
 from dllm_sd.network.site_head import SiteHead
+from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, add_adapter, trained
 from dllm_sd.pretrained.model import Lora
 

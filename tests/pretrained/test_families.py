@@ -13,8 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from dllm_sd import load_policy
 from dllm_sd.network.prefix_cache import block_causal
+from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.policy import View
 from tests.oracles.fixtures import checkpoints
 
 pytestmark = pytest.mark.fixture

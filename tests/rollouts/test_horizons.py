@@ -15,7 +15,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses import Sampled, TokenNLL
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
-from dllm_sd.objective.equation import plan_update
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.horizons import HORIZONS, Complete, Progressive, Truncated

@@ -10,7 +10,7 @@ import torch
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses import Each, PurifiedPMI, ReverseKL
 from dllm_sd.methods.method import Method
-from dllm_sd.objective.equation import plan_update
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rules import All, Correct, PassAtK, Rollout, Rollouts, gather
