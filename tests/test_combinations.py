@@ -34,7 +34,7 @@ from dllm_sd.losses import (
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.methods.method import Method
-from dllm_sd.network.site_head import ask
+from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
@@ -43,7 +43,7 @@ from dllm_sd.rollouts.horizons import Truncated
 from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, Rollout, Score, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
-from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from tests.stub_task import StubTask
 
 SLOTS: dict[str, list[Any]] = {
@@ -131,12 +131,14 @@ class Student:
         """Rollouts kept, sites, and the largest number in the gradient of an update."""
         rollouts = gather(method.rollout, method.gate, self.rolled(method.rollout))
         sources = Sources(write=lambda *_: [], pairs=lambda *_: [])
-        rollouts = inform(rollouts, method.contexts, cast(Any, StubTask()), self.policy, lambda *_: [], (0, 0), sources)
+        rollouts = build_teacher_prompts(
+            rollouts, method.contexts, cast(Any, StubTask()), self.policy, lambda *_: [], (0, 0), sources
+        )
         plan = plan_update(method, rollouts, rollouts.keys(0, 0))
         if plan is None:
             return rollouts.size, 0, 0.0
         teachers = [self.teachers[weights] for weights in method.weights()]
-        loss = grade(method, plan, lambda view, read: ask(self.policy.module, view, read), teachers).loss
+        loss = grade(method, plan, lambda view, read: run_at_sites(self.policy.module, view, read), teachers).loss
         assert torch.isfinite(loss)
         gradient = torch.autograd.grad(loss, [*trained(self.policy).values()], allow_unused=True)
         return rollouts.size, plan.num_sites, max(float(one.abs().max()) for one in gradient if one is not None)

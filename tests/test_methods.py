@@ -34,7 +34,7 @@ from dllm_sd.losses import (
 from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
-from dllm_sd.network.site_head import Read, ask
+from dllm_sd.network.site_head import SiteReader, run_at_sites
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import Graded, grade
 from dllm_sd.objective.plan import plan_update
@@ -44,7 +44,7 @@ from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK,
 from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
-from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.writers import Written
 from tests.stub_task import StubTask
 
@@ -93,7 +93,7 @@ class Run:
         decode = Decoding(length=16, block_length=4, tokens_per_step=1)
         tried = method.rollout(policy, task, PROMPTED, decode, 0, 0)
         rollouts = gather(method.rollout, method.gate, tried)
-        self.rollouts = inform(
+        self.rollouts = build_teacher_prompts(
             *(rollouts, method.contexts, task, policy, analyse, (0, 0)), Sources(write=write, pairs=pairs)
         )
         weights = method.weights() if method.contexts else ()
@@ -106,9 +106,9 @@ class Run:
         names, values = zip(*trained(policy).items(), strict=True)
         self.gradient = dict(zip(names, torch.autograd.grad(self.graded.loss, values, allow_unused=True), strict=True))
 
-    def student(self, view: View, read: Read) -> Any:
+    def student(self, view: View, read: SiteReader) -> Any:
         self.views.append(view)
-        return ask(self.policy.module, view, read)
+        return run_at_sites(self.policy.module, view, read)
 
 
 @NAMES

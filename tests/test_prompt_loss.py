@@ -12,7 +12,7 @@ from dllm_sd.config import load_config
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses.sites import Revealed
 from dllm_sd.methods.method import Method
-from dllm_sd.network.site_head import ask
+from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.pairing import check_model
@@ -45,7 +45,7 @@ def method(prompt: bool) -> Method:
 def graded(policy, rollouts, prompt: bool):
     plan = plan_update(method(prompt), rollouts, range(len(TEXTS)))
     assert plan is not None
-    return plan, grade(method(prompt), plan, partial(ask, policy.module), [])
+    return plan, grade(method(prompt), plan, partial(run_at_sites, policy.module), [])
 
 
 @pytest.mark.parametrize("prompt", [False, True])

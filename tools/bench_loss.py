@@ -38,8 +38,8 @@ from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import GroupAdvantage
 from dllm_sd.methods.method import Method
-from dllm_sd.network.lazy_logits import Spoken
-from dllm_sd.network.site_head import Head, Read
+from dllm_sd.network.lazy_logits import LazyLogits
+from dllm_sd.network.site_head import Head, SiteReader
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import Plan, plan_update
@@ -137,11 +137,11 @@ def case(options: argparse.Namespace) -> Case:
 def ours(x: Case) -> Tensor:
     """The equation of the package."""
 
-    def student(view: View, read: Read) -> Any:
+    def student(view: View, read: SiteReader) -> Any:
         return read(x.student[view.sites], Head(lambda hidden: linear(hidden, x.head), (x.head,)))
 
-    def teacher(view: View) -> Spoken:
-        return Spoken(x.teacher[view.sites], lambda hidden: linear(hidden, x.teacher_head))
+    def teacher(view: View) -> LazyLogits:
+        return LazyLogits(x.teacher[view.sites], lambda hidden: linear(hidden, x.teacher_head))
 
     return grade(x.method, x.plan, student, [teacher] * len(x.method.contexts)).loss
 

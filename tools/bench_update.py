@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
-from dllm_sd.network.site_head import ask
+from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import Plan, plan_update
@@ -82,7 +82,7 @@ def rollout(options: argparse.Namespace, policy: MaskedDiffusion) -> Rollouts:
 
 def ours(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
     """Micro-batches through the equation."""
-    loss, teacher, student = torch.zeros(()), Teacher(Live(), policy), partial(ask, policy.module)
+    loss, teacher, student = torch.zeros(()), Teacher(Live(), policy), partial(run_at_sites, policy.module)
     policy.module.train()
 
     def timed(form: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,8 +136,8 @@ def bare(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock:
     for (index,) in micro_batches(plan, batch):
         student, teacher = views(plan.select(index))
         with torch.no_grad():
-            ask(policy.module, teacher, lambda hidden, head: hidden)
-        ask(policy.module, student, lambda hidden, head: hidden.sum()).backward()
+            run_at_sites(policy.module, teacher, lambda hidden, head: hidden)
+        run_at_sites(policy.module, student, lambda hidden, head: hidden.sum()).backward()
     return torch.zeros(())
 
 

@@ -30,7 +30,7 @@ from dllm_sd.decoding.denoising import denoise
 from dllm_sd.decoding.queue import Listed
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.decoding.slots import Layout
-from dllm_sd.network.site_head import ask
+from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.loading import AnyPolicy, build_policy, skeleton
@@ -230,7 +230,7 @@ class Measured:
 
     def _learn(self, plan: Plan, batches: Iterable[Tensor]) -> None:
         self.module.train()
-        student = partial(ask, self.module)
+        student = partial(run_at_sites, self.module)
         parts = []
         for index in batches:
             piece = plan.select(index).to(self.device)

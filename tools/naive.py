@@ -20,7 +20,7 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.randomness import make_key
-from dllm_sd.tasks.task import Grade, Problem, Split, Unguessable
+from dllm_sd.tasks.task import Grade, NoChanceLevel, Problem, Split
 
 BODIES = {
     "tiny": Shape(),  # 64 wide, 4 layers, the tokenizer's own vocabulary
@@ -41,7 +41,7 @@ class Numbers(Chat):
 
 
 @dataclass(frozen=True)
-class StandIn(Unguessable):
+class StandIn(NoChanceLevel):
     """Prompts of unequal length, and a grader that accepts by a hash of the problem and the number of the attempt.
 
     It counts the attempts itself, so that two procedures with other random numbers meet the same verdicts.

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from dllm_sd.decoding.sampling import force, never_drawn
+from dllm_sd.decoding.sampling import banned_ids, force
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import fold, uniform
@@ -73,7 +73,7 @@ class TurnChoice(ContinuousBatchingLogitsProcessor):
         self.settings, self.steps = settings, steps
         self.slots = min(settings.batch_size, len(prompts))
         """Rows that are decoded together."""
-        self.never = never_drawn(settings, suppress, keys.device, vocabulary)
+        self.banned = banned_ids(settings, suppress, keys.device, vocabulary)
         self.begin = {str(row): (row * steps, len(prompt)) for row, prompt in enumerate(prompts)}
         self.nobody = steps * len(prompts)
         drawn = uniform(fold(keys[:, None], torch.arange(steps, device=keys.device)), 1).flatten()
@@ -113,7 +113,7 @@ class TurnChoice(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """``[b v] -> [b v]``: 0 at the token that is chosen, -inf elsewhere."""
         cell = tensor_arg[: len(scores)].long()
-        forced, logp = force(scores, self.settings, self.never, self.u[cell])
+        forced, logp = force(scores, self.settings, self.banned, self.u[cell])
         self.logp.index_copy_(0, cell, logp.to(self.logp.dtype))
         return forced
 

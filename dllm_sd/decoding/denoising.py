@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.decoding.queue import Job, Queue
-from dllm_sd.decoding.sampling import draw, never_drawn
+from dllm_sd.decoding.sampling import banned_ids, draw
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.decoding.slots import Group, Layout, Slots
 from dllm_sd.losses.sites import rank_descending
@@ -54,8 +54,8 @@ def denoise(
     device: torch.device | str = "cpu",
     watch: Watch | None = None,
     meter: Meter | None = None,
-    remember: bool = False,
-    fixed: bool = False,
+    use_kv_cache: bool = False,
+    static_shapes: bool = False,
     reach: Reach | None = None,
 ) -> None:
     """Denoise what the queue has, at most `settings.batch_size` rows at a time; a free slot is refilled at once.
@@ -75,7 +75,7 @@ def denoise(
     """
     device = torch.device(device)
     slots = Slots(min(settings.batch_size, queue.most), queue.longest, settings, layout, device, reach)
-    stepper = _Stepper(module, slots, vocabulary, remember, fixed or device.type != "cpu")
+    stepper = _Stepper(module, slots, vocabulary, use_kv_cache, static_shapes or device.type != "cpu")
     steps = most = 0
     patience = queue.patience or (1 if device.type == "cpu" else LOOK)
     while (jobs := queue.take(len(slots.vacant))) is not None:
@@ -84,7 +84,7 @@ def denoise(
         if jobs:
             stepper.begin(jobs)
         if slots.taken:
-            groups = slots.groups(fixed, stepper.cache is not None)
+            groups = slots.groups(static_shapes, stepper.cache is not None)
             for _ in range(patience):
                 if watch is not None:
                     watch(slots.jobs, slots.tokens[:, :-1])
@@ -94,26 +94,26 @@ def denoise(
                 if meter is not None:
                     meter.read += sum(len(group.slots) for group in groups)
                     meter.positions += sum(len(group.slots) * stepper.width(group) for group in groups)
-            if ended := slots.look():
+            if ended := slots.finished():
                 trajectory = slots.trajectory(ended)
                 queue.ended(slots.free(ended), trajectory)
     if meter is not None:
         meter.forwards, meter.slots = meter.forwards + steps, meter.slots + steps * most
-        meter.rows += int(slots.busy)
+        meter.rows += int(slots.row_steps)
 
 
 class _Stepper:
     """One step of a group of rows."""
 
-    def __init__(self, module: Any, slots: Slots, vocabulary: int, remember: bool, whole: bool) -> None:
+    def __init__(self, module: Any, slots: Slots, vocabulary: int, use_kv_cache: bool, full_block: bool) -> None:
         self.module, self.slots, self.settings = module, slots, slots.settings
         self.cache: PrefixCache | None = None
-        if remember and self.settings.guidance == 0:
+        if use_kv_cache and self.settings.guidance == 0:
             width = slots.prompt_ids.shape[1] + self.settings.length
             self.cache = PrefixCache(module, len(slots.jobs), width, self.settings.block_length)
-        self.whole = whole
+        self.full_block = full_block
         """Whether whole active blocks are read, whose size the host knows, or only what is masked in them."""
-        self.never = never_drawn(self.settings, (slots.layout.mask_id,), slots.device, vocabulary)
+        self.banned = banned_ids(self.settings, (slots.layout.mask_id,), slots.device, vocabulary)
         self.place = torch.arange(self.settings.block_length, device=slots.device)
         self.rows = max(1, CHUNK.get(slots.device.type, CHUNK_ELSEWHERE) // vocabulary)
 
@@ -130,30 +130,30 @@ class _Stepper:
     def __call__(self, group: Group) -> None:
         """Propose, choose, commit."""
         slots, rows, length = self.slots, group.slots, self.settings.length
-        place = (slots.block[rows] * self.settings.block_length - slots.lead[rows])[:, None] + self.place
-        inside = (place >= 0) & (place < length)
-        at = torch.where(inside, place, length)
-        slots.busy += slots.live[rows].sum()
-        masked = inside & (slots.reveal_step[rows].gather(1, at) == NEVER) & slots.live[rows, None]
-        found = self._propose(group, place, at, masked)
+        place = (slots.block[rows] * self.settings.block_length - slots.prompt_tail[rows])[:, None] + self.place
+        in_completion = (place >= 0) & (place < length)
+        columns = torch.where(in_completion, place, length)
+        slots.row_steps += slots.active[rows].sum()
+        masked = in_completion & (slots.reveal_step[rows].gather(1, columns) == NEVER) & slots.active[rows, None]
+        found = self._propose(group, place, columns, masked)
         score = found.score.masked_fill(~masked, -torch.inf)
         rank = rank_descending(score)
         if self.settings.threshold is None:
-            commit = masked & (rank < slots.schedule[slots.within[rows]][:, None])
+            commit = masked & (rank < slots.schedule[slots.step_in_block[rows]][:, None])
         else:
             commit = masked & ((rank == 0) | (score.exp() >= self.settings.threshold))
-        slots.commit(group, at, commit, found.token, found.logp, masked & ~commit)
+        slots.commit(group, columns, commit, found.token, found.logp, masked & ~commit)
 
-    def _propose(self, group: Group, place: Tensor, at: Tensor, masked: Tensor) -> Proposal:
-        """`Proposal` in the shape ``[n i]`` of the active blocks ``at``; what is not `masked` means nothing."""
+    def _propose(self, group: Group, place: Tensor, columns: Tensor, masked: Tensor) -> Proposal:
+        """`Proposal` in the shape ``[n i]`` of the active blocks ``columns``; what is not `masked` means nothing."""
         slots, rows = self.slots, group.slots
         keys = fold(slots.keys[rows], slots.step[rows])[:, None]
         u = uniform_at(keys, place) if self.settings.temperature else torch.zeros_like(place, dtype=torch.float32)
-        found = self._read(group, at, masked, u.flatten() if self.whole else u[masked])
-        if self.whole:
+        found = self._read(group, columns, masked, u.flatten() if self.full_block else u[masked])
+        if self.full_block:
             found = Proposal(*(x.view(masked.shape) for x in (found.token, found.score, found.logp)))
         else:
-            flat, found = found, Proposal(torch.zeros_like(at), torch.zeros_like(u), torch.zeros_like(u))
+            flat, found = found, Proposal(torch.zeros_like(columns), torch.zeros_like(u), torch.zeros_like(u))
             found.token[masked], found.score[masked], found.logp[masked] = flat.token, flat.score, flat.logp
         match self.settings.order:
             case "random":
@@ -162,21 +162,21 @@ class _Stepper:
                 return Proposal(found.token, -place.float(), found.logp)
         return found
 
-    def _read(self, group: Group, at: Tensor, masked: Tensor, u: Tensor) -> Proposal:
+    def _read(self, group: Group, columns: Tensor, masked: Tensor, u: Tensor) -> Proposal:
         """The proposals ``[m]`` of the network."""
         slots, rows, length = self.slots, group.slots, self.settings.length
         tokens = slots.tokens[rows, :-1]
         sites: Tensor | None = None
-        if not self.whole:
-            sites = torch.zeros_like(slots.tokens[rows], dtype=torch.bool).scatter(1, at, masked)[:, :-1]
-        read = partial(propose, settings=self.settings, never=self.never, u=u, rows=self.rows)
+        if not self.full_block:
+            sites = torch.zeros_like(slots.tokens[rows], dtype=torch.bool).scatter(1, columns, masked)[:, :-1]
+        read = partial(propose, settings=self.settings, banned=self.banned, u=u, rows=self.rows)
         start = slots.prompt_ids.shape[1] - group.prompt
         prompt, real = slots.prompt_ids[rows, start:], slots.prompt_mask[rows, start:]
         if self.cache is not None:
             return self.cache(rows, prompt, real, tokens, sites, slots.block[rows], read)
         mask = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], 1)
         if sites is None:
-            where = group.prompt + at.clamp(max=length - 1)
+            where = group.prompt + columns.clamp(max=length - 1)
         else:
             where = torch.cat([torch.zeros_like(real), sites], 1)
         if self.settings.guidance:
@@ -191,7 +191,7 @@ def propose(
     head: Head,
     *,
     settings: Decoding,
-    never: Tensor,
+    banned: Tensor,
     u: Tensor,
     rows: int,
     without: Tensor | None = None,
@@ -202,7 +202,7 @@ def propose(
         hidden: ``[m h]``.
         head: the output head.
         settings: temperature, order, guidance.
-        never: what is not to be drawn (`never_drawn`).
+        banned: what is not to be drawn (`banned_ids`).
         u: uniform numbers ``[m]``.
         rows: sites whose logits are held at once.
         without: hidden states ``[m h]`` without the prompt, for guidance.
@@ -215,7 +215,7 @@ def propose(
             blank = head(without[some]).float()
             logits = blank + (1 + settings.guidance) * (logits - blank)
         before = _before(logits, settings)
-        drawn = draw(logits, settings, never, u[some])
+        drawn = draw(logits, settings, banned, u[some])
         parts.append(Proposal(drawn.token, _score(drawn.own, before, drawn.normaliser, settings), drawn.logp))
     return Proposal(*(torch.cat([getattr(part, name) for part in parts]) for name in ("token", "score", "logp")))
 

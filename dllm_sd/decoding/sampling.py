@@ -33,21 +33,21 @@ class Draw:
     """``[m]``: log-sum-exp of the logits as they came."""
 
 
-def draw(logits: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> Draw:
-    """Draw one token a site, without ``never``. Overwrites ``logits``.
+def draw(logits: Tensor, settings: Decoding, banned: Tensor, u: Tensor) -> Draw:
+    """Draw one token a site, without ``banned``. Overwrites ``logits``.
 
     Args:
         logits: float32 ``[m v]``.
         settings: temperature, top-k and top-p.
-        never: what is not to be drawn (`never_drawn`): ids int64, or bool ``[w]`` that is true at such ids and ends
+        banned: what is not to be drawn (`banned_ids`): ids int64, or bool ``[w]`` that is true at such ids and ends
             behind the last other one.
         u: uniform numbers ``[m]`` in (0, 1); not read if greedy.
     """
-    log_total = _log_total_of(logits, never, settings.temperature)
-    if never.dtype == torch.bool:
-        logits = logits[:, : len(never)].masked_fill_(never, -torch.inf)
+    log_total = _log_total_of(logits, banned, settings.temperature)
+    if banned.dtype == torch.bool:
+        logits = logits[:, : len(banned)].masked_fill_(banned, -torch.inf)
     else:
-        logits.index_fill_(-1, never, -torch.inf)
+        logits.index_fill_(-1, banned, -torch.inf)
     top = logits.amax(-1, keepdim=True)
     gap = logits.sub_(top)  # everything below is relative to the best token that is allowed
     weight = gap.exp()
@@ -56,36 +56,38 @@ def draw(logits: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> Draw:
         token = first_largest(gap)
         own = gap.gather(-1, token[:, None])[:, 0] - normaliser
         return Draw(token, own, own, normaliser + top[:, 0])
-    heat, of_logp = settings.temperature, normaliser
-    if heat != 1:
-        weight = torch.div(gap, heat, out=weight).exp_()
-        of_logp = log_total(weight, top, heat)
+    temperature, of_logp = settings.temperature, normaliser
+    if temperature != 1:
+        weight = torch.div(gap, temperature, out=weight).exp_()
+        of_logp = log_total(weight, top, temperature)
     if 0 < settings.top_k < logits.shape[-1] or settings.top_p < 1:
-        weight = warp(gap, settings).exp_()
-    token = invert(weight, u)
+        weight = apply_filters(gap, settings).exp_()
+    token = sample_inverse_cdf(weight, u)
     found = gap.gather(-1, token[:, None])[:, 0]
-    return Draw(token, found / heat - of_logp, found - normaliser, normaliser + top[:, 0])
+    return Draw(token, found / temperature - of_logp, found - normaliser, normaliser + top[:, 0])
 
 
-def _log_total_of(logits: Tensor, never: Tensor, temperature: float) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """``log_total(weight, top, heat)``: log-sum-exp of all ``(logits - top) / heat``, ``[m]``, banned ones included.
+def _log_total_of(logits: Tensor, banned: Tensor, temperature: float) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """``log_total(weight, top, t)``: log-sum-exp of all ``(logits - top) / t``, ``[m]``, banned ones included.
 
     To be called before the banned ones are overwritten; ``weight [m v]`` is exp of the allowed ones. Few banned logits
     are kept, of many the sums.
     """
-    if never.dtype == torch.bool:
-        sums = {heat: (logits / heat if heat != 1 else logits).logsumexp(-1) for heat in {1.0, temperature or 1.0}}
-        return lambda weight, top, heat: sums[heat] - top[:, 0] / heat
-    banned = logits[:, never]
+    if banned.dtype == torch.bool:
+        sums = {t: (logits / t if t != 1 else logits).logsumexp(-1) for t in {1.0, temperature or 1.0}}
+        return lambda weight, top, t: sums[t] - top[:, 0] / t
+    banned_logits = logits[:, banned]
 
-    def log_total(weight: Tensor, top: Tensor, heat: float) -> Tensor:
+    def log_total(weight: Tensor, top: Tensor, t: float) -> Tensor:
         allowed = weight.sum(-1).log()
-        return torch.logaddexp(allowed, ((banned - top) / heat).logsumexp(-1)) if banned.shape[-1] else allowed
+        return (
+            torch.logaddexp(allowed, ((banned_logits - top) / t).logsumexp(-1)) if banned_logits.shape[-1] else allowed
+        )
 
     return log_total
 
 
-def warp(logits: Tensor, settings: Decoding) -> Tensor:
+def apply_filters(logits: Tensor, settings: Decoding) -> Tensor:
     """Logits ``[m v]`` of what is sampled from: over the temperature, then top-k, then top-p, as transformers does."""
     unused: Any = None
     logits = TemperatureLogitsWarper(settings.temperature)(unused, logits)
@@ -94,7 +96,7 @@ def warp(logits: Tensor, settings: Decoding) -> Tensor:
     return TopPLogitsWarper(settings.top_p)(unused, logits) if settings.top_p < 1 else logits
 
 
-def invert(weight: Tensor, u: Tensor) -> Tensor:
+def sample_inverse_cdf(weight: Tensor, u: Tensor) -> Tensor:
     """Tokens int64 ``[m]`` drawn in proportion to ``weight [m v]``, by inverse CDF at ``u [m]`` in (0, 1)."""
     runs = _runs(weight, 0.0)
     until = runs.sum(-1).cumsum(-1)
@@ -125,7 +127,7 @@ def _search(until: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(until, target.contiguous()).clamp(max=until.shape[-1] - 1)
 
 
-def never_drawn(
+def banned_ids(
     settings: Decoding, suppress: Sequence[int], device: torch.device, vocabulary: int | None = None
 ) -> Tensor:
     """What neither the ``settings`` nor ``suppress`` let pass, for `draw`: ids int64, or a mask where they are `MANY`.
@@ -146,10 +148,10 @@ def never_drawn(
     return mask[: int((~mask).nonzero()[-1]) + 1].to(device)
 
 
-def force(scores: Tensor, settings: Decoding, never: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """What leaves a logits processor's caller one token, drawn at ``u [m]`` from ``scores [m v]`` without ``never``.
+def force(scores: Tensor, settings: Decoding, banned: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """What leaves a logits processor's caller one token, drawn at ``u [m]`` from ``scores [m v]`` without ``banned``.
 
     Returns ``[m v]``, 0 at that token and -inf elsewhere, and its `Trajectory.logp` ``[m]``.
     """
-    drawn = draw(scores.float().clone(), settings, never, u)
+    drawn = draw(scores.float().clone(), settings, banned, u)
     return torch.full_like(scores, -torch.inf).scatter(-1, drawn.token[:, None], 0.0), drawn.logp

@@ -1,7 +1,7 @@
 """The rows that are being denoised: a fixed number of slots, each at its own block and step, on the device.
 
 What the host must know (which slots are taken, how long their prompts are) it knows from what it put there itself, so
-that a step waits for nothing. Only `Slots.look` asks the device, for the rows that have ended.
+that a step waits for nothing. Only `Slots.finished` asks the device, for the rows that have ended.
 """
 
 from collections.abc import Sequence
@@ -58,11 +58,11 @@ class Slots:
         self.tokens = torch.full((count, length + 1), layout.mask_id, device=device)
         self.reveal_step = torch.full((count, length + 1), NEVER, device=device)
         self.logp = torch.full((count, length + 1), torch.nan, device=device)
-        self.live = torch.zeros(count, dtype=torch.bool, device=device)
+        self.active = torch.zeros(count, dtype=torch.bool, device=device)
         """Whether a row goes on."""
-        self.busy = torch.zeros((), dtype=torch.int64, device=device)
+        self.row_steps = torch.zeros((), dtype=torch.int64, device=device)
         """Steps of rows so far."""
-        self.keys, self.block, self.within, self.step, self.lead = (
+        self.keys, self.block, self.step_in_block, self.step, self.prompt_tail = (
             torch.zeros(count, dtype=torch.int64, device=device) for _ in range(5)
         )
         """Key; active block; step inside it; steps so far; prompt tokens in the block where the completion begins."""
@@ -89,16 +89,16 @@ class Slots:
         self.prompt_ids[slots], self.prompt_mask[slots] = self.layout.pad_id, False
         self.prompt_ids[slots, start:], self.prompt_mask[slots, start:] = ids, mask
         self.tokens[slots], self.reveal_step[slots] = self.layout.mask_id, NEVER
-        self.logp[slots], self.live[slots] = torch.nan, True
+        self.logp[slots], self.active[slots] = torch.nan, True
         self.keys[slots] = key_tensor([job.key for job in jobs], self.device)
-        self.block[slots], self.within[slots], self.step[slots] = 0, 0, 0
+        self.block[slots], self.step_in_block[slots], self.step[slots] = 0, 0, 0
         if self.layout.blocks_of_prompt:
-            self.lead[slots] = mask.sum(1) % self.settings.block_length
+            self.prompt_tail[slots] = mask.sum(1) % self.settings.block_length
         for slot, job in zip(free, jobs, strict=True):
             self.jobs[slot] = job
         return slots
 
-    def groups(self, fixed: bool, remembered: bool = False) -> list[Group]:
+    def groups(self, static_shapes: bool, remembered: bool = False) -> list[Group]:
         """The slots in forwards of rows of like length.
 
         Args:
@@ -106,7 +106,7 @@ class Slots:
             remembered: no more than the active blocks is read.
         """
         taken = self.taken
-        if fixed:
+        if static_shapes:
             rows = min(len(self.jobs), 1 << max(0, len(taken) - 1).bit_length())
             chosen = (taken + self.vacant)[:rows]
             return [Group(torch.tensor(chosen, device=self.device), self.prompt_ids.shape[1])] if taken else []
@@ -117,7 +117,7 @@ class Slots:
         cut = split(read, budget)
         return [Group(torch.tensor(order[a:b], device=self.device), sizes[order[a]]) for a, b in cut]
 
-    def commit(self, group: Group, at: Tensor, commit: Tensor, token: Tensor, logp: Tensor, still: Tensor) -> None:
+    def commit(self, group: Group, columns: Tensor, commit: Tensor, token: Tensor, logp: Tensor, still: Tensor) -> None:
         """Write down a step, and let each row move on.
 
         Args:
@@ -129,34 +129,40 @@ class Slots:
             still: bool ``[n i]``, what stays masked in the active block.
         """
         rows, settings = group.slots, self.settings
-        step, within, block = self.step[rows], self.within[rows], self.block[rows]
-        for state, new in ((self.tokens, token), (self.logp, logp), (self.reveal_step, step[:, None].expand_as(at))):
+        step, step_in_block, block = self.step[rows], self.step_in_block[rows], self.block[rows]
+        for state, new in (
+            (self.tokens, token),
+            (self.logp, logp),
+            (self.reveal_step, step[:, None].expand_as(columns)),
+        ):
             former = state[rows]
-            state[rows] = former.scatter(1, at, torch.where(commit, new.to(state.dtype), former.gather(1, at)))
+            state[rows] = former.scatter(
+                1, columns, torch.where(commit, new.to(state.dtype), former.gather(1, columns))
+            )
         full = ~still.any(1)  # such a block moves on, past the steps that would commit nothing
-        whole = settings.threshold is None and not self.layout.blocks_of_prompt
-        self.step[rows] = step = step + torch.where(full, len(self.schedule) - within if whole else 1, 1)
-        self.within[rows] = torch.where(full | (settings.threshold is not None), 0, within + 1)
+        skip_ahead = settings.threshold is None and not self.layout.blocks_of_prompt
+        self.step[rows] = step = step + torch.where(full, len(self.schedule) - step_in_block if skip_ahead else 1, 1)
+        self.step_in_block[rows] = torch.where(full | (settings.threshold is not None), 0, step_in_block + 1)
         self.block[rows] = block = block + full.long()
-        done = block > (settings.length - 1 + self.lead[rows]) // settings.block_length
+        done = block > (settings.length - 1 + self.prompt_tail[rows]) // settings.block_length
         if self.reach is not None:
             done |= (block if self.reach.unit == "blocks" else step) >= self.reach.count
         if settings.early_end:
             known = (self.reveal_step[rows, :-1] != NEVER).cumprod(1).bool()
             done |= (torch.isin(self.tokens[rows, :-1], self.ends) & known).any(1)  # nothing before it can change
-        self.live[rows] = self.live[rows] & ~done
+        self.active[rows] = self.active[rows] & ~done
 
-    def look(self) -> list[int]:
+    def finished(self) -> list[int]:
         """Taken slots whose rows have ended. Waits for the device."""
-        live = self.live.tolist()
-        return [slot for slot in self.taken if not live[slot]]
+        active = self.active.tolist()
+        return [slot for slot in self.taken if not active[slot]]
 
     def free(self, slots: Sequence[int]) -> list[Job]:
         """Take the rows out of some slots."""
         jobs = [job for slot in slots if (job := self.jobs[slot]) is not None]
         for slot in slots:
             self.jobs[slot] = None
-        self.live[torch.tensor(slots, dtype=torch.int64, device=self.device)] = False
+        self.active[torch.tensor(slots, dtype=torch.int64, device=self.device)] = False
         return jobs
 
     def trajectory(self, slots: Sequence[int]) -> Trajectory:

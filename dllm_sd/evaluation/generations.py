@@ -63,7 +63,7 @@ class Line:
         return self.need(name, kind, words, "correct it or leave it out")
 
 
-class Attempts:
+class AttemptNames:
     """Names the attempts of a file as its lines come: (schedule, id, attempt), each of which may occur once."""
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ def stream_generations(path: Path) -> Iterator[Generation]:
     Raises:
         InputError: naming file, line and key, and the remedy.
     """
-    attempts = Attempts()
+    attempts = AttemptNames()
     for number, line in enumerate(read_lines(path), 1):
         line.need("id", (str, int), "text or a whole number", "give every line the id of its problem")
         schedule, problem, _, attempt = attempts.name(line, number)
@@ -264,7 +264,7 @@ def grade_file(
         raise InputError(f"the grades of {path} would be written over it; give another --out")
     if report_file.exists() and not target.exists():
         raise InputError(f"{report_file} is the report of something else; give another --out")
-    attempts = Attempts()
+    attempts = AttemptNames()
     schedules: dict[str | None, Tally] = {}
     with ExitStack() as stack:
         stack.enter_context(_new_folder(folder))

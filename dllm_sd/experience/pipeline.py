@@ -11,20 +11,20 @@ from torch import nn
 
 from dllm_sd.config import Config
 from dllm_sd.experience.feed import Feed
-from dllm_sd.experience.rollout_weights import Roller
-from dllm_sd.experience.skill_bank import Shelf
-from dllm_sd.experience.text_generator import Scribe
+from dllm_sd.experience.rollout_weights import RolloutWeights
+from dllm_sd.experience.skill_bank import SkillBankState
+from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import Teacher, Weights
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.attempt_queue import Crew
+from dllm_sd.rollouts.attempt_queue import Workers
 from dllm_sd.rollouts.rules import Demonstrations, PassAtK, Prompted, Rollout, Rollouts, gather
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.writers import Cache
 
 
-class Supply:
+class RolloutPipeline:
     """Makes the rollouts of every batch; to be used by all processes together."""
 
     def __init__(
@@ -39,17 +39,19 @@ class Supply:
         """For a run whose policy is wrapped in ``module``; ``models`` are all that teach or write."""
         self.config, self.method, self.policy, self.module = config, config.method, policy, module
         several = accelerator.num_processes > 1
-        self.crew = Crew(accelerator.process_index, accelerator.num_processes, gather_object if several else list)
+        self.workers = Workers(accelerator.process_index, accelerator.num_processes, gather_object if several else list)
         self.feed = Feed(problems, policy, config.task, config.seed, config.max_prompt)
-        self.roller = Roller(self.method.rollout, policy, models, accelerator)
+        self.rollout_weights = RolloutWeights(self.method.rollout, policy, models, accelerator)
         teachers = [models[weights] for weights in self.method.weights()]
         cache = Cache(config.cache or Path(config.run) / "written") if self.method.writings else None
-        self.scribe = Scribe(teachers, config.decode, accelerator, models, cache)
-        self.shelf = Shelf(self.method.library, config.task, self.scribe.write, config.seed)
+        self.text_generator = TextGenerator(teachers, config.decode, accelerator, models, cache)
+        self.skill_bank = SkillBankState(self.method.library, config.task, self.text_generator.write, config.seed)
 
     def open(self, bank: Mapping[str, Any] | None) -> dict[str, int]:
         """What is done once, with the initial weights or what a checkpoint says: a subspace, a bank; its counts."""
-        return self.roller.calibrate(self.config.task, self.feed.problems) | self.shelf.open(bank, self._attempt)
+        return self.rollout_weights.calibrate(self.config.task, self.feed.problems) | self.skill_bank.open(
+            bank, self._attempt
+        )
 
     def take(self, batch: int, cursor: int) -> tuple[Rollouts, int, int]:
         """The rollouts of a batch, the position in the stream of problems behind it, and how many were too long.
@@ -59,11 +61,19 @@ class Supply:
         config, rule = self.config, self.method.rollout
         prompted, cursor, dropped = self.feed.take(cursor, rule.problems)
         rollouts = gather(rule, self.method.gate, self._dealt(rule, prompted, config.seed, batch))
-        sources = Sources(self.feed.problems, self.scribe.write, self.shelf.pairs)
-        informed = inform(
-            *(rollouts, self.method.contexts, config.task, self.policy, self.scribe, (config.seed, batch), sources)
+        sources = Sources(self.feed.problems, self.text_generator.write, self.skill_bank.pairs)
+        informed = build_teacher_prompts(
+            *(
+                rollouts,
+                self.method.contexts,
+                config.task,
+                self.policy,
+                self.text_generator,
+                (config.seed, batch),
+                sources,
+            )
         )
-        if damaged := sum(self.crew.gather([self.scribe.damaged_texts()])):
+        if damaged := sum(self.workers.gather([self.text_generator.damaged_texts()])):
             informed = replace(informed, counts={**informed.counts, "damaged": float(damaged)})
         return informed, cursor, dropped
 
@@ -71,8 +81,8 @@ class Supply:
         self, rule: PassAtK | Demonstrations, prompted: Sequence[Prompted], seed: int, batch: int
     ) -> list[list[Rollout]]:
         """The attempts at each problem, by all processes together."""
-        with self.roller.present(self.module):
-            return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.crew)
+        with self.rollout_weights.applied(self.module):
+            return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.workers)
 
     def _attempt(self, count: int) -> tuple[list[Rollout], int]:
         """One attempt of the model as it is at each of the first problems, for a bank; and how many were too long."""
@@ -88,6 +98,6 @@ class Supply:
                 replace(one, prompt=tuple(encode(task.messages(one.problem), how.thinking))) for one in prompted
             ]
         key = make_key(self.config.seed, "memories")
-        with self.roller.present(self.module):
-            tried = rule(self.policy, task, prompted, decode, key, 0, self.crew)
+        with self.rollout_weights.applied(self.module):
+            tried = rule(self.policy, task, prompted, decode, key, 0, self.workers)
         return [one for attempts in tried for one in attempts], dropped

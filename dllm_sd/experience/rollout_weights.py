@@ -20,7 +20,7 @@ from dllm_sd.rollouts.rules import Demonstrations, PassAtK
 from dllm_sd.tasks.task import Problem, Task
 
 
-class Roller:
+class RolloutWeights:
     """Puts the weights that roll out in the place of the student's."""
 
     def __init__(
@@ -51,16 +51,16 @@ class Roller:
         dimension: Any = keys[0][0].weight
         layers = settings.chosen(len(keys), len(dimension))
         some = [problems[i] for i in range(min(settings.calibration, len(problems)))]
-        with self.base.present():
+        with self.base.applied():
             found = collect(module, (supervised(self.policy, task, one) for one in some), layers, settings.longest)
         self.projectors = settings(found)
         return {f"calibration/{name}": getattr(found, name) for name in ("used", "skipped", "cut")}
 
     @contextmanager
-    def present(self, module: nn.Module) -> Iterator[None]:
+    def applied(self, module: nn.Module) -> Iterator[None]:
         """Inside, ``module`` decodes with the weights that roll out, whole; all processes enter together."""
         held = projected(self.policy.module.network, self.projectors) if self.projectors else nullcontext()
-        with self.base.present() if self.base else nullcontext(), gathered(self.accelerator, module), held:
+        with self.base.applied() if self.base else nullcontext(), gathered(self.accelerator, module), held:
             yield
 
 

@@ -10,17 +10,17 @@ from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rules import Rollout
 from dllm_sd.skills import Bank, Memory, Pair, build_bank, cold_start, read_bank, update, write_bank
 from dllm_sd.tasks.task import Problem, Task
-from dllm_sd.teachers import Library
+from dllm_sd.teachers import SkillBankConfig
 from dllm_sd.teachers.prompts import Write
 from dllm_sd.writers import Request
 
 FILE = "bank.json"
 
 
-class Shelf:
-    """Holds the bank that `Library` describes; to be used by all processes together."""
+class SkillBankState:
+    """Holds the bank that `SkillBankConfig` describes; to be used by all processes together."""
 
-    def __init__(self, library: Library | None, task: Task, write: Write, seed: int) -> None:
+    def __init__(self, library: SkillBankConfig | None, task: Task, write: Write, seed: int) -> None:
         self.library, self.task, self.write, self.seed = library, task, write, seed
         self.bank = Bank()
 

@@ -22,7 +22,7 @@ _FREE = ("length", "temperature", "top_p", "top_k", "batch_size", "continuous")
 """Keys of `decode` that do not change what a writer writes: its own stand in their place, or memory only."""
 
 
-class Scribe:
+class TextGenerator:
     """Lets models and servers write; to be called by all processes together, each with everything."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Scribe:
         self, model: Teacher, prompts: Sequence[Sequence[int]], settings: Decoding, keys: Sequence[int]
     ) -> list[str]:
         """This process's texts; all enter, also those with nothing to write."""
-        with model.present(), gathered(self.accelerator, model.policy.module):
+        with model.applied(), gathered(self.accelerator, model.policy.module):
             if not prompts:
                 return []
             written = model.policy.decode(prompts, settings, keys)
@@ -116,7 +116,7 @@ class Scribe:
         if weights not in self._identities:
             digest = sha256()
             adapters = getattr(model.policy.module.model, "peft_config", {}).keys() if weights.stored else set()
-            with model.present():
+            with model.applied():
                 every = dict(model.policy.module.named_parameters())
                 own = {name: value for name, value in every.items() if adapters.isdisjoint(name.split("."))}
                 for name, value in sorted((own | (model.copy if adapters else {})).items()):

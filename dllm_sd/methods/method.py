@@ -24,7 +24,7 @@ from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage, ImportanceCap, O
 from dllm_sd.policies.weights import WEIGHTS, Base, Weights
 from dllm_sd.ranges import Range, Ranged
 from dllm_sd.rollouts.rules import GATES, ROLLOUTS, All, Correct, Demonstrations, Mixed, PassAtK, Score
-from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, Library, Skills, Suffix
+from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, SkillBankConfig, Skills, Suffix
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.writers import Server
 
@@ -53,7 +53,7 @@ class Method(Ranged, key="method"):
         DIVERGENCES, ReverseKL
     )
     trust: Equal | GroupAdvantage | ImportanceCap | OutcomeValidated = _slot(TRUSTS, Equal)
-    library: Library | None = None
+    library: SkillBankConfig | None = None
     """The bank that `skills` contexts draw on."""
     temperature: Annotated[float, Range(least=0.001, most=1000)] = 1.0
     """Softmax temperature of student and teachers in the loss."""

@@ -16,10 +16,10 @@ from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.teachers import (
     Critique,
     Feedback,
-    Library,
     Reasoning,
     Reference,
     Rubric,
+    SkillBankConfig,
     Skills,
 )
 from dllm_sd.teachers.writing import Writing
@@ -76,7 +76,7 @@ WRITTEN: dict[str, Row] = {
             divergence=GatedGap(),
             trust=OutcomeValidated(),
             average="rollouts",
-            library=Library(writing=Writing(sampling=Sampling(length=4096)), renewal=Sampling(length=2048)),
+            library=SkillBankConfig(writing=Writing(sampling=Sampling(length=4096)), renewal=Sampling(length=2048)),
         ),
         "SGSD, arXiv 2605.28791, and github.com/walawalagoose/SGSD, commit f296a91",
         "Eight teachers, each with a skill and a mistake from a bank in its prompt; the outcome of a rollout says "

@@ -14,7 +14,7 @@ from torch import Tensor
 CHUNK = {"cpu": 2**23, "cuda": 2**25}
 
 
-def at_once(vocabulary: int, width: int, device: str) -> int:
+def sites_per_chunk(vocabulary: int, width: int, device: str) -> int:
     """Sites ``i`` of a chunk.
 
     What a chunk costs beside its sites is to read the head and to add to its gradient, ``v h`` numbers each. So wide
@@ -25,7 +25,7 @@ def at_once(vocabulary: int, width: int, device: str) -> int:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class LazyLogits:
     """What a model says at the sites: hidden states, and how to turn some of them into logits, whenever asked."""
 
     hidden: Tensor
@@ -36,29 +36,29 @@ class Spoken:
     """Compute type of the head."""
 
     @staticmethod
-    def now(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> "Spoken":
+    def under_autocast(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> "LazyLogits":
         """With the compute type that is in force."""
         device = hidden.device.type
-        return Spoken(hidden, head, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        return LazyLogits(hidden, head, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def apply_head(self, hidden: Tensor) -> Tensor:
         """``[i h] -> [i v]``."""
         device, dtype = hidden.device.type, self.autocast
         # A cast of the head that was made without gradient must not be found again where one is needed.
         with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
             return self.head(hidden)
 
-    def at(self, rows: slice) -> Tensor:
+    def logits(self, rows: slice) -> Tensor:
         """Logits ``[i v]`` of some sites."""
-        return self.logits(self.hidden[rows])
+        return self.apply_head(self.hidden[rows])
 
-    def select(self, kept: Tensor) -> "Spoken":
+    def select(self, kept: Tensor) -> "LazyLogits":
         """At the sites that are true in bool ``[m]``."""
         return replace(self, hidden=self.hidden[kept])
 
     def chunks(self) -> list[slice]:
         """All sites, so many at a time as one may hold the logits of."""
         with torch.no_grad():
-            vocabulary = self.logits(self.hidden[:0]).shape[-1]
-        size = at_once(vocabulary, self.hidden.shape[-1], self.hidden.device.type)
+            vocabulary = self.apply_head(self.hidden[:0]).shape[-1]
+        size = sites_per_chunk(vocabulary, self.hidden.shape[-1], self.hidden.device.type)
         return [slice(start, start + size) for start in range(0, max(1, len(self.hidden)), size)]

@@ -29,7 +29,7 @@ class Head:
         return self.logits(hidden)
 
 
-Read = Callable[[Tensor, Head], Any]
+SiteReader = Callable[[Tensor, Head], Any]
 """What somebody does with hidden states ``[m h]`` and the head, inside ``forward``."""
 
 
@@ -75,7 +75,7 @@ class SiteHead(nn.Module):
         mask: Tensor,
         sites: Tensor,
         window: Window | None = None,
-        read: Read | None = None,
+        read: SiteReader | None = None,
         rows: Tensor | None = None,
     ) -> Any:
         """Logits ``[m v]`` at the sites of a view.
@@ -105,7 +105,7 @@ class SiteHead(nn.Module):
         hidden = body(
             input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=window, use_cache=False
         ).last_hidden_state
-        hidden = self._spoken(hidden, sites, mask, rows)
+        hidden = self._states_at(hidden, sites, mask, rows)
         return self.logits(hidden) if read is None else read(hidden, self.head)
 
     @property
@@ -134,7 +134,7 @@ class SiteHead(nn.Module):
         finally:
             self.body = None
 
-    def _spoken(self, hidden: Tensor, sites: Tensor, mask: Tensor, of: Tensor | None) -> Tensor:
+    def _states_at(self, hidden: Tensor, sites: Tensor, mask: Tensor, of: Tensor | None) -> Tensor:
         """The states ``[m h]`` that speak about the sites: those at the sites, or one real token before them."""
         if sites.dtype == torch.bool:
             if not self.shift and of is None:
@@ -149,7 +149,7 @@ class SiteHead(nn.Module):
         return hidden[rows, columns].reshape(-1, hidden.shape[-1])
 
 
-def ask(module: nn.Module, view: View, read: Read) -> Any:
+def run_at_sites(module: nn.Module, view: View, read: SiteReader) -> Any:
     """Let ``module`` (a `SiteHead`, wrapped or not) read a view, equal rows only once.
 
     Where dropout is active, every row is read: equal ones drop different numbers.

@@ -16,14 +16,14 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from dllm_sd.losses.numerics import at_least_float32
-from dllm_sd.network.lazy_logits import Spoken
+from dllm_sd.network.lazy_logits import LazyLogits
 
 Equation = Callable[[Callable[[], Tensor], slice], Mapping[str, Tensor]]
 """Gets a maker of logits ``[i v]`` (so that nobody else holds them) and the sites; gives columns ``[i]``."""
 
 
-def swept(
-    spoken: Spoken, trained: Sequence[Tensor], equation: Equation, term: str = "term"
+def chunked_loss(
+    lazy: LazyLogits, trained: Sequence[Tensor], equation: Equation, term: str = "term"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of one column over all sites, with gradient if one is asked for, and all columns ``[m]`` without.
 
@@ -33,17 +33,17 @@ def swept(
         equation: what is computed at a chunk of sites, each for itself.
         term: the column to sum.
     """
-    sweep = _Sweep(spoken, trained, equation, term)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (spoken.hidden, *trained)):
-        total: Any = _GradientAtOnce.apply(sweep, spoken.hidden, *trained)
+    sweep = _ChunkedLoss(lazy, trained, equation, term)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (lazy.hidden, *trained)):
+        total: Any = _EagerGradient.apply(sweep, lazy.hidden, *trained)
     else:
         total, _ = sweep([False] * (1 + len(trained)))
     return total, sweep.columns
 
 
 @dataclass
-class _Sweep:
-    spoken: Spoken
+class _ChunkedLoss:
+    lazy: LazyLogits
     trained: Sequence[Tensor]
     equation: Equation
     term: str
@@ -51,9 +51,9 @@ class _Sweep:
 
     def __call__(self, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """The sum, and its gradient to hidden states and parameters where wanted."""
-        gradients: list[Tensor | None] = [torch.zeros_like(self.spoken.hidden) if wanted[0] else None]
+        gradients: list[Tensor | None] = [torch.zeros_like(self.lazy.hidden) if wanted[0] else None]
         gradients += [None] * len(self.trained)
-        chunks = self.spoken.chunks()
+        chunks = self.lazy.chunks()
         several = len(chunks) > 1
         sums = _WeightSums([x for x, want in zip(self.trained, wanted[1:], strict=True) if want and several])
         for rows in chunks:
@@ -65,10 +65,10 @@ class _Sweep:
     def _chunk(self, rows: slice, wanted: Sequence[bool], gradients: list[Tensor | None], sums: "_WeightSums") -> None:
         def logits() -> Tensor:
             with sums:
-                return self.spoken.logits(hidden)
+                return self.lazy.apply_head(hidden)
 
         with torch.set_grad_enabled(any(wanted)):
-            hidden = self.spoken.hidden[rows].detach().requires_grad_(wanted[0])
+            hidden = self.lazy.hidden[rows].detach().requires_grad_(wanted[0])
             found = self.equation(logits, rows)
             if any(wanted):
                 leaves = {i: x for i, x in enumerate((hidden, *self.trained)) if wanted[i]}
@@ -77,7 +77,7 @@ class _Sweep:
                     _add(gradients, i, value, rows)
         for name, value in found.items():  # into columns made once: small ones between chunks would break up the heap
             if name not in self.columns:
-                self.columns[name] = value.new_empty(len(self.spoken.hidden))
+                self.columns[name] = value.new_empty(len(self.lazy.hidden))
             self.columns[name][rows] = value.detach()
 
 
@@ -134,11 +134,11 @@ class _Linear(torch.autograd.Function):
         return None, to_hidden, None, gradient.sum(0) if any(ctx.needs_input_grad[3:]) else None
 
 
-class _GradientAtOnce(torch.autograd.Function):
+class _EagerGradient(torch.autograd.Function):
     """The gradient is there when the sum is; the backward pass only scales it, once."""
 
     @staticmethod
-    def forward(ctx: Any, sweep: _Sweep, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, sweep: _ChunkedLoss, *inputs: Tensor) -> Tensor:
         total, ctx.gradients = sweep(ctx.needs_input_grad[1:])
         ctx.types = [x.dtype for x in inputs]
         return total

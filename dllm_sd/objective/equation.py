@@ -22,15 +22,15 @@ from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.losses.sites import choose
 from dllm_sd.losses.trust import Drawn, Pooling
 from dllm_sd.methods.method import Method
-from dllm_sd.network.lazy_logits import Spoken
-from dllm_sd.network.site_head import Head, Read
+from dllm_sd.network.lazy_logits import LazyLogits
+from dllm_sd.network.site_head import Head, SiteReader
 from dllm_sd.network.view import View
-from dllm_sd.objective.chunked import swept
+from dllm_sd.objective.chunked import chunked_loss
 from dllm_sd.objective.plan import Plan
 
-Student = Callable[[View, Read], Any]
-"""Reads a view and returns what ``read`` makes of hidden states and head; see `site_head.ask`."""
-Teacher = Callable[[View], Spoken]
+Student = Callable[[View, SiteReader], Any]
+"""Reads a view and returns what ``read`` makes of hidden states and head; see `run_at_sites`."""
+Teacher = Callable[[View], LazyLogits]
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,17 @@ def grade(method: Method, plan: Plan, student: Student, teachers: Sequence[Teach
         teachers: one per context, without gradient.
     """
     canvases, sites = plan.canvases, plan.candidates
-    spoken = [
+    lazy = [
         teacher(_view(reading.ids, reading.mask, sites))
         for teacher, reading in zip(teachers, plan.readings, strict=True)
     ]
     if method.sites.score is not None:
-        first = spoken[0]
-        sites = choose(sites, plan.quota, torch.cat([method.sites.score(first.at(rows)) for rows in first.chunks()]))
-        spoken = [one.select(sites[plan.candidates]) for one in spoken]
-    equation = _Equation(method, plan, sites, spoken)
+        first = lazy[0]
+        sites = choose(
+            sites, plan.quota, torch.cat([method.sites.score(first.logits(rows)) for rows in first.chunks()])
+        )
+        lazy = [one.select(sites[plan.candidates]) for one in lazy]
+    equation = _Equation(method, plan, sites, lazy)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
     measures = {name: columns.pop(name) for name in method.measured}
     return Graded(loss, sites=sites, measures=measures, **columns)
@@ -86,7 +88,7 @@ def grade(method: Method, plan: Plan, student: Student, teachers: Sequence[Teach
 class _Equation:
     """``support -> target -> divergence [t i] x trust [t i]`` at some of the sites, each for itself."""
 
-    def __init__(self, method: Method, plan: Plan, sites: Tensor, teachers: Sequence[Spoken]) -> None:
+    def __init__(self, method: Method, plan: Plan, sites: Tensor, teachers: Sequence[LazyLogits]) -> None:
         self.method, self.teachers = method, teachers
         self.canvas = sites.nonzero()[:, 0]
         self.token, self.old_logp = plan.canvases.tokens[sites], plan.canvases.old_logp[sites]
@@ -96,13 +98,13 @@ class _Equation:
 
     def read(self, hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its columns ``[m]``; inside the student's forward."""
-        student, trust = Spoken.now(hidden, head), self.method.trust
+        student, trust = LazyLogits.under_autocast(hidden, head), self.method.trust
         with torch.autocast(hidden.device.type, enabled=False):
             if isinstance(trust, Pooling) and len(student.chunks()) > 1:  # no chunk has all sites of a canvas
                 with torch.no_grad():
                     found = [self._evidence(trust, student, rows) for rows in student.chunks()]
                 self.pooled = trust.pooled(torch.cat(found, 1), self.canvas, self.weight)
-            return swept(student, head.trained, self)
+            return chunked_loss(student, head.trained, self)
 
     def __call__(self, logits: Callable[[], Tensor], rows: slice) -> dict[str, Tensor]:
         """Columns ``[i]`` of the chunk ``rows``."""
@@ -130,14 +132,14 @@ class _Equation:
         """Student ``[i v]`` and teachers ``[c i v]``."""
         student = _log_softmax(logits(), self.method.temperature)
         with torch.no_grad():
-            teachers = [_log_softmax(teacher.at(rows), self.method.temperature) for teacher in self.teachers]
+            teachers = [_log_softmax(teacher.logits(rows), self.method.temperature) for teacher in self.teachers]
         if len(teachers) == 1:
             return student, teachers[0][None]
         return student, torch.stack(teachers) if teachers else student.new_zeros((0, *student.shape))
 
-    def _evidence(self, trust: Pooling, student: Spoken, rows: slice) -> Tensor:
+    def _evidence(self, trust: Pooling, student: LazyLogits, rows: slice) -> Tensor:
         """``[t i]``."""
-        student_u, teacher_u = self.method.support(*self._logp(lambda: student.at(rows), rows))
+        student_u, teacher_u = self.method.support(*self._logp(lambda: student.logits(rows), rows))
         return trust.evidence(student_u, self.method.target(teacher_u), self.token[rows])
 
     def _trust(self, given: tuple[Tensor, Tensor, Drawn, Tensor], rows: slice) -> Tensor:

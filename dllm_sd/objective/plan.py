@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_sd.canvases import Canvases, drawn_share, with_prompt
 from dllm_sd.methods.method import Average, Method
 from dllm_sd.rollouts.rules import Rollouts
-from dllm_sd.teachers import Reading, Scene
+from dllm_sd.teachers import ContextInputs, TeacherInputs
 from dllm_sd.trajectory import left_pad
 
 _BY_CANVAS = ("candidates", "quota", "coefficient", "rollout_weight", "belief")
@@ -23,7 +23,7 @@ class Plan:
     """All canvases of one update, on the CPU."""
 
     canvases: Canvases
-    readings: tuple[Reading, ...]
+    readings: tuple[TeacherInputs, ...]
     """One per teacher context."""
     candidates: Tensor
     """bool ``[n l]``: the sites, or what the teacher may choose them from."""
@@ -62,7 +62,7 @@ class Plan:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Plan":
         return Plan(
             canvases=Canvases(**{name: change(value) for name, value in vars(self.canvases).items()}),
-            readings=tuple(Reading(change(r.ids), change(r.mask), change(r.shown)) for r in self.readings),
+            readings=tuple(TeacherInputs(change(r.ids), change(r.mask), change(r.shown)) for r in self.readings),
             **{name: change(getattr(self, name)) for name in _BY_CANVAS},
         )
 
@@ -99,11 +99,11 @@ def plan_update(
     gradable = canvases.gradable
     candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
     protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
-    scene = Scene(canvases, trajectory, protected, answer, keys)
+    inputs = ContextInputs(canvases, trajectory, protected, answer, keys)
     prompts = zip(*(rollout.teacher_prompts for rollout in rollouts.kept), strict=True)
     own = [*prompts] or [(None,)] * len(method.contexts)
     readings = tuple(
-        context(replace(scene, prompt=None if None in rows else left_pad(rows, trajectory.pad_id)))
+        context(replace(inputs, prompt=None if None in rows else left_pad(rows, trajectory.pad_id)))
         for context, rows in zip(method.contexts, own, strict=True)
     )
     for reading in readings:

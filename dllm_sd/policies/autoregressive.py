@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dllm_sd.decoding.continuous import TurnChoice, check_continuous, generate_in_turns
 from dllm_sd.decoding.queue import Queue, complete_in_batches
-from dllm_sd.decoding.sampling import force, never_drawn
+from dllm_sd.decoding.sampling import banned_ids, force
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.policies.language_model import LanguageModel
 from dllm_sd.randomness import fold, key_tensor, uniform
@@ -200,7 +200,7 @@ class KeyedChoice(LogitsProcessor):
     ) -> None:
         """For rows with ``keys [b]`` behind prompts of ``width`` columns, of a ``vocabulary`` if known."""
         self.settings, self.keys, self.width, self.watch = settings, keys, width, watch
-        self.never = never_drawn(settings, suppress, keys.device, vocabulary)
+        self.banned = banned_ids(settings, suppress, keys.device, vocabulary)
         self.logp: list[Tensor] = []
         """``[b]`` of each step so far."""
 
@@ -211,6 +211,6 @@ class KeyedChoice(LogitsProcessor):
             canvas = torch.full((len(input_ids), self.settings.length), NO_MASK, device=input_ids.device)
             canvas[:, :step] = input_ids[:, self.width :]
             self.watch(canvas)
-        forced, logp = force(scores, self.settings, self.never, uniform(fold(self.keys, step), 1)[:, 0])
+        forced, logp = force(scores, self.settings, self.banned, uniform(fold(self.keys, step), 1)[:, 0])
         self.logp.append(logp)
         return forced

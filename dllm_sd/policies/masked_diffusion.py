@@ -98,7 +98,7 @@ class MaskedDiffusion(LanguageModel):
     ) -> None:
         """Denoise what a queue has, in eval mode (see `denoise`)."""
         check_denoising(self.block_length, settings)
-        remember = self.block_length is not None and settings.prefix_cache and not self.module.shift
+        use_kv_cache = self.block_length is not None and settings.prefix_cache and not self.module.shift
         layout = Layout(self.mask_id, self.end_ids, self.pad_id, self.block_length is not None)
         with self.decoding(), self.module.compiled(settings.compile):
             denoise(
@@ -110,8 +110,8 @@ class MaskedDiffusion(LanguageModel):
                 device=self.device,
                 watch=watch,
                 meter=meter,
-                remember=remember,  # with a shift, a block's first logits stand in the block before it
-                fixed=settings.compile is not None,
+                use_kv_cache=use_kv_cache,  # with a shift, a block's first logits stand in the block before it
+                static_shapes=settings.compile is not None,
                 reach=reach,
             )
 

@@ -24,8 +24,8 @@ from dllm_sd.files.checkpoint_files import read_tensors
 from dllm_sd.files.writing import Place
 from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.finite import find_broken
-from dllm_sd.network.lazy_logits import Spoken
-from dllm_sd.network.site_head import Head, ask, evaluating
+from dllm_sd.network.lazy_logits import LazyLogits
+from dllm_sd.network.site_head import Head, evaluating, run_at_sites
 from dllm_sd.network.swapping import swapped, switched
 from dllm_sd.network.view import View
 from dllm_sd.policies.policy import Policy
@@ -213,37 +213,37 @@ class Teacher:
         """
         self.weights, self.policy = weights, other or policy
         self._adapter = adapter or add_adapter(weights, policy)
-        self._slots: dict[str, Tensor] = {}
+        self._adapter_params: dict[str, Tensor] = {}
         self.copy: dict[str, Tensor] = {}
         live = trained(policy)
         names = {id(value): name for name, value in self.policy.module.named_parameters()}
         self._full_names = {name: names[id(value)] for name, value in self._head.named_parameters()}
         if self._adapter is not None:
-            self._slots = _slots(policy, self._adapter)
-            self.copy = {name: _precise(weights, value) for name, value in self._slots.items()}
+            self._adapter_params = _find_adapter_params(policy, self._adapter)
+            self.copy = {name: _ema_dtype(weights, value) for name, value in self._adapter_params.items()}
             self._set(live)
         elif weights.stored and not (isinstance(weights, Base) and _peft(policy)):
-            self.copy = {name: _precise(weights, value.detach().clone()) for name, value in live.items()}
+            self.copy = {name: _ema_dtype(weights, value.detach().clone()) for name, value in live.items()}
         if isinstance(weights, Peer):
             self._set(weights.read(policy))
 
     @torch.no_grad()
-    def __call__(self, view: View) -> Spoken:
+    def __call__(self, view: View) -> LazyLogits:
         """What it says at the sites: logits if they are few, else hidden states and the head that reads them later."""
         module = self.policy.module
-        with evaluating(module), self.present():
-            return ask(module, view, self._spoken)
+        with evaluating(module), self.applied():
+            return run_at_sites(module, view, self._lazy_logits)
 
-    def _spoken(self, hidden: Tensor, head: Head) -> Spoken:
-        now = Spoken.now(hidden, head)
-        if len(now.chunks()) == 1:
-            return Spoken(now.at(slice(None)))
+    def _lazy_logits(self, hidden: Tensor, head: Head) -> LazyLogits:
+        lazy = LazyLogits.under_autocast(hidden, head)
+        if len(lazy.chunks()) == 1:
+            return LazyLogits(lazy.logits(slice(None)))
         own = {
             name: _whole(self.copy[full]).to(value.dtype)
             for name, value in self._head.named_parameters()
             if (full := self._full_names.get(name)) in self.copy
         }
-        return replace(now, head=partial(self._logits, own))
+        return replace(lazy, head=partial(self._logits, own))
 
     @property
     def _head(self) -> nn.Module:
@@ -261,7 +261,7 @@ class Teacher:
     def _switches(self) -> bool:
         return _peft(self.policy) is not None and self.weights.stored
 
-    def present(self) -> AbstractContextManager[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """The teacher's weights in the place of those of `policy`."""
         model = _peft(self.policy)
         if model is not None and self._switches:
@@ -277,26 +277,26 @@ class Teacher:
         if isinstance(self.weights, Ema) and not stepped:
             return
         self.weights.after_update(self.copy, trained(self.policy), update)
-        self._fill_slots()
+        self._fill_adapter()
 
     @property
-    def moving(self) -> dict[str, Tensor]:
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint must hold: none for the base and a peer, which are read again."""
         return {} if isinstance(self.weights, Base | Peer) else self.copy
 
     def load(self, copy: Mapping[str, Tensor]) -> None:
-        """Restore `moving` from a checkpoint."""
-        if self.moving:
+        """Restore `checkpoint_tensors` from a checkpoint."""
+        if self.checkpoint_tensors:
             self._set(copy)
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self.copy.items():
             value.copy_(values[name])
-        self._fill_slots()
+        self._fill_adapter()
 
-    def _fill_slots(self) -> None:
-        for name, slot in self._slots.items():
+    def _fill_adapter(self) -> None:
+        for name, slot in self._adapter_params.items():
             if slot is not self.copy[name]:  # an average in more digits than the adapter has
                 slot.copy_(self.copy[name])
 
@@ -351,7 +351,7 @@ def _peft(policy: Policy) -> PeftModel | None:
     return model if isinstance(model, PeftModel) else None
 
 
-def _slots(policy: Policy, adapter: str) -> dict[str, Tensor]:
+def _find_adapter_params(policy: Policy, adapter: str) -> dict[str, Tensor]:
     """The parameters of another adapter by the names of the live one's."""
     model, every = _peft(policy), dict(policy.module.named_parameters())
     assert model is not None
@@ -363,7 +363,7 @@ def _slots(policy: Policy, adapter: str) -> dict[str, Tensor]:
     return {name: every[twin(name)].detach() for name in trained(policy)}
 
 
-def _precise(weights: Weights, value: Tensor) -> Tensor:
+def _ema_dtype(weights: Weights, value: Tensor) -> Tensor:
     """In bfloat16 the small steps of an average would round to nothing."""
     return at_least_float32(value) if isinstance(weights, Ema) else value
 

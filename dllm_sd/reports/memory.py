@@ -25,7 +25,7 @@ from dllm_sd.losses.gap import GatedGap
 from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.losses.sites import TeacherTop
 from dllm_sd.losses.supports import TopK
-from dllm_sd.network.lazy_logits import at_once
+from dllm_sd.network.lazy_logits import sites_per_chunk
 from dllm_sd.policies.loading import DTYPES, teacher_model
 from dllm_sd.policies.weights import Checkpoint, Ema, without_adapter
 from dllm_sd.pretrained.families import CAUSAL, FAMILIES, MARK
@@ -138,7 +138,7 @@ def estimate(
     teachers = [*(one for weights, one in apart.items() if weights in config.method.weights()), shape]
     pass_of_teacher = max(one.forward(tokens, canvas) - one.casts * (one is not shape) for one in teachers)
     contexts, asks = len(config.method.contexts), config.method.sites.score is not None
-    few = at_once(shape.vocabulary, shape.hidden, device)
+    few = sites_per_chunk(shape.vocabulary, shape.hidden, device)
     said = shape.vocabulary * shape.logit if candidates <= few else shape.hidden * shape.residual
     scored = candidates * said * contexts + min(candidates, few) * shape.vocabulary * shape.logit * asks
     outside = shape.weights - sum(shape.of_layers)

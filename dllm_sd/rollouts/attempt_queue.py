@@ -17,7 +17,7 @@ STEPS = 4
 
 
 @dataclass(frozen=True)
-class Crew:
+class Workers:
     """The processes that share the work."""
 
     rank: int = 0
@@ -40,7 +40,7 @@ class Attempt:
     """A batch of one."""
 
 
-class Attempts:
+class AttemptQueue:
     """A `Queue` of attempts: the problems least tried first, and of them the longest, as neighbours of like length."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Attempts:
         limit: int,
         until_solved: bool = True,
         ahead: int = 0,
-        crew: Crew | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """Nothing has begun.
 
@@ -67,12 +67,12 @@ class Attempts:
             crew: the processes; None is this one alone.
         """
         self.prompts, self.key, self.grade, self.limit = prompts, key, grade, limit
-        self.until_solved, self.crew = until_solved, crew or Crew()
+        self.until_solved, self.workers = until_solved, workers or Workers()
         self.ahead = ahead if until_solved else limit
         self.longest = max(map(len, prompts), default=0)
         self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.most = len(prompts) * min(limit, 1 + self.ahead)
-        self.patience = STEPS if self.crew.size > 1 else None
+        self.patience = STEPS if self.workers.size > 1 else None
         self.begun = [0] * len(prompts)
         """Attempts at each problem that have begun; this and what follows is the same on all processes."""
         self.failed = [0] * len(prompts)
@@ -88,13 +88,13 @@ class Attempts:
 
     def take(self, room: int) -> list[Job] | None:
         """The attempts that this process is to begin now."""
-        rooms = [0] * self.crew.size
-        for rank, free, ended in self.crew.gather([(self.crew.rank, room, self._told)]):
+        rooms = [0] * self.workers.size
+        for rank, free, ended in self.workers.gather([(self.workers.rank, room, self._told)]):
             rooms[rank] = free
             for problem, number, correct in ended:
                 self._settle(problem, number, correct)
         self._told = []
-        mine = self._deal(rooms)[self.crew.rank]
+        mine = self._deal(rooms)[self.workers.rank]
         return [Job(name, self.prompts[name[0]], self.key(*name)) for name in mine] if self.open else None
 
     def wanted(self, job: Job) -> bool:
@@ -112,7 +112,7 @@ class Attempts:
     def collected(self) -> list[list[Attempt]]:
         """Each problem's attempts that have ended, in order, on every process."""
         tried: list[list[Attempt]] = [[] for _ in self.prompts]
-        for attempt in sorted(self.crew.gather(self._found), key=lambda attempt: attempt.number):
+        for attempt in sorted(self.workers.gather(self._found), key=lambda attempt: attempt.number):
             tried[attempt.problem].append(attempt)
         return tried
 

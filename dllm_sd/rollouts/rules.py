@@ -19,7 +19,7 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import Base, Live
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, PositiveShare, Ranged, Share, Size, Temperature
-from dllm_sd.rollouts.attempt_queue import Attempts, Crew
+from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
 from dllm_sd.rollouts.horizons import HORIZONS, Complete, Progressive, Truncated
 from dllm_sd.tasks.task import Grade, Problem, Task
 from dllm_sd.trajectory import Reach, Trajectory, concatenate
@@ -151,9 +151,9 @@ class RolloutRule(Protocol):
         decode: Decoding,
         seed: int,
         update: int,
-        crew: Crew | None = None,
+        workers: Workers | None = None,
     ) -> list[list[Rollout]]:
-        """The graded attempts at each problem, in the order of the problems; on every process of the ``crew``."""
+        """The graded attempts at each problem, in the order of the problems; on every process of the ``workers``."""
         ...
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
@@ -214,7 +214,7 @@ class PassAtK(Ranged, key="method.rollout"):
         decode: Decoding,
         seed: int,
         update: int,
-        crew: Crew | None = None,
+        workers: Workers | None = None,
     ) -> list[list[Rollout]]:
         decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
@@ -228,14 +228,14 @@ class PassAtK(Ranged, key="method.rollout"):
             return text, task.grade(prompted[i].problem, text)
 
         prompts = [item.prompt for item in prompted]
-        queue = Attempts(
+        queue = AttemptQueue(
             prompts,
             key,
             grade,
             limit=self.attempts,
             until_solved=self.until_solved,
             ahead=self.ahead,
-            crew=crew,
+            workers=workers,
         )
         policy.complete(queue, decode, reach=self.reach(policy, decode, update))
         return [
@@ -308,7 +308,7 @@ class Demonstrations(Ranged, key="method.rollout"):
         decode: Decoding,
         seed: int,
         update: int,
-        crew: Crew | None = None,
+        workers: Workers | None = None,
     ) -> list[list[Rollout]]:
         return [self._one(policy, task, item, decode) for item in prompted]
 

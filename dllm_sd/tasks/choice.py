@@ -11,7 +11,7 @@ from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, needed
 from dllm_sd.tasks.letters import read_letter
-from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Problem, mean
 
 _UNKNOWN = "ABCD"  # the letters of a problem that does not say which it has
@@ -25,7 +25,7 @@ Work towards the answer in short steps. Then put the letter of the right option,
 
 
 @dataclass(frozen=True)
-class Choice(Sourced):
+class Choice(DatasetTask):
     """Multiple choice. Problem fields: ``question`` (options included), ``letters`` (such as ABCD), ``answer``.
 
     ``data`` and ``data_test`` are JSONL files (or hub datasets) of rows with ``prompt``, the question and its lettered

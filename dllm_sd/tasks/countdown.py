@@ -12,7 +12,7 @@ from dllm_sd.ranges import Natural, Range, Seed, SplitSize
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import evaluate, marked_expression
 from dllm_sd.tasks.published import countdown_expression, python_value, reaches, uses
-from dllm_sd.tasks.sources import Draws, Sized
+from dllm_sd.tasks.sources import Draws, GeneratedTask
 from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 
 _ATTEMPTS = 20_000  # draws before a generated problem is given up
@@ -30,7 +30,7 @@ and parentheses. Put the expression, without an equals sign, inside \\boxed{{}}.
 
 
 @dataclass(frozen=True)
-class Countdown(Sized):
+class Countdown(GeneratedTask):
     """Countdown. Problem fields: ``numbers`` (list), ``target``, ``solution`` (an expression, or None in file data).
 
     Without ``data`` and ``data_test`` problems are generated, solvable with whole positive steps: problem i of a split

@@ -12,7 +12,7 @@ from dllm_sd.ranges import Natural
 from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.grading import final_number, gold_number
 from dllm_sd.tasks.published import gsm8k_gold, gsm8k_number
-from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Mode, Problem, check_mode
 
 _MARK = re.compile(r"<<[^<>]*>>")  # the data's own calculator notes, as in 2+3 = <<2+3=5>>5
@@ -24,7 +24,7 @@ Work towards the answer in short steps. Then give the final number, by itself, i
 
 
 @dataclass(frozen=True)
-class Gsm8k(Sourced):
+class Gsm8k(DatasetTask):
     """GSM8K. Problem fields: ``question``, ``answer`` (the number, as text), ``solution`` (the worked steps).
 
     ``data`` and ``data_test`` are local JSONL files with the fields question and answer (which ends ``#### N``); with

@@ -13,7 +13,7 @@ from dllm_sd.tasks.conversations import is_conversation, read_conversation
 from dllm_sd.tasks.datafile import Entry, Row, chat, fields_of, needed, render
 from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
 from dllm_sd.tasks.math import gold_answer, grade_answer
-from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.texts import parse_rubric, render_rubric, rubric_score
 from dllm_sd.texts.rubric import RUBRIC_WRITER_PLAIN
@@ -23,7 +23,7 @@ _GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
 
 
 @dataclass(frozen=True)
-class Jsonl(Sourced):
+class Jsonl(DatasetTask):
     """Your own data. Problem fields: whatever the rows have.
 
     ``data`` (train and dev) and ``data_test`` (test) are paths of .jsonl or .csv files, or hub datasets as

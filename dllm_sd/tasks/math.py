@@ -12,7 +12,7 @@ from dllm_sd.tasks.datafile import Entry, Row, hub_rows, needed
 from dllm_sd.tasks.equality import marked_answer, need_algebra, same_published, same_value
 from dllm_sd.tasks.grading import last_boxed
 from dllm_sd.tasks.published import math_answer
-from dllm_sd.tasks.sources import Sourced
+from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Mode, Problem, check_mode
 
 Equality = Literal["text", "symbolic"]
@@ -24,7 +24,7 @@ Work towards the answer in short steps. Then give the final answer, in LaTeX and
 
 
 @dataclass(frozen=True)
-class Math(Sourced):
+class Math(DatasetTask):
     """Competition mathematics. Problem fields: ``problem``, ``answer`` (LaTeX), ``solution`` (worked, or None).
 
     ``data`` and ``data_test`` are JSONL files (or hub datasets) with ``problem`` and either ``answer``, text or a whole

@@ -22,10 +22,10 @@ from dllm_sd.tasks.datafile import (
     read_rows,
     render,
 )
-from dllm_sd.tasks.task import Problem, Split, Task, Unguessable
+from dllm_sd.tasks.task import NoChanceLevel, Problem, Split, Task
 
 
-class Asked(Ranged, Unguessable, key="task"):
+class TemplateTask(Ranged, NoChanceLevel, key="task"):
     """Asks by the template ``prompt`` and answers by the template ``answer``, which needs the field ``answered_by``.
 
     The field ``final`` of a problem holds its answer alone.
@@ -77,7 +77,7 @@ class Asked(Ranged, Unguessable, key="task"):
         render(self.answer, dict.fromkeys((*asked, *answered), ""), "task.answer")
 
 
-class Sized(Asked):
+class GeneratedTask(TemplateTask):
     """Generated without end, or read from ``data`` and ``data_test``; the three sizes say how many problems to use."""
 
     size_train: Natural
@@ -115,7 +115,7 @@ class Sized(Asked):
         return divide(self.title, map(self.entry, train), map(self.entry, test), self.size_dev, key=None)
 
 
-class Sourced(Asked):
+class DatasetTask(TemplateTask):
     """Read from files or hub datasets; ``size_dev`` training rows are held out by a permutation that never changes."""
 
     size_dev: Natural
@@ -186,7 +186,7 @@ def rows_left_out(task: Task) -> tuple[dict[str, int], str | None]:
     Returns:
         The counts by metric, none of a task that reads no file of rows to train on.
     """
-    splits = task.splits() if isinstance(task, Sized | Sourced) else None
+    splits = task.splits() if isinstance(task, GeneratedTask | DatasetTask) else None
     if splits is None or not splits.rows:
         return {}, None
     counts = {"data/in_test": splits.tested, "data/in_dev": splits.held}

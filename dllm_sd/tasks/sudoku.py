@@ -15,7 +15,7 @@ from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
 from dllm_sd.tasks.grading import MAX_TEXT, last_answer
 from dllm_sd.tasks.grids import completions, grids, has_holes_only, large_grid, large_puzzle, obeys, worked_steps
 from dllm_sd.tasks.published import sudoku_cells
-from dllm_sd.tasks.sources import Draws, Sized
+from dllm_sd.tasks.sources import Draws, GeneratedTask
 from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 
 _LAYOUT = re.compile(r"[\s\[\](){}|,;+-]+")
@@ -54,7 +54,7 @@ grid, row by row and without anything between them, inside <answer></answer>."""
 
 
 @dataclass(frozen=True)
-class Sudoku(Sized):
+class Sudoku(GeneratedTask):
     """Sudoku with one solution. Problem fields: ``puzzle`` and ``solution``, 16 or 81 digits each, 0 for empty.
 
     Without ``data`` and ``data_test`` problems are generated: problem i of a split is a function of (seed, split, i),

@@ -63,7 +63,7 @@ class Task(Protocol):
         ...
 
 
-class Unguessable:
+class NoChanceLevel:
     """What most tasks say of their grades: there is no chance level, and nothing beside the accuracy."""
 
     def chance(self, problems: Sequence[Problem]) -> float | None:

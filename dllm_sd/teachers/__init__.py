@@ -1,8 +1,8 @@
 """What teachers see beyond the student."""
 
-from dllm_sd.teachers.context import Context, Nothing, Reading, Reasoning, Scene
+from dllm_sd.teachers.context import Context, ContextInputs, Nothing, Reasoning, TeacherInputs
 from dllm_sd.teachers.hints import NoQuestion, Reference, Sibling
-from dllm_sd.teachers.skills import Library, Skills
+from dllm_sd.teachers.skills import SkillBankConfig, Skills
 from dllm_sd.teachers.suffix import LaterStep, Suffix
 from dllm_sd.teachers.table import HINTS, AnyHint
 from dllm_sd.teachers.written import Critique, Feedback, Rubric
@@ -16,18 +16,18 @@ __all__ = [
     "AnyContext",
     "AnyHint",
     "Context",
+    "ContextInputs",
     "Critique",
     "Feedback",
     "LaterStep",
-    "Library",
     "NoQuestion",
     "Nothing",
-    "Reading",
     "Reasoning",
     "Reference",
     "Rubric",
-    "Scene",
     "Sibling",
+    "SkillBankConfig",
     "Skills",
     "Suffix",
+    "TeacherInputs",
 ]

@@ -21,7 +21,7 @@ from dllm_sd.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class Scene:
+class ContextInputs:
     """All that a context may look at when it turns the student's canvases into what the teacher reads."""
 
     canvases: Canvases
@@ -37,7 +37,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TeacherInputs:
     """What a teacher reads: its last ``l`` columns are the completion side, aligned with the student's."""
 
     ids: Tensor
@@ -70,7 +70,7 @@ def no_pairs(problem: Problem, key: int) -> Sequence[Pair]:
 
 
 @dataclass(frozen=True)
-class Occasion:
+class HintInputs:
     """All that a hint may look at when it makes a teacher's prompt for one rollout."""
 
     rollout: Rollout
@@ -100,7 +100,7 @@ class Occasion:
 
 
 @dataclass(frozen=True)
-class Ask:
+class TeacherPrompt:
     """A teacher's prompt as text."""
 
     messages: tuple[dict[str, str], ...]
@@ -161,15 +161,15 @@ class Hint(Protocol):
         """Spans of a rollout's text (first character, the one behind, a word) that its hint, the note, tells apart."""
         ...
 
-    def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
+    def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """What the writer is asked, as chat messages; None if there is nothing to ask."""
         ...
 
-    def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
+    def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
         """What is used of a written text, or None and the reason in a word, under which it is counted."""
         ...
 
-    def ask(self, occasion: Occasion) -> Ask | None:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """The prompt for one rollout, None if there is nothing to hint at."""
         ...
 
@@ -179,7 +179,7 @@ class Context(Protocol):
 
     @property
     def needs_answer_span(self) -> bool:
-        """Whether it needs `Scene.answer`."""
+        """Whether it needs `ContextInputs.answer`."""
         ...
 
     @property
@@ -202,7 +202,7 @@ class Context(Protocol):
         where sites cover so much of a canvas."""
         ...
 
-    def __call__(self, scene: Scene) -> Reading:
+    def __call__(self, inputs: ContextInputs) -> TeacherInputs:
         """The teacher's reading of every canvas."""
         ...
 
@@ -221,16 +221,16 @@ class Nothing:
         """Always."""
         return True
 
-    def __call__(self, scene: Scene) -> Reading:
-        return show(scene, torch.zeros_like(scene.protected))
+    def __call__(self, inputs: ContextInputs) -> TeacherInputs:
+        return show(inputs, torch.zeros_like(inputs.protected))
 
 
-def show(scene: Scene, positions: Tensor) -> Reading:
+def show(inputs: ContextInputs, positions: Tensor) -> TeacherInputs:
     """The student's canvases behind this teacher's prompts, the rollouts' own final tokens at ``positions [n l]``."""
-    canvases, length = scene.canvases, positions.shape[1]
+    canvases, length = inputs.canvases, positions.shape[1]
     ids, mask = canvases.ids.clone(), canvases.mask
     ids[:, -length:] = torch.where(positions, canvases.tokens, ids[:, -length:])
-    if scene.prompt is not None:
-        own, known = (x.to(ids.device)[canvases.rows] for x in scene.prompt)
+    if inputs.prompt is not None:
+        own, known = (x.to(ids.device)[canvases.rows] for x in inputs.prompt)
         ids, mask = torch.cat([own, ids[:, -length:]], 1), torch.cat([known, mask[:, -length:]], 1)
-    return Reading(ids, mask, positions)
+    return TeacherInputs(ids, mask, positions)

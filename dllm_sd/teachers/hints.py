@@ -15,7 +15,7 @@ from dllm_sd.losses.sites import Covers
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Count, Ranged, Share
 from dllm_sd.tasks.datafile import render
-from dllm_sd.teachers.context import Ask, Occasion, Reading, Reasoning, Scene, show
+from dllm_sd.teachers.context import ContextInputs, HintInputs, Reasoning, TeacherInputs, TeacherPrompt, show
 from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.texts.thinking import without_thinking
 
@@ -73,16 +73,16 @@ class Prompt(Ranged):
         """Never: the prompt is another."""
         return False
 
-    def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
+    def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """Nobody is asked."""
         return None
 
-    def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
+    def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
         """Nothing is changed."""
         return text, "kept"
 
-    def __call__(self, scene: Scene) -> Reading:
-        return show(scene, torch.zeros_like(scene.protected))
+    def __call__(self, inputs: ContextInputs) -> TeacherInputs:
+        return show(inputs, torch.zeros_like(inputs.protected))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,13 @@ class Reference(Prompt):
         super().__post_init__()
         check_template(self.template)
 
-    def ask(self, occasion: Occasion) -> Ask | None:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where the data has no reference."""
-        task, problem = occasion.task, occasion.rollout.problem
+        task, problem = inputs.task, inputs.rollout.problem
         text = task.reference(problem) if self.source == "solution" else task.final_answer(problem)
-        return None if text is None else Ask(tuple(task.messages(problem, self.question)), self.template, text)
+        return (
+            None if text is None else TeacherPrompt(tuple(task.messages(problem, self.question)), self.template, text)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +128,17 @@ class Sibling(Prompt):
         super().__post_init__()
         check_template(self.template)
 
-    def ask(self, occasion: Occasion) -> Ask | None:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where no (other) attempt succeeded."""
-        text = self.success(occasion)
-        return None if text is None else Ask(occasion.messages, self.template, text)
+        text = self.success(inputs)
+        return None if text is None else TeacherPrompt(inputs.messages, self.template, text)
 
-    def success(self, occasion: Occasion) -> str | None:
+    def success(self, inputs: HintInputs) -> str | None:
         """The text of the attempt that is shown, None if there is none."""
-        good = [one for one in occasion.group if one.grade.score >= self.at_least]
+        good = [one for one in inputs.group if one.grade.score >= self.at_least]
         if self.choice == "random":
-            good.sort(key=lambda one: make_key(occasion.key, "sibling", one.attempt))
-        good = [one for one in good if self.own or one.attempt != occasion.rollout.attempt]
+            good.sort(key=lambda one: make_key(inputs.key, "sibling", one.attempt))
+        good = [one for one in good if self.own or one.attempt != inputs.rollout.attempt]
         if not good:
             return None
         text = good[0].text
@@ -147,9 +149,9 @@ class Sibling(Prompt):
 class NoQuestion(Prompt):
     """The student's prompt without the question: what a teacher knows from the canvas alone."""
 
-    def ask(self, occasion: Occasion) -> Ask:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt:
         """Always the same, whatever the problem."""
-        return Ask(tuple(occasion.task.messages(occasion.rollout.problem, question=False)), "{question}", "")
+        return TeacherPrompt(tuple(inputs.task.messages(inputs.rollout.problem, question=False)), "{question}", "")
 
 
 def check_template(template: str, *more: str) -> None:

@@ -12,7 +12,7 @@ from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers import AnyContext
-from dllm_sd.teachers.context import Ask, Occasion, Reasoning, no_pairs
+from dllm_sd.teachers.context import HintInputs, Reasoning, TeacherPrompt, no_pairs
 from dllm_sd.teachers.table import AnyHint
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.writers import Request, Written
@@ -39,7 +39,7 @@ class Sources:
     """What the run's bank of skills holds for a problem."""
 
 
-def inform(
+def build_teacher_prompts(
     rollouts: Rollouts,
     contexts: Sequence[AnyContext],
     task: Task,
@@ -68,8 +68,8 @@ def inform(
     groups: dict[tuple[str, ...], list[Rollout]] = {}
     for rollout in rollouts.chosen:
         groups.setdefault(rollout.key_parts, []).append(rollout)
-    occasions = [
-        Occasion(
+    inputs_of_hints = [
+        HintInputs(
             *(rollout, groups[rollout.key_parts], task),
             make_key(*batch, *rollout.key_parts, "hint"),
             sources.problems,
@@ -78,13 +78,15 @@ def inform(
         for rollout in rollouts.kept
     ]
     counts = {"cut_hint": 0.0, **rollouts.counts}
-    written: dict[AnyHint, list[Occasion]] = {
-        hint: _written(hint, hint.writing, occasions, sources.write, batch, counts) if hint.writing else occasions
+    written: dict[AnyHint, list[HintInputs]] = {
+        hint: _written(hint, hint.writing, inputs_of_hints, sources.write, batch, counts)
+        if hint.writing
+        else inputs_of_hints
         for hint in dict.fromkeys(filter(None, hints))
     }
     kept: list[Rollout] = []
     for place, rollout in enumerate(rollouts.kept):
-        asks = [hint.ask(written[hint][place]) if hint else None for hint in hints]
+        asks = [hint.prompt_for(written[hint][place]) if hint else None for hint in hints]
         read = [
             prompt_tokens(ask, hint, policy) if hint and ask else (None, False)
             for hint, ask in zip(hints, asks, strict=True)
@@ -116,21 +118,21 @@ def inform(
 def _written(
     hint: AnyHint,
     writing: Writing,
-    occasions: Sequence[Occasion],
+    inputs_of_hints: Sequence[HintInputs],
     write: Write,
     batch: tuple[int, int],
     counts: dict[str, float],
-) -> list[Occasion]:
+) -> list[HintInputs]:
     """The occasions with what the hint's writer wrote for each; what was dropped is counted by reason."""
-    asked = {i: messages for i, one in enumerate(occasions) if (messages := hint.request(one)) is not None}
-    keys = [_key(hint, occasions[i].rollout, batch) for i in asked]
+    asked = {i: messages for i, one in enumerate(inputs_of_hints) if (messages := hint.request(one)) is not None}
+    keys = [_key(hint, inputs_of_hints[i].rollout, batch) for i in asked]
     texts = write(writing, [Request(asked[i], key) for i, key in zip(asked, keys, strict=True)]) if asked else []
-    found, dropped = list(occasions), Counter[str]()
+    found, dropped = list(inputs_of_hints), Counter[str]()
     for i, answer in zip(asked, texts, strict=True):
         text, reason = (None, answer.failure or "no_text")
         if answer.text is not None:
-            text, reason = hint.accept(occasions[i], answer.text)
-        found[i] = replace(occasions[i], text=text)
+            text, reason = hint.accept(inputs_of_hints[i], answer.text)
+        found[i] = replace(inputs_of_hints[i], text=text)
         if text is None:
             dropped[reason] += 1
     counts["written"] = counts.get("written", 0.0) + len(asked)
@@ -153,7 +155,7 @@ def _key(hint: AnyHint, rollout: Rollout, batch: tuple[int, int]) -> int:
     return make_key(*batch, *rollout.key_parts, rollout.attempt, "writing")
 
 
-def prompt_tokens(ask: Ask, hint: AnyHint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
+def prompt_tokens(ask: TeacherPrompt, hint: AnyHint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
     """The prompt of one teacher, None if it is longer than it may be; and whether its hint was cut to fit."""
     prompt = policy.encode(_messages(ask, hint), hint.thinking)
     words: list[int] = []
@@ -166,7 +168,7 @@ def prompt_tokens(ask: Ask, hint: AnyHint, policy: Policy) -> tuple[tuple[int, .
     return (tuple(prompt), cut) if len(prompt) <= hint.longest else (None, False)
 
 
-def _messages(ask: Ask, hint: AnyHint) -> list[dict[str, str]]:
+def _messages(ask: TeacherPrompt, hint: AnyHint) -> list[dict[str, str]]:
     """The task's messages, the last of them with the hint."""
     *before, last = ask.messages
     slots = {**ask.more, "question": last["content"], "hint": ask.text}

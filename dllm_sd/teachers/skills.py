@@ -10,7 +10,7 @@ from dllm_sd.ranges import Natural, Ranged, Size
 from dllm_sd.skills import RETRIEVERS, AnyRetriever, Bank, Extraction, Lexical, Pair, format_pair, retrieve
 from dllm_sd.tasks.datafile import Generated, render
 from dllm_sd.tasks.task import Problem, Task
-from dllm_sd.teachers.context import Ask, Occasion
+from dllm_sd.teachers.context import HintInputs, TeacherPrompt
 from dllm_sd.teachers.hints import Prompt, check_template
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.writers import Sampling, Server
@@ -26,7 +26,7 @@ mention them:
 
 
 @dataclass(frozen=True)
-class Library(Ranged, key="method.library"):
+class SkillBankConfig(Ranged, key="method.library"):
     """The bank of skills that a run draws on (SGSD, arXiv 2605.28791)."""
 
     path: Place | None = None
@@ -99,10 +99,10 @@ class Skills(Prompt):
         super().__post_init__()
         check_template(self.template)
 
-    def ask(self, occasion: Occasion) -> Ask | None:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where the bank holds fewer pairs; the pair's weight is how far this teacher is believed."""
-        pairs = occasion.pairs(occasion.rollout.problem, make_key(occasion.key, "skills"))
+        pairs = inputs.pairs(inputs.rollout.problem, make_key(inputs.key, "skills"))
         if self.rank >= len(pairs):
             return None
         pair = pairs[self.rank]
-        return Ask(occasion.messages, self.template, format_pair(pair), weight=pair.weight)
+        return TeacherPrompt(inputs.messages, self.template, format_pair(pair), weight=pair.weight)

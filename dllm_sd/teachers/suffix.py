@@ -12,7 +12,7 @@ from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.ranges import Natural, Ranged, Share
 from dllm_sd.rollouts.rules import Rollout
-from dllm_sd.teachers.context import Reading, Scene, show
+from dllm_sd.teachers.context import ContextInputs, TeacherInputs, show
 from dllm_sd.teachers.table import HINTS, AnyHint
 from dllm_sd.trajectory import NEVER
 
@@ -67,38 +67,38 @@ class Suffix(Ranged):
         nothing_left = covers == "masked" or (covers == "block" and self.scope == "active_block")
         return self.prompt is None and (self.ratio == 0 or nothing_left)
 
-    def __call__(self, scene: Scene) -> Reading:
-        return show(scene, self.positions(scene))
+    def __call__(self, inputs: ContextInputs) -> TeacherInputs:
+        return show(inputs, self.positions(inputs))
 
-    def positions(self, scene: Scene) -> Tensor:
+    def positions(self, inputs: ContextInputs) -> Tensor:
         """bool ``[n l]``: what this teacher sees revealed."""
-        trajectory, rows, steps = scene.trajectory, scene.canvases.rows, scene.canvases.steps
+        trajectory, rows, steps = inputs.trajectory, inputs.canvases.rows, inputs.canvases.steps
         position = torch.arange(trajectory.tokens.shape[1], device=rows.device)
-        eligible = self._eligible(scene, position)
-        keys = key_tensor([make_key(key, "suffix") for key in scene.keys], rows.device)
-        scope = self._scope(scene, position)
+        eligible = self._eligible(inputs, position)
+        keys = key_tensor([make_key(key, "suffix") for key in inputs.keys], rows.device)
+        scope = self._scope(inputs, position)
         if self.nested:
             chosen = _draw(eligible, uniform(keys, position.numel()), self.ratio)[rows]
-            return chosen & scope & ~scene.protected
-        candidates = eligible[rows] & scope & ~scene.protected
+            return chosen & scope & ~inputs.protected
+        candidates = eligible[rows] & scope & ~inputs.protected
         return _draw(candidates, uniform(fold(keys[rows], steps), position.numel()), self.ratio)
 
-    def _eligible(self, scene: Scene, position: Tensor) -> Tensor:
+    def _eligible(self, inputs: ContextInputs, position: Tensor) -> Tensor:
         """bool ``[b l]``: what may be revealed at some step."""
-        trajectory = scene.trajectory
+        trajectory = inputs.trajectory
         eligible = trajectory.reveal_step != NEVER
         if self.end_padding:
             eligible |= trajectory.ended[:, None] & (position >= trajectory.length[:, None])
         else:
             eligible &= position < trajectory.length[:, None]
         if self.answer_only:
-            assert scene.answer is not None
-            eligible &= scene.answer
+            assert inputs.answer is not None
+            eligible &= inputs.answer
         return eligible
 
-    def _scope(self, scene: Scene, position: Tensor) -> Tensor:
+    def _scope(self, inputs: ContextInputs, position: Tensor) -> Tensor:
         """bool ``[n l]``: what may be revealed at this step."""
-        trajectory, rows, steps = scene.trajectory, scene.canvases.rows, scene.canvases.steps
+        trajectory, rows, steps = inputs.trajectory, inputs.canvases.rows, inputs.canvases.steps
         masked = trajectory.masked(rows, steps)
         if self.scope == "all_masked":
             return masked
@@ -137,11 +137,11 @@ class LaterStep(Ranged):
         nothing_left = covers == "masked" or self.ahead == 0 or (self.ahead == 1 and covers != "none")
         return self.prompt is None and nothing_left
 
-    def __call__(self, scene: Scene) -> Reading:
-        canvases, trajectory = scene.canvases, scene.trajectory
+    def __call__(self, inputs: ContextInputs) -> TeacherInputs:
+        canvases, trajectory = inputs.canvases, inputs.trajectory
         later = trajectory.num_steps[canvases.rows] if self.ahead is None else canvases.steps + self.ahead
-        shown = canvases.masked & ~trajectory.masked(canvases.rows, later) & ~scene.protected
-        return show(scene, shown)
+        shown = canvases.masked & ~trajectory.masked(canvases.rows, later) & ~inputs.protected
+        return show(inputs, shown)
 
 
 def answer_span(policy: Policy, rollout: Rollout) -> Tensor:

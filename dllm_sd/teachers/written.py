@@ -8,7 +8,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers.context import Ask, Occasion
+from dllm_sd.teachers.context import HintInputs, TeacherPrompt
 from dllm_sd.teachers.hints import Prompt, Sibling, check_slots, check_template
 from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.texts import (
@@ -88,16 +88,16 @@ class Rubric(Prompt):
         if (self.source == "written") != (self.writing is not None):
             raise InputError("a rubric context is written by somebody: set source to written and writing, or neither")
 
-    def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
+    def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """The same for all rollouts of a problem, so that it is written once."""
-        task, problem = occasion.task, occasion.rollout.problem
-        question = occasion.question
+        task, problem = inputs.task, inputs.rollout.problem
+        question = inputs.question
         if self.question is not None:
             question = render(self.question, problem.fields, f"the context's question (for {problem.id})")
         slots = {"question": question, "reference": task.reference(problem) or ""}
         return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
 
-    def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
+    def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
         """The rubric that the text holds, written anew; as it is where it is to be lines."""
         if self.lines:
             text = without_thinking(text).strip()
@@ -107,22 +107,22 @@ class Rubric(Prompt):
             return None, "unfinished" if is_unfinished(text) else rubric
         return render_rubric(rubric), "kept"
 
-    def ask(self, occasion: Occasion) -> Ask | None:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where there is no usable rubric, or no reference that is to stand with it."""
-        task, problem = occasion.task, occasion.rollout.problem
-        text, reference = self._text(occasion), task.reference(problem)
+        task, problem = inputs.task, inputs.rollout.problem
+        text, reference = self._text(inputs), task.reference(problem)
         if text is None or (self.reference and reference is None):
             return None
         more = {"reference": reference or ""} if self.reference else {}
-        return Ask(occasion.messages, self.template, text, more)
+        return TeacherPrompt(inputs.messages, self.template, text, more)
 
-    def _text(self, occasion: Occasion) -> str | None:
+    def _text(self, inputs: HintInputs) -> str | None:
         if self.source == "written":
-            return occasion.text
-        key = make_key(occasion.key, "rubric")
-        own = generic() if self.source == "generic" else self._of(occasion.rollout.problem)
+            return inputs.text
+        key = make_key(inputs.key, "rubric")
+        own = generic() if self.source == "generic" else self._of(inputs.rollout.problem)
         if self.source in ("random", "noisy"):
-            other = self._another(occasion, key)
+            other = self._another(inputs, key)
             mixed = noisy(own, [other], key) if own and other else None
             own = other if self.source == "random" else mixed
         if self.source == "reduced" and own:
@@ -135,12 +135,12 @@ class Rubric(Prompt):
         found = parse_rubric(problem.fields.get(self.field))
         return None if isinstance(found, str) else found
 
-    def _another(self, occasion: Occasion, key: int) -> Criteria | None:
+    def _another(self, inputs: HintInputs, key: int) -> Criteria | None:
         """The rubric of another training problem, drawn by the key; None where a few dozen draws find none."""
-        problems = occasion.problems
+        problems = inputs.problems
         for draw in range(_DRAWS if len(problems) else 0):
             problem = problems[make_key(key, draw) % len(problems)]
-            if problem != occasion.rollout.problem and (found := self._of(problem)) is not None:
+            if problem != inputs.rollout.problem and (found := self._of(problem)) is not None:
                 return found
         return None
 
@@ -169,29 +169,29 @@ class Critique(Prompt):
         if self.writing is None:
             raise InputError("a critique context needs somebody who writes it; set its writing")
 
-    def request(self, occasion: Occasion) -> tuple[Message, ...] | None:
+    def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """None where the data says nothing of what is right."""
-        task, problem = occasion.task, occasion.rollout.problem
+        task, problem = inputs.task, inputs.rollout.problem
         truth = task.final_answer(problem) if self.truth == "answer" else task.reference(problem)
         if truth is None:
             return None
         slots = {
-            "question": occasion.question,
+            "question": inputs.question,
             "truth": truth,
-            "trace": without_thinking(occasion.rollout.text),
+            "trace": without_thinking(inputs.rollout.text),
         }
         prompt = self.prompt or (CRITIC_ANSWER if self.truth == "answer" else CRITIC_REFERENCE)
         return ({"role": "user", "content": render(prompt, slots, "the context's prompt")},)
 
-    def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
+    def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
         """A corrected copy of the steps, in the form that is asked for."""
-        trace = without_thinking(occasion.rollout.text)
+        trace = without_thinking(inputs.rollout.text)
         found, reason = accept_critique(without_thinking(text), trace)
         return (None if found is None else FORMS[self.form](trace, found)), reason
 
-    def ask(self, occasion: Occasion) -> Ask | None:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None without a critique."""
-        return None if occasion.text is None else Ask(occasion.messages, self.template, occasion.text)
+        return None if inputs.text is None else TeacherPrompt(inputs.messages, self.template, inputs.text)
 
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
         """Where the rollout is right, where it first goes wrong, and what follows."""
@@ -225,27 +225,27 @@ class Feedback(Sibling):
         check_template(self.comment)
         check_slots(self.prompt, "prompt", "response", "question", "tutor_domain", "student_domain")
 
-    def request(self, occasion: Occasion) -> tuple[Message, ...]:
+    def request(self, inputs: HintInputs) -> tuple[Message, ...]:
         """The tutor's prompt about one rollout."""
         slots = {
-            "question": occasion.question,
-            "response": without_thinking(occasion.rollout.text),
+            "question": inputs.question,
+            "response": without_thinking(inputs.rollout.text),
             "tutor_domain": self.tutor,
             "student_domain": self.student,
         }
         return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
 
-    def accept(self, occasion: Occasion, text: str) -> tuple[str | None, str]:
+    def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
         """The feedback without its thinking and, if `anchored`, made safe."""
         text = without_thinking(text).strip()
         if self.anchored:
-            return sanitise(text, occasion.question, occasion.task.final_answer(occasion.rollout.problem))
+            return sanitise(text, inputs.question, inputs.task.final_answer(inputs.rollout.problem))
         return (text, "kept") if text else (None, "empty")
 
-    def ask(self, occasion: Occasion) -> Ask | None:
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where there is neither a success nor feedback."""
         parts = []
-        for template, text in ((self.solution, self.success(occasion)), (self.comment, occasion.text)):
+        for template, text in ((self.solution, self.success(inputs)), (self.comment, inputs.text)):
             if text is not None:
                 parts.append(render(template, {"question": "", "hint": text}, "the context's template"))
-        return Ask(occasion.messages, self.template, "".join(parts)) if parts else None
+        return TeacherPrompt(inputs.messages, self.template, "".join(parts)) if parts else None

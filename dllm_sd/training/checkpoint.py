@@ -358,7 +358,11 @@ def run_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint by file; under FSDP2 all processes must call it, and the first gets them whole."""
     tensors = {WEIGHTS: trained(policy), OPTIMIZER: optimizer_tensors(optimizer, policy)}
-    tensors |= {f"teacher{i}.safetensors": teacher.moving for i, teacher in enumerate(teachers) if teacher.moving}
+    tensors |= {
+        f"teacher{i}.safetensors": teacher.checkpoint_tensors
+        for i, teacher in enumerate(teachers)
+        if teacher.checkpoint_tensors
+    }
     return {name: gather_tensors(values) for name, values in tensors.items()}
 
 
@@ -404,7 +408,7 @@ def restore_run(
     except ValueError as error:
         raise damaged(folder / OPTIMIZER, error) from error
     for i, teacher in enumerate(teachers):
-        if teacher.moving:
+        if teacher.checkpoint_tensors:
             _load_teacher(teacher, _load(folder, f"teacher{i}.safetensors", tree), folder / f"teacher{i}.safetensors")
     return state, _load_rollouts(folder, tree) if "rollouts" in tree else None
 
@@ -417,10 +421,10 @@ def _load(folder: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Tensor]
 
 def _load_teacher(teacher: Teacher, saved: Mapping[str, Tensor], file: Path) -> None:
     try:
-        check_tensors(saved, shapes_of(teacher.moving))
+        check_tensors(saved, shapes_of(teacher.checkpoint_tensors))
     except ValueError as error:
         raise damaged(file, error) from error
-    teacher.load({name: placed_like(saved[name], value) for name, value in teacher.moving.items()})
+    teacher.load({name: placed_like(saved[name], value) for name, value in teacher.checkpoint_tensors.items()})
 
 
 def _load_rollouts(folder: Path, tree: Mapping[str, Any]) -> Rollouts:

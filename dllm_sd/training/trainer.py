@@ -16,11 +16,11 @@ from torch import Tensor
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, first
-from dllm_sd.experience.pipeline import Supply
+from dllm_sd.experience.pipeline import RolloutPipeline
 from dllm_sd.files.checkpoint_files import STATE, damaged
 from dllm_sd.files.writing import write_file
 from dllm_sd.network.finite import LARGEST, find_broken, fingerprint
-from dllm_sd.network.site_head import ask
+from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.objective.equation import Graded, grade
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.pairing import check_data, check_model, check_references, check_words
@@ -141,8 +141,8 @@ class Trainer:
         """Where rollouts come from, and the files that the run writes while it goes on."""
         config = self.config
         with together():
-            self.supply = Supply(config, problems, self.policy, self.module, self.models, self.accelerator)
-        self.begun = self.rows | self.supply.open(self.state.bank)
+            self.pipeline = RolloutPipeline(config, problems, self.policy, self.module, self.models, self.accelerator)
+        self.begun = self.rows | self.pipeline.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(parameters_in_words(self.policy.module))
         done = self.state.update if self.resumed else -1
@@ -198,7 +198,7 @@ class Trainer:
                 add_loss(state, metrics["loss"])
                 self._evaluate(metrics)
                 self.progress.finished(state.update)
-                interrupted = self._anywhere(interrupt.asked)
+                interrupted = self._any_rank(interrupt.asked)
                 if interrupted or self.finished or state.update in (until, state.update // every * every):
                     self._save()
                 if interrupted and not self.finished:
@@ -216,7 +216,7 @@ class Trainer:
         if part == 0 or self.rollouts is None:
             self.progress.phase("rolling out")
             self.rollouts = self._roll_out(batch)
-            if self._due(update):
+            if self._logs_samples(update):
                 self._write_samples(update, self.rollouts)
         rolled = time.perf_counter()
         self.progress.phase("learning")
@@ -230,26 +230,26 @@ class Trainer:
         else:
             before = fingerprint(trained(self.policy).values())
             parts, norm = self._learn(plan, self.rollouts, update, lr)
-            if not self._anywhere(fingerprint(trained(self.policy).values()) != before):
+            if not self._any_rank(fingerprint(trained(self.policy).values()) != before):
                 metrics["weights_unchanged"] = 1
             names = self.method.measured
             sums = self._sum(site_sums([graded for _, graded in parts], names, self.accelerator.device))
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
             regions = region_map(self.policy, self.method.contexts, self.rollouts)
             metrics |= region_metrics(self._sum(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
-            if self._due(update):
+            if self._logs_samples(update):
                 self._write_pictures(update, parts, regions, self.rollouts)
         for model in self.models.values():
             model.after_update(update, stepped=plan is not None)
         metrics |= rollout_metrics(self.rollouts) | self.unknown(self.rollouts, self.main)
-        metrics |= self.supply.shelf.after_update(update, self.rollouts.chosen)
+        metrics |= self.pipeline.skill_bank.after_update(update, self.rollouts.chosen)
         reach = self.method.rollout.reach(self.policy, self.config.decode, batch)
         metrics |= {} if reach is None else {"rollouts/horizon": reach.count}
         metrics |= {"rollouts/too_long": self.state.too_long, "updates_skipped": self.state.skipped}
         return metrics | {"time/rollouts": rolled - start, "time/learning": time.perf_counter() - rolled}
 
     def _roll_out(self, batch: int) -> Rollouts:
-        rollouts, self.state.cursor, dropped = self.supply.take(batch, self.state.cursor)
+        rollouts, self.state.cursor, dropped = self.pipeline.take(batch, self.state.cursor)
         self.state.too_long += dropped
         return rollouts
 
@@ -258,7 +258,7 @@ class Trainer:
         self.module.train()
         torch.manual_seed(make_key(self.config.seed, update, self.rank, "dropout"))
         batches = micro_batches(plan, self.config.optim.tokens_per_batch, self.world)
-        student = partial(ask, self.module)
+        student = partial(run_at_sites, self.module)
         parts: Parts = []
         for i, shares in enumerate(batches):
             index = shares[self.rank]
@@ -288,7 +288,7 @@ class Trainer:
 
     def _refuse_non_finite(self, update: int, norm: Tensor, parts: Parts, rollouts: Rollouts) -> None:
         finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(graded.loss)) for _, graded in parts)
-        if not self._anywhere(not finite):
+        if not self._any_rank(not finite):
             return
         broken = [site for plan, graded in parts for site in broken_sites(plan, graded, rollouts)]
         broken = gather_object(broken) if self.world > 1 else broken
@@ -307,7 +307,7 @@ class Trainer:
     def _refuse_broken_step(self, update: int) -> None:
         changed = stepped_tensors(self.optimizer, trained(self.policy))
         broken = find_broken(changed, LARGEST)
-        if not self._anywhere(broken is not None):
+        if not self._any_rank(broken is not None):
             return
         last = latest_checkpoint(self.run)
         on = f"goes on from update {int(last.name)}" if last else "begins again"
@@ -316,7 +316,7 @@ class Trainer:
             f"); nothing of it was saved: lower optim.lr or optim.max_grad_norm, and resume=force {on}"
         )
 
-    def _due(self, update: int) -> bool:
+    def _logs_samples(self, update: int) -> bool:
         """Whether this update makes rollouts to write down: the first, and one about every `samples_every` updates."""
         batch, part = divmod(update - 1, self.method.rollout.passes)
         return part == 0 and batch % max(1, self.config.log.samples_every // self.method.rollout.passes) == 0
@@ -426,12 +426,12 @@ class Trainer:
     def _save(self, prune: bool = True) -> None:
         keep = self.config.checkpoint.keep if prune else None
         rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
-        self.state.bank = self.supply.shelf.tree
+        self.state.bank = self.pipeline.skill_bank.tree
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
         on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep, log_sums(self.run, self.state.update)))
-        on_main(lambda: self.supply.shelf.write_down(self.run))
+        on_main(lambda: self.pipeline.skill_bank.write_down(self.run))
 
-    def _anywhere(self, flag: bool) -> bool:
+    def _any_rank(self, flag: bool) -> bool:
         """Whether any process says so."""
         if self.world == 1:
             return flag

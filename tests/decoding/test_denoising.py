@@ -17,7 +17,7 @@ from transformers import (
 
 from dllm_sd.canvases import DecoderSteps
 from dllm_sd.decoding import sampling as drawing
-from dllm_sd.decoding.sampling import draw, first_largest, invert, never_drawn, warp
+from dllm_sd.decoding.sampling import apply_filters, banned_ids, draw, first_largest, sample_inverse_cdf
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
 from dllm_sd.network.view import View
@@ -55,7 +55,7 @@ def logits() -> Tensor:
 def test_what_may_be_drawn_is_what_a_plain_filter_keeps(logits, name):
     settings = SAMPLING[name]
     plain = [kept(row, settings.temperature, settings.top_k, settings.top_p) for row in logits.tolist()]
-    torch.testing.assert_close(warp(logits, settings).softmax(-1), torch.tensor(plain), atol=1e-6, rtol=0)
+    torch.testing.assert_close(apply_filters(logits, settings).softmax(-1), torch.tensor(plain), atol=1e-6, rtol=0)
 
 
 @NAMES
@@ -66,14 +66,14 @@ def test_what_may_be_drawn_is_what_transformers_keeps(logits, name):
     if settings.top_p < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
     unused: Any = None
-    assert torch.equal(warp(logits, settings), warpers(unused, logits))
+    assert torch.equal(apply_filters(logits, settings), warpers(unused, logits))
 
 
 def test_by_hand_top_k_and_top_p_keep_the_smallest_set_that_suffices():
     logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
 
     def left(**settings: Any) -> list[int]:
-        return (warp(logits, Decoding(temperature=1.0, **settings))[0] > -torch.inf).nonzero()[:, 0].tolist()
+        return (apply_filters(logits, Decoding(temperature=1.0, **settings))[0] > -torch.inf).nonzero()[:, 0].tolist()
 
     assert left(top_k=2) == [0, 2]
     assert left(top_p=0.39) == [0]
@@ -98,7 +98,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(logits):
     n = 20_000
     drawn = draw(logits[:1].repeat(n, 1), settings, NOTHING, uniform(key_tensor([7]), n)[0])
     shares = drawn.token.bincount(minlength=23) / n
-    torch.testing.assert_close(shares, warp(logits[:1], settings).softmax(-1)[0], atol=0.012, rtol=0)
+    torch.testing.assert_close(shares, apply_filters(logits[:1], settings).softmax(-1)[0], atol=0.012, rtol=0)
 
 
 def test_at_temperature_0_the_largest_is_taken_and_filters_have_no_say(logits):
@@ -150,7 +150,7 @@ def test_a_mask_of_many_ids_draws_what_their_numbers_draw(ids: Sequence[int], na
     rows = 3 * torch.randn((200, WIDTH), generator=torch.Generator().manual_seed(1))
     u, settings = uniform(key_tensor([9]), 200)[0], SAMPLING[name]
     for settings in (SAMPLING[name], replace(SAMPLING[name], temperature=0.0)):
-        mask = never_drawn(replace(settings, suppress=tuple(ids)), (), rows.device, WIDTH)
+        mask = banned_ids(replace(settings, suppress=tuple(ids)), (), rows.device, WIDTH)
         assert mask.dtype == torch.bool
         masked, plain = draw(rows.clone(), settings, mask, u), draw(rows.clone(), settings, torch.tensor([*ids]), u)
         assert torch.equal(masked.token, plain.token)
@@ -160,19 +160,19 @@ def test_a_mask_of_many_ids_draws_what_their_numbers_draw(ids: Sequence[int], na
 
 
 def test_a_few_ids_stay_numbers_and_a_tail_is_cut_off():
-    few = never_drawn(Decoding(suppress=(3, 1)), (7,), torch.device("cpu"), WIDTH)
+    few = banned_ids(Decoding(suppress=(3, 1)), (7,), torch.device("cpu"), WIDTH)
     assert few.tolist() == [1, 3, 7]
-    mask = never_drawn(Decoding(suppress=(3,)), range(25, WIDTH), torch.device("cpu"), WIDTH)
+    mask = banned_ids(Decoding(suppress=(3,)), range(25, WIDTH), torch.device("cpu"), WIDTH)
     assert mask.nonzero()[:, 0].tolist() == [3]
     assert len(mask) == 25
     with pytest.raises(InputError, match=r"^decode\.suppress leaves no token to draw; list fewer$"):
-        never_drawn(Decoding(), range(WIDTH), torch.device("cpu"), WIDTH)
+        banned_ids(Decoding(), range(WIDTH), torch.device("cpu"), WIDTH)
 
 
 def test_what_is_beyond_the_vocabulary_cannot_be_suppressed_and_its_last_token_can():
-    never_drawn(Decoding(suppress=(WIDTH - 1,)), (), torch.device("cpu"), WIDTH)
+    banned_ids(Decoding(suppress=(WIDTH - 1,)), (), torch.device("cpu"), WIDTH)
     with pytest.raises(InputError, match=f"suppress names token {WIDTH}, but the last one is {WIDTH - 1}"):
-        never_drawn(Decoding(suppress=(3, WIDTH)), (), torch.device("cpu"), WIDTH)
+        banned_ids(Decoding(suppress=(3, WIDTH)), (), torch.device("cpu"), WIDTH)
 
 
 @pytest.mark.parametrize("backbone", [{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
@@ -199,7 +199,7 @@ def test_searching_by_runs_finds_what_a_search_of_the_whole_finds(size):
     u = torch.rand(400, generator=generator)
     until = weight.cumsum(-1)
     whole = torch.searchsorted(until, u.double()[:, None] * until[:, -1:])[:, 0]
-    assert torch.equal(invert(weight, u), whole)
+    assert torch.equal(sample_inverse_cdf(weight, u), whole)
     ties = torch.randint(3, (400, size), generator=generator).float()
     assert torch.equal(first_largest(ties), ties.argmax(-1))
 

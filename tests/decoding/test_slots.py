@@ -35,7 +35,7 @@ def fixed(policy: Any, settings: Decoding, prompts: Sequence[Sequence[int]] = PR
     layout = Layout(policy.mask_id, policy.end_ids, policy.pad_id, policy.block_length is not None)
     with policy.decoding():
         settings = replace(settings, suppress=policy.suppress)
-        denoise(policy.module, queue, settings, layout, vocabulary=30, fixed=True, **options)
+        denoise(policy.module, queue, settings, layout, vocabulary=30, static_shapes=True, **options)
     return queue.collected()
 
 

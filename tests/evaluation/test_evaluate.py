@@ -27,13 +27,13 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.reports.tables import LEFT_OUT, print_evaluation
 from dllm_sd.rollouts.rules import PassAtK, prompt_tokens
 from dllm_sd.tasks import TASKS, Grade, Problem, Sudoku
-from dllm_sd.tasks.task import Unguessable
+from dllm_sd.tasks.task import NoChanceLevel
 
 TASK = Sudoku(prompt="{puzzle}", answer="{solution}")
 DECODE = Decoding(length=16, block_length=4, tokens_per_step=2)
 
 
-class Parity(Unguessable):
+class Parity(NoChanceLevel):
     """Counts a completion as correct if its first character is an even digit; prompts are as long as they say."""
 
     def problems(self, split: str) -> Sequence[Problem]:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from dllm_sd.config import Config, build_config
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
-from dllm_sd.experience.rollout_weights import Roller, supervised
+from dllm_sd.experience.rollout_weights import RolloutWeights, supervised
 from dllm_sd.methods import METHODS
 from dllm_sd.network.subspace import Subspace, collect, projected
 from dllm_sd.policies.loading import AnyPolicy
@@ -57,8 +57,8 @@ def tokens(policy: AnyPolicy) -> list[list[int]]:
     return policy.decode(PROMPTS, DECODE, KEYS).tokens.tolist()
 
 
-def roller(policy: AnyPolicy, part: Live | Base | Subspace) -> Roller:
-    return Roller(PassAtK(policy=part), policy, {Base(): Teacher(Base(), policy)}, Accelerator())
+def roller(policy: AnyPolicy, part: Live | Base | Subspace) -> RolloutWeights:
+    return RolloutWeights(PassAtK(policy=part), policy, {Base(): Teacher(Base(), policy)}, Accelerator())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["full", "lora", "autoregressive"])
@@ -68,9 +68,9 @@ def test_the_base_rolls_out_with_the_initial_weights_and_the_student_with_its_ow
     move(policy)
     after = tokens(policy)
     assert after != before
-    with base.present(policy.module):
+    with base.applied(policy.module):
         assert tokens(policy) == before
-    with live.present(policy.module):
+    with live.applied(policy.module):
         assert tokens(policy) == after
     assert tokens(policy) == after
 
@@ -89,7 +89,7 @@ def test_a_subspace_is_that_of_the_initial_weights_and_is_left_without_a_trace(m
     with projected(other.module.network, found):
         expected = tokens(other)
     assert expected != tokens(other)
-    with held.present(policy.module):
+    with held.applied(policy.module):
         assert tokens(policy) == expected
     assert tokens(policy) == after
 
@@ -163,18 +163,18 @@ def config_at(tmp_path: Path, run: str, policy: Any, kind: dict[str, Any], updat
 def test_a_run_rolls_out_with_the_initial_weights_to_its_end_and_after_a_stop(tmp_path, kind, part):
     whole = Trainer(config_at(tmp_path, "whole", part, kind))
     initial = {name: value.clone() for name, value in trained(whole.policy).items()}
-    texts = [[one.text for one in whole.supply.take(i, 3 * i)[0].chosen] for i in range(4)]
+    texts = [[one.text for one in whole.pipeline.take(i, 3 * i)[0].chosen] for i in range(4)]
     seen: list[list[str]] = []
 
     def watch(trainer: Trainer) -> Trainer:
-        take = trainer.supply.take
+        take = trainer.pipeline.take
 
         def noting(batch: int, cursor: int) -> Any:
             found = take(batch, cursor)
             seen.append([one.text for one in found[0].chosen])
             return found
 
-        trainer.supply.take = noting
+        trainer.pipeline.take = noting
         return trainer
 
     watch(whole).train()

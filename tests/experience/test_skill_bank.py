@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
 from dllm_sd.experience import skill_bank as shelf_module
-from dllm_sd.experience.skill_bank import Shelf
-from dllm_sd.experience.text_generator import Scribe
+from dllm_sd.experience.skill_bank import SkillBankState
+from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.methods import METHODS
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rules import PassAtK, Rollout
 from dllm_sd.skills import Bank, Mistake, Skill, build_bank, read_bank, write_bank
 from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.teachers import Library
+from dllm_sd.teachers import SkillBankConfig
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.writers import Request, Written
@@ -88,7 +88,7 @@ def test_a_renewal_is_written_at_its_own_length_and_by_the_same_writer():
     assert row is not None
     for library, renewed in ((row, 2048), (replace(row, renewal=None), 4096)):
         asked: list[Writing] = []
-        shelf = Shelf(replace(library, count=1), TASK, Noting(), 0)
+        shelf = SkillBankState(replace(library, count=1), TASK, Noting(), 0)
         shelf.open(None, lambda count: (attempts(True, False), 0))
         first = len(asked)
         assert first > 0
@@ -100,13 +100,13 @@ def test_a_renewal_is_written_at_its_own_length_and_by_the_same_writer():
 
 def test_a_bank_is_read_from_its_file_and_found_by_words(tmp_path: Path):
     write_bank(BANK, tmp_path / "bank.json")
-    shelf = Shelf(Library(path=str(tmp_path / "bank.json"), count=2), TASK, nobody, 0)
+    shelf = SkillBankState(SkillBankConfig(path=str(tmp_path / "bank.json"), count=2), TASK, nobody, 0)
     shelf.open(None, nobody)
     assert shelf.bank == BANK
     problem = Problem("principle 2 when 2", {"text": "principle 1 when 1"})
     assert [pair.skill.id for pair in shelf.pairs(problem, 5)] == ["gen_002", "gen_001"]
     assert sum(pair.weight for pair in shelf.pairs(problem, 5)) == pytest.approx(1)
-    bare = Shelf(Library(path=str(tmp_path / "bank.json"), count=2, problem="{text}"), TASK, nobody, 0)
+    bare = SkillBankState(SkillBankConfig(path=str(tmp_path / "bank.json"), count=2, problem="{text}"), TASK, nobody, 0)
     bare.open(None, nobody)
     assert [pair.skill.id for pair in bare.pairs(problem, 5)] == ["gen_001", "gen_002"]
     shelf.write_down(tmp_path)
@@ -115,7 +115,7 @@ def test_a_bank_is_read_from_its_file_and_found_by_words(tmp_path: Path):
 
 def test_a_bank_with_too_few_pairs_is_refused(tmp_path: Path):
     write_bank(BANK, tmp_path / "bank.json")
-    shelf = Shelf(Library(path=str(tmp_path / "bank.json"), count=3), TASK, nobody, 0)
+    shelf = SkillBankState(SkillBankConfig(path=str(tmp_path / "bank.json"), count=3), TASK, nobody, 0)
     with pytest.raises(InputError, match="holds 2 skills and 2 mistakes, too few for 3 pairs") as refusal:
         shelf.open(None, nobody)
     assert "\n" not in str(refusal.value)
@@ -129,7 +129,7 @@ def test_without_a_file_the_bank_is_made_of_attempts(problem: str | None, word: 
         counts.append(count)
         return attempts(True, False, True, False), 3
 
-    shelf = Shelf(Library(count=2, memories=4, problem=problem), TASK, author, 0)
+    shelf = SkillBankState(SkillBankConfig(count=2, memories=4, problem=problem), TASK, author, 0)
     found = shelf.open(None, attempt)
     assert (found["bank/too_long"], found["bank/successes"], found["bank/failures"]) == (3, 2, 2)
     assert (found["bank/skills"], found["bank/mistakes"]) == (2, 2)
@@ -141,22 +141,22 @@ def test_without_a_file_the_bank_is_made_of_attempts(problem: str | None, word: 
 
 def test_a_bank_is_renewed_every_few_updates_and_goes_on_from_a_checkpoint(tmp_path: Path):
     write_bank(BANK, tmp_path / "bank.json")
-    library = Library(path=str(tmp_path / "bank.json"), count=2, every=3)
-    shelf = Shelf(library, TASK, Author(), 0)
+    library = SkillBankConfig(path=str(tmp_path / "bank.json"), count=2, every=3)
+    shelf = SkillBankState(library, TASK, Author(), 0)
     shelf.open(None, nobody)
     assert shelf.after_update(2, attempts(False, True)) == {}
     counts = shelf.after_update(3, attempts(False, True))
     assert counts["bank/updated"] == 1
     assert [item.id for item in shelf.bank.skills] == ["gen_001", "gen_002", "dyn_001"]
     assert [item.id for item in shelf.bank.mistakes] == ["err_001", "err_002", "dyn_001"]
-    again = Shelf(library, TASK, nobody, 0)
+    again = SkillBankState(library, TASK, nobody, 0)
     again.open(json.loads(json.dumps(shelf.tree)), nobody)
     assert again.bank == shelf.bank
     assert shelf.after_update(6, attempts(True, True, True, True, True)) == {"bank/updated": 0}
 
 
 def test_a_run_without_a_library_has_no_bank(tmp_path: Path):
-    shelf = Shelf(None, TASK, nobody, 0)
+    shelf = SkillBankState(None, TASK, nobody, 0)
     shelf.open(None, nobody)
     assert shelf.tree is None
     assert shelf.pairs(Problem("question", {}), 1) == ()
@@ -194,7 +194,7 @@ def run_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Con
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_bank(BANK, tmp_path / "bank.json")
 
-    def write(self: Scribe, writing: Any, requests: Sequence[Request]) -> list[Written]:
+    def write(self: TextGenerator, writing: Any, requests: Sequence[Request]) -> list[Written]:
         found = []
         for text in (request.messages[-1]["content"] for request in requests):
             number = make_key(text) % 1000
@@ -205,7 +205,7 @@ def run_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Con
             found.append(Written("nothing shorter" if merging else json.dumps([entry]), None))
         return found
 
-    monkeypatch.setattr(Scribe, "write", write)
+    monkeypatch.setattr(TextGenerator, "write", write)
 
     def build(run: str, **library: Any) -> Config:
         tree = json.loads(json.dumps(TREE))
@@ -273,7 +273,7 @@ def test_a_run_stopped_in_the_middle_goes_on_with_the_bank_of_its_checkpoint(run
     monkeypatch.setattr(shelf_module, "read_bank", again)
     resumed = Trainer(broken)
     assert resumed.state.update == 4
-    assert resumed.supply.shelf.bank == banks_of(Path(whole.run))["000004"]
+    assert resumed.pipeline.skill_bank.bank == banks_of(Path(whole.run))["000004"]
     resumed.train()
     one, other = Path(whole.run), Path(broken.run)
     assert lines_of(one) == lines_of(other)
@@ -291,7 +291,7 @@ def test_a_bank_that_the_model_could_not_write_is_refused_with_the_remedy(run_at
 
 
 def test_a_checkpoints_bank_that_is_too_small_is_named_as_such():
-    shelf = Shelf(Library(count=3), TASK, nobody, 0)
+    shelf = SkillBankState(SkillBankConfig(count=3), TASK, nobody, 0)
     with pytest.raises(InputError, match=r"^the bank of the checkpoint holds 2 skills and 2 mistakes"):
         shelf.open(BANK.tree(), nobody)
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.experience.text_generator import Scribe
+from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.pretrained.model import Lora
@@ -33,7 +33,7 @@ def texts(policy: AnyPolicy, **changes: Any) -> list[str]:
 
 def write(teachers: Sequence[Teacher], context: int = 0, rank: int = 0, world: int = 1) -> list[str]:
     accelerator: Any = Processes(rank, world)
-    return Scribe(teachers, DECODE, accelerator)(context, PROMPTS, REASONING, KEYS)
+    return TextGenerator(teachers, DECODE, accelerator)(context, PROMPTS, REASONING, KEYS)
 
 
 @pytest.fixture(params=[{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
@@ -82,9 +82,9 @@ def test_length_and_temperature_are_those_of_the_analysis_and_all_else_of_the_ru
     assert write(teacher) == texts(policy)
     assert max(map(len, write(teacher))) > 8
     accelerator: Any = Processes()
-    narrow = Scribe(teacher, replace(DECODE, top_k=1), accelerator)(0, PROMPTS, REASONING, KEYS)
+    narrow = TextGenerator(teacher, replace(DECODE, top_k=1), accelerator)(0, PROMPTS, REASONING, KEYS)
     assert narrow == texts(policy, top_k=1) != texts(policy)
-    short = Scribe(teacher, DECODE, accelerator)(0, PROMPTS, Reasoning(length=4), KEYS)
+    short = TextGenerator(teacher, DECODE, accelerator)(0, PROMPTS, Reasoning(length=4), KEYS)
     assert max(map(len, short)) <= 4
 
 
@@ -100,7 +100,7 @@ def test_an_analysis_ends_at_the_end_token(build):
 
 def test_other_keys_write_other_texts(build):
     accelerator: Any = Processes()
-    scribe = Scribe([Teacher(Live(), build())], DECODE, accelerator)
+    scribe = TextGenerator([Teacher(Live(), build())], DECODE, accelerator)
     keys = [make_key("other", i) for i in range(len(PROMPTS))]
     assert scribe(0, PROMPTS, REASONING, KEYS) == scribe(0, PROMPTS, REASONING, KEYS)
     assert scribe(0, PROMPTS, REASONING, keys) != scribe(0, PROMPTS, REASONING, KEYS)
@@ -118,7 +118,7 @@ def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, mo
 
 def test_a_real_accelerator_of_one_process_gathers_nothing(build):
     teacher = [Teacher(Live(), build())]
-    assert Scribe(teacher, DECODE, Accelerator())(0, PROMPTS, REASONING, KEYS) == write(teacher)
+    assert TextGenerator(teacher, DECODE, Accelerator())(0, PROMPTS, REASONING, KEYS) == write(teacher)
 
 
 def test_writing_leaves_modes_and_random_numbers_alone(build):

@@ -13,7 +13,7 @@ from dllm_sd.losses import FullVocabulary, GeneralisedJSD, ReverseKL, TopK
 from dllm_sd.losses.sites import Revealed, TeacherTop, choose
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
-from dllm_sd.network.lazy_logits import Spoken
+from dllm_sd.network.lazy_logits import LazyLogits
 from dllm_sd.network.site_head import Head
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import grade
@@ -102,9 +102,9 @@ def of_case(case: dict[str, Any]) -> Method:
     )
 
 
-def stored_logits(logits: Tensor, rows: slice) -> Callable[[View], Spoken]:
+def stored_logits(logits: Tensor, rows: slice) -> Callable[[View], LazyLogits]:
     """A teacher that gives the stored logits, row by row."""
-    return lambda view: Spoken(logits[rows][view.sites])
+    return lambda view: LazyLogits(logits[rows][view.sites])
 
 
 def graded(method: Method, part: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_sd.network.lazy_logits import CHUNK, Spoken, at_once
-from dllm_sd.objective.chunked import swept
+from dllm_sd.network.lazy_logits import CHUNK, LazyLogits, sites_per_chunk
+from dllm_sd.objective.chunked import chunked_loss
 
 M, H, V = 7, 5, 11
 
@@ -31,7 +31,7 @@ def equation(logits: Callable[[], Tensor], rows: slice) -> dict[str, Tensor]:
 def test_sum_columns_and_gradient_are_those_of_all_sites_at_once(sites, monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", sites * V)
     hidden, head = leaves()
-    total, columns = swept(Spoken(hidden, lambda x: linear(x, head)), [head], equation)
+    total, columns = chunked_loss(LazyLogits(hidden, lambda x: linear(x, head)), [head], equation)
     expected = equation(lambda: linear(hidden, head), slice(None))["term"]
     assert torch.equal(columns["place"], torch.arange(M))
     torch.testing.assert_close(columns["term"], expected.detach())
@@ -45,14 +45,14 @@ def test_what_is_frozen_gets_no_gradient_and_none_is_made_where_none_is_asked_fo
     monkeypatch.setitem(CHUNK, "cpu", 2 * V)
     hidden, head = leaves()
     fixed = head.detach()
-    total, _ = swept(Spoken(hidden, lambda x: linear(x, fixed)), [], equation)
+    total, _ = chunked_loss(LazyLogits(hidden, lambda x: linear(x, fixed)), [], equation)
     total.backward()
     assert hidden.grad is not None
-    total, _ = swept(Spoken(hidden.detach(), lambda x: linear(x, head)), [head], equation)
+    total, _ = chunked_loss(LazyLogits(hidden.detach(), lambda x: linear(x, head)), [head], equation)
     total.backward()
     assert head.grad is not None
     with torch.no_grad():
-        total, _ = swept(Spoken(hidden, lambda x: linear(x, head)), [head], equation)
+        total, _ = chunked_loss(LazyLogits(hidden, lambda x: linear(x, head)), [head], equation)
     assert not total.requires_grad
 
 
@@ -65,7 +65,7 @@ def test_no_more_sites_than_fit_have_logits_at_a_time(monkeypatch):
         sizes.append(len(x))
         return linear(x, head)
 
-    swept(Spoken(hidden, watched), [head], lambda logits, rows: {"term": logits().sum(-1)})
+    chunked_loss(LazyLogits(hidden, watched), [head], lambda logits, rows: {"term": logits().sum(-1)})
     assert sizes == [0, 2, 2, 2, 1]
 
 
@@ -73,11 +73,11 @@ def test_the_head_has_its_gradient_under_autocast_where_a_teacher_used_it_withou
     monkeypatch.setitem(CHUNK, "cpu", 3 * V)
     hidden, head = leaves(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        student = Spoken.now(hidden, lambda x: linear(x, head))
+        student = LazyLogits.under_autocast(hidden, lambda x: linear(x, head))
         with torch.no_grad():
-            assert student.at(slice(0, 2)).dtype == torch.bfloat16
+            assert student.logits(slice(0, 2)).dtype == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            total, _ = swept(student, [head], equation)
+            total, _ = chunked_loss(student, [head], equation)
     assert total.dtype == torch.float32
     gradient = torch.autograd.grad(total, (hidden, head))
     expected = torch.autograd.grad(equation(lambda: linear(hidden, head), slice(None))["term"].sum(), (hidden, head))
@@ -130,7 +130,7 @@ def test_a_trained_head_of_any_kind_gets_the_gradient_of_all_sites_at_once(kind,
     hidden = leaves(dtype)[0].detach().requires_grad_()
     expected = torch.autograd.grad(equation(lambda: head(hidden), slice(None))["term"].sum(), (hidden, *trained))
     monkeypatch.setitem(CHUNK, "cpu", 2 * V)
-    total, _ = swept(Spoken(hidden, head), trained, equation)
+    total, _ = chunked_loss(LazyLogits(hidden, head), trained, equation)
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     for mine, other in zip(torch.autograd.grad(total, (hidden, *trained)), expected, strict=True):
         assert mine.dtype == other.dtype
@@ -142,13 +142,13 @@ def test_chunks_add_to_the_gradient_of_a_head_in_place(sites, monkeypatch):
     hidden, head = leaves()
     monkeypatch.setitem(CHUNK, "cpu", sites * V)
     with Made() as products:
-        swept(Spoken(hidden, lambda x: linear(x, head)), [head], equation)
+        chunked_loss(LazyLogits(hidden, lambda x: linear(x, head)), [head], equation)
     assert products.count == (1 if sites == 7 else 0)
 
 
 def test_one_chunk_has_the_very_bits_of_autograd():
     hidden, head = leaves(torch.float32)
-    total, _ = swept(Spoken(hidden, lambda x: linear(x, head)), [head], equation)
+    total, _ = chunked_loss(LazyLogits(hidden, lambda x: linear(x, head)), [head], equation)
     expected = equation(lambda: linear(hidden, head), slice(None))["term"].sum()
     assert torch.equal(total, expected)
     for mine, other in zip(
@@ -163,15 +163,19 @@ def test_a_head_that_is_read_without_gradient_makes_no_sum(monkeypatch):
     made: list[object] = []
     monkeypatch.setattr(torch, "zeros_like", lambda *x, **_: made.append(x))
     with torch.no_grad():
-        swept(Spoken(hidden, lambda x: linear(x, head)), [head], equation)
+        chunked_loss(LazyLogits(hidden, lambda x: linear(x, head)), [head], equation)
     assert made == []
 
 
 @pytest.mark.parametrize("vocabulary", [25, 32_000, 151_936, 262_144])
 @pytest.mark.parametrize("width", [64, 1024, 4096, 16_384])
 def test_chunks_hold_as_many_sites_as_fit_and_more_of_wide_heads(vocabulary, width):
-    sites = at_once(vocabulary, width, "cpu")
+    sites = sites_per_chunk(vocabulary, width, "cpu")
     assert sites * vocabulary <= max(CHUNK["cpu"], vocabulary * width / 32)
     assert sites >= min(width // 32, 128)
     assert (sites + 1) * vocabulary > CHUNK["cpu"]
-    assert at_once(vocabulary, 64, "cuda") == at_once(vocabulary, 64, "elsewhere") == CHUNK["cuda"] // vocabulary
+    assert (
+        sites_per_chunk(vocabulary, 64, "cuda")
+        == sites_per_chunk(vocabulary, 64, "elsewhere")
+        == CHUNK["cuda"] // vocabulary
+    )

@@ -36,7 +36,7 @@ from dllm_sd.losses import (
 )
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
-from dllm_sd.network.lazy_logits import CHUNK, Spoken
+from dllm_sd.network.lazy_logits import CHUNK, LazyLogits
 from dllm_sd.network.site_head import Head
 from dllm_sd.network.view import View
 from dllm_sd.objective import equation as objective
@@ -127,7 +127,7 @@ class Tables:
 
     def loss(self, method: Method, plan: Plan) -> objective.Graded:
         def said(table: Tensor) -> Any:
-            return lambda view: Spoken(table[view.sites[:, -LENGTH:]])
+            return lambda view: LazyLogits(table[view.sites[:, -LENGTH:]])
 
         def reads(view: View, read: Any) -> Any:
             spoken = said(self.student)(view)

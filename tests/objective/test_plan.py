@@ -25,7 +25,7 @@ from dllm_sd.losses.sites import AllMasked as AllMaskedSites
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.lazy_logits import CHUNK
-from dllm_sd.network.site_head import Read, ask
+from dllm_sd.network.site_head import SiteReader, run_at_sites
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import entropy, grade
 from dllm_sd.objective.plan import Plan, plan_update
@@ -35,7 +35,7 @@ from dllm_sd.pretrained.model import Lora
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rules import Correct, PassAtK, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.teachers import LaterStep, Nothing, Scene, Suffix
+from dllm_sd.teachers import ContextInputs, LaterStep, Nothing, Suffix
 from dllm_sd.trajectory import Reach, Trajectory, left_pad
 from tests.oracles import d_opsd
 from tests.oracles.decoding import full_logits
@@ -72,8 +72,8 @@ class Pair:
         settings = Decoding(length=12, block_length=4, tokens_per_step=2, temperature=2.0)
         self.trajectory = self.policy.decode(PROMPTS, settings, [make_key("rollout", i) for i in range(4)])
 
-    def student(self, view: View, read: Read) -> Any:
-        return ask(self.policy.module, view, read)
+    def student(self, view: View, read: SiteReader) -> Any:
+        return run_at_sites(self.policy.module, view, read)
 
     def gradient(self, loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(trained(self.policy).values()), allow_unused=True))
@@ -138,7 +138,7 @@ def shown_to_teacher(method: Method, rollouts: Rollouts) -> Callable[[int, int],
     canvases = method.canvases(trajectory, keys(rollouts), 0, 1)
     sites, _ = method.sites(*(x & canvases.gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
     protected = sites if method.sites.score is None else torch.zeros_like(sites)
-    shown = method.contexts[0](Scene(canvases, trajectory, protected, None, keys(rollouts))).shown
+    shown = method.contexts[0](ContextInputs(canvases, trajectory, protected, None, keys(rollouts))).shown
     at = {pair: i for i, pair in enumerate(zip(canvases.rows.tolist(), canvases.steps.tolist(), strict=True))}
     return lambda row, step: shown[at[row, step]].tolist()
 
@@ -208,7 +208,7 @@ def test_chunks_give_what_all_sites_give_at_once(pair, name, chunk, monkeypatch)
     plan = planned(method, rollouts_of(pair.trajectory, [1.0, 0.0, 0.25, 1.0]))
     teachers = [pair.teacher] * len(method.contexts)
     ours = grade(method, plan, pair.student, teachers)
-    plain = [lambda view: pair.teacher(view).at(slice(None))] * len(teachers)
+    plain = [lambda view: pair.teacher(view).logits(slice(None))] * len(teachers)
     monkeypatch.setitem(CHUNK, "cpu", 10**9)
     theirs = graded(method, plan, pair.policy.site_logits, plain)
     expected = pair.gradient(theirs.pop("loss"))
@@ -225,10 +225,10 @@ def test_equal_canvases_are_read_once(pair, monkeypatch):
     assert plan.size == 8
     read, results = [], []
 
-    def student(view: View, read_sites: Read) -> Any:
+    def student(view: View, read_sites: SiteReader) -> Any:
         view = view.distinct()
         read.append(len(view.ids))
-        return ask(pair.policy.module, view, read_sites)
+        return run_at_sites(pair.policy.module, view, read_sites)
 
     for distinct in (View.distinct, lambda view: view):
         monkeypatch.setattr(View, "distinct", distinct)
@@ -312,7 +312,7 @@ def test_with_dropout_equal_canvases_are_read_apart(make_policy):
         hook = policy.module.network.base_model.register_forward_pre_hook(
             lambda _, args, given, seen=seen: seen.append(len(given["input_ids"])), with_kwargs=True
         )
-        assert len(ask(policy.module, View(ids, everywhere, everywhere), lambda hidden, head: hidden)) == 6
+        assert len(run_at_sites(policy.module, View(ids, everywhere, everywhere), lambda hidden, head: hidden)) == 6
         hook.remove()
         assert seen == [rows]
 

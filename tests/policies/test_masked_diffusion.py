@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_sd.decoding.sampling import invert
+from dllm_sd.decoding.sampling import sample_inverse_cdf
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
 from dllm_sd.network.view import View
@@ -243,15 +243,15 @@ def test_a_position_that_was_not_committed_draws_anew_at_the_next_step():
 def test_sampling_follows_the_distribution_down_to_the_tail():
     p = torch.tensor([0.4, 0.0, 0.3, 1e-3, 0.2, 0.09, 0.009, 0.0])
     u = uniform(key_tensor([make_key("sample")]), 200_000)[0]
-    assert_frequencies(invert(p.expand(200_000, 8), u), p)
+    assert_frequencies(sample_inverse_cdf(p.expand(200_000, 8), u), p)
 
 
 def test_sampling_takes_valid_tokens_at_the_edges_of_the_interval():
     p = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
     u = torch.tensor([2.0**-24, 0.5, 1 - 2.0**-24])
-    assert invert(p.expand(3, 5), u).tolist() == [1, 1, 3]
+    assert sample_inverse_cdf(p.expand(3, 5), u).tolist() == [1, 1, 3]
     wide = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0)) * 3
-    token = invert(wide.softmax(-1), u)
+    token = sample_inverse_cdf(wide.softmax(-1), u)
     assert ((token >= 0) & (token < 100_000)).all()
     assert (wide.softmax(-1).gather(1, token[:, None]) > 0).all()
 

@@ -34,7 +34,7 @@ def student(policy: MaskedDiffusion) -> torch.Tensor:
 
 def said(teacher: Teacher) -> torch.Tensor:
     """The teacher's logits."""
-    return teacher(VIEW).at(slice(None))
+    return teacher(VIEW).logits(slice(None))
 
 
 def copies(policy: MaskedDiffusion) -> dict[str, torch.Tensor]:
@@ -83,7 +83,7 @@ def test_base_weights_are_the_initial_ones_after_any_number_of_updates(make_poli
         teacher.after_update(update)
     assert not torch.allclose(student(policy), before)
     torch.testing.assert_close(said(teacher), before, atol=1e-13, rtol=0)
-    assert teacher.moving == {}
+    assert teacher.checkpoint_tensors == {}
 
 
 def test_the_base_of_an_adapter_is_not_stored_but_switched_off_for_the_teacher_only(make_policy):
@@ -121,8 +121,8 @@ def test_the_base_of_an_adapter_that_goes_on_is_the_start_of_the_run_or_the_chec
     torch.testing.assert_close(said(models[Base("checkpoint")]), bare, atol=1e-13, rtol=0)
     assert models[Base()].copy
     assert not models[Base("checkpoint")].copy
-    assert models[Base()].moving == {}  # read again from model.lora.start
-    with models[Base()].present():  # as rollouts by the base and writers ask for it
+    assert models[Base()].checkpoint_tensors == {}  # read again from model.lora.start
+    with models[Base()].applied():  # as rollouts by the base and writers ask for it
         torch.testing.assert_close(student(policy), start, atol=1e-13, rtol=0)
 
 
@@ -158,8 +158,8 @@ def test_the_moving_average_follows_its_formula(make_policy, options):
         move(policy, update)
         teacher.after_update(update)
         expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in copies(policy).items()}
-    assert teacher.moving.keys() == expected.keys()
-    for name, value in teacher.moving.items():
+    assert teacher.checkpoint_tensors.keys() == expected.keys()
+    for name, value in teacher.checkpoint_tensors.items():
         torch.testing.assert_close(value, expected[name], atol=1e-14, rtol=1e-12)
     torch.testing.assert_close(said(teacher), with_weights(policy, expected), atol=1e-12, rtol=1e-12)
     assert not torch.allclose(said(teacher), student(policy))
@@ -237,7 +237,7 @@ def test_a_moving_teacher_can_be_saved_and_restored(make_policy, weights, option
     teacher = Teacher(weights, policy)
     move(policy, 1)
     teacher.after_update(1)
-    saved = {name: value.clone() for name, value in teacher.moving.items()}
+    saved = {name: value.clone() for name, value in teacher.checkpoint_tensors.items()}
     assert saved.keys() == trained(policy).keys()  # nothing frozen is stored
     again = Teacher(weights, policy)
     move(policy, 2)
@@ -311,7 +311,7 @@ def test_an_average_keeps_more_digits_than_a_saved_module_has(make_policy):
         teacher.after_update(update)
     average = 2 - 0.999**20
     assert live.dtype == torch.bfloat16
-    torch.testing.assert_close(teacher.moving[head], torch.full(live.shape, average), atol=1e-6, rtol=0)
+    torch.testing.assert_close(teacher.checkpoint_tensors[head], torch.full(live.shape, average), atol=1e-6, rtol=0)
     slot = dict(policy.module.named_parameters())[head.replace("default", "teacher1")]
     torch.testing.assert_close(slot, torch.full(live.shape, average, dtype=torch.bfloat16), atol=0, rtol=0)
     assert torch.isfinite(said(teacher)).all()

@@ -10,7 +10,7 @@ import torch
 
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.attempt_queue import STEPS, Attempts, Crew
+from dllm_sd.rollouts.attempt_queue import STEPS, AttemptQueue, Workers
 from dllm_sd.tasks.task import Grade
 from dllm_sd.trajectory import Trajectory
 
@@ -40,7 +40,7 @@ class Grader:
         return str(number), Grade(solves(problem, number), 0.0, None)
 
 
-def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
+def together(size: int, work: Callable[[Workers], Any]) -> list[Any]:
     """What each of ``size`` processes makes of its work."""
     barrier, board, results = threading.Barrier(size, timeout=60), [None] * size, [None] * size
 
@@ -53,7 +53,7 @@ def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
             return every
 
         try:
-            results[rank] = work(Crew(rank, size, gather))
+            results[rank] = work(Workers(rank, size, gather))
         except BaseException:
             barrier.abort()
             raise
@@ -75,7 +75,7 @@ def test_a_serial_loop_by_hand():
     assert [serial(i) for i in range(N)] == [1, 1, 1, 1, 2, 3, 4, 5, 6, 6, 6, 6]
 
 
-def drive(queue: Attempts, room: int, meet: Callable[[int], int]) -> list[list[str]]:
+def drive(queue: AttemptQueue, room: int, meet: Callable[[int], int]) -> list[list[str]]:
     """A decoder without a model: each job takes ``meet(problem)`` rounds. Returns the names begun in each round."""
     busy: dict[tuple[int, ...], int] = {}
     begun: list[list[str]] = []
@@ -94,9 +94,9 @@ def drive(queue: Attempts, room: int, meet: Callable[[int], int]) -> list[list[s
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_each_attempt_of_the_serial_loop_begins_once_on_one_process(size: int, ahead: int):
-    def work(crew: Crew) -> list[list[str]]:
-        rng = random.Random(crew.rank)
-        queue = Attempts(PROMPTS, key, Grader(), limit=LIMIT, ahead=ahead, crew=crew)
+    def work(workers: Workers) -> list[list[str]]:
+        rng = random.Random(workers.rank)
+        queue = AttemptQueue(PROMPTS, key, Grader(), limit=LIMIT, ahead=ahead, workers=workers)
         return drive(queue, 2, lambda problem: rng.randrange(1, 5))
 
     begun = [name for rounds in together(size, work) for names in rounds for name in names]
@@ -107,8 +107,8 @@ def test_each_attempt_of_the_serial_loop_begins_once_on_one_process(size: int, a
 
 
 def test_no_process_is_without_work_while_another_has_some_to_give():
-    def work(crew: Crew) -> list[tuple[int, int]]:
-        queue, seen = Attempts(PROMPTS, key, Grader(), limit=LIMIT, crew=crew), []
+    def work(workers: Workers) -> list[tuple[int, int]]:
+        queue, seen = AttemptQueue(PROMPTS, key, Grader(), limit=LIMIT, workers=workers), []
         take = queue.take
 
         def noted(room: int) -> Any:
@@ -128,7 +128,7 @@ def test_no_process_is_without_work_while_another_has_some_to_give():
 
 
 def test_the_least_tried_problems_come_first_and_of_them_the_longest():
-    queue = Attempts(PROMPTS[:4], key, Grader(), limit=3, until_solved=False)
+    queue = AttemptQueue(PROMPTS[:4], key, Grader(), limit=3, until_solved=False)
     assert [job.name for job in queue.take(5) or []] == [(3, 0), (2, 0), (1, 0), (0, 0), (3, 1)]
     assert queue.most == 12
     assert queue.longest == 4
@@ -140,18 +140,18 @@ def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahea
     def grade(problem: int, one: Trajectory) -> tuple[str, Grade]:
         return "", Grade(int(one.tokens[0, 0]) % 4 == 0, 0.0, None)
 
-    def work(crew: Crew) -> tuple[list[Any], int]:
-        queue, meter = Attempts(PROMPTS, key, grade, limit=LIMIT, ahead=ahead, crew=crew), Meter()
+    def work(workers: Workers) -> tuple[list[Any], int]:
+        queue, meter = AttemptQueue(PROMPTS, key, grade, limit=LIMIT, ahead=ahead, workers=workers), Meter()
         policy.complete(queue, SETTINGS, meter=meter)
         found = queue.collected()
         kept = [[one for one in tried if queue.counts(one)] for tried in found]
         return [[(x.number, x.trajectory.tokens.tolist(), x.grade) for x in tried] for tried in kept], meter.rows
 
     with torch.no_grad(), policy.decoding():  # threads share its mode
-        alone, rows = work(Crew())
+        alone, rows = work(Workers())
         several = together(size, work)
     assert sum(map(len, alone)) > N
     for outcome, own in several:
         assert outcome == alone
         assert own > rows / size / 4
-    assert Attempts(PROMPTS, key, grade, limit=1, crew=Crew(0, 2)).patience == STEPS
+    assert AttemptQueue(PROMPTS, key, grade, limit=1, workers=Workers(0, 2)).patience == STEPS

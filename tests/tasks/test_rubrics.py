@@ -13,7 +13,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies.weights import Peer
 from dllm_sd.tasks import Grade, Jsonl, Problem
 from dllm_sd.teachers import Rubric
-from dllm_sd.teachers.context import Occasion
+from dllm_sd.teachers.context import HintInputs
 from dllm_sd.texts import parse_rubric
 from dllm_sd.texts.rubric_score import form
 from tests.texts.hostile import hostile_texts, seconds
@@ -153,7 +153,7 @@ def test_both_stages_of_rcsd_give_the_writer_the_same_tokens(make_policy: Callab
     assert isinstance(hint, Rubric)
     assert hint.writing is not None
     rollout: Any = SimpleNamespace(problem=problem)
-    asked = hint.request(Occasion(rollout, (), second.task, 0))
+    asked = hint.request(HintInputs(rollout, (), second.task, 0))
     assert asked is not None
     assert policy.encode(asked, hint.writing.sampling.thinking) == learnt
     assert first.model.thinking is hint.writing.sampling.thinking is False

@@ -1,4 +1,4 @@
-"""Hints that somebody writes, asked through `inform` of a writer that follows a script."""
+"""Hints that somebody writes, asked through `build_teacher_prompts` of a writer that follows a script."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext
 from dllm_sd.teachers.context import no_pairs
-from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.trajectory import Trajectory
 from dllm_sd.writers import Request, Written
@@ -105,10 +105,10 @@ def informed(
     pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs,
     batch: tuple[int, int] = BATCH,
 ) -> Rollouts:
-    """`inform` with a task of plain questions; the training problems are those of the rollouts unless given."""
+    """Teacher prompts under a task of plain questions; its training problems are those of the rollouts unless given."""
     own = list({rollout.problem.id: rollout.problem for rollout in rollouts.chosen}.values())
     sources = Sources(own if problems is None else problems, write, pairs)
-    return inform(rollouts, contexts, TASK, POLICY, nobody, batch, sources)
+    return build_teacher_prompts(rollouts, contexts, TASK, POLICY, nobody, batch, sources)
 
 
 def prompts(rollouts: Rollouts, context: int = 0) -> list[str]:

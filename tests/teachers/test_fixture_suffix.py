@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases, DecoderSteps
 from dllm_sd.randomness import make_key
-from dllm_sd.teachers import Scene, Suffix
+from dllm_sd.teachers import ContextInputs, Suffix
 from dllm_sd.teachers.context import show
 from dllm_sd.trajectory import reveal_steps
 from tests.oracles.fixtures import golden
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     prompt_length: int
     states: Tensor
     canvases: Canvases
-    scene: Scene
+    scene: ContextInputs
     ratios: dict[float, dict[str, Tensor]]
 
 
@@ -43,7 +43,7 @@ def one(case: dict[str, Any], tensors: dict[str, Tensor], settings: dict[str, An
         states[:, p:], final[p:], final[:p], case["block_length"], settings["mask_id"], settings["eos_id"]
     )
     canvases = DecoderSteps(last_block=False)(trajectory, no_keys(1), 0, 1)
-    scene = Scene(canvases, trajectory, torch.zeros_like(canvases.masked), None, [make_key(name)])
+    scene = ContextInputs(canvases, trajectory, torch.zeros_like(canvases.masked), None, [make_key(name)])
     stored = ("reveal_positions", "reveal_count", "candidate_start", "teacher_states")
     ratios = {
         (ratio := entry["retain_ratio"]): {key: tensors[f"{name}/r{ratio}/{key}"].long() for key in stored}

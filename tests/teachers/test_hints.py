@@ -23,7 +23,7 @@ from dllm_sd.teachers import (
     Skills,
     Suffix,
 )
-from dllm_sd.teachers.context import Ask, Occasion
+from dllm_sd.teachers.context import HintInputs, TeacherPrompt
 from dllm_sd.teachers.hints import REFERENCE, SIBLING
 
 PROBLEM = Problem("p", {"question": "12+3", "solution": "12+3=15", "answer": "15"})
@@ -62,7 +62,7 @@ def group(policy: Any) -> Any:
     return build
 
 
-def first(ask: Ask | None) -> Ask:
+def first(ask: TeacherPrompt | None) -> TeacherPrompt:
     assert ask is not None
     return ask
 
@@ -82,16 +82,18 @@ def test_the_table_names_every_hint():
 def test_a_reference_is_the_datas_solution_or_its_answer_behind_the_tasks_own_messages(group):
     (one,) = group([0])
     messages = tuple(TASK.messages(PROBLEM))
-    assert Reference().ask(Occasion(one, [one], TASK, KEY)) == Ask(messages, REFERENCE, "12+3=15")
-    assert Reference(source="answer").ask(Occasion(one, [one], TASK, KEY)) == Ask(messages, REFERENCE, "15")
+    assert Reference().prompt_for(HintInputs(one, [one], TASK, KEY)) == TeacherPrompt(messages, REFERENCE, "12+3=15")
+    assert Reference(source="answer").prompt_for(HintInputs(one, [one], TASK, KEY)) == TeacherPrompt(
+        messages, REFERENCE, "15"
+    )
     assert "{question}" in REFERENCE
     assert "{hint}" in REFERENCE
 
 
 def test_a_reference_without_the_question_leaves_all_else_as_it_is(group):
     (one,) = group([0])
-    found = first(Reference(question=False).ask(Occasion(one, [one], TASK, KEY)))
-    assert found == Ask(tuple(TASK.messages(PROBLEM, False)), REFERENCE, "12+3=15")
+    found = first(Reference(question=False).prompt_for(HintInputs(one, [one], TASK, KEY)))
+    assert found == TeacherPrompt(tuple(TASK.messages(PROBLEM, False)), REFERENCE, "12+3=15")
     assert not any("12" in message["content"] for message in found.messages)
 
 
@@ -99,12 +101,12 @@ def test_a_reference_without_the_question_leaves_all_else_as_it_is(group):
 def test_where_the_data_has_no_reference_there_is_no_hint(group, source):
     (one,) = group([0])
     bare = Rollout(Problem("p", {"question": "1"}), 0, "", one.grade, one.trajectory)
-    assert Reference(source=source).ask(Occasion(bare, [bare], TASK, KEY)) is None
+    assert Reference(source=source).prompt_for(HintInputs(bare, [bare], TASK, KEY)) is None
 
 
 def test_the_first_success_is_the_sibling_of_all_but_itself(group):
     attempts = group([0, 0.9, 1, 0, 1])
-    found = [Sibling().ask(Occasion(one, attempts, TASK, KEY)) for one in attempts]
+    found = [Sibling().prompt_for(HintInputs(one, attempts, TASK, KEY)) for one in attempts]
     assert [first(ask).text for ask in found] == ["text 2", "text 2", "text 4", "text 2", "text 2"]
     assert all(first(ask).template == SIBLING for ask in found)
     assert all(first(ask).messages == tuple(TASK.messages(PROBLEM)) for ask in found)
@@ -112,18 +114,18 @@ def test_the_first_success_is_the_sibling_of_all_but_itself(group):
 
 def test_a_lone_success_has_no_hint_unless_it_may_be_its_own(group):
     attempts = group([0, 1, 0])
-    assert Sibling().ask(Occasion(attempts[1], attempts, TASK, KEY)) is None
-    assert first(Sibling(own=True).ask(Occasion(attempts[1], attempts, TASK, KEY))).text == "text 1"
-    assert first(Sibling().ask(Occasion(attempts[0], attempts, TASK, KEY))).text == "text 1"
-    assert Sibling(own=True).ask(Occasion(attempts[0], attempts[:1], TASK, KEY)) is None
+    assert Sibling().prompt_for(HintInputs(attempts[1], attempts, TASK, KEY)) is None
+    assert first(Sibling(own=True).prompt_for(HintInputs(attempts[1], attempts, TASK, KEY))).text == "text 1"
+    assert first(Sibling().prompt_for(HintInputs(attempts[0], attempts, TASK, KEY))).text == "text 1"
+    assert Sibling(own=True).prompt_for(HintInputs(attempts[0], attempts[:1], TASK, KEY)) is None
 
 
 def test_an_attempt_succeeds_from_the_score_that_is_asked_for(group):
     attempts = group([0.4, 0.5, 0.49, 1])
-    assert first(Sibling(at_least=0.5).ask(Occasion(attempts[0], attempts, TASK, KEY))).text == "text 1"
-    assert first(Sibling(at_least=0.45).ask(Occasion(attempts[1], attempts, TASK, KEY))).text == "text 2"
-    assert first(Sibling(at_least=0.4).ask(Occasion(attempts[1], attempts, TASK, KEY))).text == "text 0"
-    assert Sibling(at_least=0.6).ask(Occasion(attempts[3], attempts, TASK, KEY)) is None
+    assert first(Sibling(at_least=0.5).prompt_for(HintInputs(attempts[0], attempts, TASK, KEY))).text == "text 1"
+    assert first(Sibling(at_least=0.45).prompt_for(HintInputs(attempts[1], attempts, TASK, KEY))).text == "text 2"
+    assert first(Sibling(at_least=0.4).prompt_for(HintInputs(attempts[1], attempts, TASK, KEY))).text == "text 0"
+    assert Sibling(at_least=0.6).prompt_for(HintInputs(attempts[3], attempts, TASK, KEY)) is None
 
 
 def test_a_random_success_is_one_for_the_whole_problem_and_depends_on_its_key(group):
@@ -131,15 +133,15 @@ def test_a_random_success_is_one_for_the_whole_problem_and_depends_on_its_key(gr
     hint, drawn = Sibling(choice="random"), set()
     for seed in range(40):
         key = make_key("problem", seed)
-        texts = [first(hint.ask(Occasion(one, attempts, TASK, key))).text for one in attempts]
-        assert texts == [first(hint.ask(Occasion(one, attempts[::-1], TASK, key))).text for one in attempts]
+        texts = [first(hint.prompt_for(HintInputs(one, attempts, TASK, key))).text for one in attempts]
+        assert texts == [first(hint.prompt_for(HintInputs(one, attempts[::-1], TASK, key))).text for one in attempts]
         favourite = texts[1]
         assert texts[4] == favourite
         other = [text for i, text in enumerate(texts) if text != favourite]
         assert len(other) == 1, "only the favourite itself reads another"
         assert texts.index(other[0]) == int(favourite[-1])
         own = Sibling(choice="random", own=True)
-        assert {first(own.ask(Occasion(one, attempts, TASK, key))).text for one in attempts} == {favourite}
+        assert {first(own.prompt_for(HintInputs(one, attempts, TASK, key))).text for one in attempts} == {favourite}
         drawn.add(favourite)
     assert drawn == {"text 0", "text 2", "text 3", "text 5"}
 
@@ -147,15 +149,15 @@ def test_a_random_success_is_one_for_the_whole_problem_and_depends_on_its_key(gr
 def test_thinking_is_left_out_of_a_siblings_text_unless_it_is_wanted(group):
     text = "<think>1</think>2</think>\n 3 \n"
     attempts = group([0, 1], ["", text])
-    assert first(Sibling().ask(Occasion(attempts[0], attempts, TASK, KEY))).text == "3"
-    assert first(Sibling(strip_thinking=False).ask(Occasion(attempts[0], attempts, TASK, KEY))).text == text
+    assert first(Sibling().prompt_for(HintInputs(attempts[0], attempts, TASK, KEY))).text == "3"
+    assert first(Sibling(strip_thinking=False).prompt_for(HintInputs(attempts[0], attempts, TASK, KEY))).text == text
     plain = group([0, 1], ["", " no tag "])
-    assert first(Sibling().ask(Occasion(plain[0], plain, TASK, KEY))).text == " no tag "
+    assert first(Sibling().prompt_for(HintInputs(plain[0], plain, TASK, KEY))).text == " no tag "
 
 
 def test_a_prompt_without_the_question_is_the_tasks_own_and_hints_at_nothing(group):
     (one,) = group([0])
-    assert NoQuestion().ask(Occasion(one, [one], TASK, KEY)) == Ask(
+    assert NoQuestion().prompt_for(HintInputs(one, [one], TASK, KEY)) == TeacherPrompt(
         tuple(TASK.messages(PROBLEM, False)), "{question}", ""
     )
 
@@ -181,7 +183,7 @@ def test_a_template_without_the_hint_or_with_anything_else_is_refused(build, tem
 
 def test_a_template_may_leave_out_the_question(group):
     (one,) = group([0])
-    assert first(Reference(template="{hint}").ask(Occasion(one, [one], TASK, KEY))).template == "{hint}"
+    assert first(Reference(template="{hint}").prompt_for(HintInputs(one, [one], TASK, KEY))).template == "{hint}"
 
 
 @pytest.mark.parametrize("build", [Reference, Sibling, NoQuestion])

@@ -17,7 +17,7 @@ from dllm_sd.rollouts.rules import All, Correct, PassAtK, Rollout, Rollouts, gat
 from dllm_sd.rollouts.stored import load_rollouts, rollout_tensors
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext, LaterStep, NoQuestion, Nothing, Reasoning, Reference, Sibling, Suffix
-from dllm_sd.teachers.prompts import inform
+from dllm_sd.teachers.prompts import build_teacher_prompts
 
 BATCH = (3, 7)
 CANVAS = Decoding(length=12, block_length=4, tokens_per_step=2)
@@ -101,7 +101,7 @@ def informed(
     gate: Any = EVERYTHING,
     **options: Any,
 ) -> Rollouts:
-    return inform(rolled(policy, gate, **options), contexts, TASK, policy, write, BATCH)
+    return build_teacher_prompts(rolled(policy, gate, **options), contexts, TASK, policy, write, BATCH)
 
 
 def text_of(policy: AnyPolicy, prompt: Sequence[int] | None) -> str | None:
@@ -114,8 +114,8 @@ def prompts(policy: AnyPolicy, rollouts: Rollouts, context: int = 0) -> list[str
 
 def test_without_a_hint_nothing_is_asked_and_nothing_changes(policy):
     before = rolled(policy)
-    assert inform(before, (Suffix(), Nothing()), TASK, policy, nobody, BATCH) is before
-    assert inform(before, (), TASK, policy, nobody, BATCH) is before
+    assert build_teacher_prompts(before, (Suffix(), Nothing()), TASK, policy, nobody, BATCH) is before
+    assert build_teacher_prompts(before, (), TASK, policy, nobody, BATCH) is before
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_a_prompt_is_the_template_with_question_and_hint_as_the_policy_renders_i
 
 
 def test_what_stands_before_the_last_message_stays(policy):
-    class Spoken(Sums):
+    class LazyLogits(Sums):
         def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
             return [{"role": "system", "content": "0{9}"}, *super().messages(problem, question)]
 
-    task: Any = Spoken()
-    rollouts = inform(rolled(policy), (Reference(template=BRIEF),), task, policy, nobody, BATCH)
+    task: Any = LazyLogits()
+    rollouts = build_teacher_prompts(rolled(policy), (Reference(template=BRIEF),), task, policy, nobody, BATCH)
     messages = [{"role": "system", "content": "0{9}"}, {"role": "user", "content": "1+2=(7777)"}]
     assert rollouts.kept[0].teacher_prompts == (tuple(policy.encode(messages)),)
 
@@ -400,5 +400,5 @@ def test_a_gate_that_lets_nothing_pass_leaves_nothing_to_inform(policy):
         [replace(rollout, grade=Grade(False, 0.0, None)) for rollout in rolled(policy).kept[3 * i : 3 * i + 3]]
         for i in range(len(wrong))
     ]
-    rollouts = inform(gather(RULE, Correct(), tried), (Reference(),), TASK, policy, nobody, BATCH)
+    rollouts = build_teacher_prompts(gather(RULE, Correct(), tried), (Reference(),), TASK, policy, nobody, BATCH)
     assert (rollouts.size, rollouts.counts["kept"], rollouts.counts["rejected"]) == (0, 0, 6)

@@ -13,7 +13,7 @@ from dllm_sd.skills import Bank, Mistake, Random, Skill, retrieve
 from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import Generated
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers import Library, Nothing, Reference, Skills
+from dllm_sd.teachers import Nothing, Reference, SkillBankConfig, Skills
 from tests.teachers.scripted import BATCH, TASK, informed, places, prompts, rolled
 
 BANK = Bank(
@@ -127,18 +127,18 @@ def test_rollouts_that_nobody_was_told_anything_about_survive_a_checkpoint_too()
 
 
 def test_a_library_finds_as_many_pairs_as_it_is_to_and_knows_whether_anybody_has_to_write():
-    library = Library(path="bank.json", count=1, every=0)
+    library = SkillBankConfig(path="bank.json", count=1, every=0)
     (pair,) = library.pairs(BANK, "Draw a circle", 1)
     assert (pair.skill.id, pair.mistake.id, pair.weight) == ("gen_0", "err_1", 1.0)
     assert not library.needs_writer
-    assert Library(path="bank.json", every=1).needs_writer
-    assert Library(every=0).needs_writer
+    assert SkillBankConfig(path="bank.json", every=1).needs_writer
+    assert SkillBankConfig(every=0).needs_writer
 
 
 def test_a_library_reads_a_problem_as_its_prompt_or_as_a_template_says():
-    assert Library().text(TASK, CIRCLE) == "Draw a circle"
-    assert Library(problem="{solution}: {question}").text(TASK, CIRCLE) == "o: Draw a circle"
-    assert Library(problem="{solution}: {question}").check([CIRCLE, PRIME]) is None
+    assert SkillBankConfig().text(TASK, CIRCLE) == "Draw a circle"
+    assert SkillBankConfig(problem="{solution}: {question}").text(TASK, CIRCLE) == "o: Draw a circle"
+    assert SkillBankConfig(problem="{solution}: {question}").check([CIRCLE, PRIME]) is None
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_library_reads_a_problem_as_its_prompt_or_as_a_template_says():
 def test_a_template_that_fits_not_all_problems_is_refused_with_the_key(template: str, says: str):
     problems = [Problem("c", {**CIRCLE.fields, "hint": "h"}), PRIME]
     with pytest.raises(InputError) as refusal:
-        Library(problem=template).check(problems)
+        SkillBankConfig(problem=template).check(problems)
     assert str(refusal.value).startswith(says)
     assert "\n" not in str(refusal.value)
 
@@ -163,7 +163,7 @@ def test_of_problems_that_are_made_one_is_looked_at():
         assert number == 0
         return CIRCLE
 
-    Library(problem="{question}").check(Generated(range(10**9), make))
+    SkillBankConfig(problem="{question}").check(Generated(range(10**9), make))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_of_problems_that_are_made_one_is_looked_at():
 )
 def test_a_library_without_a_sane_size_is_refused(options: dict[str, int]):
     with pytest.raises(InputError, match=r"^method\.library\.\w+ is -?[01]; give a whole number"):
-        Library(**options)  # pyright: ignore[reportArgumentType]
+        SkillBankConfig(**options)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

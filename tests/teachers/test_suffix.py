@@ -13,6 +13,7 @@ from dllm_sd.rollouts.rules import Rollout
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import (
     CONTEXTS,
+    ContextInputs,
     Critique,
     Feedback,
     LaterStep,
@@ -20,7 +21,6 @@ from dllm_sd.teachers import (
     Nothing,
     Reference,
     Rubric,
-    Scene,
     Sibling,
     Skills,
     Suffix,
@@ -31,20 +31,20 @@ from dllm_sd.trajectory import NEVER, Reach, Trajectory
 SCOPES = ["later_blocks", "all_masked", "active_block"]
 
 
-def scene_of(trajectory: Trajectory, protect: bool = True, answer: Tensor | None = None) -> Scene:
+def scene_of(trajectory: Trajectory, protect: bool = True, answer: Tensor | None = None) -> ContextInputs:
     """All canvases of a trajectory; what the student reveals is graded, and so protected."""
     keys = [make_key("teacher", row) for row in range(trajectory.size)]
     canvases = DecoderSteps()(trajectory, keys, 0, 1)
     protected = canvases.revealed if protect else torch.zeros_like(canvases.revealed)
-    return Scene(canvases, trajectory, protected, answer, keys)
+    return ContextInputs(canvases, trajectory, protected, answer, keys)
 
 
-def hidden(scene: Scene) -> Tensor:
+def hidden(scene: ContextInputs) -> Tensor:
     """bool ``[n l]``: everything that stands masked on the canvas."""
     return scene.canvases.ids[:, -24:] == 11
 
 
-def in_scope(scene: Scene, scope: str) -> Tensor:
+def in_scope(scene: ContextInputs, scope: str) -> Tensor:
     """bool ``[n l]``, by loops over canvases."""
     out = torch.zeros_like(scene.protected)
     for i, masked in enumerate(hidden(scene).tolist()):
@@ -219,7 +219,7 @@ def test_the_same_rollout_in_another_batch_gets_the_same_reading(noise, context)
         one = scene.trajectory.select(torch.tensor([row]))
         keys = [scene.keys[row]]
         canvases = DecoderSteps()(one, keys, 0, 1)
-        alone = context(Scene(canvases, one, canvases.revealed, None, keys))
+        alone = context(ContextInputs(canvases, one, canvases.revealed, None, keys))
         assert torch.equal(alone.shown, together.shown[scene.canvases.rows == row])
         assert torch.equal(alone.ids, together.ids[scene.canvases.rows == row][:, -alone.ids.shape[1] :])
 

@@ -9,7 +9,7 @@ from dllm_sd.errors import InputError, Stopped
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import AnyContext, Critique, Nothing, Reference, Rubric
-from dllm_sd.teachers.context import Ask, Occasion
+from dllm_sd.teachers.context import HintInputs, TeacherPrompt
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.texts import generic, noisy, parse_rubric, reduced, render_rubric
 from dllm_sd.texts import rubric as rubrics
@@ -264,8 +264,10 @@ def test_the_reference_stands_beside_the_rubric_where_it_is_wanted():
     (one, *_) = informed(BOTH, hint).kept
     assert prompts(informed(BOTH, hint)) == ["R|ref|m"] * 2
     assert one.notes == ("m",)
-    occasion = Occasion(one, [one], TASK, 1, [RICH])
-    assert hint.ask(occasion) == Ask(tuple(TASK.messages(RICH)), hint.template, "m", {"reference": "ref"})
+    occasion = HintInputs(one, [one], TASK, 1, [RICH])
+    assert hint.prompt_for(occasion) == TeacherPrompt(
+        tuple(TASK.messages(RICH)), hint.template, "m", {"reference": "ref"}
+    )
 
 
 def test_a_rollout_without_the_reference_that_is_wanted_is_left_out():

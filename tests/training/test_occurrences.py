@@ -17,8 +17,8 @@ from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.horizons import Complete
 from dllm_sd.rollouts.rules import COUNTS, All, PassAtK, Prompted, Rollout, Rollouts, gather, with_occurrences
-from dllm_sd.tasks.task import Grade, Problem, Unguessable
-from dllm_sd.teachers.prompts import Sources, inform
+from dllm_sd.tasks.task import Grade, NoChanceLevel, Problem
+from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
 from dllm_sd.training.metrics import rollout_metrics, sample_entry
@@ -29,7 +29,7 @@ DECODE = Decoding(length=12, block_length=4, tokens_per_step=2)
 DECODED = {name: row.method for name, row in METHODS.items() if isinstance(row.method.rollout, PassAtK)}
 
 
-class Sums(Unguessable):
+class Sums(NoChanceLevel):
     """A random model is right about half of the time."""
 
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
@@ -99,7 +99,7 @@ def test_every_rollout_of_a_batch_has_its_own_keys_group_and_hints(name: str, ba
         assert texts > rollouts.size * 0.8  # 12 tokens of 25
     assert rollouts.group.bincount().tolist() == [ATTEMPTS] * COUNT
     contexts = tuple(map(in_digits, method.contexts))
-    found = inform(rollouts, contexts, TASK, backbone, analyse, (SEED, BATCH), Sources(TWO, write))
+    found = build_teacher_prompts(rollouts, contexts, TASK, backbone, analyse, (SEED, BATCH), Sources(TWO, write))
     own = {parts: {one.text for one in rollouts.kept if one.key_parts == parts} for parts in parts_of(rollouts)}
     for context, hint in enumerate(part.hint for part in contexts):
         if hint is not None and hint.needs_group and hint.writing is None:
@@ -126,7 +126,7 @@ def test_every_attempt_is_kept_or_lost_under_a_name(name: str, policy: AnyPolicy
         assert cursor - before == len(taken) + too_long
         rollouts = gather(rule, method.gate, rule(policy, TASK, taken, DECODE, SEED, batch))
         failing = Sources(problems, lambda _, requests: [Written(None, "silent")] * len(requests))
-        found = inform(rollouts, contexts, TASK, policy, lambda *_: ["1"] * 99, (SEED, batch), failing)
+        found = build_teacher_prompts(rollouts, contexts, TASK, policy, lambda *_: ["1"] * 99, (SEED, batch), failing)
         counts = found.counts
         lost = counts["rejected"] + counts["no_hint"] + counts["long_hint"]
         assert found.size == counts["kept"]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
-from dllm_sd.experience.text_generator import Scribe
+from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.export.exporting import export_policy
 from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, trained
@@ -38,8 +38,8 @@ def texts(policy: AnyPolicy) -> list[str]:
     return [policy.text(row[:end].tolist()) for row, end in zip(done.tokens, done.length.tolist(), strict=True)]
 
 
-def scribe(models: dict[Any, Teacher], folder: Path, longest: int = 100) -> Scribe:
-    return Scribe([], DECODE, Accelerator(), models, Cache(folder), longest)
+def scribe(models: dict[Any, Teacher], folder: Path, longest: int = 100) -> TextGenerator:
+    return TextGenerator([], DECODE, Accelerator(), models, Cache(folder), longest)
 
 
 @KINDS
@@ -173,7 +173,7 @@ def test_a_writer_writes_with_its_own_weights_and_only_one_that_stays_reads_the_
     assert texts(policy) == before
 
 
-class Watched(Scribe):
+class Watched(TextGenerator):
     """Notes which processes decode, if only nothing."""
 
     entered: ClassVar[list[int]] = []

@@ -199,7 +199,7 @@ def _judge(
     if not any(part in ended.sentence for part in (inside.name, str(inside.parent))):
         return finding("FAULT", f"does not name the file: {ended.sentence}")
     later = {"written", "best"} & {*inside.parts}  # read in the middle of a run, or at its end
-    at_once = name.startswith("train") and not later
-    if at_once and (changed := differences(found[""], now)):
+    sites_per_chunk = name.startswith("train") and not later
+    if sites_per_chunk and (changed := differences(found[""], now)):
         return finding("FAULT", f"changed the folder ({changed[0]}): {ended.sentence}")
     return finding("sentence", ended.sentence)
