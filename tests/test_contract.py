@@ -35,7 +35,7 @@ from dllm_sd.pairing import check_model
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.skills import Bank, Mistake, Skill, format_pair, retrieve, write_bank
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.sudoku import Sudoku

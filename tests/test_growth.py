@@ -16,7 +16,7 @@ from dllm_sd.losses.sites import choose
 from dllm_sd.methods import METHODS
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.randomness import fold, make_key, uniform
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.trajectory import Trajectory

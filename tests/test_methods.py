@@ -40,7 +40,8 @@ from dllm_sd.objective.equation import Graded, grade
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
-from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Prompted, gather
+from dllm_sd.rollouts.rollout import Prompted
+from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, gather
 from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix

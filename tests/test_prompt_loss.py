@@ -16,7 +16,7 @@ from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.pairing import check_model
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.metrics import broken_sites, divergence_table
 

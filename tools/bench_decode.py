@@ -30,7 +30,8 @@ from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.model import Lora, Model, Shape
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import PassAtK, Rollout, prompt_tokens
+from dllm_sd.rollouts.rollout import Rollout
+from dllm_sd.rollouts.rules import PassAtK, prompt_tokens
 from dllm_sd.trajectory import Trajectory
 from tools import naive
 

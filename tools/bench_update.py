@@ -34,7 +34,7 @@ from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import Live, Teacher
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.trajectory import Trajectory

@@ -38,7 +38,7 @@ from dllm_sd.policies.weights import Teacher, trained
 from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.randomness import make_key
 from dllm_sd.reports.memory import Memory, estimate
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.optim import build_optimizer

@@ -9,7 +9,8 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key, random_order
-from dllm_sd.rollouts.rules import Prompted, prompt_tokens, with_occurrences
+from dllm_sd.rollouts.rollout import Prompted, with_occurrences
+from dllm_sd.rollouts.rules import prompt_tokens
 from dllm_sd.tasks.task import Problem, Task
 
 

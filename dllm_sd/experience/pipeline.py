@@ -18,7 +18,8 @@ from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import Teacher, Weights
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.attempt_queue import Workers
-from dllm_sd.rollouts.rules import Demonstrations, PassAtK, Prompted, Rollout, Rollouts, gather
+from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.writers import Cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import Rollout
+from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.skills import Bank, Memory, Pair, build_bank, cold_start, read_bank, update, write_bank
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers import SkillBankConfig

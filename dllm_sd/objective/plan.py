@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases, drawn_share, with_prompt
 from dllm_sd.methods.method import Average, Method
-from dllm_sd.rollouts.rules import Rollouts
+from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.teachers import ContextInputs, TeacherInputs
 from dllm_sd.trajectory import left_pad
 

@@ -4,13 +4,9 @@ Decoding order never changes a result: attempt ``a`` of a problem is a function 
 of which occurrence of the problem it is where one batch holds several.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
-
-import torch
-from torch import Tensor
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
@@ -21,38 +17,9 @@ from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, PositiveShare, Ranged, Share, Size, Temperature
 from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
 from dllm_sd.rollouts.horizons import HORIZONS, Complete, Progressive, Truncated
+from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem, Task
-from dllm_sd.trajectory import Reach, Trajectory, concatenate
-
-
-def key_parts(problem: Problem, occurrence: int) -> tuple[str, ...]:
-    """What the keys of one occurrence of a problem in a batch are made of; the first has the problem's id alone."""
-    return (problem.id, f"occurrence {occurrence}") if occurrence else (problem.id,)
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """A problem with its prompt tokens."""
-
-    problem: Problem
-    prompt: tuple[int, ...]
-    occurrence: int = 0
-    """How often a problem of this id stands before it in the same batch."""
-
-    @property
-    def key_parts(self) -> tuple[str, ...]:
-        """What tells it apart from all others of the batch (`key_parts`)."""
-        return key_parts(self.problem, self.occurrence)
-
-
-def with_occurrences(prompted: Iterable[Prompted]) -> list[Prompted]:
-    """A batch whose problems know how often they stood in it before, so that no two have the same random numbers."""
-    met = Counter[str]()
-    numbered = []
-    for item in prompted:
-        numbered.append(replace(item, occurrence=met[item.problem.id]))
-        met[item.problem.id] += 1
-    return numbered
+from dllm_sd.trajectory import Reach, Trajectory
 
 
 def prompt_tokens(
@@ -64,73 +31,6 @@ def prompt_tokens(
     """
     prompt = tuple(policy.encode(task.messages(problem), thinking))
     return Prompted(problem, prompt) if len(prompt) <= longest else None
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One graded completion; its trajectory is a batch of one."""
-
-    problem: Problem
-    attempt: int
-    text: str
-    grade: Grade
-    trajectory: Trajectory
-    counted: bool = True
-    """False for an attempt that a serial retry loop would not have made: it began `ahead` of the first correct one."""
-    teacher_prompts: tuple[tuple[int, ...] | None, ...] = ()
-    """The prompt that each teacher context reads in the place of the student's; None where it reads the student's."""
-    teacher_weights: tuple[float, ...] = ()
-    """How far each context is believed beside the others; empty where all count the same."""
-    notes: tuple[str | None, ...] = ()
-    """The hint in each teacher's prompt, as text."""
-    occurrence: int = 0
-    """`Prompted.occurrence`: a data set may be smaller than a batch, and an epoch may end within one."""
-
-    @property
-    def key_parts(self) -> tuple[str, ...]:
-        """What the attempts at one occurrence of a problem, a group, have in common (`key_parts`)."""
-        return key_parts(self.problem, self.occurrence)
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """``b`` kept rollouts of one update, and the counts over everything that was decoded for them."""
-
-    kept: tuple[Rollout, ...]
-    counts: Mapping[str, float]
-    """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected;
-    problems lost because their reference is longer than `decode.length`: long_reference (of demonstrations); and
-    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Of the kept ones, cut_hint are
-    those whose teacher reads a hint without its end. Nothing is lost without a name: kept + rejected + no_hint +
-    long_hint are all counted attempts where `keep` is all, else one for each problem without a long_reference. Where
-    hints are written: written (texts asked for), cached (of them, not written again), and dropped/REASON."""
-    chosen: tuple[Rollout, ...] = ()
-    """The kept rollouts and those that the gate rejected: for people to look at, and for hints from siblings."""
-
-    @property
-    def size(self) -> int:
-        """``b``."""
-        return len(self.kept)
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """All kept trajectories as one batch."""
-        return concatenate([rollout.trajectory for rollout in self.kept])
-
-    @property
-    def reward(self) -> Tensor:
-        """float64 ``[b]``, the score of each."""
-        return torch.tensor([rollout.grade.score for rollout in self.kept], dtype=torch.float64)
-
-    @property
-    def group(self) -> Tensor:
-        """int64 ``[b]``, equal for rollouts of one occurrence of a problem."""
-        number = {parts: i for i, parts in enumerate(dict.fromkeys(rollout.key_parts for rollout in self.kept))}
-        return torch.tensor([number[rollout.key_parts] for rollout in self.kept], dtype=torch.int64)
-
-    def keys(self, seed: int, update: int) -> list[int]:
-        """One key a rollout for the random choices of teachers and masks."""
-        return [make_key(seed, update, *rollout.key_parts, rollout.attempt, "canvases") for rollout in self.kept]
 
 
 class RolloutRule(Protocol):

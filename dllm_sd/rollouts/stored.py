@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dllm_sd.files.typed_json import build
-from dllm_sd.rollouts.rules import COUNTS, Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.trajectory import NEVER, Trajectory
 
 WHOLE = {"prompt_ids": "p", "tokens": "l", "reveal_step": "l", "length": ""}

@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm_sd.canvases import Canvases
 from dllm_sd.losses.sites import Covers
 from dllm_sd.ranges import Ranged, Size, Temperature
-from dllm_sd.rollouts.rules import Rollout
+from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.writing import Message, Writing

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from dllm_sd.errors import Stopped
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem, Task

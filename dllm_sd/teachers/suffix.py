@@ -11,7 +11,7 @@ from dllm_sd.losses.sites import Covers, rank_descending
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.ranges import Natural, Ranged, Share
-from dllm_sd.rollouts.rules import Rollout
+from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.teachers.context import ContextInputs, TeacherInputs, show
 from dllm_sd.teachers.table import HINTS, AnyHint
 from dllm_sd.trajectory import NEVER

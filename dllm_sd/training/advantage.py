@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_sd.objective.equation import Graded
 from dllm_sd.objective.plan import Plan
 from dllm_sd.policies.policy import Policy, offsets
-from dllm_sd.rollouts.rules import Rollouts
+from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.teachers import AnyContext
 from dllm_sd.teachers.hints import Prompt
 

@@ -40,7 +40,7 @@ from dllm_sd.parallel.sharding import fill, gather_tensors
 from dllm_sd.parallel.zero import ZeroOptimizer, shape_of
 from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import Teacher, placed_like, trained
-from dllm_sd.rollouts.rules import Rollouts
+from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.rollouts.stored import TensorError, load_rollouts, rollout_tensors
 from dllm_sd.training.optim import load_state, state_shapes, state_tensors
 

@@ -18,7 +18,7 @@ from dllm_sd.files.reading import damaged, open_regular, read_own
 from dllm_sd.files.typed_json import own_json
 from dllm_sd.objective.equation import Graded
 from dllm_sd.objective.plan import Plan
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.training.advantage import advantage_picture
 from dllm_sd.training.left_out import is_left_out, left_out
 from dllm_sd.trajectory import NEVER

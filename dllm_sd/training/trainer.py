@@ -31,7 +31,7 @@ from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.pretrained.blueprint import Blueprint
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import Rollouts
+from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.tasks.sources import rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_span

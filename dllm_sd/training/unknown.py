@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_sd.errors import shown
 from dllm_sd.pretrained.chat import Chat
-from dllm_sd.rollouts.rules import Rollouts
+from dllm_sd.rollouts.rollout import Rollouts
 
 
 class Unknown:

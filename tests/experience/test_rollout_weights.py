@@ -19,7 +19,8 @@ from dllm_sd.network.subspace import Subspace, collect, projected
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import Base, Live, Teacher, trained
 from dllm_sd.pretrained.model import Lora
-from dllm_sd.rollouts.rules import PassAtK, Prompted
+from dllm_sd.rollouts.rollout import Prompted
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.trainer import Trainer
 

@@ -17,7 +17,8 @@ from dllm_sd.experience.skill_bank import SkillBankState
 from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.methods import METHODS
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import PassAtK, Rollout
+from dllm_sd.rollouts.rollout import Rollout
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.skills import Bank, Mistake, Skill, build_bank, read_bank, write_bank
 from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem

@@ -18,7 +18,8 @@ from dllm_sd.network.site_head import Head
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import plan_update
-from dllm_sd.rollouts.rules import PassAtK, Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory
 from tests.oracles.fixtures import golden

@@ -43,7 +43,8 @@ from dllm_sd.objective import equation as objective
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.weights import Base, Live, Snapshot
-from dllm_sd.rollouts.rules import All, PassAtK, Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.trajectory import Trajectory

@@ -9,19 +9,8 @@ from dllm_sd.decoding.queue import Queue, complete_in_batches
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import key_tensor, make_key, uniform
-from dllm_sd.rollouts.rules import (
-    All,
-    Correct,
-    Demonstrations,
-    Mixed,
-    PassAtK,
-    Prompted,
-    Rollout,
-    Rollouts,
-    Score,
-    gather,
-    prompt_tokens,
-)
+from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
+from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Score, gather, prompt_tokens
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Reach, Trajectory, left_pad
 

@@ -8,7 +8,7 @@ import pytest
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import Rollout
+from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import (
     HINTS,

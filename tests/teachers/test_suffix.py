@@ -9,7 +9,7 @@ from dllm_sd.canvases import DecoderSteps
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import Rollout
+from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import (
     CONTEXTS,

@@ -8,7 +8,7 @@ import torch
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing, Reference
 from dllm_sd.training.advantage import advantage_picture, region_map, region_metrics, region_sums

@@ -13,7 +13,7 @@ from torch import nan
 
 from dllm_sd.errors import InputError
 from dllm_sd.objective.equation import Graded
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks import Grade, Problem
 from dllm_sd.training.metrics import (
     LOGS,

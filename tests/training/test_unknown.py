@@ -9,7 +9,7 @@ import torch
 from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.model import Model
-from dllm_sd.rollouts.rules import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.unknown import Unknown
 
