@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from tests.training.test_nodes import free_port
+from tests.parallel.test_nodes import free_port
 from torch.distributed.fsdp import FSDPModule
 
 from dllm_sd.cli.main import leave_together, main
