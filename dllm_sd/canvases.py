@@ -1,5 +1,6 @@
 """Which states of a rollout the student reads: the canvases that the decoder saw, random masks, or all masked."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Protocol
@@ -51,7 +52,7 @@ class Canvases:
 
 
 class CanvasRule(Protocol):
-    """Which canvases one pass over a batch of rollouts reads.
+    """Which canvases one pass over a batch of rollouts reads; `CanvasDefaults` has all but the call.
 
     Of an autoregressive rollout every rule makes the same one: the sequence, in which each position sees what it saw
     when it was written. So its likelihood is exact, and there is nothing to mask (`whole_sequence`).
@@ -65,6 +66,32 @@ class CanvasRule(Protocol):
     def subset(self) -> int | None:
         """So many of a rollout's canvases, drawn at random, stand for all of them (`drawn_share`)."""
         ...
+
+    @property
+    def decoded(self) -> bool:
+        """Whether a decoder saw them, step by step."""
+        ...
+
+    @property
+    def hides_everything(self) -> bool:
+        """Whether they hide blocks that a decoder always sees finished."""
+        ...
+
+    def masked_share(self, canvases: int) -> float:
+        """Of the completions of so many canvases together, the share that is masked at most."""
+        ...
+
+
+class CanvasDefaults:
+    """Canvases that no decoder saw, and of which all are graded."""
+
+    subset: ClassVar[None] = None
+    decoded: ClassVar[bool] = False
+    hides_everything: ClassVar[bool] = False
+
+    def masked_share(self, canvases: int) -> float:
+        """All of it."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,12 @@ class DecoderSteps(Ranged, key="method.canvases"):
     subset: Count | None = None
     """Grade so many steps of each rollout and pass, drawn at random and weighted so that the expected loss and gradient
     are those of all steps, whatever the average; null grades all."""
+    decoded: ClassVar[bool] = True
+    hides_everything: ClassVar[bool] = False
+
+    def masked_share(self, canvases: int) -> float:
+        """All of it, at the first step."""
+        return 1.0
 
     def usable(self, trajectory: Trajectory) -> Tensor:
         """bool ``[b k]``: the steps whose canvases count, before chunking."""
@@ -142,7 +175,7 @@ class DecoderSteps(Ranged, key="method.canvases"):
 
 
 @dataclass(frozen=True)
-class RandomMasks(Ranged, key="method.canvases"):
+class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
     """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
 
     A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
@@ -164,7 +197,10 @@ class RandomMasks(Ranged, key="method.canvases"):
     """Smallest masking probability; the weight ``1/t`` is bounded by its inverse."""
     end_padding: bool = True
     """Train on the padding behind the end token too, as LLaDA does; False leaves it masked and ungraded."""
-    subset: ClassVar[None] = None
+
+    def masked_share(self, canvases: int) -> float:
+        """A canvas's share is uniform on (0, 1): the mean of so many, and two standard deviations of it."""
+        return min(1, 0.5 + 2 / math.sqrt(12 * canvases))
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
         if trajectory.causal:
@@ -192,7 +228,7 @@ class RandomMasks(Ranged, key="method.canvases"):
 
 
 @dataclass(frozen=True)
-class AllMasked(Ranged, key="method.canvases"):
+class AllMasked(Ranged, CanvasDefaults, key="method.canvases"):
     """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
     Each pass over the same rollouts draws another prompt mask. Tokens that were written are graded; padding behind the
@@ -201,7 +237,7 @@ class AllMasked(Ranged, key="method.canvases"):
 
     prompt_mask_ratio: ShareBelowOne = 0.15
     """Probability with which each prompt token is replaced by the mask token."""
-    subset: ClassVar[None] = None
+    hides_everything: ClassVar[bool] = True
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
         if trajectory.causal:

@@ -18,6 +18,7 @@ from dllm_sd.files.plain_yaml import DEEPEST, parse_yaml, read_yaml, write_yaml
 from dllm_sd.files.writing import PLACE, Place, at_home, names_file
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
+from dllm_sd.parts import name_of
 from dllm_sd.pretrained.model import Model
 from dllm_sd.ranges import LIMIT, Count, Ranged, Seed, Size, check, hints_of
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
@@ -186,8 +187,7 @@ def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         tree = {_key(f): to_tree(getattr(value, f.name), f.metadata.get("parts")) for f in fields(value)}
         if table is not None:
-            name = next(name for name, part in table.items() if part is type(value))
-            tree = {"name": name, **tree}
+            tree = {"name": name_of(table, value), **tree}
         return tree
     if isinstance(value, tuple | list):
         return [to_tree(item, table) for item in value]

@@ -3,21 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from string import Formatter
+from typing import Any
 
-from dllm_sd.canvases import AllMasked
+from dllm_sd.canvases import CANVASES
 from dllm_sd.config import Config
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, NotAtHand
-from dllm_sd.policies.loading import teacher_model
+from dllm_sd.parts import name_of
 from dllm_sd.policies.masked_diffusion import check_denoising
-from dllm_sd.policies.weights import Checkpoint, Peer
+from dllm_sd.policies.teacher_weights import Weights
 from dllm_sd.pretrained.blueprint import Blueprint, outline, read_blueprint
 from dllm_sd.rollouts.rules import needed_length
-from dllm_sd.tasks import Jsonl
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers import CONTEXTS, Feedback, Reference
-from dllm_sd.teachers.table import AnyHint
-from dllm_sd.writers import Server
+from dllm_sd.teachers import CONTEXTS, HINTS, Hint
 
 CHECKED = 1000
 """References that are read before a run begins."""
@@ -43,17 +41,17 @@ def check_outline(config: Config) -> tuple[Blueprint, str | None]:
         return check_model(config, known), str(error)
 
 
-def other_outlines(config: Config) -> dict[Checkpoint, Blueprint | None]:
+def other_outlines(config: Config) -> dict[Weights, Blueprint | None]:
     """What is known of the shapes of other checkpoints that teach or write; None where nothing is."""
-    found: dict[Checkpoint, Blueprint | None] = {}
+    outlines: dict[Weights, Blueprint | None] = {}
     for weights in config.method.models():
-        if isinstance(weights, Checkpoint):
-            model = teacher_model(weights, config.model)
-            try:
-                found[weights] = None if model.path is None else read_blueprint(model)
-            except NotAtHand:
-                found[weights] = outline(model)
-    return found
+        if (model := weights.other_model(config.model)) is None:
+            continue
+        try:
+            outlines[weights] = None if model.path is None else read_blueprint(model)
+        except NotAtHand:
+            outlines[weights] = outline(model)
+    return outlines
 
 
 def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
@@ -78,9 +76,10 @@ def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
         raise InputError("method.sites.prompt grades the prompt, which a denoiser never masks; leave it out")
     if blueprint.block_length is None:
         return blueprint
-    if isinstance(config.method.canvases, AllMasked):
+    if config.method.canvases.hides_everything:
         raise InputError(
-            "method.canvases all_masked hides blocks that a block-causal model always sees finished; use random_masks"
+            f"method.canvases {name_of(CANVASES, config.method.canvases)} hides blocks that a block-causal model "
+            "always sees finished; use random_masks"
         )
     for context in config.method.contexts:
         if context.hint is not None:
@@ -149,24 +148,18 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
         config.method.library.check(problems)
     if not config.method.rollout.decodes and task.reference(problem) is None:
         raise InputError(
-            "method.rollout demonstrations needs references, but the task's data has none; " + _reference_remedy(config)
+            f"method.rollout demonstrations needs references, but the task's data has none; {task.reference_remedy}"
         )
     for context in config.method.contexts:
         hint = context.hint
-        if isinstance(hint, Reference):
-            found = task.reference(problem) if hint.source == "solution" else task.final_answer(problem)
+        needed = None if hint is None else hint.needs_reference
+        if needed is not None:
+            found = task.reference(problem) if needed == "solution" else task.final_answer(problem)
             if found is None:
                 raise InputError(
-                    f"method.contexts reference needs the {hint.source} of each problem, but the task's data has none; "
-                    "name other data, or another source"
+                    f"method.contexts {name_of(CONTEXTS | HINTS, hint)} needs the {needed} of each problem, but the "
+                    "task's data has none; name other data, or another source"
                 )
-
-
-def _reference_remedy(config: Config) -> str:
-    task = config.task
-    if not isinstance(task, Jsonl) or task.reference_field is not None:
-        return "name others"
-    return f"set task.reference_field to the field that holds them, such as task.reference_field={task.answer_field}"
 
 
 def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> str | None:
@@ -224,7 +217,7 @@ def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem
     if any(message["role"] == "system" for messages in conversations for message in messages):
         chat.check_template(system=True)
     hints = [context.hint for context in config.method.contexts if context.hint is not None]
-    shown = any(isinstance(hint, Reference) for hint in hints)
+    shown = any(hint.needs_reference for hint in hints)
     references = [text for problem in some if (text := task.reference(problem)) is not None]
     hinted = [text for hint in hints for text in _words(hint)] + (references if shown else [])
     told = {
@@ -239,9 +232,10 @@ def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem
     return {kind: sentence for kind, sentence in told.items() if sentence is not None}
 
 
-def _words(hint: AnyHint) -> list[str]:
+def _words(hint: Hint) -> list[str]:
     """What a hint's templates say around their slots, and what it asks a teacher to reason about."""
-    texts = [value for f in fields(hint) if isinstance(value := getattr(hint, f.name), str) and "{" in value]
+    parts: Any = hint
+    texts = [value for f in fields(parts) if isinstance(value := getattr(hint, f.name), str) and "{" in value]
     texts = ["".join(literal for literal, *_ in Formatter().parse(text)) for text in texts]
     return [*texts, *([hint.reasoning.instruction, hint.reasoning.transition] if hint.reasoning else [])]
 
@@ -254,8 +248,9 @@ def check_peers(config: Config) -> None:
     """
     peers, contexts = config.peers, config.method.contexts
     assert peers is not None
-    feedback = [context for context in contexts if isinstance(context, Feedback)]
-    if not feedback or not all(one.writing and isinstance(one.writing.writer, Peer) for one in feedback):
+    writings = [context.hint and context.hint.writing for context in contexts if context.by_peer]
+    writers = [writing and writing.writer.weights for writing in writings]
+    if not writers or not all(weights is not None and weights.of_another_run for weights in writers):
         raise InputError(
             "peers comment on each other's rollouts; set method to op_co_distill, or a context to feedback"
         )
@@ -306,10 +301,9 @@ def _check_causal(config: Config) -> None:
     """Refuse teachers that show what an autoregressive model never reads."""
     for context in config.method.contexts:
         if context.reveals:
-            name = next(name for name, part in CONTEXTS.items() if part is type(context))
             raise InputError(
-                f"method.contexts {name} reveals what stands behind the graded token, where an autoregressive model "
-                "never looks; hint in the prompt instead (reference, sibling)"
+                f"method.contexts {name_of(CONTEXTS, context)} reveals what stands behind the graded token, where an "
+                "autoregressive model never looks; hint in the prompt instead (reference, sibling)"
             )
 
 
@@ -324,7 +318,7 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
             if not blueprint.causal:
                 check_denoising(blueprint.block_length, analysis, "the analysis of a context with decode")
         writing = hint.writing if hint is not None else None
-        if writing is None or isinstance(writing.writer, Server):
+        if writing is None or writing.writer.remote is not None:
             continue
         if writing.sampling.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
             raise InputError("a writer sets thinking, but the chat template has no thinking switch; leave it out")
@@ -340,21 +334,22 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
             text = replace(config.decode, length=how.length)
             check_denoising(blueprint.block_length, text, f"the texts of method.library.{name} with decode")
     for weights in config.method.models():
-        if isinstance(weights, Peer) and weights.path is None and config.peers is None:
+        if weights.of_another_run and weights.source is None and config.peers is None:
             raise InputError("a context's writer peer has no path; name a checkpoint or adapter of another run")
-        if not isinstance(weights, Checkpoint):
+        model = weights.other_model(config.model)
+        if model is None:
             continue
-        if weights.path is None:
+        if model.path is None:
             raise NotAtHand("method.teacher.0.path is missing; name the checkpoint that teaches")
-        other = read_blueprint(teacher_model(weights, config.model))
+        other = read_blueprint(model)
         if other.causal != blueprint.causal or other.block_length != blueprint.block_length:
             raise InputError(
-                f"the teacher at {weights.path!r} does not read what the student reads (autoregressive, denoising or "
+                f"the teacher at {weights.source!r} does not read what the student reads (autoregressive, denoising or "
                 "in blocks); choose one of the student's kind"
             )
         assert other.chat is not None
         assert blueprint.chat is not None
         if other.chat.tokenizer.get_vocab() != blueprint.chat.tokenizer.get_vocab():
             raise InputError(
-                f"the teacher at {weights.path!r} has another tokenizer than the student; choose one with the same"
+                f"the teacher at {weights.source!r} has another tokenizer than the student; choose one with the same"
             )

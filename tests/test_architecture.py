@@ -15,6 +15,7 @@ PACKAGE = Path(dllm_sd.__file__).resolve().parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     "errors",
+    "parts",
     "ranges",
     "randomness",
     "limits",

@@ -18,7 +18,7 @@ from dllm_sd.policies import loading
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.blueprint import Blueprint
 from dllm_sd.pretrained.model import Model, Shape
-from dllm_sd.tasks.task import Problem
+from dllm_sd.tasks.task import NoChanceLevel, Problem
 
 SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 RANDOM: dict[str, Any] = {"random_init": True, "tokenizer": "tiny", "shape": SHAPE}
@@ -277,7 +277,7 @@ def test_a_teacher_that_is_not_there_is_refused(tmp_path):
 # Data
 
 
-class Bare:
+class Bare(NoChanceLevel):
     """A task whose problems say what they have."""
 
     def reference(self, problem: Problem) -> str | None:

@@ -19,7 +19,7 @@ from dllm_sd.policies.weights import Teacher, Weights
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.attempt_queue import Workers
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
-from dllm_sd.rollouts.rules import Demonstrations, PassAtK, gather
+from dllm_sd.rollouts.rules import PassAtK, RolloutRule, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.writers import Cache
@@ -78,9 +78,7 @@ class RolloutPipeline:
             informed = replace(informed, counts={**informed.counts, "damaged": float(damaged)})
         return informed, cursor, dropped
 
-    def _dealt(
-        self, rule: PassAtK | Demonstrations, prompted: Sequence[Prompted], seed: int, batch: int
-    ) -> list[list[Rollout]]:
+    def _dealt(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
         """The attempts at each problem, by all processes together."""
         with self.rollout_weights.applied(self.module):
             return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.workers)

@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dllm_sd.errors import InputError
-from dllm_sd.network.subspace import Projectors, Subspace, Supervised, collect, kv_layers, projected
+from dllm_sd.network.subspace import Projectors, Supervised, collect, kv_layers, projected
 from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import Policy, offsets
-from dllm_sd.policies.weights import Live, Teacher, Weights
-from dllm_sd.rollouts.rules import Demonstrations, PassAtK
+from dllm_sd.policies.teacher_weights import Weights
+from dllm_sd.policies.weights import Teacher
+from dllm_sd.rollouts.rules import RolloutRule
 from dllm_sd.tasks.task import Problem, Task
 
 
@@ -25,15 +26,14 @@ class RolloutWeights:
 
     def __init__(
         self,
-        rule: PassAtK | Demonstrations,
+        rule: RolloutRule,
         policy: AnyPolicy,
         models: Mapping[Weights, Teacher],
         accelerator: Accelerator,
     ) -> None:
-        self.settings = Live() if isinstance(rule, Demonstrations) else rule.policy
+        self.subspace = rule.policy and rule.policy.subspace
         self.policy, self.accelerator = policy, accelerator
-        rolling = None if isinstance(rule, Demonstrations) else rule.rolling
-        self.base = None if rolling is None else models[rolling]
+        self.base = None if rule.rolling is None else models[rule.rolling]
         self.projectors: Projectors = {}
 
     def calibrate(self, task: Task, problems: Sequence[Problem]) -> dict[str, int]:
@@ -42,8 +42,8 @@ class RolloutWeights:
         Raises:
             InputError: if model or data have no such subspace.
         """
-        settings, module = self.settings, self.policy.module
-        if not isinstance(settings, Subspace) or self.base is None:
+        settings, module = self.subspace, self.policy.module
+        if settings is None or self.base is None:
             return {}
         if any(isinstance(part, FSDPModule) for part in module.modules()):
             raise InputError("method.rollout.policy subspace needs whole weights on every process; train without FSDP")

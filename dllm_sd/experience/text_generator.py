@@ -12,11 +12,11 @@ from dllm_sd.config import to_tree
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.parallel.processes import together
 from dllm_sd.parallel.sharding import gathered, whole
-from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Peer, Teacher, Weights
+from dllm_sd.policies.weights import WEIGHTS, Teacher, Weights
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.context import Reasoning
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.writers import Cache, Request, Sampling, Server, Written, ask_once
+from dllm_sd.writers import Cache, Request, Sampling, Written, ask_once
 
 _FREE = ("length", "temperature", "top_p", "top_k", "batch_size", "continuous")
 """Keys of `decode` that do not change what a writer writes: its own stand in their place, or memory only."""
@@ -62,12 +62,14 @@ class TextGenerator:
         """What a writer answers to each request, or why there is nothing; from the disk where it stands there."""
         mine = self._mine(len(requests))
         asked = [requests[i] for i in mine]
-        if isinstance(writing.writer, Server):
+        if (remote := writing.writer.remote) is not None:
             with together():
-                answers = writing.writer.write(asked, writing.sampling, self.cache)
+                answers = remote.write(asked, writing.sampling, self.cache)
             return self._together(mine, answers)
-        model, stays = self.models[writing.writer], isinstance(writing.writer, Base | Peer | Checkpoint)
-        identity = self._identity(writing.writer, model) if stays else {}
+        weights = writing.writer.weights
+        assert weights is not None
+        model, stays = self.models[weights], not weights.moves
+        identity = self._identity(weights, model) if stays else {}
         entered = False
 
         def ask(missing: Sequence[Request]) -> Generator[tuple[int, Written]]:

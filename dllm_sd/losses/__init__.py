@@ -17,7 +17,7 @@ from dllm_sd.losses.divergences import (
     token_nll,
 )
 from dllm_sd.losses.gap import GatedGap, drawn_gap, gate, local_support
-from dllm_sd.losses.measured import Divergence, Measured
+from dllm_sd.losses.measured import Divergence, DivergenceDefaults, Measured
 from dllm_sd.losses.numerics import at_least_float32, floor_logp
 from dllm_sd.losses.policy_gradient import PolicyGradient, clipped_surrogate, log_ratio_advantage
 from dllm_sd.losses.supports import (
@@ -53,6 +53,7 @@ __all__ = [
     "TRUSTS",
     "Barycenter",
     "Divergence",
+    "DivergenceDefaults",
     "Drawn",
     "Each",
     "Equal",

@@ -3,8 +3,8 @@
 A divergence is called as ``divergence(student_logp [m u], target_logp [t m u], token [m]) -> [t m]``.
 It returns one value per target and site (``token_nll`` and ``policy_gradient`` one per site: ``[1 m]``); the only sum
 inside is the one over the support ``u``. For the log, every divergence also has
-``entries(student_logp, target_logp, token) -> [t m u]``, the summands before any clip; it may have ``measure``, which
-gives the values with and without the clip in one evaluation.
+``entries(student_logp, target_logp, token) -> [t m u]``, the summands before any clip, and ``measure``, which gives the
+values with and without the clip (`losses/measured.py`).
 
 Clips (field ``clip``, threshold ``clip_at``):
 
@@ -21,9 +21,9 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -32,7 +32,7 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.losses.fused import summed
 from dllm_sd.losses.gap import GatedGap
-from dllm_sd.losses.measured import Measured
+from dllm_sd.losses.measured import DivergenceDefaults, Measured
 from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.losses.policy_gradient import PolicyGradient
 from dllm_sd.ranges import Positive, Ranged, Share
@@ -90,7 +90,7 @@ def clip_share(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clipped(Ranged, ABC, key="method.divergence"):
+class _Clipped(Ranged, DivergenceDefaults, key="method.divergence"):
     """What the divergences between distributions share: the fields of the clip, and the sum over the support."""
 
     clip: Clip = "none"
@@ -107,10 +107,6 @@ class _Clipped(Ranged, ABC, key="method.divergence"):
     @abstractmethod
     def _beta(self) -> float:
         """As in `jsd_entries`."""
-
-    @abstractmethod
-    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m]``, with gradient to the student."""
@@ -163,17 +159,33 @@ class GeneralisedJSD(_Clipped):
     def _beta(self) -> float:
         return self.beta
 
+    def tensors_held(self, contexts: int) -> int:
+        """One more for each target where there is a mixture."""
+        of_kl = super().tensors_held(contexts)
+        return max(of_kl, 2 + 5 * contexts) if 0 < self.beta < 1 else of_kl
+
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``."""
         return jsd_entries(student_logp, target_logp, self.beta)
 
 
 @dataclass(frozen=True)
-class TokenNLL:
+class TokenNLL(DivergenceDefaults):
     """Negative log-likelihood of the token that stands at the site in the rollout; the target is not read.
 
     ``token`` is a vocabulary id, so the support must be ``full``. With trust ``group_advantage`` this is diffu-GRPO.
     """
+
+    reads_target: ClassVar[bool] = False
+
+    @property
+    def reads_drawn_token(self) -> bool:
+        """And nothing else."""
+        return True
+
+    def tensors_held(self, contexts: int) -> int:
+        """The inputs, and what the softmax needs."""
+        return 3 + contexts
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m v], any, [m] -> [1 m 1]``."""

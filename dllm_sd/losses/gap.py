@@ -8,12 +8,14 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from dllm_sd.losses.measured import DivergenceDefaults
 from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.ranges import Count, Positive, Ranged
 
@@ -64,7 +66,7 @@ def gate(gap: Tensor, tau: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GatedGap(Ranged, key="method.divergence"):
+class GatedGap(Ranged, DivergenceDefaults, key="method.divergence"):
     """The gated gap between each target and the student at the drawn token; the support must be ``full``.
 
     Its gradient pulls the token's log-probability towards the target's, hardest at a gap of about 1.2 for ``tau = 1``
@@ -79,6 +81,21 @@ class GatedGap(Ranged, key="method.divergence"):
 
     tau: Positive = 1.0
     local: Count | None = None
+    judges_each_teacher: ClassVar[bool] = True
+
+    @property
+    def reads_drawn_token(self) -> bool:
+        """With `local`, besides the target's most probable ones."""
+        return True
+
+    @property
+    def gap_entries(self) -> int | None:
+        """`local`."""
+        return self.local
+
+    def tensors_held(self, contexts: int) -> int:
+        """The inputs, and what the softmax needs."""
+        return 3 + contexts
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m v], [t m v], [m] -> [t m 1]``: a site has one summand."""

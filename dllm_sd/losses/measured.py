@@ -1,12 +1,15 @@
-"""What the objective asks of a divergence: its value, and the same before the clip, in one evaluation.
+"""What the method and the objective ask of a divergence: its value, its value before the clip, and what it reads.
 
 Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from dllm_sd.losses.roles import AllTeachers, Role
 
 
 class Measured(NamedTuple):
@@ -19,7 +22,49 @@ class Measured(NamedTuple):
 
 
 class Divergence(Protocol):
-    """What a divergence must have."""
+    """What a divergence must have; `DivergenceDefaults` has all but `entries` and the call."""
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether it compares the student with the targets; False for the likelihood of the drawn token."""
+        ...
+
+    @property
+    def reads_drawn_token(self) -> bool:
+        """Whether it looks up the drawn token by its vocabulary id, so that the support must be full."""
+        ...
+
+    @property
+    def reads_rollout_policy(self) -> bool:
+        """Whether it reads one teacher and, as a second target, the policy that made the rollouts."""
+        ...
+
+    @property
+    def judges_each_teacher(self) -> bool:
+        """Whether it reads one token of each teacher, so that the targets must be the teachers themselves."""
+        ...
+
+    @property
+    def gap_entries(self) -> int | None:
+        """Of a part that judges each teacher: how many of its entries the gap is read on; None is all of them."""
+        ...
+
+    @property
+    def needs_unnormalised(self) -> bool:
+        """Whether a support of some entries must keep their log-probabilities as they are."""
+        ...
+
+    def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
+        """The role of each context (`AllTeachers.roles`)."""
+        ...
+
+    def tensors_held(self, contexts: int) -> int:
+        """Tensors ``[m v]`` that loss and gradient hold at once on the full vocabulary, its inputs among them."""
+        ...
+
+    def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
+        """``[m u], [t m u], [m] -> [t m]`` each."""
+        ...
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m]``, with the part's clip applied."""
@@ -30,19 +75,42 @@ class Divergence(Protocol):
         ...
 
 
-@runtime_checkable
-class SelfMeasuring(Divergence, Protocol):
-    """A divergence that computes its values with and without the clip in one go."""
+class DivergenceDefaults(AllTeachers, ABC):
+    """A divergence between the student and each target, on any support that is a distribution."""
+
+    reads_target: ClassVar[bool] = True
+    reads_rollout_policy: ClassVar[bool] = False
+    judges_each_teacher: ClassVar[bool] = False
+
+    @property
+    def reads_drawn_token(self) -> bool:
+        """False: it reads distributions."""
+        return False
+
+    @property
+    def gap_entries(self) -> int | None:
+        """None: it reads no gap."""
+        return None
+
+    @property
+    def needs_unnormalised(self) -> bool:
+        """False: it compares distributions."""
+        return False
+
+    def tensors_held(self, contexts: int) -> int:
+        """As autograd holds them for a Kullback-Leibler divergence."""
+        return 3 + 4 * contexts
 
     def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
-        """``[m u], [t m u], [m] -> [t m]`` each."""
-        ...
+        """``[m u], [t m u], [m] -> [t m]`` each, from the value and the summands."""
+        value = self(student_logp, target_logp, token)
+        with torch.no_grad():
+            return Measured(value, self.entries(student_logp, target_logp, token).sum(-1))
 
+    @abstractmethod
+    def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m]``, with the part's clip applied."""
 
-def measure(divergence: Divergence, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:
-    """``[m u], [t m u], [m] -> [t m]`` each, in one go where the divergence can, else from value and summands."""
-    if isinstance(divergence, SelfMeasuring):
-        return divergence.measure(student_logp, target_logp, token)
-    value = divergence(student_logp, target_logp, token)
-    with torch.no_grad():
-        return Measured(value, divergence.entries(student_logp, target_logp, token).sum(-1))
+    @abstractmethod
+    def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""

@@ -7,13 +7,14 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from dllm_sd.errors import InputError
+from dllm_sd.losses.measured import DivergenceDefaults
 from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.losses.roles import Role
 from dllm_sd.ranges import Positive, Range, Ranged
@@ -48,7 +49,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, ratio_clip: float, d
 
 
 @dataclass(frozen=True)
-class PolicyGradient(Ranged, key="method.divergence"):
+class PolicyGradient(Ranged, DivergenceDefaults, key="method.divergence"):
     """Policy gradient with the log-ratio of teacher and rollout policy as the reward of every kept token.
 
     On-policy and with ``weight = student`` its gradient is that of the reverse KL on the kept entries, with the
@@ -74,6 +75,7 @@ class PolicyGradient(Ranged, key="method.divergence"):
     ratio_clip: Positive = 0.2
     dual_clip: Annotated[float, Range(above=1)] | None = 3.0
     surrogate: Literal["ratio", "log"] = "ratio"
+    reads_rollout_policy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +85,20 @@ class PolicyGradient(Ranged, key="method.divergence"):
             raise InputError(f"divergence.weight is {self.weight!r}: choose 'student', 'teacher' or 'uniform'.")
         if self.surrogate not in ("ratio", "log"):
             raise InputError(f"divergence.surrogate is {self.surrogate!r}: choose 'ratio' or 'log'.")
+
+    @property
+    def reads_drawn_token(self) -> bool:
+        """With ``tokens = sampled``."""
+        return self.tokens == "sampled"
+
+    @property
+    def needs_unnormalised(self) -> bool:
+        """With ``tokens = support``."""
+        return self.tokens == "support"
+
+    def tensors_held(self, contexts: int) -> int:
+        """The inputs, and what the softmax needs."""
+        return 3 + contexts
 
     def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
         """The teacher, and the policy that made the rollouts if there is a second context."""

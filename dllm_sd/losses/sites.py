@@ -4,8 +4,9 @@ A rule names `candidates` and a `quota` from the canvas alone, so that the sites
 any model runs; a rule that asks the teacher picks the quota out of the candidates by its `score` (None in the others).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +18,43 @@ Covers = Literal["none", "step", "block", "masked"]
 commits, what is masked in the active block, all that is masked."""
 
 
+class SiteRule(Protocol):
+    """What a rule of sites must have; `SiteDefaults` has `score` and `follows_decoder` of a rule that asks nobody."""
+
+    @property
+    def content(self) -> bool:
+        """Whether tokens that say nothing are left out."""
+        ...
+
+    @property
+    def covers(self) -> Covers:
+        """What is graded on every canvas, whatever a teacher says."""
+        ...
+
+    @property
+    def score(self) -> Callable[[Tensor], Tensor] | None:
+        """The teacher's confidence ``[m]`` from its raw logits ``[m v]``; None where no teacher is asked."""
+        ...
+
+    @property
+    def follows_decoder(self) -> bool:
+        """Whether each token is graded where the decoder chose it, and nowhere else."""
+        ...
+
+    def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates bool ``[n l]`` and quota int64 ``[n]`` from three bool ``[n l]`` maps of the canvases."""
+        ...
+
+
+class SiteDefaults:
+    """A rule that asks no teacher."""
+
+    score: ClassVar[None] = None
+    follows_decoder: ClassVar[bool] = False
+
+
 @dataclass(frozen=True)
-class Revealed:
+class Revealed(SiteDefaults):
     """The positions that the student commits at this step (the "student" row of arXiv 2606.18195, Table 7)."""
 
     content: bool = False
@@ -26,7 +62,7 @@ class Revealed:
     prompt: bool = False
     """Grade the tokens of the prompt too, all but the first (SPD, arXiv 2605.22675, Eq. 14): cross-entropy on whole
     texts, of autoregressive models only."""
-    score: ClassVar[None] = None
+    follows_decoder: ClassVar[bool] = True
     covers: ClassVar[Covers] = "step"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,14 +71,13 @@ class Revealed:
 
 
 @dataclass(frozen=True)
-class AllMasked:
+class AllMasked(SiteDefaults):
     """Every masked position, of the active block only if `block`."""
 
     block: bool = False
     content: bool = False
     """As for `revealed`."""
     prompt: ClassVar[bool] = False
-    score: ClassVar[None] = None
 
     @property
     def covers(self) -> Covers:
@@ -69,6 +104,7 @@ class TeacherTop(Ranged, key="method.sites"):
     content: ClassVar[bool] = False
     prompt: ClassVar[bool] = False
     covers: ClassVar[Covers] = "none"
+    follows_decoder: ClassVar[bool] = False
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]``."""

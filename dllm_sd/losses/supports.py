@@ -9,14 +9,14 @@ Axes: ``m`` graded sites, ``c`` teacher contexts, ``v`` vocabulary, ``u`` suppor
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.losses.numerics import at_least_float32, floor_logp
-from dllm_sd.losses.roles import Role
+from dllm_sd.losses.roles import AllTeachers, Role
 from dllm_sd.ranges import Count, Ranged
 
 #: The tail bucket holds at least this much probability (SDPO's constant), so that its logarithm stays finite.
@@ -24,11 +24,56 @@ MIN_TAIL = 1e-7
 
 
 class Support(Protocol):
-    """What the objective calls."""
+    """What a support must have; `SupportDefaults` has all but the call."""
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """Whether every vocabulary entry is kept, at its own place."""
+        ...
+
+    @property
+    def normalised(self) -> bool:
+        """Whether what it returns are distributions."""
+        ...
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether it makes one and the same distribution of all, so that nothing can be learnt."""
+        ...
+
+    @property
+    def reads_rollout_policy(self) -> bool:
+        """Whether the last of several contexts is, to it, the policy that made the rollouts."""
+        ...
+
+    def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
+        """The role of each context (`AllTeachers.roles`)."""
+        ...
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
         """``[m v], [c m v] -> [m u], [c m u]``."""
         ...
+
+
+class SupportDefaults(AllTeachers):
+    """A support that keeps some entries and returns distributions over them."""
+
+    full_vocabulary: ClassVar[bool] = False
+
+    @property
+    def normalised(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def degenerate(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def reads_rollout_policy(self) -> bool:
+        """False: all contexts are teachers."""
+        return False
 
 
 def top_k_index(logp: Tensor, k: int) -> Tensor:
@@ -80,8 +125,10 @@ def top_k_overlap(student_logp: Tensor, teacher_logp: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FullVocabulary:
+class FullVocabulary(SupportDefaults):
     """Every vocabulary entry: both inputs, unchanged (``u = v``)."""
+
+    full_vocabulary: ClassVar[bool] = True
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
         """``[m v], [c m v] -> [m v], [c m v]`` in float32 or float64."""
@@ -89,7 +136,7 @@ class FullVocabulary:
 
 
 @dataclass(frozen=True)
-class TopK(Ranged, key="method.support"):
+class TopK(Ranged, SupportDefaults, key="method.support"):
     """The ``k`` most probable entries of one distribution, for all distributions alike.
 
     Source: d-OPSD and OPSD (k = 20 of the teacher, renormalised); SDPO (of the student, with a tail bucket);
@@ -126,9 +173,24 @@ class TopK(Ranged, key="method.support"):
     def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
         """With ``of = rollout`` the last context is the policy that made the rollouts."""
         roles: list[Role] = ["teacher"] * contexts
-        if self.of == "rollout":
+        if self.reads_rollout_policy:
             roles[-1:] = ["rollouts"]
         return tuple(roles)
+
+    @property
+    def normalised(self) -> bool:
+        """Unless the rest is to be kept as it is."""
+        return self.rest != "keep"
+
+    @property
+    def degenerate(self) -> bool:
+        """One entry, renormalised, has the probability 1 under all."""
+        return self.k == 1 and self.rest == "renormalise"
+
+    @property
+    def reads_rollout_policy(self) -> bool:
+        """With ``of = rollout``."""
+        return self.of == "rollout"
 
     def _chooser(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         """The distribution ``[m v]`` whose largest entries are kept."""

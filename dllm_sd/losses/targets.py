@@ -22,7 +22,7 @@ from dllm_sd.ranges import Positive, Range, Ranged, Share
 
 
 class Target(Protocol):
-    """What the objective calls."""
+    """What a target must have; `TargetDefaults` has all but `contexts`, `keeps_contexts` and the call."""
 
     @property
     def contexts(self) -> int | None:
@@ -32,6 +32,16 @@ class Target(Protocol):
     @property
     def keeps_contexts(self) -> bool:
         """Whether target ``t`` is context ``c``, so that a belief in a context is one in a target."""
+        ...
+
+    @property
+    def asks_teachers(self) -> bool:
+        """Whether it is made of teachers' distributions; False where the drawn token itself is the target."""
+        ...
+
+    @property
+    def needs_full_vocabulary(self) -> bool:
+        """Whether it takes a mean over the whole vocabulary, so that the support must be full."""
         ...
 
     @property
@@ -48,13 +58,24 @@ class Target(Protocol):
         ...
 
 
+class TargetDefaults:
+    """A target that is made of teachers, on any support, and logs nothing."""
+
+    asks_teachers: ClassVar[bool] = True
+    needs_full_vocabulary: ClassVar[bool] = False
+    measured: ClassVar[tuple[str, ...]] = ()
+
+    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
 @dataclass(frozen=True)
-class Plain:
+class Plain(TargetDefaults):
     """The one teacher's distribution, unchanged: ``c = t = 1``."""
 
     contexts: ClassVar[int | None] = 1
     keeps_contexts: ClassVar[bool] = True
-    measured: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[1 m u] -> [1 m u]``."""
@@ -65,18 +86,13 @@ class Plain:
             )
         return teacher_logp
 
-    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
 
 @dataclass(frozen=True)
-class Each:
+class Each(TargetDefaults):
     """Every teacher's distribution is a target of its own: ``t = c``."""
 
     contexts: ClassVar[int | None] = None
     keeps_contexts: ClassVar[bool] = True
-    measured: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[c m u] -> [c m u]``, ``c >= 1``."""
@@ -84,13 +100,9 @@ class Each:
             raise InputError("target 'each' needs at least one teacher context: add one, or choose 'sampled'.")
         return teacher_logp
 
-    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(TargetDefaults):
     """The sampled token itself, for likelihood losses such as ``token_nll``.
 
     No teacher distribution is needed. Those that are there (a reference or the rollouts' policy) are handed on to
@@ -99,19 +111,15 @@ class Sampled:
 
     contexts: ClassVar[int | None] = None
     keeps_contexts: ClassVar[bool] = False
-    measured: ClassVar[tuple[str, ...]] = ()
+    asks_teachers: ClassVar[bool] = False
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[c m u] -> [c m u]``, unchanged."""
         return teacher_logp
 
-    def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
 
 @dataclass(frozen=True)
-class PurifiedPMI(Ranged, key="method.target"):
+class PurifiedPMI(Ranged, TargetDefaults, key="method.target"):
     """The plain base, moved by what the question adds to the reference: ``c = 3``, ``t = 1``.
 
     ``softmax(log plain + D / beta)`` with ``D = bound tanh(centred(log informed - log reference_only) / bound)``.
@@ -133,6 +141,7 @@ class PurifiedPMI(Ranged, key="method.target"):
     centre: Literal["uniform", "base"] = "uniform"
     contexts: ClassVar[int | None] = 3
     keeps_contexts: ClassVar[bool] = False
+    needs_full_vocabulary: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("target/shift", "target/bound_share")
 
     def __post_init__(self) -> None:
@@ -177,7 +186,7 @@ class PurifiedPMI(Ranged, key="method.target"):
 
 
 @dataclass(frozen=True)
-class Barycenter(Ranged, key="method.target"):
+class Barycenter(Ranged, TargetDefaults, key="method.target"):
     """The informed teacher, pulled back to the plain one where the two disagree: ``c = 2``, ``t = 1``.
 
     ``log_softmax((1 - a) log informed + a log plain)`` with ``a = 2 alpha_max (sigmoid(beta d) - 1/2)`` and ``d`` the

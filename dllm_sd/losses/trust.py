@@ -10,9 +10,8 @@ log-probabilities now and when it was drawn. Factors are constants: no gradient 
 Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
 from einops import rearrange, repeat
@@ -22,7 +21,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
 from dllm_sd.losses.numerics import at_least_float32, floor_logp
-from dllm_sd.losses.roles import Role
+from dllm_sd.losses.roles import AllTeachers, Role
 from dllm_sd.ranges import Count, NonNegative, Positive, Ranged, Share
 
 
@@ -43,8 +42,20 @@ class Drawn:
     canvas: Tensor
 
 
+class Pooling(Protocol):
+    """Factors that depend on all sites of a canvas, in two steps, so that these need not be here at once."""
+
+    def evidence(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
+        """What it wants to know of each site, ``[m v], [t m v], [m] -> [t m]``, detached."""
+        ...
+
+    def pooled(self, evidence: Tensor, canvas: Tensor, weight: Tensor) -> Tensor:
+        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be here."""
+        ...
+
+
 class Trust(Protocol):
-    """What the objective calls."""
+    """What a trust must have; `TrustDefaults` has all but `rollout_weight` and the call."""
 
     @property
     def needs_old_logp(self) -> bool:
@@ -67,8 +78,32 @@ class Trust(Protocol):
         ...
 
     @property
+    def weights_likelihoods(self) -> bool:
+        """Whether it weights token likelihoods, so that its contexts are the other policies of its formula."""
+        ...
+
+    @property
+    def judges_each_teacher(self) -> bool:
+        """Whether it reads one token of each teacher (`Divergence.judges_each_teacher`)."""
+        ...
+
+    @property
+    def gap_entries(self) -> int | None:
+        """As of a divergence, which must have the same (`Divergence.gap_entries`)."""
+        ...
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How its factors are found of all sites of a canvas; None where each site has its own."""
+        ...
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """The names of `measures`."""
+        ...
+
+    def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
+        """The role of each context (`AllTeachers.roles`)."""
         ...
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
@@ -84,26 +119,34 @@ class Trust(Protocol):
         ...
 
 
-class Unmeasured:
-    """A trust that neither clips nor caps, so that there is nothing to log."""
+class TrustDefaults(AllTeachers):
+    """A trust of each site for itself that asks nothing of the rollouts, and neither clips nor caps."""
 
+    needs_old_logp: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
+    weights_likelihoods: ClassVar[bool] = False
+    judges_each_teacher: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def always_counts(self) -> bool:
+        """False: a weight of 0 leaves a rollout out."""
+        return False
+
+    @property
+    def gap_entries(self) -> int | None:
+        """None: it reads no gap."""
+        return None
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """None: each site has its own factor."""
+        return None
 
     def measures(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> dict[str, Tensor]:
         """Nothing."""
         return {}
-
-
-class Pooling(Unmeasured, ABC):
-    """A trust whose factors depend on all sites of a canvas, in two steps, so that these need not be here at once."""
-
-    @abstractmethod
-    def evidence(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """What it wants to know of each site, ``[m v], [t m v], [m] -> [t m]``, detached."""
-
-    @abstractmethod
-    def pooled(self, evidence: Tensor, canvas: Tensor, weight: Tensor) -> Tensor:
-        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be here."""
 
 
 def group_advantage(reward: Tensor, group: Tensor, normalise: bool, epsilon: float) -> Tensor:
@@ -158,13 +201,8 @@ def k3_factor(logp: Tensor, reference_logp: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Equal(Unmeasured):
+class Equal(TrustDefaults):
     """Every rollout and every target counts the same: factor 1."""
-
-    always_counts: ClassVar[bool] = False
-    needs_outcome: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = False
-    needs_old_logp: ClassVar[bool] = False
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: ones."""
@@ -177,7 +215,7 @@ class Equal(Unmeasured):
 
 
 @dataclass(frozen=True)
-class ImportanceCap(Ranged, key="method.trust"):
+class ImportanceCap(Ranged, TrustDefaults, key="method.trust"):
     """Importance weight of the drawn token, truncated: ``min(exp(clamp(logp - old_logp)), cap)``.
 
     It corrects for a student that has moved since the rollouts were made, or for a decoder that drew from another
@@ -191,9 +229,6 @@ class ImportanceCap(Ranged, key="method.trust"):
 
     cap: Positive = 2.0
     clamp: Positive = 20.0
-    always_counts: ClassVar[bool] = False
-    needs_outcome: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = False
     needs_old_logp: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
 
@@ -220,7 +255,7 @@ class ImportanceCap(Ranged, key="method.trust"):
 
 
 @dataclass(frozen=True)
-class GroupAdvantage(Ranged, key="method.trust"):
+class GroupAdvantage(Ranged, TrustDefaults, key="method.trust"):
     """Group-relative advantage with PPO's clip and a KL penalty: diffu-GRPO (d1, arXiv 2504.12216) on ``token_nll``.
 
     The factors are such that the *gradient* of factor x NLL is exactly that of
@@ -242,9 +277,9 @@ class GroupAdvantage(Ranged, key="method.trust"):
     epsilon: Positive = 1e-4
     ratio_clip: Positive = 0.5
     kl: NonNegative = 0.0
-    needs_old_logp: ClassVar[bool] = False
     needs_outcome: ClassVar[bool] = True
     needs_group: ClassVar[bool] = True
+    weights_likelihoods: ClassVar[bool] = True
     measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
 
     @property
@@ -290,7 +325,7 @@ class GroupAdvantage(Ranged, key="method.trust"):
 
 
 @dataclass(frozen=True)
-class OutcomeValidated(Ranged, Pooling, key="method.trust"):
+class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
     """Each teacher is believed on a rollout as far as the rollout's outcome bears it out: factor +1, -1 or 0.
 
     A teacher supports a canvas if its gap to the student at the drawn tokens, cut at +-``clip``, is above ``threshold``
@@ -310,10 +345,18 @@ class OutcomeValidated(Ranged, Pooling, key="method.trust"):
     threshold: NonNegative = 0.05
     at_least: Share = 1.0
     local: Count | None = None
-    always_counts: ClassVar[bool] = False
     needs_outcome: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    needs_old_logp: ClassVar[bool] = False
+    judges_each_teacher: ClassVar[bool] = True
+
+    @property
+    def gap_entries(self) -> int | None:
+        """`local`."""
+        return self.local
+
+    @property
+    def pooling(self) -> Self:
+        """Itself: a teacher is judged by all sites of a canvas."""
+        return self
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: 1 where the rollout was right, else -1."""

@@ -4,29 +4,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from dllm_sd.canvases import CANVASES, AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.canvases import CANVASES, CanvasRule, DecoderSteps
 from dllm_sd.errors import InputError
-from dllm_sd.losses.divergences import (
-    DIVERGENCES,
-    ForwardKL,
-    GatedGap,
-    GeneralisedJSD,
-    PolicyGradient,
-    ReverseKL,
-    TokenNLL,
-)
-from dllm_sd.losses.roles import ReadsPolicies, Role
-from dllm_sd.losses.sites import SITES, Revealed, TeacherTop
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
-from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, TopK
-from dllm_sd.losses.targets import TARGETS, Barycenter, Each, Plain, PurifiedPMI, Sampled
-from dllm_sd.losses.trust import TRUSTS, Equal, GroupAdvantage, ImportanceCap, OutcomeValidated
-from dllm_sd.policies.weights import WEIGHTS, Base, Weights
+from dllm_sd.losses.divergences import DIVERGENCES, ReverseKL
+from dllm_sd.losses.measured import Divergence
+from dllm_sd.losses.roles import Role
+from dllm_sd.losses.sites import SITES, Revealed, SiteRule
+from dllm_sd.losses.supports import SUPPORTS, FullVocabulary, Support
+from dllm_sd.losses.targets import TARGETS, Plain, Target
+from dllm_sd.losses.trust import TRUSTS, Equal, Trust
+from dllm_sd.parts import name_of, names_with
+from dllm_sd.policies.teacher_weights import Weights
+from dllm_sd.policies.weights import WEIGHTS, Base
 from dllm_sd.ranges import Range, Ranged
-from dllm_sd.rollouts.rules import GATES, ROLLOUTS, All, Correct, Demonstrations, Mixed, PassAtK, Score
-from dllm_sd.teachers import CONTEXTS, AnyContext, LaterStep, SkillBankConfig, Skills, Suffix
+from dllm_sd.rollouts.rules import GATES, ROLLOUTS, Correct, Gate, PassAtK, RolloutRule
+from dllm_sd.teachers import CONTEXTS, Context, SkillBankConfig, Suffix
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.writers import Server
 
 Average = Literal["sites", "canvases", "steps", "step_sums", "rollouts"]
 
@@ -38,21 +31,22 @@ def _slot(table: Mapping[str, type], default: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Method(Ranged, key="method"):
-    """One part per slot (see docs/concepts.md for the question that each slot answers)."""
+    """One part per slot (see docs/concepts.md for the question that each slot answers).
 
-    rollout: PassAtK | Demonstrations = _slot(ROLLOUTS, PassAtK)
-    gate: All | Correct | Score | Mixed = _slot(GATES, Correct)
-    canvases: DecoderSteps | RandomMasks | AllMasked = _slot(CANVASES, DecoderSteps)
-    contexts: tuple[AnyContext, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
+    A slot takes any part of its table; the checks ask parts for what they declare, never for their class.
+    """
+
+    rollout: RolloutRule = _slot(ROLLOUTS, PassAtK)
+    gate: Gate = _slot(GATES, Correct)
+    canvases: CanvasRule = _slot(CANVASES, DecoderSteps)
+    contexts: tuple[Context, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
     teacher: tuple[Weights, ...] = _slot(WEIGHTS, lambda: (Base(),))
     """One for all contexts, or one for each."""
-    sites: Revealed | AllMaskedSites | TeacherTop = _slot(SITES, Revealed)
-    support: FullVocabulary | TopK = _slot(SUPPORTS, FullVocabulary)
-    target: Plain | PurifiedPMI | Barycenter | Each | Sampled = _slot(TARGETS, Plain)
-    divergence: ForwardKL | ReverseKL | GeneralisedJSD | TokenNLL | PolicyGradient | GatedGap = _slot(
-        DIVERGENCES, ReverseKL
-    )
-    trust: Equal | GroupAdvantage | ImportanceCap | OutcomeValidated = _slot(TRUSTS, Equal)
+    sites: SiteRule = _slot(SITES, Revealed)
+    support: Support = _slot(SUPPORTS, FullVocabulary)
+    target: Target = _slot(TARGETS, Plain)
+    divergence: Divergence = _slot(DIVERGENCES, ReverseKL)
+    trust: Trust = _slot(TRUSTS, Equal)
     library: SkillBankConfig | None = None
     """The bank that `skills` contexts draw on."""
     temperature: Annotated[float, Range(least=0.001, most=1000)] = 1.0
@@ -89,14 +83,14 @@ class Method(Ranged, key="method"):
 
     def models(self) -> tuple[Weights, ...]:
         """All weights that the run needs beside the student's: those of teachers, then of writers; each once."""
-        local: list[Weights] = [one.writer for one in self.writings if not isinstance(one.writer, Server)]
+        local = [weights for one in self.writings if (weights := one.writer.weights) is not None]
         rolling = [] if self.rolling is None else [self.rolling]
         return tuple(dict.fromkeys([*self.weights(), *local, *rolling]))
 
     @property
-    def rolling(self) -> Base | None:
+    def rolling(self) -> Weights | None:
         """The weights that make rollouts in the place of the student's; those of a subspace are the initial ones."""
-        return None if isinstance(self.rollout, Demonstrations) else self.rollout.rolling
+        return self.rollout.rolling
 
     @property
     def writings(self) -> list[Writing]:
@@ -113,7 +107,7 @@ def _check_contexts(method: Method) -> None:
             f"method.teacher lists {len(method.teacher)} weights for {len(contexts)} contexts; "
             f"give one for all{', or one for each' if contexts else ''}"
         )
-    if not isinstance(method.canvases, DecoderSteps) and any(context.needs_steps for context in contexts):
+    if not method.canvases.decoded and any(context.needs_steps for context in contexts):
         raise InputError("method.contexts needs canvases that the decoder saw; set method.canvases to decoder_steps")
     grouped = any(context.hint is not None and context.hint.needs_group for context in contexts)
     if grouped and not method.rollout.keeps_groups:
@@ -123,7 +117,8 @@ def _check_contexts(method: Method) -> None:
 
 
 def _check_library(method: Method) -> None:
-    ranks = sorted(context.hint.rank for context in method.contexts if isinstance(context.hint, Skills))
+    hints = [context.hint for context in method.contexts if context.hint is not None]
+    ranks = sorted(hint.skill_rank for hint in hints if hint.skill_rank is not None)
     if ranks and (method.library is None or ranks != list(range(method.library.count))):
         raise InputError(
             "method.contexts must list a skills context for each rank from 0 on, as many as method.library.count says; "
@@ -141,17 +136,16 @@ def _check_sites(method: Method) -> None:
     if not method.contexts:
         raise InputError("method.sites asks a teacher, but method.contexts is empty; add a context or use revealed")
     for context in method.contexts:
-        everything = isinstance(context, Suffix) and context.scope != "later_blocks" and context.ratio == 1
-        everything |= isinstance(context, LaterStep) and context.ahead is None
-        if everything:
+        if context.reveals_whole_block:
             raise InputError("method.contexts reveals the whole active block, so the teacher can choose no site there")
 
 
 def _check_prompt(method: Method) -> None:
     if not method.sites.prompt:
         return
-    plain = isinstance(method.divergence, TokenNLL) and isinstance(method.trust, Equal) and not method.contexts
-    if not plain or not isinstance(method.canvases, DecoderSteps):
+    trust = method.trust
+    plain_trust = not (trust.needs_old_logp or trust.weights_likelihoods or trust.judges_each_teacher)
+    if method.divergence.reads_target or method.contexts or not plain_trust or not method.canvases.decoded:
         raise InputError(
             "method.sites.prompt trains on the prompt as on the text, which is for cross-entropy alone; set "
             "method.divergence to token_nll, contexts to [], trust to equal and canvases to decoder_steps, or leave it "
@@ -161,54 +155,76 @@ def _check_prompt(method: Method) -> None:
 
 def _check_target(method: Method) -> None:
     target, count = method.target, len(method.contexts)
-    if isinstance(target, Each) and not count:
-        raise InputError("method.target each distils every teacher, but method.contexts is empty; add a context")
-    if target.contexts is not None and count != target.contexts:
-        name = _name(TARGETS, target)
+    if target.asks_teachers and target.contexts is None and not count:
         raise InputError(
-            f"method.target {name} is made of {target.contexts} teachers, but method.contexts lists {count}; list "
-            f"{target.contexts}, or use target each, or sampled for likelihood losses"
+            f"method.target {name_of(TARGETS, target)} distils every teacher, but method.contexts is empty; add a "
+            "context"
         )
-    if isinstance(target, PurifiedPMI) and not isinstance(method.support, FullVocabulary):
-        raise InputError("method.target pmi centres over the whole vocabulary; set method.support to full")
-    if isinstance(method.support, TopK) and method.support.of == "rollout" and count < 2:
+    if target.contexts is not None and count != target.contexts:
+        raise InputError(
+            f"method.target {name_of(TARGETS, target)} is made of {target.contexts} teachers, but method.contexts "
+            f"lists {count}; list {target.contexts}, or use target each, or sampled for likelihood losses"
+        )
+    if target.needs_full_vocabulary and not method.support.full_vocabulary:
+        raise InputError(
+            f"method.target {name_of(TARGETS, target)} centres over the whole vocabulary; set method.support to full"
+        )
+    if method.support.reads_rollout_policy and count < 2:
         raise InputError("method.support.of rollout reads the last of several contexts; add a snapshot context")
 
 
 def _check_divergence(method: Method) -> None:
-    divergence, support, target = method.divergence, method.support, method.target
-    full, kept = isinstance(support, FullVocabulary), isinstance(support, TopK) and support.rest == "keep"
-    if isinstance(divergence, TokenNLL) and not full:
-        raise InputError("method.divergence token_nll reads one token of the vocabulary; set method.support to full")
-    if isinstance(divergence, TokenNLL) != isinstance(target, Sampled):
-        raise InputError("method.target sampled and method.divergence token_nll belong together; set both or neither")
-    if isinstance(target, Sampled) and not isinstance(method.trust, GroupAdvantage) and method.contexts:
-        raise InputError("method.target sampled without group advantage asks no teacher; set method.contexts to []")
-    if kept != (isinstance(divergence, PolicyGradient) and divergence.tokens == "support" and not full):
+    divergence, target, full = method.divergence, method.target, method.support.full_vocabulary
+    if not divergence.reads_target and not full:
         raise InputError(
-            "method.support.rest keep leaves no distribution and is for divergence policy_gradient, which needs it; "
+            f"method.divergence {name_of(DIVERGENCES, divergence)} reads one token of the vocabulary; set "
+            "method.support to full"
+        )
+    if divergence.reads_target != target.asks_teachers:
+        likelihoods = " or ".join(names_with(DIVERGENCES, "reads_target", False))
+        tokens = " or ".join(names_with(TARGETS, "asks_teachers", False))
+        raise InputError(
+            f"method.target {tokens} and method.divergence {likelihoods} belong together; set both or neither"
+        )
+    if not target.asks_teachers and not method.trust.weights_likelihoods and method.contexts:
+        raise InputError(
+            f"method.target {name_of(TARGETS, target)} without group advantage asks no teacher; set method.contexts to "
+            "[]"
+        )
+    if method.support.normalised == (divergence.needs_unnormalised and not full):
+        needing = name_of(DIVERGENCES, divergence) if divergence.needs_unnormalised else "policy_gradient"
+        raise InputError(
+            f"method.support.rest keep leaves no distribution and is for divergence {needing}, which needs it; "
             "set both or neither"
         )
-    if isinstance(divergence, PolicyGradient):
-        if divergence.tokens == "sampled" and not full:
-            raise InputError("method.divergence.tokens sampled reads any token; set method.support to full")
-        if len(method.contexts) > 2 or isinstance(target, PurifiedPMI | Barycenter):
-            raise InputError(
-                "method.divergence policy_gradient reads the teacher, and the rollouts' policy if there is a second "
-                "context; set method.target to plain or each"
-            )
+    if divergence.reads_drawn_token and not divergence.judges_each_teacher and not full:
+        part = ".tokens sampled" if divergence.reads_rollout_policy else f" {name_of(DIVERGENCES, divergence)}"
+        raise InputError(f"method.divergence{part} reads any token; set method.support to full")
+    merges = target.asks_teachers and not target.keeps_contexts
+    if divergence.reads_rollout_policy and (len(method.contexts) > 2 or merges):
+        raise InputError(
+            f"method.divergence {name_of(DIVERGENCES, divergence)} reads the teacher, and the rollouts' policy if "
+            "there is a second context; set method.target to plain or each"
+        )
 
 
 def _check_gap(method: Method) -> None:
     divergence, trust = method.divergence, method.trust
-    if not isinstance(divergence, GatedGap) and not isinstance(trust, OutcomeValidated):
+    if not divergence.judges_each_teacher and not trust.judges_each_teacher:
         return
-    if not isinstance(method.support, FullVocabulary) or not method.target.keeps_contexts or not method.contexts:
+    if not method.support.full_vocabulary or not method.target.keeps_contexts or not method.contexts:
+        tables = {"divergence": DIVERGENCES, "trust": TRUSTS}
+        judges = [
+            f"method.{slot} {name}"
+            for slot, table in tables.items()
+            for name in names_with(table, "judges_each_teacher", True)
+        ]
         raise InputError(
-            "method.divergence gated_gap and method.trust outcome_validated read one token of each teacher; set "
-            "method.support to full, and method.target to each (plain for one context)"
+            f"{' and '.join(judges)} read one token of each teacher; set method.support to full, and method.target to "
+            "each (plain for one context)"
         )
-    if isinstance(divergence, GatedGap) and isinstance(trust, OutcomeValidated) and divergence.local != trust.local:
+    both = divergence.judges_each_teacher and trust.judges_each_teacher
+    if both and divergence.gap_entries != trust.gap_entries:
         raise InputError("method.divergence.local and method.trust.local differ; set both to the same")
 
 
@@ -221,7 +237,7 @@ def _check_outcome(method: Method) -> None:
     whole = "or method.rollout.horizon to complete"
     if gate.needs_outcome:
         raise InputError(
-            f"method.gate {_name(GATES, gate)} asks for the outcome of a rollout, {cut}: every update would be "
+            f"method.gate {name_of(GATES, gate)} asks for the outcome of a rollout, {cut}: every update would be "
             f"skipped; set method.gate to all, {whole}"
         )
     if method.rollout.needs_outcome:
@@ -231,7 +247,7 @@ def _check_outcome(method: Method) -> None:
         )
     if trust.needs_outcome:
         raise InputError(
-            f"method.trust {_name(TRUSTS, trust)} weights by the outcome of a rollout, {cut}; set method.trust to "
+            f"method.trust {name_of(TRUSTS, trust)} weights by the outcome of a rollout, {cut}; set method.trust to "
             f"equal, {whole}"
         )
     if any(hint is not None and hint.needs_outcome for hint in hints):
@@ -243,31 +259,34 @@ def _check_outcome(method: Method) -> None:
 
 def _check_group(method: Method) -> None:
     trust, rollout, contexts = method.trust, method.rollout, method.contexts
-    if isinstance(method.canvases, DecoderSteps) and isinstance(rollout, Demonstrations):
+    if method.canvases.decoded and not rollout.decodes:
         raise InputError("demonstrations were never decoded step by step; set method.canvases to random_masks")
     if method.gate.count_rejected and method.average in ("sites", "canvases"):
         raise InputError(
             f"method.gate.count_rejected has no meaning under average {method.average}, which counts no rollouts; "
             "set method.average to steps, step_sums or rollouts"
         )
-    if isinstance(trust, GroupAdvantage) and not isinstance(method.divergence, TokenNLL):
-        raise InputError("method.trust group_advantage weights token likelihoods; use divergence token_nll")
+    if trust.weights_likelihoods and method.divergence.reads_target:
+        likelihoods = " or ".join(names_with(DIVERGENCES, "reads_target", False))
+        raise InputError(
+            f"method.trust {name_of(TRUSTS, trust)} weights token likelihoods; use divergence {likelihoods}"
+        )
     for slot, table in (("gate", GATES), ("trust", TRUSTS)):
         part = getattr(method, slot)
         if part.needs_group and not rollout.keeps_groups:
             raise InputError(
-                f"method.{slot} {_name(table, part)} compares a group: rollout.keep all, attempts 2 or more"
+                f"method.{slot} {name_of(table, part)} compares a group: rollout.keep all, attempts 2 or more"
             )
     if trust.needs_group and not method.gate.mixes:
         raise InputError(
-            f"method.trust {_name(TRUSTS, trust)} compares good and bad rollouts; set method.gate to all or mixed"
+            f"method.trust {name_of(TRUSTS, trust)} compares good and bad rollouts; set method.gate to all or mixed"
         )
-    if not isinstance(trust, GroupAdvantage):
+    if not trust.weights_likelihoods:
         return
-    wanted = (trust.kl > 0) + (rollout.passes > 1)
+    wanted = len(trust.roles(len(contexts), rollout.passes))
     if len(contexts) != wanted:
         raise InputError(
-            f"method.trust group_advantage needs {wanted} contexts here (base weights if kl > 0, a snapshot "
+            f"method.trust {name_of(TRUSTS, trust)} needs {wanted} contexts here (base weights if kl > 0, a snapshot "
             f"every {rollout.passes} updates if rollouts serve several passes), not {len(contexts)}"
         )
 
@@ -275,28 +294,26 @@ def _check_group(method: Method) -> None:
 def _check_cap(method: Method) -> None:
     if not method.trust.needs_old_logp:
         return
-    rollout = method.rollout
-    if not isinstance(rollout, PassAtK) or rollout.temperature != method.temperature:
+    if method.rollout.temperature != method.temperature:
         raise InputError(
-            "method.trust importance_cap compares with the probabilities of the rollouts: set "
+            f"method.trust {name_of(TRUSTS, method.trust)} compares with the probabilities of the rollouts: set "
             "method.rollout.temperature and method.temperature to the same value"
         )
-    if not isinstance(method.canvases, DecoderSteps) or not isinstance(method.sites, Revealed):
+    if not method.canvases.decoded or not method.sites.follows_decoder:
         raise InputError(
-            "method.trust importance_cap compares each token where the decoder chose it; set method.canvases to "
-            "decoder_steps and method.sites to revealed"
+            f"method.trust {name_of(TRUSTS, method.trust)} compares each token where the decoder chose it; set "
+            "method.canvases to decoder_steps and method.sites to revealed"
         )
 
 
 def _other_policies(method: Method) -> list[tuple[str, int, Role]]:
     """The contexts that a part of the loss takes for no teacher: the part's slot, the number, the role."""
     found: list[tuple[str, int, Role]] = []
-    for slot in ("support", "divergence", "trust"):
-        part = getattr(method, slot)
-        if isinstance(part, ReadsPolicies):
-            for i, role in enumerate(part.roles(len(method.contexts), method.rollout.passes)):
-                if role != "teacher":
-                    found.append((slot, i, role))
+    parts = {"support": method.support, "divergence": method.divergence, "trust": method.trust}
+    for slot, part in parts.items():
+        for i, role in enumerate(part.roles(len(method.contexts), method.rollout.passes)):
+            if role != "teacher":
+                found.append((slot, i, role))
     return found
 
 
@@ -325,7 +342,7 @@ def _check_roles(method: Method) -> None:
 def _check_student(method: Method) -> None:
     """Refuse teachers from which nothing can be learnt, since they say what the student says."""
     support, others = method.support, {i for _, i, _ in _other_policies(method)}
-    if isinstance(support, TopK) and support.k == 1 and support.rest == "renormalise":
+    if support.degenerate:
         raise InputError(
             "method.support.k 1 with rest renormalise keeps one entry, which all then give the probability 1; set k to "
             "2 or more, or rest to bucket"
@@ -336,8 +353,3 @@ def _check_student(method: Method) -> None:
             "method.teacher is the student itself and method.contexts shows it nothing more, so there is nothing to "
             "learn; set method.contexts to one that adds something, or method.teacher to base"
         )
-
-
-def _name(table: Mapping[str, type], part: object) -> str:
-    """The name of a part in its table."""
-    return next(name for name, kind in table.items() if kind is type(part))

@@ -12,7 +12,7 @@ Axes here: ``m`` rows, one for each position of each example; ``d`` dimensions, 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from peft import PeftModel
@@ -77,6 +77,15 @@ class Subspace(Ranged, key=KEY):
     """Examples that the gradients are taken from."""
     longest: Size = 256
     """Tokens of an example that are read; what comes after them is cut off."""
+    is_student: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    weights: ClassVar[None] = None
+    """The initial ones, which are held in it."""
+
+    @property
+    def subspace(self) -> Self:
+        """Itself."""
+        return self
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
-from dllm_sd.losses.measured import measure
 from dllm_sd.losses.numerics import floor_logp
 from dllm_sd.losses.sites import choose
 from dllm_sd.losses.trust import Drawn, Pooling
@@ -73,11 +72,10 @@ def grade(method: Method, plan: Plan, student: Student, teachers: Sequence[Teach
         teacher(_view(reading.ids, reading.mask, sites))
         for teacher, reading in zip(teachers, plan.readings, strict=True)
     ]
-    if method.sites.score is not None:
+    score = method.sites.score
+    if score is not None:
         first = lazy[0]
-        sites = choose(
-            sites, plan.quota, torch.cat([method.sites.score(first.logits(rows)) for rows in first.chunks()])
-        )
+        sites = choose(sites, plan.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
         lazy = [one.select(sites[plan.candidates]) for one in lazy]
     equation = _Equation(method, plan, sites, lazy)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
@@ -98,12 +96,12 @@ class _Equation:
 
     def read(self, hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its columns ``[m]``; inside the student's forward."""
-        student, trust = LazyLogits.under_autocast(hidden, head), self.method.trust
+        student, pooling = LazyLogits.under_autocast(hidden, head), self.method.trust.pooling
         with torch.autocast(hidden.device.type, enabled=False):
-            if isinstance(trust, Pooling) and len(student.chunks()) > 1:  # no chunk has all sites of a canvas
+            if pooling is not None and len(student.chunks()) > 1:  # no chunk has all sites of a canvas
                 with torch.no_grad():
-                    found = [self._evidence(trust, student, rows) for rows in student.chunks()]
-                self.pooled = trust.pooled(torch.cat(found, 1), self.canvas, self.weight)
+                    found = [self._evidence(pooling, student, rows) for rows in student.chunks()]
+                self.pooled = pooling.pooled(torch.cat(found, 1), self.canvas, self.weight)
             return chunked_loss(student, head.trained, self)
 
     def __call__(self, logits: Callable[[], Tensor], rows: slice) -> dict[str, Tensor]:
@@ -112,7 +110,7 @@ class _Equation:
         student_logp, teacher_logp = self._logp(logits, rows)
         student_u, teacher_u = method.support(student_logp, teacher_logp)
         target = method.target(teacher_u)
-        value, unclipped = measure(method.divergence, student_u, target, token)
+        value, unclipped = method.divergence.measure(student_u, target, token)
         with torch.no_grad():
             drawn = Drawn(token, -token_nll(student_logp, token), self.old_logp[rows], self.canvas[rows])
             given = student_u.detach(), target, drawn, self.weight[rows]
@@ -137,10 +135,10 @@ class _Equation:
             return student, teachers[0][None]
         return student, torch.stack(teachers) if teachers else student.new_zeros((0, *student.shape))
 
-    def _evidence(self, trust: Pooling, student: LazyLogits, rows: slice) -> Tensor:
+    def _evidence(self, pooling: Pooling, student: LazyLogits, rows: slice) -> Tensor:
         """``[t i]``."""
         student_u, teacher_u = self.method.support(*self._logp(lambda: student.logits(rows), rows))
-        return trust.evidence(student_u, self.method.target(teacher_u), self.token[rows])
+        return pooling.evidence(student_u, self.method.target(teacher_u), self.token[rows])
 
     def _trust(self, given: tuple[Tensor, Tensor, Drawn, Tensor], rows: slice) -> Tensor:
         """``[t i]`` from the arguments of a trust."""

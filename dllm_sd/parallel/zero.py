@@ -20,8 +20,6 @@ from torch.nn import Parameter
 
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
-from dllm_sd.network.subspace import Subspace
-from dllm_sd.policies.weights import without_adapter
 
 PREFIX = "ACCELERATE_DEEPSPEED_"
 
@@ -58,11 +56,12 @@ def _check_whole(config: Config) -> None:
     """Refuse what reads or copies weights that ZeRO-3 keeps in pieces."""
     lora = config.model.lora
     if any(
-        weights.stored and not (lora and without_adapter(weights, lora.start is not None))
+        weights.stored and not (lora and weights.is_without_adapter(lora.start is not None))
         for weights in config.method.models()
     ):
         raise InputError("ZeRO-3 keeps no copies of weights for method.teacher; launch with fsdp2.yaml or zero_stage 2")
-    if isinstance(getattr(config.method.rollout, "policy", None), Subspace):
+    policy = config.method.rollout.policy
+    if policy is not None and policy.subspace is not None:
         raise InputError("method.rollout.policy subspace needs whole weights on every process; use zero_stage 2")
     if config.decode.continuous:
         raise InputError("decode.continuous needs whole weights on every process; set it to false or use zero_stage 2")

@@ -16,7 +16,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.network.view import View
 from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import Checkpoint, Peer, Teacher, Weights, trained, without_peft_warning
+from dllm_sd.policies.weights import Peer, Teacher, Weights, trained, without_peft_warning
 from dllm_sd.pretrained.blueprint import Blueprint, read_blueprint
 from dllm_sd.pretrained.families import LINEARS
 from dllm_sd.pretrained.model import Lora, Model
@@ -252,23 +252,13 @@ def make_teacher(weights: Weights, policy: AnyPolicy, adapter: str | None, stude
 
     Its output head must have the student's rows; those that no token has may be more or fewer.
     """
-    if not isinstance(weights, Checkpoint):
+    model = weights.other_model(student)
+    if model is None:
         return Teacher(weights, policy, adapter)
-    other = build_policy(teacher_model(weights, student), policy.device)
+    other = build_policy(model, policy.device)
     other.module.rows = policy.module.network.get_output_embeddings().weight.shape[0]
     other.module.requires_grad_(False)
     return Teacher(weights, policy, other=other)
-
-
-def teacher_model(weights: Checkpoint, student: Model) -> Model:
-    """The keys of `model` for a teacher that is another checkpoint."""
-    return Model(
-        path=weights.path,
-        dtype=weights.dtype,
-        attention=student.attention,
-        mask_token=student.mask_token,
-        end_tokens=student.end_tokens,
-    )
 
 
 def put_on(policy: AnyPolicy, adapter: str) -> None:

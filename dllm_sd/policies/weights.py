@@ -29,28 +29,30 @@ from dllm_sd.network.site_head import Head, evaluating, run_at_sites
 from dllm_sd.network.swapping import swapped, switched
 from dllm_sd.network.view import View
 from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.teacher_weights import Weights, WeightsDefaults
 from dllm_sd.pretrained.adapters import check_scale
+from dllm_sd.pretrained.model import Model
 from dllm_sd.ranges import Count, Ranged, Share
 
 
 @dataclass(frozen=True)
-class Live:
+class Live(WeightsDefaults):
     """The student's current weights, without gradient."""
 
-    stored: ClassVar[bool] = False
-    is_student: ClassVar[bool] = True
-    """Whether these are the student's weights at every update, before its step."""
+    moves: ClassVar[bool] = True
+
+    @property
+    def is_student(self) -> bool:
+        """Always."""
+        return True
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """Whether these weights made the rollouts that serve ``passes`` updates, where those of ``rolling`` decode."""
+        """Before the step of the first update that they serve."""
         return rolling == self and passes == 1
-
-    def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
-        """Nothing to keep."""
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(WeightsDefaults):
     """The weights that the run starts with: a frozen copy of them, or the adapter switched off where that is the same.
 
     An adapter that starts from another one (`model.lora.start`) is copied, beside the student's.
@@ -60,18 +62,18 @@ class Base:
     """The start of the run, with what `model.lora.start` put into the adapter; or the checkpoint at `model.path`,
     without any adapter. They differ under `model.lora.start` only."""
     stored: ClassVar[bool] = True
-    is_student: ClassVar[bool] = False
+
+    def is_without_adapter(self, started: bool) -> bool:
+        """Where the adapter began as nothing, or is not meant."""
+        return self.at == "checkpoint" or not started
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """As for `Live`: where base weights decode."""
+        """Where base weights decode."""
         return rolling == self
-
-    def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
-        """The base never moves."""
 
 
 @dataclass(frozen=True)
-class Ema(Ranged, key="method.teacher"):
+class Ema(Ranged, WeightsDefaults, key="method.teacher"):
     """An exponential moving average of the student: copy <- decay copy + (1 - decay) live, after every optimizer step.
 
     At an update that is skipped it stays (lasgroup/SDPO, commit 0e6d510, moves it in the step): else it would come
@@ -80,15 +82,14 @@ class Ema(Ranged, key="method.teacher"):
 
     decay: Share = 0.99
     stored: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
+    follows_optimizer_steps: ClassVar[bool] = True
+    kept_in_float32: ClassVar[bool] = True
 
     @property
     def is_student(self) -> bool:
         """Only an average that forgets everything."""
         return self.decay == 0
-
-    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """An average never is."""
-        return False
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """Move the average."""
@@ -97,11 +98,12 @@ class Ema(Ranged, key="method.teacher"):
 
 
 @dataclass(frozen=True)
-class Snapshot(Ranged, key="method.teacher"):
+class Snapshot(Ranged, WeightsDefaults, key="method.teacher"):
     """A copy of the student, renewed every `every` updates."""
 
     every: Count = 25
     stored: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
 
     @property
     def is_student(self) -> bool:
@@ -120,38 +122,42 @@ class Snapshot(Ranged, key="method.teacher"):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(WeightsDefaults):
     """Another model with the student's tokenizer and backbone: on-policy distillation (arXiv 2605.31490)."""
 
     path: Place | None = None
     """Folder or hub name of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    stored: ClassVar[bool] = False
-    is_student: ClassVar[bool] = False
 
-    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """Another run's weights never are."""
-        return False
+    @property
+    def source(self) -> str | None:
+        """`path`."""
+        return self.path
 
-    def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
-        """It never moves."""
+    def other_model(self, student: Model) -> Model:
+        """Read as the student is."""
+        return Model(
+            path=self.path,
+            dtype=self.dtype,
+            attention=student.attention,
+            mask_token=student.mask_token,
+            end_tokens=student.end_tokens,
+        )
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(WeightsDefaults):
     """What another run trained on the student's own base: its adapter (or all weights), beside the student's."""
 
     path: Place | None = None
     """Folder of one of its checkpoints, or of a PEFT adapter (``dllm-sd export --to peft``), of the student's shape."""
     stored: ClassVar[bool] = True
-    is_student: ClassVar[bool] = False
+    of_another_run: ClassVar[bool] = True
 
-    def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """Another run's weights never are."""
-        return False
-
-    def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
-        """It never moves."""
+    @property
+    def source(self) -> str | None:
+        """`path`."""
+        return self.path
 
     def read(self, policy: Policy) -> dict[str, Tensor]:
         """Its tensors by the names of those that the student ``policy`` trains.
@@ -181,7 +187,6 @@ class Peer:
         return {name: placed_like(found[stored], live[name]) for name, stored in names.items()}
 
 
-Weights = Live | Base | Ema | Snapshot | Checkpoint | Peer
 WEIGHTS: dict[str, type] = {
     "live": Live,
     "base": Base,
@@ -222,10 +227,10 @@ class Teacher:
             self._adapter_params = _find_adapter_params(policy, self._adapter)
             self.copy = {name: _ema_dtype(weights, value) for name, value in self._adapter_params.items()}
             self._set(live)
-        elif weights.stored and not (isinstance(weights, Base) and _peft(policy)):
+        elif weights.stored and _peft(policy) is None:
             self.copy = {name: _ema_dtype(weights, value.detach().clone()) for name, value in live.items()}
-        if isinstance(weights, Peer):
-            self._set(weights.read(policy))
+        if (values := weights.read(policy)) is not None:
+            self._set(values)
 
     @torch.no_grad()
     def __call__(self, view: View) -> LazyLogits:
@@ -274,7 +279,7 @@ class Teacher:
 
         A snapshot is renewed whether the update ``stepped`` or not: it belongs to rollouts, which go by updates.
         """
-        if isinstance(self.weights, Ema) and not stepped:
+        if self.weights.follows_optimizer_steps and not stepped:
             return
         self.weights.after_update(self.copy, trained(self.policy), update)
         self._fill_adapter()
@@ -282,7 +287,7 @@ class Teacher:
     @property
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint must hold: none for the base and a peer, which are read again."""
-        return {} if isinstance(self.weights, Base | Peer) else self.copy
+        return self.copy if self.weights.moves else {}
 
     def load(self, copy: Mapping[str, Tensor]) -> None:
         """Restore `checkpoint_tensors` from a checkpoint."""
@@ -313,18 +318,13 @@ def trained(policy: Policy) -> dict[str, Parameter]:
     return {name: value for name, value in policy.module.named_parameters() if value.requires_grad}
 
 
-def without_adapter(weights: Weights, started: bool) -> bool:
-    """Whether an adapted model has these weights when its adapter is off; ``started``: the adapter was not new."""
-    return isinstance(weights, Base) and (weights.at == "checkpoint" or not started)
-
-
 def add_adapter(weights: Weights, policy: Policy) -> str | None:
     """Make room for a teacher's copy in an adapted model; the name of the new adapter, None where none is needed.
 
     It has parameters, so it must exist before the model is sharded over processes.
     """
     model = _peft(policy)
-    if model is None or not weights.stored or without_adapter(weights, policy.starts_adapted):
+    if model is None or not weights.stored or weights.is_without_adapter(policy.starts_adapted):
         return None
     name = f"teacher{len(model.peft_config)}"
     live, known = {id(value) for value in trained(policy).values()}, {id(part) for part in model.modules()}
@@ -365,7 +365,7 @@ def _find_adapter_params(policy: Policy, adapter: str) -> dict[str, Tensor]:
 
 def _ema_dtype(weights: Weights, value: Tensor) -> Tensor:
     """In bfloat16 the small steps of an average would round to nothing."""
-    return at_least_float32(value) if isinstance(weights, Ema) else value
+    return at_least_float32(value) if weights.kept_in_float32 else value
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ class Family:
     """Whether a position sees its own and earlier blocks only; else it sees everything."""
     block_length: int | None = None
     """Positions of an attention block where neither config.json nor the user says."""
+    block_causal_names: Mapping[str, int] = field(default_factory=dict)
+    """Block lengths by words in a checkpoint's name that say it is block-causal, where its config.json does not."""
     shift: bool = False
     """Whether the logits of position i speak about position i + 1."""
     mask_token: str | None = None
@@ -269,6 +271,7 @@ FAMILIES: dict[str, Family] = {
             network=Qwen3ForCausalLM,
             config=_qwen_config(Qwen3Config),
             assumes=_QWEN_PLAIN,
+            block_causal_names={"bd3lm": 32},
             mask_token="<|mask|>",
             turn_end="<|im_end|>",
             thinking=False,
@@ -280,6 +283,7 @@ FAMILIES: dict[str, Family] = {
             network=Qwen2ForCausalLM,
             config=_qwen_config(Qwen2Config),
             assumes=_QWEN_PLAIN,
+            block_causal_names={"bd3lm": 32},
             mask_token="<|mask|>",
             turn_end="<|im_end|>",
         ),
@@ -310,7 +314,6 @@ CAUSAL = Family(
     model_types=(),
     mask_token="<|mask|>",
 )
-_BY_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 
 
 def recognise(written: Mapping[str, Any], where: str) -> Family:
@@ -322,10 +325,12 @@ def recognise(written: Mapping[str, Any], where: str) -> Family:
         InputError: if no class of transformers holds such a model.
     """
     model_type = written.get("model_type")
-    if family := _BY_TYPE.get(str(model_type)):
-        if family.name.startswith("a2d") and "bd3lm" in where.rpartition("/")[2].lower():
-            # Its config.json does not say so.
-            return replace(family, block_causal=True, block_length=32)
+    by_type = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
+    if family := by_type.get(str(model_type)):
+        name = where.rpartition("/")[2].lower()
+        for word, length in family.block_causal_names.items():
+            if word in name:
+                return replace(family, block_causal=True, block_length=length)
         return family
     if model_type in CONFIG_MAPPING and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         mark = written.get(MARK)
@@ -345,5 +350,5 @@ def recognise(written: Mapping[str, Any], where: str) -> Family:
     remote = " and would run code that comes with the checkpoint, which dllm-sd never does" * ("auto_map" in written)
     raise InputError(
         f"model_type {model_type!r} of {where} is not among the causal language models of transformers{remote}; "
-        f"use one of those, or a checkpoint of type {', '.join(sorted(_BY_TYPE))}"
+        f"use one of those, or a checkpoint of type {', '.join(sorted(by_type))}"
     )

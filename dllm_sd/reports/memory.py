@@ -12,24 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dllm_sd.canvases import AllMasked, DecoderSteps
 from dllm_sd.config import Config
 from dllm_sd.decoding.denoising import CHUNK, CHUNK_ELSEWHERE
 from dllm_sd.decoding.sampling import RUN
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.decoding.slots import READ, READ_ELSEWHERE
-from dllm_sd.losses.divergences import GeneralisedJSD, PolicyGradient, TokenNLL
-from dllm_sd.losses.gap import GatedGap
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
-from dllm_sd.losses.sites import TeacherTop
-from dllm_sd.losses.supports import TopK
 from dllm_sd.network.lazy_logits import sites_per_chunk
-from dllm_sd.policies.loading import DTYPES, teacher_model
-from dllm_sd.policies.weights import Checkpoint, Ema, without_adapter
+from dllm_sd.policies.loading import DTYPES
+from dllm_sd.policies.teacher_weights import Weights
 from dllm_sd.pretrained.families import CAUSAL, FAMILIES, MARK
-from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.training.optim import FUSED
 
 SECOND_READERS = ("k_proj", "v_proj", "up_proj")
@@ -111,7 +105,7 @@ def estimate(
     processes: int = 1,
     sharded: bool = False,
     device: str = "cuda",
-    others: Mapping[Checkpoint, nn.Module] | None = None,
+    others: Mapping[Weights, nn.Module] | None = None,
 ) -> Memory:
     """What a run of `config` will need on each process.
 
@@ -169,9 +163,11 @@ def estimate(
     )
 
 
-def _config_of(weights: Checkpoint, config: Config) -> Config:
+def _config_of(weights: Weights, config: Config) -> Config:
     """The config by which another checkpoint is counted: its own type of weights, and nothing trained."""
-    return replace(config, model=replace(teacher_model(weights, config.model), lora=None))
+    model = weights.other_model(config.model)
+    assert model is not None, "only other checkpoints are counted apart"
+    return replace(config, model=replace(model, lora=None))
 
 
 class _Shape:
@@ -298,7 +294,7 @@ def _mixtures(layer: nn.Module) -> Iterator[Any]:
 def _decoding(decode: Decoding, config: Config, shape: _Shape, device: str) -> tuple[int, int]:
     """Positions that one forward of a decoder reads, and bytes of the logits and their copies that choosing holds."""
     longest = config.max_prompt
-    filters = any(x.top_k or x.top_p < 1 for x in (decode, config.method.rollout) if isinstance(x, Decoding | PassAtK))
+    filters = decode.top_k > 0 or decode.top_p < 1 or config.method.rollout.filters
     copies = 2 + max(shape.vocabulary % RUN > 0, shape.logit / shape.wide * (shape.logit < shape.wide)) + 4 * filters
     if shape.causal:
         return decode.batch_size * longest, int(decode.batch_size * shape.vocabulary * shape.wide * (2 + copies))
@@ -312,26 +308,18 @@ def _decoding(decode: Decoding, config: Config, shape: _Shape, device: str) -> t
 
 
 def _sites(config: Config, canvases: int, causal: bool) -> tuple[int, int]:
-    """Candidates and graded sites of a micro-batch, at most; an autoregressive canvas has them at every token.
-
-    Random masks hide a share of the completion that is uniform on (0, 1): mean and two standard deviations of it.
-    """
+    """Candidates and graded sites of a micro-batch, at most; an autoregressive canvas has them at every token."""
     decode, method = config.decode, config.method
     if causal:
         masked = active = revealed = decode.length + (config.max_prompt - 1) * method.sites.prompt
-    elif isinstance(method.canvases, DecoderSteps):
+    elif method.canvases.decoded:
         masked, active = decode.length, decode.block_length
         revealed = max(decode.schedule) if decode.threshold is None else decode.block_length
     else:
-        hidden = 1.0 if isinstance(method.canvases, AllMasked) else min(1, 0.5 + 2 / math.sqrt(12 * canvases))
-        masked = active = revealed = math.ceil(decode.length * hidden)
-    if isinstance(method.sites, AllMaskedSites):
-        candidates = sites = active if method.sites.block else masked
-    elif isinstance(method.sites, TeacherTop):
-        candidates, sites = active, min(active, method.sites.count or revealed)
-    else:
-        candidates = sites = revealed
-    return canvases * candidates, canvases * sites
+        masked = active = revealed = math.ceil(decode.length * method.canvases.masked_share(canvases))
+    position = torch.arange(max(masked, active, revealed))
+    candidates, quota = method.sites(*((position < count)[None] for count in (masked, active, revealed)))
+    return canvases * int(candidates.sum()), canvases * int(quota.sum())
 
 
 def _head_gradient(shape: _Shape, several: bool) -> tuple[int, int]:
@@ -348,11 +336,7 @@ def _losses(config: Config, shape: _Shape, sites: int, few: int, head: int, prod
     method, c = config.method, len(config.method.contexts)
     chunk, several = min(sites, few) * shape.vocabulary * shape.wide, sites > few
     raw = c * (shape.logit / shape.wide) * (not several)  # the teachers' logits, if they are kept
-    if isinstance(method.divergence, TokenNLL | PolicyGradient | GatedGap) or isinstance(method.support, TopK):
-        copies = 3 + c
-    else:
-        jensen = isinstance(method.divergence, GeneralisedJSD) and 0 < method.divergence.beta < 1
-        copies = max(3 + 4 * c, 2 + 5 * c) if jensen else 3 + 4 * c
+    copies = method.divergence.tensors_held(c) if method.support.full_vocabulary else 3 + c
     inside = max((copies + raw) * chunk + several * head, (1 + raw) * chunk + head + product)
     return int(inside) + sites * shape.hidden * shape.residual
 
@@ -363,9 +347,9 @@ def _copies(config: Config, shape: _Shape, sharded: bool) -> tuple[int, int]:
     own = [
         weights
         for weights in config.method.models()
-        if weights.stored and not (lora and without_adapter(weights, lora.start is not None))
+        if weights.stored and not (lora and weights.is_without_adapter(lora.start is not None))
     ]
-    averages = any(isinstance(w, Ema) for w in own)
+    averages = any(w.kept_in_float32 for w in own)
     cast = not shape.rank and (sharded or (averages and shape.trained_bytes < 4))
-    total = sum(shape.trainable * shape.wide if isinstance(w, Ema) else shape.bytes_trained for w in own)
+    total = sum(shape.trainable * shape.wide if w.kept_in_float32 else shape.bytes_trained for w in own)
     return total, shape.bytes_trained if own and cast else 0

@@ -10,6 +10,7 @@ from typing import Any
 from dllm_sd.config import to_tree
 from dllm_sd.methods import METHODS, Row
 from dllm_sd.methods.method import Method
+from dllm_sd.parts import name_of
 
 HEAD = """# Methods
 
@@ -154,7 +155,7 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
 
 
 def _words(part: Any, table: Mapping[str, type]) -> str:
-    name = next(name for name, kind in table.items() if kind is type(part))
+    name = name_of(table, part)
     changed = []
     for f in fields(part):
         default = f.default_factory() if f.default_factory is not MISSING else f.default

@@ -12,11 +12,12 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.network.subspace import Subspace
 from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.teacher_weights import RolloutPolicy, Weights
 from dllm_sd.policies.weights import Base, Live
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, PositiveShare, Ranged, Share, Size, Temperature
 from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
-from dllm_sd.rollouts.horizons import HORIZONS, Complete, Progressive, Truncated
+from dllm_sd.rollouts.horizons import HORIZONS, Complete, Horizon
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem, Task
 from dllm_sd.trajectory import Reach, Trajectory
@@ -36,12 +37,55 @@ def prompt_tokens(
 class RolloutRule(Protocol):
     """How an update gets its rollouts."""
 
-    problems: int
-    """Problems per batch of rollouts."""
-    passes: int
-    """Updates that the same rollouts serve."""
-    decodes: ClassVar[bool]
-    """Whether the policy decodes (else the data set's references are used)."""
+    @property
+    def problems(self) -> int:
+        """Problems per batch of rollouts."""
+        ...
+
+    @property
+    def passes(self) -> int:
+        """Updates that the same rollouts serve."""
+        ...
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a policy decodes (else the data set's references are used)."""
+        ...
+
+    @property
+    def policy(self) -> RolloutPolicy | None:
+        """Whose weights decode; None if none do."""
+        ...
+
+    @property
+    def rolling(self) -> Weights | None:
+        """The weights that decode in the place of the student's; those of a subspace are the initial ones."""
+        ...
+
+    @property
+    def temperature(self) -> float | None:
+        """Softmax temperature that tokens are drawn at; None if none are."""
+        ...
+
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are drawn from the most probable ones only."""
+        ...
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some completions are not generated to their end."""
+        ...
+
+    @property
+    def needs_outcome(self) -> bool:
+        """Whether attempts are made or chosen by how good they are."""
+        ...
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether several rollouts of a problem are kept, right or wrong."""
+        ...
 
     def __call__(
         self,
@@ -58,6 +102,10 @@ class RolloutRule(Protocol):
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
         """How far the rollouts of a batch are decoded; None is to the end."""
+        ...
+
+    def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        """What is kept of one problem's counted attempts."""
         ...
 
 
@@ -85,9 +133,9 @@ class PassAtK(Ranged, key="method.rollout"):
     top_k: Natural = 0
     """As in `decode`, which is for evaluations."""
     top_p: PositiveShare = 1.0
-    policy: Live | Base | Subspace = field(default_factory=Live, metadata={"parts": ROLLING})
+    policy: RolloutPolicy = field(default_factory=Live, metadata={"parts": ROLLING})
     """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
-    horizon: Complete | Truncated | Progressive = field(default_factory=Complete, metadata={"parts": HORIZONS})
+    horizon: Horizon = field(default_factory=Complete, metadata={"parts": HORIZONS})
     """How much of a completion is generated."""
     draw: Literal["fresh", "fixed"] = "fresh"
     """`fixed`: a problem's attempts are the same whenever it is met, so that later epochs train on one set of texts,
@@ -100,7 +148,7 @@ class PassAtK(Ranged, key="method.rollout"):
         super().__post_init__()
         if self.keep == "all" and self.until_solved:
             raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
-        if self.draw == "fixed" and isinstance(self.policy, Live):
+        if self.draw == "fixed" and self.policy.moves:
             raise InputError(
                 "method.rollout.draw fixed is of texts that stay, but the student's change as it learns; set "
                 "method.rollout.policy to base or subspace, or draw to fresh"
@@ -154,14 +202,14 @@ class PassAtK(Ranged, key="method.rollout"):
         return self.horizon(policy, decode, batch * self.passes)
 
     @property
-    def rolling(self) -> Base | None:
-        """The weights that decode in the place of the student's; those of a subspace are held in it by the roller."""
-        match self.policy:
-            case Live():
-                return None
-            case Base():
-                return self.policy
-        return Base()
+    def rolling(self) -> Weights | None:
+        """The weights that decode in the place of the student's; `RolloutWeights` holds those of a subspace in it."""
+        return None if self.policy.is_student else self.policy.weights or Base()
+
+    @property
+    def filters(self) -> bool:
+        """By `top_k` or `top_p`."""
+        return self.top_k > 0 or self.top_p < 1
 
     @property
     def cuts(self) -> bool:
@@ -196,9 +244,12 @@ class Demonstrations(Ranged, key="method.rollout"):
     passes: Size = 1
     decodes: ClassVar[bool] = False
     policy: ClassVar[None] = None
-    keeps_groups: ClassVar[bool] = False
+    rolling: ClassVar[None] = None
+    temperature: ClassVar[None] = None
+    filters: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
     needs_outcome: ClassVar[bool] = False
+    keeps_groups: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -240,52 +291,79 @@ def needed_length(tokens: Sequence[int]) -> int:
 ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrations}
 
 
+class Gate(Protocol):
+    """What a gate must have; `GateDefaults` has all but `count_rejected` and the call."""
+
+    @property
+    def count_rejected(self) -> bool:
+        """Whether rejected rollouts count in the denominator of the loss."""
+        ...
+
+    @property
+    def needs_outcome(self) -> bool:
+        """Whether it asks how good a rollout is, which nobody knows before its end."""
+        ...
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it compares all rollouts of a problem."""
+        ...
+
+    @property
+    def mixes(self) -> bool:
+        """Whether right and wrong rollouts of a problem pass together."""
+        ...
+
+    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
+        """Those of a problem's kept attempts that count."""
+        ...
+
+
+class GateDefaults:
+    """A gate that judges each rollout for itself, without its outcome, and lets some pass."""
+
+    needs_outcome: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+
+
 @dataclass(frozen=True)
-class All:
+class All(GateDefaults):
     """Every rollout counts."""
 
     count_rejected: ClassVar[bool] = False
-    needs_outcome: ClassVar[bool] = False
-    """Whether it asks how good a rollout is, which nobody knows before its end."""
-    needs_group: ClassVar[bool] = False
-    """Whether it compares all rollouts of a problem."""
     mixes: ClassVar[bool] = True
-    """Whether right and wrong rollouts of a problem pass together."""
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return list(attempts)
 
 
 @dataclass(frozen=True)
-class Correct:
+class Correct(GateDefaults):
     """Correct rollouts only."""
 
     count_rejected: bool = False
     """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
     needs_outcome: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return [rollout for rollout in attempts if rollout.grade.correct]
 
 
 @dataclass(frozen=True)
-class Score(Ranged, key="method.gate"):
+class Score(Ranged, GateDefaults, key="method.gate"):
     """Rollouts that score at least `at_least` (partial credit)."""
 
     at_least: Share = 0.25
     count_rejected: bool = False
     needs_outcome: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return [rollout for rollout in attempts if rollout.grade.score >= self.at_least]
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(GateDefaults):
     """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
 
     count_rejected: bool = False
@@ -298,7 +376,6 @@ class Mixed:
 
 
 GATES: dict[str, type] = {"all": All, "correct": Correct, "score": Score, "mixed": Mixed}
-Gate = All | Correct | Score | Mixed
 
 
 COUNTS = (
@@ -308,7 +385,7 @@ COUNTS = (
 """What is always counted in `Rollouts.counts`."""
 
 
-def gather(rule: PassAtK | Demonstrations, gate: Gate, tried: Sequence[Sequence[Rollout]]) -> Rollouts:
+def gather(rule: RolloutRule, gate: Gate, tried: Sequence[Sequence[Rollout]]) -> Rollouts:
     """Keep and gate the attempts of each problem, and count.
 
     Args:

@@ -5,7 +5,6 @@ from dllm_sd.skills.extraction import Extraction, Memory, cold_start, update
 from dllm_sd.skills.retrieval import (
     PAIR,
     RETRIEVERS,
-    AnyRetriever,
     Embedding,
     Index,
     Lexical,
@@ -20,7 +19,6 @@ from dllm_sd.skills.retrieval import (
 __all__ = [
     "PAIR",
     "RETRIEVERS",
-    "AnyRetriever",
     "Bank",
     "Embedding",
     "Extraction",

@@ -116,7 +116,6 @@ class Random:
 
 
 RETRIEVERS: dict[str, type] = {"lexical": Lexical, "embedding": Embedding, "random": Random}
-AnyRetriever = Lexical | Embedding | Random
 
 
 class Index:
@@ -164,14 +163,14 @@ def retrieve(
     query: str,
     count: int = 8,
     key: int = 0,
-    retriever: AnyRetriever = Lexical(),
+    retriever: Retriever = Lexical(),
 ) -> tuple[Pair, ...]:
     """`Index.retrieve` with an index that is made once for each bank and retriever in use."""
     return index(bank, retriever).retrieve(query, count, key)
 
 
 @lru_cache(maxsize=2)  # what stands before and after an update of the bank
-def index(bank: Bank, retriever: AnyRetriever) -> Index:
+def index(bank: Bank, retriever: Retriever) -> Index:
     """The index of a bank, made when it is first asked for."""
     return Index(bank, retriever)
 

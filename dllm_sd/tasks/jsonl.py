@@ -64,6 +64,19 @@ class Jsonl(DatasetTask):
         """``prompt``; where rubrics are wanted and none is given, what a rubric context asks its writer."""
         return RUBRIC_WRITER_PLAIN if self.grader == "rubric" and self.prompt == _PROMPT else self.prompt
 
+    @property
+    def rubric_prompt(self) -> str | None:
+        """The prompt, if rubrics are graded."""
+        return self.prompt_template() if self.grader == "rubric" else None
+
+    @property
+    def reference_remedy(self) -> str:
+        """The key that names the field, where it is not set."""
+        if self.reference_field is not None:
+            return super().reference_remedy
+        what = "set task.reference_field to the field that holds them, such as"
+        return f"{what} task.reference_field={self.answer_field}"
+
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
         """The system text, where there is one, and the prompt, or the row's own conversation."""
         spoken = self._conversation(problem.fields, "The problem")

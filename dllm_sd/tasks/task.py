@@ -54,6 +54,16 @@ class Task(Protocol):
         """Judge a completion. Never raises on model output, never evaluates it as code, bounded in time."""
         ...
 
+    @property
+    def rubric_prompt(self) -> str | None:
+        """The template that asks for a rubric, where completions are rubrics (Stage I of RCSD); None elsewhere."""
+        ...
+
+    @property
+    def reference_remedy(self) -> str:
+        """What to do where the data has no reference, as the end of a message."""
+        ...
+
     def chance(self, problems: Sequence[Problem]) -> float | None:
         """The expected share of ``problems`` that blind guessing solves, or None where guessing has no meaning."""
         ...
@@ -64,7 +74,17 @@ class Task(Protocol):
 
 
 class NoChanceLevel:
-    """What most tasks say of their grades: there is no chance level, and nothing beside the accuracy."""
+    """What most tasks say: there is no chance level and nothing beside the accuracy, and data may be named."""
+
+    @property
+    def rubric_prompt(self) -> str | None:
+        """None: completions are no rubrics."""
+        return None
+
+    @property
+    def reference_remedy(self) -> str:
+        """Other data."""
+        return "name others"
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
         """None."""

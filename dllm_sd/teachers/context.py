@@ -5,7 +5,7 @@ A context may change two things: the canvas (positions revealed, `suffix.py`) an
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -157,6 +157,26 @@ class Hint(Protocol):
         """Whether the text is one for all rollouts of a problem, at any time."""
         ...
 
+    @property
+    def writer_prompt(self) -> str | None:
+        """The template by which a writer that was trained for it is asked; None where writers are not trained."""
+        ...
+
+    @property
+    def skill_rank(self) -> int | None:
+        """Which pair of the bank of skills it shows, from 0; None if it shows none."""
+        ...
+
+    @property
+    def needs_reference(self) -> Literal["solution", "answer"] | None:
+        """What of the data it shows, without which it has no text: the worked solution, or the final answer."""
+        ...
+
+    @property
+    def marks_regions(self) -> bool:
+        """Whether `marks` tells any spans apart."""
+        ...
+
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
         """Spans of a rollout's text (first character, the one behind, a word) that its hint, the note, tells apart."""
         ...
@@ -175,7 +195,7 @@ class Hint(Protocol):
 
 
 class Context(Protocol):
-    """A teacher's extra knowledge."""
+    """A teacher's extra knowledge; `ContextDefaults` has all but `same_view` and the call."""
 
     @property
     def needs_answer_span(self) -> bool:
@@ -187,10 +207,25 @@ class Context(Protocol):
         """Whether what it reveals may stand behind the active block, where a block-causal model cannot look."""
         ...
 
-    needs_steps: ClassVar[bool]
-    """Whether it needs canvases that the decoder really saw."""
-    reveals: ClassVar[bool]
-    """Whether it reveals anything on the canvas, where an autoregressive model cannot look."""
+    @property
+    def needs_steps(self) -> bool:
+        """Whether it needs canvases that the decoder really saw."""
+        ...
+
+    @property
+    def reveals(self) -> bool:
+        """Whether it reveals anything on the canvas, where an autoregressive model cannot look."""
+        ...
+
+    @property
+    def reveals_whole_block(self) -> bool:
+        """Whether it reveals all of the active block, so that the teacher can choose no site there."""
+        ...
+
+    @property
+    def by_peer(self) -> bool:
+        """Whether it shows what a peer says of the rollout, so that two students can teach each other."""
+        ...
 
     @property
     def hint(self) -> Hint | None:
@@ -202,20 +237,50 @@ class Context(Protocol):
         where sites cover so much of a canvas."""
         ...
 
+    def tutored(self, tutor: str, student: str, writing: Writing | None) -> "Context":
+        """The same between a tutor and a student of these domains, with what the tutor writes with."""
+        ...
+
     def __call__(self, inputs: ContextInputs) -> TeacherInputs:
         """The teacher's reading of every canvas."""
         ...
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """The student's own canvas: a teacher that differs in its weights at most."""
+class ContextDefaults:
+    """A context that reveals nothing and hints at nothing."""
 
     needs_steps: ClassVar[bool] = False
-    needs_answer_span: ClassVar[bool] = False
-    shows_later_blocks: ClassVar[bool] = False
     reveals: ClassVar[bool] = False
-    hint: ClassVar[None] = None
+    by_peer: ClassVar[bool] = False
+
+    @property
+    def needs_answer_span(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def shows_later_blocks(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def reveals_whole_block(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def hint(self) -> Hint | None:
+        """None: the teacher reads the student's prompt."""
+        return None
+
+    def tutored(self, tutor: str, student: str, writing: Writing | None) -> Self:
+        """Itself: no peer is asked."""
+        return self
+
+
+@dataclass(frozen=True)
+class Nothing(ContextDefaults):
+    """The student's own canvas: a teacher that differs in its weights at most."""
 
     def same_view(self, covers: Covers) -> bool:
         """Always."""

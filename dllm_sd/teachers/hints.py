@@ -4,6 +4,7 @@ A hint is a context of its own (a teacher that reads the student's completion be
 of a context that also reveals positions on the canvas.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
@@ -15,7 +16,15 @@ from dllm_sd.losses.sites import Covers
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Count, Ranged, Share
 from dllm_sd.tasks.datafile import render
-from dllm_sd.teachers.context import ContextInputs, HintInputs, Reasoning, TeacherInputs, TeacherPrompt, show
+from dllm_sd.teachers.context import (
+    ContextDefaults,
+    ContextInputs,
+    HintInputs,
+    Reasoning,
+    TeacherInputs,
+    TeacherPrompt,
+    show,
+)
 from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.texts.thinking import without_thinking
 
@@ -40,8 +49,11 @@ Solve the problem afresh and answer it correctly."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt(Ranged):
-    """What all hints share: the limits of the prompt, and that they reveal nothing on the canvas."""
+class Prompt(Ranged, ContextDefaults, ABC):
+    """What all hints share: the limits of the prompt, and that they reveal nothing on the canvas.
+
+    A hint has nothing to add but `prompt_for`.
+    """
 
     thinking: bool | None = None
     """The chat template's thinking switch for this teacher; None as for the student."""
@@ -51,14 +63,26 @@ class Prompt(Ranged):
     """Longest prompt of the teacher in tokens, without an analysis."""
     overflow: Literal["drop", "cut"] = "drop"
     """What happens to a longer one: the rollout is dropped and counted, or the hint is cut at its end."""
-    needs_steps: ClassVar[bool] = False
-    needs_answer_span: ClassVar[bool] = False
-    shows_later_blocks: ClassVar[bool] = False
-    reveals: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False
     needs_outcome: ClassVar[bool] = False
     writing: ClassVar[Writing | None] = None
     per_problem: ClassVar[bool] = False
+    marks_regions: ClassVar[bool] = False
+
+    @property
+    def writer_prompt(self) -> str | None:
+        """None: nobody is trained to write."""
+        return None
+
+    @property
+    def skill_rank(self) -> int | None:
+        """None: no skill is shown."""
+        return None
+
+    @property
+    def needs_reference(self) -> Literal["solution", "answer"] | None:
+        """None: the data's reference is not needed."""
+        return None
 
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
         """Nothing is told apart."""
@@ -72,6 +96,10 @@ class Prompt(Ranged):
     def same_view(self, covers: Covers) -> bool:
         """Never: the prompt is another."""
         return False
+
+    @abstractmethod
+    def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
+        """The prompt for one rollout, None if there is nothing to hint at."""
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """Nobody is asked."""
@@ -98,6 +126,11 @@ class Reference(Prompt):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template)
+
+    @property
+    def needs_reference(self) -> Literal["solution", "answer"]:
+        """`source`."""
+        return self.source
 
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where the data has no reference."""

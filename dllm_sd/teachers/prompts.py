@@ -11,9 +11,7 @@ from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem, Task
-from dllm_sd.teachers import AnyContext
-from dllm_sd.teachers.context import HintInputs, Reasoning, TeacherPrompt, no_pairs
-from dllm_sd.teachers.table import AnyHint
+from dllm_sd.teachers.context import Context, Hint, HintInputs, Reasoning, TeacherPrompt, no_pairs
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.writers import Request, Written
 
@@ -41,7 +39,7 @@ class Sources:
 
 def build_teacher_prompts(
     rollouts: Rollouts,
-    contexts: Sequence[AnyContext],
+    contexts: Sequence[Context],
     task: Task,
     policy: Policy,
     analyse: Analyse,
@@ -78,7 +76,7 @@ def build_teacher_prompts(
         for rollout in rollouts.kept
     ]
     counts = {"cut_hint": 0.0, **rollouts.counts}
-    written: dict[AnyHint, list[HintInputs]] = {
+    written: dict[Hint, list[HintInputs]] = {
         hint: _written(hint, hint.writing, inputs_of_hints, sources.write, batch, counts)
         if hint.writing
         else inputs_of_hints
@@ -116,7 +114,7 @@ def build_teacher_prompts(
 
 
 def _written(
-    hint: AnyHint,
+    hint: Hint,
     writing: Writing,
     inputs_of_hints: Sequence[HintInputs],
     write: Write,
@@ -148,14 +146,14 @@ def _written(
     return found
 
 
-def _key(hint: AnyHint, rollout: Rollout, batch: tuple[int, int]) -> int:
+def _key(hint: Hint, rollout: Rollout, batch: tuple[int, int]) -> int:
     """Of a text: one for each rollout, or for each problem whenever it is met."""
     if hint.per_problem:
         return make_key(batch[0], rollout.problem.id, "writing")
     return make_key(*batch, *rollout.key_parts, rollout.attempt, "writing")
 
 
-def prompt_tokens(ask: TeacherPrompt, hint: AnyHint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
+def prompt_tokens(ask: TeacherPrompt, hint: Hint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
     """The prompt of one teacher, None if it is longer than it may be; and whether its hint was cut to fit."""
     prompt = policy.encode(_messages(ask, hint), hint.thinking)
     words: list[int] = []
@@ -168,7 +166,7 @@ def prompt_tokens(ask: TeacherPrompt, hint: AnyHint, policy: Policy) -> tuple[tu
     return (tuple(prompt), cut) if len(prompt) <= hint.longest else (None, False)
 
 
-def _messages(ask: TeacherPrompt, hint: AnyHint) -> list[dict[str, str]]:
+def _messages(ask: TeacherPrompt, hint: Hint) -> list[dict[str, str]]:
     """The task's messages, the last of them with the hint."""
     *before, last = ask.messages
     slots = {**ask.more, "question": last["content"], "hint": ask.text}

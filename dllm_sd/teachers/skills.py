@@ -7,7 +7,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.files.writing import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Ranged, Size
-from dllm_sd.skills import RETRIEVERS, AnyRetriever, Bank, Extraction, Lexical, Pair, format_pair, retrieve
+from dllm_sd.skills import RETRIEVERS, Bank, Extraction, Lexical, Pair, Retriever, format_pair, retrieve
 from dllm_sd.tasks.datafile import Generated, render
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import HintInputs, TeacherPrompt
@@ -31,7 +31,7 @@ class SkillBankConfig(Ranged, key="method.library"):
 
     path: Place | None = None
     """A bank's JSON file. None makes one first, from `memories` attempts of the model itself at training problems."""
-    retriever: AnyRetriever = field(default_factory=Lexical, metadata={"parts": RETRIEVERS})
+    retriever: Retriever = field(default_factory=Lexical, metadata={"parts": RETRIEVERS})
     count: Size = 8
     """Pairs of a skill and a mistake that are found for each problem; there must be a context for each."""
     problem: str | None = None
@@ -98,6 +98,11 @@ class Skills(Prompt):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template)
+
+    @property
+    def skill_rank(self) -> int:
+        """`rank`."""
+        return self.rank
 
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where the bank holds fewer pairs; the pair's weight is how far this teacher is believed."""

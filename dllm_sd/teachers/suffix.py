@@ -12,13 +12,13 @@ from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.ranges import Natural, Ranged, Share
 from dllm_sd.rollouts.rollout import Rollout
-from dllm_sd.teachers.context import ContextInputs, TeacherInputs, show
-from dllm_sd.teachers.table import HINTS, AnyHint
+from dllm_sd.teachers.context import ContextDefaults, ContextInputs, Hint, TeacherInputs, show
+from dllm_sd.teachers.table import HINTS
 from dllm_sd.trajectory import NEVER
 
 
 @dataclass(frozen=True)
-class Suffix(Ranged):
+class Suffix(Ranged, ContextDefaults):
     """Reveal a share of the positions still masked, with the rollout's final tokens (arXiv 2606.18195, Eq. 8).
 
     Graded sites are never revealed. The paper draws from all masked positions, the released code from later blocks.
@@ -37,7 +37,7 @@ class Suffix(Ranged):
     """Reveal tokens of the parsed final answer only."""
     stop_at_end: bool = False
     """Reveal nothing once the scope starts at or behind the end token (a rule of the released code)."""
-    prompt: AnyHint | None = field(default=None, metadata={"parts": HINTS})
+    prompt: Hint | None = field(default=None, metadata={"parts": HINTS})
     """A hint in the teacher's prompt beside the suffix, or `no_question` for the suffix without the question."""
     needs_steps: ClassVar[bool] = True
     reveals: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class Suffix(Ranged):
             raise InputError("stop_at_end is a rule of scope later_blocks; set it to false for other scopes")
 
     @property
-    def hint(self) -> AnyHint | None:
+    def hint(self) -> Hint | None:
         """What makes the prompt."""
         return self.prompt
 
@@ -61,6 +61,11 @@ class Suffix(Ranged):
     def shows_later_blocks(self) -> bool:
         """Unless it keeps to the active block."""
         return self.scope != "active_block"
+
+    @property
+    def reveals_whole_block(self) -> bool:
+        """Where all of a scope that holds it is revealed."""
+        return self.scope != "later_blocks" and self.ratio == 1
 
     def same_view(self, covers: Covers) -> bool:
         """Without a hint, where nothing is left to reveal."""
@@ -114,21 +119,23 @@ class Suffix(Ranged):
 
 
 @dataclass(frozen=True)
-class LaterStep(Ranged):
+class LaterStep(Ranged, ContextDefaults):
     """The canvas of a later step of the same trajectory, graded sites masked again (after arXiv 2607.04428)."""
 
     ahead: Natural | None = 8
     """How many decoding steps later; None looks at the finished completion."""
-    prompt: AnyHint | None = field(default=None, metadata={"parts": HINTS})
+    prompt: Hint | None = field(default=None, metadata={"parts": HINTS})
     """A hint in the teacher's prompt."""
     reveals: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
-    needs_answer_span: ClassVar[bool] = False
-    shows_later_blocks: ClassVar[bool] = False
-    """It shows the active block too."""
 
     @property
-    def hint(self) -> AnyHint | None:
+    def reveals_whole_block(self) -> bool:
+        """The finished completion."""
+        return self.ahead is None
+
+    @property
+    def hint(self) -> Hint | None:
         """What makes the prompt."""
         return self.prompt
 

@@ -13,4 +13,3 @@ HINTS: dict[str, type] = {
     "feedback": Feedback,
     "skills": Skills,
 }
-AnyHint = Reference | Sibling | NoQuestion | Rubric | Critique | Feedback | Skills

@@ -1,8 +1,8 @@
 """Hints that somebody writes: rubrics, critiques and a peer's feedback. The prompts are our own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
@@ -88,6 +88,11 @@ class Rubric(Prompt):
         if (self.source == "written") != (self.writing is not None):
             raise InputError("a rubric context is written by somebody: set source to written and writing, or neither")
 
+    @property
+    def writer_prompt(self) -> str:
+        """`prompt`: Stage I of RCSD trains its writer on it."""
+        return self.prompt
+
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """The same for all rollouts of a problem, so that it is written once."""
         task, problem = inputs.task, inputs.rollout.problem
@@ -160,6 +165,7 @@ class Critique(Prompt):
     prompt: str | None = None
     """Asks the critic: `{question}`, `{truth}`, `{trace}`; None takes one that fits the `truth`."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
+    marks_regions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,12 +224,17 @@ class Feedback(Sibling):
     anchored: bool = True
     """Use only feedback that names a term of the problem, without what gives the answer away (App. C.2)."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
+    by_peer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.solution)
         check_template(self.comment)
         check_slots(self.prompt, "prompt", "response", "question", "tutor_domain", "student_domain")
+
+    def tutored(self, tutor: str, student: str, writing: Writing | None) -> Self:
+        """The tutor's words are of one domain, the rollout of the other."""
+        return replace(self, tutor=tutor, student=student, writing=writing)
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...]:
         """The tutor's prompt about one rollout."""

@@ -13,8 +13,7 @@ from dllm_sd.objective.equation import Graded
 from dllm_sd.objective.plan import Plan
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.rollouts.rollout import Rollouts
-from dllm_sd.teachers import AnyContext
-from dllm_sd.teachers.hints import Prompt
+from dllm_sd.teachers.context import Context
 
 REGIONS = ("prefix", "error", "after")
 """Before the first wrong step, in it, and behind it."""
@@ -23,13 +22,13 @@ RIGHT = "right"
 """Beside the regions: everything in rollouts that were right."""
 
 
-def region_map(policy: Policy, contexts: Sequence[AnyContext], rollouts: Rollouts) -> Tensor | None:
+def region_map(policy: Policy, contexts: Sequence[Context], rollouts: Rollouts) -> Tensor | None:
     """int64 ``[b l]``: the number in `REGIONS` of each token, -1 where nothing is known; None if nothing is at all.
 
     Of the first context, whose advantage is logged.
     """
     hint = contexts[0].hint if contexts else None
-    if hint is None or type(hint).marks is Prompt.marks or not rollouts.size:
+    if hint is None or not hint.marks_regions or not rollouts.size:
         return None
     found = torch.full(rollouts.trajectory.tokens.shape, -1)
     for row, rollout in enumerate(rollouts.kept):

@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
 
-from dllm_sd.config import Config, build_config
+from dllm_sd.config import Config, build_config, to_tree
 from dllm_sd.files.checkpoint_files import CHECKPOINTS
-from dllm_sd.policies.weights import Checkpoint, Peer
-from dllm_sd.tasks import Jsonl
-from dllm_sd.teachers import Rubric
 from dllm_sd.training.checkpoint import State, latest_checkpoint, state_of
 from dllm_sd.training.folder import CONFIG, read_tree
 from dllm_sd.training.left_out import in_words
@@ -62,27 +59,30 @@ def about_sources(config: Config) -> list[str]:
 
 def asked_otherwise(config: Config) -> list[str]:
     """Sentences on rubric writers that a run trained on (Stage I of RCSD) and that are asked otherwise here."""
-    found: list[str] = []
-    hints = [context.hint for context in config.method.contexts]
-    for place, hint in enumerate(hints):
-        writer = hint.writing.writer if isinstance(hint, Rubric) and hint.writing else None
-        if not isinstance(hint, Rubric) or not isinstance(writer, Peer | Checkpoint) or writer.path is None:
+    sentences: list[str] = []
+    for place, context in enumerate(config.method.contexts):
+        writing = context.hint.writing if context.hint is not None else None
+        prompt = context.hint.writer_prompt if context.hint is not None else None
+        source = writing.writer.weights.source if writing is not None and writing.writer.weights is not None else None
+        if writing is None or prompt is None or source is None:
             continue
-        run = Path(writer.path).parent.parent
-        if Path(writer.path).parent.name != CHECKPOINTS or not (run / CONFIG).is_file():
+        run = Path(source).parent.parent
+        if Path(source).parent.name != CHECKPOINTS or not (run / CONFIG).is_file():
             continue
         learnt = build_config(read_tree(run))
-        if isinstance(learnt.task, Jsonl) and learnt.task.grader == "rubric":
-            found += _asked_otherwise(run, learnt, learnt.task, config, hint, f"method.contexts.{place}")
-    return found
+        if learnt.task.rubric_prompt is not None:
+            thinking = writing.sampling.thinking
+            thinking = config.model.thinking if thinking is None else thinking
+            sentences += _differences(run, learnt, prompt, thinking, f"method.contexts.{place}")
+    return sentences
 
 
-def _asked_otherwise(run: Path, learnt: Config, task: Jsonl, config: Config, hint: Rubric, key: str) -> list[str]:
-    thinking = hint.writing.sampling.thinking if hint.writing else None
-    thinking = config.model.thinking if thinking is None else thinking
+def _differences(run: Path, learnt: Config, prompt: str, thinking: bool | None, key: str) -> list[str]:
+    """How a writer is asked, by ``prompt`` and with or without thinking, that its run did not train it on."""
+    system = to_tree(learnt)["task"].get("system")
     differs = {
-        ("task.prompt", f"{key}.prompt", "prompt"): _words(task.prompt_template()) != _words(hint.prompt),
-        ("task.system", f"{key}, whose writer gets none", "system text"): task.system is not None,
+        ("task.prompt", f"{key}.prompt", "prompt"): _words(learnt.task.rubric_prompt or "") != _words(prompt),
+        ("task.system", f"{key}, whose writer gets none", "system text"): system is not None,
         ("model.thinking", f"{key}.writing.sampling.thinking", "thinking"): learnt.model.thinking != thinking,
     }
     return [
@@ -101,5 +101,5 @@ def _words(template: str) -> list[tuple[str, bool]]:
 def _initial_sources(config: Config) -> list[str]:
     """Sentences on initial weights that a run takes from another one: to start from, to teach or to write with."""
     start = config.model.lora.start if config.model.lora else None
-    paths = [start, *(one.path for one in config.method.models() if isinstance(one, Peer))]
+    paths = [start, *(one.source for one in config.method.models() if one.of_another_run)]
     return [sentence for path in dict.fromkeys(filter(None, paths)) if (sentence := initial_of(Path(path)))]

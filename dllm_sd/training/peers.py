@@ -27,7 +27,7 @@ from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.weights import Peer
 from dllm_sd.settings import Peers, Student
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers import AnyContext, Feedback
+from dllm_sd.teachers.context import Context
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import (
     check_best,
@@ -226,15 +226,15 @@ def student_config(config: Config, student: Student, tutor: Peer | None) -> Conf
     )
 
 
-def _tutored(config: Config, context: AnyContext, student: Student, tutor: Peer | None) -> AnyContext:
-    if not isinstance(context, Feedback):
+def _tutored(config: Config, context: Context, student: Student, tutor: Peer | None) -> Context:
+    if not context.by_peer:
         return context
-    writing = context.writing
+    writing = context.hint and context.hint.writing
     assert writing is not None
     assert config.peers is not None
     (other,) = (one for one in config.peers.students if one != student)
     asked = Writing(tutor, writing.sampling, writing.tolerance) if tutor else None
-    return replace(context, writing=asked, tutor=other.domain, student=student.domain)
+    return context.tutored(other.domain, student.domain, asked)
 
 
 def lags(scores: Scores) -> dict[str, float]:

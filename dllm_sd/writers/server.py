@@ -20,7 +20,7 @@ from itertools import count
 from socket import socket
 from threading import Event, Lock
 from time import monotonic
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler
@@ -64,6 +64,8 @@ class Server(Ranged):
     """Most seconds until the second try; they double from try to try."""
     concurrency: Annotated[int, Range(least=1, most=1024)] = 8
     """Texts that are asked for at the same time."""
+    weights: ClassVar[None] = None
+    """The run's models are not asked."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +74,11 @@ class Server(Ranged):
             raise InputError("a writer's model is empty; give the name under which the server knows it")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             raise InputError("a writer's key_variable is no name of an environment variable; put the secret into one")
+
+    @property
+    def remote(self) -> Self:
+        """Itself."""
+        return self
 
     @property
     def identity(self) -> Mapping[str, Any]:

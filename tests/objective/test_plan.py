@@ -12,6 +12,7 @@ from dllm_sd import canvases as canvases_module
 from dllm_sd.canvases import AllMasked, DecoderSteps
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses import (
+    DivergenceDefaults,
     Each,
     GatedGap,
     GeneralisedJSD,
@@ -170,7 +171,7 @@ def test_any_partition_of_the_canvases_sums_to_the_same_loss_and_gradient(pair, 
 
 
 @dataclass(frozen=True)
-class Hellinger:
+class Hellinger(DivergenceDefaults):
     """The divergence of docs/adding_a_part.md: what a fork writes, and no more."""
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from tests.parallel.test_nodes import free_port
 from torch.distributed.fsdp import FSDPModule
 
 from dllm_sd.cli.main import leave_together, main
@@ -29,6 +28,7 @@ from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 from tests import exact  # noqa: F401
 from tests.parallel.test_fsdp import BASE, EMA, ROOT, assert_same, config_of
+from tests.parallel.test_nodes import free_port
 
 UPDATES = 2
 TREE = {**BASE, "updates": UPDATES, "checkpoint": {"every": UPDATES}}

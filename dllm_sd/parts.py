@@ -1,0 +1,13 @@
+"""Tables of parts: the table of a slot is the only registry of the parts that may stand in it."""
+
+from collections.abc import Mapping
+
+
+def name_of(table: Mapping[str, type], part: object) -> str:
+    """The name of a part in its table."""
+    return next(name for name, kind in table.items() if kind is type(part))
+
+
+def names_with(table: Mapping[str, type], capability: str, value: object) -> list[str]:
+    """The names of the parts whose class declares this value of a capability."""
+    return [name for name, kind in table.items() if getattr(kind, capability, None) is value]
