@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dllm_sd.parts import Part
 from dllm_sd.randomness import fold, make_key, uniform
 from dllm_sd.ranges import Count, Range, Ranged, ShareBelowOne, Size
 from dllm_sd.trajectory import NEVER, Trajectory, is_any_of
@@ -51,7 +52,7 @@ class Canvases:
         return self.ids.shape[0]
 
 
-class CanvasRule(Protocol):
+class CanvasRule(Part, Protocol):
     """Which canvases one pass over a batch of rollouts reads; `CanvasDefaults` has all but the call.
 
     Of an autoregressive rollout every rule makes the same one: the sequence, in which each position sees what it saw

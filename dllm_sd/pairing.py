@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from string import Formatter
-from typing import Any
 
 from dllm_sd.canvases import CANVASES
 from dllm_sd.config import Config
@@ -234,8 +233,7 @@ def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem
 
 def _words(hint: Hint) -> list[str]:
     """What a hint's templates say around their slots, and what it asks a teacher to reason about."""
-    parts: Any = hint
-    texts = [value for f in fields(parts) if isinstance(value := getattr(hint, f.name), str) and "{" in value]
+    texts = [value for f in fields(hint) if isinstance(value := getattr(hint, f.name), str) and "{" in value]
     texts = ["".join(literal for literal, *_ in Formatter().parse(text)) for text in texts]
     return [*texts, *([hint.reasoning.instruction, hint.reasoning.transition] if hint.reasoning else [])]
 

@@ -1,6 +1,14 @@
 """Tables of parts: the table of a slot is the only registry of the parts that may stand in it."""
 
 from collections.abc import Mapping
+from dataclasses import Field
+from typing import Any, ClassVar, Protocol
+
+
+class Part(Protocol):
+    """A frozen dataclass whose fields are its config keys; the protocol of a slot says what else it must have."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
 def name_of(table: Mapping[str, type], part: object) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd.losses.roles import AllTeachers, Role
+from dllm_sd.parts import Part
 
 
 class Measured(NamedTuple):
@@ -21,7 +22,7 @@ class Measured(NamedTuple):
     """``[t m]``, before any clip, detached."""
 
 
-class Divergence(Protocol):
+class Divergence(Part, Protocol):
     """What a divergence must have; `DivergenceDefaults` has all but `entries` and the call."""
 
     @property

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from dllm_sd.parts import Part
 from dllm_sd.ranges import Count, Ranged
 
 Covers = Literal["none", "step", "block", "masked"]
@@ -18,7 +19,7 @@ Covers = Literal["none", "step", "block", "masked"]
 commits, what is masked in the active block, all that is masked."""
 
 
-class SiteRule(Protocol):
+class SiteRule(Part, Protocol):
     """What a rule of sites must have; `SiteDefaults` has `score` and `follows_decoder` of a rule that asks nobody."""
 
     @property

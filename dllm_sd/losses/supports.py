@@ -17,13 +17,14 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.losses.numerics import at_least_float32, floor_logp
 from dllm_sd.losses.roles import AllTeachers, Role
+from dllm_sd.parts import Part
 from dllm_sd.ranges import Count, Ranged
 
 #: The tail bucket holds at least this much probability (SDPO's constant), so that its logarithm stays finite.
 MIN_TAIL = 1e-7
 
 
-class Support(Protocol):
+class Support(Part, Protocol):
     """What a support must have; `SupportDefaults` has all but the call."""
 
     @property

@@ -18,10 +18,11 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import jsd_entries, kl_entries
 from dllm_sd.losses.numerics import floor_logp
+from dllm_sd.parts import Part
 from dllm_sd.ranges import Positive, Range, Ranged, Share
 
 
-class Target(Protocol):
+class Target(Part, Protocol):
     """What a target must have; `TargetDefaults` has all but `contexts`, `keeps_contexts` and the call."""
 
     @property

@@ -22,6 +22,7 @@ from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
 from dllm_sd.losses.numerics import at_least_float32, floor_logp
 from dllm_sd.losses.roles import AllTeachers, Role
+from dllm_sd.parts import Part
 from dllm_sd.ranges import Count, NonNegative, Positive, Ranged, Share
 
 
@@ -54,7 +55,7 @@ class Pooling(Protocol):
         ...
 
 
-class Trust(Protocol):
+class Trust(Part, Protocol):
     """What a trust must have; `TrustDefaults` has all but `rollout_weight` and the call."""
 
     @property

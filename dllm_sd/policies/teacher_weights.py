@@ -6,11 +6,12 @@ from typing import ClassVar, Protocol, Self
 from torch import Tensor
 
 from dllm_sd.network.subspace import Subspace
+from dllm_sd.parts import Part
 from dllm_sd.policies.policy import Policy
 from dllm_sd.pretrained.model import Model
 
 
-class Weights(Protocol):
+class Weights(Part, Protocol):
     """Whose weights a teacher runs with; `WeightsDefaults` has all of it."""
 
     @property
@@ -131,7 +132,7 @@ class WeightsDefaults:
         """They never move."""
 
 
-class RolloutPolicy(Protocol):
+class RolloutPolicy(Part, Protocol):
     """Who may make rollouts: some of the weights of teachers (`Weights`), or a subspace of the initial ones."""
 
     @property

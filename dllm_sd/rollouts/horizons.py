@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from dllm_sd.decoding.settings import Decoding
+from dllm_sd.parts import Part
 from dllm_sd.policies.policy import Policy
 from dllm_sd.ranges import Count, PositiveShare, Ranged, Share
 from dllm_sd.trajectory import Reach
 
 
-class Horizon(Protocol):
+class Horizon(Part, Protocol):
     """What a rollout rule calls."""
 
     @property

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Protocol
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.network.subspace import Subspace
+from dllm_sd.parts import Part
 from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.teacher_weights import RolloutPolicy, Weights
 from dllm_sd.policies.weights import Base, Live
@@ -34,7 +35,7 @@ def prompt_tokens(
     return Prompted(problem, prompt) if len(prompt) <= longest else None
 
 
-class RolloutRule(Protocol):
+class RolloutRule(Part, Protocol):
     """How an update gets its rollouts."""
 
     @property
@@ -291,7 +292,7 @@ def needed_length(tokens: Sequence[int]) -> int:
 ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrations}
 
 
-class Gate(Protocol):
+class Gate(Part, Protocol):
     """What a gate must have; `GateDefaults` has all but `count_rejected` and the call."""
 
     @property

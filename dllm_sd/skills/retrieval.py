@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.parts import Part
 from dllm_sd.randomness import make_key, permutation
 from dllm_sd.ranges import Count, Ranged
 from dllm_sd.skills.bank import Bank, Mistake, Skill, texts
@@ -43,7 +44,7 @@ class Pair:
     """The teacher's share among the pairs of the same problem; they add up to 1."""
 
 
-class Retriever(Protocol):
+class Retriever(Part, Protocol):
     """Reads the texts of a bank's skills, or of its mistakes, once, and then ranks them for any problem."""
 
     def __call__(self, texts: Sequence[str]) -> Rank:

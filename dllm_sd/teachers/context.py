@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases
 from dllm_sd.losses.sites import Covers
+from dllm_sd.parts import Part
 from dllm_sd.ranges import Ranged, Size, Temperature
 from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.skills.retrieval import Pair
@@ -114,7 +115,7 @@ class TeacherPrompt:
     """How far this teacher is believed beside the others, for this rollout."""
 
 
-class Hint(Protocol):
+class Hint(Part, Protocol):
     """What makes a teacher's prompt out of a problem and its rollouts."""
 
     @property
@@ -194,7 +195,7 @@ class Hint(Protocol):
         ...
 
 
-class Context(Protocol):
+class Context(Part, Protocol):
     """A teacher's extra knowledge; `ContextDefaults` has all but `same_view` and the call."""
 
     @property

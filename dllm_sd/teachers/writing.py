@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dllm_sd.parts import Part
 from dllm_sd.policies.weights import WEIGHTS, Base, Weights
 from dllm_sd.ranges import Ranged, Share
 from dllm_sd.writers import Sampling, Server, Writer
@@ -14,7 +15,7 @@ Message = Mapping[str, str]
 WRITERS: dict[str, type] = {**WEIGHTS, "server": Server}
 
 
-class TextSource(Protocol):
+class TextSource(Part, Protocol):
     """Who may write: a model's weights, or somebody else."""
 
     @property
