@@ -55,6 +55,7 @@ from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.trajectory import NEVER
 from tests import exact  # noqa: F401
+from tests.teachers.briefs import prompts_of
 from tools.stub_writer import StubWriter, running
 
 ROOT = Path(__file__).parents[1]
@@ -648,7 +649,7 @@ def assert_hinted(whole: Seen, found: Sequence[int], hint: Any, rollout: Rollout
         assert texts[0].endswith(problem.fields["solution"])
     elif isinstance(hint, Rubric | Critique | Feedback):
         place = [context.hint for context in whole.config.method.contexts].index(hint)
-        note = rollout.notes[place]
+        note = rollout.briefs[place].text
         assert note
         texts = [note]
         more = task.reference(problem) or "" if isinstance(hint, Rubric) and hint.reference else ""
@@ -659,7 +660,7 @@ def assert_hinted(whole: Seen, found: Sequence[int], hint: Any, rollout: Rollout
         assert texts
     elif isinstance(hint, Skills):
         place = whole.config.method.contexts.index(hint)
-        note = rollout.notes[place]
+        note = rollout.briefs[place].text
         assert note is not None
         assert note == format_pair(retrieve(BANK, question, 2)[hint.rank])
         texts = [note]
@@ -722,7 +723,7 @@ def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teac
             written = policy.decode([prompt], settings, [key])
             text = policy.text(written.tokens[0, : int(written.length)].tolist()).strip()
             opening = policy.encode_completion(f"{text}+-", ended=False)
-            assert rollout.teacher_prompts == ((*prompt, *opening),)
+            assert prompts_of(rollout) == ((*prompt, *opening),)
 
 
 def test_an_update_is_the_same_in_one_piece_and_in_many(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases, drawn_share, with_prompt
 from dllm_sd.methods.method import Average, Method
-from dllm_sd.rollouts.rollout import Rollouts
+from dllm_sd.rollouts.rollout import Rollouts, TeacherBrief
 from dllm_sd.teachers import ContextInputs, TeacherInputs
 from dllm_sd.trajectory import left_pad
 
@@ -100,8 +100,8 @@ def plan_update(
     candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
     protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
     inputs = ContextInputs(canvases, trajectory, protected, answer, keys)
-    prompts = zip(*(rollout.teacher_prompts for rollout in rollouts.kept), strict=True)
-    own = [*prompts] or [(None,)] * len(method.contexts)
+    briefs = [rollout.briefs or (TeacherBrief(),) * len(method.contexts) for rollout in rollouts.kept]
+    own = [[brief.prompt for brief in of_context] for of_context in zip(*briefs, strict=True)]
     readings = tuple(
         context(replace(inputs, prompt=None if None in rows else left_pad(rows, trajectory.pad_id)))
         for context, rows in zip(method.contexts, own, strict=True)
@@ -114,7 +114,7 @@ def plan_update(
     weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
     mean = _mean(method.average, canvases.rows, quota.double(), counted)
-    weights = [rollout.teacher_weights or (1.0,) * len(method.contexts) for rollout in rollouts.kept]
+    weights = [[brief.weight for brief in of_rollout] for of_rollout in briefs]
     belief = torch.tensor(weights, dtype=torch.float64).reshape(rollouts.size, len(method.contexts))[canvases.rows]
     coefficient = canvases.weight.double() * mean
     plan = Plan(canvases, readings, candidates, quota, coefficient, weight[canvases.rows], belief)

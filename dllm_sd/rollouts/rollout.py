@@ -43,6 +43,18 @@ def with_occurrences(prompted: Iterable[Prompted]) -> list[Prompted]:
 
 
 @dataclass(frozen=True)
+class TeacherBrief:
+    """What one teacher context is told about a rollout beyond what the student reads: its privileged context."""
+
+    prompt: tuple[int, ...] | None = None
+    """The tokens that it reads in the place of the student's prompt; None where it reads the student's."""
+    weight: float = 1.0
+    """How far it is believed beside the other contexts."""
+    text: str | None = None
+    """The hint in its prompt, as text."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One graded completion; its trajectory is a batch of one."""
 
@@ -53,12 +65,8 @@ class Rollout:
     trajectory: Trajectory
     counted: bool = True
     """False for an attempt that a serial retry loop would not have made: it began `ahead` of the first correct one."""
-    teacher_prompts: tuple[tuple[int, ...] | None, ...] = ()
-    """The prompt that each teacher context reads in the place of the student's; None where it reads the student's."""
-    teacher_weights: tuple[float, ...] = ()
-    """How far each context is believed beside the others; empty where all count the same."""
-    notes: tuple[str | None, ...] = ()
-    """The hint in each teacher's prompt, as text."""
+    briefs: tuple[TeacherBrief, ...] = ()
+    """One for each teacher context; empty where no context has a hint, and all count the same."""
     occurrence: int = 0
     """`Prompted.occurrence`: a data set may be smaller than a batch, and an epoch may end within one."""
 

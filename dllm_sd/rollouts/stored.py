@@ -39,7 +39,9 @@ def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, An
 def _tree(value: Any) -> Any:
     """A dataclass and the dataclasses in its fields as JSON; tuples of them and trajectories have places instead."""
     if not is_dataclass(value):
-        return dict(value) if isinstance(value, Mapping) else value
+        return (
+            dict(value) if isinstance(value, Mapping) else [*map(_tree, value)] if isinstance(value, tuple) else value
+        )
     names = [one.name for one in fields(value) if one.name not in ("trajectory", "kept", "chosen")]
     return {name: _tree(getattr(value, name)) for name in names}
 
@@ -113,16 +115,32 @@ def _trajectory(values: Mapping[str, Any], place: int) -> Trajectory:
 
 
 def _current(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rollouts of checkpoints without checksums too: they hold the kept ones only, with one layout for all."""
+    """Rollouts of former checkpoints too.
+
+    The oldest hold the kept ones only, with one layout for all; later ones have three lists in the place of `briefs`.
+    """
     if "layout" not in tree:
-        return tree
+        entries = build(tuple[dict[str, Any], ...], tree.get("rollouts"), "rollouts")
+        return {**tree, "rollouts": [*map(_with_briefs, entries)]}
     entries = build(tuple[dict[str, Any], ...], tree.get("kept"), "kept")
     places = list(range(len(entries)))
     defaults = {one.name: one.default for one in fields(Rollout) if one.default is not MISSING}
     return {
-        "rollouts": [{**defaults, **entry, "trajectory": place} for place, entry in enumerate(entries)],
+        "rollouts": [{**defaults, **_with_briefs(entry), "trajectory": place} for place, entry in enumerate(entries)],
         "trajectories": [build(dict[str, Any], tree["layout"], "layout")] * len(entries),
         "counts": tree.get("counts"),
         "kept": places,
         "chosen": places,
     }
+
+
+def _with_briefs(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A rollout's entry whose lists of prompts, weights and texts became one of `TeacherBrief`."""
+    former = ("teacher_prompts", "teacher_weights", "notes")
+    if not any(name in entry for name in former):
+        return dict(entry)
+    prompts, weights, texts = (build(tuple[Any, ...], entry.get(name, []), name) for name in former)
+    size = max(len(prompts), len(weights), len(texts))
+    columns = zip(prompts or [None] * size, weights or [1.0] * size, texts or [None] * size, strict=False)
+    briefs = [dict(zip(("prompt", "weight", "text"), values, strict=True)) for values in columns]
+    return {**{name: value for name, value in entry.items() if name not in former}, "briefs": briefs}

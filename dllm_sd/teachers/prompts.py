@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from dllm_sd.errors import Stopped
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
 from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem, Task
@@ -46,7 +46,7 @@ def build_teacher_prompts(
     batch: tuple[int, int],
     sources: Sources = Sources(),
 ) -> Rollouts:
-    """The same rollouts with `Rollout.teacher_prompts`; those without a hint, or with one too long, are left out.
+    """The same rollouts with `Rollout.briefs`; those without a hint, or with one too long, are left out.
 
     Args:
         rollouts: of all processes, in one order.
@@ -63,10 +63,29 @@ def build_teacher_prompts(
     hints = [context.hint for context in contexts]
     if not any(hints):
         return rollouts
+    counts = {"cut_hint": 0.0, **rollouts.counts}
+    plain = _hint_inputs(rollouts, task, batch, sources)
+    inputs: dict[Hint, list[HintInputs]] = {
+        hint: _written(hint, hint.writing, plain, sources.write, batch, counts) if hint.writing else plain
+        for hint in dict.fromkeys(filter(None, hints))
+    }
+    kept: list[Rollout] = []
+    for place, rollout in enumerate(rollouts.kept):
+        briefs = _briefs([(hint, inputs[hint][place]) if hint else None for hint in hints], policy, counts)
+        if briefs is not None:
+            kept.append(replace(rollout, briefs=briefs))
+    for context, hint in enumerate(hints):
+        if hint and hint.reasoning and kept:
+            kept = _with_analysis(kept, context, hint.reasoning, policy, analyse, batch)
+    return replace(rollouts, kept=tuple(kept), counts=counts)
+
+
+def _hint_inputs(rollouts: Rollouts, task: Task, batch: tuple[int, int], sources: Sources) -> list[HintInputs]:
+    """What hints may look at, for every kept rollout."""
     groups: dict[tuple[str, ...], list[Rollout]] = {}
     for rollout in rollouts.chosen:
         groups.setdefault(rollout.key_parts, []).append(rollout)
-    inputs_of_hints = [
+    return [
         HintInputs(
             *(rollout, groups[rollout.key_parts], task),
             make_key(*batch, *rollout.key_parts, "hint"),
@@ -75,42 +94,45 @@ def build_teacher_prompts(
         )
         for rollout in rollouts.kept
     ]
-    counts = {"cut_hint": 0.0, **rollouts.counts}
-    written: dict[Hint, list[HintInputs]] = {
-        hint: _written(hint, hint.writing, inputs_of_hints, sources.write, batch, counts)
-        if hint.writing
-        else inputs_of_hints
-        for hint in dict.fromkeys(filter(None, hints))
-    }
-    kept: list[Rollout] = []
-    for place, rollout in enumerate(rollouts.kept):
-        asks = [hint.prompt_for(written[hint][place]) if hint else None for hint in hints]
-        read = [
-            prompt_tokens(ask, hint, policy) if hint and ask else (None, False)
-            for hint, ask in zip(hints, asks, strict=True)
-        ]
-        prompts = [prompt for prompt, _ in read]
-        missing = [
-            "no_hint" if ask is None else "long_hint"
-            for hint, ask, prompt in zip(hints, asks, prompts, strict=True)
-            if hint and prompt is None
-        ]
-        if missing:
-            counts[missing[0]] += 1
+
+
+def _briefs(
+    hints: Sequence[tuple[Hint, HintInputs] | None], policy: Policy, counts: dict[str, float]
+) -> tuple[TeacherBrief, ...] | None:
+    """What each context's teacher is told about a rollout; None, and counted, where one of them has no usable hint."""
+    briefs: list[TeacherBrief] = []
+    cut_any = False
+    for pair in hints:
+        if pair is None:
+            briefs.append(TeacherBrief())
+            continue
+        hint, inputs = pair
+        wanted = hint.prompt_for(inputs)
+        tokens, cut = prompt_tokens(wanted, hint, policy) if wanted else (None, False)
+        if wanted is None or tokens is None:
+            counts["no_hint" if wanted is None else "long_hint"] += 1
             counts["kept"] -= 1
-        else:
-            weights = tuple(ask.weight if ask else 1.0 for ask in asks)
-            notes = tuple(ask.text if ask else None for ask in asks)
-            counts["cut_hint"] += any(cut for _, cut in read)
-            kept.append(replace(rollout, teacher_prompts=tuple(prompts), teacher_weights=weights, notes=notes))
-    for context, hint in enumerate(hints):
-        if hint and hint.reasoning and kept:
-            read = [rollout.teacher_prompts[context] or () for rollout in kept]
-            keys = [make_key(*batch, *rollout.key_parts, rollout.attempt, "analysis", context) for rollout in kept]
-            texts = analyse(context, read, hint.reasoning, keys)
-            openings = [policy.encode_completion(f"{text.strip()}{hint.reasoning.transition}", False) for text in texts]
-            kept = [_opened(rollout, context, opening) for rollout, opening in zip(kept, openings, strict=True)]
-    return replace(rollouts, kept=tuple(kept), counts=counts)
+            return None
+        cut_any |= cut
+        briefs.append(TeacherBrief(tokens, wanted.weight, wanted.text))
+    counts["cut_hint"] += cut_any
+    return tuple(briefs)
+
+
+def _with_analysis(
+    kept: Sequence[Rollout],
+    context: int,
+    reasoning: Reasoning,
+    policy: Policy,
+    analyse: Analyse,
+    batch: tuple[int, int],
+) -> list[Rollout]:
+    """The rollouts with what the teacher of a context reasons first, as the start of its turn."""
+    prompts = [rollout.briefs[context].prompt or () for rollout in kept]
+    keys = [make_key(*batch, *rollout.key_parts, rollout.attempt, "analysis", context) for rollout in kept]
+    texts = analyse(context, prompts, reasoning, keys)
+    openings = [policy.encode_completion(f"{text.strip()}{reasoning.transition}", False) for text in texts]
+    return [_opened(rollout, context, opening) for rollout, opening in zip(kept, openings, strict=True)]
 
 
 def _written(
@@ -179,8 +201,7 @@ def _messages(ask: TeacherPrompt, hint: Hint) -> list[dict[str, str]]:
 
 def _opened(rollout: Rollout, context: int, opening: Sequence[int]) -> Rollout:
     """The rollout with the start of a teacher's turn behind the prompt of one context."""
-    prompts = [
-        (*prompt, *opening) if place == context and prompt is not None else prompt
-        for place, prompt in enumerate(rollout.teacher_prompts)
-    ]
-    return replace(rollout, teacher_prompts=tuple(prompts))
+    briefs = list(rollout.briefs)
+    if (prompt := briefs[context].prompt) is not None:
+        briefs[context] = replace(briefs[context], prompt=(*prompt, *opening))
+    return replace(rollout, briefs=tuple(briefs))

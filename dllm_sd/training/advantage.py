@@ -32,7 +32,7 @@ def region_map(policy: Policy, contexts: Sequence[Context], rollouts: Rollouts) 
         return None
     found = torch.full(rollouts.trajectory.tokens.shape, -1)
     for row, rollout in enumerate(rollouts.kept):
-        marks = hint.marks(rollout.text, rollout.notes[0] or "")
+        marks = hint.marks(rollout.text, (rollout.briefs[0].text if rollout.briefs else None) or "")
         if not marks:
             continue
         tokens = rollout.trajectory.tokens[0, : int(rollout.trajectory.length)].tolist()

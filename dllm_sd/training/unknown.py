@@ -34,7 +34,7 @@ class Unknown:
         if self.id is None:
             return {}
         seen = rollouts.chosen or rollouts.kept
-        hints = [prompt for one in rollouts.kept for prompt in one.teacher_prompts if prompt is not None]
+        hints = [brief.prompt for one in rollouts.kept for brief in one.briefs if brief.prompt is not None]
         kinds = {
             "prompts": [self._of(one.trajectory.prompt_ids[one.trajectory.prompt_mask]) for one in seen],
             "completions": [self._of(one.trajectory.tokens[0]) for one in ([] if self.decodes else seen)],
@@ -59,7 +59,7 @@ class Unknown:
     def _example(self, rollouts: Rollouts) -> str:
         """Characters of the first hint that are not known; nothing where it is the words around the hint."""
         assert self.chat is not None
-        for note in (note for one in rollouts.kept for note in one.notes if note):
+        for note in (brief.text for one in rollouts.kept for brief in one.briefs if brief.text):
             if lost := self.chat.lost(note):
                 return f", such as {shown(lost[:20])} of the hint {shown(note)}"
         return ""

@@ -43,7 +43,7 @@ from dllm_sd.objective import equation as objective
 from dllm_sd.objective.equation import grade
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.weights import Base, Live, Snapshot
-from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
 from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
@@ -105,7 +105,7 @@ def rollouts_of(trajectory: Trajectory, contexts: int) -> Rollouts:
             "",
             Grade(i % 3 == 0, float(i % 3 == 0), None),
             one,
-            teacher_weights=tuple(0.5 + 0.25 * i + c for c in range(contexts)),
+            briefs=tuple(TeacherBrief(weight=0.5 + 0.25 * i + c) for c in range(contexts)),
         )
         for i, one in enumerate(singly)
     ]

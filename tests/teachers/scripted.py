@@ -114,7 +114,7 @@ def informed(
 
 def prompts(rollouts: Rollouts, context: int = 0) -> list[str]:
     """What one teacher reads, behind the system text."""
-    texts = [POLICY.text(rollout.teacher_prompts[context] or ()) for rollout in rollouts.kept]
+    texts = [POLICY.text(rollout.briefs[context].prompt or ()) for rollout in rollouts.kept]
     assert all(text.startswith("S|") for text in texts)
     return [text.removeprefix("S|") for text in texts]
 

@@ -11,6 +11,7 @@ from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.texts.feedback import FEEDBACK
 from dllm_sd.writers import Request, Written
+from tests.teachers.briefs import texts_of
 from tests.teachers.scripted import Script, drops, informed, nobody, places, prompts, rolled
 
 WIRE = Problem("wire", {"question": "What is the modulus of the wire?\nA: 100\nB: 200", "answer": "B"})
@@ -62,7 +63,7 @@ def test_every_rollout_reads_the_first_other_success_and_its_own_feedback():
     script = peer(a=f"{TAG} On a.", b=f"{TAG} On b.", c=f"<think>{TAG} B</think>{TAG}\nOn c.\n")
     rollouts = informed(group, feedback(), write=script)
     assert prompts(rollouts) == [f"{ASKED}[b](On a.).", f"{ASKED}[c](On b.).", f"{ASKED}[b](On c.)."]
-    assert [rollout.notes for rollout in rollouts.kept] == [("[b](On a.)",), ("[c](On b.)",), ("[b](On c.)",)]
+    assert [texts_of(rollout) for rollout in rollouts.kept] == [("[b](On a.)",), ("[c](On b.)",), ("[b](On c.)",)]
     assert (rollouts.counts["written"], drops(rollouts)) == (3, {})
 
 

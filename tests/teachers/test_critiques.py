@@ -10,6 +10,7 @@ from dllm_sd.teachers import Critique, Suffix
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.texts.critique import CRITIC_ANSWER, CRITIC_REFERENCE, CRITIQUE_TEACHER, FORMS, Form
 from dllm_sd.writers import Request, Written
+from tests.teachers.briefs import texts_of
 from tests.teachers.scripted import Script, drops, informed, places, prompts, rolled
 
 BAGS = Problem("bags", {"question": "3 bags of 4, and 1?", "solution": "3*4=12, 12+1=13", "answer": "13"})
@@ -82,7 +83,7 @@ def test_where_nothing_can_be_asked_no_writer_is_called():
 def test_the_teacher_reads_the_question_and_the_corrected_copy():
     rollouts = informed(one(), Critique(), write=critic(f"<think>{WRONG}</think>Case D.\n{RIGHT}\nDone."))
     assert prompts(rollouts) == [CRITIQUE_TEACHER.replace("{question}", "3 bags of 4, and 1?").replace("{hint}", RIGHT)]
-    assert rollouts.kept[0].notes == (RIGHT,)
+    assert texts_of(rollouts.kept[0]) == (RIGHT,)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_a_critique_says_where_its_rollout_is_right_goes_wrong_and_follows():
     thought = f"<think>{RIGHT}</think>"
     for before in ("", "Well: ", thought):
         (rollout,) = informed(one(before + WRONG), critique(), write=critic(RIGHT)).kept
-        (note,) = rollout.notes
+        (note,) = texts_of(rollout)
         shift = len(before)
         spans = [(0, 24, "prefix"), (24, 47, "error"), (47, 92, "after")]
         expected = [(start + shift, end + shift, kind) for start, end, kind in spans]

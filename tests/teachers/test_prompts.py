@@ -19,6 +19,7 @@ from dllm_sd.rollouts.stored import load_rollouts, rollout_tensors
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext, LaterStep, NoQuestion, Nothing, Reasoning, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import build_teacher_prompts
+from tests.teachers.briefs import prompts_of
 
 BATCH = (3, 7)
 CANVAS = Decoding(length=12, block_length=4, tokens_per_step=2)
@@ -110,7 +111,7 @@ def text_of(policy: AnyPolicy, prompt: Sequence[int] | None) -> str | None:
 
 
 def prompts(policy: AnyPolicy, rollouts: Rollouts, context: int = 0) -> list[str | None]:
-    return [text_of(policy, rollout.teacher_prompts[context]) for rollout in rollouts.kept]
+    return [text_of(policy, rollout.briefs[context].prompt) for rollout in rollouts.kept]
 
 
 def test_without_a_hint_nothing_is_asked_and_nothing_changes(policy):
@@ -140,7 +141,7 @@ def test_a_prompt_is_the_template_with_question_and_hint_as_the_policy_renders_i
     assert prompts(each, rollouts) == expected
     for rollout, text in zip(rollouts.kept, expected, strict=True):
         content = [{"role": "user", "content": text}]
-        assert rollout.teacher_prompts == (tuple(each.encode(content)),)
+        assert prompts_of(rollout) == (tuple(each.encode(content)),)
     assert rollouts.counts["no_hint"] == rollouts.counts["long_hint"] == 0
     assert rollouts.counts["kept"] == 6
 
@@ -153,12 +154,12 @@ def test_what_stands_before_the_last_message_stays(policy):
     task: Any = LazyLogits()
     rollouts = build_teacher_prompts(rolled(policy), (Reference(template=BRIEF),), task, policy, nobody, BATCH)
     messages = [{"role": "system", "content": "0{9}"}, {"role": "user", "content": "1+2=(7777)"}]
-    assert rollouts.kept[0].teacher_prompts == (tuple(policy.encode(messages)),)
+    assert prompts_of(rollouts.kept[0]) == (tuple(policy.encode(messages)),)
 
 
 def test_each_context_has_its_own_prompt_and_those_without_a_hint_none(policy):
     rollouts = informed(policy, Suffix(), Reference(template=BRIEF), Nothing(), NoQuestion())
-    assert [len(rollout.teacher_prompts) for rollout in rollouts.kept] == [4] * 6
+    assert [len(prompts_of(rollout)) for rollout in rollouts.kept] == [4] * 6
     assert prompts(policy, rollouts, 0) == prompts(policy, rollouts, 2) == [None] * 6
     assert prompts(policy, rollouts, 1)[3] == "10+20=(888888)"
     assert prompts(policy, rollouts, 3) == ["="] * 6
@@ -224,7 +225,7 @@ def test_a_hint_is_cut_at_its_end_and_nothing_else_is(each, longest):
     assert prompts(each, rollouts) == expected
     assert rollouts.counts["long_hint"] == 6 - len(expected)
     assert rollouts.counts["cut_hint"] == cut
-    assert all(len(rollout.teacher_prompts[0] or ()) <= longest for rollout in rollouts.kept)
+    assert all(len(rollout.briefs[0].prompt or ()) <= longest for rollout in rollouts.kept)
 
 
 # The thinking switch
@@ -261,7 +262,7 @@ def test_a_teacher_that_reasons_first_is_asked_with_the_instruction_and_reads_wh
     assert len(set(keys)) == 6
     for i, rollout in enumerate(rollouts.kept):
         opening = each.encode_completion(f"1{i}+-", ended=False)
-        assert rollout.teacher_prompts == (None, (*asked[i], *opening))
+        assert prompts_of(rollout) == (None, (*asked[i], *opening))
 
 
 def test_every_context_that_reasons_writes_for_itself_with_other_keys(policy):
@@ -286,7 +287,7 @@ def test_the_limit_counts_the_instruction_but_no_analysis(policy):
     longest = len("1+2=(7777)\n\n0")
     rollouts = informed(policy, Reference(template=BRIEF, reasoning=REASONING, longest=longest), write=Writer())
     assert rollouts.size == 3
-    assert all(len(rollout.teacher_prompts[0] or ()) > longest for rollout in rollouts.kept)
+    assert all(len(rollout.briefs[0].prompt or ()) > longest for rollout in rollouts.kept)
     cut = Reference(template=BRIEF, reasoning=REASONING, longest=longest - 1, overflow="cut")
     assert prompts(policy, informed(policy, cut, write=Writer()))[0] == "1+2=(777)\n\n000+-"
 
@@ -295,8 +296,8 @@ def test_teacher_prompts_survive_a_checkpoint(each):
     rollouts = informed(each, Nothing(), Reference(template=BRIEF))
     tensors, tree = rollout_tensors(rollouts)
     again = load_rollouts(tensors, tree)
-    assert [one.teacher_prompts for one in again.kept] == [one.teacher_prompts for one in rollouts.kept]
-    assert again.kept[0].teacher_prompts[0] is None
+    assert [prompts_of(one) for one in again.kept] == [prompts_of(one) for one in rollouts.kept]
+    assert again.kept[0].briefs[0].prompt is None
     assert again.counts == rollouts.counts
     for one, other in zip(again.kept, rollouts.kept, strict=True):
         assert one.trajectory.causal == each.causal

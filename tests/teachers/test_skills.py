@@ -14,6 +14,7 @@ from dllm_sd.skills.retrieval import Pair
 from dllm_sd.tasks.datafile import Generated
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Nothing, Reference, SkillBankConfig, Skills
+from tests.teachers.briefs import prompts_of, texts_of, weights_of
 from tests.teachers.scripted import BATCH, TASK, informed, places, prompts, rolled
 
 BANK = Bank(
@@ -47,7 +48,7 @@ def test_each_teacher_reads_the_pair_of_its_rank():
     second = [shown("prime", 1, "prime of one", 0), shown("circle", 0, "circle area", 1)]
     assert prompts(rollouts, 0) == [f"Draw a circle({best[0]})"] * 2 + [f"Is 7 prime?({best[1]})"]
     assert prompts(rollouts, 1) == [f"Draw a circle({second[0]})"] * 2 + [f"Is 7 prime?({second[1]})"]
-    assert [rollout.notes for rollout in rollouts.kept] == [
+    assert [texts_of(rollout) for rollout in rollouts.kept] == [
         (best[0], second[0]),
         (best[0], second[0]),
         (best[1], second[1]),
@@ -61,7 +62,7 @@ def test_teachers_weigh_the_softmax_of_their_pairs_scores():
         assert scores[0] > scores[1]
         powers = [math.exp(score) for score in scores]
         first, second = (power / sum(powers) for power in powers)
-        assert rollout.teacher_weights == pytest.approx((first, 1.0, second), abs=1e-12)
+        assert weights_of(rollout) == pytest.approx((first, 1.0, second), abs=1e-12)
 
 
 def test_pairs_are_found_by_the_problem_and_a_key_of_its_own():
@@ -85,9 +86,9 @@ def test_pairs_without_scores_weigh_the_same_and_are_the_same_for_all_rollouts_o
             pairs=lambda problem, key: retrieve(BANK, problem.id, 8, key, Random()),
             batch=(3, update),
         )
-        assert [rollout.teacher_weights for rollout in rollouts.kept] == [(0.5, 0.5)] * 3
-        assert rollouts.kept[0].notes == rollouts.kept[1].notes
-        drawn.add(rollouts.kept[0].notes)
+        assert [weights_of(rollout) for rollout in rollouts.kept] == [(0.5, 0.5)] * 3
+        assert texts_of(rollouts.kept[0]) == texts_of(rollouts.kept[1])
+        drawn.add(texts_of(rollouts.kept[0]))
     assert len(drawn) > 4
 
 
@@ -111,19 +112,19 @@ def test_weights_and_notes_survive_a_checkpoint_exactly():
     again = load_rollouts(tensors, json.loads(json.dumps(tree)))
     assert places(again) == places(rollouts) == [("c", 0), ("c", 1), ("p", 0)]
     for one, other in zip(again.kept, rollouts.kept, strict=True):
-        assert one.teacher_weights == other.teacher_weights
-        assert one.notes == other.notes
-        assert one.teacher_prompts == other.teacher_prompts
+        assert weights_of(one) == weights_of(other)
+        assert texts_of(one) == texts_of(other)
+        assert prompts_of(one) == prompts_of(other)
     best = shown("circle", 0, "circle area", 1)
-    assert again.kept[0].notes == (best, None, "o", shown("prime", 1, "prime of one", 0))
-    assert again.kept[0].teacher_weights[1:3] == (1.0, 1.0)
-    assert sum(again.kept[0].teacher_weights[::3]) == pytest.approx(1.0, abs=1e-12)
+    assert texts_of(again.kept[0]) == (best, None, "o", shown("prime", 1, "prime of one", 0))
+    assert weights_of(again.kept[0])[1:3] == (1.0, 1.0)
+    assert sum(weights_of(again.kept[0])[::3]) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_rollouts_that_nobody_was_told_anything_about_survive_a_checkpoint_too():
     tensors, tree = rollout_tensors(ROLLOUTS)
     again = load_rollouts(tensors, json.loads(json.dumps(tree)))
-    assert [(one.teacher_weights, one.notes, one.teacher_prompts) for one in again.kept] == [((), (), ())] * 3
+    assert [(weights_of(one), texts_of(one), prompts_of(one)) for one in again.kept] == [((), (), ())] * 3
 
 
 def test_a_library_finds_as_many_pairs_as_it_is_to_and_knows_whether_anybody_has_to_write():

@@ -14,6 +14,7 @@ from dllm_sd.teachers.writing import Writing
 from dllm_sd.texts import generic, noisy, parse_rubric, reduced, render_rubric
 from dllm_sd.texts import rubric as rubrics
 from dllm_sd.writers import Request, Sampling, Server, Written
+from tests.teachers.briefs import texts_of, weights_of
 from tests.teachers.scripted import BATCH, TASK, Script, drops, informed, nobody, places, prompts, rolled
 
 SKY = Problem("sky", {"question": "Why is the sky blue?", "solution": "Short waves scatter most."})
@@ -82,8 +83,8 @@ def test_equal_hints_are_written_once_and_others_each_for_itself():
     assert [(writing.sampling.temperature, len(requests)) for writing, requests in script.asked] == [(0.0, 4), (0.7, 4)]
     assert rollouts.counts["written"] == 8
     assert prompts(rollouts, 0) == prompts(rollouts, 2) == prompts(rollouts, 3)
-    assert rollouts.kept[0].notes == (GOOD, None, GOOD, GOOD, "Short waves scatter most.")
-    assert rollouts.kept[0].teacher_weights == (1.0,) * 5
+    assert texts_of(rollouts.kept[0]) == (GOOD, None, GOOD, GOOD, "Short waves scatter most.")
+    assert weights_of(rollouts.kept[0]) == (1.0,) * 5
 
 
 def test_a_hint_that_nobody_writes_asks_nobody():
@@ -263,7 +264,7 @@ def test_the_reference_stands_beside_the_rubric_where_it_is_wanted():
     hint = Rubric(source="data", field="marks", lines=True, reference=True, template=template)
     (one, *_) = informed(BOTH, hint).kept
     assert prompts(informed(BOTH, hint)) == ["R|ref|m"] * 2
-    assert one.notes == ("m",)
+    assert texts_of(one) == ("m",)
     occasion = HintInputs(one, [one], TASK, 1, [RICH])
     assert hint.prompt_for(occasion) == TeacherPrompt(
         tuple(TASK.messages(RICH)), hint.template, "m", {"reference": "ref"}

@@ -8,7 +8,7 @@ import torch
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing, Reference
 from dllm_sd.training.advantage import advantage_picture, region_map, region_metrics, region_sums
@@ -30,7 +30,7 @@ def rollouts_of(policy: MaskedDiffusion, *notes: str) -> Rollouts:
     for i, note in enumerate(notes):
         trajectory = policy.demonstration([4, 5], policy.encode_completion("1234567"), CANVAS)
         problem, grade = Problem(str(i), {}), Grade(note == "right", 0.0, None)
-        kept.append(Rollout(problem, 0, "1234567", grade, trajectory, notes=(note,)))
+        kept.append(Rollout(problem, 0, "1234567", grade, trajectory, briefs=(TeacherBrief(text=note),)))
     return Rollouts(tuple(kept), {})
 
 

@@ -19,7 +19,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
 from dllm_sd.pretrained.model import Lora
-from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts, TeacherBrief
 from dllm_sd.rollouts.rules import COUNTS, All, PassAtK, gather
 from dllm_sd.tasks import Problem, Sudoku
 from dllm_sd.training import checkpoint
@@ -338,7 +338,7 @@ def test_every_field_of_rollouts_survives_whatever_it_holds(tmp_path: Path):
         Rollout(**{name: path if name == "trajectory" else of_every_kind(hints[name], other) for name in names})  # pyright: ignore[reportArgumentType]
         for other, path in ((False, trajectory_of(False)), (True, trajectory_of(True)), (True, trajectory_of(False)))
     )
-    informed = replace(kept, teacher_prompts=((1, 2), None), teacher_weights=(0.5, 1.0), notes=("hint", None))
+    informed = replace(kept, briefs=(TeacherBrief((1, 2), 0.5, "hint"), TeacherBrief()))
     left_out: dict[str, Any] = {"kept": (kept, informed, alone), "chosen": (rejected, kept)}
     left_out["counts"] = {**dict.fromkeys(COUNTS, 0.1), "dropped/no_text": 3.0}
     more = get_type_hints(Rollouts).items()
@@ -369,10 +369,14 @@ def test_real_rollouts_come_back_with_what_the_gate_rejected(policy: MaskedDiffu
 
 
 def test_rollouts_of_checkpoints_without_checksums_are_still_read(policy: MaskedDiffusion):
+    brief = TeacherBrief((1, 2), 0.5, "hint")
     rollouts = roll_out(policy)
+    kept = tuple(replace(one, briefs=(brief, TeacherBrief())) for one in rollouts.kept)
+    rollouts = replace(rollouts, kept=kept, chosen=kept)
     tensors, tree = rollout_tensors(rollouts)
-    known = {"problem", "attempt", "text", "grade", "teacher_prompts", "teacher_weights", "notes"}
-    entries = [{name: value for name, value in entry.items() if name in known} for entry in tree["rollouts"]]
+    lists = {"teacher_prompts": [[1, 2], None], "teacher_weights": [0.5, 1.0], "notes": ["hint", None]}
+    known = {"problem", "attempt", "text", "grade"}
+    entries = [{name: value for name, value in entry.items() if name in known} | lists for entry in tree["rollouts"]]
     layout = {**tree["trajectories"][0], "logp": None}
     former = json.loads(json.dumps({"kept": entries, "layout": layout, "counts": dict(rollouts.counts)}))
     again = load_rollouts(tensors, former)

@@ -105,7 +105,7 @@ def test_every_rollout_of_a_batch_has_its_own_keys_group_and_hints(name: str, ba
     for context, hint in enumerate(part.hint for part in contexts):
         if hint is not None and hint.needs_group and hint.writing is None:
             assert found.size
-            assert all(one.notes[context] in own[one.key_parts] for one in found.kept)
+            assert all(one.briefs[context].text in own[one.key_parts] for one in found.kept)
         if hint is not None and hint.writing is not None:
             distinct = {request.key for request in asked}
             assert len(distinct) == (len(TWO) if hint.per_problem else rollouts.size)

@@ -9,7 +9,7 @@ import torch
 from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.model import Model
-from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.unknown import Unknown
 
@@ -32,8 +32,8 @@ def rollouts(noise: Any) -> Rollouts:
     prompt = torch.tensor([[UNKNOWN, ONE, ONE, UNKNOWN, ONE]])
     mask = torch.tensor([[False, True, True, True, True]])
     trajectory = replace(trajectory, prompt_ids=prompt, prompt_mask=mask, tokens=tokens)
-    one = Rollout(Problem("x", {}), 0, "1", Grade(True, 1.0, None), trajectory, teacher_prompts=((3, ONE, 3), None))
-    return Rollouts((replace(one, notes=("1 is one", None)),), {}, (one,))
+    one = Rollout(Problem("x", {}), 0, "1", Grade(True, 1.0, None), trajectory)
+    return Rollouts((replace(one, briefs=(TeacherBrief((3, ONE, 3), 1.0, "1 is one"), TeacherBrief())),), {}, (one,))
 
 
 def test_shares_are_of_tokens_without_padding(chat: Chat, rollouts: Rollouts):
