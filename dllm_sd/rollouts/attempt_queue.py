@@ -5,10 +5,11 @@ are free, and each of them deals out the same next attempts, so that no process 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dllm_sd.decoding.queue import Job
+from dllm_sd.rollouts.rollout import Prompted, Rollout
 from dllm_sd.tasks.task import Grade
 from dllm_sd.trajectory import Trajectory
 
@@ -26,26 +27,12 @@ class Workers:
     """From the list of each process to the lists of all, joined in the order of the ranks."""
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A graded completion."""
-
-    problem: int
-    """Its place among the problems."""
-    number: int
-    """Counted from 0."""
-    text: str
-    grade: Grade
-    trajectory: Trajectory
-    """A batch of one."""
-
-
 class AttemptQueue:
     """A `Queue` of attempts: the problems least tried first, and of them the longest, as neighbours of like length."""
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompted: Sequence[Prompted],
         key: Callable[[int, int], int],
         grade: Callable[[int, Trajectory], tuple[str, Grade]],
         *,
@@ -57,7 +44,7 @@ class AttemptQueue:
         """Nothing has begun.
 
         Args:
-            prompts: of all problems, on every process.
+            prompted: all problems with their prompts, on every process.
             key: seed of an attempt, from problem and number.
             grade: text and verdict of a batch of one.
             limit: most attempts at a problem.
@@ -66,7 +53,8 @@ class AttemptQueue:
                 stay free.
             crew: the processes; None is this one alone.
         """
-        self.prompts, self.key, self.grade, self.limit = prompts, key, grade, limit
+        prompts = [item.prompt for item in prompted]
+        self.prompted, self.key, self.grade, self.limit = prompted, key, grade, limit
         self.until_solved, self.workers = until_solved, workers or Workers()
         self.ahead = ahead if until_solved else limit
         self.longest = max(map(len, prompts), default=0)
@@ -84,7 +72,7 @@ class AttemptQueue:
         self.over: set[tuple[int, int]] = set()
         """Ended without solving."""
         self._told: list[tuple[int, int, bool]] = []
-        self._found: list[Attempt] = []
+        self._ended: list[tuple[int, Rollout]] = []
 
     def take(self, room: int) -> list[Job] | None:
         """The attempts that this process is to begin now."""
@@ -95,7 +83,7 @@ class AttemptQueue:
                 self._settle(problem, number, correct)
         self._told = []
         mine = self._deal(rooms)[self.workers.rank]
-        return [Job(name, self.prompts[name[0]], self.key(*name)) for name in mine] if self.open else None
+        return [Job(name, self.prompted[name[0]].prompt, self.key(*name)) for name in mine] if self.open else None
 
     def wanted(self, job: Job) -> bool:
         """False where an earlier attempt has solved the problem meanwhile."""
@@ -105,20 +93,18 @@ class AttemptQueue:
         """Grade, and remember to tell the others."""
         for job, one in zip(jobs, trajectory.singly(), strict=True):
             problem, number = job.name
-            text, grade = self.grade(problem, one)
-            self._found.append(Attempt(problem, number, text, grade, one))
+            item, (text, grade) = self.prompted[problem], self.grade(problem, one)
+            rollout = Rollout(item.problem, number, text, grade, one, occurrence=item.occurrence)
+            self._ended.append((problem, rollout))
             self._told.append((problem, number, grade.correct))
 
-    def collected(self) -> list[list[Attempt]]:
-        """Each problem's attempts that have ended, in order, on every process."""
-        tried: list[list[Attempt]] = [[] for _ in self.prompts]
-        for attempt in sorted(self.workers.gather(self._found), key=lambda attempt: attempt.number):
-            tried[attempt.problem].append(attempt)
+    def collected(self) -> list[list[Rollout]]:
+        """Each problem's attempts that have ended, in order, on every process; a serial loop makes the `counted` ones."""
+        tried: list[list[Rollout]] = [[] for _ in self.prompted]
+        for problem, rollout in sorted(self.workers.gather(self._ended), key=lambda pair: pair[1].attempt):
+            counted = rollout.attempt <= self.solved.get(problem, self.limit)
+            tried[problem].append(replace(rollout, counted=counted))
         return tried
-
-    def counts(self, attempt: Attempt) -> bool:
-        """Whether a serial loop would have made it."""
-        return attempt.number <= self.solved.get(attempt.problem, self.limit)
 
     def _settle(self, problem: int, number: int, correct: bool) -> None:
         self.open.discard((problem, number))

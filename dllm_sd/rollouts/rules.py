@@ -176,9 +176,8 @@ class PassAtK(Ranged, key="method.rollout"):
             text = policy.text(one.tokens[0, : int(one.length)].tolist())
             return text, task.grade(prompted[i].problem, text)
 
-        prompts = [item.prompt for item in prompted]
         queue = AttemptQueue(
-            prompts,
+            prompted,
             key,
             grade,
             limit=self.attempts,
@@ -187,16 +186,7 @@ class PassAtK(Ranged, key="method.rollout"):
             workers=workers,
         )
         policy.complete(queue, decode, reach=self.reach(policy, decode, update))
-        return [
-            [
-                Rollout(
-                    *(item.problem, x.number, x.text, x.grade, x.trajectory, queue.counts(x)),
-                    occurrence=item.occurrence,
-                )
-                for x in tried
-            ]
-            for item, tried in zip(prompted, queue.collected(), strict=True)
-        ]
+        return queue.collected()
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
         """What the horizon says of the first update that this batch serves."""

@@ -11,11 +11,12 @@ import torch
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.attempt_queue import STEPS, AttemptQueue, Workers
-from dllm_sd.tasks.task import Grade
+from dllm_sd.rollouts.rollout import Prompted
+from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory
 
 N, LIMIT = 12, 6
-PROMPTS = [[4] * (1 + i % 5) for i in range(N)]
+PROMPTED = [Prompted(Problem(f"p{i}", {}), (4,) * (1 + i % 5)) for i in range(N)]
 SETTINGS = Decoding(length=16, block_length=8, temperature=1.0, batch_size=3)
 
 
@@ -96,7 +97,7 @@ def drive(queue: AttemptQueue, room: int, meet: Callable[[int], int]) -> list[li
 def test_each_attempt_of_the_serial_loop_begins_once_on_one_process(size: int, ahead: int):
     def work(workers: Workers) -> list[list[str]]:
         rng = random.Random(workers.rank)
-        queue = AttemptQueue(PROMPTS, key, Grader(), limit=LIMIT, ahead=ahead, workers=workers)
+        queue = AttemptQueue(PROMPTED, key, Grader(), limit=LIMIT, ahead=ahead, workers=workers)
         return drive(queue, 2, lambda problem: rng.randrange(1, 5))
 
     begun = [name for rounds in together(size, work) for names in rounds for name in names]
@@ -108,7 +109,7 @@ def test_each_attempt_of_the_serial_loop_begins_once_on_one_process(size: int, a
 
 def test_no_process_is_without_work_while_another_has_some_to_give():
     def work(workers: Workers) -> list[tuple[int, int]]:
-        queue, seen = AttemptQueue(PROMPTS, key, Grader(), limit=LIMIT, workers=workers), []
+        queue, seen = AttemptQueue(PROMPTED, key, Grader(), limit=LIMIT, workers=workers), []
         take = queue.take
 
         def noted(room: int) -> Any:
@@ -128,7 +129,7 @@ def test_no_process_is_without_work_while_another_has_some_to_give():
 
 
 def test_the_least_tried_problems_come_first_and_of_them_the_longest():
-    queue = AttemptQueue(PROMPTS[:4], key, Grader(), limit=3, until_solved=False)
+    queue = AttemptQueue(PROMPTED[:4], key, Grader(), limit=3, until_solved=False)
     assert [job.name for job in queue.take(5) or []] == [(3, 0), (2, 0), (1, 0), (0, 0), (3, 1)]
     assert queue.most == 12
     assert queue.longest == 4
@@ -141,11 +142,11 @@ def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahea
         return "", Grade(int(one.tokens[0, 0]) % 4 == 0, 0.0, None)
 
     def work(workers: Workers) -> tuple[list[Any], int]:
-        queue, meter = AttemptQueue(PROMPTS, key, grade, limit=LIMIT, ahead=ahead, workers=workers), Meter()
+        queue, meter = AttemptQueue(PROMPTED, key, grade, limit=LIMIT, ahead=ahead, workers=workers), Meter()
         policy.complete(queue, SETTINGS, meter=meter)
         found = queue.collected()
-        kept = [[one for one in tried if queue.counts(one)] for tried in found]
-        return [[(x.number, x.trajectory.tokens.tolist(), x.grade) for x in tried] for tried in kept], meter.rows
+        kept = [[one for one in tried if one.counted] for tried in found]
+        return [[(x.attempt, x.trajectory.tokens.tolist(), x.grade) for x in tried] for tried in kept], meter.rows
 
     with torch.no_grad(), policy.decoding():  # threads share its mode
         alone, rows = work(Workers())
@@ -154,4 +155,4 @@ def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahea
     for outcome, own in several:
         assert outcome == alone
         assert own > rows / size / 4
-    assert AttemptQueue(PROMPTS, key, grade, limit=1, workers=Workers(0, 2)).patience == STEPS
+    assert AttemptQueue(PROMPTED, key, grade, limit=1, workers=Workers(0, 2)).patience == STEPS
