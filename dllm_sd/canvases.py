@@ -52,16 +52,51 @@ class Canvases:
         return self.ids.shape[0]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Which ``n`` canvases there are, without their content: all that an update holds of them until they are read."""
+
+    rows: Tensor
+    """int64 ``[n]``, index of the rollout."""
+    steps: Tensor
+    """int64 ``[n]``, decoding step, or -1."""
+    draws: Tensor
+    """int64 ``[n]``: which of a rollout's random masks it is, 0 where there are none."""
+
+    @property
+    def size(self) -> int:
+        """``n``."""
+        return len(self.rows)
+
+    def select(self, index: Tensor) -> "Places":
+        """Some of them."""
+        return Places(self.rows[index], self.steps[index], self.draws[index])
+
+
+def one_each(trajectory: Trajectory, step: int) -> Places:
+    """One canvas for every rollout."""
+    rows = torch.arange(trajectory.size, device=trajectory.tokens.device)
+    return Places(rows, torch.full_like(rows, step), torch.zeros_like(rows))
+
+
 class CanvasRule(Part, Protocol):
-    """Which canvases one pass over a batch of rollouts reads; `CanvasDefaults` has all but the call.
+    """Which canvases one pass over a batch of rollouts reads; `CanvasDefaults` has all but `places` and `build`.
 
     Of an autoregressive rollout every rule makes the same one: the sequence, in which each position sees what it saw
-    when it was written. So its likelihood is exact, and there is nothing to mask (`whole_sequence`).
+    when it was written. So its likelihood is exact, and there is nothing to mask (`whole_sequences`).
     """
 
-    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
-        """Canvases of pass ``part`` out of ``parts`` over the same rollouts; ``keys [b]`` seed each rollout's draws."""
+    def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
+        """Which canvases pass ``part`` out of ``parts`` over the same rollouts reads."""
         ...
+
+    def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
+        """Some of them; ``keys [b]`` seed each rollout's draws. A canvas is the same whatever is built beside it."""
+        ...
+
+    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        """All canvases of a pass."""
+        return self.build(trajectory, keys, part, self.places(trajectory, part, parts))
 
     @property
     def subset(self) -> int | None:
@@ -96,7 +131,7 @@ class CanvasDefaults:
 
 
 @dataclass(frozen=True)
-class DecoderSteps(Ranged, key="method.canvases"):
+class DecoderSteps(Ranged, CanvasRule, key="method.canvases"):
     """The canvases that the decoder really saw, one per decoding step (d-OPSD, arXiv 2606.18195, Eq. 7).
 
     With the defaults every step up to the one that fixes the end token is used. The other fields are quirks of
@@ -145,9 +180,10 @@ class DecoderSteps(Ranged, key="method.canvases"):
             usable &= order < order[:, -1:]
         return usable
 
-    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+    def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
+        """The steps of this pass, rollout by rollout."""
         if trajectory.causal:
-            return whole_sequence(trajectory)
+            return one_each(trajectory, 0)
         usable = self.usable(trajectory)
         order = usable.int().cumsum(1) - 1
         count = usable.sum(1, keepdim=True)
@@ -156,6 +192,13 @@ class DecoderSteps(Ranged, key="method.canvases"):
         else:
             first, last = count // parts * part, count // parts * (part + 1)
         rows, steps = (usable & (order >= first) & (order < last)).nonzero(as_tuple=True)
+        return Places(rows, steps, torch.zeros_like(rows))
+
+    def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
+        """What the decoder saw at these steps."""
+        if trajectory.causal:
+            return whole_sequences(trajectory, places)
+        rows, steps = places.rows, places.steps
         masked = trajectory.masked(rows, steps)
         known = trajectory.reveal_step != NEVER
         gradable = known if self.end_padding else known & ~trajectory.is_behind_end
@@ -176,7 +219,7 @@ class DecoderSteps(Ranged, key="method.canvases"):
 
 
 @dataclass(frozen=True)
-class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
+class RandomMasks(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
     """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
 
     A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
@@ -203,12 +246,19 @@ class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
         """A canvas's share is uniform on (0, 1): the mean of so many, and two standard deviations of it."""
         return min(1, 0.5 + 2 / math.sqrt(12 * canvases))
 
-    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+    def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
+        """`draws` masks of every rollout."""
         if trajectory.causal:
-            canvases = whole_sequence(trajectory)
-            return replace(canvases, weight=1 / canvases.masked.sum(1).clamp(min=1).float())
+            return one_each(trajectory, 0)
         rows = torch.arange(trajectory.size).repeat_interleave(self.draws)
-        draw = torch.arange(self.draws).repeat(trajectory.size)
+        return Places(rows, torch.full_like(rows, -1), torch.arange(self.draws).repeat(trajectory.size))
+
+    def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
+        """These masks."""
+        if trajectory.causal:
+            canvases = whole_sequences(trajectory, places)
+            return replace(canvases, weight=1 / canvases.masked.sum(1).clamp(min=1).float())
+        rows, draw = places.rows, places.draws
         base = torch.tensor([make_key(key, "random_masks", part) for key in keys], dtype=torch.int64)
         offset = uniform(fold(base, -1), 1)[rows, 0]
         t = self.t_min + (1 - self.t_min) * ((offset + draw / self.draws) % 1)
@@ -229,7 +279,7 @@ class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
 
 
 @dataclass(frozen=True)
-class AllMasked(Ranged, CanvasDefaults, key="method.canvases"):
+class AllMasked(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
     """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
     Each pass over the same rollouts draws another prompt mask. Tokens that were written are graded; padding behind the
@@ -240,18 +290,22 @@ class AllMasked(Ranged, CanvasDefaults, key="method.canvases"):
     """Probability with which each prompt token is replaced by the mask token."""
     hides_everything: ClassVar[bool] = True
 
-    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+    def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
+        """One for every rollout."""
+        return one_each(trajectory, 0 if trajectory.causal else -1)
+
+    def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
+        """These canvases, with the prompt masks of this pass."""
         if trajectory.causal:
-            return whole_sequence(trajectory)
-        device = trajectory.tokens.device
-        rows = torch.arange(trajectory.size, device=device)
-        everywhere = torch.ones_like(trajectory.tokens, dtype=torch.bool)
+            return whole_sequences(trajectory, places)
+        device, rows = trajectory.tokens.device, places.rows
+        everywhere = torch.ones_like(trajectory.tokens[rows], dtype=torch.bool)
         canvases = _synthetic(trajectory, rows, trajectory.is_written, everywhere, torch.ones(len(rows)))
         base = torch.tensor([make_key(key, "prompt_mask", part) for key in keys], dtype=torch.int64)
         width = trajectory.prompt_ids.shape[1]
-        noise = uniform(base, width).to(device)
-        index = (trajectory.prompt_mask.int().cumsum(1) - 1).clamp(min=0)  # independent of the padding
-        drop = (noise.gather(1, index) < self.prompt_mask_ratio) & trajectory.prompt_mask
+        noise, prompt_mask = uniform(base, width).to(device)[rows], trajectory.prompt_mask[rows]
+        index = (prompt_mask.int().cumsum(1) - 1).clamp(min=0)  # independent of the padding
+        drop = (noise.gather(1, index) < self.prompt_mask_ratio) & prompt_mask
         ids = canvases.ids.clone()
         ids[:, :width] = ids[:, :width].masked_fill(drop, trajectory.mask_id)
         return replace(canvases, ids=ids)
@@ -288,22 +342,22 @@ def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], p
     return torch.where(rank < subset, size / size.clamp(max=subset), 0).double()
 
 
-def whole_sequence(trajectory: Trajectory) -> Canvases:
+def whole_sequences(trajectory: Trajectory, places: Places) -> Canvases:
     """One canvas for each autoregressive rollout: what was written, with all of it to be graded."""
-    rows = torch.arange(trajectory.size, device=trajectory.tokens.device)
-    written = trajectory.is_written
+    rows = places.rows
+    written = trajectory.is_written[rows]
     return Canvases(
         rows=rows,
-        steps=torch.zeros_like(rows),
-        ids=torch.cat([trajectory.prompt_ids, trajectory.tokens], 1),
-        mask=torch.cat([trajectory.prompt_mask, written], 1),
+        steps=places.steps,
+        ids=torch.cat([trajectory.prompt_ids[rows], trajectory.tokens[rows]], 1),
+        mask=torch.cat([trajectory.prompt_mask[rows], written], 1),
         masked=written,
         active=written,
         revealed=written,
         gradable=written,
-        tokens=trajectory.tokens,
+        tokens=trajectory.tokens[rows],
         weight=torch.ones(len(rows), device=rows.device),
-        old_logp=known_logp(trajectory),
+        old_logp=known_logp(trajectory)[rows],
     )
 
 

@@ -139,7 +139,9 @@ class Student:
         if plan is None:
             return rollouts.size, 0, 0.0
         teachers = [self.teachers[weights] for weights in method.weights()]
-        loss = grade(method, plan, lambda view, read: run_at_sites(self.policy.module, view, read), teachers).loss
+        loss = grade(
+            method, plan.micro_batch(), lambda view, read: run_at_sites(self.policy.module, view, read), teachers
+        ).loss
         assert torch.isfinite(loss)
         gradient = torch.autograd.grad(loss, [*trained(self.policy).values()], allow_unused=True)
         return rollouts.size, plan.num_sites, max(float(one.abs().max()) for one in gradient if one is not None)

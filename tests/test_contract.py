@@ -377,8 +377,8 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
             now.clear()
 
     def grading(method: Any, plan: Any, student: Any, teachers: Any) -> Any:
-        pieces.append(Piece(now[0], now[1], plan.canvases.rows.tolist(), plan.canvases.steps.tolist()))
-        return grade(method, plan, student, teachers)
+        pieces.append(Piece(now[0], now[1], plan.rows.tolist(), plan.steps.tolist()))
+        return grade(method, plan.micro_batch(), student, teachers)
 
     def asking(self: Teacher, view: Any) -> Any:
         now[2] = self

@@ -103,7 +103,7 @@ class Run:
         assert plan is not None
         self.plan = plan
         self.views: list[View] = []
-        self.graded: Graded = grade(method, plan, self.student, self.teachers)
+        self.graded: Graded = grade(method, plan.micro_batch(), self.student, self.teachers)
         names, values = zip(*trained(policy).items(), strict=True)
         self.gradient = dict(zip(names, torch.autograd.grad(self.graded.loss, values, allow_unused=True), strict=True))
 

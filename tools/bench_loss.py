@@ -42,7 +42,7 @@ from dllm_sd.network.lazy_logits import LazyLogits
 from dllm_sd.network.site_head import Head, SiteReader
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import grade
-from dllm_sd.objective.plan import Plan, plan_update
+from dllm_sd.objective.plan import MicroBatch, plan_update
 from dllm_sd.policies.weights import Base
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.rollouts.rules import All, PassAtK
@@ -65,14 +65,14 @@ class Case:
     sites: Tensor
     """bool ``[n p+l]``."""
     method: Method
-    plan: Plan
+    batch: MicroBatch
     beta: float | None
     """Of the divergence; None for GRPO."""
 
     @property
     def advantage(self) -> Tensor:
         """``[m]``."""
-        return self.plan.rollout_weight.float().repeat_interleave(self.tokens.shape[1])
+        return self.batch.rollout_weight.float().repeat_interleave(self.tokens.shape[1])
 
 
 BETAS = {"jsd": 0.5, "reverse_kl": 1.0, "grpo": None}
@@ -131,7 +131,15 @@ def case(options: argparse.Namespace) -> Case:
     sites[:, p:] = True
     student, head = states[0].requires_grad_(), Parameter(heads[0])
     return Case(
-        student, head, states[1], heads[1], tokens.to(device), sites, method, plan.to(device), BETAS[options.loss]
+        student,
+        head,
+        states[1],
+        heads[1],
+        tokens.to(device),
+        sites,
+        method,
+        plan.micro_batch().to(device),
+        BETAS[options.loss],
     )
 
 
@@ -144,7 +152,7 @@ def ours(x: Case) -> Tensor:
     def teacher(view: View) -> LazyLogits:
         return LazyLogits(x.teacher[view.sites], lambda hidden: linear(hidden, x.teacher_head))
 
-    return grade(x.method, x.plan, student, [teacher] * len(x.method.contexts)).loss
+    return grade(x.method, x.batch, student, [teacher] * len(x.method.contexts)).loss
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

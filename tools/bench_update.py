@@ -31,7 +31,7 @@ from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.network.view import View
 from dllm_sd.objective.equation import grade
-from dllm_sd.objective.plan import Plan, plan_update
+from dllm_sd.objective.plan import MicroBatch, Plan, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import Live, Teacher
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
@@ -93,19 +93,19 @@ def ours(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock:
         return call
 
     for (index,) in micro_batches(plan, batch):
-        graded = grade(method, plan.select(index).to(policy.device), timed(student), [timed(teacher)])
+        graded = grade(method, plan.micro_batch(index).to(policy.device), timed(student), [timed(teacher)])
         with clock.running():
             graded.loss.backward()
         loss += graded.loss.detach().cpu()
     return loss
 
 
-def views(plan: Plan) -> tuple[View, View]:
+def views(batch: MicroBatch) -> tuple[View, View]:
     """What student and teacher read."""
-    prompt = torch.zeros_like(plan.canvases.ids[:, : -plan.candidates.shape[1]], dtype=torch.bool)
-    sites = torch.cat([prompt, plan.candidates], 1)
-    reading = plan.readings[0]
-    return View(plan.canvases.ids, plan.canvases.mask, sites), View(reading.ids, reading.mask, sites)
+    prompt = torch.zeros_like(batch.canvases.ids[:, : -batch.candidates.shape[1]], dtype=torch.bool)
+    sites = torch.cat([prompt, batch.candidates], 1)
+    seen = batch.teacher_inputs[0]
+    return View(batch.canvases.ids, batch.canvases.mask, sites), View(seen.ids, seen.mask, sites)
 
 
 def whole(gathered: bool, policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
@@ -118,7 +118,7 @@ def whole(gathered: bool, policy: MaskedDiffusion, method: Method, plan: Plan, b
         return (logits[view.sites] if gathered else logits).float().log_softmax(-1)
 
     for (index,) in micro_batches(plan, batch):
-        piece, kept = plan.select(index), list[Tensor]()
+        piece, kept = plan.micro_batch(index), list[Tensor]()
         student, teacher = views(piece)
         with torch.no_grad():
             target = logp(teacher)
@@ -134,7 +134,7 @@ def whole(gathered: bool, policy: MaskedDiffusion, method: Method, plan: Plan, b
 def bare(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
     """The forwards and the backward of the body alone."""
     for (index,) in micro_batches(plan, batch):
-        student, teacher = views(plan.select(index))
+        student, teacher = views(plan.micro_batch(index))
         with torch.no_grad():
             run_at_sites(policy.module, teacher, lambda hidden, head: hidden)
         run_at_sites(policy.module, student, lambda hidden, head: hidden.sum()).backward()

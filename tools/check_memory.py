@@ -233,10 +233,10 @@ class Measured:
         student = partial(run_at_sites, self.module)
         parts = []
         for index in batches:
-            piece = plan.select(index).to(self.device)
+            piece = plan.micro_batch(index).to(self.device)
             graded = grade(self.config.method, piece, student, self.teachers)
             graded.loss.backward()
-            parts.append((piece, graded))
+            parts.append((plan.select(index), graded))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

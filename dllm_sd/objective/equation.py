@@ -2,10 +2,10 @@
 
 ``rollouts -> canvases and sites -> teacher views -> support -> target -> divergence [t m] x trust [t m] -> mean``
 
-`plan_update` lays out a whole update in integer tensors and counts its sites, before any model runs; `grade` computes
-the loss of some of its canvases. The sum over any partition of the canvases is the loss of the update, so that
+`plan.plan_update` counts the sites of a whole update before any model runs; `grade` computes the loss of some of its
+canvases, a `MicroBatch`. The sum over any partition of the canvases is the loss of the update, so that
 micro-batches and processes cannot change it. Within a micro-batch the sites are taken in chunks, and the gradient of a
-chunk is computed with its loss (`losses.chunks`).
+chunk is computed with its loss (`chunked`).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from dllm_sd.network.lazy_logits import LazyLogits
 from dllm_sd.network.site_head import Head, SiteReader
 from dllm_sd.network.view import View
 from dllm_sd.objective.chunked import chunked_loss
-from dllm_sd.objective.plan import Plan
+from dllm_sd.objective.plan import MicroBatch
 
 Student = Callable[[View, SiteReader], Any]
 """Reads a view and returns what ``read`` makes of hidden states and head; see `run_at_sites`."""
@@ -58,26 +58,26 @@ class Graded:
     """bool ``[n l]``."""
 
 
-def grade(method: Method, plan: Plan, student: Student, teachers: Sequence[Teacher]) -> Graded:
-    """The equation, on the canvases of ``plan`` (a part of an update, on the device of the models).
+def grade(method: Method, batch: MicroBatch, student: Student, teachers: Sequence[Teacher]) -> Graded:
+    """The equation, on the canvases of a micro-batch, on the device of the models.
 
     Args:
         method: the parts.
-        plan: what is read and where it is graded.
+        batch: what is read and where it is graded.
         student: lets somebody read the hidden states, with gradient.
         teachers: one per context, without gradient.
     """
-    canvases, sites = plan.canvases, plan.candidates
+    canvases, sites = batch.canvases, batch.candidates
     lazy = [
         teacher(_view(reading.ids, reading.mask, sites))
-        for teacher, reading in zip(teachers, plan.readings, strict=True)
+        for teacher, reading in zip(teachers, batch.teacher_inputs, strict=True)
     ]
     score = method.sites.score
     if score is not None:
         first = lazy[0]
-        sites = choose(sites, plan.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
-        lazy = [one.select(sites[plan.candidates]) for one in lazy]
-    equation = _Equation(method, plan, sites, lazy)
+        sites = choose(sites, batch.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
+        lazy = [one.select(sites[batch.candidates]) for one in lazy]
+    equation = _Equation(method, batch, sites, lazy)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
     measures = {name: columns.pop(name) for name in method.measured}
     return Graded(loss, sites=sites, measures=measures, **columns)
@@ -86,12 +86,12 @@ def grade(method: Method, plan: Plan, student: Student, teachers: Sequence[Teach
 class _Equation:
     """``support -> target -> divergence [t i] x trust [t i]`` at some of the sites, each for itself."""
 
-    def __init__(self, method: Method, plan: Plan, sites: Tensor, teachers: Sequence[LazyLogits]) -> None:
+    def __init__(self, method: Method, batch: MicroBatch, sites: Tensor, teachers: Sequence[LazyLogits]) -> None:
         self.method, self.teachers = method, teachers
         self.canvas = sites.nonzero()[:, 0]
-        self.token, self.old_logp = plan.canvases.tokens[sites], plan.canvases.old_logp[sites]
-        self.weight, self.belief = plan.rollout_weight[self.canvas], plan.belief[self.canvas].T
-        self.coefficient = plan.coefficient[self.canvas]
+        self.token, self.old_logp = batch.canvases.tokens[sites], batch.canvases.old_logp[sites]
+        self.weight, self.belief = batch.rollout_weight[self.canvas], batch.belief[self.canvas].T
+        self.coefficient = batch.coefficient[self.canvas]
         self.pooled: Tensor | None = None
 
     def read(self, hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,30 +1,38 @@
 """The plan of an update: which canvases are read, where they are graded, and what every site counts.
 
-Axes: ``n`` canvases, ``l`` completion, ``m`` graded sites, ``c`` teacher contexts.
+A plan holds numbers for each canvas and none of their contents: of an update of 64 rollouts, 64 steps and 1,024
+positions, the canvases of student and teacher alone would be 4 million tokens each. Micro-batches are built one at a
+time (`Plan.micro_batch`), by the process that learns from them.
+
+Axes: ``n`` canvases, ``l`` completion, ``s`` sequence, ``m`` graded sites, ``c`` teacher contexts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dllm_sd.canvases import Canvases, drawn_share, with_prompt
+from dllm_sd.canvases import Canvases, Places, drawn_share, with_prompt
 from dllm_sd.methods.method import Average, Method
+from dllm_sd.randomness import fold, make_key
 from dllm_sd.rollouts.rollout import Rollouts, TeacherBrief
 from dllm_sd.teachers import ContextInputs, TeacherInputs
-from dllm_sd.trajectory import left_pad
+from dllm_sd.trajectory import Trajectory, left_pad
 
-_BY_CANVAS = ("candidates", "quota", "coefficient", "rollout_weight", "belief")
+POSITIONS = 2**18
+"""Positions of canvases that are laid out at a time while a plan is made."""
+
+_PER_CANVAS = ("quota", "coefficient", "rollout_weight", "belief")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All canvases of one update, on the CPU."""
+class MicroBatch:
+    """Some canvases of an update: what student and teachers read, and where they are graded."""
 
     canvases: Canvases
-    readings: tuple[TeacherInputs, ...]
-    """One per teacher context."""
+    teacher_inputs: tuple[TeacherInputs, ...]
+    """One for each teacher context."""
     candidates: Tensor
     """bool ``[n l]``: the sites, or what the teacher may choose them from."""
     quota: Tensor
@@ -41,10 +49,94 @@ class Plan:
         """``n``."""
         return self.canvases.size
 
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """All tensors on ``device``."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device)
+
+        return MicroBatch(
+            canvases=Canvases(**{name: move(value) for name, value in vars(self.canvases).items()}),
+            teacher_inputs=tuple(TeacherInputs(move(r.ids), move(r.mask), move(r.shown)) for r in self.teacher_inputs),
+            candidates=move(self.candidates),
+            **{name: move(getattr(self, name)) for name in _PER_CANVAS},
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """From places to canvases: everything that an update's canvases are a function of."""
+
+    method: Method
+    trajectory: Trajectory
+    """Of the kept rollouts of all processes."""
+    prompts: tuple[tuple[Tensor, Tensor] | None, ...]
+    """Each context's own prompts, ids int64 and mask bool ``[b p]``; None where it reads the student's."""
+    keys: Sequence[int]
+    """One key a rollout, for the teachers' and masks' random choices."""
+    part: int
+    """Which of the updates over these rollouts it is."""
+    answer: Tensor | None
+    """bool ``[b l]``: tokens of the parsed answers, where a context asks for it."""
+    formatting: Tensor
+    """int64: ids of tokens that say nothing, for sites that leave them out."""
+
+    def __call__(self, places: Places) -> tuple[Canvases, tuple[TeacherInputs, ...], Tensor, Tensor]:
+        """The canvases, what teachers read, ``candidates [n l]`` and ``quota [n]``."""
+        method = self.method
+        canvases = method.canvases.build(self.trajectory, self.keys, self.part, places)
+        gradable = canvases.gradable
+        candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
+        protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
+        inputs = ContextInputs(canvases, self.trajectory, protected, self.answer, self.keys)
+        teacher_inputs = tuple(
+            context(replace(inputs, prompt=prompt))
+            for context, prompt in zip(method.contexts, self.prompts, strict=True)
+        )
+        for seen in teacher_inputs:
+            candidates = candidates & ~seen.shown
+        if method.sites.content:
+            candidates = candidates & ~torch.isin(canvases.tokens, self.formatting)
+        return canvases, teacher_inputs, candidates, torch.minimum(quota, candidates.sum(1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All canvases of one update as numbers, on the CPU."""
+
+    layout: Layout
+    places: Places
+    quota: Tensor
+    """int64 ``[n]``: sites of each canvas."""
+    coefficient: Tensor
+    """float64 ``[n]``: what a site's value is multiplied by; it holds the mean over the whole update."""
+    rollout_weight: Tensor
+    """float64 ``[n]``: the trust in the canvas's rollout."""
+    belief: Tensor
+    """float64 ``[n c]``: how far each context is believed beside the others, for the canvas's rollout."""
+    first: Tensor
+    """int64 ``[n 1+c]``: the first column that is used of what student and teachers read."""
+    last: Tensor
+    """int64 ``[n 1+c]``: the column behind the last one that is used."""
+    length: Tensor
+    """int64 ``[n]``: tokens that the student reads."""
+    content: Tensor
+    """int64 ``[n]``: equal where the student reads the same, and hardly ever else."""
+
     @property
-    def width(self) -> int:
-        """Columns of the widest of what student and teachers read."""
-        return max(ids.shape[1] for ids in (self.canvases.ids, *(reading.ids for reading in self.readings)))
+    def size(self) -> int:
+        """``n``."""
+        return self.places.size
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 ``[n]``, index of the rollout."""
+        return self.places.rows
+
+    @property
+    def steps(self) -> Tensor:
+        """int64 ``[n]``, decoding step, or -1."""
+        return self.places.steps
 
     @property
     def num_sites(self) -> int:
@@ -53,18 +145,15 @@ class Plan:
 
     def select(self, index: Tensor) -> "Plan":
         """Some of the canvases; coefficients stay those of the whole update."""
-        return self._map(lambda x: x[index])
+        names = (*_PER_CANVAS, "first", "last", "length", "content")
+        picked = {name: getattr(self, name)[index] for name in names}
+        return replace(self, places=self.places.select(index), **picked)
 
-    def to(self, device: torch.device | str) -> "Plan":
-        """All tensors on ``device``."""
-        return self._map(lambda x: x.to(device))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Plan":
-        return Plan(
-            canvases=Canvases(**{name: change(value) for name, value in vars(self.canvases).items()}),
-            readings=tuple(TeacherInputs(change(r.ids), change(r.mask), change(r.shown)) for r in self.readings),
-            **{name: change(getattr(self, name)) for name in _BY_CANVAS},
-        )
+    def micro_batch(self, index: Tensor | None = None) -> MicroBatch:
+        """What is read and graded of some of the canvases, or of all."""
+        some = self if index is None else self.select(index)
+        canvases, teacher_inputs, candidates, _ = self.layout(some.places)
+        return MicroBatch(canvases, teacher_inputs, candidates, **{name: getattr(some, name) for name in _PER_CANVAS})
 
 
 def plan_update(
@@ -91,38 +180,50 @@ def plan_update(
     if rollouts.size == 0:
         return None
     trajectory = rollouts.trajectory
-    canvases = method.canvases(trajectory, keys, part, method.rollout.passes)
-    if canvases.size == 0:
+    places = method.canvases.places(trajectory, part, method.rollout.passes)
+    if places.size == 0:
         return None
-    if method.sites.prompt:
-        canvases = with_prompt(canvases, trajectory)
-    gradable = canvases.gradable
-    candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
-    protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
-    inputs = ContextInputs(canvases, trajectory, protected, answer, keys)
     briefs = [rollout.briefs or (TeacherBrief(),) * len(method.contexts) for rollout in rollouts.kept]
-    own = [[brief.prompt for brief in of_context] for of_context in zip(*briefs, strict=True)]
-    readings = tuple(
-        context(replace(inputs, prompt=None if None in rows else left_pad(rows, trajectory.pad_id)))
-        for context, rows in zip(method.contexts, own, strict=True)
-    )
-    for reading in readings:
-        candidates = candidates & ~reading.shown
-    if method.sites.content:
-        candidates = candidates & ~torch.isin(canvases.tokens, torch.tensor(list(formatting), dtype=torch.int64))
-    quota = torch.minimum(quota, candidates.sum(1))
+    prompts = tuple(_prompts([brief.prompt for brief in some], trajectory.pad_id) for some in zip(*briefs, strict=True))
+    layout = Layout(method, trajectory, prompts, keys, part, answer, torch.tensor(list(formatting), dtype=torch.int64))
+    canvas_weight, quota, first, last, length, content = _measure(layout, places)
     weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
-    mean = _mean(method.average, canvases.rows, quota.double(), counted)
-    weights = [[brief.weight for brief in of_rollout] for of_rollout in briefs]
-    belief = torch.tensor(weights, dtype=torch.float64).reshape(rollouts.size, len(method.contexts))[canvases.rows]
-    coefficient = canvases.weight.double() * mean
-    plan = Plan(canvases, readings, candidates, quota, coefficient, weight[canvases.rows], belief)
+    mean = _mean(method.average, places.rows, quota.double(), counted)
+    beliefs = torch.tensor([[brief.weight for brief in some] for some in briefs], dtype=torch.float64)
+    belief = beliefs.reshape(rollouts.size, len(method.contexts))[places.rows]
+    coefficient = canvas_weight.double() * mean
+    plan = Plan(
+        *(layout, places, quota, coefficient, weight[places.rows], belief), first, last, length=length, content=content
+    )
     plan = plan.select((quota > 0) & ((plan.rollout_weight != 0) | method.trust.always_counts))
     if method.canvases.subset is not None:
-        share = drawn_share(plan.canvases.rows, plan.canvases.steps, method.canvases.subset, keys, part)
+        share = drawn_share(plan.rows, plan.steps, method.canvases.subset, keys, part)
         plan = replace(plan, coefficient=plan.coefficient * share).select(share > 0)
     return plan if plan.size else None
+
+
+def _prompts(own: Sequence[Sequence[int] | None], pad_id: int) -> tuple[Tensor, Tensor] | None:
+    """The prompts of one context, None where it reads the student's."""
+    given = [prompt for prompt in own if prompt is not None]
+    return left_pad(given, pad_id) if len(given) == len(own) else None
+
+
+def _measure(layout: Layout, places: Places) -> tuple[Tensor, ...]:
+    """Of every canvas: weight, quota, first and last column read, length, and content, some canvases at a time."""
+    width = layout.trajectory.prompt_ids.shape[1] + layout.trajectory.tokens.shape[1]
+    size = max(1, POSITIONS // width)
+    factors = fold(torch.tensor(make_key("content")), torch.arange(width)) | 1  # odd: none loses a column
+    measured: list[tuple[Tensor, ...]] = []
+    for start in range(0, places.size, size):
+        index = torch.arange(start, min(start + size, places.size))
+        canvases, teacher_inputs, _, quota = layout(places.select(index))
+        masks = [canvases.mask, *(seen.mask for seen in teacher_inputs)]
+        first = torch.stack([mask.int().argmax(1) for mask in masks], 1)
+        last = torch.stack([mask.shape[1] - mask.flip(1).int().argmax(1) for mask in masks], 1)
+        content = ((canvases.ids + 1) * canvases.mask * factors).sum(1)
+        measured.append((canvases.weight, quota, first, last, canvases.mask.sum(1), content))
+    return tuple(torch.cat(column) for column in zip(*measured, strict=True))
 
 
 def _mean(average: Average, rows: Tensor, quota: Tensor, rollouts: int) -> Tensor:

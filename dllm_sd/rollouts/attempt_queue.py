@@ -99,7 +99,7 @@ class AttemptQueue:
             self._told.append((problem, number, grade.correct))
 
     def collected(self) -> list[list[Rollout]]:
-        """Each problem's attempts that have ended, in order, on every process; a serial loop makes the `counted` ones."""
+        """Each problem's attempts that have ended, in order, on every process (`counted`: see `Rollout`)."""
         tried: list[list[Rollout]] = [[] for _ in self.prompted]
         for problem, rollout in sorted(self.workers.gather(self._ended), key=lambda pair: pair[1].attempt):
             counted = rollout.attempt <= self.solved.get(problem, self.limit)

@@ -52,7 +52,7 @@ def region_sums(parts: Parts, regions: Tensor | None, rollouts: Rollouts, device
     right = torch.tensor([rollout.grade.correct for rollout in rollouts.kept])
     for plan, graded in parts:
         canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
-        rows = plan.canvases.rows.cpu()[canvas]
+        rows = plan.rows[canvas]
         value = graded.advantage.double().cpu()
         here = regions[rows, position]
         for place, mask in enumerate([*(here == number for number in range(len(REGIONS))), right[rows]]):
@@ -87,7 +87,7 @@ def advantage_picture(parts: Parts, regions: Tensor | None, height: int = 48, ce
     value = torch.full((length,), torch.nan)
     for plan, graded in parts:
         canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
-        mine = plan.canvases.rows.cpu()[canvas] == 0
+        mine = plan.rows[canvas] == 0
         value[position[mine]] = graded.advantage.float().cpu()[mine]
     known = ~value.isnan()
     if not bool(known.any()):

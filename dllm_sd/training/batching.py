@@ -14,7 +14,7 @@ def micro_batches(plan: Plan, tokens: int, processes: int = 1) -> list[list[Tens
     left get none, and the first always has one.
     """
     order = by_length(plan)
-    first, last = (x[order] for x in extents(plan))
+    first, last = plan.first[order], plan.last[order]
     most = (tokens // (last - first).amax(1).clamp(min=1)).clamp(min=1) * processes  # what can fit from here on
     batches, start = [], 0
     while start < len(order):
@@ -31,16 +31,7 @@ def micro_batches(plan: Plan, tokens: int, processes: int = 1) -> list[list[Tens
 
 def by_length(plan: Plan) -> Tensor:
     """The canvases from short to long, int64 ``[n]``, with equal ones side by side."""
-    ids, mask = plan.canvases.ids, plan.canvases.mask
-    group = torch.where(mask, ids, -1).unique(dim=0, return_inverse=True)[1]
+    group = plan.content.unique(return_inverse=True)[1]
     first = torch.full((len(group),), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")[group]
     order = first.argsort(stable=True)
-    return order[mask.sum(1)[order].argsort(stable=True)]
-
-
-def extents(plan: Plan) -> tuple[Tensor, Tensor]:
-    """First column that is used, and one behind the last, of what student and teachers read: int64 ``[n 1+c]`` each."""
-    masks = [plan.canvases.mask, *(reading.mask for reading in plan.readings)]
-    first = [mask.int().argmax(1) for mask in masks]
-    last = [mask.shape[1] - mask.flip(1).int().argmax(1) for mask in masks]
-    return torch.stack(first, 1), torch.stack(last, 1)
+    return order[plan.length[order].argsort(stable=True)]

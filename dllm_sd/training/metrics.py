@@ -184,16 +184,16 @@ def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
 
 def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[str, Any]]:
     """The sites whose loss is not finite, with the rollout that each belongs to; positions below 0 are the prompt's."""
-    canvas, position = graded.sites.nonzero(as_tuple=True)
+    canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
     found = []
     for i in (~torch.isfinite(graded.term)).nonzero()[:, 0].tolist():
-        rollout = rollouts.kept[int(plan.canvases.rows[canvas[i]])]
+        rollout = rollouts.kept[int(plan.rows[canvas[i]])]
         found.append(
             {
                 "problem": rollout.problem.id,
                 "occurrence": rollout.occurrence,
                 "attempt": rollout.attempt,
-                "step": int(plan.canvases.steps[canvas[i]]),
+                "step": int(plan.steps[canvas[i]]),
                 "position": int(position[i]) - _prompt_columns(graded, rollout),
                 "loss": str(float(graded.term[i])),
             }
@@ -212,7 +212,7 @@ def divergence_table(parts: Sequence[tuple[Plan, Graded]], rollouts: Rollouts) -
     table = torch.full((int(trajectory.num_steps), trajectory.tokens.shape[1]), torch.nan)
     for plan, graded in parts:
         canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
-        rows, steps = plan.canvases.rows[canvas].cpu(), plan.canvases.steps[canvas].cpu()
+        rows, steps = plan.rows[canvas], plan.steps[canvas]
         position = position - _prompt_columns(graded, rollouts.kept[0])
         mine = (rows == 0) & (steps >= 0) & (position >= 0)
         table[steps[mine], position[mine]] = graded.value.float().cpu()[mine]

@@ -263,12 +263,12 @@ class Trainer:
         for i, shares in enumerate(batches):
             index = shares[self.rank]
             idle = len(index) == 0  # nothing left for this process: join the collectives, add nothing
-            piece = plan.select(shares[0][:1] if idle else index).to(self.accelerator.device)
+            batch = plan.micro_batch(shares[0][:1] if idle else index).to(self.accelerator.device)
             with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
-                graded = grade(self.method, piece, student, self.teachers)
+                graded = grade(self.method, batch, student, self.teachers)
                 self.accelerator.backward(graded.loss * (0 if idle else self.world))  # averaged over processes
             if not idle:
-                parts.append((piece, graded))
+                parts.append((plan.select(index), graded))
         limit = self.config.optim.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
         assert norm is not None

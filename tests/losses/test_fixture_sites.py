@@ -116,7 +116,7 @@ def graded(method: Method, part: int, rows: slice) -> tuple[Tensor, Tensor, Tens
     student = TENSORS["student_logits"].clone().requires_grad_()
     said = stored_logits(student, rows)
     reads = lambda view, read: read(said(view).hidden, Head(said(view).head))  # noqa: E731
-    out = grade(method, plan, reads, [stored_logits(TENSORS["teacher_logits"], rows)])
+    out = grade(method, plan.micro_batch(), reads, [stored_logits(TENSORS["teacher_logits"], rows)])
     (gradient,) = torch.autograd.grad(out.loss, student)
     return out.loss.detach(), gradient[rows], out.sites
 

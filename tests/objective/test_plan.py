@@ -81,7 +81,7 @@ class Pair:
         return list(torch.autograd.grad(loss, list(trained(self.policy).values()), allow_unused=True))
 
     def loss(self, method: Method, plan: Plan) -> Tensor:
-        return grade(method, plan, self.student, [self.teacher] * len(method.contexts)).loss
+        return grade(method, plan.micro_batch(), self.student, [self.teacher] * len(method.contexts)).loss
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +209,10 @@ def test_chunks_give_what_all_sites_give_at_once(pair, name, chunk, monkeypatch)
     method = CHUNKED[name]
     plan = planned(method, rollouts_of(pair.trajectory, [1.0, 0.0, 0.25, 1.0]))
     teachers = [pair.teacher] * len(method.contexts)
-    ours = grade(method, plan, pair.student, teachers)
+    ours = grade(method, plan.micro_batch(), pair.student, teachers)
     plain = [lambda view: pair.teacher(view).logits(slice(None))] * len(teachers)
     monkeypatch.setitem(CHUNK, "cpu", 10**9)
-    theirs = graded(method, plan, pair.policy.site_logits, plain)
+    theirs = graded(method, plan.micro_batch(), pair.policy.site_logits, plain)
     expected = pair.gradient(theirs.pop("loss"))
     for key, value in theirs.items():
         mine = ours.measures[key] if "/" in key else getattr(ours, key)
@@ -234,7 +234,7 @@ def test_equal_canvases_are_read_once(pair, monkeypatch):
 
     for distinct in (View.distinct, lambda view: view):
         monkeypatch.setattr(View, "distinct", distinct)
-        loss = grade(method, plan, student, [pair.teacher]).loss
+        loss = grade(method, plan.micro_batch(), student, [pair.teacher]).loss
         results.append((loss.detach(), pair.gradient(loss)))
     assert read == [4, 8]
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-12, rtol=1e-12)
@@ -249,7 +249,7 @@ def test_a_subset_of_the_steps_has_the_expected_loss_and_gradient_of_all(pair, a
     loss = pair.loss(method, whole)
     expected = [loss.detach(), *pair.gradient(loss)]
     part = replace(method, canvases=DecoderSteps(subset=2))
-    counts = whole.canvases.rows.bincount().tolist()
+    counts = whole.rows.bincount().tolist()
     assert min(counts) > 2
     losses = []
     for drawn in product(*(combinations(range(count), 2) for count in counts)):
@@ -258,7 +258,7 @@ def test_a_subset_of_the_steps_has_the_expected_loss_and_gradient_of_all(pair, a
         )
         monkeypatch.setattr(canvases_module, "uniform", lambda *_, chosen=chosen: chosen[:, None])
         plan = planned(part, rollouts)
-        assert plan.canvases.rows.bincount().tolist() == [2, 2]
+        assert plan.rows.bincount().tolist() == [2, 2]
         losses.append(plan)
     assert len(losses) == prod(n * (n - 1) // 2 for n in counts)
     mean = torch.zeros(whole.size, dtype=torch.float64)
@@ -289,7 +289,7 @@ def two_long(trajectory: Trajectory) -> Trajectory:
 
 
 def places(plan: Plan) -> tuple[list[int], list[int]]:
-    return plan.canvases.rows.tolist(), plan.canvases.steps.tolist()
+    return plan.rows.tolist(), plan.steps.tolist()
 
 
 def test_a_subset_is_drawn_by_the_rollouts_key_alone(pair):
@@ -299,9 +299,9 @@ def test_a_subset_is_drawn_by_the_rollouts_key_alone(pair):
     plan, alone = plan_update(method, both, [5, 7]), plan_update(method, one, [7])
     assert plan is not None
     assert alone is not None
-    assert torch.equal(alone.canvases.steps, plan.canvases.steps[plan.canvases.rows == 1])
+    assert torch.equal(alone.steps, plan.steps[plan.rows == 1])
     drawn = [plan_update(method, one, [key]) for key in range(8)]
-    assert len({tuple(plan.canvases.steps.tolist()) for plan in drawn if plan is not None}) > 1
+    assert len({tuple(plan.steps.tolist()) for plan in drawn if plan is not None}) > 1
 
 
 def test_with_dropout_equal_canvases_are_read_apart(make_policy):
@@ -354,7 +354,7 @@ def test_averages_by_hand(average, coefficients, with_rejected):
         method = Method(contexts=(Nothing(),), average=average, gate=gate)
         plan = planned(method, rollouts_of(by_hand(), rejected=rejected))
         assert plan.quota.tolist() == [2, 1, 1, 3, 1]
-        assert plan.canvases.rows.tolist() == [0, 0, 0, 1, 1]
+        assert plan.rows.tolist() == [0, 0, 0, 1, 1]
         assert plan.coefficient.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -373,7 +373,7 @@ def test_a_step_without_a_site_is_no_step(noise, average):
     assert plan.size < DecoderSteps()(rollouts.trajectory, keys(rollouts), 0, 1).size
     assert (plan.quota > 0).all()
     of_step = plan.coefficient * (plan.quota if average == "steps" else 1)
-    per_rollout = torch.zeros(12, dtype=torch.float64).index_add(0, plan.canvases.rows, of_step)
+    per_rollout = torch.zeros(12, dtype=torch.float64).index_add(0, plan.rows, of_step)
     torch.testing.assert_close(per_rollout, torch.full((12,), 1 / 12, dtype=torch.float64))
 
 
@@ -381,10 +381,10 @@ def test_a_teacher_is_never_asked_about_what_it_was_shown(noise):
     rollouts = rollouts_of(noise(b=6))
     for name in ("d_opsd", "d_opsd_paper", "d_opsd_reference", "later_step"):
         plan = planned(replace(METHODS[name].method, rollout=PassAtK()), rollouts)
-        for reading in plan.readings:
-            assert not (reading.shown & plan.candidates).any()
-            assert (reading.ids[:, -24:][plan.candidates] == 11).all()
-        assert (plan.canvases.ids[:, -24:][plan.candidates] == 11).all()
+        for reading in plan.micro_batch().teacher_inputs:
+            assert not (reading.shown & plan.micro_batch().candidates).any()
+            assert (reading.ids[:, -24:][plan.micro_batch().candidates] == 11).all()
+        assert (plan.micro_batch().canvases.ids[:, -24:][plan.micro_batch().candidates] == 11).all()
 
 
 def test_nothing_to_learn_from_is_no_plan(noise):
@@ -416,14 +416,14 @@ def test_diffu_grpo_has_the_gradient_of_d1s_loss(pair, make_policy, reward):
     expected = surrogate(now, now.detach(), base, advantage, 0.5, 0.04).mean()
     plan = plan_update(method, rollouts, keys(rollouts))
     assert plan is not None
-    ours = grade(method, plan, pair.student, [pair.teacher]).loss
+    ours = grade(method, plan.micro_batch(), pair.student, [pair.teacher]).loss
     assert_same_gradients(pair.gradient(ours), pair.gradient(expected), 1e-10)
 
 
 def test_what_is_logged_describes_the_sites(pair):
     method = replace(METHODS["d_opsd"].method, contexts=(LaterStep(2),))
     plan = planned(method, rollouts_of(pair.trajectory))
-    described = grade(method, plan, pair.student, [pair.teacher])
+    described = grade(method, plan.micro_batch(), pair.student, [pair.teacher])
     assert len(described.value) == plan.num_sites == int(described.sites.sum())
     torch.testing.assert_close(described.term.sum(), described.loss.detach())
     torch.testing.assert_close(described.value.mean(), described.loss.detach())
@@ -431,7 +431,7 @@ def test_what_is_logged_describes_the_sites(pair):
     assert ((described.agreement == 0) | (described.agreement == 1)).all()
     assert described.teacher_entropy.isfinite().all()
     likelihood = METHODS["rft_trajectory"].method
-    alone = grade(likelihood, planned(likelihood, rollouts_of(pair.trajectory)), pair.student, [])
+    alone = grade(likelihood, planned(likelihood, rollouts_of(pair.trajectory)).micro_batch(), pair.student, [])
     assert alone.teacher_entropy.isnan().all()
     assert alone.agreement.isnan().all()
 
@@ -445,5 +445,5 @@ def test_entropy_is_that_of_the_distribution():
 def test_all_masked_sites_grade_every_canvas_at_all_its_masks(pair):
     method = replace(METHODS["d_opsd"].method, contexts=(Nothing(),), sites=AllMaskedSites())
     plan = planned(method, rollouts_of(pair.trajectory))
-    assert torch.equal(plan.quota, (plan.canvases.masked & plan.canvases.gradable).sum(1))
+    assert torch.equal(plan.quota, (plan.micro_batch().canvases.masked & plan.micro_batch().canvases.gradable).sum(1))
     assert pair.loss(method, plan) > 0

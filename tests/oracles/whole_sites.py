@@ -9,23 +9,23 @@ from dllm_sd.losses.sites import choose
 from dllm_sd.losses.trust import Drawn
 from dllm_sd.methods.method import Method
 from dllm_sd.network.view import View
-from dllm_sd.objective.plan import Plan
+from dllm_sd.objective.plan import MicroBatch
 
 Logits = Callable[[View], Tensor]
 
 
-def graded(method: Method, plan: Plan, student: Logits, teachers: Sequence[Logits]) -> dict[str, Tensor]:
+def graded(method: Method, batch: MicroBatch, student: Logits, teachers: Sequence[Logits]) -> dict[str, Tensor]:
     """Loss with gradient and columns ``[m]``, from functions of a view to logits ``[m v]``."""
 
     def view(ids: Tensor, mask: Tensor, sites: Tensor) -> View:
         prompt = torch.zeros((len(ids), ids.shape[1] - sites.shape[1]), dtype=torch.bool)
         return View(ids, mask, torch.cat([prompt, sites], 1))
 
-    canvases, sites = plan.canvases, plan.candidates
-    said = [t(view(r.ids, r.mask, sites)).detach() for t, r in zip(teachers, plan.readings, strict=True)]
+    canvases, sites = batch.canvases, batch.candidates
+    said = [t(view(r.ids, r.mask, sites)).detach() for t, r in zip(teachers, batch.teacher_inputs, strict=True)]
     if method.sites.score is not None:
-        sites = choose(plan.candidates, plan.quota, method.sites.score(said[0]))
-        said = [logits[sites[plan.candidates]] for logits in said]
+        sites = choose(batch.candidates, batch.quota, method.sites.score(said[0]))
+        said = [logits[sites[batch.candidates]] for logits in said]
     student_logp = (student(view(canvases.ids, canvases.mask, sites)) / method.temperature).log_softmax(-1)
     teacher_logp = student_logp.new_zeros((0, *student_logp.shape))
     if said:
@@ -36,17 +36,17 @@ def graded(method: Method, plan: Plan, student: Logits, teachers: Sequence[Logit
     target = method.target(teacher_u)
     divergence = method.divergence(student_u, target, token)
     drawn = Drawn(token, logp, canvases.old_logp[sites], canvas)
-    trust = method.trust(student_u, target, drawn, plan.rollout_weight[canvas])
+    trust = method.trust(student_u, target, drawn, batch.rollout_weight[canvas])
     if method.target.keeps_contexts:
-        trust = trust * plan.belief[canvas].T
-    term = sum(value * trust[t] for t, value in enumerate(divergence)) * plan.coefficient[canvas]
+        trust = trust * batch.belief[canvas].T
+    term = sum(value * trust[t] for t, value in enumerate(divergence)) * batch.coefficient[canvas]
     with torch.no_grad():
         columns = {
             "value": method.divergence.entries(student_u, target, token).sum((0, -1)),
             "clipped": divergence.sum(0),
             "student_entropy": -torch.xlogy(student_logp.exp(), student_logp.exp()).sum(-1),
             **method.target.measures(teacher_u),
-            **method.trust.measures(student_u, target, drawn, plan.rollout_weight[canvas]),
+            **method.trust.measures(student_u, target, drawn, batch.rollout_weight[canvas]),
         }
         if said:
             first = teacher_logp[0]

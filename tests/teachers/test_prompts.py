@@ -308,12 +308,12 @@ def test_teacher_prompts_survive_a_checkpoint(each):
 
 
 def plan_of(policy: AnyPolicy, *contexts: AnyContext, decoded: bool = False, **parts: Any) -> tuple[Any, Rollouts]:
-    """The plan of an update and the rollouts it is made of."""
+    """All that is read in an update, and the rollouts it is made of."""
     method = Method(rollout=RULE, gate=All(), contexts=contexts, **{"target": Each(), **parts})
     rollouts = informed(policy, *contexts)
     plan = plan_update(method, rollouts, rollouts.keys(0, 0))
     assert plan is not None
-    return plan, rollouts
+    return plan.micro_batch(), rollouts
 
 
 def by_hand(plan: Any, canvas: int, prompt: str, policy: AnyPolicy) -> list[int]:
@@ -332,11 +332,11 @@ def test_readings_hold_the_right_prompt_before_the_students_canvas(each):
         problem = rollouts.kept[int(plan.canvases.rows[canvas])].problem
         question, solution = f"{problem.fields['question']}=", problem.fields["solution"]
         texts = (f"{question}({solution})", "=", question)
-        for reading, text in zip(plan.readings, texts, strict=True):
+        for reading, text in zip(plan.teacher_inputs, texts, strict=True):
             assert read(reading, canvas) == by_hand(plan, canvas, text, each)
             assert torch.equal(reading.mask[canvas, -12:], plan.canvases.mask[canvas, -12:])
             assert not reading.shown.any()
-    assert plan.width == 12 + len("10+20=(888888)")
+    assert max(seen.ids.shape[1] for seen in plan.teacher_inputs) == 12 + len("10+20=(888888)")
 
 
 def test_the_hint_is_in_no_column_of_the_student(each):
@@ -344,7 +344,7 @@ def test_the_hint_is_in_no_column_of_the_student(each):
     student = plan.canvases
     bracket = each.encode([{"role": "user", "content": "("}])[0]
     assert not (student.ids == bracket).any()
-    assert all((reading.ids == bracket).any(1).all() for reading in plan.readings)
+    assert all((reading.ids == bracket).any(1).all() for reading in plan.teacher_inputs)
     for canvas in range(plan.size):
         trajectory = rollouts.kept[int(student.rows[canvas])].trajectory
         assert student.ids[canvas][:-12][student.mask[canvas][:-12]].tolist() == trajectory.prompt_ids[0].tolist()
@@ -354,7 +354,7 @@ def test_a_suffix_behind_a_prompt_of_its_own_reveals_what_it_would_without(polic
     suffix = Suffix(ratio=0.5)
     contexts = (suffix, replace(suffix, prompt=Reference(template=BRIEF)), replace(suffix, prompt=NoQuestion()))
     plan, rollouts = plan_of(policy, *contexts, target=PurifiedPMI(), divergence=ReverseKL())
-    plain, *others = plan.readings
+    plain, *others = plan.teacher_inputs
     assert plain.shown.any()
     for reading in others:
         assert torch.equal(reading.shown, plain.shown)
@@ -376,7 +376,7 @@ def test_a_suffix_behind_a_prompt_of_its_own_reveals_what_it_would_without(polic
 def test_sites_of_student_and_teacher_are_the_same_tokens(causal):
     """The logits of a teacher with a longer prompt speak of the student's tokens, column by column from the right."""
     plan, _ = plan_of(causal, Reference(template=BRIEF))
-    (reading,) = plan.readings
+    (reading,) = plan.teacher_inputs
     width = reading.ids.shape[1] - plan.canvases.ids.shape[1]
     assert width > 0
     assert torch.equal(reading.ids[:, -12:], plan.canvases.ids[:, -12:])
@@ -393,7 +393,7 @@ def test_an_analysis_stands_between_the_prompt_and_the_canvas(causal):
         row = int(plan.canvases.rows[canvas])
         problem = rollouts.kept[row].problem
         text = f"{problem.fields['question']}=({problem.fields['solution']})\n\n00{row}+-"
-        assert read(plan.readings[0], canvas) == by_hand(plan, canvas, text, causal)
+        assert read(plan.teacher_inputs[0], canvas) == by_hand(plan, canvas, text, causal)
 
 
 def test_a_gate_that_lets_nothing_pass_leaves_nothing_to_inform(policy):

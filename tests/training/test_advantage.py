@@ -39,7 +39,7 @@ def part(rows: list[int], sites: list[list[int]], advantage: list[float]) -> tup
     mask = torch.zeros(len(rows), 12, dtype=torch.bool)
     for canvas, positions in enumerate(sites):
         mask[canvas, positions] = True
-    plan = SimpleNamespace(canvases=SimpleNamespace(rows=torch.tensor(rows)))
+    plan = SimpleNamespace(rows=torch.tensor(rows))
     return plan, SimpleNamespace(sites=mask, advantage=torch.tensor(advantage))
 
 

@@ -1,14 +1,15 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
+from dllm_sd.objective import plan as plan_module
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.batching import by_length, extents, micro_batches
+from dllm_sd.training.batching import by_length, micro_batches
 from dllm_sd.trajectory import Trajectory
 
 METHOD: Method = METHODS["d_opsd"].method
@@ -38,7 +39,7 @@ def test_every_canvas_is_read_once_within_the_budget_and_alike_on_all_processes(
         for index in shares:
             piece = plan.select(index)
             if len(index) > 1:
-                first, last = extents(piece)
+                first, last = piece.first, piece.last
                 assert len(index) * int((last.amax(0) - first.amin(0)).max()) <= tokens
     if tokens == 10**6:
         assert len(batches) == 1
@@ -46,8 +47,7 @@ def test_every_canvas_is_read_once_within_the_budget_and_alike_on_all_processes(
 
 def test_short_canvases_come_in_larger_micro_batches(noise):
     plan = planned(noise(b=6))
-    first, last = extents(plan)
-    width = int((last - first).amax())
+    width = int((plan.last - plan.first).amax())
     by_widest = -(-plan.size // (150 // width))
     assert len(micro_batches(plan, 150)) <= by_widest
 
@@ -56,7 +56,13 @@ def test_equal_canvases_stand_side_by_side(noise):
     trajectory = noise(b=4)
     plan = planned(trajectory.select(torch.tensor([0, 1, 2, 3, 0, 2])))
     mixed = plan.select(torch.randperm(plan.size, generator=torch.Generator().manual_seed(0)))
-    ids = torch.where(mixed.canvases.mask, mixed.canvases.ids, -1)[by_length(mixed)]
+    canvases = mixed.micro_batch().canvases
+    ids = torch.where(canvases.mask, canvases.ids, -1)
+    assert torch.equal(
+        mixed.content.unique(return_inverse=True)[1][:, None] == mixed.content.unique(return_inverse=True)[1],
+        (ids[:, None] == ids).all(-1),
+    )
+    ids = ids[by_length(mixed)]
     group = ids.unique(dim=0, return_inverse=True)[1]
     assert len(group.unique_consecutive()) == len(group.unique()) < len(group)
     length = (ids >= 0).sum(1)
@@ -65,8 +71,43 @@ def test_equal_canvases_stand_side_by_side(noise):
 
 def test_what_a_teacher_reads_counts_too(noise):
     plan = planned(noise(b=2))
-    reading = plan.readings[0]
-    wide = torch.cat([torch.ones(plan.size, 50, dtype=torch.int64), reading.ids], 1)
-    seen = torch.cat([torch.ones(plan.size, 50, dtype=torch.bool), reading.mask], 1)
-    other = replace(plan, readings=(replace(reading, ids=wide, mask=seen),))
+    other = replace(plan, last=plan.last + torch.tensor([0, 50]))
     assert len(micro_batches(other, 300)) > len(micro_batches(plan, 300))
+
+
+def test_a_plan_knows_what_its_canvases_would_say(noise):
+    plan = planned(noise(b=6))
+    whole = plan.micro_batch()
+    for place, mask in enumerate([whole.canvases.mask, *(seen.mask for seen in whole.teacher_inputs)]):
+        used = [row.nonzero()[:, 0].tolist() for row in mask]
+        assert plan.first[:, place].tolist() == [columns[0] for columns in used]
+        assert plan.last[:, place].tolist() == [columns[-1] + 1 for columns in used]
+    assert torch.equal(plan.length, whole.canvases.mask.sum(1))
+    assert torch.equal(plan.quota, whole.quota)
+
+
+@pytest.mark.parametrize("positions", [1, 100, 10**9])
+def test_how_many_canvases_are_laid_out_at_a_time_changes_nothing(noise, positions, monkeypatch):
+    expected = planned(noise(b=6))
+    monkeypatch.setattr(plan_module, "POSITIONS", positions)
+    found = planned(noise(b=6))
+    for f in fields(Plan):
+        if isinstance(value := getattr(found, f.name), torch.Tensor):
+            assert torch.equal(value, getattr(expected, f.name)), f.name
+
+
+def test_a_micro_batch_is_the_same_whatever_is_built_beside_it(noise):
+    plan = planned(noise(b=6))
+    whole = plan.micro_batch()
+    index = torch.randperm(plan.size, generator=torch.Generator().manual_seed(0))[:5]
+    part = plan.micro_batch(index)
+    for name, value in vars(part.canvases).items():
+        assert torch.equal(
+            value.nan_to_num() if value.is_floating_point() else value,
+            getattr(whole.canvases, name)[index].nan_to_num()
+            if value.is_floating_point()
+            else getattr(whole.canvases, name)[index],
+        ), name
+    for seen, every in zip(part.teacher_inputs, whole.teacher_inputs, strict=True):
+        assert all(torch.equal(value, getattr(every, name)[index]) for name, value in vars(seen).items())
+    assert torch.equal(part.candidates, whole.candidates[index])
