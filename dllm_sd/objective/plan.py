@@ -83,20 +83,25 @@ class Layout:
 
     def __call__(self, places: Places) -> tuple[Canvases, tuple[TeacherInputs, ...], Tensor, Tensor]:
         """The canvases, what teachers read, ``candidates [n l]`` and ``quota [n]``."""
+        rows, local = places.rows.unique(return_inverse=True)  # nothing is computed of other rollouts
+        own = {name: value[rows] for name, value in self.trajectory.tensors().items()}
+        trajectory, keys = replace(self.trajectory, **own), [self.keys[row] for row in rows.tolist()]
         method = self.method
-        canvases = method.canvases.build(self.trajectory, self.keys, self.part, places)
+        canvases = method.canvases.build(trajectory, keys, self.part, replace(places, rows=local))
         gradable = canvases.gradable
         candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
         protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
-        inputs = ContextInputs(canvases, self.trajectory, protected, self.answer, self.keys)
+        answer = None if self.answer is None else self.answer[rows]
+        inputs = ContextInputs(canvases, trajectory, protected, answer, keys)
+        prompts = [prompt and (prompt[0][rows], prompt[1][rows]) for prompt in self.prompts]
         teacher_inputs = tuple(
-            context(replace(inputs, prompt=prompt))
-            for context, prompt in zip(method.contexts, self.prompts, strict=True)
+            context(replace(inputs, prompt=prompt)) for context, prompt in zip(method.contexts, prompts, strict=True)
         )
         for seen in teacher_inputs:
             candidates = candidates & ~seen.shown
         if method.sites.content:
             candidates = candidates & ~torch.isin(canvases.tokens, self.formatting)
+        canvases = replace(canvases, rows=places.rows)
         return canvases, teacher_inputs, candidates, torch.minimum(quota, candidates.sum(1))
 
 

@@ -387,8 +387,9 @@ def test_an_analysis_stands_between_the_prompt_and_the_canvas(causal):
     contexts = (Reference(template=BRIEF, reasoning=REASONING),)
     rollouts = informed(causal, *contexts, write=Writer())
     method = Method(rollout=RULE, gate=All(), contexts=contexts)
-    plan = plan_update(method, rollouts, rollouts.keys(0, 0))
-    assert plan is not None
+    planned = plan_update(method, rollouts, rollouts.keys(0, 0))
+    assert planned is not None
+    plan = planned.micro_batch()
     for canvas in range(plan.size):
         row = int(plan.canvases.rows[canvas])
         problem = rollouts.kept[row].problem
