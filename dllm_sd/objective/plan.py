@@ -88,6 +88,8 @@ class Layout:
         trajectory, keys = replace(self.trajectory, **own), [self.keys[row] for row in rows.tolist()]
         method = self.method
         canvases = method.canvases.build(trajectory, keys, self.part, replace(places, rows=local))
+        if method.sites.prompt:
+            canvases = with_prompt(canvases, trajectory)
         gradable = canvases.gradable
         candidates, quota = method.sites(*(x & gradable for x in (canvases.masked, canvases.active, canvases.revealed)))
         protected = torch.zeros_like(candidates) if method.sites.score is not None else candidates
