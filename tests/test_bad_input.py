@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape

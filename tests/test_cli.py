@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.export.model_card import _parts
 from dllm_sd.files import locking

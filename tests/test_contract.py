@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS

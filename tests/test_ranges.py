@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 import pytest
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.config import Config, build_config
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, shown

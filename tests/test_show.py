@@ -23,7 +23,7 @@ from tests.test_docs import DOCUMENTS, commands
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import contextlib, io, json, sys
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 said = []
 for words in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()

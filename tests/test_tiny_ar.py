@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.network.view import View
 from dllm_sd.policies.loading import AnyPolicy, load_policy

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.comparison import (
     Counts,

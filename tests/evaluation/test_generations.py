@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import majority, pass_at_k, wilson_interval
 from dllm_sd.evaluation.generations import default_folder, grade_file, read_generations, summarise

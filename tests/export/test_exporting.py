@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dllm_sd import InputError, load_policy
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.export import exporting
 from dllm_sd.export.exporting import Layout, export_policy, fold, push_folder
 from dllm_sd.export.model_card import model_card

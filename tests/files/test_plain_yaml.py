@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.config import apply_overrides, build_config, load_config, to_yaml
 from dllm_sd.errors import InputError
 from dllm_sd.files.plain_yaml import DEEPEST, LONGEST, MOST, parse_yaml, read_yaml, write_yaml

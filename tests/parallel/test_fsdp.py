@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.network.lazy_logits import CHUNK

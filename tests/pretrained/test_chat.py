@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import dllm_sd
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained import chat

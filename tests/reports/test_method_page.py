@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import dllm_sd.reports.method_page as pages
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.losses import ForwardKL, GeneralisedJSD, ReverseKL
 from dllm_sd.methods import METHODS
 from dllm_sd.reports.method_page import closest, measured, methods_page, parts

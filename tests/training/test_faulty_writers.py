@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.config import build_config
 from dllm_sd.errors import Stopped
 from dllm_sd.randomness import make_key

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import dllm_sd
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.reports import tables
 from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.training.left_out import LEFT_OUT, REASONS, in_words, is_left_out, left_out

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 from dllm_sd.config import Config, build_config, load_config, to_yaml
 from dllm_sd.network.finite import fingerprint
 from dllm_sd.training.checkpoint import State

@@ -19,7 +19,7 @@ import dllm_sd.export.exporting
 import dllm_sd.reports.memory
 import dllm_sd.reports.tables
 import dllm_sd.training.peers  # noqa: F401  (imported here once, for all children)
-from dllm_sd.cli import main
+from dllm_sd.cli.main import main
 
 torch.set_num_threads(1)
 
