@@ -143,8 +143,8 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
     if not len(problems):
         return
     task, problem = config.task, problems[0]
-    if config.method.library is not None:
-        config.method.library.check(problems)
+    if config.method.skill_bank is not None:
+        config.method.skill_bank.check(problems)
     if not config.method.rollout.decodes and task.reference(problem) is None:
         raise InputError(
             f"method.rollout demonstrations needs references, but the task's data has none; {task.reference_remedy}"
@@ -323,14 +323,14 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
         if not blueprint.causal:
             text = replace(config.decode, length=writing.sampling.length)
             check_denoising(blueprint.block_length, text, "the text of a context's writer with decode")
-    for name, how in (config.method.library.texts() if config.method.library else {}).items():
+    for name, how in (config.method.skill_bank.texts() if config.method.skill_bank else {}).items():
         if how.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
             raise InputError(
-                f"method.library.{name} sets thinking, but the chat template has no thinking switch; leave it out"
+                f"method.skill_bank.{name} sets thinking, but the chat template has no thinking switch; leave it out"
             )
         if not blueprint.causal:
             text = replace(config.decode, length=how.length)
-            check_denoising(blueprint.block_length, text, f"the texts of method.library.{name} with decode")
+            check_denoising(blueprint.block_length, text, f"the texts of method.skill_bank.{name} with decode")
     for weights in config.method.models():
         if weights.of_another_run and weights.source is None and config.peers is None:
             raise InputError("a context's writer peer has no path; name a checkpoint or adapter of another run")

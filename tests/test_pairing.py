@@ -387,10 +387,12 @@ def test_a_method_that_asks_for_no_reference_takes_any_data(name):
 
 
 def test_a_bank_that_is_asked_for_what_a_problem_does_not_have_is_refused_by_the_data():
-    library = {"problem": "{problem}"}
-    config = build_config({"task": "sudoku", "method": {"name": "sgsd", "library": library}})
+    bank = {"problem": "{problem}"}
+    config = build_config({"task": "sudoku", "method": {"name": "sgsd", "skill_bank": bank}})
     check_data(config, [Problem("p", {"problem": "1"})])
-    with pytest.raises(InputError, match=r"^method\.library\.problem \(for q\) asks for {problem}; use plain fields"):
+    with pytest.raises(
+        InputError, match=r"^method\.skill_bank\.problem \(for q\) asks for {problem}; use plain fields"
+    ):
         check_data(config, [Problem("p", {"problem": "1"}), Problem("q", {"question": "1"})])
 
 

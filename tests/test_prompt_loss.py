@@ -45,7 +45,7 @@ def method(prompt: bool) -> Method:
 def graded(policy, rollouts, prompt: bool):
     plan = plan_update(method(prompt), rollouts, range(len(TEXTS)))
     assert plan is not None
-    return plan, grade(method(prompt), plan, partial(run_at_sites, policy.module), [])
+    return plan, grade(method(prompt), plan.micro_batch(), partial(run_at_sites, policy.module), [])
 
 
 @pytest.mark.parametrize("prompt", [False, True])

@@ -116,7 +116,7 @@ def test_the_walk_finds_the_numbers_of_every_kind_of_part():
     assert {"seed", "optim.lr", "optim.betas.0", "model.lora.rank", "model.shape.hidden_size"} <= keys
     assert {"decode.suppress.0", "method.rollout.horizon.ratio", "method.rollout.policy.layers.0"} <= keys
     assert {"method.contexts.0.ratio", "method.contexts.0.prompt.writing.writer.timeout"} <= keys
-    assert {"method.library.extraction.steps", "method.library.retriever.letters", "peers.rounds"} <= keys
+    assert {"method.skill_bank.extraction.steps", "method.skill_bank.retriever.letters", "peers.rounds"} <= keys
     assert {"method.teacher.0.decay", "task.size_train", "task.numbers_max", "eval.schedules.odd.steps"} <= keys
     assert len({(place.key, place.owner) for place in PLACES}) > 150
 

@@ -84,7 +84,7 @@ def _critique(form: str) -> list[str]:
 
 
 _BANK = [
-    "method.library={path: READER/bank.json, count: 4, every: 0}",
+    "method.skill_bank={path: READER/bank.json, count: 4, every: 0}",
     "method.contexts=[{}]".format(", ".join(f"{{name: skills, rank: {rank}, {_TEXT}}}" for rank in range(4))),
 ]
 _FEEDBACK = "name: feedback, anchored: false, solution: '{hint}', comment: '{hint}', prompt: '{response}?{question}'"

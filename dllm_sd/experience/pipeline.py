@@ -46,7 +46,7 @@ class RolloutPipeline:
         teachers = [models[weights] for weights in self.method.weights()]
         cache = Cache(config.cache or Path(config.run) / "written") if self.method.writings else None
         self.text_generator = TextGenerator(teachers, config.decode, accelerator, models, cache)
-        self.skill_bank = SkillBankState(self.method.library, config.task, self.text_generator.write, config.seed)
+        self.skill_bank = SkillBankState(self.method.skill_bank, config.task, self.text_generator.write, config.seed)
 
     def open(self, bank: Mapping[str, Any] | None) -> dict[str, int]:
         """What is done once, with the initial weights or what a checkpoint says: a subspace, a bank; its counts."""
@@ -88,7 +88,7 @@ class RolloutPipeline:
         prompted, _, dropped = self.feed.take(0, min(count, len(self.feed.problems)))
         decode, task = self.config.decode, self.config.task
         rule = PassAtK(problems=count, attempts=1, temperature=1.0)
-        if (how := self.method.library and self.method.library.attempt) is not None:
+        if (how := self.method.skill_bank and self.method.skill_bank.attempt) is not None:
             rule = replace(rule, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k)
             decode = replace(decode, length=how.length)
         if how is not None and how.thinking is not None:

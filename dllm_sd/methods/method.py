@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from dllm_sd.canvases import CANVASES, CanvasRule, DecoderSteps
 from dllm_sd.errors import InputError
@@ -47,7 +47,7 @@ class Method(Ranged, key="method"):
     target: Target = _slot(TARGETS, Plain)
     divergence: Divergence = _slot(DIVERGENCES, ReverseKL)
     trust: Trust = _slot(TRUSTS, Equal)
-    library: SkillBankConfig | None = None
+    skill_bank: SkillBankConfig | None = None
     """The bank that `skills` contexts draw on."""
     temperature: Annotated[float, Range(least=0.001, most=1000)] = 1.0
     """Softmax temperature of student and teachers in the loss."""
@@ -57,12 +57,14 @@ class Method(Ranged, key="method"):
     2606.18195 (sites of a step, steps of a rollout, rollouts); `step_sums`, the same without the mean over a step's
     sites (released d-OPSD, "batchmean"); `rollouts` (sites of a rollout, rollouts)."""
 
+    former_keys: ClassVar[Mapping[str, str]] = {"library": "method.skill_bank"}
+
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         super().__post_init__()
         checks = (
             _check_contexts,
-            _check_library,
+            _check_skill_bank,
             _check_sites,
             _check_prompt,
             _check_target,
@@ -96,7 +98,7 @@ class Method(Ranged, key="method"):
     def writings(self) -> list[Writing]:
         """What is written for hints and for the bank of skills."""
         found = [context.hint.writing for context in self.contexts if context.hint is not None]
-        found += [self.library.writing] if self.library is not None and self.library.needs_writer else []
+        found += [self.skill_bank.writing] if self.skill_bank is not None and self.skill_bank.needs_writer else []
         return [writing for writing in found if writing is not None]
 
 
@@ -116,16 +118,16 @@ def _check_contexts(method: Method) -> None:
         )
 
 
-def _check_library(method: Method) -> None:
+def _check_skill_bank(method: Method) -> None:
     hints = [context.hint for context in method.contexts if context.hint is not None]
     ranks = sorted(hint.skill_rank for hint in hints if hint.skill_rank is not None)
-    if ranks and (method.library is None or ranks != list(range(method.library.count))):
+    if ranks and (method.skill_bank is None or ranks != list(range(method.skill_bank.count))):
         raise InputError(
-            "method.contexts must list a skills context for each rank from 0 on, as many as method.library.count says; "
-            "set method.library, or list as many"
+            "method.contexts must list a skills context for each rank from 0 on, as many as method.skill_bank.count "
+            "says; set method.skill_bank, or list as many"
         )
-    if not ranks and method.library is not None:
-        raise InputError("method.library serves skills contexts, but there is none; list some, or set it to null")
+    if not ranks and method.skill_bank is not None:
+        raise InputError("method.skill_bank serves skills contexts, but there is none; list some, or set it to null")
     if ranks and not method.target.keeps_contexts:
         raise InputError("method.contexts skills are teachers of different weight; set method.target to each")
 

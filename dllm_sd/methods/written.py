@@ -76,12 +76,12 @@ WRITTEN: dict[str, Row] = {
             divergence=GatedGap(),
             trust=OutcomeValidated(),
             average="rollouts",
-            library=SkillBankConfig(writing=Writing(sampling=Sampling(length=4096)), renewal=Sampling(length=2048)),
+            skill_bank=SkillBankConfig(writing=Writing(sampling=Sampling(length=4096)), renewal=Sampling(length=2048)),
         ),
         "SGSD, arXiv 2605.28791, and github.com/walawalagoose/SGSD, commit f296a91",
         "Eight teachers, each with a skill and a mistake from a bank in its prompt; the outcome of a rollout says "
         "which of them to follow and which to shun. Retrieval reads the whole prompt, in the code the bare problem "
-        "(set method.library.problem). On masked diffusion the gap is that of the all-masked canvas.",
+        "(set method.skill_bank.problem). On masked diffusion the gap is that of the all-masked canvas.",
     ),
     "op_co_distill": Row(
         replace(

@@ -18,7 +18,6 @@ from dllm_sd.config import Config
 from dllm_sd.errors import InputError
 from dllm_sd.parallel.zero import ZeroAccelerator, ZeroOptimizer, assembled, decoding, in_pieces, read_stage
 from dllm_sd.policies.weights import placed_like
-from dllm_sd.training.optim import check_optimizer
 
 
 class InPieces(Accelerator):
@@ -56,7 +55,6 @@ def start_accelerator(config: Config) -> Accelerator:
         plugin = FullyShardedDataParallelPlugin()  # accelerate itself takes no notice of FSDP on CPUs
         state.fsdp_plugin = plugin
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    check_optimizer(config.optim, accelerator.device, plugin is not None)
     if plugin is None:
         return accelerator
     if plugin.fsdp_version != 2:

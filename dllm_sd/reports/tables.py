@@ -115,6 +115,6 @@ def describe_part(part: Any) -> str:
     if not isinstance(part, dict):
         return str(part)
     fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
-    if "name" not in part:  # a part of one kind only, such as a library
+    if "name" not in part:  # a part of one kind only, such as a bank of skills
         return fields
     return f"{part['name']} ({fields})" if fields else part["name"]

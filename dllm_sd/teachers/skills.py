@@ -13,7 +13,7 @@ from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import HintInputs, TeacherPrompt
 from dllm_sd.teachers.hints import Prompt, check_template
 from dllm_sd.teachers.writing import Writing
-from dllm_sd.writers import Sampling, Server
+from dllm_sd.writers import Sampling
 
 SKILLS = """\
 Notes from work on other problems. They may or may not fit this one; use what helps, in your own way, and do not \
@@ -26,7 +26,7 @@ mention them:
 
 
 @dataclass(frozen=True)
-class SkillBankConfig(Ranged, key="method.library"):
+class SkillBankConfig(Ranged, key="method.skill_bank"):
     """The bank of skills that a run draws on (SGSD, arXiv 2605.28791)."""
 
     path: Place | None = None
@@ -57,7 +57,7 @@ class SkillBankConfig(Ranged, key="method.library"):
 
     def texts(self) -> dict[str, Sampling]:
         """How each kind of text is written by the run's own weights, by its key."""
-        local = self.needs_writer and not isinstance(self.writing.writer, Server)
+        local = self.needs_writer and self.writing.writer.weights is not None
         kinds = {"attempt": self.attempt if self.path is None else None}
         kinds |= {"writing.sampling": self.writing.sampling, "renewal": self.renewal} if local else {}
         return {key: how for key, how in kinds.items() if how is not None}
@@ -71,16 +71,16 @@ class SkillBankConfig(Ranged, key="method.library"):
         if self.problem is None:
             return
         for problem in problems[:1] if isinstance(problems, Generated) else problems:  # made ones have the same fields
-            key = f"method.library.problem (for {problem.id})"
+            key = f"method.skill_bank.problem (for {problem.id})"
             one, other = (render(self.problem, dict.fromkeys(problem.fields, mark), key) for mark in "12")
             if one == other:
-                raise InputError("method.library.problem is one text for all problems; give it a field in braces")
+                raise InputError("method.skill_bank.problem is one text for all problems; give it a field in braces")
 
     def text(self, task: Task, problem: Problem) -> str:
         """A problem as the bank is asked for it."""
         if self.problem is None:
             return task.messages(problem)[-1]["content"]
-        return render(self.problem, problem.fields, "method.library.problem")
+        return render(self.problem, problem.fields, "method.skill_bank.problem")
 
     def pairs(self, bank: Bank, query: str, key: int) -> tuple[Pair, ...]:
         """What the bank holds for a problem, best first."""

@@ -63,7 +63,7 @@ from dllm_sd.training.metrics import (
     site_metrics,
     site_sums,
 )
-from dllm_sd.training.optim import BrokenStep, build_optimizer, learning_rate
+from dllm_sd.training.optim import BrokenStep, build_optimizer, check_optimizer, learning_rate
 from dllm_sd.training.outcome import about_sources, warnings_of
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.selection import add_loss, judge
@@ -82,6 +82,8 @@ class Trainer:
         """
         self.config, self.method, self.run = config, config.method, Path(config.run)
         self.accelerator = start_accelerator(config)
+        sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        check_optimizer(config.optim, self.accelerator.device, sharded)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         with together():
@@ -418,7 +420,7 @@ class Trainer:
         on_main(lambda: check_best(self.run, state))
         between = state.update % self.method.rollout.passes != 0
         lacking = {"rollouts": between and self.rollouts is None}
-        lacking["bank"] = self.method.library is not None and state.bank is None
+        lacking["bank"] = self.method.skill_bank is not None and state.bank is None
         if names := [name for name, lacks in lacking.items() if lacks]:
             raise damaged(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
         on_main(lambda: check_logs(self.run, state.update, saved_log_sums(checkpoint)))

@@ -85,7 +85,7 @@ def test_a_renewal_is_written_at_its_own_length_and_by_the_same_writer():
             asked.append(writing)
             return super().__call__(writing, requests)
 
-    row = METHODS["sgsd"].method.library
+    row = METHODS["sgsd"].method.skill_bank
     assert row is not None
     for library, renewed in ((row, 2048), (replace(row, renewal=None), 4096)):
         asked: list[Writing] = []
@@ -212,7 +212,7 @@ def run_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Con
         tree = json.loads(json.dumps(TREE))
         tree["run"], tree["task"]["data"] = str(tmp_path / run), str(tmp_path / "data.jsonl")
         tree["model"]["shape"] = {**SHAPE, "initializer_range": 0.3}
-        tree["method"]["library"] = {"path": str(tmp_path / "bank.json"), "count": 2, "every": 3, **library}
+        tree["method"]["skill_bank"] = {"path": str(tmp_path / "bank.json"), "count": 2, "every": 3, **library}
         return build_config(tree)
 
     return build
@@ -318,7 +318,7 @@ def test_the_attempts_for_a_bank_are_decoded_as_the_library_says(tmp_path: Path,
                 "model": {"path": "tiny_ar"},
                 "task": {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{solution}"},
                 "decode": {"length": 7, "batch_size": 8},
-                "method": {**method, "library": {"count": 1, "memories": 3, **library}},
+                "method": {**method, "skill_bank": {"count": 1, "memories": 3, **library}},
                 "eval": {"every": 0},
                 "log": {"progress": False, "tensorboard": False},
             }

@@ -145,10 +145,10 @@ def test_a_library_reads_a_problem_as_its_prompt_or_as_a_template_says():
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{proof}", "method.library.problem (for c) asks for {proof}; use plain fields only, of which there"),
-        ("{hint}", "method.library.problem (for p) asks for {hint}; use plain fields only, of which there"),
-        ("question", "method.library.problem is one text for all problems; give it a field in braces"),
-        ("{question", "method.library.problem (for c) is not a template"),
+        ("{proof}", "method.skill_bank.problem (for c) asks for {proof}; use plain fields only, of which there"),
+        ("{hint}", "method.skill_bank.problem (for p) asks for {hint}; use plain fields only, of which there"),
+        ("question", "method.skill_bank.problem is one text for all problems; give it a field in braces"),
+        ("{question", "method.skill_bank.problem (for c) is not a template"),
     ],
 )
 def test_a_template_that_fits_not_all_problems_is_refused_with_the_key(template: str, says: str):
@@ -171,7 +171,7 @@ def test_of_problems_that_are_made_one_is_looked_at():
     "options", [{"count": 0}, {"memories": 0}, {"every": -1}], ids=lambda options: next(iter(options))
 )
 def test_a_library_without_a_sane_size_is_refused(options: dict[str, int]):
-    with pytest.raises(InputError, match=r"^method\.library\.\w+ is -?[01]; give a whole number"):
+    with pytest.raises(InputError, match=r"^method\.skill_bank\.\w+ is -?[01]; give a whole number"):
         SkillBankConfig(**options)  # pyright: ignore[reportArgumentType]
 
 

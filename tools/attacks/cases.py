@@ -109,7 +109,7 @@ def method(name: str = "d_opsd", **changes: Any) -> dict[str, Any]:
 TWICE = {"problems": 3, "attempts": 1, "passes": 2}
 SKILLED = {
     "contexts": [{"name": "skills", "rank": rank, **HINTED} for rank in range(2)],
-    "library": {"path": "skills.json", "count": 2, "every": 1, "writing": ASKED, "extraction": {"threshold": 1.0}},
+    "skill_bank": {"path": "skills.json", "count": 2, "every": 1, "writing": ASKED, "extraction": {"threshold": 1.0}},
 }
 SKILLED_RUN = {"model": CAUSAL, "decode": {"length": 8}}
 STUDENTS = [{"name": "one", "domain": "small"}, {"name": "two", "domain": "large"}]
