@@ -12,9 +12,9 @@ from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
 
+import dllm_sd.cli.offline
 import torch
 
-import dllm_sd.cli.offline
 import dllm_sd.export.exporting
 import dllm_sd.reports.memory
 import dllm_sd.reports.tables

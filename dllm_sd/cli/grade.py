@@ -1,4 +1,4 @@
-"""The commands that need no model: ``dllm-sd grade`` and ``dllm-sd eval --compare``."""
+"""``dllm-sd grade``: grade generations that were made elsewhere."""
 
 import argparse
 from collections.abc import Mapping
@@ -12,12 +12,11 @@ from rich.table import Table
 
 from dllm_sd.config import apply_overrides, build_config, to_tree
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation.comparison import Comparison, compare_files
 from dllm_sd.evaluation.generations import default_folder, grade_file
 from dllm_sd.tasks import TASKS
 
 
-def grade(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Grade a file of generations; print a table, write ``report.json`` and ``graded.jsonl``."""
     if strange := [word for word in options.overrides if not word.startswith("task.")]:
         raise InputError(f"grade takes settings of the task only, as in task.key=value; leave out {strange[0]!r}")
@@ -63,48 +62,3 @@ def _print_grades(report: Mapping[str, Any], file: str) -> None:
     if "schedules" in report:
         others = ", ".join(f"{name} {100 * tree['accuracy']:.2f} %" for name, tree in report["schedules"].items())
         console.print(f"schedule {report['schedule']}; accuracies of all: {others}", highlight=False, markup=False)
-
-
-def compare(options: argparse.Namespace) -> int:
-    """Compare two evaluations; print a table and write nothing."""
-    rest = [
-        value for name, value in vars(options).items() if name not in ("compare", "command") and value
-    ]  # also of options to come
-    if rest:
-        words = "eval --compare A B reads two finished evaluations and takes nothing else"
-        raise InputError(f"{words}; leave out {rest[0]!r}")
-    a, b = options.compare
-    found = compare_files(Path(a), Path(b))
-    console = Console()
-    console.print(_comparisons(found))
-    console.print(f"A: {a}\nB: {b}", highlight=False, markup=False, soft_wrap=True)
-    console.print("95 % interval: bootstrap of the problems, which both were asked; p: McNemar's exact test, two-sided")
-    if any(result.counts is None for result in found.values()):
-        console.print("a problem with several attempts counts by their mean, and McNemar's test is left out")
-    return 0
-
-
-def _comparisons(found: Mapping[str, Comparison]) -> Table:
-    table = Table(title="B against A")
-    table.add_column("decoding")
-    for name in found:
-        table.add_column(escape(name), justify="right")
-    rows = [_cells(result) for result in found.values()]
-    for label in rows[0]:
-        table.add_row(label, *(cells[label] for cells in rows))
-    return table
-
-
-def _cells(result: Comparison) -> dict[str, str]:
-    counts, p = result.counts, result.p_value
-    cells = {
-        "problems of both": str(result.n),
-        "only in A, only in B": f"{result.alone_a}, {result.alone_b}",
-        "accuracy of A": f"{100 * result.accuracy_a:.2f} %",
-        "accuracy of B": f"{100 * result.accuracy_b:.2f} %",
-        "B - A, points": f"{100 * result.difference:+.2f}",
-        "95 % interval": "{:+.2f} to {:+.2f}".format(*(100 * end for end in result.ci95)),
-    }
-    right = ("", "", "", "") if counts is None else (counts.both, counts.only_a, counts.only_b, counts.neither)
-    cells |= zip(("both right", "only A right", "only B right", "neither right"), map(str, right), strict=True)
-    return {**cells, "McNemar's p": "" if p is None else f"{p:.2g}"}

@@ -1,0 +1,39 @@
+"""``dllm-sd eval``: the accuracy of a run or a model on a task."""
+
+import argparse
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from rich.console import Console
+
+from dllm_sd.cli import compare
+from dllm_sd.cli.run_or_model import is_run, load, quiet_libraries, say_lost
+from dllm_sd.config import to_tree
+from dllm_sd.errors import InputError
+from dllm_sd.evaluation.evaluate import evaluate_into, test_problems
+from dllm_sd.pairing import READ
+from dllm_sd.reports.tables import print_evaluation
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, or compare two evaluations."""
+    if options.compare is not None:
+        return compare.run(options)
+    quiet_libraries()
+    if options.model is None:
+        raise InputError("eval needs a RUN_OR_MODEL, or --compare A B with two finished evaluations")
+    attempts = [f"eval.attempts={options.attempts}"] if options.attempts is not None else []
+    overrides = [*options.overrides, *attempts]
+    config, policy, weights = load(options.model, overrides, options.task, options.adapter, refuse=test_problems)
+    tree = to_tree(config)
+    task = tree["task"]["name"]
+    out = Path(options.out or Path(options.model if is_run(options.model) else "") / "eval" / task)
+    settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
+    if PartialState().is_main_process:
+        say_lost(policy, map(config.task.messages, test_problems(config)[:READ]), "the prompts")
+    with Accelerator().autocast():
+        report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
+    if PartialState().is_main_process:
+        print_evaluation(f"{options.model} on {task}", report)
+        Console().print(f"written to {out}: report.json, generations.jsonl")
+    return 0
