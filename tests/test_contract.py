@@ -31,6 +31,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import SiteHead
+from dllm_sd.objective.plan import MicroBatch
 from dllm_sd.pairing import check_model
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
@@ -376,9 +377,9 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
         finally:
             now.clear()
 
-    def grading(method: Any, plan: Any, student: Any, teachers: Any) -> Any:
-        pieces.append(Piece(now[0], now[1], plan.rows.tolist(), plan.steps.tolist()))
-        return grade(method, plan.micro_batch(), student, teachers)
+    def grading(method: Any, batch: MicroBatch, student: Any, teachers: Any) -> Any:
+        pieces.append(Piece(now[0], now[1], batch.canvases.rows.tolist(), batch.canvases.steps.tolist()))
+        return grade(method, batch, student, teachers)
 
     def asking(self: Teacher, view: Any) -> Any:
         now[2] = self
