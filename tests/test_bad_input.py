@@ -332,7 +332,7 @@ def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_
     def loaded(*_: Any) -> None:
         raise InputError("the config was good")
 
-    monkeypatch.setattr("dllm_sd.policies.loading.build_policy", loaded)
+    monkeypatch.setattr("dllm_sd.cli.run_or_model.build_policy", loaded)
     file = tmp_path / "run" / {"run": "config.yaml", "recipe": "recipe.yaml"}[kind]
     good = {name: part for name, part in TREE.items() if name in ("task", "model", "decode", "method")}
     said: set[str] = set()
@@ -341,7 +341,9 @@ def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_
         if odd is ODD[0]:
             del tree[section]
         file.write_text(yaml.safe_dump(tree))
-        commands = [["eval", "run"], ["eval", "run", "--task", "sudoku"], ["eval", "run", "--task", "countdown"]]
+        few = "task.size_test=4" if section == "eval" else "eval.final_problems=4"
+        tasks = [[], ["--task", "sudoku"], ["--task", "countdown"]]
+        commands = [["eval", "run", *task, few] for task in tasks]
         commands += [["sample", "run", "hi"], ["sample", "run", "hi", "--task", "sudoku"]]
         for command in (*commands, *([["export", "run", "--to", "merged", "out"]] if kind == "run" else ())):
             assert main(command) == 2

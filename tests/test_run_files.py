@@ -226,13 +226,13 @@ def test_a_value_of_any_kind_anywhere_is_read_or_named(run: Path, reader: str):
 
 
 READ_DIRECTLY = {
-    "reading": "the one way",
+    "files.reading": "the one way",
     "limits": "the system's own figures",
-    "locking": "who has the lock; whatever stands there",
-    "method_page": "what is shipped with the package",
-    "tally": "what this process has just written",
-    "recording": "settings that are compared with what they must be",
-    "exporting": "files of the base model, as they are",
+    "files.locking": "who has the lock; whatever stands there",
+    "reports.method_page": "what is shipped with the package",
+    "evaluation.tally": "what this process has just written",
+    "evaluation.recording": "settings that are compared with what they must be",
+    "export.exporting": "files of the base model, as they are",
     "training.folder": "the config, to be put back as it was",
     "training.trainer": "values as JSON gives them back",
     "writers.cache": "damaged texts are counted and asked for again",

@@ -318,7 +318,10 @@ def test_the_attempts_for_a_bank_are_decoded_as_the_library_says(tmp_path: Path,
                 "model": {"path": "tiny_ar"},
                 "task": {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{solution}"},
                 "decode": {"length": 7, "batch_size": 8},
-                "method": {**method, "skill_bank": {"count": 1, "memories": 3, **library}},
+                "method": {
+                    **method,
+                    "skill_bank": {"count": 1, "memories": 3, "writing": {"sampling": {"length": 8}}, **library},
+                },
                 "eval": {"every": 0},
                 "log": {"progress": False, "tensorboard": False},
             }

@@ -163,11 +163,13 @@ def check(spent: list[tuple[float, str, str]]) -> None:
     assert spent[-1][0] < 1, spent[-1]
 
 
-def test_crafted_texts_are_graded_quickly() -> None:
-    texts = list(crafted())
+@pytest.mark.parametrize("share", [1 / 8, pytest.param(1, marks=pytest.mark.slow)])
+def test_crafted_texts_are_graded_quickly(share: float) -> None:
+    """Beginnings of the texts in the first tier: what is quadratic shows there too, by a lower bound."""
+    texts = [text[: max(200, int(share * len(text)))] for text in crafted()]
     assert len(texts) > 500
     spent = seconds(iter(texts))
-    assert spent[-1][0] < 1, spent[-1]
+    assert spent[-1][0] < 0.5, spent[-1]
     assert spent[int(0.99 * len(spent))][0] <= QUICK, spent[int(0.99 * len(spent))]
 
 

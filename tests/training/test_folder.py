@@ -202,7 +202,7 @@ BEFORE = ["build_policy", "build_optimizer", "prepare", "latest_checkpoint", "re
 
 @pytest.mark.parametrize("holds", ["nothing", "no files", "a run"])
 @pytest.mark.parametrize("resume", ["auto", "fresh", pytest.param("force", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("step", [*BEFORE, "Supply", "MetricsLog"])
+@pytest.mark.parametrize("step", [*BEFORE, "RolloutPipeline", "MetricsLog"])
 def test_a_refusal_at_any_step_leaves_the_folder_as_it_was(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: str, resume: str, step: str
 ):

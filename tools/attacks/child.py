@@ -12,9 +12,12 @@ from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
 
-import dllm_sd.cli.offline
 import torch
 
+import dllm_sd.cli.compare
+import dllm_sd.cli.evaluate
+import dllm_sd.cli.grade
+import dllm_sd.cli.train
 import dllm_sd.export.exporting
 import dllm_sd.reports.memory
 import dllm_sd.reports.tables
