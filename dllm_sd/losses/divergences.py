@@ -91,12 +91,12 @@ def clip_share(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Clipped(Ranged, DivergenceDefaults, key="method.divergence"):
-    """What the divergences between distributions share: the fields of the clip, and the sum over the support."""
+    """Base of the divergences between distributions: the fields of the clip, and the sum over the support."""
 
     clip: Clip = "none"
     """``none``, ``token``, or ``entry`` (not a divergence; see the top of this file)."""
     clip_at: Positive = 0.05
-    """The threshold."""
+    """Threshold of the clip."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +106,7 @@ class _Clipped(Ranged, DivergenceDefaults, key="method.divergence"):
     @property
     @abstractmethod
     def _beta(self) -> float:
-        """As in `jsd_entries`."""
+        """``beta`` of `jsd_entries`."""
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m]``, with gradient to the student."""
@@ -160,7 +160,7 @@ class GeneralisedJSD(_Clipped):
         return self.beta
 
     def tensors_held(self, contexts: int) -> int:
-        """One more for each target where there is a mixture."""
+        """A mixture (``0 < beta < 1``) holds one more tensor for each target."""
         of_kl = super().tensors_held(contexts)
         return max(of_kl, 2 + 5 * contexts) if 0 < self.beta < 1 else of_kl
 
@@ -180,11 +180,11 @@ class TokenNLL(DivergenceDefaults):
 
     @property
     def reads_drawn_token(self) -> bool:
-        """And nothing else."""
+        """True: it reads the drawn token and nothing else."""
         return True
 
     def tensors_held(self, contexts: int) -> int:
-        """The inputs, and what the softmax needs."""
+        """The inputs, and what the softmax saves for the backward pass."""
         return 3 + contexts
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:

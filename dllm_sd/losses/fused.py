@@ -1,6 +1,6 @@
-"""Divergences summed over the support with their slope: one pass forward, one tensor ``[t m u]`` for the backward.
+"""Fused divergences: the sum over the support and its derivative in one pass, with one tensor ``[t m u]`` saved.
 
-What `kl_entries` and `jsd_entries` write down in a line, autograd would remember in a dozen tensors.
+Autograd would save a dozen tensors for the one-line formulas of `kl_entries` and `jsd_entries`.
 
 Axes: ``m`` graded sites, ``t`` targets, ``u`` support.
 """
@@ -19,8 +19,8 @@ def summed(student_logp: Tensor, target_logp: Tensor, beta: float, clip_at: floa
 
     ``[m u], [t m u] -> [t m]``: the sum, with gradient to the student, and the sum before the clip.
     """
-    found: Any = _Summed.apply(student_logp, target_logp, beta, clip_at)
-    return found
+    sums: Any = _Summed.apply(student_logp, target_logp, beta, clip_at)
+    return sums
 
 
 class _Summed(torch.autograd.Function):

@@ -1,7 +1,8 @@
-"""The gap between a teacher and the student at the token that was drawn, and losses that read nothing else.
+"""The gap between a teacher and the student at the drawn token, and the loss that is made of it.
 
-Skill-conditioned gated self-distillation (SGSD, arXiv 2605.28791): teachers that may be wrong are trusted by what the
-outcome of the rollout says of them (`losses/trust.py`), and the gap is gated, so that no site can dominate.
+Skill-conditioned gated self-distillation (SGSD, arXiv 2605.28791): teachers that may be wrong are weighted by
+whether the outcome of the rollout agrees with them (`losses/trust.py`), and the gap is gated, so that no site can
+dominate.
 
 Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -36,11 +37,11 @@ def local_support(student_logp: Tensor, target_logp: Tensor, token: Tensor, k: i
     top = target_logp.topk(min(k, target_logp.shape[-1]), -1).indices
     drawn = token.expand(len(target_logp), -1)[..., None]
     index = torch.cat([top, drawn], -1)
-    twice = torch.zeros_like(index, dtype=torch.bool)
-    twice[..., -1:] = (top == drawn).any(-1, keepdim=True)
-    student = student_logp.expand_as(target_logp).gather(-1, index).masked_fill(twice, -torch.inf)
-    target = target_logp.gather(-1, index).masked_fill(twice, -torch.inf)
-    return student.log_softmax(-1), target.log_softmax(-1), (index == drawn) & ~twice
+    duplicate = torch.zeros_like(index, dtype=torch.bool)
+    duplicate[..., -1:] = (top == drawn).any(-1, keepdim=True)
+    student = student_logp.expand_as(target_logp).gather(-1, index).masked_fill(duplicate, -torch.inf)
+    target = target_logp.gather(-1, index).masked_fill(duplicate, -torch.inf)
+    return student.log_softmax(-1), target.log_softmax(-1), (index == drawn) & ~duplicate
 
 
 def drawn_gap(student_logp: Tensor, target_logp: Tensor, token: Tensor, local: int | None = None) -> Tensor:
@@ -58,7 +59,7 @@ def drawn_gap(student_logp: Tensor, target_logp: Tensor, token: Tensor, local: i
 
 
 def gate(gap: Tensor, tau: float) -> Tensor:
-    """``log 2 - log(1 + exp(-gap^2 / (2 tau)))``: 0 without a gap, at most log 2, with a slope that ends far out.
+    """``log 2 - log(1 + exp(-gap^2 / (2 tau)))``: 0 without a gap, at most log 2; the slope vanishes at large gaps.
 
     Source: SGSD (arXiv 2605.28791) and its released code.
     """
@@ -69,8 +70,8 @@ def gate(gap: Tensor, tau: float) -> Tensor:
 class GatedGap(Ranged, DivergenceDefaults, key="method.divergence"):
     """The gated gap between each target and the student at the drawn token; the support must be ``full``.
 
-    Its gradient pulls the token's log-probability towards the target's, hardest at a gap of about 1.2 for ``tau = 1``
-    and not at all far out. With a negative trust it pushes away.
+    Its gradient pulls the token's log-probability towards the target's, most strongly at a gap of about 1.2 for
+    ``tau = 1``, and vanishes at large gaps. A negative trust reverses its sign.
     Source: SGSD (arXiv 2605.28791), released code, walawalagoose/SGSD commit f296a91.
 
     Fields:
@@ -85,7 +86,7 @@ class GatedGap(Ranged, DivergenceDefaults, key="method.divergence"):
 
     @property
     def reads_drawn_token(self) -> bool:
-        """With `local`, besides the target's most probable ones."""
+        """True; with `local` it reads the target's most probable tokens too."""
         return True
 
     @property
@@ -94,7 +95,7 @@ class GatedGap(Ranged, DivergenceDefaults, key="method.divergence"):
         return self.local
 
     def tensors_held(self, contexts: int) -> int:
-        """The inputs, and what the softmax needs."""
+        """The inputs, and what the softmax saves for the backward pass."""
         return 3 + contexts
 
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:

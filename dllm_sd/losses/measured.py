@@ -1,4 +1,4 @@
-"""What the method and the objective ask of a divergence: its value, its value before the clip, and what it reads.
+"""The protocol of a divergence: its value, its value before the clip, and what it reads.
 
 Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
 
 
 class Divergence(Part, Protocol):
-    """What a divergence must have; `DivergenceDefaults` has all but `entries` and the call."""
+    """Protocol of a divergence; `DivergenceDefaults` implements all but `entries` and the call."""
 
     @property
     def reads_target(self) -> bool:
@@ -47,12 +47,12 @@ class Divergence(Part, Protocol):
 
     @property
     def gap_entries(self) -> int | None:
-        """Of a part that judges each teacher: how many of its entries the gap is read on; None is all of them."""
+        """For a part that judges each teacher: the target entries that its gap is computed on; None for all of them."""
         ...
 
     @property
     def needs_unnormalised(self) -> bool:
-        """Whether a support of some entries must keep their log-probabilities as they are."""
+        """Whether a partial support must keep the log-probabilities without renormalising them."""
         ...
 
     def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
@@ -77,7 +77,7 @@ class Divergence(Part, Protocol):
 
 
 class DivergenceDefaults(AllTeachers, ABC):
-    """A divergence between the student and each target, on any support that is a distribution."""
+    """Defaults of a divergence between student and each target, on any support that returns distributions."""
 
     reads_target: ClassVar[bool] = True
     reads_rollout_policy: ClassVar[bool] = False
@@ -99,7 +99,7 @@ class DivergenceDefaults(AllTeachers, ABC):
         return False
 
     def tensors_held(self, contexts: int) -> int:
-        """As autograd holds them for a Kullback-Leibler divergence."""
+        """The tensors that autograd holds for a Kullback-Leibler divergence."""
         return 3 + 4 * contexts
 
     def measure(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Measured:

@@ -1,4 +1,4 @@
-"""Numeric helpers of the losses: types with enough digits, and log-probabilities without infinities."""
+"""Numeric helpers of the losses: dtypes of enough precision, and log-probabilities without infinities."""
 
 import torch
 from torch import Tensor

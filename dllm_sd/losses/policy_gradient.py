@@ -58,11 +58,11 @@ class PolicyGradient(Ranged, DivergenceDefaults, key="method.divergence"):
     token is SDPO's (arXiv 2601.20802) loss without full logits.
 
     ``target_logp`` holds the teacher and, off-policy, the policy that made the rollouts as a second entry (target
-    ``each``). Without it the student as it is now, detached, stands in: all ratios are 1. Advantages and weights are
+    ``each``). Without it the current student, detached, takes its place: all ratios are 1. Advantages and weights are
     constants. The support is ``TopK(rest="keep")`` or ``full``; for ``tokens = sampled`` it must be ``full``.
 
     Fields:
-        tokens: ``support`` (every kept entry) or ``sampled`` (the token that stands in the rollout, weight 1).
+        tokens: ``support`` (every kept entry) or ``sampled`` (the token of the rollout, weight 1).
         weight: of the entries: softmax of the rollout policy's log-probabilities over the kept entries
             (``student``), of the teacher's (``teacher``), or equal (``uniform``).
         ratio_clip: how far the ratio may leave 1 before PPO's clip acts.
@@ -88,16 +88,16 @@ class PolicyGradient(Ranged, DivergenceDefaults, key="method.divergence"):
 
     @property
     def reads_drawn_token(self) -> bool:
-        """With ``tokens = sampled``."""
+        """True for ``tokens = sampled``."""
         return self.tokens == "sampled"
 
     @property
     def needs_unnormalised(self) -> bool:
-        """With ``tokens = support``."""
+        """True for ``tokens = support``."""
         return self.tokens == "support"
 
     def tensors_held(self, contexts: int) -> int:
-        """The inputs, and what the softmax needs."""
+        """The inputs, and what the softmax saves for the backward pass."""
         return 3 + contexts
 
     def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
@@ -114,7 +114,7 @@ class PolicyGradient(Ranged, DivergenceDefaults, key="method.divergence"):
         return self._summands(student_logp, target_logp, token, clipped=False)
 
     def __call__(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """``[m u], [t m u], [m] -> [1 m]``: one value, the rollouts' policy being no target."""
+        """``[m u], [t m u], [m] -> [1 m]``: one value, since the rollout policy is not a target."""
         return self._summands(student_logp, target_logp, token, clipped=True).sum(-1)
 
     def _summands(self, student_logp: Tensor, target_logp: Tensor, token: Tensor, clipped: bool) -> Tensor:

@@ -1,7 +1,8 @@
 """Where a canvas is graded: what the student revealed, the teacher's most confident positions, everything masked.
 
 A rule names `candidates` and a `quota` from the canvas alone, so that the sites of a whole update are counted before
-any model runs; a rule that asks the teacher picks the quota out of the candidates by its `score` (None in the others).
+any model runs. A rule that needs the teacher ranks the candidates by its `score` and keeps the quota; `score` is None
+in all other rules.
 """
 
 from collections.abc import Callable
@@ -15,26 +16,26 @@ from dllm_sd.parts import Part
 from dllm_sd.ranges import Count, Ranged
 
 Covers = Literal["none", "step", "block", "masked"]
-"""What is graded on every canvas, whatever a teacher says, so that no context may reveal it: nothing, what the step
-commits, what is masked in the active block, all that is masked."""
+"""What is graded on every canvas whatever the teacher predicts, so that no context may reveal it: nothing, the
+positions that the step commits, the masked positions of the active block, or all masked positions."""
 
 
 class SiteRule(Part, Protocol):
-    """What a rule of sites must have; `SiteDefaults` has `score` and `follows_decoder` of a rule that asks nobody."""
+    """Protocol of a site rule; `SiteDefaults` implements `score` and `follows_decoder` for rules without a teacher."""
 
     @property
     def content(self) -> bool:
-        """Whether tokens that say nothing are left out."""
+        """Whether tokens without content are left out."""
         ...
 
     @property
     def covers(self) -> Covers:
-        """What is graded on every canvas, whatever a teacher says."""
+        """What is graded on every canvas whatever the teacher predicts."""
         ...
 
     @property
     def score(self) -> Callable[[Tensor], Tensor] | None:
-        """The teacher's confidence ``[m]`` from its raw logits ``[m v]``; None where no teacher is asked."""
+        """The teacher's confidence ``[m]`` from its raw logits ``[m v]``; None where no teacher is needed."""
         ...
 
     @property
@@ -48,7 +49,7 @@ class SiteRule(Part, Protocol):
 
 
 class SiteDefaults:
-    """A rule that asks no teacher."""
+    """Defaults of a rule that needs no teacher."""
 
     score: ClassVar[None] = None
     follows_decoder: ClassVar[bool] = False
@@ -59,7 +60,7 @@ class Revealed(SiteDefaults):
     """The positions that the student commits at this step (the "student" row of arXiv 2606.18195, Table 7)."""
 
     content: bool = False
-    """Leave out tokens that say nothing: special ones, marks of thinking, line breaks (SGSD, arXiv 2605.28791)."""
+    """Leave out tokens without content: special tokens, thinking tags, line breaks (SGSD, arXiv 2605.28791)."""
     prompt: bool = False
     """Grade the tokens of the prompt too, all but the first (SPD, arXiv 2605.22675, Eq. 14): cross-entropy on whole
     texts, of autoregressive models only."""
@@ -82,7 +83,7 @@ class AllMasked(SiteDefaults):
 
     @property
     def covers(self) -> Covers:
-        """The active block, or everything."""
+        """``block`` for the active block alone, else ``masked``."""
         return "block" if self.block else "masked"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:

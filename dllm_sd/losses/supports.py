@@ -25,7 +25,7 @@ MIN_TAIL = 1e-7
 
 
 class Support(Part, Protocol):
-    """What a support must have; `SupportDefaults` has all but the call."""
+    """Protocol of a support; `SupportDefaults` implements all but the call."""
 
     @property
     def full_vocabulary(self) -> bool:
@@ -34,17 +34,17 @@ class Support(Part, Protocol):
 
     @property
     def normalised(self) -> bool:
-        """Whether what it returns are distributions."""
+        """Whether the returned log-probabilities are distributions."""
         ...
 
     @property
     def degenerate(self) -> bool:
-        """Whether it makes one and the same distribution of all, so that nothing can be learnt."""
+        """Whether it maps all distributions to the same one, so that the loss has no gradient."""
         ...
 
     @property
     def reads_rollout_policy(self) -> bool:
-        """Whether the last of several contexts is, to it, the policy that made the rollouts."""
+        """Whether it uses the last of several contexts as the policy that made the rollouts."""
         ...
 
     def roles(self, contexts: int, passes: int) -> tuple[Role, ...]:
@@ -57,7 +57,7 @@ class Support(Part, Protocol):
 
 
 class SupportDefaults(AllTeachers):
-    """A support that keeps some entries and returns distributions over them."""
+    """Defaults of a support that keeps some entries and returns distributions over them."""
 
     full_vocabulary: ClassVar[bool] = False
 
@@ -147,9 +147,9 @@ class TopK(Ranged, SupportDefaults, key="method.support"):
         k: entries kept.
         of: whose entries: ``teacher`` (the first context), ``student`` (as it is now, without gradient) or
             ``rollout`` (the last of several contexts: the policy that made the rollouts).
-        rest: what happens to the other entries: ``renormalise`` forgets them (``u = k``; a blind spot: a student
-            may move probability there unseen), ``bucket`` sums them up in one more entry (``u = k + 1``), ``keep``
-            leaves the kept log-probabilities as they were (``u = k``; no distribution).
+        rest: what happens to the other entries: ``renormalise`` drops them (``u = k``; the loss does not see
+            probability that the student moves there), ``bucket`` sums them up in one more entry (``u = k + 1``),
+            ``keep`` leaves the kept log-probabilities as they were (``u = k``; no distribution).
     """
 
     k: Count = 20
@@ -180,17 +180,17 @@ class TopK(Ranged, SupportDefaults, key="method.support"):
 
     @property
     def normalised(self) -> bool:
-        """Unless the rest is to be kept as it is."""
+        """False for ``rest = keep``."""
         return self.rest != "keep"
 
     @property
     def degenerate(self) -> bool:
-        """One entry, renormalised, has the probability 1 under all."""
+        """True where one entry is kept and renormalised: every policy then gives it the probability 1."""
         return self.k == 1 and self.rest == "renormalise"
 
     @property
     def reads_rollout_policy(self) -> bool:
-        """With ``of = rollout``."""
+        """True for ``of = rollout``."""
         return self.of == "rollout"
 
     def _chooser(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A target is called as ``target(teacher_logp [c m u]) -> [t m u]``, log-probabilities in and out.
 ``t = 1`` merges *distributions*; ``t = c`` keeps them apart, and the trust merges *values*. For the log,
-``target.measures(teacher_logp) -> {name: [m]}`` says what merging did at each site.
+``target.measures(teacher_logp) -> {name: [m]}`` reports what merging did at each site.
 
 Axes: ``m`` graded sites, ``c`` teacher contexts, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -23,7 +23,7 @@ from dllm_sd.ranges import Positive, Range, Ranged, Share
 
 
 class Target(Part, Protocol):
-    """What a target must have; `TargetDefaults` has all but `contexts`, `keeps_contexts` and the call."""
+    """Protocol of a target; `TargetDefaults` implements all but `contexts`, `keeps_contexts` and the call."""
 
     @property
     def contexts(self) -> int | None:
@@ -32,7 +32,7 @@ class Target(Part, Protocol):
 
     @property
     def keeps_contexts(self) -> bool:
-        """Whether target ``t`` is context ``c``, so that a belief in a context is one in a target."""
+        """Whether target ``t`` is made of context ``c`` alone, so that a context's weight is its target's weight."""
         ...
 
     @property
@@ -60,14 +60,14 @@ class Target(Part, Protocol):
 
 
 class TargetDefaults:
-    """A target that is made of teachers, on any support, and logs nothing."""
+    """Defaults of a target that is made of teachers' distributions, works on any support and logs nothing."""
 
     asks_teachers: ClassVar[bool] = True
     needs_full_vocabulary: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ()
 
     def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
-        """Nothing."""
+        """No measures."""
         return {}
 
 
@@ -106,8 +106,8 @@ class Each(TargetDefaults):
 class Sampled(TargetDefaults):
     """The sampled token itself, for likelihood losses such as ``token_nll``.
 
-    No teacher distribution is needed. Those that are there (a reference or the rollouts' policy) are handed on to
-    the trust: ``t = c >= 0``.
+    No teacher distribution is needed. Those of other policies (the reference policy, the policy that made the
+    rollouts) are passed on to the trust: ``t = c >= 0``.
     """
 
     contexts: ClassVar[int | None] = None
@@ -127,14 +127,14 @@ class PurifiedPMI(Ranged, TargetDefaults, key="method.target"):
     The contexts come in the order informed (question and reference), reference only, plain (question only). What the
     reference says without the question cancels. Source: Purified OPSD (arXiv 2607.02234), equations 13 to 17.
 
-    Where one of the two differs from the other by a whole ``log 0``, the difference is about 10000 and moves the
-    unweighted mean by 10000 / v.
+    Where only one of the two gives an entry the probability 0, the log-ratio is about 10000 and moves the unweighted
+    mean by 10000 / v.
 
     Fields:
-        beta: how strongly the base resists; the larger, the closer the target stays to the plain base.
+        beta: divides the shift; the larger, the closer the target stays to the plain base.
         bound: the paper's c, the largest size of ``D``; None for no tanh (then centring changes nothing).
-        centre: the mean that is taken off: ``uniform`` over the vocabulary (paper, so the support is ``full``), or
-            weighted by the plain ``base``'s probability (our ablation: the many improbable entries do not rule it).
+        centre: the mean that is subtracted: ``uniform`` over the vocabulary (paper, so the support is ``full``), or
+            weighted by the plain ``base``'s probability (our ablation: the many improbable entries do not dominate it).
     """
 
     beta: Positive = 1.0

@@ -1,11 +1,11 @@
-"""Trust: how far every target and every rollout is believed.
+"""Trust: how every target and every rollout is weighted.
 
 A trust has two methods. ``rollout_weight(reward [b], group [b]) -> [b]`` weighs whole rollouts; ``group`` is the id
-of the problem, and all rollouts of a problem must be in the same call. The weight is handed down to the rollout's
+of the problem, and all rollouts of a problem must be in the same call. The weight is passed on to the rollout's
 sites as ``weight [m]``, and ``trust(student_logp [m u], target_logp [t m u], drawn, weight [m]) -> [t m]`` turns
-it into the factor of each divergence value; ``drawn`` is the token that stands at each site in the rollout, with its
-log-probabilities now and when it was drawn. Factors are constants: no gradient flows through them. For the log,
-``trust.measures(...) -> {name: [m]}`` says of the same arguments how often a clip or cap acts.
+it into the factor of each divergence value; ``drawn`` is the rollout's token at each site, with its
+log-probabilities under the current student and when it was drawn. Factors are constants: no gradient flows
+through them. For the log, ``trust.measures(...) -> {name: [m]}`` reports where a clip or cap acts.
 
 Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -34,7 +34,7 @@ class Drawn:
         token: vocabulary ids, int64.
         logp: the student's log-probability of them now, over the full vocabulary, detached.
         old_logp: what the decoder gave them when it drew them; NaN where unknown.
-        canvas: int64, equal for sites of one canvas, all of which are here.
+        canvas: int64, equal for sites of one canvas, all of which are given.
     """
 
     token: Tensor
@@ -44,19 +44,19 @@ class Drawn:
 
 
 class Pooling(Protocol):
-    """Factors that depend on all sites of a canvas, in two steps, so that these need not be here at once."""
+    """Factors that depend on all sites of a canvas, in two steps, so that the sites can be processed in chunks."""
 
     def evidence(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """What it wants to know of each site, ``[m v], [t m v], [m] -> [t m]``, detached."""
+        """The statistic of each site that is pooled, ``[m v], [t m v], [m] -> [t m]``, detached."""
         ...
 
     def pooled(self, evidence: Tensor, canvas: Tensor, weight: Tensor) -> Tensor:
-        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be here."""
+        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be given."""
         ...
 
 
 class Trust(Part, Protocol):
-    """What a trust must have; `TrustDefaults` has all but `rollout_weight` and the call."""
+    """Protocol of a trust; `TrustDefaults` implements all but `rollout_weight` and the call."""
 
     @property
     def needs_old_logp(self) -> bool:
@@ -70,7 +70,7 @@ class Trust(Part, Protocol):
 
     @property
     def needs_outcome(self) -> bool:
-        """Whether it asks which rollouts are right."""
+        """Whether it needs to know which rollouts are correct."""
         ...
 
     @property
@@ -90,12 +90,12 @@ class Trust(Part, Protocol):
 
     @property
     def gap_entries(self) -> int | None:
-        """As of a divergence, which must have the same (`Divergence.gap_entries`)."""
+        """As `Divergence.gap_entries`; the divergence must have the same value."""
         ...
 
     @property
     def pooling(self) -> Pooling | None:
-        """How its factors are found of all sites of a canvas; None where each site has its own."""
+        """How the factors are computed from all sites of a canvas; None where each site has its own factor."""
         ...
 
     @property
@@ -121,7 +121,7 @@ class Trust(Part, Protocol):
 
 
 class TrustDefaults(AllTeachers):
-    """A trust of each site for itself that asks nothing of the rollouts, and neither clips nor caps."""
+    """Defaults of a trust that treats each site alone, needs no outcome or group, and neither clips nor caps."""
 
     needs_old_logp: ClassVar[bool] = False
     needs_outcome: ClassVar[bool] = False
@@ -146,7 +146,7 @@ class TrustDefaults(AllTeachers):
         return None
 
     def measures(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> dict[str, Tensor]:
-        """Nothing."""
+        """No measures."""
         return {}
 
 
@@ -300,7 +300,7 @@ class GroupAdvantage(Ranged, TrustDefaults, key="method.trust"):
     def __call__(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> Tensor:
         """``[m v], [t m v], drawn [m], [m] -> [1 m]`` with ``t`` of 0, 1 or 2."""
         self._check(len(target_logp))
-        logp, old = self._now_and_then(student_logp, target_logp, drawn.token)
+        logp, old = self._logp_and_old_logp(student_logp, target_logp, drawn.token)
         factor = surrogate_factor(logp, old, weight.detach().to(logp.dtype), self.ratio_clip)
         if self.kl > 0:
             factor = factor + self.kl * k3_factor(logp, -token_nll(target_logp[0].detach(), drawn.token))
@@ -308,11 +308,11 @@ class GroupAdvantage(Ranged, TrustDefaults, key="method.trust"):
 
     def measures(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn, weight: Tensor) -> dict[str, Tensor]:
         """``trust/clipped`` is 1 where the clip of the ratio ends the surrogate's gradient."""
-        logp, old = self._now_and_then(student_logp, target_logp, drawn.token)
+        logp, old = self._logp_and_old_logp(student_logp, target_logp, drawn.token)
         outside = outside_clip((logp - old).exp(), weight, self.ratio_clip)
         return {"trust/clipped": outside.to(logp.dtype)}
 
-    def _now_and_then(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    def _logp_and_old_logp(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the tokens under the student and the policy that made the rollouts, ``[m]`` each."""
         logp = -token_nll(student_logp.detach(), token)
         old = -token_nll(target_logp[-1].detach(), token) if len(target_logp) > (self.kl > 0) else logp
@@ -327,18 +327,19 @@ class GroupAdvantage(Ranged, TrustDefaults, key="method.trust"):
 
 @dataclass(frozen=True)
 class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
-    """Each teacher is believed on a rollout as far as the rollout's outcome bears it out: factor +1, -1 or 0.
+    """Each teacher is weighted on a rollout by whether the rollout's outcome agrees with it: factor +1, -1 or 0.
 
-    A teacher supports a canvas if its gap to the student at the drawn tokens, cut at +-``clip``, is above ``threshold``
-    on average over the canvas's sites, and suppresses it below ``-threshold``. To support what was right and to
-    suppress what was wrong is +1 (the student is pulled towards this teacher), the reverse is -1 (it is pushed away).
-    An autoregressive rollout is one canvas; elsewhere each canvas is judged for itself.
+    A teacher supports a canvas if its gap to the student at the drawn tokens, clipped to +-``clip``, is above
+    ``threshold`` on average over the canvas's sites, and suppresses it below ``-threshold``. To support a correct
+    rollout and to suppress a wrong one is +1 (the student is pulled towards this teacher), the reverse is -1 (it is
+    pushed away).
+    An autoregressive rollout is one canvas; on masked diffusion each canvas is judged alone.
     Source: SGSD (arXiv 2605.28791), released code, walawalagoose/SGSD commit f296a91.
 
     Fields:
         clip: largest absolute gap of a site in the average.
         threshold: smallest absolute average that counts.
-        at_least: score from which a rollout was right.
+        at_least: score from which a rollout counts as correct.
         local: as in divergence ``gated_gap``; set both to the same.
     """
 
@@ -360,11 +361,11 @@ class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
         return self
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
-        """``[b], [b] -> [b]``: 1 where the rollout was right, else -1."""
+        """``[b], [b] -> [b]``: 1 where the rollout is correct, else -1."""
         return torch.where(reward >= self.at_least, 1, -1).to(at_least_float32(reward).dtype)
 
     def evidence(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
-        """The cut gap of each site, ``[m v], [t m v], [m] -> [t m]``, detached."""
+        """The clipped gap of each site, ``[m v], [t m v], [m] -> [t m]``, detached."""
         return drawn_gap(student_logp.detach(), target_logp, token, self.local).clamp(-self.clip, self.clip)
 
     def support(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn) -> Tensor:
@@ -372,7 +373,7 @@ class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
         return _mean_over_canvas(self.evidence(student_logp, target_logp, drawn.token), drawn.canvas)
 
     def pooled(self, evidence: Tensor, canvas: Tensor, weight: Tensor) -> Tensor:
-        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be here."""
+        """The factors, ``[t m], [m], [m] -> [t m]``; all sites of a canvas must be given."""
         support = _mean_over_canvas(evidence, canvas)
         return weight.detach().to(support.dtype) * support.sign() * (support.abs() > self.threshold)
 
