@@ -1,7 +1,7 @@
-"""Sums over sites in chunks: logits of a few sites at a time, and their gradient at once.
+"""Chunked (fused linear) loss: the logits of a few sites at a time, and their gradient in the same pass.
 
-A loss that is a sum over sites can be differentiated chunk by chunk while it is computed: what stays for the backward
-pass is the gradient of the hidden states ``[m h]`` and of the output head, and no tensor ``[m v]`` ever lives.
+A loss that is a sum over sites can be differentiated chunk by chunk while it is computed: what is kept for the backward
+pass is the gradient of the hidden states ``[m h]`` and of the output head, and no tensor ``[m v]`` is ever held.
 
 Axes: ``m`` graded sites, ``i`` sites of a chunk, ``h`` width of the hidden states, ``v`` vocabulary.
 """
@@ -19,26 +19,27 @@ from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.lazy_logits import LazyLogits
 
 Equation = Callable[[Callable[[], Tensor], slice], Mapping[str, Tensor]]
-"""Gets a maker of logits ``[i v]`` (so that nobody else holds them) and the sites; gives columns ``[i]``."""
+"""``equation(logits, rows)``: columns ``[i]`` at the sites ``rows``; ``logits()`` computes their logits ``[i v]``, so
+that the caller holds no reference to them."""
 
 
 def chunked_loss(
     lazy: LazyLogits, trained: Sequence[Tensor], equation: Equation, term: str = "term"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of one column over all sites, with gradient if one is asked for, and all columns ``[m]`` without.
+    """Sum of one column over all sites, with gradient where autograd is on, and all columns ``[m]`` without.
 
     Args:
-        spoken: the student.
-        trained: parameters of its head that want a gradient.
-        equation: what is computed at a chunk of sites, each for itself.
+        lazy: the student's hidden states and output head.
+        trained: parameters of the head that need a gradient.
+        equation: computes the columns of a chunk; a site may not depend on other sites.
         term: the column to sum.
     """
-    sweep = _ChunkedLoss(lazy, trained, equation, term)
+    chunked = _ChunkedLoss(lazy, trained, equation, term)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (lazy.hidden, *trained)):
-        total: Any = _EagerGradient.apply(sweep, lazy.hidden, *trained)
+        total: Any = _EagerGradient.apply(chunked, lazy.hidden, *trained)
     else:
-        total, _ = sweep([False] * (1 + len(trained)))
-    return total, sweep.columns
+        total, _ = chunked([False] * (1 + len(trained)))
+    return total, chunked.columns
 
 
 @dataclass
@@ -59,7 +60,7 @@ class _ChunkedLoss:
         for rows in chunks:
             self._chunk(rows, wanted, gradients, sums)
         for i, x in enumerate(self.trained, 1):
-            _add(gradients, i, sums.found.get(id(x)), slice(None))
+            _add(gradients, i, sums.totals.get(id(x)), slice(None))
         return self.columns[self.term].sum(), gradients
 
     def _chunk(self, rows: slice, wanted: Sequence[bool], gradients: list[Tensor | None], sums: "_WeightSums") -> None:
@@ -69,20 +70,20 @@ class _ChunkedLoss:
 
         with torch.set_grad_enabled(any(wanted)):
             hidden = self.lazy.hidden[rows].detach().requires_grad_(wanted[0])
-            found = self.equation(logits, rows)
+            columns = self.equation(logits, rows)
             if any(wanted):
                 leaves = {i: x for i, x in enumerate((hidden, *self.trained)) if wanted[i]}
-                values = torch.autograd.grad(found[self.term].sum(), [*leaves.values()], allow_unused=True)
+                values = torch.autograd.grad(columns[self.term].sum(), [*leaves.values()], allow_unused=True)
                 for i, value in zip(leaves, values, strict=True):
                     _add(gradients, i, value, rows)
-        for name, value in found.items():  # into columns made once: small ones between chunks would break up the heap
+        for name, value in columns.items():  # allocated once: small tensors between chunks would fragment memory
             if name not in self.columns:
                 self.columns[name] = value.new_empty(len(self.lazy.hidden))
             self.columns[name][rows] = value.detach()
 
 
 def _add(gradients: list[Tensor | None], i: int, value: Tensor | None, rows: slice) -> None:
-    """Add what a chunk found; sums over chunks have at least float32's digits."""
+    """Add the gradient of a chunk; sums over chunks are kept in float32 at least."""
     former = gradients[i]
     if value is None:
         return
@@ -93,26 +94,26 @@ def _add(gradients: list[Tensor | None], i: int, value: Tensor | None, rows: sli
 
 
 class _WeightSums(TorchFunctionMode):
-    """Inside, linear maps add the gradients of their weights to sums, without a new tensor ``[v h]`` for each chunk.
+    """A context in which `linear` adds the gradient of its weight to a sum, without a new tensor ``[v h]`` per chunk.
 
-    However the head is made: a module (with bias, adapter, gathered weights) or a function. What is no `linear` of one
-    of the weights, or of states that are no matrix, is left to autograd.
+    It works for any head, a module (with bias, adapter, gathered weights) or a function. All calls but `linear` of a
+    matrix of hidden states and one of the weights are left to autograd.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.weights = {id(x) for x in weights}
-        self.found: dict[int, Tensor] = {}
-        """The sums, by the weights' ids."""
+        self.totals: dict[int, Tensor] = {}
+        """The summed gradient of each weight, by its `id`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace `linear`; called for every function of torch."""
         if func is not linear or kwargs or args[0].dim() != 2 or id(args[1]) not in self.weights:
             return func(*args, **(kwargs or {}))
-        if id(args[1]) not in self.found:
+        if id(args[1]) not in self.totals:
             weight = args[1].detach()
-            self.found[id(args[1])] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return _Linear.apply(self.found[id(args[1])], *args)
+            self.totals[id(args[1])] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return _Linear.apply(self.totals[id(args[1])], *args)
 
 
 class _Linear(torch.autograd.Function):
@@ -128,18 +129,18 @@ class _Linear(torch.autograd.Function):
         (gradient,), total, hidden = gradients, ctx.total, ctx.hidden
         if total.dtype == hidden.dtype == gradient.dtype:
             total.addmm_(gradient.T, hidden)
-        else:  # of fewer digits than the sum, such as bfloat16
+        else:  # of lower precision than the sum, such as bfloat16
             total.add_(gradient.T @ hidden.to(gradient.dtype))
         to_hidden = (gradient @ ctx.weight.to(gradient.dtype)).to(hidden.dtype) if ctx.needs_input_grad[1] else None
         return None, to_hidden, None, gradient.sum(0) if any(ctx.needs_input_grad[3:]) else None
 
 
 class _EagerGradient(torch.autograd.Function):
-    """The gradient is there when the sum is; the backward pass only scales it, once."""
+    """The forward pass computes the gradient too; the backward pass only scales it, and can run once."""
 
     @staticmethod
-    def forward(ctx: Any, sweep: _ChunkedLoss, *inputs: Tensor) -> Tensor:
-        total, ctx.gradients = sweep(ctx.needs_input_grad[1:])
+    def forward(ctx: Any, chunked: _ChunkedLoss, *inputs: Tensor) -> Tensor:
+        total, ctx.gradients = chunked(ctx.needs_input_grad[1:])
         ctx.types = [x.dtype for x in inputs]
         return total
 

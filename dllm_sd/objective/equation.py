@@ -1,11 +1,11 @@
-"""Where the parts meet: the equation.
+"""The loss of an update, computed from the parts of a method.
 
 ``rollouts -> canvases and sites -> teacher views -> support -> target -> divergence [t m] x trust [t m] -> mean``
 
 `plan.plan_update` counts the sites of a whole update before any model runs; `grade` computes the loss of some of its
 canvases, a `MicroBatch`. The sum over any partition of the canvases is the loss of the update, so that
-micro-batches and processes cannot change it. Within a micro-batch the sites are taken in chunks, and the gradient of a
-chunk is computed with its loss (`chunked`).
+its value does not depend on micro-batches and processes. Within a micro-batch the sites are taken in chunks, and the
+gradient of a chunk is computed with its loss (`chunked`).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from dllm_sd.objective.chunked import chunked_loss
 from dllm_sd.objective.plan import MicroBatch
 
 Student = Callable[[View, SiteReader], Any]
-"""Reads a view and returns what ``read`` makes of hidden states and head; see `run_at_sites`."""
+"""``student(view, read)`` runs the model and returns ``read(hidden, head)`` at the sites; see `run_at_sites`."""
 Teacher = Callable[[View], LazyLogits]
 
 
@@ -41,13 +41,13 @@ class Graded:
     value: Tensor
     """``[m]``: divergence before clip and trust, summed over targets."""
     clipped: Tensor
-    """``[m]``: the same behind the clip."""
+    """``[m]``: the same after the clip."""
     student_entropy: Tensor
     """``[m]``, nats, full vocabulary."""
     teacher_entropy: Tensor
     """``[m]`` of the first context's teacher; NaN without one."""
     measures: dict[str, Tensor]
-    """``[m]`` each: what target and trust say of themselves."""
+    """``[m]`` each: what target and trust log (`Method.measured`)."""
     advantage: Tensor
     """``[m]``: log-probability of the drawn token under the first teacher less the student's; NaN without a teacher."""
     agreement: Tensor
@@ -59,24 +59,24 @@ class Graded:
 
 
 def grade(method: Method, batch: MicroBatch, student: Student, teachers: Sequence[Teacher]) -> Graded:
-    """The equation, on the canvases of a micro-batch, on the device of the models.
+    """Compute the loss of the canvases of a micro-batch, on the device of the models.
 
     Args:
         method: the parts.
         batch: what is read and where it is graded.
-        student: lets somebody read the hidden states, with gradient.
-        teachers: one per context, without gradient.
+        student: runs the student, with gradient.
+        teachers: run the teacher of each context, without gradient.
     """
     canvases, sites = batch.canvases, batch.candidates
     lazy = [
-        teacher(_view(reading.ids, reading.mask, sites))
-        for teacher, reading in zip(teachers, batch.teacher_inputs, strict=True)
+        teacher(_view(inputs.ids, inputs.mask, sites))
+        for teacher, inputs in zip(teachers, batch.teacher_inputs, strict=True)
     ]
     score = method.sites.score
     if score is not None:
         first = lazy[0]
         sites = choose(sites, batch.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
-        lazy = [one.select(sites[batch.candidates]) for one in lazy]
+        lazy = [logits.select(sites[batch.candidates]) for logits in lazy]
     equation = _Equation(method, batch, sites, lazy)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
     measures = {name: columns.pop(name) for name in method.measured}
@@ -84,7 +84,7 @@ def grade(method: Method, batch: MicroBatch, student: Student, teachers: Sequenc
 
 
 class _Equation:
-    """``support -> target -> divergence [t i] x trust [t i]`` at some of the sites, each for itself."""
+    """``support -> target -> divergence [t i] x trust [t i]`` at a chunk of the sites; no site depends on another."""
 
     def __init__(self, method: Method, batch: MicroBatch, sites: Tensor, teachers: Sequence[LazyLogits]) -> None:
         self.method, self.teachers = method, teachers
@@ -95,13 +95,13 @@ class _Equation:
         self.pooled: Tensor | None = None
 
     def read(self, hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its columns ``[m]``; inside the student's forward."""
+        """The loss and its columns ``[m]``; called inside the student's forward pass."""
         student, pooling = LazyLogits.under_autocast(hidden, head), self.method.trust.pooling
         with torch.autocast(hidden.device.type, enabled=False):
             if pooling is not None and len(student.chunks()) > 1:  # no chunk has all sites of a canvas
                 with torch.no_grad():
-                    found = [self._evidence(pooling, student, rows) for rows in student.chunks()]
-                self.pooled = pooling.pooled(torch.cat(found, 1), self.canvas, self.weight)
+                    evidence = [self._evidence(pooling, student, rows) for rows in student.chunks()]
+                self.pooled = pooling.pooled(torch.cat(evidence, 1), self.canvas, self.weight)
             return chunked_loss(student, head.trained, self)
 
     def __call__(self, logits: Callable[[], Tensor], rows: slice) -> dict[str, Tensor]:
@@ -113,16 +113,16 @@ class _Equation:
         value, unclipped = method.divergence.measure(student_u, target, token)
         with torch.no_grad():
             drawn = Drawn(token, -token_nll(student_logp, token), self.old_logp[rows], self.canvas[rows])
-            given = student_u.detach(), target, drawn, self.weight[rows]
-            trust = self._trust(given, rows)[: len(value)]  # policies that are no targets come last and have no value
+            trust_inputs = student_u.detach(), target, drawn, self.weight[rows]
+            trust = self._trust(trust_inputs, rows)[: len(value)]  # policies that are not targets come last
             assert trust.shape == value.shape, f"trust {[*trust.shape]} for values {[*value.shape]}"
             factor = trust.to(value.dtype) * self.coefficient[rows].to(value.dtype)
             columns = {
                 "value": unclipped.sum(0),
                 "clipped": value.sum(0),
-                **_described(student_logp, teacher_logp, token),
+                **_site_statistics(student_logp, teacher_logp, token),
                 **method.target.measures(teacher_u),
-                **method.trust.measures(*given),
+                **method.trust.measures(*trust_inputs),
             }
         return {"term": (value * factor).sum(0), **columns}
 
@@ -136,32 +136,32 @@ class _Equation:
         return student, torch.stack(teachers) if teachers else student.new_zeros((0, *student.shape))
 
     def _evidence(self, pooling: Pooling, student: LazyLogits, rows: slice) -> Tensor:
-        """``[t i]``."""
+        """What the trust pools of each site of a chunk, ``[t i]``."""
         student_u, teacher_u = self.method.support(*self._logp(lambda: student.logits(rows), rows))
         return pooling.evidence(student_u, self.method.target(teacher_u), self.token[rows])
 
-    def _trust(self, given: tuple[Tensor, Tensor, Drawn, Tensor], rows: slice) -> Tensor:
-        """``[t i]`` from the arguments of a trust."""
-        trust = self.method.trust(*given) if self.pooled is None else self.pooled[:, rows]
+    def _trust(self, trust_inputs: tuple[Tensor, Tensor, Drawn, Tensor], rows: slice) -> Tensor:
+        """Factors ``[t i]`` of the sites of a chunk."""
+        trust = self.method.trust(*trust_inputs) if self.pooled is None else self.pooled[:, rows]
         if self.method.target.keeps_contexts:
             trust = trust * self.belief[:, rows].to(trust.dtype)
         return trust
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """In float32 at least."""
+    """Log-softmax over the last axis, in float32 at least."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return (logits if temperature == 1 else logits.to(dtype) / temperature).log_softmax(-1, dtype=dtype)
 
 
-def _described(student_logp: Tensor, teacher_logp: Tensor, token: Tensor) -> dict[str, Tensor]:
-    """What is logged about each site whatever the loss, ``[i]`` each."""
-    found = {"student_entropy": entropy(student_logp)}
+def _site_statistics(student_logp: Tensor, teacher_logp: Tensor, token: Tensor) -> dict[str, Tensor]:
+    """What is logged about each site for every method, ``[i]`` each."""
+    statistics = {"student_entropy": entropy(student_logp)}
     if not len(teacher_logp):
-        unknown = torch.full_like(found["student_entropy"], torch.nan)
-        return found | dict.fromkeys(("teacher_entropy", "advantage", "agreement"), unknown)
+        unknown = torch.full_like(statistics["student_entropy"], torch.nan)
+        return statistics | dict.fromkeys(("teacher_entropy", "advantage", "agreement"), unknown)
     first = teacher_logp[0]
-    return found | {
+    return statistics | {
         "teacher_entropy": entropy(first),
         "advantage": drawn_gap(student_logp, first[None], token)[0],
         "agreement": (student_logp.argmax(-1) == first.argmax(-1)).to(first.dtype),
@@ -174,5 +174,6 @@ def entropy(logp: Tensor) -> Tensor:
 
 
 def _view(ids: Tensor, mask: Tensor, sites: Tensor) -> View:
+    """Inputs ``[n s]`` and sites ``[n l]`` as a view without columns that are padding in all rows."""
     prompt = torch.zeros((len(ids), ids.shape[1] - sites.shape[1]), dtype=torch.bool, device=ids.device)
     return View(ids, mask, torch.cat([prompt, sites], 1)).trimmed()

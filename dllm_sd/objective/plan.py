@@ -1,8 +1,8 @@
-"""The plan of an update: which canvases are read, where they are graded, and what every site counts.
+"""The plan of an update: which canvases are read, where they are graded, and how every site is weighted.
 
-A plan holds numbers for each canvas and none of their contents: of an update of 64 rollouts, 64 steps and 1,024
-positions, the canvases of student and teacher alone would be 4 million tokens each. Micro-batches are built one at a
-time (`Plan.micro_batch`), by the process that learns from them.
+A plan holds numbers for each canvas and none of its content: in an update of 64 rollouts, 64 steps and 1,024
+positions, the canvases of student and teacher would be 4 million tokens each. Micro-batches are built one at a
+time (`Plan.micro_batch`), by the process that trains on them.
 
 Axes: ``n`` canvases, ``l`` completion, ``s`` sequence, ``m`` graded sites, ``c`` teacher contexts.
 """
@@ -21,7 +21,7 @@ from dllm_sd.teachers import ContextInputs, TeacherInputs
 from dllm_sd.trajectory import Trajectory, left_pad
 
 POSITIONS = 2**18
-"""Positions of canvases that are laid out at a time while a plan is made."""
+"""Number of canvas positions that are built at a time while a plan is made."""
 
 _PER_CANVAS = ("quota", "coefficient", "rollout_weight", "belief")
 
@@ -34,7 +34,7 @@ class MicroBatch:
     teacher_inputs: tuple[TeacherInputs, ...]
     """One for each teacher context."""
     candidates: Tensor
-    """bool ``[n l]``: the sites, or what the teacher may choose them from."""
+    """bool ``[n l]``: the sites, or the positions from which the teacher chooses them."""
     quota: Tensor
     """int64 ``[n]``: sites of each canvas."""
     coefficient: Tensor
@@ -42,7 +42,7 @@ class MicroBatch:
     rollout_weight: Tensor
     """float64 ``[n]``: the trust in the canvas's rollout."""
     belief: Tensor
-    """float64 ``[n c]``: how far each context is believed beside the others, for the canvas's rollout."""
+    """float64 ``[n c]``: weight of each teacher context relative to the others, for the canvas's rollout."""
 
     @property
     def size(self) -> int:
@@ -57,7 +57,7 @@ class MicroBatch:
 
         return MicroBatch(
             canvases=Canvases(**{name: move(value) for name, value in vars(self.canvases).items()}),
-            teacher_inputs=tuple(TeacherInputs(move(r.ids), move(r.mask), move(r.shown)) for r in self.teacher_inputs),
+            teacher_inputs=tuple(TeacherInputs(move(x.ids), move(x.mask), move(x.shown)) for x in self.teacher_inputs),
             candidates=move(self.candidates),
             **{name: move(getattr(self, name)) for name in _PER_CANVAS},
         )
@@ -65,27 +65,27 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """From places to canvases: everything that an update's canvases are a function of."""
+    """Builds canvases from their places; holds everything that the canvases of an update depend on."""
 
     method: Method
     trajectory: Trajectory
     """Of the kept rollouts of all processes."""
     prompts: tuple[tuple[Tensor, Tensor] | None, ...]
-    """Each context's own prompts, ids int64 and mask bool ``[b p]``; None where it reads the student's."""
+    """Each context's own prompts, ids int64 and mask bool ``[b p]``; None for the student's prompt."""
     keys: Sequence[int]
     """One key a rollout, for the teachers' and masks' random choices."""
     part: int
-    """Which of the updates over these rollouts it is."""
+    """Index of the update among those over the same rollouts."""
     answer: Tensor | None
-    """bool ``[b l]``: tokens of the parsed answers, where a context asks for it."""
+    """bool ``[b l]``: tokens of the parsed answers; None unless a context needs it."""
     formatting: Tensor
-    """int64: ids of tokens that say nothing, for sites that leave them out."""
+    """int64: ids of tokens without content, for site rules that leave them out."""
 
     def __call__(self, places: Places) -> tuple[Canvases, tuple[TeacherInputs, ...], Tensor, Tensor]:
-        """The canvases, what teachers read, ``candidates [n l]`` and ``quota [n]``."""
-        rows, local = places.rows.unique(return_inverse=True)  # nothing is computed of other rollouts
-        own = {name: value[rows] for name, value in self.trajectory.tensors().items()}
-        trajectory, keys = replace(self.trajectory, **own), [self.keys[row] for row in rows.tolist()]
+        """The canvases, the teachers' inputs, ``candidates [n l]`` and ``quota [n]``."""
+        rows, local = places.rows.unique(return_inverse=True)  # other rollouts are left out
+        tensors = {name: value[rows] for name, value in self.trajectory.tensors().items()}
+        trajectory, keys = replace(self.trajectory, **tensors), [self.keys[row] for row in rows.tolist()]
         method = self.method
         canvases = method.canvases.build(trajectory, keys, self.part, replace(places, rows=local))
         if method.sites.prompt:
@@ -99,8 +99,8 @@ class Layout:
         teacher_inputs = tuple(
             context(replace(inputs, prompt=prompt)) for context, prompt in zip(method.contexts, prompts, strict=True)
         )
-        for seen in teacher_inputs:
-            candidates = candidates & ~seen.shown
+        for teacher in teacher_inputs:
+            candidates = candidates & ~teacher.shown
         if method.sites.content:
             candidates = candidates & ~torch.isin(canvases.tokens, self.formatting)
         canvases = replace(canvases, rows=places.rows)
@@ -120,15 +120,15 @@ class Plan:
     rollout_weight: Tensor
     """float64 ``[n]``: the trust in the canvas's rollout."""
     belief: Tensor
-    """float64 ``[n c]``: how far each context is believed beside the others, for the canvas's rollout."""
+    """float64 ``[n c]``: weight of each teacher context relative to the others, for the canvas's rollout."""
     first: Tensor
-    """int64 ``[n 1+c]``: the first column that is used of what student and teachers read."""
+    """int64 ``[n 1+c]``: the first column of the inputs of student and teachers that is not padding."""
     last: Tensor
-    """int64 ``[n 1+c]``: the column behind the last one that is used."""
+    """int64 ``[n 1+c]``: the column after the last one that is not padding."""
     length: Tensor
     """int64 ``[n]``: tokens that the student reads."""
     content: Tensor
-    """int64 ``[n]``: equal where the student reads the same, and hardly ever else."""
+    """int64 ``[n]``: a hash of the student's input."""
 
     @property
     def size(self) -> int:
@@ -157,10 +157,12 @@ class Plan:
         return replace(self, places=self.places.select(index), **picked)
 
     def micro_batch(self, index: Tensor | None = None) -> MicroBatch:
-        """What is read and graded of some of the canvases, or of all."""
-        some = self if index is None else self.select(index)
-        canvases, teacher_inputs, candidates, _ = self.layout(some.places)
-        return MicroBatch(canvases, teacher_inputs, candidates, **{name: getattr(some, name) for name in _PER_CANVAS})
+        """The micro-batch of the canvases ``index``, or of all."""
+        selected = self if index is None else self.select(index)
+        canvases, teacher_inputs, candidates, _ = self.layout(selected.places)
+        return MicroBatch(
+            canvases, teacher_inputs, candidates, **{name: getattr(selected, name) for name in _PER_CANVAS}
+        )
 
 
 def plan_update(
@@ -178,11 +180,11 @@ def plan_update(
         rollouts: the kept rollouts of all processes, in one order.
         keys: one key a rollout, for the teachers' and masks' random choices.
         part: which of the `method.rollout.passes` updates over these rollouts.
-        answer: bool ``[b l]``, tokens of the parsed answers, where a context asks for it.
-        formatting: ids of tokens that say nothing, for sites that leave them out.
+        answer: bool ``[b l]``, tokens of the parsed answers; None unless a context needs it.
+        formatting: ids of tokens without content, for site rules that leave them out.
 
     Returns:
-        The plan, or None where there is nothing to learn from.
+        The plan, or None where no site is left to train on.
     """
     if rollouts.size == 0:
         return None
@@ -191,13 +193,15 @@ def plan_update(
     if places.size == 0:
         return None
     briefs = [rollout.briefs or (TeacherBrief(),) * len(method.contexts) for rollout in rollouts.kept]
-    prompts = tuple(_prompts([brief.prompt for brief in some], trajectory.pad_id) for some in zip(*briefs, strict=True))
+    prompts = tuple(
+        _prompts([brief.prompt for brief in column], trajectory.pad_id) for column in zip(*briefs, strict=True)
+    )
     layout = Layout(method, trajectory, prompts, keys, part, answer, torch.tensor(list(formatting), dtype=torch.int64))
     canvas_weight, quota, first, last, length, content = _measure(layout, places)
     weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
     mean = _mean(method.average, places.rows, quota.double(), counted)
-    beliefs = torch.tensor([[brief.weight for brief in some] for some in briefs], dtype=torch.float64)
+    beliefs = torch.tensor([[brief.weight for brief in row] for row in briefs], dtype=torch.float64)
     belief = beliefs.reshape(rollouts.size, len(method.contexts))[places.rows]
     coefficient = canvas_weight.double() * mean
     plan = Plan(
@@ -210,22 +214,24 @@ def plan_update(
     return plan if plan.size else None
 
 
-def _prompts(own: Sequence[Sequence[int] | None], pad_id: int) -> tuple[Tensor, Tensor] | None:
-    """The prompts of one context, None where it reads the student's."""
-    given = [prompt for prompt in own if prompt is not None]
-    return left_pad(given, pad_id) if len(given) == len(own) else None
+def _prompts(prompts: Sequence[Sequence[int] | None], pad_id: int) -> tuple[Tensor, Tensor] | None:
+    """The padded prompts of one context; None where its teacher reads the student's."""
+    given = [prompt for prompt in prompts if prompt is not None]
+    return left_pad(given, pad_id) if len(given) == len(prompts) else None
 
 
 def _measure(layout: Layout, places: Places) -> tuple[Tensor, ...]:
-    """Of every canvas: weight, quota, first and last column read, length, and content, some canvases at a time."""
+    """Weight, quota, first and last column, length and content of every canvas, some canvases at a time."""
     width = layout.trajectory.prompt_ids.shape[1] + layout.trajectory.tokens.shape[1]
     size = max(1, POSITIONS // width)
-    factors = fold(torch.tensor(make_key("content")), torch.arange(width)) | 1  # odd: none loses a column
+    factors = (
+        fold(torch.tensor(make_key("content")), torch.arange(width)) | 1
+    )  # odd, so that every column changes the sum
     measured: list[tuple[Tensor, ...]] = []
     for start in range(0, places.size, size):
         index = torch.arange(start, min(start + size, places.size))
         canvases, teacher_inputs, _, quota = layout(places.select(index))
-        masks = [canvases.mask, *(seen.mask for seen in teacher_inputs)]
+        masks = [canvases.mask, *(teacher.mask for teacher in teacher_inputs)]
         first = torch.stack([mask.int().argmax(1) for mask in masks], 1)
         last = torch.stack([mask.shape[1] - mask.flip(1).int().argmax(1) for mask in masks], 1)
         content = ((canvases.ids + 1) * canvases.mask * factors).sum(1)
@@ -234,7 +240,7 @@ def _measure(layout: Layout, places: Places) -> tuple[Tensor, ...]:
 
 
 def _mean(average: Average, rows: Tensor, quota: Tensor, rollouts: int) -> Tensor:
-    """float64 ``[n]``: the factor of each site that turns the sum over an update into the mean that is asked for."""
+    """float64 ``[n]``: the factor of each site that turns the sum over an update into the mean `Method.average`."""
     graded = (quota > 0).double()
 
     def per_rollout(x: Tensor) -> Tensor:
