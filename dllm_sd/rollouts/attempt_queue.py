@@ -1,7 +1,8 @@
 """Attempts at problems as a decoder's queue: a problem is tried again only while it is unsolved.
 
-Several processes share one queue. Whenever their decoders ask, they tell each other what has ended and how many slots
-are free, and each of them deals out the same next attempts, so that no process waits for the retries of another.
+Several processes share one queue. Whenever their decoders ask for work, the processes exchange which attempts have
+ended and how many slots are free, and each computes the same assignment of the next attempts, so that no process waits
+for the retries of another.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ class Workers:
 
 
 class AttemptQueue:
-    """A `Queue` of attempts: the problems least tried first, and of them the longest, as neighbours of like length."""
+    """A `Queue` of attempts: fewest attempts first, then longest prompt first, so that neighbours have like length."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class AttemptQueue:
         ahead: int = 0,
         workers: Workers | None = None,
     ) -> None:
-        """Nothing has begun.
+        """Make a queue of which no attempt has begun.
 
         Args:
             prompted: all problems with their prompts, on every process.
@@ -49,9 +50,9 @@ class AttemptQueue:
             grade: text and verdict of a batch of one.
             limit: most attempts at a problem.
             until_solved: False makes all of them, solved or not.
-            ahead: attempts at an unsolved problem that may be under way beside the one that is due, where slots would
+            ahead: attempts at an unsolved problem that may run beside the one that is due, where slots would
                 stay free.
-            crew: the processes; None is this one alone.
+            workers: the processes; None for this process alone.
         """
         prompts = [item.prompt for item in prompted]
         self.prompted, self.key, self.grade, self.limit = prompted, key, grade, limit
@@ -62,27 +63,27 @@ class AttemptQueue:
         self.most = len(prompts) * min(limit, 1 + self.ahead)
         self.patience = STEPS if self.workers.size > 1 else None
         self.begun = [0] * len(prompts)
-        """Attempts at each problem that have begun; this and what follows is the same on all processes."""
+        """Attempts at each problem that have begun; this and the fields below are equal on all processes."""
         self.failed = [0] * len(prompts)
-        """Attempts at each problem up to which all have ended unsolved."""
+        """Number of first attempts at each problem that have all ended."""
         self.solved: dict[int, int] = {}
-        """The first attempt that solved it."""
+        """The first correct attempt at each solved problem."""
         self.open: set[tuple[int, int]] = set()
-        """Under way."""
+        """Attempts that run, as (problem, number)."""
         self.over: set[tuple[int, int]] = set()
-        """Ended without solving."""
-        self._told: list[tuple[int, int, bool]] = []
+        """Attempts that have ended, as (problem, number)."""
+        self._unreported: list[tuple[int, int, bool]] = []
         self._ended: list[tuple[int, Rollout]] = []
 
     def take(self, room: int) -> list[Job] | None:
         """The attempts that this process is to begin now."""
-        rooms = [0] * self.workers.size
-        for rank, free, ended in self.workers.gather([(self.workers.rank, room, self._told)]):
-            rooms[rank] = free
+        free_slots = [0] * self.workers.size
+        for rank, free, ended in self.workers.gather([(self.workers.rank, room, self._unreported)]):
+            free_slots[rank] = free
             for problem, number, correct in ended:
                 self._settle(problem, number, correct)
-        self._told = []
-        mine = self._deal(rooms)[self.workers.rank]
+        self._unreported = []
+        mine = self._deal(free_slots)[self.workers.rank]
         return [Job(name, self.prompted[name[0]].prompt, self.key(*name)) for name in mine] if self.open else None
 
     def wanted(self, job: Job) -> bool:
@@ -90,13 +91,13 @@ class AttemptQueue:
         return job.name in self.open
 
     def ended(self, jobs: Sequence[Job], trajectory: Trajectory) -> None:
-        """Grade, and remember to tell the others."""
-        for job, one in zip(jobs, trajectory.singly(), strict=True):
+        """Grade the completions, and keep their outcome for the next exchange between the processes."""
+        for job, single in zip(jobs, trajectory.singly(), strict=True):
             problem, number = job.name
-            item, (text, grade) = self.prompted[problem], self.grade(problem, one)
-            rollout = Rollout(item.problem, number, text, grade, one, occurrence=item.occurrence)
+            item, (text, grade) = self.prompted[problem], self.grade(problem, single)
+            rollout = Rollout(item.problem, number, text, grade, single, occurrence=item.occurrence)
             self._ended.append((problem, rollout))
-            self._told.append((problem, number, grade.correct))
+            self._unreported.append((problem, number, grade.correct))
 
     def collected(self) -> list[list[Rollout]]:
         """Each problem's attempts that have ended, in order, on every process (`counted`: see `Rollout`)."""
@@ -115,17 +116,17 @@ class AttemptQueue:
             self.solved[problem] = min(number, self.solved.get(problem, number))
             self.open -= {(problem, later) for later in range(number + 1, self.begun[problem])}
 
-    def _deal(self, rooms: list[int]) -> list[list[tuple[int, int]]]:
-        """What each process is to begin: the next job always goes to whoever has most room."""
-        dealt: list[list[tuple[int, int]]] = [[] for _ in rooms]
+    def _deal(self, free_slots: list[int]) -> list[list[tuple[int, int]]]:
+        """The attempts that each process begins: the next one always goes to the process with most free slots."""
+        assigned: list[list[tuple[int, int]]] = [[] for _ in free_slots]
         for level in range(1 + self.ahead):
             for problem in sorted(self.order, key=lambda i: self.begun[i]):
                 number = self.begun[problem]
                 due = number <= self.failed[problem] + level and number < self.limit and problem not in self.solved
-                if due and max(rooms) > 0:
-                    rank = rooms.index(max(rooms))
-                    rooms[rank] -= 1
-                    dealt[rank].append((problem, number))
+                if due and max(free_slots) > 0:
+                    rank = free_slots.index(max(free_slots))
+                    free_slots[rank] -= 1
+                    assigned[rank].append((problem, number))
                     self.open.add((problem, number))
                     self.begun[problem] += 1
-        return dealt
+        return assigned

@@ -1,6 +1,6 @@
 """Horizons: how much of a completion a rollout generates. Evaluation is always complete.
 
-What lies beyond is never decoded, so that a shorter horizon costs less. Source: TOPD and POPD (arXiv 2605.31490).
+The rest is never decoded, so that a shorter horizon costs less. Source: TOPD and POPD (arXiv 2605.31490).
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from dllm_sd.trajectory import Reach
 
 
 class Horizon(Part, Protocol):
-    """What a rollout rule calls."""
+    """Protocol of a horizon; a rollout rule calls it."""
 
     @property
     def cuts(self) -> bool:
-        """Whether some completions are not generated to their end, so that nobody knows whether they are right."""
+        """Whether some completions are not generated to their end, so that their outcome is unknown."""
         ...
 
     def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach | None:
-        """How far to decode at ``update``, counted from 0; None is to the end."""
+        """How far to decode at ``update``, counted from 0; None decodes to the end."""
         ...
 
 
@@ -48,12 +48,12 @@ class Truncated(Ranged, key="method.rollout.horizon"):
 
     @property
     def cuts(self) -> bool:
-        """Unless the share is all of it."""
+        """False for a ratio of 1."""
         return self.ratio < 1
 
     def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach:
-        whole = policy.extent(self.unit, settings)
-        return Reach(self.unit, max(1, round(self.ratio * whole)))
+        total = policy.extent(self.unit, settings)
+        return Reach(self.unit, max(1, round(self.ratio * total)))
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Progressive(Ranged, key="method.rollout.horizon"):
 
     @property
     def cuts(self) -> bool:
-        """Unless it begins with all of it."""
+        """False for an initial ratio of 1."""
         return self.initial_ratio < 1
 
     def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach:
-        whole = policy.extent(self.unit, settings)
+        total = policy.extent(self.unit, settings)
         share = self.initial_ratio + self.ratio_step * (update // self.every)
-        return Reach(self.unit, min(whole, max(1, round(share * whole))))
+        return Reach(self.unit, min(total, max(1, round(share * total))))
 
 
 HORIZONS: dict[str, type] = {"complete": Complete, "truncated": Truncated, "progressive": Progressive}

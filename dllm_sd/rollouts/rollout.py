@@ -13,7 +13,7 @@ from dllm_sd.trajectory import Trajectory, concatenate
 
 
 def key_parts(problem: Problem, occurrence: int) -> tuple[str, ...]:
-    """What the keys of one occurrence of a problem in a batch are made of; the first has the problem's id alone."""
+    """The parts of the random keys of one occurrence of a problem in a batch; the first has the problem's id alone."""
     return (problem.id, f"occurrence {occurrence}") if occurrence else (problem.id,)
 
 
@@ -24,32 +24,32 @@ class Prompted:
     problem: Problem
     prompt: tuple[int, ...]
     occurrence: int = 0
-    """How often a problem of this id stands before it in the same batch."""
+    """Number of earlier problems of the same id in the batch."""
 
     @property
     def key_parts(self) -> tuple[str, ...]:
-        """What tells it apart from all others of the batch (`key_parts`)."""
+        """Unique in the batch (`key_parts`)."""
         return key_parts(self.problem, self.occurrence)
 
 
 def with_occurrences(prompted: Iterable[Prompted]) -> list[Prompted]:
-    """A batch whose problems know how often they stood in it before, so that no two have the same random numbers."""
-    met = Counter[str]()
+    """Number the repeated problems of a batch, so that no two have the same random numbers."""
+    seen = Counter[str]()
     numbered = []
     for item in prompted:
-        numbered.append(replace(item, occurrence=met[item.problem.id]))
-        met[item.problem.id] += 1
+        numbered.append(replace(item, occurrence=seen[item.problem.id]))
+        seen[item.problem.id] += 1
     return numbered
 
 
 @dataclass(frozen=True)
 class TeacherBrief:
-    """What one teacher context is told about a rollout beyond what the student reads: its privileged context."""
+    """The privileged context of one teacher for one rollout: what it reads beyond the student's input."""
 
     prompt: tuple[int, ...] | None = None
-    """The tokens that it reads in the place of the student's prompt; None where it reads the student's."""
+    """Tokens that the teacher reads instead of the student's prompt; None where it reads the student's."""
     weight: float = 1.0
-    """How far it is believed beside the other contexts."""
+    """Weight of this context relative to the others."""
     text: str | None = None
     """The hint in its prompt, as text."""
 
@@ -66,13 +66,13 @@ class Rollout:
     counted: bool = True
     """False for an attempt that a serial retry loop would not have made: it began `ahead` of the first correct one."""
     briefs: tuple[TeacherBrief, ...] = ()
-    """One for each teacher context; empty where no context has a hint, and all count the same."""
+    """One for each teacher context; empty where no context has a hint, and all weigh the same."""
     occurrence: int = 0
     """`Prompted.occurrence`: a data set may be smaller than a batch, and an epoch may end within one."""
 
     @property
     def key_parts(self) -> tuple[str, ...]:
-        """What the attempts at one occurrence of a problem, a group, have in common (`key_parts`)."""
+        """Equal for the attempts at one occurrence of a problem, a group (`key_parts`)."""
         return key_parts(self.problem, self.occurrence)
 
 
@@ -84,8 +84,8 @@ class Rollouts:
     counts: Mapping[str, float]
     """Sums over problems: problems, attempts, decoded, solved, first_try, tokens, steps, generated, kept, rejected;
     problems lost because their reference is longer than `decode.length`: long_reference (of demonstrations); and
-    rollouts lost for want of a hint, or for one that was too long: no_hint, long_hint. Of the kept ones, cut_hint are
-    those whose teacher reads a hint without its end. Nothing is lost without a name: kept + rejected + no_hint +
+    rollouts that have no hint, or one that is too long: no_hint, long_hint. Of the kept ones, cut_hint are
+    those whose teacher reads a hint without its end. Every lost rollout is counted: kept + rejected + no_hint +
     long_hint are all counted attempts where `keep` is all, else one for each problem without a long_reference. Where
     hints are written: written (texts asked for), cached (of them, not written again), and dropped/REASON."""
     chosen: tuple[Rollout, ...] = ()

@@ -1,4 +1,4 @@
-"""Rollouts: decode, grade, retry what is not solved yet, keep, gate.
+"""Rollouts: decode, grade, retry unsolved problems, keep, gate.
 
 Decoding order never changes a result: attempt ``a`` of a problem is a function of (seed, update, problem, attempt), and
 of which occurrence of the problem it is where one batch holds several.
@@ -36,7 +36,7 @@ def prompt_tokens(
 
 
 class RolloutRule(Part, Protocol):
-    """How an update gets its rollouts."""
+    """Protocol of a rollout rule: how an update gets its rollouts."""
 
     @property
     def problems(self) -> int:
@@ -55,22 +55,22 @@ class RolloutRule(Part, Protocol):
 
     @property
     def policy(self) -> RolloutPolicy | None:
-        """Whose weights decode; None if none do."""
+        """Whose weights decode; None if nothing is decoded."""
         ...
 
     @property
     def rolling(self) -> Weights | None:
-        """The weights that decode in the place of the student's; those of a subspace are the initial ones."""
+        """The weights that decode instead of the student's (of a subspace, the initial ones); None for these."""
         ...
 
     @property
     def temperature(self) -> float | None:
-        """Softmax temperature that tokens are drawn at; None if none are."""
+        """Softmax temperature of sampling; None if nothing is sampled."""
         ...
 
     @property
     def filters(self) -> bool:
-        """Whether tokens are drawn from the most probable ones only."""
+        """Whether top-k or top-p filters the tokens before sampling."""
         ...
 
     @property
@@ -80,7 +80,7 @@ class RolloutRule(Part, Protocol):
 
     @property
     def needs_outcome(self) -> bool:
-        """Whether attempts are made or chosen by how good they are."""
+        """Whether the outcome of attempts decides which are made or kept."""
         ...
 
     @property
@@ -102,7 +102,7 @@ class RolloutRule(Part, Protocol):
         ...
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
-        """How far the rollouts of a batch are decoded; None is to the end."""
+        """How far the rollouts of a batch are decoded; None decodes to the end."""
         ...
 
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
@@ -111,7 +111,7 @@ class RolloutRule(Part, Protocol):
 
 
 ROLLING: dict[str, type] = {"live": Live, "base": Base, "subspace": Subspace}
-"""Who may make rollouts."""
+"""The weights that may decode rollouts."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class PassAtK(Ranged, key="method.rollout"):
             raise InputError("method.rollout.keep all compares a whole group; set method.rollout.until_solved to false")
         if self.draw == "fixed" and self.policy.moves:
             raise InputError(
-                "method.rollout.draw fixed is of texts that stay, but the student's change as it learns; set "
+                "method.rollout.draw fixed needs weights that stay, but the student's change in training; set "
                 "method.rollout.policy to base or subspace, or draw to fresh"
             )
 
@@ -172,8 +172,8 @@ class PassAtK(Ranged, key="method.rollout"):
                 return make_key(seed, "draw", prompted[i].problem.id, attempt, "decode")
             return make_key(seed, update, *prompted[i].key_parts, attempt, "decode")
 
-        def grade(i: int, one: Trajectory) -> tuple[str, Grade]:
-            text = policy.text(one.tokens[0, : int(one.length)].tolist())
+        def grade(i: int, single: Trajectory) -> tuple[str, Grade]:
+            text = policy.text(single.tokens[0, : int(single.length)].tolist())
             return text, task.grade(prompted[i].problem, text)
 
         queue = AttemptQueue(
@@ -189,17 +189,17 @@ class PassAtK(Ranged, key="method.rollout"):
         return queue.collected()
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
-        """What the horizon says of the first update that this batch serves."""
+        """The horizon of the first update that this batch serves."""
         return self.horizon(policy, decode, batch * self.passes)
 
     @property
     def rolling(self) -> Weights | None:
-        """The weights that decode in the place of the student's; `RolloutWeights` holds those of a subspace in it."""
+        """The weights that decode instead of the student's; `RolloutWeights` projects them onto the subspace."""
         return None if self.policy.is_student else self.policy.weights or Base()
 
     @property
     def filters(self) -> bool:
-        """By `top_k` or `top_p`."""
+        """Whether `top_k` or `top_p` filters the tokens before sampling."""
         return self.top_k > 0 or self.top_p < 1
 
     @property
@@ -209,7 +209,7 @@ class PassAtK(Ranged, key="method.rollout"):
 
     @property
     def needs_outcome(self) -> bool:
-        """Whether attempts are made or chosen by how good they are."""
+        """Whether the outcome of attempts decides which are made or kept."""
         return self.attempts > 1 and (self.until_solved or self.keep == "best")
 
     @property
@@ -252,24 +252,24 @@ class Demonstrations(Ranged, key="method.rollout"):
         update: int,
         workers: Workers | None = None,
     ) -> list[list[Rollout]]:
-        return [self._one(policy, task, item, decode) for item in prompted]
+        return [self._demonstration(policy, task, item, decode) for item in prompted]
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> None:
-        """Demonstrations are whole."""
+        """None: demonstrations are complete."""
         return None
 
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         """Everything is kept."""
         return list(attempts)
 
-    def _one(self, policy: Policy, task: Task, item: Prompted, decode: Decoding) -> list[Rollout]:
+    def _demonstration(self, policy: Policy, task: Task, item: Prompted, decode: Decoding) -> list[Rollout]:
         reference = task.reference(item.problem)
         if reference is None:
             raise InputError(f"problem {item.problem.id} has no reference to imitate; method.rollout needs one")
         tokens = policy.encode_completion(reference)
         if needed_length(tokens) > decode.length:
             return []  # `gather` counts it
-        tokens = tokens[: decode.length]  # an answer that fills the canvas is ended by it
+        tokens = tokens[: decode.length]  # an answer that fills the canvas needs no end token
         trajectory = policy.demonstration(item.prompt, tokens, decode)
         return [Rollout(item.problem, 0, reference, Grade(True, 1.0, None), trajectory, occurrence=item.occurrence)]
 
@@ -283,7 +283,7 @@ ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrati
 
 
 class Gate(Part, Protocol):
-    """What a gate must have; `GateDefaults` has all but `count_rejected` and the call."""
+    """Protocol of a gate; `GateDefaults` implements all but `count_rejected` and the call."""
 
     @property
     def count_rejected(self) -> bool:
@@ -292,7 +292,7 @@ class Gate(Part, Protocol):
 
     @property
     def needs_outcome(self) -> bool:
-        """Whether it asks how good a rollout is, which nobody knows before its end."""
+        """Whether it needs the outcome of a rollout, which only a complete rollout has."""
         ...
 
     @property
@@ -306,12 +306,12 @@ class Gate(Part, Protocol):
         ...
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        """Those of a problem's kept attempts that count."""
+        """The attempts that pass, of the kept attempts at a problem."""
         ...
 
 
 class GateDefaults:
-    """A gate that judges each rollout for itself, without its outcome, and lets some pass."""
+    """Defaults of a gate that judges each rollout alone and without its outcome."""
 
     needs_outcome: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False
@@ -381,11 +381,11 @@ def gather(rule: RolloutRule, gate: Gate, tried: Sequence[Sequence[Rollout]]) ->
 
     Args:
         rule: chooses what is kept of a problem.
-        gate: rejects what does not count; selection happens before any training compute.
+        gate: rejects rollouts before any forward pass of training.
         tried: per problem, its attempts in order.
     """
     kept: list[Rollout] = []
-    seen: list[Rollout] = []
+    all_chosen: list[Rollout] = []
     counts: dict[str, float] = dict.fromkeys(COUNTS if rule.decodes else (*COUNTS, "long_reference"), 0.0)
     for attempts in tried:
         counted = [rollout for rollout in attempts if rollout.counted]
@@ -404,5 +404,5 @@ def gather(rule: RolloutRule, gate: Gate, tried: Sequence[Sequence[Rollout]]) ->
         counts["kept"] += len(passed)
         counts["rejected"] += len(chosen) - len(passed)
         kept += passed
-        seen += chosen
-    return Rollouts(tuple(kept), counts, tuple(seen))
+        all_chosen += chosen
+    return Rollouts(tuple(kept), counts, tuple(all_chosen))

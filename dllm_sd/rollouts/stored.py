@@ -1,4 +1,4 @@
-"""Rollouts as tensors and JSON, for the updates that still learn from them: every field of every dataclass in them."""
+"""Rollouts as tensors and JSON in a checkpoint: all fields of all dataclasses, for updates that still need them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -13,7 +13,7 @@ from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.trajectory import NEVER, Trajectory
 
 WHOLE = {"prompt_ids": "p", "tokens": "l", "reveal_step": "l", "length": ""}
-"""The int64 tensors of a trajectory, and the axis of each behind the batch of one."""
+"""The int64 tensors of a trajectory, and the axis of each after the batch axis of size 1."""
 
 
 def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -21,18 +21,20 @@ def rollout_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, An
 
     A rollout that is both kept and chosen is stored once, and so is a trajectory that several rollouts share.
     """
-    every = {id(one): one for one in (*rollouts.chosen, *rollouts.kept)}
-    trajectories = {id(one.trajectory): one.trajectory for one in every.values()}
-    places, shared = ({key: place for place, key in enumerate(some)} for some in (every, trajectories))
+    by_id = {id(rollout): rollout for rollout in (*rollouts.chosen, *rollouts.kept)}
+    trajectories = {id(rollout.trajectory): rollout.trajectory for rollout in by_id.values()}
+    places, shared = ({key: place for place, key in enumerate(table)} for table in (by_id, trajectories))
     tensors = {
-        f"{shared[key]}/{name}": value for key, one in trajectories.items() for name, value in one.tensors().items()
+        f"{shared[key]}/{name}": value
+        for key, trajectory in trajectories.items()
+        for name, value in trajectory.tensors().items()
     }
     layouts = [
-        {name: value for name, value in vars(one).items() if not isinstance(value, Tensor)}
-        for one in trajectories.values()
+        {name: value for name, value in vars(trajectory).items() if not isinstance(value, Tensor)}
+        for trajectory in trajectories.values()
     ]
-    entries = [{**_tree(one), "trajectory": shared[id(one.trajectory)]} for one in every.values()]
-    lists = {name: [places[id(one)] for one in getattr(rollouts, name)] for name in ("kept", "chosen")}
+    entries = [{**_tree(rollout), "trajectory": shared[id(rollout.trajectory)]} for rollout in by_id.values()]
+    lists = {name: [places[id(rollout)] for rollout in getattr(rollouts, name)] for name in ("kept", "chosen")}
     return tensors, {**_tree(rollouts), **lists, "rollouts": entries, "trajectories": layouts}
 
 
@@ -42,7 +44,7 @@ def _tree(value: Any) -> Any:
         return (
             dict(value) if isinstance(value, Mapping) else [*map(_tree, value)] if isinstance(value, tuple) else value
         )
-    names = [one.name for one in fields(value) if one.name not in ("trajectory", "kept", "chosen")]
+    names = [field.name for field in fields(value) if field.name not in ("trajectory", "kept", "chosen")]
     return {name: _tree(getattr(value, name)) for name in names}
 
 
@@ -51,7 +53,7 @@ class TensorError(ValueError):
 
 
 def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rollouts:
-    """Rebuild what `rollout_tensors` gave.
+    """Rebuild rollouts from what `rollout_tensors` returned.
 
     Raises:
         TensorError: saying which tensor is wrong.
@@ -61,61 +63,62 @@ def load_rollouts(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Rol
     layouts = build(tuple[dict[str, Any], ...], tree.get("trajectories"), "trajectories")
     entries = build(tuple[dict[str, Any], ...], tree.get("rollouts"), "rollouts")
     trajectories = _trajectories(tensors, layouts)
-    every: list[Rollout] = [
+    stored: list[Rollout] = [
         build(Rollout, {**entry, "trajectory": _at(trajectories, entry.get("trajectory"))}, f"rollouts[{place}]")
         for place, entry in enumerate(entries)
     ]
-    plain = {one.name: tree[one.name] for one in fields(Rollouts) if one.name in tree}
+    plain = {field.name: tree[field.name] for field in fields(Rollouts) if field.name in tree}
     lists = {
-        name: [_at(every, place) for place in build(tuple[int, ...], tree.get(name), name)]
+        name: [_at(stored, place) for place in build(tuple[int, ...], tree.get(name), name)]
         for name in ("kept", "chosen")
     }
-    found: Rollouts = build(Rollouts, {**plain, **lists}, "rollouts")
-    if lacking := [name for name in COUNTS if name not in found.counts]:
+    rollouts: Rollouts = build(Rollouts, {**plain, **lists}, "rollouts")
+    if lacking := [name for name in COUNTS if name not in rollouts.counts]:
         raise ValueError(f"counts lacks {lacking[0]!r}")
-    return found
+    return rollouts
 
 
 def _trajectories(tensors: Mapping[str, Tensor], layouts: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
-    found: list[dict[str, Tensor]] = [{} for _ in layouts]
+    tensors_of: list[dict[str, Tensor]] = [{} for _ in layouts]
     for key, value in tensors.items():
         place, _, name = key.partition("/")
         if not (place.isascii() and place.isdigit() and int(place) < len(layouts)):
             raise TensorError(f"{key!r:.60} belongs to no trajectory")
-        found[int(place)][name] = value
+        tensors_of[int(place)][name] = value
     return [
-        _trajectory({**layout, **own}, place) for place, (layout, own) in enumerate(zip(layouts, found, strict=True))
+        _trajectory({**layout, **columns}, place)
+        for place, (layout, columns) in enumerate(zip(layouts, tensors_of, strict=True))
     ]
 
 
-def _at(some: Sequence[Any], place: Any) -> Any:
-    if type(place) is not int or not 0 <= place < len(some):
-        raise ValueError(f"{place!r:.60} is no place in a list of {len(some)}")
-    return some[place]
+def _at(items: Sequence[Any], place: Any) -> Any:
+    if type(place) is not int or not 0 <= place < len(items):
+        raise ValueError(f"{place!r:.60} is no place in a list of {len(items)}")
+    return items[place]
 
 
 def _trajectory(values: Mapping[str, Any], place: int) -> Trajectory:
     if lacking := [name for name in (*WHOLE, "prompt_mask") if not isinstance(values.get(name), Tensor)]:
         raise TensorError(f"trajectory {place} has no {lacking[0]}")
-    found: Trajectory = build(Trajectory, values, f"trajectories[{place}]")
-    sizes = {"p": found.prompt_mask.shape[-1:], "l": found.tokens.shape[-1:], "": torch.Size()}
+    trajectory: Trajectory = build(Trajectory, values, f"trajectories[{place}]")
+    sizes = {"p": trajectory.prompt_mask.shape[-1:], "l": trajectory.tokens.shape[-1:], "": torch.Size()}
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         name: (torch.int64, (1, *sizes[axis])) for name, axis in WHOLE.items()
     }
-    kinds["prompt_mask"] = (torch.bool, tuple(found.prompt_ids.shape))
-    if found.logp is not None and found.logp.is_floating_point():
-        kinds["logp"] = (found.logp.dtype, tuple(found.tokens.shape))
-    for name, value in found.tensors().items():
+    kinds["prompt_mask"] = (torch.bool, tuple(trajectory.prompt_ids.shape))
+    if trajectory.logp is not None and trajectory.logp.is_floating_point():
+        kinds["logp"] = (trajectory.logp.dtype, tuple(trajectory.tokens.shape))
+    for name, value in trajectory.tensors().items():
         if kinds.get(name) != (value.dtype, tuple(value.shape)):
             raise TensorError(f"{name} of trajectory {place} is of the wrong type or shape")
-    length, last = found.tokens.shape[1], found.reveal_step
-    if not (1 <= int(found.length) <= length and bool(((last >= NEVER) & (last < length)).all())):
+    length, reveal_step = trajectory.tokens.shape[1], trajectory.reveal_step
+    if not (1 <= int(trajectory.length) <= length and bool(((reveal_step >= NEVER) & (reveal_step < length)).all())):
         raise TensorError(f"trajectory {place} has a length or steps out of range")
-    return found
+    return trajectory
 
 
 def _current(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rollouts of former checkpoints too.
+    """The JSON of today, from that of this or a former version.
 
     The oldest hold the kept ones only, with one layout for all; later ones have three lists in the place of `briefs`.
     """
@@ -124,7 +127,7 @@ def _current(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**tree, "rollouts": [*map(_with_briefs, entries)]}
     entries = build(tuple[dict[str, Any], ...], tree.get("kept"), "kept")
     places = list(range(len(entries)))
-    defaults = {one.name: one.default for one in fields(Rollout) if one.default is not MISSING}
+    defaults = {field.name: field.default for field in fields(Rollout) if field.default is not MISSING}
     return {
         "rollouts": [{**defaults, **_with_briefs(entry), "trajectory": place} for place, entry in enumerate(entries)],
         "trajectories": [build(dict[str, Any], tree["layout"], "layout")] * len(entries),

@@ -88,7 +88,7 @@ def drive(queue: AttemptQueue, room: int, meet: Callable[[int], int]) -> list[li
             busy[name] = left - 1
             if left == 1:
                 del busy[name]
-                queue._told.append((*name, solves(*name)))  # pyright: ignore[reportArgumentType]
+                queue._unreported.append((*name, solves(*name)))  # pyright: ignore[reportArgumentType]
     return begun
 
 
