@@ -1,4 +1,4 @@
-"""Which states of a rollout the student reads: the canvases that the decoder saw, random masks, or all masked."""
+"""Which states of a rollout the student reads: the decoder's own canvases, random masks, or everything masked."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from dllm_sd.trajectory import NEVER, Trajectory, is_any_of
 
 @dataclass(frozen=True)
 class Canvases:
-    """``n`` canvases read by the student: integer tensors only, no activations.
+    """``n`` canvases that the student reads.
 
-    `rows` and `steps` say where each came from (``steps`` is -1 for a canvas that no decoder saw), `weight`
+    `rows` and `steps` name the origin of each canvas (``steps`` is -1 for a canvas that no decoder saw), `weight`
     multiplies the loss of its sites (a random mask: ``1 / (t * answer positions)``, else 1).
     """
 
@@ -29,22 +29,23 @@ class Canvases:
     ids: Tensor
     """int64 ``[n s]``, prompt and completion side."""
     mask: Tensor
-    """bool ``[n s]``, true where attention may look."""
+    """bool ``[n s]``, true where attention is allowed."""
     masked: Tensor
-    """bool ``[n l]``, positions that the canvas hides and the rollout knows."""
+    """bool ``[n l]``, masked positions whose final token is known."""
     active: Tensor
     """bool ``[n l]``, the masked positions of the active block."""
     revealed: Tensor
-    """bool ``[n l]``, what the student commits here; for a canvas that no decoder saw, everything masked."""
+    """bool ``[n l]``, positions that the student commits at this step; all masked ones if no decoder saw the
+    canvas."""
     gradable: Tensor
-    """bool ``[n l]``: positions whose token is known, behind the end only as far as the rule grades its padding. What
-    is masked elsewhere is context, and never a site."""
+    """bool ``[n l]``: positions that may be sites: their token is known, and end padding is left out unless the rule
+    grades it."""
     tokens: Tensor
     """int64 ``[n l]``, the final completion."""
     weight: Tensor
     """float32 ``[n]``."""
     old_logp: Tensor
-    """float ``[n l]``: `Trajectory.logp`, NaN where nobody knows it or the decoder saw another canvas."""
+    """float ``[n l]``: `Trajectory.logp`, NaN where it is unknown or the decoder saw another canvas."""
 
     @property
     def size(self) -> int:
@@ -54,7 +55,7 @@ class Canvases:
 
 @dataclass(frozen=True)
 class Places:
-    """Which ``n`` canvases there are, without their content: all that an update holds of them until they are read."""
+    """The origin of ``n`` canvases, without their content; an update holds no more than this until it reads them."""
 
     rows: Tensor
     """int64 ``[n]``, index of the rollout."""
@@ -69,21 +70,21 @@ class Places:
         return len(self.rows)
 
     def select(self, index: Tensor) -> "Places":
-        """Some of them."""
+        """The places ``index``."""
         return Places(self.rows[index], self.steps[index], self.draws[index])
 
 
 def one_each(trajectory: Trajectory, step: int) -> Places:
-    """One canvas for every rollout."""
+    """One place for every rollout, at the same step."""
     rows = torch.arange(trajectory.size, device=trajectory.tokens.device)
     return Places(rows, torch.full_like(rows, step), torch.zeros_like(rows))
 
 
 class CanvasRule(Part, Protocol):
-    """Which canvases one pass over a batch of rollouts reads; `CanvasDefaults` has all but `places` and `build`.
+    """Which canvases one pass over a batch of rollouts reads; `CanvasDefaults` implements all but `places` and `build`.
 
-    Of an autoregressive rollout every rule makes the same one: the sequence, in which each position sees what it saw
-    when it was written. So its likelihood is exact, and there is nothing to mask (`whole_sequences`).
+    Every rule makes the same canvas of an autoregressive rollout: the whole sequence, in which each position attends to
+    what it attended to in decoding. So its likelihood is exact, and nothing is masked (`whole_sequences`).
     """
 
     def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
@@ -91,7 +92,7 @@ class CanvasRule(Part, Protocol):
         ...
 
     def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
-        """Some of them; ``keys [b]`` seed each rollout's draws. A canvas is the same whatever is built beside it."""
+        """The canvases at ``places``; ``keys [b]`` seed each rollout's draws. Canvases do not depend on each other."""
         ...
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
@@ -100,33 +101,33 @@ class CanvasRule(Part, Protocol):
 
     @property
     def subset(self) -> int | None:
-        """So many of a rollout's canvases, drawn at random, stand for all of them (`drawn_share`)."""
+        """Number of a rollout's canvases that are drawn at random to represent all (`drawn_share`); None takes all."""
         ...
 
     @property
     def decoded(self) -> bool:
-        """Whether a decoder saw them, step by step."""
+        """Whether they are the canvases of decoding steps."""
         ...
 
     @property
     def hides_everything(self) -> bool:
-        """Whether they hide blocks that a decoder always sees finished."""
+        """Whether they mask blocks that the decoder has always finished."""
         ...
 
     def masked_share(self, canvases: int) -> float:
-        """Of the completions of so many canvases together, the share that is masked at most."""
+        """Largest share of the completion positions of ``canvases`` canvases together that is masked."""
         ...
 
 
 class CanvasDefaults:
-    """Canvases that no decoder saw, and of which all are graded."""
+    """Defaults of canvases that no decoder saw, and that are all graded."""
 
     subset: ClassVar[None] = None
     decoded: ClassVar[bool] = False
     hides_everything: ClassVar[bool] = False
 
     def masked_share(self, canvases: int) -> float:
-        """All of it."""
+        """1: all of it."""
         return 1.0
 
 
@@ -156,7 +157,7 @@ class DecoderSteps(Ranged, CanvasRule, key="method.canvases"):
     hides_everything: ClassVar[bool] = False
 
     def masked_share(self, canvases: int) -> float:
-        """All of it, at the first step."""
+        """1: all of it, at the first step."""
         return 1.0
 
     def usable(self, trajectory: Trajectory) -> Tensor:
@@ -195,7 +196,7 @@ class DecoderSteps(Ranged, CanvasRule, key="method.canvases"):
         return Places(rows, steps, torch.zeros_like(rows))
 
     def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
-        """What the decoder saw at these steps."""
+        """The canvases of these decoding steps."""
         if trajectory.causal:
             return whole_sequences(trajectory, places)
         rows, steps = places.rows, places.steps
@@ -223,15 +224,15 @@ class RandomMasks(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
     """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
 
     A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
-    Answer positions are those that were written, and the end padding if it is asked for. Where a horizon cut, what was
-    never written stays masked and ungraded.
+    Answer positions are those that were written, and the end padding if it is asked for. Positions beyond a horizon
+    stay masked and ungraded.
 
     Each draw masks every answer position independently with probability ``t``; the ``t`` of one
     rollout's draws are spread evenly over ``[t_min, 1]`` with one random offset (low-variance sampling, as in MDLM,
     arXiv 2406.07524).
 
-    A block-causal model never meets noise in earlier blocks: each draw then masks positions of one block, drawn
-    uniformly, and weighs as many times more as there are blocks (BD3-LM's bound, arXiv 2503.09573, Eq. 8, one of its
+    A block-causal model never reads masks in earlier blocks: each draw then masks positions of one block, drawn
+    uniformly, and its weight is multiplied by the number of blocks (BD3-LM's bound, arXiv 2503.09573, Eq. 8, one of its
     terms at a time).
     """
 
@@ -243,18 +244,18 @@ class RandomMasks(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
     """Train on the padding behind the end token too, as LLaDA does; False leaves it masked and ungraded."""
 
     def masked_share(self, canvases: int) -> float:
-        """A canvas's share is uniform on (0, 1): the mean of so many, and two standard deviations of it."""
+        """The share of a canvas is uniform on (0, 1): the mean of ``canvases`` of them plus two standard deviations."""
         return min(1, 0.5 + 2 / math.sqrt(12 * canvases))
 
     def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
-        """`draws` masks of every rollout."""
+        """`draws` masks for every rollout."""
         if trajectory.causal:
             return one_each(trajectory, 0)
         rows = torch.arange(trajectory.size).repeat_interleave(self.draws)
         return Places(rows, torch.full_like(rows, -1), torch.arange(self.draws).repeat(trajectory.size))
 
     def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
-        """These masks."""
+        """The canvases of these draws."""
         if trajectory.causal:
             canvases = whole_sequences(trajectory, places)
             return replace(canvases, weight=1 / canvases.masked.sum(1).clamp(min=1).float())
@@ -295,7 +296,7 @@ class AllMasked(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
         return one_each(trajectory, 0 if trajectory.causal else -1)
 
     def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
-        """These canvases, with the prompt masks of this pass."""
+        """The canvases at these places, with the prompt masks of this pass."""
         if trajectory.causal:
             return whole_sequences(trajectory, places)
         device, rows = trajectory.tokens.device, places.rows
@@ -315,25 +316,25 @@ CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": Rand
 
 
 def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], part: int) -> Tensor:
-    """How much each canvas counts if ``subset`` of each rollout's canvases stand for all of them.
+    """Weight of each canvas if ``subset`` canvases of each rollout represent all of them.
 
-    They are drawn without replacement, all alike likely, and each counts as many times as there are canvases for one
-    that is drawn (Horvitz and Thompson, 1952): sums over canvases keep their expectation.
+    They are drawn uniformly without replacement, and each is weighted by the number of canvases per drawn one (Horvitz
+    and Thompson, 1952): sums over canvases keep their expectation.
 
     Args:
         rows: int64 ``[n]``, index of the rollout.
         steps: int64 ``[n]``.
         subset: how many are drawn of each rollout, or all if there are fewer.
         keys: one key a rollout, ``[b]``.
-        part: of the passes over these rollouts.
+        part: index of the pass over these rollouts.
 
     Returns:
         float64 ``[n]``, 0 for those that are not drawn.
     """
     base = torch.tensor([make_key(key, "subset", part) for key in keys], dtype=torch.int64)
-    lot = uniform(fold(base[rows], steps), 1)[:, 0]
-    order = steps.argsort(stable=True)  # by rollout, then lot, then step: the last key is sorted by first
-    for key in (lot, rows):
+    noise = uniform(fold(base[rows], steps), 1)[:, 0]
+    order = steps.argsort(stable=True)  # by rollout, then noise, then step: the last key is sorted by first
+    for key in (noise, rows):
         order = order[key[order].argsort(stable=True)]
     count = rows.bincount()
     first = count.cumsum(0) - count
@@ -343,7 +344,7 @@ def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], p
 
 
 def whole_sequences(trajectory: Trajectory, places: Places) -> Canvases:
-    """One canvas for each autoregressive rollout: what was written, with all of it to be graded."""
+    """One canvas for each autoregressive rollout: its tokens, all of them graded."""
     rows = places.rows
     written = trajectory.is_written[rows]
     return Canvases(
@@ -365,16 +366,16 @@ def with_prompt(canvases: Canvases, trajectory: Trajectory) -> Canvases:
     """Canvases of autoregressive rollouts on which the prompt is to be graded too.
 
     The axis ``l`` becomes ``p - 1 + l``: all of the sequence but its first column. The first token of each prompt is
-    not graded, since nothing stands before it.
+    not graded, since no token precedes it.
     """
     prompt, mask = trajectory.prompt_ids[canvases.rows, 1:], trajectory.prompt_mask[canvases.rows]
-    asked = mask[:, 1:] & mask[:, :-1]
-    maps = {name: torch.cat([asked, getattr(canvases, name)], 1) for name in ("masked", "active", "revealed")}
+    graded = mask[:, 1:] & mask[:, :-1]
+    maps = {name: torch.cat([graded, getattr(canvases, name)], 1) for name in ("masked", "active", "revealed")}
     unknown = torch.full(prompt.shape, torch.nan, dtype=canvases.old_logp.dtype, device=prompt.device)
     return replace(
         canvases,
         **maps,
-        gradable=torch.cat([asked, canvases.gradable], 1),
+        gradable=torch.cat([graded, canvases.gradable], 1),
         tokens=torch.cat([prompt, canvases.tokens], 1),
         old_logp=torch.cat([unknown, canvases.old_logp], 1),
     )
@@ -394,7 +395,7 @@ def attention_mask(trajectory: Trajectory, rows: Tensor) -> Tensor:
 
 
 def _synthetic(trajectory: Trajectory, rows: Tensor, answer: Tensor, hidden: Tensor, weight: Tensor) -> Canvases:
-    """Canvases that no decoder saw: what is ``hidden [n l]`` or no part of the ``answer [b l]`` is masked."""
+    """Canvases that no decoder saw: positions ``hidden [n l]`` and all outside the ``answer [b l]`` are masked."""
     answer, tokens = answer[rows], trajectory.tokens[rows]
     masked = hidden & answer
     canvas = tokens.masked_fill(masked | ~answer, trajectory.mask_id)

@@ -1,8 +1,8 @@
 """Trajectory = tokens + the order in which they were revealed.
 
-Unmasking is monotone, so `tokens` and `reveal_step` hold a whole decoding without loss: the canvas that the
-decoder saw before any step, what it committed there, its active block, a shorter horizon. Nothing here stores
-``[k l]``. An autoregressive sequence is the case ``reveal_step = 0, 1, 2, ...``.
+Unmasking is monotone, so `tokens` and `reveal_step` hold a whole decoding without loss: the canvas before any
+step, the tokens that the step committed, its active block, a shorter horizon. No tensor has the shape ``[k l]``.
+An autoregressive sequence is the case ``reveal_step = 0, 1, 2, ...``.
 """
 
 from collections.abc import Sequence
@@ -56,11 +56,11 @@ class Trajectory:
     """Whether blocks are counted from the first prompt token (block-causal models: the first block of the completion
     may hold the end of the prompt too), else from the first completion position."""
     causal: bool = False
-    """Whether every token was written in sight of earlier ones only (autoregressive): then one reading of the whole
-    sequence shows every step's canvas, and there is no mask token."""
+    """Whether every token depends on earlier ones only (autoregressive): then one forward pass over the sequence gives
+    the logits of every step, and there is no mask token."""
     logp: Tensor | None = None
     """float ``[b l]``: log-probability that the decoder gave each token, at the sampling temperature (1 if greedy) and
-    before top-k and top-p; NaN where it gave none, None where nobody knows."""
+    before top-k and top-p; NaN where it gave none, None where they were not recorded."""
 
     @property
     def size(self) -> int:
@@ -92,7 +92,7 @@ class Trajectory:
 
     @property
     def is_behind_end(self) -> Tensor:
-        """bool ``[b l]``: positions behind an end token that was revealed; some may have been revealed before it."""
+        """bool ``[b l]``: positions after a revealed end token; some may have been revealed before it."""
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return self.ended[:, None] & (position >= self.length[:, None])
 
@@ -120,9 +120,9 @@ class Trajectory:
         return self.block[rows].gather(1, first[:, None])[:, 0]
 
     def within(self, reach: Reach) -> "Trajectory":
-        """What a decoder that stops there would have made: what lies beyond was never revealed."""
-        place = self.reveal_step if reach.unit == "steps" else self.block
-        keep = (self.reveal_step >= 0) & (place < reach.count)
+        """The trajectory of a decoder that stops at ``reach``: positions beyond it were never revealed."""
+        unit_index = self.reveal_step if reach.unit == "steps" else self.block
+        keep = (self.reveal_step >= 0) & (unit_index < reach.count)
         tokens = self.tokens.masked_fill(~keep, self.pad_id)
         length = completion_length(tokens, self.end_ids, keep)
         logp = None if self.logp is None else self.logp.masked_fill(~keep, torch.nan)
@@ -130,7 +130,7 @@ class Trajectory:
         return replace(self, tokens=tokens, reveal_step=reveal_step, length=length, logp=logp)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that hold a row for each completion, by name."""
+        """The tensors by field name; the first axis of each is ``b``."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def select(self, rows: Tensor) -> "Trajectory":
