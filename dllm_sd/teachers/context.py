@@ -23,7 +23,7 @@ from dllm_sd.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class ContextInputs:
-    """All that a context may look at when it turns the student's canvases into what the teacher reads."""
+    """What a context is computed from when it turns the student's canvases into the teacher's inputs."""
 
     canvases: Canvases
     trajectory: Trajectory
@@ -34,12 +34,12 @@ class ContextInputs:
     keys: Sequence[int]
     """One key a rollout, for random choices."""
     prompt: tuple[Tensor, Tensor] | None = None
-    """This teacher's own prompts, ids int64 and mask bool ``[b p]``; None where it reads the student's."""
+    """This teacher's own prompts, ids int64 and mask bool ``[b p]``; None for the student's prompt."""
 
 
 @dataclass(frozen=True)
 class TeacherInputs:
-    """What a teacher reads: its last ``l`` columns are the completion side, aligned with the student's."""
+    """The inputs of a teacher: the last ``l`` columns are the completion, aligned with the student's."""
 
     ids: Tensor
     """int64 ``[n s]``; prompts may be longer or shorter than the student's."""
@@ -59,44 +59,44 @@ class Reasoning(Ranged):
     )
     """Follows the hint in the prompt of the analysis."""
     transition: str = "\n\nNow I solve the problem on my own, step by step, and mention no such material.\n\n"
-    """Stands between the analysis and the completion."""
+    """Text between the analysis and the completion."""
     length: Size = 1024
     """Longest analysis in tokens (of a denoiser, the length of its canvas)."""
     temperature: Temperature = 1.0
 
 
 def no_pairs(problem: Problem, key: int) -> Sequence[Pair]:
-    """Without a bank there are none."""
+    """The default of `HintInputs.pairs`: without a skill bank there are none."""
     return ()
 
 
 @dataclass(frozen=True)
 class HintInputs:
-    """All that a hint may look at when it makes a teacher's prompt for one rollout."""
+    """What a hint is computed from when it makes a teacher's prompt for one rollout."""
 
     rollout: Rollout
-    """The one that the teacher will grade."""
+    """The rollout that the teacher will grade."""
     group: Sequence[Rollout]
     """All attempts at this occurrence of the problem, in order."""
     task: Task
-    """Asks the question."""
+    """Builds the student's messages."""
     key: int
-    """Of this occurrence of the problem, for random choices."""
+    """Key of this occurrence of the problem, for random choices."""
     problems: Sequence[Problem] = ()
-    """The training problems, for hints that belong to others."""
+    """The training problems, for hints that are taken from other problems."""
     pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs
-    """``pairs(problem, key)``: what the run's bank of skills holds for it, best first."""
+    """``pairs(problem, key)``: the pairs of the run's skill bank for it, best first."""
     text: str | None = None
     """What the hint's writer wrote and the hint accepted; None where there is no writer, or nothing was accepted."""
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
-        """What the task asks."""
+        """The student's messages."""
         return tuple(self.task.messages(self.rollout.problem))
 
     @property
     def question(self) -> str:
-        """The last of these messages."""
+        """Content of the last of these messages."""
         return self.messages[-1]["content"]
 
 
@@ -112,11 +112,11 @@ class TeacherPrompt:
     more: Mapping[str, str] = field(default_factory=dict)
     """Other slots of the template, by name."""
     weight: float = 1.0
-    """How far this teacher is believed beside the others, for this rollout."""
+    """Weight of this teacher relative to the others, for this rollout."""
 
 
 class Hint(Part, Protocol):
-    """What makes a teacher's prompt out of a problem and its rollouts."""
+    """Protocol of a hint: makes a teacher's prompt from a problem and its rollouts."""
 
     @property
     def thinking(self) -> bool | None:
@@ -140,63 +140,64 @@ class Hint(Part, Protocol):
 
     @property
     def needs_group(self) -> bool:
-        """Whether it looks at the other rollouts of a problem."""
+        """Whether it needs the other rollouts of a problem."""
         ...
 
     @property
     def needs_outcome(self) -> bool:
-        """Whether it asks which rollouts are right."""
+        """Whether it needs to know which rollouts are correct."""
         ...
 
     @property
     def writing(self) -> Writing | None:
-        """Who writes a text for each rollout first, and how; None if nobody has to."""
+        """The writer of a text for each rollout, and its settings; None for hints without a writer."""
         ...
 
     @property
     def per_problem(self) -> bool:
-        """Whether the text is one for all rollouts of a problem, at any time."""
+        """Whether all rollouts of a problem share one text, in all updates."""
         ...
 
     @property
     def writer_prompt(self) -> str | None:
-        """The template by which a writer that was trained for it is asked; None where writers are not trained."""
+        """The prompt template of a writer that is trained for this hint; None where writers are not trained."""
         ...
 
     @property
     def skill_rank(self) -> int | None:
-        """Which pair of the bank of skills it shows, from 0; None if it shows none."""
+        """Rank of the pair of the skill bank that it shows, from 0; None if it shows none."""
         ...
 
     @property
     def needs_reference(self) -> Literal["solution", "answer"] | None:
-        """What of the data it shows, without which it has no text: the worked solution, or the final answer."""
+        """The part of the data's reference that it needs: the worked solution or the final answer; None for neither."""
         ...
 
     @property
     def marks_regions(self) -> bool:
-        """Whether `marks` tells any spans apart."""
+        """Whether `marks` returns any spans."""
         ...
 
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
-        """Spans of a rollout's text (first character, the one behind, a word) that its hint, the note, tells apart."""
+        """Spans ``(start, end, label)`` of a rollout's ``text``, in characters, which its hint ``note`` labels."""
         ...
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
-        """What the writer is asked, as chat messages; None if there is nothing to ask."""
+        """The chat messages for the writer; None if there is no request."""
         ...
 
     def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
-        """What is used of a written text, or None and the reason in a word, under which it is counted."""
+        """The part of a written text that is used, or None, and the reason under which it is counted."""
         ...
 
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
-        """The prompt for one rollout, None if there is nothing to hint at."""
+        """The prompt for one rollout, None if there is no hint."""
         ...
 
 
 class Context(Part, Protocol):
-    """A teacher's extra knowledge; `ContextDefaults` has all but `same_view` and the call."""
+    """Protocol of a context: a teacher's privileged information; `ContextDefaults` implements all but `same_view` and
+    the call."""
 
     @property
     def needs_answer_span(self) -> bool:
@@ -205,17 +206,17 @@ class Context(Part, Protocol):
 
     @property
     def shows_later_blocks(self) -> bool:
-        """Whether what it reveals may stand behind the active block, where a block-causal model cannot look."""
+        """Whether it may reveal blocks after the active one, to which a block-causal model cannot attend."""
         ...
 
     @property
     def needs_steps(self) -> bool:
-        """Whether it needs canvases that the decoder really saw."""
+        """Whether it needs the canvases of decoding steps."""
         ...
 
     @property
     def reveals(self) -> bool:
-        """Whether it reveals anything on the canvas, where an autoregressive model cannot look."""
+        """Whether it reveals positions on the canvas, to which an autoregressive model cannot attend."""
         ...
 
     @property
@@ -225,30 +226,30 @@ class Context(Part, Protocol):
 
     @property
     def by_peer(self) -> bool:
-        """Whether it shows what a peer says of the rollout, so that two students can teach each other."""
+        """Whether it shows a peer's feedback on the rollout, so that two students can teach each other."""
         ...
 
     @property
     def hint(self) -> Hint | None:
-        """What makes this teacher's prompt; None where it reads the student's."""
+        """The hint that makes this teacher's prompt; None where it reads the student's."""
         ...
 
     def same_view(self, covers: Covers) -> bool:
-        """Whether it shows the student's own canvas behind the student's own prompt, but for padding behind the end,
-        where sites cover so much of a canvas."""
+        """Whether the teacher reads exactly the student's input (end padding aside) where the sites cover ``covers`` of
+        each canvas."""
         ...
 
     def tutored(self, tutor: str, student: str, writing: Writing | None) -> "Context":
-        """The same between a tutor and a student of these domains, with what the tutor writes with."""
+        """A copy for a tutor and a student of these domains, with the tutor's ``writing``."""
         ...
 
     def __call__(self, inputs: ContextInputs) -> TeacherInputs:
-        """The teacher's reading of every canvas."""
+        """The teacher's inputs for every canvas."""
         ...
 
 
 class ContextDefaults:
-    """A context that reveals nothing and hints at nothing."""
+    """Defaults of a context that reveals nothing and has no hint."""
 
     needs_steps: ClassVar[bool] = False
     reveals: ClassVar[bool] = False
@@ -275,7 +276,7 @@ class ContextDefaults:
         return None
 
     def tutored(self, tutor: str, student: str, writing: Writing | None) -> Self:
-        """Itself: no peer is asked."""
+        """Itself: no peer writes."""
         return self
 
 
@@ -284,7 +285,7 @@ class Nothing(ContextDefaults):
     """The student's own canvas: a teacher that differs in its weights at most."""
 
     def same_view(self, covers: Covers) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def __call__(self, inputs: ContextInputs) -> TeacherInputs:
@@ -292,11 +293,11 @@ class Nothing(ContextDefaults):
 
 
 def show(inputs: ContextInputs, positions: Tensor) -> TeacherInputs:
-    """The student's canvases behind this teacher's prompts, the rollouts' own final tokens at ``positions [n l]``."""
+    """The student's canvases after this teacher's prompts, with the final tokens revealed at ``positions [n l]``."""
     canvases, length = inputs.canvases, positions.shape[1]
     ids, mask = canvases.ids.clone(), canvases.mask
     ids[:, -length:] = torch.where(positions, canvases.tokens, ids[:, -length:])
     if inputs.prompt is not None:
-        own, known = (x.to(ids.device)[canvases.rows] for x in inputs.prompt)
-        ids, mask = torch.cat([own, ids[:, -length:]], 1), torch.cat([known, mask[:, -length:]], 1)
+        prompt_ids, prompt_mask = (x.to(ids.device)[canvases.rows] for x in inputs.prompt)
+        ids, mask = torch.cat([prompt_ids, ids[:, -length:]], 1), torch.cat([prompt_mask, mask[:, -length:]], 1)
     return TeacherInputs(ids, mask, positions)

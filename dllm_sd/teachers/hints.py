@@ -50,9 +50,9 @@ Solve the problem afresh and answer it correctly."""
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Ranged, ContextDefaults, ABC):
-    """What all hints share: the limits of the prompt, and that they reveal nothing on the canvas.
+    """Base of all hints: the limits of the prompt; no position is revealed on the canvas.
 
-    A hint has nothing to add but `prompt_for`.
+    A hint must implement `prompt_for`.
     """
 
     thinking: bool | None = None
@@ -71,7 +71,7 @@ class Prompt(Ranged, ContextDefaults, ABC):
 
     @property
     def writer_prompt(self) -> str | None:
-        """None: nobody is trained to write."""
+        """None: writers are not trained."""
         return None
 
     @property
@@ -85,7 +85,7 @@ class Prompt(Ranged, ContextDefaults, ABC):
         return None
 
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
-        """Nothing is told apart."""
+        """No spans."""
         return []
 
     @property
@@ -94,19 +94,19 @@ class Prompt(Ranged, ContextDefaults, ABC):
         return self
 
     def same_view(self, covers: Covers) -> bool:
-        """Never: the prompt is another."""
+        """False: the prompt differs."""
         return False
 
     @abstractmethod
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
-        """The prompt for one rollout, None if there is nothing to hint at."""
+        """The prompt for one rollout, None if there is no hint."""
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
-        """Nobody is asked."""
+        """None: there is no writer."""
         return None
 
     def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
-        """Nothing is changed."""
+        """The text, unchanged."""
         return text, "kept"
 
     def __call__(self, inputs: ContextInputs) -> TeacherInputs:
@@ -152,7 +152,7 @@ class Sibling(Prompt):
     choice: Literal["first", "random"] = "first"
     """The first success, or one drawn at random, the same for all rollouts of the problem that may have it."""
     strip_thinking: bool = True
-    """Leave out what stands before the end of its thinking, ``</think>``."""
+    """Leave out the thinking, all text up to ``</think>``."""
     template: str = SIBLING
     needs_group: ClassVar[bool] = True
     needs_outcome: ClassVar[bool] = True
@@ -168,13 +168,13 @@ class Sibling(Prompt):
 
     def success(self, inputs: HintInputs) -> str | None:
         """The text of the attempt that is shown, None if there is none."""
-        good = [one for one in inputs.group if one.grade.score >= self.at_least]
+        successes = [attempt for attempt in inputs.group if attempt.grade.score >= self.at_least]
         if self.choice == "random":
-            good.sort(key=lambda one: make_key(inputs.key, "sibling", one.attempt))
-        good = [one for one in good if self.own or one.attempt != inputs.rollout.attempt]
-        if not good:
+            successes.sort(key=lambda attempt: make_key(inputs.key, "sibling", attempt.attempt))
+        successes = [x for x in successes if self.own or x.attempt != inputs.rollout.attempt]
+        if not successes:
             return None
-        text = good[0].text
+        text = successes[0].text
         return without_thinking(text) if self.strip_thinking and "</think>" in text else text
 
 
@@ -188,13 +188,13 @@ class NoQuestion(Prompt):
 
 
 def check_template(template: str, *more: str) -> None:
-    """Refuse a hint's template that leaves out the hint or asks for anything else than question, hint and ``more``."""
+    """Refuse a hint's template that leaves out the hint or has slots besides question, hint and ``more``."""
     check_slots(template, "template", "hint", "question", *more)
 
 
 def check_slots(text: str, name: str, needed: str, *others: str) -> None:
     """Refuse a context's ``text`` without the slot ``needed``, or with one that is not among the ``others``."""
     slots = dict.fromkeys(others, "")
-    one, other = (render(text, {**slots, needed: word}, f"the context's {name}") for word in "12")
-    if one == other:
+    first, second = (render(text, {**slots, needed: value}, f"the context's {name}") for value in "12")
+    if first == second:
         raise InputError(f"the context's {name} has no {{{needed}}}; say where it stands")

@@ -16,25 +16,25 @@ from dllm_sd.teachers.writing import Writing
 from dllm_sd.writers import Request, Written
 
 Analyse = Callable[[int, Sequence[Sequence[int]], Reasoning, Sequence[int]], list[str]]
-"""``analyse(context, prompts, reasoning, keys)``: what the weights of that context's teacher answer to each prompt."""
+"""``analyse(context, prompts, reasoning, keys)``: the analysis that the context's teacher writes for each prompt."""
 Write = Callable[[Writing, Sequence[Request]], list[Written]]
-"""``write(writing, requests)``: what the writer answers to each request, or why there is nothing."""
+"""``write(writing, requests)``: the writer's answer to each request, or why there is none."""
 
 
 def nobody_writes(writing: Writing, requests: Sequence[Request]) -> list[Written]:
-    """Where no hint has a writer."""
+    """The default of `Sources.write`, for methods whose hints have no writer."""
     raise NotImplementedError(f"there is nobody to write {len(requests)} texts for {writing}")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What hints draw on beside the rollouts."""
+    """What hints use besides the rollouts."""
 
     problems: Sequence[Problem] = ()
     """The training problems."""
     write: Write = nobody_writes
     pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs
-    """What the run's bank of skills holds for a problem."""
+    """``pairs(problem, key)``: the pairs of the run's skill bank for a problem, best first."""
 
 
 def build_teacher_prompts(
@@ -51,11 +51,11 @@ def build_teacher_prompts(
     Args:
         rollouts: of all processes, in one order.
         contexts: of the method.
-        task: asks the questions.
-        policy: renders and reads them.
-        analyse: asks a teacher, where a hint wants it to reason first.
+        task: builds the student's messages.
+        policy: its tokenizer and chat template make the prompts.
+        analyse: writes the analysis of a teacher whose hint has `reasoning`.
         batch: seed of the run and number of this batch of rollouts, for keys.
-        sources: what else hints draw on.
+        sources: what else hints use.
 
     Raises:
         Stopped: if a writer failed more often than its hint tolerates.
@@ -81,7 +81,7 @@ def build_teacher_prompts(
 
 
 def _hint_inputs(rollouts: Rollouts, task: Task, batch: tuple[int, int], sources: Sources) -> list[HintInputs]:
-    """What hints may look at, for every kept rollout."""
+    """The hint inputs of every kept rollout."""
     groups: dict[tuple[str, ...], list[Rollout]] = {}
     for rollout in rollouts.chosen:
         groups.setdefault(rollout.key_parts, []).append(rollout)
@@ -99,7 +99,7 @@ def _hint_inputs(rollouts: Rollouts, task: Task, batch: tuple[int, int], sources
 def _briefs(
     hints: Sequence[tuple[Hint, HintInputs] | None], policy: Policy, counts: dict[str, float]
 ) -> tuple[TeacherBrief, ...] | None:
-    """What each context's teacher is told about a rollout; None, and counted, where one of them has no usable hint."""
+    """The briefs of a rollout, one for each context; None, and counted, where a context has no usable hint."""
     briefs: list[TeacherBrief] = []
     cut_any = False
     for pair in hints:
@@ -107,14 +107,14 @@ def _briefs(
             briefs.append(TeacherBrief())
             continue
         hint, inputs = pair
-        wanted = hint.prompt_for(inputs)
-        tokens, cut = prompt_tokens(wanted, hint, policy) if wanted else (None, False)
-        if wanted is None or tokens is None:
-            counts["no_hint" if wanted is None else "long_hint"] += 1
+        prompt = hint.prompt_for(inputs)
+        tokens, cut = prompt_tokens(prompt, hint, policy) if prompt else (None, False)
+        if prompt is None or tokens is None:
+            counts["no_hint" if prompt is None else "long_hint"] += 1
             counts["kept"] -= 1
             return None
         cut_any |= cut
-        briefs.append(TeacherBrief(tokens, wanted.weight, wanted.text))
+        briefs.append(TeacherBrief(tokens, prompt.weight, prompt.text))
     counts["cut_hint"] += cut_any
     return tuple(briefs)
 
@@ -127,7 +127,7 @@ def _with_analysis(
     analyse: Analyse,
     batch: tuple[int, int],
 ) -> list[Rollout]:
-    """The rollouts with what the teacher of a context reasons first, as the start of its turn."""
+    """The rollouts with the analysis of a context's teacher at the start of its turn."""
     prompts = [rollout.briefs[context].prompt or () for rollout in kept]
     keys = [make_key(*batch, *rollout.key_parts, rollout.attempt, "analysis", context) for rollout in kept]
     texts = analyse(context, prompts, reasoning, keys)
@@ -143,56 +143,64 @@ def _written(
     batch: tuple[int, int],
     counts: dict[str, float],
 ) -> list[HintInputs]:
-    """The occasions with what the hint's writer wrote for each; what was dropped is counted by reason."""
-    asked = {i: messages for i, one in enumerate(inputs_of_hints) if (messages := hint.request(one)) is not None}
-    keys = [_key(hint, inputs_of_hints[i].rollout, batch) for i in asked]
-    texts = write(writing, [Request(asked[i], key) for i, key in zip(asked, keys, strict=True)]) if asked else []
-    found, dropped = list(inputs_of_hints), Counter[str]()
-    for i, answer in zip(asked, texts, strict=True):
+    """The hint inputs with the text that the hint's writer wrote; dropped texts are counted by reason."""
+    requests = {
+        i: messages for i, inputs in enumerate(inputs_of_hints) if (messages := hint.request(inputs)) is not None
+    }
+    keys = [_key(hint, inputs_of_hints[i].rollout, batch) for i in requests]
+    texts = (
+        write(writing, [Request(requests[i], key) for i, key in zip(requests, keys, strict=True)]) if requests else []
+    )
+    inputs_with_text, dropped = list(inputs_of_hints), Counter[str]()
+    for i, answer in zip(requests, texts, strict=True):
         text, reason = (None, answer.failure or "no_text")
         if answer.text is not None:
             text, reason = hint.accept(inputs_of_hints[i], answer.text)
-        found[i] = replace(inputs_of_hints[i], text=text)
+        inputs_with_text[i] = replace(inputs_of_hints[i], text=text)
         if text is None:
             dropped[reason] += 1
-    counts["written"] = counts.get("written", 0.0) + len(asked)
+    counts["written"] = counts.get("written", 0.0) + len(requests)
     counts["cached"] = counts.get("cached", 0.0) + sum(answer.cached for answer in texts)
     for reason, count in dropped.items():
         counts[f"dropped/{reason}"] = counts.get(f"dropped/{reason}", 0.0) + count
-    if dropped.total() > writing.tolerance * len(asked):
+    if dropped.total() > writing.tolerance * len(requests):
         reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
         raise Stopped(
-            f"{dropped.total()} of {len(asked)} written texts had to be dropped ({reasons}), more than the share of "
+            f"{dropped.total()} of {len(requests)} written texts had to be dropped ({reasons}), more than the share of "
             f"{writing.tolerance:g} that method.contexts tolerates; mend the writer, or raise writing.tolerance"
         )
-    return found
+    return inputs_with_text
 
 
 def _key(hint: Hint, rollout: Rollout, batch: tuple[int, int]) -> int:
-    """Of a text: one for each rollout, or for each problem whenever it is met."""
+    """Random key of a text: one for each rollout, or one for each problem in all updates."""
     if hint.per_problem:
         return make_key(batch[0], rollout.problem.id, "writing")
     return make_key(*batch, *rollout.key_parts, rollout.attempt, "writing")
 
 
-def prompt_tokens(ask: TeacherPrompt, hint: Hint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
-    """The prompt of one teacher, None if it is longer than it may be; and whether its hint was cut to fit."""
-    prompt = policy.encode(_messages(ask, hint), hint.thinking)
-    words: list[int] = []
+def prompt_tokens(teacher_prompt: TeacherPrompt, hint: Hint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
+    """The prompt of one teacher, None if it exceeds `Hint.longest`; and whether its hint was cut to fit."""
+    prompt = policy.encode(_messages(teacher_prompt, hint), hint.thinking)
+    hint_ids: list[int] = []
     cut = len(prompt) > hint.longest
     if len(prompt) > hint.longest and hint.overflow == "cut":
-        words = policy.encode_completion(ask.text, ended=False)
-    while len(prompt) > hint.longest and words:
-        words = words[: len(words) - (len(prompt) - hint.longest)] if len(prompt) - hint.longest < len(words) else []
-        prompt = policy.encode(_messages(replace(ask, text=policy.text(words)), hint), hint.thinking)
+        hint_ids = policy.encode_completion(teacher_prompt.text, ended=False)
+    while len(prompt) > hint.longest and hint_ids:
+        hint_ids = (
+            hint_ids[: len(hint_ids) - (len(prompt) - hint.longest)]
+            if len(prompt) - hint.longest < len(hint_ids)
+            else []
+        )
+        prompt = policy.encode(_messages(replace(teacher_prompt, text=policy.text(hint_ids)), hint), hint.thinking)
     return (tuple(prompt), cut) if len(prompt) <= hint.longest else (None, False)
 
 
-def _messages(ask: TeacherPrompt, hint: Hint) -> list[dict[str, str]]:
+def _messages(teacher_prompt: TeacherPrompt, hint: Hint) -> list[dict[str, str]]:
     """The task's messages, the last of them with the hint."""
-    *before, last = ask.messages
-    slots = {**ask.more, "question": last["content"], "hint": ask.text}
-    content = render(ask.template, slots, "the context's template")
+    *before, last = teacher_prompt.messages
+    slots = {**teacher_prompt.more, "question": last["content"], "hint": teacher_prompt.text}
+    content = render(teacher_prompt.template, slots, "the context's template")
     content = content if last["content"] else content.lstrip()
     if hint.reasoning is not None:
         content = f"{content}\n\n{hint.reasoning.instruction}".strip()
@@ -200,7 +208,7 @@ def _messages(ask: TeacherPrompt, hint: Hint) -> list[dict[str, str]]:
 
 
 def _opened(rollout: Rollout, context: int, opening: Sequence[int]) -> Rollout:
-    """The rollout with the start of a teacher's turn behind the prompt of one context."""
+    """The rollout with ``opening`` appended to the prompt of one context."""
     briefs = list(rollout.briefs)
     if (prompt := briefs[context].prompt) is not None:
         briefs[context] = replace(briefs[context], prompt=(*prompt, *opening))

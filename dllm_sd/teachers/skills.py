@@ -35,7 +35,7 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
     count: Size = 8
     """Pairs of a skill and a mistake that are found for each problem; there must be a context for each."""
     problem: str | None = None
-    """How a problem reads where the bank is asked for it and where it is extracted from, a template over the problem's
+    """The text of a problem in retrieval and extraction, a template over the problem's
     fields such as `{problem}` (SGSD); None takes the whole prompt."""
     memories: Size = 256
     attempt: Sampling | None = None
@@ -44,7 +44,7 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
     every: Natural = 25
     """Updates between two updates of the bank, from the rollouts of the last one; 0 leaves it as it is."""
     writing: Writing = field(default_factory=Writing)
-    """Who extracts and merges."""
+    """Writer that extracts and merges skills."""
     renewal: Sampling | None = None
     """How the texts of a renewal are written, by the same writer; None writes them as those of the first bank. The
     released code: 4096 tokens for the first bank, 2048 for a renewal."""
@@ -52,15 +52,15 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
 
     @property
     def needs_writer(self) -> bool:
-        """Whether the bank is made or renewed."""
+        """Whether the run makes or renews the bank, which needs a writer."""
         return self.path is None or self.every > 0
 
     def texts(self) -> dict[str, Sampling]:
-        """How each kind of text is written by the run's own weights, by its key."""
+        """The sampling settings of each kind of text that the run's own weights write, by config key."""
         local = self.needs_writer and self.writing.writer.weights is not None
         kinds = {"attempt": self.attempt if self.path is None else None}
         kinds |= {"writing.sampling": self.writing.sampling, "renewal": self.renewal} if local else {}
-        return {key: how for key, how in kinds.items() if how is not None}
+        return {key: sampling for key, sampling in kinds.items() if sampling is not None}
 
     def check(self, problems: Sequence[Problem]) -> None:
         """Refuse a `problem` that shows nothing of a problem, or asks for what one of them does not have.
@@ -70,20 +70,22 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
         """
         if self.problem is None:
             return
-        for problem in problems[:1] if isinstance(problems, Generated) else problems:  # made ones have the same fields
+        for problem in (
+            problems[:1] if isinstance(problems, Generated) else problems
+        ):  # generated problems all have the same fields
             key = f"method.skill_bank.problem (for {problem.id})"
-            one, other = (render(self.problem, dict.fromkeys(problem.fields, mark), key) for mark in "12")
-            if one == other:
+            first, second = (render(self.problem, dict.fromkeys(problem.fields, mark), key) for mark in "12")
+            if first == second:
                 raise InputError("method.skill_bank.problem is one text for all problems; give it a field in braces")
 
     def text(self, task: Task, problem: Problem) -> str:
-        """A problem as the bank is asked for it."""
+        """The text of a problem as the query of the bank."""
         if self.problem is None:
             return task.messages(problem)[-1]["content"]
         return render(self.problem, problem.fields, "method.skill_bank.problem")
 
     def pairs(self, bank: Bank, query: str, key: int) -> tuple[Pair, ...]:
-        """What the bank holds for a problem, best first."""
+        """The pairs of the bank for a problem, best first."""
         return retrieve(bank, query, self.count, key, self.retriever)
 
 
@@ -105,7 +107,7 @@ class Skills(Prompt):
         return self.rank
 
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
-        """None where the bank holds fewer pairs; the pair's weight is how far this teacher is believed."""
+        """None where the bank holds fewer pairs; the pair's weight is the weight of this teacher."""
         pairs = inputs.pairs(inputs.rollout.problem, make_key(inputs.key, "skills"))
         if self.rank >= len(pairs):
             return None

@@ -1,4 +1,4 @@
-"""Suffix-conditioned self-teachers: part of the student's own final answer stands on the canvas already."""
+"""Suffix-conditioned self-teachers: part of the rollout's final tokens is revealed on the teacher's canvas."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -49,26 +49,26 @@ class Suffix(Ranged, ContextDefaults):
 
     @property
     def hint(self) -> Hint | None:
-        """What makes the prompt."""
+        """The hint that makes the teacher's prompt."""
         return self.prompt
 
     @property
     def needs_answer_span(self) -> bool:
-        """Only for `answer_only`."""
+        """True for `answer_only`."""
         return self.answer_only
 
     @property
     def shows_later_blocks(self) -> bool:
-        """Unless it keeps to the active block."""
+        """False for the scope ``active_block``."""
         return self.scope != "active_block"
 
     @property
     def reveals_whole_block(self) -> bool:
-        """Where all of a scope that holds it is revealed."""
+        """True where the scope holds the active block and is revealed completely."""
         return self.scope != "later_blocks" and self.ratio == 1
 
     def same_view(self, covers: Covers) -> bool:
-        """Without a hint, where nothing is left to reveal."""
+        """True without a hint where no position is left to reveal."""
         nothing_left = covers == "masked" or (covers == "block" and self.scope == "active_block")
         return self.prompt is None and (self.ratio == 0 or nothing_left)
 
@@ -76,7 +76,7 @@ class Suffix(Ranged, ContextDefaults):
         return show(inputs, self.positions(inputs))
 
     def positions(self, inputs: ContextInputs) -> Tensor:
-        """bool ``[n l]``: what this teacher sees revealed."""
+        """bool ``[n l]``: the positions that are revealed to this teacher."""
         trajectory, rows, steps = inputs.trajectory, inputs.canvases.rows, inputs.canvases.steps
         position = torch.arange(trajectory.tokens.shape[1], device=rows.device)
         eligible = self._eligible(inputs, position)
@@ -89,7 +89,7 @@ class Suffix(Ranged, ContextDefaults):
         return _draw(candidates, uniform(fold(keys[rows], steps), position.numel()), self.ratio)
 
     def _eligible(self, inputs: ContextInputs, position: Tensor) -> Tensor:
-        """bool ``[b l]``: what may be revealed at some step."""
+        """bool ``[b l]``: the positions that may be revealed at some step."""
         trajectory = inputs.trajectory
         eligible = trajectory.reveal_step != NEVER
         if self.end_padding:
@@ -102,7 +102,7 @@ class Suffix(Ranged, ContextDefaults):
         return eligible
 
     def _scope(self, inputs: ContextInputs, position: Tensor) -> Tensor:
-        """bool ``[n l]``: what may be revealed at this step."""
+        """bool ``[n l]``: the positions that may be revealed at this step."""
         trajectory, rows, steps = inputs.trajectory, inputs.canvases.rows, inputs.canvases.steps
         masked = trajectory.masked(rows, steps)
         if self.scope == "all_masked":
@@ -123,7 +123,7 @@ class LaterStep(Ranged, ContextDefaults):
     """The canvas of a later step of the same trajectory, graded sites masked again (after arXiv 2607.04428)."""
 
     ahead: Natural | None = 8
-    """How many decoding steps later; None looks at the finished completion."""
+    """How many decoding steps later; None shows the finished completion."""
     prompt: Hint | None = field(default=None, metadata={"parts": HINTS})
     """A hint in the teacher's prompt."""
     reveals: ClassVar[bool] = True
@@ -131,16 +131,16 @@ class LaterStep(Ranged, ContextDefaults):
 
     @property
     def reveals_whole_block(self) -> bool:
-        """The finished completion."""
+        """True where the finished completion is shown."""
         return self.ahead is None
 
     @property
     def hint(self) -> Hint | None:
-        """What makes the prompt."""
+        """The hint that makes the teacher's prompt."""
         return self.prompt
 
     def same_view(self, covers: Covers) -> bool:
-        """Without a hint, where the steps in between commit nothing but sites."""
+        """True without a hint where the steps in between commit only graded sites."""
         nothing_left = covers == "masked" or self.ahead == 0 or (self.ahead == 1 and covers != "none")
         return self.prompt is None and nothing_left
 
@@ -168,7 +168,7 @@ def answer_span(policy: Policy, rollout: Rollout) -> Tensor:
 
 def _draw(candidates: Tensor, noise: Tensor, ratio: float) -> Tensor:
     """A uniformly random ``floor(ratio * count)`` of each row's candidates, bool ``[n l]``."""
-    # The nudge keeps a product such as 0.29 * 100 = 28.999999999999996 from losing a position.
+    # 1e-9 corrects products such as 0.29 * 100 = 28.999999999999996, whose floor would lose a position.
     count = (candidates.sum(1).double() * ratio + 1e-9).floor()
     rank = rank_descending(noise.masked_fill(~candidates, -1.0))
     return candidates & (rank < count[:, None])

@@ -1,4 +1,4 @@
-"""Who writes the texts that hints are made of: a model's weights, or a server."""
+"""The writers of the texts that hints are made of: a model's weights, or a server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,22 +16,22 @@ WRITERS: dict[str, type] = {**WEIGHTS, "server": Server}
 
 
 class TextSource(Part, Protocol):
-    """Who may write: a model's weights, or somebody else."""
+    """Protocol of a writer: a model's weights, or a remote writer such as a server."""
 
     @property
     def weights(self) -> Weights | None:
-        """The weights that write, with the run's models; None if somebody else writes."""
+        """The weights that write, with the run's models; None for a remote writer."""
         ...
 
     @property
     def remote(self) -> Writer | None:
-        """Who else writes, such as a server; None for weights."""
+        """The remote writer, such as a server; None for weights."""
         ...
 
 
 @dataclass(frozen=True)
 class Writing(Ranged):
-    """A text for each rollout before its teacher is asked; what is not usable is dropped and counted by reason."""
+    """A text is written for each rollout before its teacher runs; unusable texts are dropped, counted by reason."""
 
     writer: TextSource = field(default_factory=Base, metadata={"parts": WRITERS})
     """Weights as in `method.teacher`, or a server with an OpenAI-compatible interface."""

@@ -1,4 +1,4 @@
-"""Hints that somebody writes: rubrics, critiques and a peer's feedback. The prompts are our own."""
+"""Hints that a writer writes: rubrics, critiques and a peer's feedback. The prompts are our own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -71,7 +71,7 @@ class Rubric(Prompt):
     """One criterion a line instead of JSON."""
     template: str = RUBRIC_TEACHER
     prompt: str = RUBRIC_WRITER_PLAIN
-    """Asks the writer: `{question}`, and `{reference}` if it wants to. Give what the writer was trained to answer, the
+    """The writer's prompt: `{question}`, and optionally `{reference}`. Give what the writer was trained to answer, the
     `task.prompt` of Stage I; the defaults of both are one."""
     question: str | None = None
     """The question as the writer reads it, a template over the problem's fields such as `{question}` (the paper's bare
@@ -103,7 +103,7 @@ class Rubric(Prompt):
         return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
 
     def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
-        """The rubric that the text holds, written anew; as it is where it is to be lines."""
+        """The rubric in the text, rendered in one format; with `lines` the text as it is."""
         if self.lines:
             text = without_thinking(text).strip()
             return (text, "kept") if text else (None, "empty")
@@ -113,7 +113,7 @@ class Rubric(Prompt):
         return render_rubric(rubric), "kept"
 
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
-        """None where there is no usable rubric, or no reference that is to stand with it."""
+        """None where there is no usable rubric, or no reference although `reference` asks for it."""
         task, problem = inputs.task, inputs.rollout.problem
         text, reference = self._text(inputs), task.reference(problem)
         if text is None or (self.reference and reference is None):
@@ -125,28 +125,30 @@ class Rubric(Prompt):
         if self.source == "written":
             return inputs.text
         key = make_key(inputs.key, "rubric")
-        own = generic() if self.source == "generic" else self._of(inputs.rollout.problem)
+        rubric = generic() if self.source == "generic" else self._of(inputs.rollout.problem)
         if self.source in ("random", "noisy"):
             other = self._another(inputs, key)
-            mixed = noisy(own, [other], key) if own and other else None
-            own = other if self.source == "random" else mixed
-        if self.source == "reduced" and own:
-            own = reduced(own, key)
-        if own is None:
+            mixed = noisy(rubric, [other], key) if rubric and other else None
+            rubric = other if self.source == "random" else mixed
+        if self.source == "reduced" and rubric:
+            rubric = reduced(rubric, key)
+        if rubric is None:
             return None
-        return "\n".join(one.description for one in own.criteria) if self.lines else render_rubric(own)
+        return (
+            "\n".join(criterion.description for criterion in rubric.criteria) if self.lines else render_rubric(rubric)
+        )
 
     def _of(self, problem: Problem) -> Criteria | None:
-        found = parse_rubric(problem.fields.get(self.field))
-        return None if isinstance(found, str) else found
+        rubric = parse_rubric(problem.fields.get(self.field))
+        return None if isinstance(rubric, str) else rubric
 
     def _another(self, inputs: HintInputs, key: int) -> Criteria | None:
         """The rubric of another training problem, drawn by the key; None where a few dozen draws find none."""
         problems = inputs.problems
         for draw in range(_DRAWS if len(problems) else 0):
             problem = problems[make_key(key, draw) % len(problems)]
-            if problem != inputs.rollout.problem and (found := self._of(problem)) is not None:
-                return found
+            if problem != inputs.rollout.problem and (rubric := self._of(problem)) is not None:
+                return rubric
         return None
 
 
@@ -163,7 +165,7 @@ class Critique(Prompt):
     """The critique as it is, or what the paper compares it with: the wrong step quoted, or right ones left out."""
     template: str = CRITIQUE_TEACHER
     prompt: str | None = None
-    """Asks the critic: `{question}`, `{truth}`, `{trace}`; None takes one that fits the `truth`."""
+    """The critic's prompt: `{question}`, `{truth}`, `{trace}`; None takes one that fits the `truth`."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
     marks_regions: ClassVar[bool] = True
 
@@ -176,7 +178,7 @@ class Critique(Prompt):
             raise InputError("a critique context needs somebody who writes it; set its writing")
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
-        """None where the data says nothing of what is right."""
+        """None where the data has no such truth."""
         task, problem = inputs.task, inputs.rollout.problem
         truth = task.final_answer(problem) if self.truth == "answer" else task.reference(problem)
         if truth is None:
@@ -190,10 +192,10 @@ class Critique(Prompt):
         return ({"role": "user", "content": render(prompt, slots, "the context's prompt")},)
 
     def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
-        """A corrected copy of the steps, in the form that is asked for."""
+        """A corrected copy of the steps, in `form`."""
         trace = without_thinking(inputs.rollout.text)
-        found, reason = accept_critique(without_thinking(text), trace)
-        return (None if found is None else FORMS[self.form](trace, found)), reason
+        critique, reason = accept_critique(without_thinking(text), trace)
+        return (None if critique is None else FORMS[self.form](trace, critique)), reason
 
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None without a critique."""
@@ -206,18 +208,18 @@ class Critique(Prompt):
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback(Sibling):
-    """A peer's words on this very rollout, beside a successful attempt (OPCoD, arXiv 2606.14368, Sec. 3.3, App. C).
+    """A peer's feedback on this rollout, beside a successful attempt (OPCoD, arXiv 2606.14368, Sec. 3.3, App. C).
 
-    Either may be missing; a rollout with neither is left out. Without a writer it is what `sibling` is.
+    Either may be missing; a rollout with neither is left out. Without a writer it equals `sibling`.
     """
 
     template: str = TUTORED
     solution: str = SOLUTION
-    """What the successful attempt stands in, as a part of the hint."""
+    """Template of the part of the hint that holds the successful attempt."""
     comment: str = COMMENT
-    """What the feedback stands in, behind it."""
+    """Template of the part that holds the feedback, after it."""
     prompt: str = FEEDBACK
-    """Asks the peer: `{question}`, `{response}`, and the domains of both, `{tutor_domain}` and `{student_domain}`."""
+    """The peer's prompt: `{question}`, `{response}`, and the domains `{tutor_domain}`, `{student_domain}`."""
     tutor: str = ""
     """The tutor's domain."""
     student: str = ""
@@ -233,7 +235,7 @@ class Feedback(Sibling):
         check_slots(self.prompt, "prompt", "response", "question", "tutor_domain", "student_domain")
 
     def tutored(self, tutor: str, student: str, writing: Writing | None) -> Self:
-        """The tutor's words are of one domain, the rollout of the other."""
+        """A copy for a tutor and a student of these domains, with the tutor's ``writing``."""
         return replace(self, tutor=tutor, student=student, writing=writing)
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...]:
