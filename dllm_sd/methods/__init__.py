@@ -1,6 +1,6 @@
 """The table of named methods: each is one choice of part for every slot, and nothing else.
 
-A new paper is a new part and a new row. The trainer never sees a name.
+A new paper adds a part and a row. The trainer never reads the name of a method.
 """
 
 from dllm_sd.methods.baselines import BASELINES

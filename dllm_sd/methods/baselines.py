@@ -1,4 +1,4 @@
-"""Methods without an informed teacher: imitation, policy gradient, training on one's own text."""
+"""Methods without a privileged teacher: imitation, policy gradient, training on the model's own text."""
 
 from dataclasses import replace
 

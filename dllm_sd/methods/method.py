@@ -1,4 +1,4 @@
-"""A method: one choice of part for every slot, and which choices have a meaning together."""
+"""A method: one part for every slot, and checks that the parts fit together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -41,14 +41,14 @@ class Method(Ranged, key="method"):
     canvases: CanvasRule = _slot(CANVASES, DecoderSteps)
     contexts: tuple[Context, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
     teacher: tuple[Weights, ...] = _slot(WEIGHTS, lambda: (Base(),))
-    """One for all contexts, or one for each."""
+    """The weights of the teachers: one for all contexts, or one for each."""
     sites: SiteRule = _slot(SITES, Revealed)
     support: Support = _slot(SUPPORTS, FullVocabulary)
     target: Target = _slot(TARGETS, Plain)
     divergence: Divergence = _slot(DIVERGENCES, ReverseKL)
     trust: Trust = _slot(TRUSTS, Equal)
     skill_bank: SkillBankConfig | None = None
-    """The bank that `skills` contexts draw on."""
+    """The bank from which `skills` contexts take their pairs."""
     temperature: Annotated[float, Range(least=0.001, most=1000)] = 1.0
     """Softmax temperature of student and teachers in the loss."""
     average: Average = "sites"
@@ -60,7 +60,7 @@ class Method(Ranged, key="method"):
     former_keys: ClassVar[Mapping[str, str]] = {"library": "method.skill_bank"}
 
     def __post_init__(self) -> None:
-        """Refuse combinations that have no meaning."""
+        """Refuse combinations that make no sense."""
         super().__post_init__()
         checks = (
             _check_contexts,
@@ -84,22 +84,22 @@ class Method(Ranged, key="method"):
         return self.teacher * len(self.contexts) if len(self.teacher) == 1 else self.teacher
 
     def models(self) -> tuple[Weights, ...]:
-        """All weights that the run needs beside the student's: those of teachers, then of writers; each once."""
-        local = [weights for one in self.writings if (weights := one.writer.weights) is not None]
+        """All weights that the run needs besides the student's: of teachers, writers and rollouts; each once."""
+        local = [weights for writing in self.writings if (weights := writing.writer.weights) is not None]
         rolling = [] if self.rolling is None else [self.rolling]
         return tuple(dict.fromkeys([*self.weights(), *local, *rolling]))
 
     @property
     def rolling(self) -> Weights | None:
-        """The weights that make rollouts in the place of the student's; those of a subspace are the initial ones."""
+        """The weights that decode rollouts instead of the student's (of a subspace, the initial ones)."""
         return self.rollout.rolling
 
     @property
     def writings(self) -> list[Writing]:
-        """What is written for hints and for the bank of skills."""
-        found = [context.hint.writing for context in self.contexts if context.hint is not None]
-        found += [self.skill_bank.writing] if self.skill_bank is not None and self.skill_bank.needs_writer else []
-        return [writing for writing in found if writing is not None]
+        """The writing settings of all hints and of the skill bank."""
+        writings = [context.hint.writing for context in self.contexts if context.hint is not None]
+        writings += [self.skill_bank.writing] if self.skill_bank is not None and self.skill_bank.needs_writer else []
+        return [writing for writing in writings if writing is not None]
 
 
 def _check_contexts(method: Method) -> None:
@@ -231,7 +231,7 @@ def _check_gap(method: Method) -> None:
 
 
 def _check_outcome(method: Method) -> None:
-    """Refuse parts that ask whether a rollout is right where a horizon cuts it: nearly none would be."""
+    """Refuse parts that need the outcome of rollouts which a horizon cuts: nearly none would be correct."""
     if not method.rollout.cuts:
         return
     gate, trust, hints = method.gate, method.trust, [context.hint for context in method.contexts]
@@ -309,18 +309,18 @@ def _check_cap(method: Method) -> None:
 
 
 def _other_policies(method: Method) -> list[tuple[str, int, Role]]:
-    """The contexts that a part of the loss takes for no teacher: the part's slot, the number, the role."""
-    found: list[tuple[str, int, Role]] = []
+    """The contexts that a part of the loss uses in another role than teacher: slot, index of the context, role."""
+    policies: list[tuple[str, int, Role]] = []
     parts = {"support": method.support, "divergence": method.divergence, "trust": method.trust}
     for slot, part in parts.items():
         for i, role in enumerate(part.roles(len(method.contexts), method.rollout.passes)):
             if role != "teacher":
-                found.append((slot, i, role))
-    return found
+                policies.append((slot, i, role))
+    return policies
 
 
 def _check_roles(method: Method) -> None:
-    """Refuse contexts that cannot be what a part of the loss takes them for."""
+    """Refuse contexts that cannot have the role in which a part of the loss uses them."""
     rollout, teachers = method.rollout, method.weights()
     for slot, i, role in _other_policies(method):
         what = "the reference policy" if role == "reference" else "the policy that made the rollouts"
@@ -342,14 +342,14 @@ def _check_roles(method: Method) -> None:
 
 
 def _check_student(method: Method) -> None:
-    """Refuse teachers from which nothing can be learnt, since they say what the student says."""
-    support, others = method.support, {i for _, i, _ in _other_policies(method)}
+    """Refuse methods whose teachers compute exactly what the student computes, so that there is nothing to learn."""
+    support, other_policies = method.support, {i for _, i, _ in _other_policies(method)}
     if support.degenerate:
         raise InputError(
             "method.support.k 1 with rest renormalise keeps one entry, which all then give the probability 1; set k to "
             "2 or more, or rest to bucket"
         )
-    teachers = [x for i, x in enumerate(zip(method.contexts, method.weights(), strict=True)) if i not in others]
+    teachers = [x for i, x in enumerate(zip(method.contexts, method.weights(), strict=True)) if i not in other_policies]
     if teachers and all(weights.is_student and context.same_view(method.sites.covers) for context, weights in teachers):
         raise InputError(
             "method.teacher is the student itself and method.contexts shows it nothing more, so there is nothing to "

@@ -15,7 +15,7 @@ from dllm_sd.teachers import Nothing, Reference, Sibling
 
 @dataclass(frozen=True)
 class Row:
-    """A named method: its parts, where it comes from, what to know."""
+    """A named method: its parts, its source, and a note."""
 
     method: Method
     source: str

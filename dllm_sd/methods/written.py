@@ -1,4 +1,4 @@
-"""Methods whose teacher reads what somebody wrote: rubrics, critiques, skills, feedback."""
+"""Methods whose teacher reads a written text: rubrics, critiques, skills, feedback."""
 
 from dataclasses import replace
 
