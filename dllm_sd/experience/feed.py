@@ -1,4 +1,4 @@
-"""The order in which problems are met: a keyed permutation of the training split for every epoch."""
+"""The order of the training problems: a keyed permutation of the training split for every epoch."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,7 +15,7 @@ from dllm_sd.tasks.task import Problem, Task
 
 
 class Feed:
-    """Deals out training problems; what comes at a position is a function of (seed, position) alone."""
+    """Serves training problems; the problem at a position depends on (seed, position) alone."""
 
     def __init__(self, problems: Sequence[Problem], policy: Policy, task: Task, seed: int, max_prompt: int) -> None:
         self.problems, self.policy, self.task = problems, policy, task
@@ -40,17 +40,17 @@ class Feed:
             InputError: if a whole epoch holds no prompt that is short enough.
         """
         taken: list[Prompted] = []
-        dropped = barren = 0
+        dropped = dropped_in_a_row = 0
         while len(taken) < count:
             epoch, place = divmod(cursor, len(self.problems))
             problem = self.problems[int(self._order(epoch)[place])]
             prompted = prompt_tokens(self.policy, self.task, problem, self.max_prompt)
             cursor += 1
             if prompted is None:
-                dropped, barren = dropped + 1, barren + 1
-                if barren == 2 * len(self.problems) - 1:  # so many in a row contain a whole epoch
+                dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1
+                if dropped_in_a_row == 2 * len(self.problems) - 1:  # so many in a row contain a whole epoch
                     raise InputError(f"every training prompt is longer than max_prompt {self.max_prompt}; raise it")
             else:
                 taken.append(prompted)
-                barren = 0
+                dropped_in_a_row = 0
         return with_occurrences(taken), cursor, dropped

@@ -1,4 +1,4 @@
-"""Where an update's rollouts come from: problems dealt to the processes, decoded, graded, gated and informed."""
+"""The rollout pipeline: the processes share the problems, decode, grade and gate, and teacher prompts are added."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +37,7 @@ class RolloutPipeline:
         models: Mapping[Weights, Teacher],
         accelerator: Accelerator,
     ) -> None:
-        """For a run whose policy is wrapped in ``module``; ``models`` are all that teach or write."""
+        """For a run whose policy is wrapped in ``module``; ``models`` hold the weights of all teachers and writers."""
         self.config, self.method, self.policy, self.module = config, config.method, policy, module
         several = accelerator.num_processes > 1
         self.workers = Workers(accelerator.process_index, accelerator.num_processes, gather_object if several else list)
@@ -49,19 +49,19 @@ class RolloutPipeline:
         self.skill_bank = SkillBankState(self.method.skill_bank, config.task, self.text_generator.write, config.seed)
 
     def open(self, bank: Mapping[str, Any] | None) -> dict[str, int]:
-        """What is done once, with the initial weights or what a checkpoint says: a subspace, a bank; its counts."""
+        """Prepare the subspace and the skill bank once, from the initial weights or a checkpoint; returns counts."""
         return self.rollout_weights.calibrate(self.config.task, self.feed.problems) | self.skill_bank.open(
             bank, self._attempt
         )
 
     def take(self, batch: int, cursor: int) -> tuple[Rollouts, int, int]:
-        """The rollouts of a batch, the position in the stream of problems behind it, and how many were too long.
+        """The rollouts of a batch, the next position in the stream of problems, and how many prompts were too long.
 
         Every process gets all rollouts, in the order of the problems.
         """
         config, rule = self.config, self.method.rollout
         prompted, cursor, dropped = self.feed.take(cursor, rule.problems)
-        rollouts = gather(rule, self.method.gate, self._dealt(rule, prompted, config.seed, batch))
+        rollouts = gather(rule, self.method.gate, self._attempts(rule, prompted, config.seed, batch))
         sources = Sources(self.feed.problems, self.text_generator.write, self.skill_bank.pairs)
         informed = build_teacher_prompts(
             *(
@@ -78,25 +78,25 @@ class RolloutPipeline:
             informed = replace(informed, counts={**informed.counts, "damaged": float(damaged)})
         return informed, cursor, dropped
 
-    def _dealt(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
+    def _attempts(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
         """The attempts at each problem, by all processes together."""
         with self.rollout_weights.applied(self.module):
             return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.workers)
 
     def _attempt(self, count: int) -> tuple[list[Rollout], int]:
-        """One attempt of the model as it is at each of the first problems, for a bank; and how many were too long."""
+        """One attempt of the current model at each of the first problems, for a bank; and how many were too long."""
         prompted, _, dropped = self.feed.take(0, min(count, len(self.feed.problems)))
         decode, task = self.config.decode, self.config.task
         rule = PassAtK(problems=count, attempts=1, temperature=1.0)
-        if (how := self.method.skill_bank and self.method.skill_bank.attempt) is not None:
-            rule = replace(rule, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k)
-            decode = replace(decode, length=how.length)
-        if how is not None and how.thinking is not None:
+        if (sampling := self.method.skill_bank and self.method.skill_bank.attempt) is not None:
+            rule = replace(rule, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+            decode = replace(decode, length=sampling.length)
+        if sampling is not None and sampling.thinking is not None:
             encode = self.policy.encode
             prompted = [
-                replace(one, prompt=tuple(encode(task.messages(one.problem), how.thinking))) for one in prompted
+                replace(item, prompt=tuple(encode(task.messages(item.problem), sampling.thinking))) for item in prompted
             ]
         key = make_key(self.config.seed, "memories")
         with self.rollout_weights.applied(self.module):
             tried = rule(self.policy, task, prompted, decode, key, 0, self.workers)
-        return [one for attempts in tried for one in attempts], dropped
+        return [attempt for attempts in tried for attempt in attempts], dropped

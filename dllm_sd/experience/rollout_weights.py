@@ -1,4 +1,4 @@
-"""Whose weights make the rollouts, and the calibration that a subspace is found by."""
+"""The weights that decode rollouts, and the calibration of their subspace."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from dllm_sd.tasks.task import Problem, Task
 
 
 class RolloutWeights:
-    """Puts the weights that roll out in the place of the student's."""
+    """Applies the weights that decode rollouts in place of the student's."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class RolloutWeights:
         self.projectors: Projectors = {}
 
     def calibrate(self, task: Task, problems: Sequence[Problem]) -> dict[str, int]:
-        """Find the subspace of the initial weights, if there is to be one: the same whenever it is done; its counts.
+        """Compute the subspace of the initial weights if the rule has one, deterministically; returns counts.
 
         Raises:
             InputError: if model or data have no such subspace.
@@ -50,25 +50,27 @@ class RolloutWeights:
         keys = kv_layers(module.network)
         dimension: Any = keys[0][0].weight
         layers = settings.chosen(len(keys), len(dimension))
-        some = [problems[i] for i in range(min(settings.calibration, len(problems)))]
+        chosen = [problems[i] for i in range(min(settings.calibration, len(problems)))]
         with self.base.applied():
-            found = collect(module, (supervised(self.policy, task, one) for one in some), layers, settings.longest)
-        self.projectors = settings(found)
-        return {f"calibration/{name}": getattr(found, name) for name in ("used", "skipped", "cut")}
+            statistics = collect(
+                module, (supervised(self.policy, task, problem) for problem in chosen), layers, settings.longest
+            )
+        self.projectors = settings(statistics)
+        return {f"calibration/{name}": getattr(statistics, name) for name in ("used", "skipped", "cut")}
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Inside, ``module`` decodes with the weights that roll out, whole; all processes enter together."""
+        """A context in which ``module`` decodes with these weights, unsharded; all processes enter together."""
         held = projected(self.policy.module.network, self.projectors) if self.projectors else nullcontext()
         with self.base.applied() if self.base else nullcontext(), gathered(self.accelerator, module), held:
             yield
 
 
 def supervised(policy: Policy, task: Task, problem: Problem) -> Supervised:
-    """A problem with its reference, and the tokens of the final answer as what is to be right (SPD, Sec. 3).
+    """A problem with its reference; the tokens of the final answer are the sites of the loss (SPD, Sec. 3).
 
-    The answer is looked for from the end of the reference; tokens that lie in it as a whole count. A model that
-    denoises reads masks there.
+    The last occurrence of the answer in the reference counts, and only tokens that lie completely in it. A masked
+    diffusion model reads masks there.
 
     Raises:
         InputError: if the task's data has no reference or no answer.
@@ -83,6 +85,6 @@ def supervised(policy: Policy, task: Task, problem: Problem) -> Supervised:
     start = reference.rfind(answer)
     inside = [start <= a < b <= start + len(answer) for a, b in pairwise(offsets(policy, tokens))]
     targets = torch.tensor([*prompt, *tokens])
-    sites = torch.tensor([False] * len(prompt) + [start >= 0 and one for one in inside])
+    sites = torch.tensor([False] * len(prompt) + [start >= 0 and is_inside for is_inside in inside])
     ids = targets if policy.causal else targets.masked_fill(sites, policy.mask_id)
     return Supervised(ids, sites, targets)

@@ -1,4 +1,4 @@
-"""The run's bank of skills: read or made at the start, renewed from rollouts, part of every checkpoint."""
+"""The run's skill bank: read or made at the start, renewed from rollouts, part of every checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,14 +27,14 @@ class SkillBankState:
     def open(
         self, saved: Mapping[str, Any] | None, attempt: Callable[[int], tuple[Sequence[Rollout], int]]
     ) -> dict[str, int]:
-        """The bank of a checkpoint, else that of the config's file, else one that the model writes; its counts.
+        """The bank of a checkpoint, else that of the config's file, else one that the model writes; returns counts.
 
         Args:
-            saved: what the checkpoint has.
+            saved: the bank in the checkpoint, or None.
             attempt: ``attempt(count)`` gives attempts at problems, and how many had prompts that were too long.
 
         Raises:
-            InputError: if it holds fewer pairs than the config's count.
+            InputError: if the bank holds fewer pairs than the config's count.
         """
         config, counts = self.config, dict[str, int]()
         if config is None:
@@ -56,12 +56,12 @@ class SkillBankState:
             raise InputError(
                 f"{where} holds {len(self.bank.skills)} skills and {len(self.bank.mistakes)} mistakes, too few for "
                 f"{config.count} pairs; name another in method.skill_bank.path, or lower method.skill_bank.count and "
-                f"list as many contexts{_said(counts)}"
+                f"list as many contexts{_in_brackets(counts)}"
             )
         return {f"bank/{name}": count for name, count in counts.items()}
 
     def after_update(self, update_number: int, rollouts: Sequence[Rollout]) -> dict[str, int]:
-        """Renew the bank when its time has come, from the rollouts of this update; what happened, for the log."""
+        """Renew the bank from the rollouts of this update if it is due; returns counts for the log."""
         config = self.config
         if config is None or not config.every or update_number % config.every or not rollouts:
             return {}
@@ -73,18 +73,18 @@ class SkillBankState:
         return {f"bank/{name}": count for name, count in counts.items()}
 
     def pairs(self, problem: Problem, key: int) -> Sequence[Pair]:
-        """What the bank holds for a problem, best first."""
+        """The pairs of the bank for a problem, best first."""
         config = self.config
         return config.pairs(self.bank, config.text(self.task, problem), key) if config else ()
 
     def write_down(self, run: Path) -> None:
-        """For people to read."""
+        """Write the bank into the run's folder, for people to read."""
         if self.config is not None:
             write_bank(self.bank, run / FILE)
 
     @property
     def tree(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of the bank."""
+        """The bank as it is stored in a checkpoint."""
         return self.bank.tree() if self.config is not None else None
 
     def _memory(self, rollout: Rollout) -> Memory:
@@ -103,6 +103,6 @@ class SkillBankState:
         return [written.text for written in self.write(writing, requests)]
 
 
-def _said(counts: Mapping[str, int]) -> str:
-    """What was counted while a bank was made, in brackets; nothing where none was."""
+def _in_brackets(counts: Mapping[str, int]) -> str:
+    """The counts of making a bank, in brackets; empty where none was made."""
     return f" ({', '.join(f'{name} {count}' for name, count in counts.items())})" if counts else ""

@@ -1,4 +1,4 @@
-"""Texts for hints: analyses by teachers, and what writers write, dealt over the processes."""
+"""Texts for hints: analyses by teachers and texts by writers, shared by the processes."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
@@ -19,11 +19,11 @@ from dllm_sd.teachers.writing import Writing
 from dllm_sd.writers import Cache, Request, Sampling, Written, ask_once
 
 _FREE = ("length", "temperature", "top_p", "top_k", "batch_size", "continuous")
-"""Keys of `decode` that do not change what a writer writes: its own stand in their place, or memory only."""
+"""Keys of `decode` that do not change a writer's text: `Sampling` replaces them, or they affect memory only."""
 
 
 class TextGenerator:
-    """Lets models and servers write; to be called by all processes together, each with everything."""
+    """Lets models and servers write; all processes call it together, with the same arguments."""
 
     def __init__(
         self,
@@ -34,14 +34,14 @@ class TextGenerator:
         cache: Cache | None = None,
         longest: int = 10240,
     ) -> None:
-        """For the teachers of the contexts, and all ``models`` of the run by whose weights they are.
+        """Make a generator.
 
         Args:
             teachers: of the contexts, in their order.
             decode: how the run decodes; a text has its own length and temperature.
             accelerator: of the processes.
-            models: whose weights may write.
-            cache: what was written before by weights that do not move.
+            models: the models that may write, by their weights.
+            cache: stored texts of weights that do not change.
             longest: longest prompt of a writer, in tokens.
         """
         self.teachers, self.models, self.cache, self.longest = teachers, models or {}, cache, longest
@@ -59,7 +59,7 @@ class TextGenerator:
         return self._together(mine, texts)
 
     def write(self, writing: Writing, requests: Sequence[Request]) -> list[Written]:
-        """What a writer answers to each request, or why there is nothing; from the disk where it stands there."""
+        """A writer's answer to each request, or why there is none; from the cache where it has the text."""
         mine = self._mine(len(requests))
         asked = [requests[i] for i in mine]
         if (remote := writing.writer.remote) is not None:
@@ -68,8 +68,8 @@ class TextGenerator:
             return self._together(mine, answers)
         weights = writing.writer.weights
         assert weights is not None
-        model, stays = self.models[weights], not weights.moves
-        identity = self._identity(weights, model) if stays else {}
+        model, constant = self.models[weights], not weights.moves
+        identity = self._identity(weights, model) if constant else {}
         entered = False
 
         def ask(missing: Sequence[Request]) -> Generator[tuple[int, Written]]:
@@ -77,14 +77,14 @@ class TextGenerator:
             entered = True
             yield from enumerate(self._answers(model, missing, writing.sampling))
 
-        with together():  # texts are kept once all weights are gathered, and that alone may fail on one process
-            answers = ask_once(identity, asked, writing.sampling, self.cache if stays else None, ask)
+        with together():  # texts are stored after the gathering, and storing may fail on one process
+            answers = ask_once(identity, asked, writing.sampling, self.cache if constant else None, ask)
             if not entered:  # sharded weights are gathered by all processes together
                 self._answers(model, [], writing.sampling)
         return self._together(mine, answers)
 
     def damaged_texts(self) -> int:
-        """How many stored texts were damaged, and asked for again, on this process since the last call."""
+        """Number of damaged stored texts that were generated again, on this process since the last call."""
         before, self._damaged = self._damaged, self.cache.corrupt if self.cache else 0
         return self._damaged - before
 
@@ -105,7 +105,7 @@ class TextGenerator:
     def _decode(
         self, model: Teacher, prompts: Sequence[Sequence[int]], settings: Decoding, keys: Sequence[int]
     ) -> list[str]:
-        """This process's texts; all enter, also those with nothing to write."""
+        """The texts of this process; all processes enter, also those without prompts."""
         with model.applied(), gathered(self.accelerator, model.policy.module):
             if not prompts:
                 return []
@@ -114,14 +114,14 @@ class TextGenerator:
             return [model.policy.text(tokens[:length].tolist()) for tokens, length in rows]
 
     def _identity(self, weights: Weights, model: Teacher) -> dict[str, Any]:
-        """Whose texts these are: what the weights add up to, tensor by tensor, without adapters of others."""
+        """Identity of a writer in the cache: a digest of the sums of its tensors, without other adapters."""
         if weights not in self._identities:
             digest = sha256()
             adapters = getattr(model.policy.module.model, "peft_config", {}).keys() if weights.stored else set()
             with model.applied():
-                every = dict(model.policy.module.named_parameters())
-                own = {name: value for name, value in every.items() if adapters.isdisjoint(name.split("."))}
-                for name, value in sorted((own | (model.copy if adapters else {})).items()):
+                parameters = dict(model.policy.module.named_parameters())
+                tensors = {name: value for name, value in parameters.items() if adapters.isdisjoint(name.split("."))}
+                for name, value in sorted((tensors | (model.copy if adapters else {})).items()):
                     digest.update(
                         f"{name} {tuple(value.shape)} {float(whole(value).detach().double().sum())!r}".encode()
                     )
