@@ -1,1 +1,1 @@
-"""How tokens are chosen: the settings, the samplers, the queue that they serve."""
+"""Decoding: the settings, the samplers, and the queue of jobs that a decoder completes."""

@@ -1,7 +1,8 @@
-"""Rows in turns: a causal model through transformers' continuous batching, each token chosen by its row's key.
+"""Continuous batching of a causal model by transformers, with each token drawn by the key of its row.
 
-transformers runs the network in a thread of its own over a paged cache, and a waiting row begins as soon as another one
-ends. It would draw tokens with the random numbers of the whole batch; a logits processor leaves it no choice instead.
+transformers runs the network in its own thread over a paged KV cache, and a waiting row begins as soon as another row
+ends. transformers would draw tokens with the random numbers of the whole batch, so a logits processor draws them first
+and masks all others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +27,15 @@ from dllm_sd.errors import InputError
 from dllm_sd.randomness import fold, uniform
 
 PAGE = 256
-"""Tokens of a page of the cache."""
+"""Tokens per page of the KV cache."""
 PASS = 8192
-"""Most tokens of one pass of the network; a longer prompt is read in several."""
+"""Most tokens per forward pass; a longer prompt is prefilled in several passes."""
 ROOM = 1.2
-"""Pages for each one needed: transformers lets no row begin while less than 15 % are free."""
+"""Pages allocated per page that is needed: transformers starts no row while less than 15 % of them are free."""
 
 
 def check_continuous(module: nn.Module, network: Any, watched: bool) -> None:
-    """Refuse what cannot be decoded in turns.
+    """Refuse what continuous batching cannot decode.
 
     Raises:
         InputError: naming the key, and the remedy.
@@ -52,11 +53,11 @@ def check_continuous(module: nn.Module, network: Any, watched: bool) -> None:
 
 
 class TurnChoice(ContinuousBatchingLogitsProcessor):
-    """Chooses the token of each slot by the key of the row that is in it, and leaves no other.
+    """Logits processor that draws the token of each slot by the key of its row, and masks all other tokens.
 
-    A slot is told one number, its cell: row times ``steps`` plus step. Uniform numbers lie ready by cell on the device,
-    and log-probabilities are written there, which a replayed CUDA graph does too. One cell more is for slots without
-    a row; nobody reads it.
+    Each slot is given one number, its cell: row times ``steps`` plus step. Uniform numbers are stored by cell on the
+    device before decoding begins, and log-probabilities are written by cell, so that a replayed CUDA graph can do both.
+    One extra cell serves the slots without a row; its value is never used.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TurnChoice(ContinuousBatchingLogitsProcessor):
         steps: int,
         vocabulary: int | None = None,
     ) -> None:
-        """For at most ``steps`` tokens of each of the ``prompts`` with ``keys [b]``, of a ``vocabulary`` if known."""
+        """Decode at most ``steps`` tokens after each of ``prompts`` with ``keys [b]``; None: unknown vocabulary."""
         self.supported_kwargs, self.ignored_kwargs = {}, ()
         self.settings, self.steps = settings, steps
         self.slots = min(settings.batch_size, len(prompts))
@@ -76,33 +77,33 @@ class TurnChoice(ContinuousBatchingLogitsProcessor):
         self.banned = banned_ids(settings, suppress, keys.device, vocabulary)
         self.begin = {str(row): (row * steps, len(prompt)) for row, prompt in enumerate(prompts)}
         self.nobody = steps * len(prompts)
-        drawn = uniform(fold(keys[:, None], torch.arange(steps, device=keys.device)), 1).flatten()
-        self.u = torch.nn.functional.pad(drawn, (0, 1), value=0.5)
+        uniforms = uniform(fold(keys[:, None], torch.arange(steps, device=keys.device)), 1).flatten()
+        self.u = torch.nn.functional.pad(uniforms, (0, 1), value=0.5)
         self.logp = torch.full_like(self.u, torch.nan)
         self.passes = 0
-        """Of the network so far."""
+        """Forward passes of the network so far."""
 
     def logp_of(self, row: int, count: int) -> Tensor:
-        """`Trajectory.logp` ``[w]`` of the first ``count`` tokens of a row that has ended, on the CPU."""
+        """Return `Trajectory.logp` ``[w]`` of the first ``count`` tokens of a finished row, on the CPU."""
         return self.logp[row * self.steps :][:count].cpu()
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """Slots without a row."""
+        """Fill the argument of the warm-up with the cell of slots without a row."""
         int32_tensor.fill_(self.nobody)
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
-        """Cells int32 ``[b]`` of all slots; transformers would leave old numbers in those that are free now."""
+        """Return the cells of all slots, int32 ``[b]``; transformers would leave old cells in free slots."""
         cells = [self._cell(request.state) for request in requests_with_new_token]
         self.passes += all(request.state.request_id in self.begin for request in requests_with_new_token)  # no warm-up
         return torch.tensor(cells + [self.nobody] * (self.slots - len(cells)), dtype=torch.int32)
 
     def _cell(self, state: RequestState) -> int:
-        """Where the next token of a request belongs.
+        """Return the cell of the next token of a request.
 
-        The step is told from the number of tokens that will have been read. What transformers keeps as generated lags
-        behind if passes overlap, and begins anew after a row had to give its pages away.
+        The step is computed from the position in the KV cache. The generated tokens that transformers keeps lag behind
+        where passes overlap, and start again from none after a row was preempted.
         """
-        if state.request_id not in self.begin:  # of the warm-up
+        if state.request_id not in self.begin:  # a request of the warm-up
             return self.nobody
         first, prompt = self.begin[state.request_id]
         step = state.position_offset - prompt
@@ -111,7 +112,7 @@ class TurnChoice(ContinuousBatchingLogitsProcessor):
         return first + step if step < self.steps else self.nobody  # a pass that began before the row had ended
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """``[b v] -> [b v]``: 0 at the token that is chosen, -inf elsewhere."""
+        """Map scores ``[b v]`` to ``[b v]``: 0 at the drawn token, -inf elsewhere."""
         cell = tensor_arg[: len(scores)].long()
         forced, logp = force(scores, self.settings, self.banned, self.u[cell])
         self.logp.index_copy_(0, cell, logp.to(self.logp.dtype))
@@ -125,17 +126,17 @@ def generate_in_turns(
     wanted: GenerationConfig,
     ended: Callable[[int, list[int]], None],
 ) -> None:
-    """Complete the prompts; ``ended`` gets each row and its tokens, in the order in which rows end.
+    """Complete the prompts; ``ended`` is called with each row and its tokens, in the order in which rows end.
 
     Raises:
-        InputError: if transformers does not take the model.
-        RuntimeError: if a row does not come back whole.
+        InputError: if transformers cannot run the model with continuous batching.
+        RuntimeError: if a row comes back incomplete.
     """
     with _attention_kept(network), _autocast_in_threads(network):
         manager = _manager(network, prompts, choice, wanted)
         for row, prompt in enumerate(prompts):
             manager.add_request(list(prompt), request_id=str(row))
-        _settle(network.device)  # it runs on a stream of its own
+        _settle(network.device)  # the manager uses another stream
         manager.start()
         try:
             for _ in prompts:
@@ -146,7 +147,7 @@ def generate_in_turns(
 
 
 def _manager(network: Any, prompts: Sequence[Sequence[int]], choice: TurnChoice, wanted: GenerationConfig) -> Any:
-    """transformers' manager with our processor and all memory taken."""
+    """Return transformers' manager with our logits processor, warmed up and with its memory allocated."""
     lengths = [len(prompt) for prompt in prompts]
     pages = choice.slots * ceil((max(lengths) + choice.steps + 1) / PAGE)
     settings = ContinuousBatchingConfig(
@@ -154,9 +155,9 @@ def _manager(network: Any, prompts: Sequence[Sequence[int]], choice: TurnChoice,
         num_blocks=ceil(ROOM * pages) + 1,
         max_batch_tokens=max(choice.slots, min(PASS, sum(lengths))),
         max_requests_per_batch=choice.slots,
-        max_memory_percent=0.8,  # transformers' own where logits are processed
+        max_memory_percent=0.8,  # the default of transformers with logits processors
         auto_switch_to_flash=network.device.type == "cuda" and network.dtype in (torch.float16, torch.bfloat16),
-        disable_nccl_graph_mixing=False,  # it would set an environment variable
+        disable_nccl_graph_mixing=False,  # true would set an environment variable
         seed=0,
     )
     hints = WorkloadHints(max(lengths), choice.steps, len(prompts))
@@ -168,7 +169,7 @@ def _manager(network: Any, prompts: Sequence[Sequence[int]], choice: TurnChoice,
         with torch.random.fork_rng([network.device] if network.device.type == "cuda" else []):  # it seeds torch
             try:
                 manager.warmup()
-            except MemoryError:  # then it takes what is free, and rows wait for pages
+            except MemoryError:  # use the pages that fit, and let rows wait for them
                 manager.continuous_batching_config.num_blocks = None
                 manager.warmup()
     except (ValueError, MemoryError) as error:
@@ -178,38 +179,38 @@ def _manager(network: Any, prompts: Sequence[Sequence[int]], choice: TurnChoice,
 
 
 def _next(manager: Any, wanted: GenerationConfig) -> tuple[int, list[int]]:
-    """The next row that has ended, and its tokens."""
-    while (found := manager.get_result(timeout=1.0)) is None:
+    """Wait for the next finished row; return its number and its tokens."""
+    while (result := manager.get_result(timeout=1.0)) is None:
         if not manager.is_running():
             raise RuntimeError("continuous batching stopped before all rows had ended; set decode.continuous to false")
-    tokens, ends = found.generated_tokens, wanted.eos_token_id or []
+    tokens, ends = result.generated_tokens, wanted.eos_token_id or []
     whole = bool(tokens) and (tokens[-1] in ends or len(tokens) == wanted.max_new_tokens)
-    if found.error is not None or not whole:
-        reason = f"failed ({found.error})" if found.error else "left a row unfinished"
+    if result.error is not None or not whole:
+        reason = f"failed ({result.error})" if result.error else "left a row unfinished"
         raise RuntimeError(f"continuous batching {reason}; set decode.continuous to false")
-    return int(found.request_id), tokens
+    return int(result.request_id), tokens
 
 
 @contextmanager
 def _attention_kept(network: Any) -> Iterator[None]:
-    """Whatever attention transformers chooses inside, it is the former one afterwards."""
-    own = network.config._attn_implementation
+    """Restore the attention implementation at the end, whichever one transformers switches to inside."""
+    implementation = network.config._attn_implementation
     try:
         yield
     finally:
-        if network.config._attn_implementation != own:
-            network.set_attn_implementation(own)
+        if network.config._attn_implementation != implementation:
+            network.set_attn_implementation(implementation)
 
 
 @contextmanager
 def _autocast_in_threads(network: Any) -> Iterator[None]:
-    """Autocast is a matter of each thread, so that inside the network itself brings it along."""
+    """Let the network enter autocast itself inside, since autocast is set per thread."""
     kind = network.device.type
     if not torch.is_autocast_enabled(kind):
         yield
         return
-    casting = torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)  # as CUDA graphs need it
-    network.forward = casting(network.forward)
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)  # for CUDA graphs
+    network.forward = autocast(network.forward)
     try:
         yield
     finally:
@@ -217,6 +218,6 @@ def _autocast_in_threads(network: Any) -> Iterator[None]:
 
 
 def _settle(device: torch.device) -> None:
-    """Wait for what the device still has to do, on all streams."""
+    """Wait until the device has finished its work on all streams."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,8 +1,8 @@
-"""The sampler: semi-autoregressive blocks, any number of tokens per step.
+"""The sampler of masked-diffusion models: semi-autoregressive blocks, any number of tokens per step.
 
 The published reference (LLaDA, `generate`) works one canvas at a time on logits of the whole canvas. Here the rows of a
 fixed number of slots are decoded together, the output head runs only on the active block of each row, and every random
-number is keyed, so that a row's result depends neither on its batch nor on its place in it.
+number is keyed, so that a row's result depends neither on its batch nor on its slot.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ from dllm_sd.randomness import fold, make_key, uniform_at
 from dllm_sd.trajectory import NEVER, Reach
 
 LOOK = 4
-"""Steps between two looks at what has ended, where looking makes the host wait for the device."""
+"""Steps between two checks for finished rows, where the check makes the host wait for the device."""
 CHUNK = {"cpu": 2**23}
-"""Logits that are held at once, by kind of device: what fits a cache is faster."""
+"""Logits (numbers) computed at once, by kind of device: chunks that fit into the cache of a CPU are faster."""
 CHUNK_ELSEWHERE = 2**27
 
 Watch = Callable[[Sequence[Job | None], Tensor], None]
@@ -34,11 +34,11 @@ Watch = Callable[[Sequence[Job | None], Tensor], None]
 
 @dataclass(frozen=True)
 class Proposal:
-    """What each site would take, all ``[m]`` or in the shape of the sites."""
+    """The candidate token of each site; all tensors are ``[m]``, or have the shape of the sites."""
 
     token: Tensor
     score: Tensor
-    """How early it wants to be committed: the model's own (before temperature and suppression), as in LLaDA."""
+    """Sites with the highest score are committed first; computed before temperature and suppression, as in LLaDA."""
     logp: Tensor
     """`Trajectory.logp`."""
 
@@ -58,20 +58,20 @@ def denoise(
     static_shapes: bool = False,
     reach: Reach | None = None,
 ) -> None:
-    """Denoise what the queue has, at most `settings.batch_size` rows at a time; a free slot is refilled at once.
+    """Denoise the jobs of the queue, at most `settings.batch_size` rows at a time; free slots are refilled at once.
 
     Args:
         module: the denoiser, called with ``(ids, mask, sites, read=...)`` as `SiteHead` is.
-        queue: where the jobs come from and where what has ended goes to.
-        settings: the schedule.
-        layout: token ids and blocks.
+        queue: gives the jobs and takes their trajectories.
+        settings: the decoding schedule.
+        layout: token ids and how blocks are counted.
         vocabulary: ``v``.
-        device: where to work.
+        device: device of the module.
         watch: called before every step with the job of each slot, and the completion sides int64 ``[r l]``.
-        meter: counts what it costs.
-        remember: reuse the keys and values of finished blocks (block-causal models).
-        fixed: keep to a few shapes, as compiled modules like it: whole active blocks, rows in powers of two, one width.
-        reach: stop there; None goes on to the end.
+        meter: counts forward passes, rows and positions.
+        use_kv_cache: reuse the keys and values of finished blocks (block-causal models).
+        static_shapes: use few shapes, for compiled modules: whole active blocks, rows in powers of two, one width.
+        reach: stop each row there; None completes it.
     """
     device = torch.device(device)
     slots = Slots(min(settings.batch_size, queue.most), queue.longest, settings, layout, device, reach)
@@ -103,7 +103,7 @@ def denoise(
 
 
 class _Stepper:
-    """One step of a group of rows."""
+    """Runs one decoding step on a group of rows."""
 
     def __init__(self, module: Any, slots: Slots, vocabulary: int, use_kv_cache: bool, full_block: bool) -> None:
         self.module, self.slots, self.settings = module, slots, slots.settings
@@ -112,7 +112,7 @@ class _Stepper:
             width = slots.prompt_ids.shape[1] + self.settings.length
             self.cache = PrefixCache(module, len(slots.jobs), width, self.settings.block_length)
         self.full_block = full_block
-        """Whether whole active blocks are read, whose size the host knows, or only what is masked in them."""
+        """Whether logits are computed for whole active blocks (a size that the host knows) or for masked sites only."""
         self.banned = banned_ids(self.settings, (slots.layout.mask_id,), slots.device, vocabulary)
         self.place = torch.arange(self.settings.block_length, device=slots.device)
         self.rows = max(1, CHUNK.get(slots.device.type, CHUNK_ELSEWHERE) // vocabulary)
@@ -124,46 +124,46 @@ class _Stepper:
             self.cache.begin(begun)
 
     def width(self, group: Group) -> int:
-        """Positions that are read of each row."""
+        """Return how many positions per row one forward pass reads."""
         return self.settings.block_length if self.cache is not None else group.prompt + self.settings.length
 
     def __call__(self, group: Group) -> None:
-        """Propose, choose, commit."""
+        """Propose a token for every masked site of the active blocks, choose sites by score, and commit them."""
         slots, rows, length = self.slots, group.slots, self.settings.length
         place = (slots.block[rows] * self.settings.block_length - slots.prompt_tail[rows])[:, None] + self.place
         in_completion = (place >= 0) & (place < length)
         columns = torch.where(in_completion, place, length)
         slots.row_steps += slots.active[rows].sum()
         masked = in_completion & (slots.reveal_step[rows].gather(1, columns) == NEVER) & slots.active[rows, None]
-        found = self._propose(group, place, columns, masked)
-        score = found.score.masked_fill(~masked, -torch.inf)
+        proposal = self._propose(group, place, columns, masked)
+        score = proposal.score.masked_fill(~masked, -torch.inf)
         rank = rank_descending(score)
         if self.settings.threshold is None:
             commit = masked & (rank < slots.schedule[slots.step_in_block[rows]][:, None])
         else:
             commit = masked & ((rank == 0) | (score.exp() >= self.settings.threshold))
-        slots.commit(group, columns, commit, found.token, found.logp, masked & ~commit)
+        slots.commit(group, columns, commit, proposal.token, proposal.logp, masked & ~commit)
 
     def _propose(self, group: Group, place: Tensor, columns: Tensor, masked: Tensor) -> Proposal:
-        """`Proposal` in the shape ``[n i]`` of the active blocks ``columns``; what is not `masked` means nothing."""
+        """Return a `Proposal` of shape ``[n i]``, as ``columns``; entries outside ``masked`` have no meaning."""
         slots, rows = self.slots, group.slots
         keys = fold(slots.keys[rows], slots.step[rows])[:, None]
         u = uniform_at(keys, place) if self.settings.temperature else torch.zeros_like(place, dtype=torch.float32)
-        found = self._read(group, columns, masked, u.flatten() if self.full_block else u[masked])
+        proposal = self._read(group, columns, masked, u.flatten() if self.full_block else u[masked])
         if self.full_block:
-            found = Proposal(*(x.view(masked.shape) for x in (found.token, found.score, found.logp)))
+            proposal = Proposal(*(x.view(masked.shape) for x in (proposal.token, proposal.score, proposal.logp)))
         else:
-            flat, found = found, Proposal(torch.zeros_like(columns), torch.zeros_like(u), torch.zeros_like(u))
-            found.token[masked], found.score[masked], found.logp[masked] = flat.token, flat.score, flat.logp
+            flat, proposal = proposal, Proposal(torch.zeros_like(columns), torch.zeros_like(u), torch.zeros_like(u))
+            proposal.token[masked], proposal.score[masked], proposal.logp[masked] = flat.token, flat.score, flat.logp
         match self.settings.order:
             case "random":
-                return Proposal(found.token, uniform_at(fold(keys, make_key("order")), place), found.logp)
+                return Proposal(proposal.token, uniform_at(fold(keys, make_key("order")), place), proposal.logp)
             case "left_to_right":
-                return Proposal(found.token, -place.float(), found.logp)
-        return found
+                return Proposal(proposal.token, -place.float(), proposal.logp)
+        return proposal
 
     def _read(self, group: Group, columns: Tensor, masked: Tensor, u: Tensor) -> Proposal:
-        """The proposals ``[m]`` of the network."""
+        """Run the network and return its proposals ``[m]``."""
         slots, rows, length = self.slots, group.slots, self.settings.length
         tokens = slots.tokens[rows, :-1]
         sites: Tensor | None = None
@@ -196,32 +196,32 @@ def propose(
     rows: int,
     without: Tensor | None = None,
 ) -> Proposal:
-    """What each of ``m`` sites would take: for the ``read`` of `SiteHead.forward`.
+    """Draw a candidate token for each of ``m`` sites; serves as ``read`` of `SiteHead.forward`.
 
     Args:
         hidden: ``[m h]``.
         head: the output head.
         settings: temperature, order, guidance.
-        banned: what is not to be drawn (`banned_ids`).
+        banned: token ids that must not be drawn (`banned_ids`).
         u: uniform numbers ``[m]``.
-        rows: sites whose logits are held at once.
+        rows: sites per chunk of logits.
         without: hidden states ``[m h]`` without the prompt, for guidance.
     """
     parts: list[Proposal] = []
     for start in range(0, max(1, len(hidden)), rows):
-        some = slice(start, start + rows)
-        logits = head(hidden[some]).float()
+        chunk = slice(start, start + rows)
+        logits = head(hidden[chunk]).float()
         if without is not None:
-            blank = head(without[some]).float()
+            blank = head(without[chunk]).float()
             logits = blank + (1 + settings.guidance) * (logits - blank)
         before = _before(logits, settings)
-        drawn = draw(logits, settings, banned, u[some])
+        drawn = draw(logits, settings, banned, u[chunk])
         parts.append(Proposal(drawn.token, _score(drawn.own, before, drawn.normaliser, settings), drawn.logp))
     return Proposal(*(torch.cat([getattr(part, name) for part in parts]) for name in ("token", "score", "logp")))
 
 
 def _before(logits: Tensor, settings: Decoding) -> Tensor:
-    """What the order needs to know of the logits ``[m v]`` before a token is drawn from them."""
+    """Copy the part of the logits ``[m v]`` that the score needs, since drawing overwrites them."""
     match settings.order:
         case "margin":
             return logits.topk(2, -1).values
@@ -231,7 +231,7 @@ def _before(logits: Tensor, settings: Decoding) -> Tensor:
 
 
 def _score(own: Tensor, before: Tensor, normaliser: Tensor, settings: Decoding) -> Tensor:
-    """``[m]``: by probability of the token, top-2 margin, or negative entropy."""
+    """Return scores ``[m]``: log-probability of the token, top-2 margin, or negative entropy."""
     match settings.order:
         case "margin":
             top = (before - normaliser[:, None]).exp()

@@ -1,4 +1,4 @@
-"""What a decoder is to complete: it asks for more whenever slots fall free, and hands back what has ended."""
+"""The jobs of a decoder: it takes more whenever slots become free, and returns the finished ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,40 +12,41 @@ from dllm_sd.trajectory import Trajectory, concatenate
 
 @dataclass(frozen=True)
 class Job:
-    """One completion that is asked for."""
+    """One completion to be decoded."""
 
     name: tuple[int, ...]
-    """What the queue knows it by."""
+    """Identifies the job within its queue."""
     prompt: Sequence[int]
     key: int
     """Seeds its random numbers (`randomness.make_key`)."""
 
 
 class Queue(Protocol):
-    """Where the jobs of a decoder come from. The order in which they come and end must not matter to anybody."""
+    """Gives a decoder its jobs. No result may depend on the order in which jobs begin or end."""
 
     longest: int
-    """Tokens of the longest prompt that may come."""
+    """Tokens of the longest prompt in the queue, at most."""
     most: int
-    """Jobs that may be under way at the same time, at most."""
+    """Most jobs that may be decoded at the same time."""
     patience: int | None
-    """Decoding steps between two calls of `take`, where several processes must agree; else the decoder chooses."""
+    """Decoding steps between two calls of `take`, where several processes must agree on them; None lets the decoder
+    choose."""
 
     def take(self, room: int) -> list[Job] | None:
-        """At most ``room`` jobs to begin now; None when all is done, so that none will ever come again."""
+        """Return at most ``room`` jobs to begin now; None when the queue is finished for good."""
         ...
 
     def wanted(self, job: Job) -> bool:
-        """Whether a job that has begun still matters."""
+        """Return whether the result of a running job is still needed."""
         ...
 
     def ended(self, jobs: Sequence[Job], trajectory: Trajectory) -> None:
-        """Take what has ended, a row a job."""
+        """Receive finished jobs and their trajectory, one row per job."""
         ...
 
 
 class Listed:
-    """Jobs that are all known beforehand: the longest prompts first, so that neighbours are of like length."""
+    """A queue of jobs that are all known beforehand, longest prompts first, so that neighbours have similar lengths."""
 
     patience: int | None = None
 
@@ -55,7 +56,7 @@ class Listed:
         keys: Sequence[int],
         finished: Callable[[Tensor, Trajectory], None] | None = None,
     ) -> None:
-        """For ``prompts`` with a key each; ``finished`` is told the rows that have just ended, and their trajectory."""
+        """Queue ``prompts`` with a key each; ``finished`` is called with rows that have ended and their trajectory."""
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), -row))
         self.waiting = [Job((row,), prompts[row], keys[row]) for row in order]
         self.longest = max(map(len, prompts), default=0)
@@ -65,17 +66,17 @@ class Listed:
         self._parts: list[Trajectory] = []
 
     def take(self, room: int) -> list[Job] | None:
-        """The next ones."""
+        """Return the next jobs."""
         if not self.open:
             return None
         return [self.waiting.pop() for _ in range(min(room, len(self.waiting)))]
 
     def wanted(self, job: Job) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def ended(self, jobs: Sequence[Job], trajectory: Trajectory) -> None:
-        """Keep it."""
+        """Store the trajectory of finished jobs."""
         rows = [job.name[0] for job in jobs]
         self._rows += rows
         self._parts.append(trajectory)
@@ -84,14 +85,14 @@ class Listed:
             self.finished(torch.tensor(rows), trajectory)
 
     def collected(self) -> Trajectory:
-        """Everything, in the order of the prompts."""
+        """Return the trajectory of all rows, in the order of the prompts."""
         return concatenate(self._parts).select(torch.tensor(self._rows).argsort())
 
 
 def complete_in_batches(
     decode: Callable[[Sequence[Sequence[int]], Sequence[int]], Trajectory], queue: Queue, batch_size: int
 ) -> None:
-    """For decoders without slots: ``decode(prompts, keys)`` what the queue has, a batch at a time."""
+    """Complete the jobs of a queue with ``decode(prompts, keys)``, one batch at a time; for decoders without slots."""
     while (jobs := queue.take(batch_size)) is not None:
         if jobs:
             queue.ended(jobs, decode([job.prompt for job in jobs], [job.key for job in jobs]))

@@ -13,10 +13,10 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 
 RUN = 256
-"""Vocabulary entries that are searched at a time: first the run, then the entry in it."""
+"""Vocabulary entries per run: the inverse CDF searches the runs first, then the entries of one run."""
 TINY = torch.finfo(torch.float32).tiny
 MANY = 1024
-"""Ids that are never drawn are a mask where they are more than this: a few are copied and filled faster by number."""
+"""More banned ids than this are stored as a mask; a few are faster as a list of ids."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Draw:
     token: Tensor
     """int64 ``[m]``."""
     logp: Tensor
-    """`Trajectory.logp` ``[m]``: under the distribution at the temperature (1 if greedy), nothing left out."""
+    """`Trajectory.logp` ``[m]``: log-probability at the temperature (1 if greedy), over the whole vocabulary."""
     own: Tensor
-    """``[m]``: the same at temperature 1."""
+    """``[m]``: log-probability at temperature 1."""
     normaliser: Tensor
-    """``[m]``: log-sum-exp of the logits as they came."""
+    """``[m]``: log-sum-exp of the given logits."""
 
 
 def draw(logits: Tensor, settings: Decoding, banned: Tensor, u: Tensor) -> Draw:
@@ -39,8 +39,8 @@ def draw(logits: Tensor, settings: Decoding, banned: Tensor, u: Tensor) -> Draw:
     Args:
         logits: float32 ``[m v]``.
         settings: temperature, top-k and top-p.
-        banned: what is not to be drawn (`banned_ids`): ids int64, or bool ``[w]`` that is true at such ids and ends
-            behind the last other one.
+        banned: token ids that must not be drawn (`banned_ids`): ids int64, or a mask bool ``[w]``, true at these
+            ids, that ends after the last id that may be drawn.
         u: uniform numbers ``[m]`` in (0, 1); not read if greedy.
     """
     log_total = _log_total_of(logits, banned, settings.temperature)
@@ -63,8 +63,8 @@ def draw(logits: Tensor, settings: Decoding, banned: Tensor, u: Tensor) -> Draw:
     if 0 < settings.top_k < logits.shape[-1] or settings.top_p < 1:
         weight = apply_filters(gap, settings).exp_()
     token = sample_inverse_cdf(weight, u)
-    found = gap.gather(-1, token[:, None])[:, 0]
-    return Draw(token, found / temperature - of_logp, found - normaliser, normaliser + top[:, 0])
+    token_gap = gap.gather(-1, token[:, None])[:, 0]
+    return Draw(token, token_gap / temperature - of_logp, token_gap - normaliser, normaliser + top[:, 0])
 
 
 def _log_total_of(logits: Tensor, banned: Tensor, temperature: float) -> Callable[[Tensor, Tensor, float], Tensor]:
@@ -88,7 +88,7 @@ def _log_total_of(logits: Tensor, banned: Tensor, temperature: float) -> Callabl
 
 
 def apply_filters(logits: Tensor, settings: Decoding) -> Tensor:
-    """Logits ``[m v]`` of what is sampled from: over the temperature, then top-k, then top-p, as transformers does."""
+    """Apply temperature, top-k and top-p to logits ``[m v]``, in this order, with the warpers of transformers."""
     unused: Any = None
     logits = TemperatureLogitsWarper(settings.temperature)(unused, logits)
     if 0 < settings.top_k < logits.shape[-1]:
@@ -130,9 +130,9 @@ def _search(until: Tensor, target: Tensor) -> Tensor:
 def banned_ids(
     settings: Decoding, suppress: Sequence[int], device: torch.device, vocabulary: int | None = None
 ) -> Tensor:
-    """What neither the ``settings`` nor ``suppress`` let pass, for `draw`: ids int64, or a mask where they are `MANY`.
+    """Return the ids that ``settings`` or ``suppress`` ban, for `draw`: ids int64, or a mask for more than `MANY` ids.
 
-    A mask needs the size of the ``vocabulary``; without it they are ids.
+    A mask needs the size of the ``vocabulary``; without it the ids are returned.
 
     Raises:
         InputError: if the settings name a token beyond the vocabulary, or all of it.
@@ -149,9 +149,9 @@ def banned_ids(
 
 
 def force(scores: Tensor, settings: Decoding, banned: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """What leaves a logits processor's caller one token, drawn at ``u [m]`` from ``scores [m v]`` without ``banned``.
+    """Draw one token per row at ``u [m]`` from ``scores [m v]`` without ``banned``; for logits processors.
 
-    Returns ``[m v]``, 0 at that token and -inf elsewhere, and its `Trajectory.logp` ``[m]``.
+    Returns the processed scores ``[m v]``, 0 at the drawn token and -inf elsewhere, and its `Trajectory.logp` ``[m]``.
     """
     drawn = draw(scores.float().clone(), settings, banned, u)
     return torch.full_like(scores, -torch.inf).scatter(-1, drawn.token[:, None], 0.0), drawn.logp

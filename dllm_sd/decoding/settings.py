@@ -28,9 +28,9 @@ class Decoding(Ranged, key="decode"):
     temperature: Temperature = 0.0
     """0 is greedy; else tokens are sampled from the exact softmax of logits / temperature."""
     top_k: Natural = 0
-    """Sample from the so many most probable tokens only; 0 from all."""
+    """Sample from this many most probable tokens only; 0 samples from all."""
     top_p: PositiveShare = 1.0
-    """Sample from the most probable tokens that together hold this much probability; 1 from all."""
+    """Sample from the most probable tokens that together hold this much probability; 1 samples from all."""
     order: Order = "confidence"
     """Which positions are committed first: by probability of the token, top-2 margin, negative entropy, at random,
     or from left to right."""
@@ -40,13 +40,14 @@ class Decoding(Ranged, key="decode"):
     guidance: Annotated[float, Range(least=0, most=1000)] = 0.0
     """Classifier-free guidance scale (LLaDA's `cfg_scale`): logits = u + (1 + guidance) (l - u), u without prompt."""
     early_end: bool = True
-    """Stop a row once everything up to its first end token is fixed; what is fixed cannot change any more."""
+    """Stop a row once all tokens up to its first end token are committed; committed tokens never change."""
     suppress: tuple[Natural, ...] = ()
-    """Token ids that are never sampled. The mask token never is."""
+    """Token ids that are never sampled. The mask token is never sampled anyway."""
     prefix_cache: bool = True
-    """Reuse the keys and values of finished blocks. Block-causal models only, where it is exact; others have none."""
+    """Reuse the keys and values (KV cache) of finished blocks. For block-causal models, where this is exact; other
+    models have no such cache."""
     batch_size: Size = 64
-    """Rows decoded together. Memory only: it changes no result."""
+    """Rows decoded together. It affects memory and speed, never results."""
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """The mode of `torch.compile` for the layers (`reduce-overhead` records CUDA graphs). Rows are then read in powers
     of two and at one width, so that there are few shapes. Denoising without the prefix cache only; worth it where
@@ -63,7 +64,7 @@ class Decoding(Ranged, key="decode"):
             raise InputError("decode.threshold decides the number of steps; set decode.steps to null")
 
     def check_suppressed(self, vocabulary: int, key: str = "decode") -> None:
-        """Refuse to suppress what a model with so large a ``vocabulary`` (``v``) does not have.
+        """Refuse suppressed ids that a model with a ``vocabulary`` of ``v`` tokens does not have.
 
         Raises:
             InputError: naming the ``key`` under which these settings stand.
@@ -78,7 +79,7 @@ class Decoding(Ranged, key="decode"):
         """Blocks on the canvas.
 
         Raises:
-            InputError: if not even one fits.
+            InputError: if the canvas is shorter than one block.
         """
         if self.block_length > self.length:
             raise InputError(
@@ -99,20 +100,20 @@ class Decoding(Ranged, key="decode"):
 
 @dataclass
 class Meter:
-    """What a decoding cost."""
+    """Counts the cost of decoding."""
 
     forwards: int = 0
     """Steps of the batch; with guidance, or rows of very unequal length, each takes several passes of the network."""
     rows: int = 0
-    """Open rows in them, summed."""
+    """Active rows, summed over these steps."""
     slots: int = 0
-    """Rows that there was room for, summed: as many as were ever open at once."""
+    """Slots, summed over these steps; their number is the most rows that were active at once."""
     read: int = 0
-    """Rows that the network read, summed: a slot that stays empty need not be read."""
+    """Rows that the network read, summed; empty slots need not be read."""
     positions: int = 0
     """Positions that the network read, padding included."""
 
     @property
     def occupancy(self) -> float:
-        """Share of the slots that was busy."""
+        """Share of the slots that held an active row."""
         return self.rows / max(1, self.slots)

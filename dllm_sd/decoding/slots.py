@@ -1,7 +1,7 @@
 """The rows that are being denoised: a fixed number of slots, each at its own block and step, on the device.
 
-What the host must know (which slots are taken, how long their prompts are) it knows from what it put there itself, so
-that a step waits for nothing. Only `Slots.finished` asks the device, for the rows that have ended.
+The host keeps its own record of which slots are taken and how long their prompts are, so that a step never waits for
+the device. Only `Slots.finished` reads from the device, to learn which rows have ended.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from dllm_sd.randomness import key_tensor
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, completion_length, left_pad
 
 READ = {"cpu": 1024}
-"""Positions that one forward reads, by kind of device: what is read next stays in the cache of a CPU."""
+"""Positions per forward pass, by kind of device; few on a CPU, so that activations stay in its cache."""
 READ_ELSEWHERE = 2**15
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The ids that a denoiser writes with, and how it counts blocks."""
+    """The special token ids of a denoiser, and how it counts blocks."""
 
     mask_id: int
-    """Stands where nothing is written yet; never committed."""
+    """The mask token, which stands at positions without a token; never committed."""
     end_ids: tuple[int, ...]
-    """End a completion."""
+    """Stop ids: each of them ends a completion."""
     pad_id: int
     """Fills positions that an early end leaves open."""
     blocks_of_prompt: bool = False
@@ -36,7 +36,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Group:
-    """Slots that one forward reads."""
+    """Slots that one forward pass reads together."""
 
     slots: Tensor
     """int64 ``[n]``."""
@@ -45,12 +45,12 @@ class Group:
 
 
 class Slots:
-    """State of ``r`` rows; tensors hold a row a slot, completions one more column that takes what belongs nowhere."""
+    """State of ``r`` rows, one per slot; completions have one extra column for writes outside the completion."""
 
     def __init__(
         self, count: int, longest: int, settings: Decoding, layout: Layout, device: torch.device, reach: Reach | None
     ) -> None:
-        """``count`` free slots for prompts of at most ``longest`` tokens."""
+        """Make ``count`` free slots for prompts of at most ``longest`` tokens."""
         self.settings, self.layout, self.device, self.reach = settings, layout, device, reach
         length = settings.length
         self.prompt_ids = torch.full((count, longest), layout.pad_id, device=device)
@@ -59,9 +59,9 @@ class Slots:
         self.reveal_step = torch.full((count, length + 1), NEVER, device=device)
         self.logp = torch.full((count, length + 1), torch.nan, device=device)
         self.active = torch.zeros(count, dtype=torch.bool, device=device)
-        """Whether a row goes on."""
+        """Whether the row of a slot is still being decoded."""
         self.row_steps = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps of rows so far."""
+        """Decoding steps so far, summed over rows."""
         self.keys, self.block, self.step_in_block, self.step, self.prompt_tail = (
             torch.zeros(count, dtype=torch.int64, device=device) for _ in range(5)
         )
@@ -77,11 +77,11 @@ class Slots:
 
     @property
     def vacant(self) -> list[int]:
-        """Slots without one."""
+        """Slots without a row."""
         return [slot for slot, job in enumerate(self.jobs) if job is None]
 
     def begin(self, jobs: Sequence[Job]) -> Tensor:
-        """Put jobs into free slots, int64 ``[j]``."""
+        """Put jobs into free slots; return these slots, int64 ``[j]``."""
         free = self.vacant[: len(jobs)]
         slots = torch.tensor(free, device=self.device)
         ids, mask = (x.to(self.device) for x in left_pad([job.prompt for job in jobs], self.layout.pad_id))
@@ -99,11 +99,11 @@ class Slots:
         return slots
 
     def groups(self, static_shapes: bool, remembered: bool = False) -> list[Group]:
-        """The slots in forwards of rows of like length.
+        """Group the taken slots by prompt length; each group is one forward pass.
 
         Args:
-            fixed: keep to few possible shapes: rows are filled up to a power of two with free slots, which do nothing.
-            remembered: no more than the active blocks is read.
+            static_shapes: use few shapes: a group is filled up to a power of two with free slots, which do nothing.
+            remembered: whether a KV cache holds finished blocks, so that only active blocks are read.
         """
         taken = self.taken
         if static_shapes:
@@ -114,19 +114,19 @@ class Slots:
         order = sorted(taken, key=lambda slot: -sizes[slot])
         budget = READ.get(self.device.type, READ_ELSEWHERE)
         read = [self.settings.block_length if remembered else sizes[x] + self.settings.length for x in order]
-        cut = split(read, budget)
-        return [Group(torch.tensor(order[a:b], device=self.device), sizes[order[a]]) for a, b in cut]
+        ranges = split(read, budget)
+        return [Group(torch.tensor(order[a:b], device=self.device), sizes[order[a]]) for a, b in ranges]
 
     def commit(self, group: Group, columns: Tensor, commit: Tensor, token: Tensor, logp: Tensor, still: Tensor) -> None:
-        """Write down a step, and let each row move on.
+        """Commit the tokens of one step, and advance each row.
 
         Args:
             group: the rows ``[n]``.
-            at: int64 ``[n i]``, columns of the completion; the last one of all for what is no position.
-            commit: bool ``[n i]``, what is fixed now.
+            columns: int64 ``[n i]``, columns of the completion; the extra last column for positions outside it.
+            commit: bool ``[n i]``, the positions that are committed now.
             token: int64 ``[n i]``.
             logp: ``[n i]``.
-            still: bool ``[n i]``, what stays masked in the active block.
+            still: bool ``[n i]``, the positions of the active block that stay masked.
         """
         rows, settings = group.slots, self.settings
         step, step_in_block, block = self.step[rows], self.step_in_block[rows], self.block[rows]
@@ -139,7 +139,7 @@ class Slots:
             state[rows] = former.scatter(
                 1, columns, torch.where(commit, new.to(state.dtype), former.gather(1, columns))
             )
-        full = ~still.any(1)  # such a block moves on, past the steps that would commit nothing
+        full = ~still.any(1)  # the row goes to its next block, past steps that would commit nothing
         skip_ahead = settings.threshold is None and not self.layout.blocks_of_prompt
         self.step[rows] = step = step + torch.where(full, len(self.schedule) - step_in_block if skip_ahead else 1, 1)
         self.step_in_block[rows] = torch.where(full | (settings.threshold is not None), 0, step_in_block + 1)
@@ -153,12 +153,12 @@ class Slots:
         self.active[rows] = self.active[rows] & ~done
 
     def finished(self) -> list[int]:
-        """Taken slots whose rows have ended. Waits for the device."""
+        """Return the taken slots whose rows have ended. Waits for the device."""
         active = self.active.tolist()
         return [slot for slot in self.taken if not active[slot]]
 
     def free(self, slots: Sequence[int]) -> list[Job]:
-        """Take the rows out of some slots."""
+        """Remove the rows of some slots; return their jobs."""
         jobs = [job for slot in slots if (job := self.jobs[slot]) is not None]
         for slot in slots:
             self.jobs[slot] = None
@@ -166,7 +166,7 @@ class Slots:
         return jobs
 
     def trajectory(self, slots: Sequence[int]) -> Trajectory:
-        """What was made in some slots, on the CPU."""
+        """Return the trajectory of the rows in some slots, on the CPU."""
         rows = torch.tensor(slots, device=self.device)
         layout, settings = self.layout, self.settings
         tokens, reveal_step, logp = (x[rows, :-1].cpu() for x in (self.tokens, self.reveal_step, self.logp))
@@ -189,12 +189,12 @@ class Slots:
 
 
 def split(widths: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Ranges of rows of falling ``widths`` that hold at most ``budget`` positions with their padding, or one row."""
-    cut: list[tuple[int, int]] = []
+    """Split rows of descending ``widths`` into ranges of at most ``budget`` padded positions, or of a single row."""
+    ranges: list[tuple[int, int]] = []
     for row in range(len(widths)):
-        start = cut[-1][0] if cut else 0
-        if cut and (row + 1 - start) * widths[start] <= budget:
-            cut[-1] = (start, row + 1)
+        start = ranges[-1][0] if ranges else 0
+        if ranges and (row + 1 - start) * widths[start] <= budget:
+            ranges[-1] = (start, row + 1)
         else:
-            cut.append((row, row + 1))
-    return cut
+            ranges.append((row, row + 1))
+    return ranges
