@@ -1,4 +1,4 @@
-"""The autoregressive policy: any causal language model of transformers, decoded by its own generation."""
+"""The autoregressive policy: any causal language model of transformers, decoded by `generate` of transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from dllm_sd.randomness import fold, key_tensor, uniform
 from dllm_sd.trajectory import NEVER, Reach, Trajectory, Unit, completion_length, concatenate, left_pad
 
 NO_MASK = -1
-"""Stands where a masked-diffusion policy has its mask token; no such row exists, so that nobody can read it."""
+"""Placeholder id where a masked-diffusion policy has its mask token; the embedding has no row for it."""
 
 
 class Autoregressive(LanguageModel):
     """A causal language model behind the `Policy` protocol.
 
-    Its trajectories are revealed one token a step from left to right, in blocks of one token; its logits speak about
-    the next position, which the module settles: row ``m`` of `site_logits` speaks about site ``m``.
+    Its trajectories are revealed one token per step from left to right, in blocks of one token. The network's logits
+    predict the next position, and the module shifts them: row ``m`` of `site_logits` is the prediction for site ``m``.
     """
 
     mask_id = NO_MASK
@@ -41,7 +41,7 @@ class Autoregressive(LanguageModel):
         meter: Meter | None = None,
         reach: Reach | None = None,
     ) -> Trajectory:
-        """Complete any number of prompts, `settings.batch_size` of them at a time, those of like length together.
+        """Complete any number of prompts, `settings.batch_size` at a time, prompts of similar length together.
 
         ``watch`` sees the completion side int64 ``[b l]`` of a batch before each token, `NO_MASK` where nothing is
         written yet. Returns the trajectory on the CPU, in the order of the prompts.
@@ -55,8 +55,8 @@ class Autoregressive(LanguageModel):
         with self.decoding():
             for start in range(0, len(order), settings.batch_size):
                 rows = order[start : start + settings.batch_size]
-                some = [prompts[row] for row in rows]
-                parts.append(self._generate(some, settings, [keys[row] for row in rows], watch, meter, reach))
+                batch = [prompts[row] for row in rows]
+                parts.append(self._generate(batch, settings, [keys[row] for row in rows], watch, meter, reach))
                 if finished is not None:
                     finished(torch.tensor(rows), parts[-1])
         return concatenate(parts).select(torch.tensor(order).argsort())
@@ -70,7 +70,7 @@ class Autoregressive(LanguageModel):
         meter: Meter | None,
         reach: Reach | None,
     ) -> Trajectory:
-        """One batch through transformers' `generate`; the choice of each token is ours, and keyed."""
+        """Complete one batch with `generate` of transformers; `KeyedChoice` draws each token."""
         prompt_ids, prompt_mask = left_pad(prompts, self.pad_id)
         network: Any = self.module.network
         chooser = KeyedChoice(
@@ -79,13 +79,13 @@ class Autoregressive(LanguageModel):
         )
         wanted = self._wanted(settings, reach)
         with _generating_as(network, wanted):
-            found = network.generate(
+            sequences = network.generate(
                 input_ids=prompt_ids.to(self.device),
                 attention_mask=prompt_mask.to(self.device),
                 generation_config=wanted,
                 logits_processor=LogitsProcessorList([chooser]),
             )
-        written = found[:, prompt_ids.shape[1] :].cpu()
+        written = sequences[:, prompt_ids.shape[1] :].cpu()
         trajectory = self._trajectory(prompt_ids, prompt_mask, written, settings.length, torch.stack(chooser.logp, 1))
         if meter is not None:
             made = written.shape[1]
@@ -97,7 +97,7 @@ class Autoregressive(LanguageModel):
     def complete(
         self, queue: Queue, settings: Decoding, *, meter: Meter | None = None, reach: Reach | None = None
     ) -> None:
-        """Complete what a queue has, a batch at a time; in turns, all that it has at that moment."""
+        """Complete the jobs of a queue, one batch at a time; with continuous batching all waiting jobs together."""
 
         def decode(prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> Trajectory:
             return self.decode(prompts, settings, keys, meter=meter, reach=reach)
@@ -113,7 +113,7 @@ class Autoregressive(LanguageModel):
         meter: Meter | None,
         reach: Reach | None,
     ) -> Trajectory:
-        """All prompts through transformers' continuous batching, each row on its own."""
+        """Complete all prompts with continuous batching of transformers."""
         wanted = self._wanted(settings, reach)
         choice = TurnChoice(
             *(settings, key_tensor(keys, self.device), self.suppress, prompts, wanted.max_new_tokens or 0),
@@ -136,7 +136,7 @@ class Autoregressive(LanguageModel):
         return trajectory
 
     def _wanted(self, settings: Decoding, reach: Reach | None) -> GenerationConfig:
-        """What is asked of transformers; the choice of each token is ours."""
+        """Return the generation config; it is greedy, since a logits processor draws each token."""
         steps = settings.length if reach is None else min(reach.count, settings.length)
         return GenerationConfig(
             max_new_tokens=steps, do_sample=False, eos_token_id=list(self.end_ids), pad_token_id=self.pad_id
@@ -149,7 +149,7 @@ class Autoregressive(LanguageModel):
     def _trajectory(
         self, prompt_ids: Tensor, prompt_mask: Tensor, written: Tensor, length: int, logp: Tensor | None
     ) -> Trajectory:
-        """What was ``written`` int64 ``[b w]`` up to the first end token, on ``length`` positions."""
+        """The trajectory of ``written`` int64 ``[b w]``, up to the first end token, on ``length`` positions."""
         step = torch.arange(length).expand(len(written), -1)
         known = step < completion_length(written, self.end_ids)[:, None]
 
@@ -172,22 +172,22 @@ class Autoregressive(LanguageModel):
         )
 
     def extent(self, unit: Unit, settings: Decoding) -> int:
-        """Blocks or steps of a complete decoding: a token each."""
+        """Return the blocks or steps of a complete decoding; each is one token."""
         return settings.length
 
 
 @contextmanager
 def _generating_as(network: Any, wanted: GenerationConfig) -> Iterator[None]:
-    """Nothing but what is ``wanted``: `generate` fills in what a checkpoint's own generation config says."""
-    own, network.generation_config = network.generation_config, wanted
+    """Replace the generation config of the checkpoint inside, since `generate` takes missing values from it."""
+    former, network.generation_config = network.generation_config, wanted
     try:
         yield
     finally:
-        network.generation_config = own
+        network.generation_config = former
 
 
 class KeyedChoice(LogitsProcessor):
-    """Chooses each row's next token by that row's key, and leaves `generate` no other."""
+    """Logits processor that draws each row's next token by the row's key, and masks all other tokens."""
 
     def __init__(
         self,
@@ -198,14 +198,14 @@ class KeyedChoice(LogitsProcessor):
         watch: Callable[[Tensor], None] | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        """For rows with ``keys [b]`` behind prompts of ``width`` columns, of a ``vocabulary`` if known."""
+        """Draw for rows with ``keys [b]`` after prompts of ``width`` columns; ``vocabulary`` may be unknown."""
         self.settings, self.keys, self.width, self.watch = settings, keys, width, watch
         self.banned = banned_ids(settings, suppress, keys.device, vocabulary)
         self.logp: list[Tensor] = []
-        """``[b]`` of each step so far."""
+        """`Trajectory.logp` ``[b]`` of each step so far."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``[b s], [b v] -> [b v]``: 0 at the token that is chosen, -inf elsewhere."""
+        """Map ids ``[b s]`` and scores ``[b v]`` to ``[b v]``: 0 at the drawn token, -inf elsewhere."""
         step = input_ids.shape[1] - self.width
         if self.watch is not None:
             canvas = torch.full((len(input_ids), self.settings.length), NO_MASK, device=input_ids.device)

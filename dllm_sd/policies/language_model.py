@@ -1,4 +1,4 @@
-"""What both kinds of policy share: a network wrapped for processes, a chat format, token ids."""
+"""What both kinds of policy share: a network wrapped for distributed training, a chat format, token ids."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ from dllm_sd.pretrained.chat import Chat
 
 
 class LanguageModel:
-    """A network behind the part of the `Policy` protocol in which backbones do not differ."""
+    """The part of the `Policy` protocol that autoregressive and masked-diffusion models share."""
 
     causal: ClassVar[bool]
 
@@ -33,18 +33,18 @@ class LanguageModel:
         shift: bool = False,
         merge_rollouts: bool = False,
     ) -> None:
-        self.module = SiteHead(model, block_length, shift or self.causal)  # causal logits speak about what follows
+        self.module = SiteHead(model, block_length, shift or self.causal)  # causal logits predict the next token
         self.chat = chat
         self.end_ids, self.pad_id = end_ids, pad_id
         self.suppress = suppress
-        """Ids of the output head that the tokenizer does not know."""
+        """Rows of the output head without a token of the tokenizer; they are never sampled."""
         self.merge_rollouts = merge_rollouts
         self.starts_adapted = False
-        """Whether the adapter was read from somewhere (`model.lora.start`), rather than new."""
+        """Whether the adapter was loaded (`model.lora.start`) rather than newly initialised."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.module.parameters()).device
 
     @property
@@ -59,7 +59,7 @@ class LanguageModel:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Eval mode, adapters folded in if asked for, no gradient."""
+        """Eval mode without gradient inside; adapters are merged if `merge_rollouts` is set."""
         model = self.module.model
         folded = merged(model) if self.merge_rollouts and isinstance(model, PeftModel) else nullcontext()
         with evaluating(self.module), folded, torch.no_grad():
@@ -69,7 +69,7 @@ class LanguageModel:
         """Chat messages as prompt tokens, the assistant's turn opened; ``thinking`` overrides the template's switch.
 
         Raises:
-            InputError: if there is nothing that an autoregressive model could go on from.
+            InputError: if the prompt is empty and the model is autoregressive.
         """
         prompt = self._chat.encode(messages, thinking)
         if self.causal and not prompt:
@@ -82,7 +82,7 @@ class LanguageModel:
 
     @property
     def formatting(self) -> tuple[int, ...]:
-        """Ids of tokens that say nothing (`Chat.formatting`)."""
+        """Ids of formatting tokens (`Chat.formatting`)."""
         return self._chat.formatting
 
     def text(self, tokens: Sequence[int]) -> str:

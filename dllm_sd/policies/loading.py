@@ -87,10 +87,10 @@ def skeleton(blueprint: Blueprint) -> PreTrainedModel:
     """The network without memory for its weights (meta device), to count them.
 
     Raises:
-        InputError: if there is no such network.
+        InputError: if transformers cannot build the network.
     """
     network_class: Any = blueprint.family.network
-    options = {"attn_implementation": blueprint.model.attention}  # never what a config.json names
+    options = {"attn_implementation": blueprint.model.attention}  # rather than the one in config.json
     with _usable(blueprint.model), torch.device("meta"):
         if network_class:
             return network_class._from_config(blueprint.config, **options)
@@ -99,7 +99,7 @@ def skeleton(blueprint: Blueprint) -> PreTrainedModel:
 
 @contextmanager
 def _usable(model: Model) -> Iterator[None]:
-    """Around what transformers makes of a checkpoint's files, whose damaged values it can stumble over anyhow."""
+    """Turn any exception that transformers raises on a damaged checkpoint into an `InputError`."""
     try:
         yield
     except InputError:
@@ -110,7 +110,7 @@ def _usable(model: Model) -> Iterator[None]:
 
 
 def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> Any:
-    """The native network of a blueprint, whole and with sound buffers, in eval mode.
+    """Load the network of a blueprint in eval mode, and check that all its tensors and buffers are right.
 
     Raises:
         InputError: naming the file or tensor that is missing, misshaped, unexpected or damaged.
@@ -152,7 +152,7 @@ def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dic
             bnb_4bit_compute_dtype=options["dtype"],
         )
     if blueprint.model.quantization or torch.device(device).type != "cpu":
-        options["device_map"] = {"": device}  # shard by shard, straight to where it stays
+        options["device_map"] = {"": device}  # load each shard straight to the device
     network_class: Any = blueprint.family.network or AutoModelForCausalLM
     network, report = network_class.from_pretrained(
         blueprint.folder,
@@ -171,14 +171,14 @@ def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dic
                 "the config.json that belongs to it"
             )
     if network.get_input_embeddings().weight is not network.get_output_embeddings().weight:
-        network.config.tie_word_embeddings = False  # a head of its own, whatever the config says
+        network.config.tie_word_embeddings = False  # the head is separate, even if the config says otherwise
     return network
 
 
 def _check_size(network: PreTrainedModel, files: set[Path], path: str) -> None:
-    """Refuse a config.json that asks for far more numbers than the files can hold, before there is room for them.
+    """Refuse a config.json that asks for far more parameters than the files can hold, before they are allocated.
 
-    No format takes less than two bits for a number.
+    No format stores a parameter in less than two bits.
     """
     parts = dict(network.named_parameters()) | dict(network.named_buffers())
     asked, held = sum(part.numel() for part in parts.values()), 4 * sum(file.stat().st_size for file in files)
@@ -190,17 +190,17 @@ def _check_size(network: PreTrainedModel, files: set[Path], path: str) -> None:
         )
 
 
-def _check_tensors(network: PreTrainedModel, found: Mapping[str, tuple[int, ...]], path: str) -> None:
-    """Compare the names and shapes in the files with what the network asks for, in the names of its family."""
+def _check_tensors(network: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Compare the names and shapes in the files with those that the network needs, in the names of its family."""
     tied = set(network.all_tied_weights_keys)
     whole = network.state_dict()
     known = revert_weight_conversion(network, whole)
     needed = revert_weight_conversion(network, {name: whole[name] for name in whole.keys() - tied})
-    for name in sorted(needed.keys() | found.keys()):
+    for name in sorted(needed.keys() | shapes.keys()):
         asked = tuple(known[name].shape) if name in known else None
-        if asked != found.get(name):
+        if asked != shapes.get(name):
             raise InputError(
-                f"tensor {name} of the checkpoint at {path!r} does not fit: the files have {found.get(name)}, its "
+                f"tensor {name} of the checkpoint at {path!r} does not fit: the files have {shapes.get(name)}, its "
                 f"config.json asks for {asked}; download it again, or use the config.json that belongs to it"
             )
 
@@ -250,7 +250,7 @@ def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], s
 def make_teacher(weights: Weights, policy: AnyPolicy, adapter: str | None, student: Model) -> Teacher:
     """A teacher of the student ``policy`` (see `Teacher`); another checkpoint is loaded here, to the same device.
 
-    Its output head must have the student's rows; those that no token has may be more or fewer.
+    The output heads may differ only in the number of rows without a token; they are padded or cut to the student's.
     """
     model = weights.other_model(student)
     if model is None:
@@ -277,27 +277,27 @@ def put_on(policy: AnyPolicy, adapter: str) -> None:
     try:
         with without_peft_warning():
             policy.module.model = PeftModel.from_pretrained(network, adapter).eval()
-    except Exception as error:  # PEFT can stumble over damaged values anyhow
+    except Exception as error:  # damaged values can raise any exception in PEFT
         raise InputError(f"the adapter at {adapter!r} does not fit the model: {brief(error)}") from error
 
 
 def _check_rotary(network: nn.Module, where: str) -> None:
-    """Rotary frequencies live in buffers that no checkpoint holds; a class may leave them unset without a word."""
+    """Check the rotary frequencies: they are buffers that no checkpoint holds, and a class may leave them unset."""
     for name, part in network.named_modules():
-        found: Any = getattr(part, "inv_freq", None)
-        if not isinstance(found, torch.Tensor):
+        inv_freq: Any = getattr(part, "inv_freq", None)
+        if not isinstance(inv_freq, torch.Tensor):
             continue
         build: Any = type(part)
-        right: Any = build(part.config)
-        if not torch.allclose(found.float().cpu(), right.inv_freq.float(), rtol=1e-3, atol=0):
+        rebuilt: Any = build(part.config)
+        if not torch.allclose(inv_freq.float().cpu(), rebuilt.inv_freq.float(), rtol=1e-3, atol=0):
             raise InputError(f"the rotary frequencies of {name} at {where!r} are wrong after loading; report this")
 
 
 def _check(policy: AnyPolicy, model: Model) -> None:
-    """What can silently go wrong: an attention mask of the wrong kind, non-finite weights."""
+    """Check what can go wrong silently: the kind of the attention mask, and non-finite weights."""
     length = 2 * (policy.block_length or 2)
     ids = torch.full((3, length), policy.pad_id if policy.causal else policy.mask_id)
-    ids[1, length // 2 - 1] = ids[2, -1] = _other_than(int(ids[0, 0]), policy)  # inside the first block, and behind it
+    ids[1, length // 2 - 1] = ids[2, -1] = _other_than(int(ids[0, 0]), policy)  # in the first block, and after it
     sites = torch.zeros_like(ids, dtype=torch.bool)
     sites[:, 1 if policy.causal else 0] = True
     with torch.no_grad(), _usable(model):

@@ -64,7 +64,7 @@ class MaskedDiffusion(LanguageModel):
         """Denoise any number of prompts, `settings.batch_size` of them at a time, in eval mode (see `denoise`).
 
         ``watch`` sees all completion sides int64 ``[b l]`` before every step and at the end; rows that ended early keep
-        their last canvas. ``finished`` is told the rows int64 ``[r]`` that have just ended, and their trajectory.
+        their last canvas. ``finished`` is called with the rows int64 ``[r]`` that have ended, and their trajectory.
         Returns the trajectory on the CPU, in the order of the prompts.
         """
         canvases = torch.full((len(prompts), settings.length), self.mask_id)
@@ -96,7 +96,7 @@ class MaskedDiffusion(LanguageModel):
         reach: Reach | None = None,
         watch: Watch | None = None,
     ) -> None:
-        """Denoise what a queue has, in eval mode (see `denoise`)."""
+        """Denoise the jobs of a queue, in eval mode (see `denoise`)."""
         check_denoising(self.block_length, settings)
         use_kv_cache = self.block_length is not None and settings.prefix_cache and not self.module.shift
         layout = Layout(self.mask_id, self.end_ids, self.pad_id, self.block_length is not None)
@@ -136,14 +136,14 @@ class MaskedDiffusion(LanguageModel):
 
     def extent(self, unit: Unit, settings: Decoding) -> int:
         """Blocks or steps of a complete decoding; with a threshold, the most steps that it may take."""
-        blocks = settings.num_blocks + (self.block_length is not None)  # one that the prompt's end may begin
+        blocks = settings.num_blocks + (self.block_length is not None)  # one more where the prompt ends inside a block
         if unit == "blocks":
             return blocks
         return settings.length if settings.threshold is not None else blocks * len(settings.schedule)
 
 
 def check_denoising(block_length: int | None, settings: Decoding, key: str = "decode") -> None:
-    """Refuse continuous batching, blocks that do not fill the canvas, and others than a block-causal model sees.
+    """Refuse continuous batching, blocks that do not fill the canvas, and a block length that the model does not have.
 
     Raises:
         InputError: naming the key.

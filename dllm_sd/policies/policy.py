@@ -1,4 +1,4 @@
-"""What a policy is: it decodes to a trajectory, and it gives logits at the sites of a view."""
+"""The policy protocol: a policy decodes prompts to trajectories, and computes logits at the sites of a view."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -14,15 +14,15 @@ class Policy(Protocol):
     """A language model as the trainer sees it."""
 
     causal: ClassVar[bool]
-    """Whether it is autoregressive; else it denoises."""
+    """Whether the model is autoregressive; otherwise it is a masked-diffusion model."""
     mask_id: int
-    """What stands where nothing is written yet."""
+    """The mask token id, which stands at positions without a token."""
     starts_adapted: bool
-    """Whether its adapter holds something before it learns, so that the model without it is another one."""
+    """Whether the adapter was loaded, so that the model without its adapter is not the initial policy."""
 
     @property
     def module(self) -> nn.Module:
-        """A `SiteHead`: of ``(ids, mask, sites)`` it makes logits ``[m v]``. This is what processes wrap."""
+        """A `SiteHead`, which maps ``(ids, mask, sites)`` to logits ``[m v]``. DDP and FSDP wrap this module."""
         ...
 
     def decode(
@@ -37,13 +37,13 @@ class Policy(Protocol):
     ) -> Trajectory:
         """Complete tokenised prompts; ``keys[b]`` seed each row, so that batching cannot change a result.
 
-        ``finished`` is called with the rows that have just ended and their trajectory, ``meter`` counts the cost, and
-        decoding stops at ``reach`` if one is given.
+        ``finished`` is called with the rows that have ended and their trajectory, ``meter`` counts the cost, and
+        decoding stops at ``reach`` if it is given.
         """
         ...
 
     def complete(self, queue: Any, settings: Any, *, meter: Any = None, reach: Reach | None = None) -> None:
-        """Complete what a `queue.Queue` has, each job as `decode` would."""
+        """Complete the jobs of a `queue.Queue`, each with the result that `decode` would give."""
         ...
 
     def extent(self, unit: Unit, settings: Any) -> int:
@@ -51,7 +51,7 @@ class Policy(Protocol):
         ...
 
     def site_logits(self, view: View) -> Tensor:
-        """Logits ``[m v]``; row ``m`` speaks about the token at site ``m``."""
+        """Logits ``[m v]``; row ``m`` is the prediction for the token at site ``m``."""
         ...
 
     def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Any) -> Trajectory:
@@ -68,7 +68,7 @@ class Policy(Protocol):
 
     @property
     def formatting(self) -> tuple[int, ...]:
-        """Ids of tokens that say nothing: special ones, marks, line breaks."""
+        """Ids of formatting tokens: special tokens, marks, line breaks."""
         ...
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -82,34 +82,34 @@ class Policy(Protocol):
 
     @property
     def byte_ids(self) -> frozenset[int]:
-        """Ids that stand for single bytes, a run of which `text` reads as a whole."""
+        """Ids that stand for single bytes; `text` decodes a run of them together."""
         ...
 
 
 WINDOW, OVERLAP = 24, 8
-"""Tokens that `offsets` reads at most before it forgets the earlier ones, and how many it remembers then."""
+"""Most tokens that `offsets` decodes together, and how many of them it keeps when it drops the earlier ones."""
 
 
 def offsets(policy: Policy, tokens: Sequence[int]) -> list[int]:
-    """Where each token begins in the text of all of them, in characters, and where the last one ends.
+    """Return the character at which each token begins in the text of all tokens, and the one at which the last ends.
 
     Entry ``i`` is the length of ``policy.text(tokens[:i])``, in which a character whose last bytes are still missing is
-    written with replacement characters. Reading every prefix from its start would be quadratic, so only the last tokens
-    are read: what stands more than `OVERLAP` tokens before a place changes the text behind it no more. A run of byte
-    tokens is the exception, which is read whole: all of it turns into replacement characters where one does not fit.
+    written with replacement characters. Decoding every prefix from its start would be quadratic, so only the last
+    tokens are decoded: tokens more than `OVERLAP` before a place no longer change the text after it. The exception is a
+    run of byte tokens, which is decoded whole, since one invalid byte turns all of it into replacement characters.
     """
-    spoken = [token for token in tokens if token not in policy.silent_ids]
+    visible = [token for token in tokens if token not in policy.silent_ids]
     ends, start, before = [0], 0, 0
-    for stop in range(1, len(spoken) + 1):
-        text = policy.text(spoken[start:stop])
+    for stop in range(1, len(visible) + 1):
+        text = policy.text(visible[start:stop])
         ends.append(before + len(text))
         if stop - start < WINDOW:
             continue
-        later = stop - OVERLAP
-        while later > start and spoken[later] in policy.byte_ids:
-            later -= 1
-        rest = policy.text(spoken[later:stop])
-        if text.endswith(rest[len(rest) // 2 :]):  # else what it begins with still matters
-            start, before = later, ends[-1] - len(rest)
-    heard = accumulate((token not in policy.silent_ids for token in tokens), initial=0)
-    return [ends[count] for count in heard]
+        first = stop - OVERLAP
+        while first > start and visible[first] in policy.byte_ids:
+            first -= 1
+        rest = policy.text(visible[first:stop])
+        if text.endswith(rest[len(rest) // 2 :]):  # else the first tokens still change the text
+            start, before = first, ends[-1] - len(rest)
+    visible_before = accumulate((token not in policy.silent_ids for token in tokens), initial=0)
+    return [ends[count] for count in visible_before]

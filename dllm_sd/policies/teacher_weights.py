@@ -1,4 +1,4 @@
-"""What a part must say of the weights that a teacher runs with, or that make rollouts."""
+"""Protocols of the weights that a teacher runs with, and of the policy that makes rollouts."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Protocol, Self
@@ -12,7 +12,7 @@ from dllm_sd.pretrained.model import Model
 
 
 class Weights(Part, Protocol):
-    """Whose weights a teacher runs with; `WeightsDefaults` has all of it."""
+    """Which weights a teacher runs with; `WeightsDefaults` gives a default for every member."""
 
     @property
     def stored(self) -> bool:
@@ -26,7 +26,7 @@ class Weights(Part, Protocol):
 
     @property
     def follows_optimizer_steps(self) -> bool:
-        """Whether they stay as they are at an update that is skipped."""
+        """Whether they stay unchanged when an update is skipped."""
         ...
 
     @property
@@ -51,21 +51,21 @@ class Weights(Part, Protocol):
 
     @property
     def weights(self) -> "Weights | None":
-        """Themselves: what has weights may write hints and make rollouts with the run's models."""
+        """These weights: a part that has weights may write hints and make rollouts with the run's models."""
         ...
 
     @property
     def remote(self) -> None:
-        """None: no server writes."""
+        """None: no server generates text."""
         ...
 
     @property
     def subspace(self) -> Subspace | None:
-        """What keys and values are held in where these weights make rollouts; None for nothing."""
+        """The subspace that keys and values are projected onto during rollouts; None projects nothing."""
         ...
 
     def is_without_adapter(self, started: bool) -> bool:
-        """Whether an adapted model has these weights when its adapter is off; ``started``: the adapter was not new."""
+        """Whether switching the adapter off gives these weights; ``started`` tells that the adapter was loaded."""
         ...
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
@@ -77,8 +77,8 @@ class Weights(Part, Protocol):
         ...
 
     def read(self, policy: Policy) -> dict[str, Tensor] | None:
-        """What is put into the copy at first, by the names of those that the student ``policy`` trains; None leaves it
-        the student's."""
+        """The initial values of the copy, by the names of the parameters that the student ``policy`` trains; None means
+        the student's values."""
         ...
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
@@ -87,7 +87,7 @@ class Weights(Part, Protocol):
 
 
 class WeightsDefaults:
-    """Weights that never move, with no copy."""
+    """Defaults: weights that never change, and of which no copy is held."""
 
     stored: ClassVar[bool] = False
     moves: ClassVar[bool] = False
@@ -99,41 +99,41 @@ class WeightsDefaults:
 
     @property
     def is_student(self) -> bool:
-        """False."""
+        """Return False."""
         return False
 
     @property
     def source(self) -> str | None:
-        """None: they come from the student."""
+        """Return None: they come from the student."""
         return None
 
     @property
     def weights(self) -> Self:
-        """Themselves."""
+        """Return these weights."""
         return self
 
     def is_without_adapter(self, started: bool) -> bool:
-        """Never."""
+        """Return False."""
         return False
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """Never."""
+        """Return False."""
         return False
 
     def other_model(self, student: Model) -> Model | None:
-        """None: it is the student's."""
+        """Return None: the model is the student's."""
         return None
 
     def read(self, policy: Policy) -> dict[str, Tensor] | None:
-        """None: the copy is the student's."""
+        """Return None: the copy starts from the student's weights."""
         return None
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
-        """They never move."""
+        """Do nothing: these weights never change."""
 
 
 class RolloutPolicy(Part, Protocol):
-    """Who may make rollouts: some of the weights of teachers (`Weights`), or a subspace of the initial ones."""
+    """What may make rollouts: weights of a teacher (`Weights`), or the initial policy projected onto a subspace."""
 
     @property
     def is_student(self) -> bool:
@@ -152,5 +152,5 @@ class RolloutPolicy(Part, Protocol):
 
     @property
     def subspace(self) -> Subspace | None:
-        """What keys and values are held in; None for nothing."""
+        """The subspace that keys and values are projected onto; None projects nothing."""
         ...

@@ -1,4 +1,4 @@
-"""Whose weights a teacher runs with: live, base, a moving average, a periodic snapshot, or another run's."""
+"""Which weights a teacher runs with: live, base (reference policy), EMA, periodic snapshot, or another run's."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -43,41 +43,41 @@ class Live(WeightsDefaults):
 
     @property
     def is_student(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """Before the step of the first update that they serve."""
+        """Whether live weights decode and the rollouts serve a single update, after which the weights differ."""
         return rolling == self and passes == 1
 
 
 @dataclass(frozen=True)
 class Base(WeightsDefaults):
-    """The weights that the run starts with: a frozen copy of them, or the adapter switched off where that is the same.
+    """The reference policy: the initial weights, as a frozen copy or with the adapter off where that is the same.
 
-    An adapter that starts from another one (`model.lora.start`) is copied, beside the student's.
+    An adapter that was loaded (`model.lora.start`) is copied, beside the student's.
     """
 
     at: Literal["start", "checkpoint"] = "start"
-    """The start of the run, with what `model.lora.start` put into the adapter; or the checkpoint at `model.path`,
-    without any adapter. They differ under `model.lora.start` only."""
+    """``start``: the start of the run, with the adapter of `model.lora.start`; ``checkpoint``: the model at
+    `model.path` without any adapter. They differ under `model.lora.start` only."""
     stored: ClassVar[bool] = True
 
     def is_without_adapter(self, started: bool) -> bool:
-        """Where the adapter began as nothing, or is not meant."""
+        """Whether the adapter was new, or the weights are those of the checkpoint."""
         return self.at == "checkpoint" or not started
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """Where base weights decode."""
+        """Whether the base weights decode."""
         return rolling == self
 
 
 @dataclass(frozen=True)
 class Ema(Ranged, WeightsDefaults, key="method.teacher"):
-    """An exponential moving average of the student: copy <- decay copy + (1 - decay) live, after every optimizer step.
+    """EMA teacher: copy <- decay copy + (1 - decay) live, after every optimizer step.
 
-    At an update that is skipped it stays (lasgroup/SDPO, commit 0e6d510, moves it in the step): else it would come
-    nearer to a student that has not learnt.
+    It stays unchanged when an update is skipped, since the student has not learnt then (lasgroup/SDPO, commit 0e6d510,
+    also moves the average in the optimizer step).
     """
 
     decay: Share = 0.99
@@ -88,7 +88,7 @@ class Ema(Ranged, WeightsDefaults, key="method.teacher"):
 
     @property
     def is_student(self) -> bool:
-        """Only an average that forgets everything."""
+        """Whether the average is the student itself, with decay 0."""
         return self.decay == 0
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
@@ -107,15 +107,15 @@ class Snapshot(Ranged, WeightsDefaults, key="method.teacher"):
 
     @property
     def is_student(self) -> bool:
-        """A copy renewed after every update."""
+        """Whether the copy is renewed after every update."""
         return self.every == 1
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
-        """If it is renewed whenever the student makes new rollouts, and never in between."""
+        """Whether the copy is renewed exactly when the student makes new rollouts."""
         return rolling == Live() and self.every == passes
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
-        """Renew the copy when its time has come; `update` counts from 1."""
+        """Renew the copy after every `every` updates; `update` counts from 1."""
         if update % self.every == 0:
             for name, value in copy.items():
                 value.copy_(live[name])
@@ -135,7 +135,7 @@ class Checkpoint(WeightsDefaults):
         return self.path
 
     def other_model(self, student: Model) -> Model:
-        """Read as the student is."""
+        """Return the keys of `model` for this checkpoint; attention and special tokens are the student's."""
         return Model(
             path=self.path,
             dtype=self.dtype,
@@ -147,7 +147,7 @@ class Checkpoint(WeightsDefaults):
 
 @dataclass(frozen=True)
 class Peer(WeightsDefaults):
-    """What another run trained on the student's own base: its adapter (or all weights), beside the student's."""
+    """The adapter (or all weights) of another run that was trained on the student's base, held beside the student's."""
 
     path: Place | None = None
     """Folder of one of its checkpoints, or of a PEFT adapter (``dllm-sd export --to peft``), of the student's shape."""
@@ -160,31 +160,31 @@ class Peer(WeightsDefaults):
         return self.path
 
     def read(self, policy: Policy) -> dict[str, Tensor]:
-        """Its tensors by the names of those that the student ``policy`` trains.
+        """Return its tensors, by the names of the parameters that the student ``policy`` trains.
 
         Raises:
-            InputError: if the folder does not hold just these, or says that they were scaled otherwise.
+            InputError: if the folder holds fewer, more or other tensors, or an adapter of another rank or alpha.
         """
         live, model = trained(policy), _peft(policy)
         remedy = "give the folder of a checkpoint, or PEFT adapter, of a run with the same model and model.lora"
         file = Path(self.path or "") / "adapter_model.safetensors"
         exported = self.path is not None and file.is_file()
         try:
-            found = load_file(file) if exported else read_tensors(file.parent, CHECKPOINT_WEIGHTS)
+            tensors = load_file(file) if exported else read_tensors(file.parent, CHECKPOINT_WEIGHTS)
         except (OSError, SafetensorError, InputError) as error:
             raise InputError(f"there is no usable peer at {self.path!r} ({on_one_line(error)}); {remedy}") from error
-        if broken := find_broken(found):
+        if broken := find_broken(tensors):
             raise InputError(f"the peer at {self.path!r} is damaged ({broken} is not finite); {remedy}")
         settings = model and model.peft_config[model.active_adapters[0]]
         if isinstance(settings, LoraConfig):
             check_scale(self.path or "", settings)
         names = {name: name.removeprefix("model.").replace(".default.", ".") if exported else name for name in live}
         for name, stored in names.items():
-            if stored not in found or found[stored].shape != live[name].shape:
+            if stored not in tensors or tensors[stored].shape != live[name].shape:
                 raise InputError(f"the peer at {self.path!r} has no tensor {stored} of the student's shape; {remedy}")
-        if len(found) != len(names):
+        if len(tensors) != len(names):
             raise InputError(f"the peer at {self.path!r} holds other tensors than the student trains; {remedy}")
-        return {name: placed_like(found[stored], live[name]) for name, stored in names.items()}
+        return {name: placed_like(tensors[stored], live[name]) for name, stored in names.items()}
 
 
 WEIGHTS: dict[str, type] = {
@@ -198,11 +198,11 @@ WEIGHTS: dict[str, type] = {
 
 
 class Teacher:
-    """The policy's module run with a teacher's weights: eval mode, no gradient, only trained tensors copied.
+    """Runs the policy's module with a teacher's weights, in eval mode, without gradient; copies trained tensors only.
 
-    Another checkpoint is a policy of its own, whole on every process. Under LoRA the base is the model without its
-    adapter where that began as nothing, and a copy is a second, frozen adapter of the same model. Under full
-    fine-tuning a copy takes the place of the parameters for the time of a call.
+    Another checkpoint is a separate policy, unsharded on every process. Under LoRA the base is the model with its
+    adapter switched off (if the adapter was new), and a copy is a second, frozen adapter of the same model. Under full
+    fine-tuning a copy replaces the parameters during a call.
     """
 
     def __init__(
@@ -211,10 +211,10 @@ class Teacher:
         """Copy the student as it is now.
 
         Args:
-            weights: whose weights.
+            weights: which weights the teacher runs with.
             policy: the student.
-            adapter: what `add_adapter` gave; to be called first, and by hand, where the parameters are sharded.
-            other: the other checkpoint, loaded, if it is one.
+            adapter: the result of `add_adapter`, which the caller must call before the parameters are sharded.
+            other: the loaded policy of another checkpoint, if the teacher is one.
         """
         self.weights, self.policy = weights, other or policy
         self._adapter = adapter or add_adapter(weights, policy)
@@ -234,7 +234,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, view: View) -> LazyLogits:
-        """What it says at the sites: logits if they are few, else hidden states and the head that reads them later."""
+        """Return logits at the sites if they fit into one chunk, else hidden states and the head to apply later."""
         module = self.policy.module
         with evaluating(module), self.applied():
             return run_at_sites(module, view, self._lazy_logits)
@@ -243,31 +243,31 @@ class Teacher:
         lazy = LazyLogits.under_autocast(hidden, head)
         if len(lazy.chunks()) == 1:
             return LazyLogits(lazy.logits(slice(None)))
-        own = {
+        head_params = {
             name: _whole(self.copy[full]).to(value.dtype)
             for name, value in self._head.named_parameters()
             if (full := self._full_names.get(name)) in self.copy
         }
-        return replace(lazy, head=partial(self._logits, own))
+        return replace(lazy, head=partial(self._logits, head_params))
 
     @property
     def _head(self) -> nn.Module:
         module: Any = self.policy.module
         return module.network.get_output_embeddings()
 
-    def _logits(self, own: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        """``[i h] -> [i v]``, even in the middle of the student's forward."""
+    def _logits(self, head_params: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        """Map hidden states ``[i h]`` to logits ``[i v]``; may be called during the student's forward pass."""
         head = self._head
         with evaluating(head), switched(head, self._adapter) if self._switches else nullcontext():
             module: Any = self.policy.module
-            return functional_call(head, own, (hidden,)) if own else module.logits(hidden)
+            return functional_call(head, head_params, (hidden,)) if head_params else module.logits(hidden)
 
     @property
     def _switches(self) -> bool:
         return _peft(self.policy) is not None and self.weights.stored
 
     def applied(self) -> AbstractContextManager[None]:
-        """The teacher's weights in the place of those of `policy`."""
+        """Put the teacher's weights in the place of those of `policy` inside."""
         model = _peft(self.policy)
         if model is not None and self._switches:
             return switched(model, self._adapter)
@@ -277,7 +277,8 @@ class Teacher:
     def after_update(self, update: int, stepped: bool = True) -> None:
         """Let the weights follow the student; call once after each update, counted from 1, also after a skipped one.
 
-        A snapshot is renewed whether the update ``stepped`` or not: it belongs to rollouts, which go by updates.
+        ``stepped`` tells whether the optimizer stepped. A snapshot is renewed in any case: it serves rollouts, which
+        are counted in updates.
         """
         if self.weights.follows_optimizer_steps and not stepped:
             return
@@ -286,7 +287,7 @@ class Teacher:
 
     @property
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint must hold: none for the base and a peer, which are read again."""
+        """The tensors that a checkpoint must hold: none for the base and a peer, which are loaded again."""
         return self.copy if self.weights.moves else {}
 
     def load(self, copy: Mapping[str, Tensor]) -> None:
@@ -302,12 +303,12 @@ class Teacher:
 
     def _fill_adapter(self) -> None:
         for name, slot in self._adapter_params.items():
-            if slot is not self.copy[name]:  # an average in more digits than the adapter has
+            if slot is not self.copy[name]:  # an average of higher precision than the adapter
                 slot.copy_(self.copy[name])
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor in the pieces and on the device of another one; every process has it, so nothing is sent."""
+    """Shard and place a full tensor like another; every process holds it, so nothing is communicated."""
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value.to(like.device)
@@ -319,9 +320,9 @@ def trained(policy: Policy) -> dict[str, Parameter]:
 
 
 def add_adapter(weights: Weights, policy: Policy) -> str | None:
-    """Make room for a teacher's copy in an adapted model; the name of the new adapter, None where none is needed.
+    """Add a second adapter for a teacher's copy; return its name, or None where none is needed.
 
-    It has parameters, so it must exist before the model is sharded over processes.
+    It has parameters, so it must be added before the model is sharded over processes.
     """
     model = _peft(policy)
     if model is None or not weights.stored or weights.is_without_adapter(policy.starts_adapted):
@@ -333,7 +334,7 @@ def add_adapter(weights: Weights, policy: Policy) -> str | None:
         model.add_adapter(name, settings)
     for value in model.parameters():
         value.requires_grad_(id(value) in live)
-    for part in model.modules():  # new ones start in training mode
+    for part in model.modules():  # new modules start in training mode
         part.training = policy.module.training if id(part) not in known else part.training
     return name
 
@@ -352,19 +353,19 @@ def _peft(policy: Policy) -> PeftModel | None:
 
 
 def _find_adapter_params(policy: Policy, adapter: str) -> dict[str, Tensor]:
-    """The parameters of another adapter by the names of the live one's."""
-    model, every = _peft(policy), dict(policy.module.named_parameters())
+    """Return the parameters of another adapter, by the names of the student's."""
+    model, params = _peft(policy), dict(policy.module.named_parameters())
     assert model is not None
     live = model.active_adapters[0]
 
     def twin(name: str) -> str:
         return ".".join(adapter if part == live else part for part in name.split("."))
 
-    return {name: every[twin(name)].detach() for name in trained(policy)}
+    return {name: params[twin(name)].detach() for name in trained(policy)}
 
 
 def _ema_dtype(weights: Weights, value: Tensor) -> Tensor:
-    """In bfloat16 the small steps of an average would round to nothing."""
+    """Cast an average to float32 at least; in bfloat16 its small steps would round to nothing."""
     return at_least_float32(value) if weights.kept_in_float32 else value
 
 
