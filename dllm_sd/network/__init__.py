@@ -1,1 +1,1 @@
-"""How a network is read at some sites, and changed for a while."""
+"""The network: logits at some sites, and temporary changes of its weights."""

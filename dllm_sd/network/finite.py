@@ -1,4 +1,4 @@
-"""Whether tensors hold numbers that training can go on with, or changed: a pass over them, and nothing copied."""
+"""Check whether tensors are finite or have changed, in one pass and without a copy."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 LARGEST = 1e19
-"""A float32 whose square overflows (1.8e19) makes every norm infinite: such a weight is as lost as one that is NaN."""
+"""A float32 whose square overflows (above 1.8e19) makes every norm infinite, so such a weight counts as broken."""
 
 
 @torch.no_grad()
 def largest(tensors: Iterable[Tensor]) -> float:
-    """The largest magnitude in all floating tensors, NaN if one holds it; of pieces, what lies on this process."""
+    """Return the largest magnitude in all floating tensors, NaN if any is NaN; of sharded tensors the local shard."""
     local = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
     held = [value.detach() for value in local if value.is_floating_point() and value.numel()]
     ends = [torch.stack(torch.aminmax(value)).abs().amax().float() for value in held]
@@ -21,7 +21,7 @@ def largest(tensors: Iterable[Tensor]) -> float:
 
 
 def find_broken(tensors: Mapping[str, Tensor], limit: float = math.inf) -> str | None:
-    """The name of the first floating tensor with an entry that is not finite, or not below ``limit`` in magnitude."""
+    """Return the name of the first floating tensor with an entry that is not finite or not below ``limit``."""
     if largest(tensors.values()) < limit:
         return None
     return next(name for name, value in tensors.items() if not largest([value]) < limit)
@@ -29,7 +29,7 @@ def find_broken(tensors: Mapping[str, Tensor], limit: float = math.inf) -> str |
 
 @torch.no_grad()
 def fingerprint(tensors: Iterable[Tensor]) -> list[float]:
-    """Sum and norm of each floating tensor in float64, of what lies on this process: other values, other figures."""
+    """Return sum and norm of each floating tensor (its local shard) in float64, to detect changed values."""
     local = [value.to_local() if isinstance(value, DTensor) else value.detach() for value in tensors]
     held = [value for value in local if value.is_floating_point() and value.numel()]
     wide = torch.float64

@@ -1,4 +1,4 @@
-"""Fold LoRA adapters into the weights for a while, and put the weights back bit for bit."""
+"""Merge LoRA adapters into the weights temporarily, and restore the weights bit for bit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from dllm_sd.losses.numerics import at_least_float32
 
 @contextmanager
 def merged(model: PeftModel) -> Iterator[None]:
-    """Inside, the network runs on W + BA without adapters; afterwards the weights are the former ones, copied back.
+    """Run the network on merged weights W + BA inside; afterwards the former weights are copied back.
 
-    Adapters that are switched off stay out of it.
+    Adapters that are switched off are not merged.
     """
     layers: list[Any] = [part for part in model.modules() if isinstance(part, Linear) and not part._disable_adapters]
     weights = [layer.get_base_layer().weight for layer in layers]

@@ -1,4 +1,4 @@
-"""The module that every process wraps: a causal-LM class of transformers that computes logits at the sites only."""
+"""The module that DDP or FSDP wraps: a causal-LM class of transformers that computes logits at the sites only."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ class Head:
 
     logits: Callable[[Tensor], Tensor]
     trained: tuple[Parameter, ...] = ()
-    """Those of its parameters that want a gradient."""
+    """Its parameters that require a gradient."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[i h]`` to logits ``[i v]``."""
@@ -30,14 +30,14 @@ class Head:
 
 
 SiteReader = Callable[[Tensor, Head], Any]
-"""What somebody does with hidden states ``[m h]`` and the head, inside ``forward``."""
+"""A function of hidden states ``[m h]`` and the output head that runs inside ``forward``."""
 
 
 class SiteHead(nn.Module):
     """A causal-LM class of transformers that computes logits at the sites only.
 
-    Whether positions see later ones is a matter of the network (`is_causal` of its config) and of `block_length`.
-    The gather stands before the output head and inside ``forward``, so that DDP and FSDP wrap it correctly.
+    The network (`is_causal` of its config) and `block_length` decide whether positions attend to later ones.
+    The sites are gathered before the output head and inside ``forward``, so that DDP and FSDP wrap both correctly.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class SiteHead(nn.Module):
 
         Args:
             model: the network.
-            block_length: positions of an attention block; None lets every position see all others.
-            shift: whether the network's logits at position i speak about position i + 1.
+            block_length: positions of an attention block; None lets every position attend to all others.
+            shift: whether the network's logits at position i predict position i + 1.
         """
         super().__init__()
         self.model = model
         self.block_length, self.shift = block_length, shift
         self.body: Callable[..., Any] | None = None
-        """What runs in the place of the network's layers while it is `compiled`."""
+        """Runs in the place of the network's layers while the module is `compiled`."""
         self._compiled: dict[str, Callable[..., Any]] = {}
         self.rows: int | None = None
-        """Rows that the logits shall have, for a teacher whose head has more or fewer of them than its student's."""
+        """Vocabulary rows of the logits, for a teacher whose head has more or fewer rows than its student's."""
 
     @property
     def _no_split_modules(self) -> Any:
-        """Kinds of layers that stay whole when the module is sharded (read by accelerate)."""
+        """Layer classes that are not split when the module is sharded (read by accelerate)."""
         return self.network._no_split_modules
 
     @property
@@ -83,13 +83,13 @@ class SiteHead(nn.Module):
         Args:
             ids: int64 ``[n s]``.
             mask: bool ``[n s]``, true where attention may look.
-            sites: bool ``[n s]``; or int64 ``[n w]``, ``w`` columns of every row, which is a shape known beforehand.
-            window: with it the ids are some positions of longer sequences, whose finished blocks it remembers; ``mask``
-                then tells which of them are real.
-            read: gets the hidden states ``[m h]`` at the sites and the output head, and its result is returned instead
-                of logits: for those who do not want all logits at once. Inside ``forward`` the head's weights are
-                whole, and processes see its gradient.
-            rows: int64 ``[k]``, with boolean sites ``[k s]``: the row of ``ids`` that each row of them is about.
+            sites: bool ``[n s]``; or int64 ``[n w]``, ``w`` columns of every row, whose number the host knows.
+            window: a KV cache; the ids are then some positions of longer sequences, and ``mask`` is true at the real
+                ones.
+            read: called with the hidden states ``[m h]`` at the sites and the output head; its result is returned
+                instead of logits, so that not all logits must exist at once. Inside ``forward`` the head's weights
+                are unsharded, and DDP and FSDP reduce its gradient.
+            rows: int64 ``[k]``, with boolean sites ``[k s]``: the row of ``ids`` that each row of sites belongs to.
         """
         network = self.network
         body = network.base_model if self.body is None or window is not None else self.body
@@ -99,8 +99,10 @@ class SiteHead(nn.Module):
             position = (mask.long().cumsum(1) - 1).clamp(min=0)  # counted from the first real token
             attention = mask if self.block_length is None else block_causal(position, mask, self.block_length)
         if attention.dim() == 2 and sites.dtype != torch.bool and "flash" not in network.config._attn_implementation:
-            attention = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)  # else the device is asked for padding
-        if attention.dim() == 4 and network.config._attn_implementation == "eager":  # it adds what it is given
+            attention = attention[:, None, None].expand(
+                -1, 1, ids.shape[1], -1
+            )  # avoids a check for padding that waits for the device
+        if attention.dim() == 4 and network.config._attn_implementation == "eager":  # eager attention adds the mask
             attention = torch.zeros_like(attention, dtype=torch.float32).masked_fill(~attention, -1e30)
         hidden = body(
             input_ids=ids, attention_mask=attention, position_ids=position, past_key_values=window, use_cache=False
@@ -110,12 +112,12 @@ class SiteHead(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The output head; its weights are whole only inside ``forward`` where they lie in pieces."""
+        """The output head; sharded weights are gathered only inside ``forward``."""
         part = self.network.get_output_embeddings()
         return Head(self.logits, tuple(value for value in part.parameters() if value.requires_grad))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[m v]`` of hidden states ``[m h]``; only inside ``forward`` where weights lie in pieces."""
+        """Return logits ``[m v]`` of hidden states ``[m h]``; call it inside ``forward`` if weights are sharded."""
         logits = self.network.get_output_embeddings()(hidden)
         if self.rows is None or logits.shape[-1] == self.rows:
             return logits
@@ -123,7 +125,7 @@ class SiteHead(nn.Module):
 
     @contextmanager
     def compiled(self, mode: str | None) -> Iterator[None]:
-        """The layers through `torch.compile` inside, for static shapes; its result is kept for the next time."""
+        """Run the layers through `torch.compile` inside, for static shapes; the compiled function is reused."""
         if mode is not None:
             layers = self.network.base_model
             if mode not in self._compiled:
@@ -135,7 +137,7 @@ class SiteHead(nn.Module):
             self.body = None
 
     def _states_at(self, hidden: Tensor, sites: Tensor, mask: Tensor, of: Tensor | None) -> Tensor:
-        """The states ``[m h]`` that speak about the sites: those at the sites, or one real token before them."""
+        """Return the states ``[m h]`` that predict the sites: at the sites or, with a shift, one real token before."""
         if sites.dtype == torch.bool:
             if not self.shift and of is None:
                 return hidden[sites]
@@ -150,9 +152,9 @@ class SiteHead(nn.Module):
 
 
 def run_at_sites(module: nn.Module, view: View, read: SiteReader) -> Any:
-    """Let ``module`` (a `SiteHead`, wrapped or not) read a view, equal rows only once.
+    """Run ``module`` (a `SiteHead`, wrapped or not) on a view and call ``read``; equal rows are computed only once.
 
-    Where dropout is active, every row is read: equal ones drop different numbers.
+    Where dropout is active every row is computed, since equal rows have different dropout masks.
     """
     view = view if _drops(module) else view.distinct()
     return module(view.ids, view.mask, view.sites, read=read, rows=view.rows)
@@ -167,7 +169,7 @@ def _drops(module: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; after it, every sub-module has its former mode again."""
+    """Set eval mode inside; afterwards every sub-module has its former mode again."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

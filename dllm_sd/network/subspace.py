@@ -1,9 +1,9 @@
-"""The subspace of keys and values that right answers depend on, and a network whose keys and values are held in it.
+"""The subspace of keys and values that right answers depend on, and their projection onto it during decoding.
 
-Self-policy distillation (SPD, arXiv 2605.22675). Gradients of the loss on a few right answers, taken where keys and
-values leave their linear layers, span it (Eq. 6); while the policy writes, keys and values are projected onto it
-(Eq. 12). What the paper leaves open (which rows, centring, the place before the rotary embedding) follows the authors'
-code, gh540-svg/hahaha commit e249fec.
+Self-policy distillation (SPD, arXiv 2605.22675). Gradients of the loss on a few right answers, taken at the outputs of
+the key and value layers, span the subspace (Eq. 6); during decoding, keys and values are projected onto it (Eq. 12).
+What the paper leaves open (which rows, centring, the place before the rotary embedding) follows the authors' code,
+gh540-svg/hahaha commit e249fec.
 
 Axes here: ``m`` rows, one for each position of each example; ``d`` dimensions, those of all key (value) heads together;
 ``s`` positions of one example.
@@ -35,7 +35,7 @@ Projectors = Mapping[int, tuple[Tensor | None, Tensor | None]]
 
 @dataclass(frozen=True)
 class Supervised:
-    """A text that the model reads, and the tokens that it is to get right there."""
+    """A training example: input ids, the supervised sites, and the target tokens there."""
 
     ids: Tensor
     """int64 ``[s]``; for a model that denoises, with masks on the sites."""
@@ -47,7 +47,7 @@ class Supervised:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the loss where keys and values leave their linear layers."""
+    """Gradients of the loss at the outputs of the key and value layers."""
 
     layers: Mapping[int, tuple[Tensor, Tensor]]
     """By layer, for keys and for values: float32 or float64 ``[m d]`` on the CPU."""
@@ -56,12 +56,12 @@ class Gradients:
     skipped: int
     """Examples without one among the positions that are read."""
     cut: int = 0
-    """Examples, used or skipped, of which the end is not read."""
+    """Examples, used or skipped, that were truncated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subspace(Ranged, key=KEY):
-    """Which part of keys and values is kept while the policy writes; the defaults are those of SPD."""
+    """The subspace that keys and values are projected onto during decoding; the defaults are those of SPD."""
 
     rank: Count | None = None
     """Dimensions that are kept; None keeps half of them."""
@@ -80,11 +80,11 @@ class Subspace(Ranged, key=KEY):
     is_student: ClassVar[bool] = False
     moves: ClassVar[bool] = False
     weights: ClassVar[None] = None
-    """The initial ones, which are held in it."""
+    """None: the initial weights decode, with keys and values projected."""
 
     @property
     def subspace(self) -> Self:
-        """Itself."""
+        """Return itself."""
         return self
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class Subspace(Ranged, key=KEY):
         """The layers of a network with ``count`` layers, whose keys and values have ``dimension`` dimensions.
 
         Raises:
-            InputError: if it has no such layer, or fewer dimensions than `rank`.
+            InputError: if the network has fewer layers, or fewer dimensions than `rank`.
         """
         check_rank(self.rank, dimension)
         if self.layers is None:
@@ -111,7 +111,7 @@ class Subspace(Ranged, key=KEY):
         return self.layers
 
     def __call__(self, gradients: Gradients) -> dict[int, tuple[Tensor | None, Tensor | None]]:
-        """The projectors of each layer that gradients were taken at."""
+        """Return the projectors of each layer for which there are gradients."""
         return {
             layer: (
                 self._projector(keys) if self.project != "values" else None,
@@ -125,7 +125,7 @@ class Subspace(Ranged, key=KEY):
 
 
 def check_rank(rank: int | None, dimension: int) -> None:
-    """Refuse a rank that a model's keys and values do not have.
+    """Refuse a rank above the dimension of a model's keys and values.
 
     Raises:
         InputError: naming the key and the largest rank.
@@ -158,7 +158,7 @@ def projector(gradients: Tensor, rank: int | None = None, energy: float | None =
         centre: whether the mean row is subtracted first.
 
     Raises:
-        InputError: if rank or energy has no meaning, or the gradients point nowhere or are not finite.
+        InputError: if rank or energy is invalid, or the gradients are zero or not finite.
     """
     _check_choice(rank, energy)
     gram = _gram(gradients, centre)
@@ -180,50 +180,51 @@ def projector(gradients: Tensor, rank: int | None = None, energy: float | None =
 
 
 def _gram(rows: Tensor, centre: bool) -> Tensor:
-    """``G^T G`` of ``G [m d]`` or, centred, of ``G - mean``: float64 ``[d d]``, some rows at a time."""
+    """``G^T G`` of ``G [m d]`` or, centred, of ``G - mean``: float64 ``[d d]``, computed in chunks of rows."""
     gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     mean = rows.sum(0, dtype=torch.float64) / max(len(rows), 1)
-    for some in rows.split(4096):
-        wide = some.double() - mean if centre else some.double()
+    for chunk in rows.split(4096):
+        wide = chunk.double() - mean if centre else chunk.double()
         gram.addmm_(wide.T, wide)
     return gram
 
 
 def kv_layers(network: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """The linear layers of keys and of values of every layer, as they stand in the network (with their adapters).
+    """Return the key and value projections of every layer, as the network holds them (with their adapters).
 
     Args:
         network: a decoder of transformers, or a PEFT model around one.
 
     Raises:
-        InputError: if they are not layers of their own, as where one makes query, key and value together.
+        InputError: if they are not separate modules, as with a fused query-key-value projection.
     """
     bare: Any = network.get_base_model() if isinstance(network, PeftModel) else network
     blocks = getattr(getattr(bare, "base_model", None), "layers", ())
-    found = []
+    pairs = []
     for block in blocks:
         attention = getattr(block, "self_attn", None)
         pair = getattr(attention, "k_proj", None), getattr(attention, "v_proj", None)
         if not all(_linears(part) for part in pair):
             break
-        found.append(pair)
-    if not found or len(found) < len(blocks):
+        pairs.append(pair)
+    if not pairs or len(pairs) < len(blocks):
         raise InputError(
             f"{KEY} projects the outputs of self_attn.k_proj and self_attn.v_proj, which not all layers of "
             f"{type(bare).__name__} have; choose a model that has them, such as Llama, Qwen or LLaDA"
         )
-    return found
+    return pairs
 
 
 def _linears(part: Any) -> list[nn.Linear]:
-    """The linear layers whose outputs ``part`` adds up or chooses from: itself, or a base layer and its adapters."""
+    """Return the linear layers of ``part``: itself, or a base layer and the B matrices of its adapters."""
     if isinstance(part, nn.Linear):
         return [part]
     if isinstance(part, LoraLayer):
         base = _linears(part.base_layer)
         return base and [*base, *(linear for B in part.lora_B.values() for linear in _linears(B))]
     if isinstance(part, ModulesToSaveWrapper):
-        return [linear for one in (part.original_module, *part.modules_to_save.values()) for linear in _linears(one)]
+        copies = (part.original_module, *part.modules_to_save.values())
+        return [linear for module in copies for linear in _linears(module)]
     return []
 
 
@@ -232,15 +233,15 @@ def collect(
 ) -> Gradients:
     """Gradients of the loss at the outputs of the key and value layers, at all positions of all examples.
 
-    An example's loss is its mean cross-entropy over its sites (SPD, Eq. 6). A module with a shift says nothing of a
-    first token, which is then no site. Biases are inside, and rotary embedding and normalisation of keys come after.
-    The module runs in eval mode, one example at a time; no parameter gets a gradient or loses one.
+    An example's loss is its mean cross-entropy over its sites (SPD, Eq. 6). A module with a shift has no
+    prediction for a first token, which is then not a site. The outputs include biases, and come before rotary embedding
+    and key normalisation. The module runs in eval mode, one example at a time; gradients of parameters do not change.
 
     Args:
         module: the policy's.
-        examples: what the loss is on.
+        examples: the calibration examples.
         layers: layers counted from zero, as `Subspace.chosen` gives them.
-        longest: positions of an example that are read; None reads all.
+        longest: positions after which an example is truncated; None truncates nothing.
 
     Raises:
         InputError: if no example has a site.
@@ -261,9 +262,9 @@ def collect(
             with _recorded([part for layer in rows for part in parts[layer]]) as outputs:
                 logits = module(ids[None], torch.ones_like(sites)[None], sites[None])
             loss = cross_entropy(at_least_float32(logits), targets[sites])
-            found = iter(torch.autograd.grad(loss, outputs))
-            for kept in (side for sides in rows.values() for side in sides):
-                kept.append(at_least_float32(next(found)[0]).cpu())
+            gradients = iter(torch.autograd.grad(loss, outputs))
+            for side in (side for sides in rows.values() for side in sides):
+                side.append(at_least_float32(next(gradients)[0]).cpu())
             used += 1
     if not used:
         raise InputError(
@@ -276,7 +277,7 @@ def collect(
 
 @contextmanager
 def _recorded(parts: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs of ``parts`` in the order of a forward pass, with a gradient even if all parameters are frozen."""
+    """Collect the outputs of ``parts`` in a forward pass; they require a gradient even if parameters are frozen."""
     seen: dict[nn.Module, Tensor] = {}
     outputs: list[Tensor] = []
 
@@ -292,11 +293,11 @@ def _recorded(parts: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def projected(network: nn.Module, projectors: Projectors) -> Iterator[None]:
-    """Inside, keys and values are ``K P_K`` and ``V P_V`` at every position (SPD, Eq. 12); after it, as before.
+    """Project keys and values to ``K P_K`` and ``V P_V`` at every position inside (SPD, Eq. 12).
 
     The projectors are folded into the linear layers, ``W <- P W`` and ``b <- P b``, and of adapters into ``B``, since
-    ``P (W + BA) x = (P W) x + (P B) A x``. So any decoder runs as it is, and `merged` may be entered inside. The former
-    values are copied back, also after an exception. Weights in pieces (FSDP2) must have been gathered before.
+    ``P (W + BA) x = (P W) x + (P B) A x``. So decoders need no change, and `merged` may be entered inside. The former
+    values are copied back, also after an exception. Sharded weights (FSDP2) must have been gathered before.
 
     Args:
         network: a decoder of transformers, or a PEFT model around one.
@@ -320,7 +321,7 @@ def projected(network: nn.Module, projectors: Projectors) -> Iterator[None]:
 
 
 def _folds(network: nn.Module, projectors: Projectors) -> list[tuple[Tensor, Tensor]]:
-    """Every weight and bias that changes, with its projector; all is checked before anything changes."""
+    """Return every weight and bias to change, with its projector, and check all of them beforehand."""
     parts = kv_layers(network)
     folds: list[tuple[Tensor, Tensor]] = []
     for layer, pair in projectors.items():

@@ -1,4 +1,4 @@
-"""Other weights in a module for a while: another adapter, or other values of its parameters."""
+"""Use other weights in a module temporarily: another adapter, or other parameter values."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 @contextmanager
 def switched(module: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Another adapter inside, or none; for calls without gradient.
+    """Activate another adapter inside, or none; for calls without gradient.
 
-    PEFT's own switches also set `requires_grad`, on the sharded or on the gathered parameters, whichever are in
-    place at that moment; here the flags stay as they are.
+    PEFT's own switches also set `requires_grad`, on the sharded or the gathered parameters, whichever are in place at
+    that moment; this function leaves the flags as they are.
     """
     layers: list[Any] = [
         part for part in module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)
@@ -35,16 +35,16 @@ def switched(module: nn.Module, adapter: str | None) -> Iterator[None]:
 
 @contextmanager
 def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights inside, the former ones after it bit by bit; sharded parameters take sharded weights.
+    """Use other weights inside, and restore the former ones bit for bit; sharded parameters take sharded weights.
 
-    Only data is exchanged, so that a graph that was recorded before is still good for a backward pass.
+    Only the data is exchanged, so that an autograd graph recorded before stays valid for a backward pass.
     """
     reshard(module)
     live = {name: value for name, value in module.named_parameters() if name in weights}
     former: dict[str, Tensor] = {}
     try:
         for name, value in live.items():
-            if isinstance(value, DTensor):  # FSDP2 gathers from this very memory
+            if isinstance(value, DTensor):  # FSDP2 gathers from this memory
                 local, other = value.to_local(), weights[name]
                 assert isinstance(other, DTensor)
                 former[name] = local.clone()
@@ -64,7 +64,7 @@ def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Drop the full parameters that FSDP2 keeps after a forward pass without gradient; nothing for other modules."""
+    """Free the gathered parameters that FSDP2 keeps after a forward pass without gradient; else do nothing."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

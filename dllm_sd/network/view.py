@@ -1,4 +1,4 @@
-"""What a model reads, and where it is graded."""
+"""The input of a model, and the sites at which its loss is computed."""
 
 from dataclasses import dataclass, replace
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class View:
-    """What a model reads, and where it is graded.
+    """The input of a model, and the sites at which its loss is computed.
 
     Student and teacher views may differ in prompt and length, but list their sites in the same order: row by row,
-    from left to right. So row ``m`` of one always belongs to row ``m`` of the other.
+    from left to right. So site ``m`` of the student is site ``m`` of the teacher.
     """
 
     ids: Tensor
     """int64 ``[n s]``."""
     mask: Tensor
-    """bool ``[n s]``, true where attention may look."""
+    """bool ``[n s]``, the attention mask: true at real tokens."""
     sites: Tensor
     """bool ``[n s]``, ``m`` of them true."""
     rows: Tensor | None = None
-    """int64 ``[n]``: the row of ids and mask that each row of sites is about, where there are fewer of those."""
+    """int64 ``[n]``: the row of ids and mask that each row of sites belongs to; None where they are the same rows."""
 
     def trimmed(self) -> "View":
         """The same view without leading and trailing columns that are padding in every row."""
@@ -32,7 +32,7 @@ class View:
         )
 
     def distinct(self) -> "View":
-        """The same view with equal rows of ids and mask but once."""
+        """The same view in which equal rows of ids and mask occur only once."""
         seen = torch.where(self.mask, self.ids, -1)
         kept, rows = seen.unique(dim=0, return_inverse=True)
         if len(kept) == len(seen) or self.rows is not None:
