@@ -1,4 +1,4 @@
-"""What a stored adapter was made with: its tensors alone do not say how much they count."""
+"""The rank and alpha of a stored adapter, which its tensors alone do not tell."""
 
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,16 @@ from dllm_sd.pretrained.small_files import ADAPTER, read_tree
 
 
 def check_scale(path: str, student: LoraConfig) -> None:
-    """Refuse an adapter of another rank or alpha than the student's, under whose ``alpha / rank`` it would count.
+    """Refuse an adapter of another rank or alpha than the student's, whose scale ``alpha / rank`` would apply to it.
 
-    Its own ``adapter_config.json`` says so, or the ``config.yaml`` of the run that it is a checkpoint of. Where there
-    is neither, nothing is known.
+    They are read from its ``adapter_config.json``, or from the ``config.yaml`` of the run that wrote the checkpoint. If
+    there is neither, nothing is checked.
 
     Raises:
         InputError: naming the key and its value.
     """
-    own = Path(path) / "adapter_config.json"
-    made = _exported(own) if own.is_file() else _trained(Path(path).parent.parent / "config.yaml")
+    exported = Path(path) / "adapter_config.json"
+    made = _exported(exported) if exported.is_file() else _trained(Path(path).parent.parent / "config.yaml")
     for name, value in {"rank": student.r, "alpha": student.lora_alpha}.items():
         if name in made and made[name] != value:
             raise InputError(
@@ -43,5 +43,5 @@ def _trained(file: Path) -> dict[str, Any]:
     try:
         lora = read_yaml(file, str(file))["model"]["lora"]
         return {"rank": lora["rank"], "alpha": lora["alpha"]}
-    except (OSError, ValueError, TypeError, KeyError):  # no run, or one that trained all weights
+    except (OSError, ValueError, TypeError, KeyError):  # not a run, or a run that trained all weights
         return {}

@@ -1,4 +1,4 @@
-"""What a model is before its weights are read: what the checkpoint's small files say, under the keys of `model`."""
+"""A model before its weights are read: what the checkpoint's small files and the keys of `model` tell about it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,26 +27,26 @@ from dllm_sd.pretrained.small_files import (
 )
 
 LONGEST_BLOCK = 4096
-"""Positions of an attention block."""
+"""Most positions of an attention block."""
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model without its weights: cheap to read, and enough to refuse what cannot work."""
+    """A model without its weights: cheap to read, and enough to refuse unusable settings."""
 
     model: Model
     family: Family
     config: PreTrainedConfig
     """The native config."""
     chat: Chat | None
-    """None without a tokenizer; such a model reads and writes token ids only."""
+    """None without a tokenizer; such a model works on token ids only."""
     mask_id: int | None
-    """None for an autoregressive model, which has no mask."""
+    """None for an autoregressive model, which has no mask token."""
     end_ids: tuple[int, ...]
-    """The first one ends a turn."""
+    """Stop ids; the first one ends a turn."""
     pad_id: int
     block_length: int | None
-    """Positions of an attention block; None where every position sees all others."""
+    """Positions of an attention block; None where every position attends to all others."""
 
     @property
     def causal(self) -> bool:
@@ -68,7 +68,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
         text: whether a tokenizer is needed.
 
     Raises:
-        InputError: if the files are unusable, do not fit together, or leave open what must be known.
+        InputError: if the files are unusable, contradict each other, or lack required values.
     """
     if model.path is None and not model.random_init:
         raise InputError("model.path is missing; name a checkpoint, or set model.random_init to true")
@@ -126,9 +126,9 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
 
 
 def outline(model: Model) -> Blueprint | None:
-    """What is known of a model of known shape without its files: enough to count its weights, no tokenizer.
+    """Describe a model of known shape without its files and without a tokenizer, to count its weights.
 
-    None where the shape is not known.
+    None if the shape is not known.
     """
     where = repr(model.path) if model.path else "model.shape"
     written = SHAPES.get(str(model.path), {})
@@ -164,7 +164,7 @@ def _read_config(path: str) -> dict[str, Any]:
         raise NotAtHand(
             f"there is no config.json at {path!r} (model.path){away}; give a checkpoint folder or a hub name"
         )
-    if find_file(path, "adapter_config.json") is not None:  # transformers would load the model that it names
+    if find_file(path, "adapter_config.json") is not None:  # transformers would load the model named in it
         raise InputError(
             f"{path!r} (model.path) holds an adapter_config.json; name the model itself, and give the adapter with "
             "--adapter or as model.lora.start"
@@ -197,14 +197,14 @@ def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | N
         tokenizer = load.from_pretrained(model_folder(source), trust_remote_code=False)
         tokenizer.decode(tokenizer("?", add_special_tokens=False)["input_ids"], skip_special_tokens=True)
         return tokenizer
-    except Exception as error:  # damaged JSON can make transformers stumble over anything
+    except Exception as error:  # damaged JSON can raise any exception in transformers
         raise InputError(f"no usable tokenizer at {source!r} (model.tokenizer): {brief(error)}") from error
 
 
 def _has_tokenizer(source: str) -> bool:
-    """Whether a folder, or what the hub or its cache has of that name, holds a file of a tokenizer."""
-    no_name = source.count("/") > 1 or source[:1] in (".", "~", "/")  # on the hub
-    if no_name and not Path(source).is_dir():
+    """Whether a folder, or a repository on the hub or in its cache, holds a tokenizer file."""
+    only_a_path = source.count("/") > 1 or source[:1] in (".", "~", "/")  # not a hub name
+    if only_a_path and not Path(source).is_dir():
         return False
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
     return any(find_file(source, name) for name in names)
@@ -221,16 +221,16 @@ def _native_config(
     else:
         try:
             config = AutoConfig.from_pretrained(model_folder(model.path), trust_remote_code=False)
-        except Exception as error:  # a damaged value can make transformers stumble over anything
+        except Exception as error:  # a damaged value can raise any exception in transformers
             raise InputError(f"no usable config.json at {where} (model.path): {brief(error)}") from error
     return config
 
 
 def _is_causal(model: Model, family: Family, written: Mapping[str, Any], where: str) -> bool:
-    """Whether the model is to write from left to right.
+    """Whether the model is to be used as an autoregressive one.
 
     Raises:
-        InputError: if it cannot.
+        InputError: if it cannot be.
     """
     made_causal = family is CAUSAL and written.get("is_causal", True)
     if model.as_ is None:
@@ -263,7 +263,7 @@ def _shaped(shape: Shape, tokenizer: Tokenizer | None) -> PreTrainedConfig:
 
 
 def _block_length(model: Model, family: Family, written: Mapping[str, Any]) -> int | None:
-    """Positions of an attention block; a family without blocks has them only where the user asks for them."""
+    """Positions of an attention block; a family that is not block-causal has blocks only if the user sets them."""
     length = model.block_length
     if length is None and family.block_causal:
         length = written.get("block_size", family.block_length)
@@ -283,32 +283,32 @@ def _mask_id(model: Model, family: Family, written: Mapping[str, Any], tokenizer
         return named
     if named is not None:
         return _known_id(named, tokenizer, "model.mask_token", where)
-    own = tokenizer.mask_token if tokenizer else None
-    candidates = (written.get("mask_token_id"), known.get(family.mask_token), known.get(own), family.mask_id)
-    found = next((mask_id for mask_id in candidates if isinstance(mask_id, int)), None)
-    if found is None:
+    tokenizer_mask = tokenizer.mask_token if tokenizer else None
+    candidates = (written.get("mask_token_id"), known.get(family.mask_token), known.get(tokenizer_mask), family.mask_id)
+    chosen = next((mask_id for mask_id in candidates if isinstance(mask_id, int)), None)
+    if chosen is None:
         raise InputError(f"the tokenizer of {where} has no mask token; name it in model.mask_token")
-    return found
+    return chosen
 
 
 def _end_ids(
     model: Model, family: Family, written: Iterable[Mapping[str, Any]], tokenizer: Tokenizer | None, where: str
 ) -> tuple[int, ...]:
-    """The end of a turn first, then whatever the checkpoint calls an end."""
+    """Return the stop ids: the end of a turn first, then all end tokens of the checkpoint's files."""
     known: dict[Any, int] = tokenizer.get_vocab() if tokenizer else {}
     if model.end_tokens is not None:
-        found: list[Any] = [_known_id(token, tokenizer, "model.end_tokens", where) for token in model.end_tokens]
+        candidates: list[Any] = [_known_id(token, tokenizer, "model.end_tokens", where) for token in model.end_tokens]
     elif marks := [mark for source in written if isinstance(mark := source.get(MARK), Mapping) and mark.get("end_ids")]:
-        found = list(marks[0]["end_ids"])
+        candidates = list(marks[0]["end_ids"])
     else:
-        found = [known.get(family.turn_end)]
+        candidates = [known.get(family.turn_end)]
         for source in written:
             ids = source.get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-        found.append(tokenizer.eos_token_id if tokenizer else None)
-        if not any(isinstance(i, int) for i in found):
-            found = [source.get("pad_token_id") for source in written]
-    ids = tuple(dict.fromkeys(i for i in found if isinstance(i, int)))
+            candidates += ids if isinstance(ids, list) else [ids]
+        candidates.append(tokenizer.eos_token_id if tokenizer else None)
+        if not any(isinstance(i, int) for i in candidates):
+            candidates = [source.get("pad_token_id") for source in written]
+    ids = tuple(dict.fromkeys(i for i in candidates if isinstance(i, int)))
     if not ids:
         raise InputError(
             f"the tokenizer of {where} has no end token; set eos_token in its tokenizer_config.json, "
@@ -321,7 +321,7 @@ def _known_id(token: str, tokenizer: Tokenizer | None, key: str, where: str) -> 
     """The id of a token that the user named.
 
     Raises:
-        InputError: if the tokenizer does not have it, with the special tokens that are spelt most like it.
+        InputError: if the tokenizer does not have it, with the special tokens of the most similar spelling.
     """
     known: dict[Any, int] = tokenizer.get_vocab() if tokenizer else {}
     if token in known:
@@ -336,14 +336,14 @@ def _known_id(token: str, tokenizer: Tokenizer | None, key: str, where: str) -> 
 
 
 def _check_rows(rows: int, mask_id: int | None, tokenizer: Tokenizer | None, where: str, grows: bool) -> None:
-    """Every token needs a row of the embedding; an added mask token may still get one."""
+    """Check that every token has an embedding row; the row of an added mask token may be appended later."""
     last = max(mask_id or 0, len(tokenizer) - 1) if tokenizer else mask_id or 0
     if tokenizer and grows and last == len(tokenizer) - 1 == rows:
         return
     if last >= rows or (mask_id is not None and mask_id < 0):
         known = f"the tokenizer knows {len(tokenizer)} tokens" if tokenizer else "there is no tokenizer"
         mask = "" if mask_id is None else f" and the mask id is {mask_id}"
-        mend = "" if mask_id is None else ", or mend model.mask_token"
+        fix = "" if mask_id is None else ", or fix model.mask_token"
         raise InputError(
-            f"{where} has {rows} embedding rows, but {known}{mask}; use the tokenizer that belongs to the model{mend}"
+            f"{where} has {rows} embedding rows, but {known}{mask}; use the tokenizer that belongs to the model{fix}"
         )

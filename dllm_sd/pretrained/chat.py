@@ -17,14 +17,14 @@ from dllm_sd.pretrained.small_files import brief, is_whole
 from dllm_sd.tasks.conversations import content_of
 
 SECONDS = 5.0
-"""Processor time that a template has for one conversation."""
+"""Processor seconds that a template may use for one conversation."""
 MEMORY = 2**27
-"""Bytes that it may ask for."""
-_FAILED, _REMEDY = "the chat template", "mend it in the tokenizer's files, or set model.chat_template"
+"""Bytes that a template may allocate."""
+_FAILED, _REMEDY = "the chat template", "fix it in the tokenizer's files, or set model.chat_template"
 _ROLES = ("bos", "eos", "pad", "mask", "unk", "cls", "sep")
-"""Tokens that a tokenizer names and that say nothing."""
+"""Roles of the special tokens that a tokenizer names and that are not text."""
 _RARE = "\U0001f9ff\u3042\u0416\u00e5"
-"""Characters of which a tokenizer that does not know everything is likely not to know one."""
+"""Rare characters: a tokenizer with unknown characters is likely not to know at least one of them."""
 _TAG = re.compile(r"<(/?)([^<>/|]+)>")
 
 
@@ -33,9 +33,13 @@ def _share(part: int, whole: int) -> str:
     return f"{max(1, round(100 * part / max(1, whole)))} %" if 100 * part >= whole else "less than 1 %"
 
 
-def _replaced(text: str, words: Mapping[str, str]) -> str:
-    """A text with other words for some of its words; of those that overlap the first counts."""
-    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], text) if words else text
+def _replaced(text: str, replacements: Mapping[str, str]) -> str:
+    """Replace substrings of a text by a mapping; of overlapping ones the first is replaced."""
+    return (
+        re.sub("|".join(map(re.escape, replacements)), lambda match: replacements[match[0]], text)
+        if replacements
+        else text
+    )
 
 
 def _partner(tag: re.Match[str]) -> str:
@@ -45,7 +49,7 @@ def _partner(tag: re.Match[str]) -> str:
 
 @contextmanager
 def _bounded(otherwise: str = "") -> Iterator[None]:
-    """Around a template, which is a program of somebody else: whatever it does is one sentence within seconds."""
+    """Run a template, which is untrusted code, with limits; every failure becomes an `InputError` within seconds."""
     try:
         with limited(SECONDS, MEMORY):
             yield
@@ -53,7 +57,7 @@ def _bounded(otherwise: str = "") -> Iterator[None]:
         raise InputError(f"chat_template: {_FAILED} takes more than {SECONDS:g} seconds; {_REMEDY}") from None
     except MemoryError:
         raise InputError(f"chat_template: {_FAILED} takes too much memory; {_REMEDY}") from None
-    except Exception as error:  # it can stumble over anything
+    except Exception as error:  # a template can raise any exception
         remedy = f"{_REMEDY}{otherwise}"
         raise InputError(f"the chat template cannot render the prompt: {brief(error)}; {remedy}") from error
 
@@ -71,7 +75,7 @@ class Chat:
     thinking: bool | None = None
     """Value of the template's thinking switch (`chat_templates.SWITCHES`); None leaves it to the template."""
     marks: tuple[int, ...] = ()
-    """Ids that are no text besides those that the tokenizer names: all end tokens, the mask."""
+    """Further ids that are not text, besides those that the tokenizer names: all end tokens, the mask token."""
 
     def __post_init__(self) -> None:
         choose_template(self.tokenizer.chat_template, self.template)
@@ -80,7 +84,7 @@ class Chat:
 
     @cached_property
     def written_by(self) -> str | None:
-        """The text of the template in force; None where there is none."""
+        """The text of the template in use; None where there is none."""
         return choose_template(self.tokenizer.chat_template, self.template)
 
     @cached_property
@@ -108,31 +112,31 @@ class Chat:
 
         Args:
             messages: each with a ``role`` and a ``content`` (`conversations.content_of`).
-            open_turn: whether to add what makes the assistant speak next.
-            thinking: of this conversation, where it differs from the usual one.
-            continued: whether the last message is one that the assistant shall go on with, so that its turn is neither
-                ended nor opened anew; ``open_turn`` then means nothing.
+            open_turn: whether to add the generation prompt, which opens the assistant's turn.
+            thinking: the thinking switch for this conversation; None takes `thinking` of this object.
+            continued: whether the assistant continues the last message, so that its turn is neither ended nor opened
+                again; ``open_turn`` is then ignored.
 
         Raises:
             InputError: if the template refuses the messages, fails, takes too long, or asks for too much memory, or a
-                content is no text.
+                content is not text.
         """
-        spoken = [{**message, "content": content_of(message)} for message in messages]
+        plain = [{**message, "content": content_of(message)} for message in messages]
         if self.written_by is None:
-            return "\n\n".join(message["content"] for message in spoken)
+            return "\n\n".join(message["content"] for message in plain)
         thinking = self.thinking if thinking is None else thinking
         switch: dict[str, Any] = {} if thinking is None else dict.fromkeys(self.switches, thinking)
-        system = any(message.get("role") == "system" for message in spoken)
+        system = any(message.get("role") == "system" for message in plain)
         with _bounded(", or leave out the system message (task.system)" if system else ""):
             rendered = self.tokenizer.apply_chat_template(
-                spoken,
+                plain,
                 chat_template=self.written_by,
                 tokenize=False,
                 add_generation_prompt=open_turn and not continued,
                 continue_final_message=continued,
                 **switch,
             )
-        given = sum(len(message["content"]) for message in spoken)
+        given = sum(len(message["content"]) for message in plain)
         if len(rendered) > 8 * given + 2**20:
             raise InputError(f"chat_template: {_FAILED} makes {len(rendered)} characters of {given}; {_REMEDY}")
         return str(rendered)
@@ -140,10 +144,9 @@ class Chat:
     def encode(self, messages: Sequence[Mapping[str, Any]], thinking: bool | None = None) -> list[int]:
         """Chat messages as prompt tokens, the assistant's turn opened.
 
-        A template writes all special tokens itself; what a message says of `control_tokens` is text, as where a
-        tokenizer splits special tokens. Without a template special tokens are those that the prompt spells, and those
-        that the tokenizer puts before a text, once; the end token that some put behind it would end the prompt, and is
-        left out.
+        A template writes all special tokens itself; `control_tokens` that a message spells are encoded as plain text.
+        Without a template, special tokens that the prompt spells are encoded as such, after those that the tokenizer
+        puts before a text; an end token that it would append is left out, since it would end the prompt.
         """
         if self.written_by is not None:
             messages, stand_ins = self._protected(messages)
@@ -169,20 +172,20 @@ class Chat:
 
     @cached_property
     def formatting(self) -> tuple[int, ...]:
-        """Ids of tokens that say nothing: special ones, marks such as ``<think>`` and ``<|im_end|>``, line breaks.
+        """Ids of formatting tokens: special tokens, marks such as ``<think>`` and ``<|im_end|>``, line breaks.
 
         Source: the released code of SGSD (arXiv 2605.28791).
         """
-        words = self.tokenizer.get_vocab()
+        vocab = self.tokenizer.get_vocab()
         mark = re.compile(r"</?think>|<\|[^<>|]*\|>")
         breaks = {self._tokens("\n" * count)[0] for count in range(1, 9) if len(self._tokens("\n" * count)) == 1}
-        marks = {number for word, number in words.items() if mark.fullmatch(word)}
+        marks = {number for word, number in vocab.items() if mark.fullmatch(word)}
         return tuple(sorted(breaks | marks | set(self.tokenizer.all_special_ids)))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Completion tokens as text: all but `silent_ids`, exactly as the tokens spell it."""
-        spoken = [token for token in tokens if token not in self.silent_ids]
-        return str(self.tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        visible = [token for token in tokens if token not in self.silent_ids]
+        return str(self.tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @cached_property
     def silent_ids(self) -> frozenset[int]:
@@ -194,16 +197,16 @@ class Chat:
         return frozenset({*filter(is_whole, named), self.end_id, *self.marks, *self._turn_marks()})
 
     def _turn_marks(self) -> set[int]:
-        """Special tokens that the template writes around every message; tags that come in pairs are no such marks."""
+        """Special tokens that the template writes around every message, without tags that come in pairs."""
         if self.written_by is None:
             return set()
-        words = self.tokenizer.get_vocab()
-        tags = {number for word, number in words.items() if (tag := _TAG.fullmatch(word)) and _partner(tag) in words}
-        asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
-        found = set(self._tokens(self.render([asked])))
-        with suppress(InputError):  # a template may refuse to write an answer, and then has no marks of its own for it
-            found |= set(self._tokens(self.render([asked, answered], open_turn=False)))
-        return found & self._special_ids - tags
+        vocab = self.tokenizer.get_vocab()
+        tags = {number for word, number in vocab.items() if (tag := _TAG.fullmatch(word)) and _partner(tag) in vocab}
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
+        written = set(self._tokens(self.render([question])))
+        with suppress(InputError):  # a template may refuse an answer, and then has no marks for it
+            written |= set(self._tokens(self.render([question, answer], open_turn=False)))
+        return written & self._special_ids - tags
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -213,27 +216,27 @@ class Chat:
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """Special tokens that end, begin or hide text, as they are spelled, the longest first: those of `silent_ids`.
+        """The spelling of the special tokens among `silent_ids`, which end, begin or hide text; the longest first.
 
-        Data and hints may spell one, and must not end a turn by it.
+        Data and hints may spell one, and must not end a turn with it.
         """
         spelled = [self.tokenizer.convert_ids_to_tokens(number) for number in self.silent_ids & self._special_ids]
         return tuple(sorted(filter(None, map(str, spelled)), key=lambda token: (-len(token), token)))
 
     def warn_of_control(self, texts: Iterable[str], what: str) -> str | None:
-        """A sentence on texts that spell one of `control_tokens`, with an example; None if none does."""
+        """Return a warning about texts that spell one of `control_tokens`, with an example; None if no text does."""
         count, example = 0, ""
         for text in texts:
             if held := next((token for token in self.control_tokens if token in text), None):
                 count, example = count + 1, example or f"{shown(held)} in {shown(text)}"
         if not count:
             return None
-        said = (
+        consequence = (
             "it becomes that token, since there is no chat template: take it out if that is not meant"
             if self.written_by is None
             else "it is read as text and not as that token"
         )
-        return f"{count:,} of {what} spell a special token, such as {example}; {said}"
+        return f"{count:,} of {what} spell a special token, such as {example}; {consequence}"
 
     def check_template(self, system: bool = False) -> None:
         """Refuse a template that writes nothing, or leaves out the user's message or the ``system`` one.
@@ -241,11 +244,11 @@ class Chat:
         Raises:
             InputError: for such a template, and as `render` does.
         """
-        spoken = [("system", "Instruction0")] * system + [("user", "Question0")]
-        rendered = self.render([{"role": role, "content": content} for role, content in spoken]).casefold()
+        plain = [("system", "Instruction0")] * system + [("user", "Question0")]
+        rendered = self.render([{"role": role, "content": content} for role, content in plain]).casefold()
         if not rendered.strip():
             raise InputError(f"{_FAILED} renders nothing for a conversation; {_REMEDY}")
-        for role, content in spoken:
+        for role, content in plain:
             if content.casefold() not in rendered:
                 other = ", or leave out task.system" if role == "system" else ""
                 raise InputError(
@@ -254,24 +257,24 @@ class Chat:
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
-        """Ids of ``<0x00>`` to ``<0xFF>``, in which sentencepiece spells what it has no piece for."""
-        words = self.tokenizer.get_vocab()
-        return frozenset(words[word] for word in (f"<0x{byte:02X}>" for byte in range(256)) if word in words)
+        """Ids of ``<0x00>`` to ``<0xFF>``, with which sentencepiece spells characters without a piece."""
+        vocab = self.tokenizer.get_vocab()
+        return frozenset(vocab[word] for word in (f"<0x{byte:02X}>" for byte in range(256)) if word in vocab)
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """Id of the token that stands for what the tokenizer does not know; None where that token means more."""
+        """Id of the unknown token; None where that token also has another role."""
         named = {getattr(self.tokenizer, f"{role}_token_id", None) for role in _ROLES if role != "unk"}
         unknown: Any = self.tokenizer.unk_token_id
         return None if unknown in {*named, self.end_id, *self.marks} else unknown
 
     @cached_property
     def loses(self) -> bool:
-        """Whether there is text that the tokenizer does not know; one of bytes knows everything."""
+        """Whether the tokenizer has unknown characters; a byte-level tokenizer has none."""
         return bool(self.lost(_RARE))
 
     def lost(self, text: str) -> str:
-        """The characters of a text that no token stands for, white space aside."""
+        """Return the characters of a text, other than white space, that the tokenizer cannot encode."""
         if not self.tokenizer.is_fast:
             return "\ufffd" * self._tokens(text).count(-1 if self.unknown_id is None else self.unknown_id)
         read: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -282,11 +285,11 @@ class Chat:
         return "".join(letter for letter, seen in zip(text, known, strict=True) if not seen and not letter.isspace())
 
     def warn_of_lost(self, texts: Iterable[str], what: str) -> str | None:
-        """A sentence on what the tokenizer does not know of some texts, with an example; None if it knows all.
+        """Return a warning about characters that the tokenizer does not know, with an example; None if there are none.
 
         Args:
-            texts: as they are given to the tokenizer; not looked at where it knows everything.
-            what: what they are, such as ``the prompts``.
+            texts: as they are given to the tokenizer; not read if the tokenizer knows all characters.
+            what: what the texts are, such as ``the prompts``.
         """
         if not self.loses:
             return None
@@ -303,26 +306,26 @@ class Chat:
         )
 
     def _protected(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """Messages in which a character stands for each of `control_tokens`, and what those characters stand for."""
-        spoken = [{**message, "content": content_of(message)} for message in messages]
-        stand_ins = self._stand_ins([message["content"] for message in spoken])
-        replaced = [{**message, "content": _replaced(message["content"], stand_ins)} for message in spoken]
+        """Put a placeholder character for each of `control_tokens` into messages; return them and the placeholders."""
+        plain = [{**message, "content": content_of(message)} for message in messages]
+        stand_ins = self._stand_ins([message["content"] for message in plain])
+        replaced = [{**message, "content": _replaced(message["content"], stand_ins)} for message in plain]
         return replaced, {char: token for token, char in stand_ins.items()}
 
     def _stand_ins(self, texts: Sequence[str]) -> dict[str, str]:
-        """For each of `control_tokens` that texts spell a character of private use that none of them holds."""
+        """Map each of `control_tokens` that the texts spell to a private-use character that no text contains."""
         spelled = [token for token in self.control_tokens if any(token in text for text in texts)]
         free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if not any(char in text for text in texts))
         return dict(zip(spelled, free, strict=False)) if spelled else {}
 
     def _tokens(self, text: str, stand_ins: Mapping[str, str] | None = None) -> list[int]:
-        """A text as tokens; what ``stand_ins`` stand for is no special token there."""
+        """Encode a text; tokens behind the placeholders ``stand_ins`` are encoded as plain text."""
         if (half := lone_surrogate(text)) is not None:
             raise InputError(f"a text holds {half}, which no tokenizer reads; correct the text that it comes from")
         if not stand_ins or not any(char in text for char in stand_ins):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
         tokens: list[int] = []
-        for piece in self._at_special.split(text):  # a special token parts a text for every tokenizer
+        for piece in self._at_special.split(text):  # every tokenizer splits a text at special tokens
             spelled = _replaced(piece, stand_ins)
             split = {"split_special_tokens": True} if spelled != piece else {}
             read: Any = self.tokenizer(spelled, add_special_tokens=False, **split)
@@ -337,6 +340,6 @@ class Chat:
 
     @cached_property
     def _at_special(self) -> re.Pattern[str]:
-        """Splits a text at its special tokens, and keeps them."""
+        """Splits a text at its special tokens, and keeps these."""
         spelled = [str(self.tokenizer.convert_ids_to_tokens(number)) for number in self._special_ids]
         return re.compile(f"({'|'.join(map(re.escape, sorted(spelled, key=len, reverse=True)))})")

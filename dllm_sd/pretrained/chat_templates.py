@@ -1,4 +1,4 @@
-"""Which Jinja template writes a conversation, and the thinking switch that it may have."""
+"""The choice of the Jinja chat template, and the thinking switch that it may have."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,18 +25,18 @@ _LARGEST = 2**20
 
 
 def is_template(text: str) -> bool:
-    """Whether a text can be a Jinja template: without a ``{{`` or ``{%`` it would write the same for every prompt."""
+    """Whether a text can be a Jinja template: without ``{{`` or ``{%`` it would render every prompt alike."""
     return "{{" in text or "{%" in text
 
 
 def read_template(given: str) -> str:
-    """The template that the key `model.chat_template` means: a text as it is, or what the file of that name holds.
+    """Return the template that the key `model.chat_template` gives: the text itself, or the content of a file.
 
-    A name that is neither is given back for `choose_template`, which knows the tokenizer. Of a ``.json`` file, such
-    as a tokenizer_config.json, the key ``chat_template`` is taken.
+    A name that is neither is returned unchanged for `choose_template`, which knows the tokenizer. From a ``.json``
+    file, such as a tokenizer_config.json, the key ``chat_template`` is read.
 
     Raises:
-        InputError: if nothing is given, or there is no such file, or it holds no template.
+        InputError: if nothing is given, the file does not exist, or it holds no template.
     """
     if not given.strip():
         raise InputError(f"{KEY} is empty; give a template, a file or a name, or null for the tokenizer's own")
@@ -61,18 +61,18 @@ def read_template(given: str) -> str:
 
 
 def choose_template(own: Any, asked: str | None) -> str | None:
-    """The template to write with, None where there is none.
+    """Choose the template to render with; None where there is none.
 
     Args:
-        own: the tokenizer's: a text, several by name, or None.
-        asked: the user's or the family's, which goes first: a template, or the name of one of the tokenizer's.
+        own: the tokenizer's templates: a text, several by name, or None.
+        asked: the user's or the family's, which takes precedence: a template, or the name of one of the tokenizer's.
 
     Raises:
         InputError: if no template of the tokenizer has that name, or none of several is its default.
     """
     named = own if isinstance(own, Mapping) else {}
-    if isinstance(own, list | tuple):  # as a tokenizer_config.json writes them
-        named = {one["name"]: one["template"] for one in own if _is_named(one)}
+    if isinstance(own, list | tuple):  # the format of tokenizer_config.json
+        named = {entry["name"]: entry["template"] for entry in own if _is_named(entry)}
         if len(named) != len(own):
             raise InputError(
                 "the tokenizer's chat templates are a list in which not every one has a 'name' of its own and a "
@@ -96,13 +96,13 @@ def choose_template(own: Any, asked: str | None) -> str | None:
     )
 
 
-def _is_named(one: Any) -> bool:
-    """Whether an item of a list of templates is one: its name, and its text."""
-    return isinstance(one, Mapping) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+def _is_named(entry: Any) -> bool:
+    """Whether an entry of a list of templates has a name and a text."""
+    return isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
 
 
 class _Generation(Extension):
-    """The tag of transformers that marks the assistant's words: here what stands inside counts."""
+    """The tag of transformers around the assistant's text; its body is parsed as if the tag were absent."""
 
     tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
 
@@ -115,10 +115,10 @@ class _Generation(Extension):
 def find_switches(template: str) -> tuple[str, ...]:
     """The variables of `SWITCHES` that a template reads, whether or not it gives them a default of its own.
 
-    Words of a comment or of a text, fields of a message, and variables that the template only sets are none.
+    Names in comments or texts, fields of a message, and variables that the template only sets do not count.
 
     Raises:
-        jinja2.TemplateSyntaxError: if it is no template.
+        jinja2.TemplateSyntaxError: if it is not a template.
     """
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _Generation])
     read = find_undeclared_variables(environment.parse(template))

@@ -1,4 +1,4 @@
-"""What each family of checkpoints is: one record per family, and how to recognise it from `config.json`.
+"""The families of checkpoints: one record per family, and how to recognise it from `config.json`.
 
 A family's original tensors are loaded into a class that ships with transformers; where names or layouts differ, a
 conversion is registered that transformers applies when it loads and reverses when it saves. Facts come from the
@@ -103,7 +103,7 @@ class Family:
 
     name: str
     checkpoints: str
-    """Published checkpoints that belong here, for people."""
+    """Published checkpoints of the family, for documentation."""
     model_types: tuple[str, ...]
     """`model_type` in config.json."""
     network: type[PreTrainedModel] | None = None
@@ -113,13 +113,13 @@ class Family:
     assumes: Mapping[str, Any] = field(default_factory=dict)
     """Values of config.json that the native class takes for granted."""
     block_causal: bool = False
-    """Whether a position sees its own and earlier blocks only; else it sees everything."""
+    """Whether a position attends to its own and earlier blocks only, rather than to all."""
     block_length: int | None = None
     """Positions of an attention block where neither config.json nor the user says."""
     block_causal_names: Mapping[str, int] = field(default_factory=dict)
     """Block lengths by words in a checkpoint's name that say it is block-causal, where its config.json does not."""
     shift: bool = False
-    """Whether the logits of position i speak about position i + 1."""
+    """Whether the logits of position i predict position i + 1."""
     mask_token: str | None = None
     mask_id: int | None = None
     """Where neither config.json nor the tokenizer names the mask."""
@@ -150,9 +150,9 @@ class Family:
             return self.config(written)
         except KeyError as error:
             raise InputError(f"config.json of {where} lacks {error.args[0]!r}; restore the checkpoint's file") from None
-        except Exception as error:  # a damaged value can make a config class stumble over anything
-            said = brief(error)
-            raise InputError(f"config.json of {where} is unusable: {said}; restore the checkpoint's file") from error
+        except Exception as error:  # a damaged value can raise any exception in a config class
+            reason = brief(error)
+            raise InputError(f"config.json of {where} is unusable: {reason}; restore the checkpoint's file") from error
 
 
 def _llada_config(written: Mapping[str, Any]) -> LlamaConfig:

@@ -1,7 +1,7 @@
 """Shapes of published checkpoints, so that `dllm-sd show` knows their memory before anything is downloaded.
 
-What their config.json says of sizes, by hub name. Nothing is trained or decoded with these; a checkpoint that is at
-hand says everything itself.
+The sizes in their config.json, by hub name. They are never used to train or decode; the files of a checkpoint take
+precedence.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ LARGEST_TOKENIZER = 2**28
 MOST_LAYERS = 1024
 MOST_EXPERTS = 2**16
 MARK = "dllm_sd"
-"""Key of a native config.json for what it would not tell else: `family`, `block_length`, `thinking`, `end_ids`."""
+"""Key of a native config.json for what its other keys cannot tell: `family`, `block_length`, `thinking`, `end_ids`."""
 
 
 def model_folder(name_or_path: str) -> str:
@@ -32,15 +32,15 @@ def model_folder(name_or_path: str) -> str:
 
 
 def find_file(path: str, name: str) -> Path | None:
-    """A file of a checkpoint, fetched from the hub if need be; None if it has none of that name."""
+    """Return a file of a checkpoint, downloaded from the hub if needed; None if the checkpoint does not have it."""
     folder = Path(model_folder(path))
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        cached = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise InputError(f"no model at {path!r} (model.path): {brief(error)}") from error
-    return Path(found) if found else None
+    return Path(cached) if cached else None
 
 
 def brief(error: BaseException) -> str:
@@ -50,14 +50,14 @@ def brief(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key may hold, in words and as a question; null is as good as no key."""
+    """The values that a key may have, as a description and as a test; null counts as an absent key."""
 
     words: str
     fits: Callable[[Any], bool]
 
 
 def is_whole(value: Any, least: int = -(2**53), most: int = 2**53) -> TypeGuard[int]:
-    """Whether a value is a whole number in a range; true and false are none."""
+    """Whether a value is a whole number in a range; true and false are not numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -173,7 +173,7 @@ def check_tokenizer_files(source: str) -> None:
 
 
 def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every value in a tree with its dotted key; those of a list have the list's."""
+    """Yield every value in a tree with its dotted key; the values of a list have the key of the list and a dot."""
     rest: list[tuple[str, Any]] = [("", tree)]
     while rest:
         key, value = rest.pop()

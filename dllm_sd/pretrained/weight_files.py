@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: what their headers say, before a tensor is read."""
+"""The safetensors files of a checkpoint: names, types and shapes from their headers, before any tensor is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ class Stored:
     """One tensor as it lies in a file."""
 
     dtype: str
-    """As safetensors calls it, such as ``BF16``."""
+    """Name in safetensors, such as ``BF16``."""
     shape: tuple[int, ...]
     file: Path
 
@@ -27,18 +27,18 @@ def stored_tensors(path: str) -> dict[str, Stored]:
     Raises:
         InputError: naming the file that is missing or damaged; also if the weights are pickled.
     """
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in _files(path):
         try:
             with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                for name in tensors.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
                     part = tensors.get_slice(name)
-                    found[name] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
+                    stored[name] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{file.name} of the checkpoint at {path!r} is damaged ({brief(error)}); download it again"
             ) from error
-    return found
+    return stored
 
 
 def _files(path: str) -> list[Path]:
