@@ -1,4 +1,4 @@
-"""Two evaluations on the same problems: the difference of their accuracies, and how sure it is."""
+"""The comparison of two evaluations on the same problems: difference of accuracies, interval and p-value."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 _BATCH = 2**22  # numbers drawn at a time
 
 Verdicts = Mapping[str, Sequence[bool]]
-"""Of each problem, by its id, which attempts were correct."""
+"""Whether each attempt was correct, by the id of its problem."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Problems by who was right: the table of McNemar's test."""
+    """Numbers of problems that both, one or none of the evaluations solved: the table of McNemar's test."""
 
     both: int
     only_a: int
@@ -31,11 +31,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``b`` against ``a`` on the ``n`` problems that both have; a problem counts by the mean of its attempts.
+    """``b`` against ``a`` on the ``n`` problems that both contain; a problem counts with the mean of its attempts.
 
     ``difference`` is accuracy b - accuracy a with the 95 % interval ``ci95``. ``counts`` and ``p_value`` (McNemar's
-    exact test) are None where a problem has several attempts. ``alone_a`` and ``alone_b`` are the problems that only
-    one of the two has, which are left out.
+    exact test) are None where a problem has several attempts. ``alone_a`` and ``alone_b`` are the numbers of
+    problems that only one of the two contains; they are left out.
     """
 
     n: int
@@ -50,7 +50,7 @@ class Comparison:
 
 
 def compare(a: Verdicts, b: Verdicts, *, seed: int = 0, resamples: int = 10_000) -> Comparison:
-    """Compare two evaluations problem by problem; a function of the verdicts and ``seed``, not of their order.
+    """Compare two evaluations problem by problem; the result depends on verdicts and ``seed``, not on their order.
 
     Raises:
         InputError: if they share no problem.
@@ -94,8 +94,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def bootstrap_interval(differences: Tensor, *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
     """95 % percentile interval of a mean of paired differences ``[n]`` by resampling the problems.
 
-    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: a problem is drawn with what both
-    evaluations made of it, so that the pairing is kept.
+    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: a problem is drawn with the
+    results of both evaluations, so that the pairing is kept.
     """
     values, n = differences.to(torch.float64), len(differences)
     rows = max(1, _BATCH // n)
@@ -108,22 +108,22 @@ def bootstrap_interval(differences: Tensor, *, seed: int = 0, resamples: int = 1
 
 
 def resample(n: int, numbers: range, seed: int = 0) -> Tensor:
-    """The problems that the bootstrap's resamples with these ``numbers`` draw, int64 ``[len(numbers), n]``."""
+    """Return the problems of the bootstrap resamples with these ``numbers``, int64 ``[len(numbers), n]``."""
     keys = fold(key_tensor([make_key(seed, "bootstrap")]), torch.tensor(list(numbers), dtype=torch.int64))
     return (uniform(keys, n).to(torch.float64) * n).to(torch.int64)
 
 
 def compare_files(a: Path, b: Path) -> dict[str, Comparison]:
-    """Compare the generations that two files or folders hold, by the name of the schedule that both decoded with.
+    """Compare the generations in two files or folders, schedule by schedule.
 
-    If each of them holds one schedule only, those two are compared, whatever their names.
+    If each of them holds a single schedule, these two are compared, whatever their names.
 
     Raises:
         InputError: naming the file, and the remedy.
     """
-    (left, one), (right, other) = (_read(find_generations(path)) for path in (a, b))
-    for problem in one.keys() & other.keys():
-        if one[problem] != other[problem]:
+    (left, digests_a), (right, digests_b) = (_read(find_generations(path)) for path in (a, b))
+    for problem in digests_a.keys() & digests_b.keys():
+        if digests_a[problem] != digests_b[problem]:
             raise InputError(f"{a} and {b} asked different problems under the id {problem!r}; evaluate the same task")
     if len(left) == len(right) == 1:
         (name_a, only_a), (name_b, only_b) = *left.items(), *right.items()
@@ -134,34 +134,34 @@ def compare_files(a: Path, b: Path) -> dict[str, Comparison]:
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, list[bool]]], dict[str, Any]]:
-    """Which attempts were correct, by schedule (an unnamed one is called default) and problem; what problems hold.
+    """Return whether attempts were correct, by schedule (``default`` if unnamed) and problem, and problems' digests.
 
-    The latter is the last ``digest`` of each problem, where lines have one.
+    A problem's digest is the last ``digest`` among its lines; problems without one are left out.
     """
-    found: dict[str, dict[str, list[bool]]] = {}
+    verdicts: dict[str, dict[str, list[bool]]] = {}
     digests: dict[str, Any] = {}
     for item in stream_generations(path):
-        found.setdefault(item.schedule or "default", {}).setdefault(item.id, []).append(item.correct)
+        verdicts.setdefault(item.schedule or "default", {}).setdefault(item.id, []).append(item.correct)
         digests[item.id] = item.fields.get("digest")
-    return found, {problem: digest for problem, digest in digests.items() if digest is not None}
+    return verdicts, {problem: digest for problem, digest in digests.items() if digest is not None}
 
 
 def find_generations(path: Path) -> Path:
-    """The file of graded generations that ``path`` is, or that the folder holds, itself or in ``eval/TASK``.
+    """Return the file of graded generations: ``path`` itself, or the one in the folder or in its ``eval/TASK``.
 
     Raises:
-        InputError: if there is none, or more than one to choose from.
+        InputError: if there is no such file, or more than one.
     """
     if not path.is_dir():
         if path.exists():
             return path
         raise InputError(f"there is no {str(path)!r}; name a folder with generations.jsonl or graded.jsonl, or a file")
     for pattern in ("", "eval/*/"):
-        found = sorted(file for name in ("generations", "graded") for file in path.glob(f"{pattern}{name}.jsonl"))
-        if len(found) > 1:
-            raise InputError(f"{path} holds {', '.join(str(file.relative_to(path)) for file in found)}; name one file")
-        if found:
-            return found[0]
+        files = sorted(file for name in ("generations", "graded") for file in path.glob(f"{pattern}{name}.jsonl"))
+        if len(files) > 1:
+            raise InputError(f"{path} holds {', '.join(str(file.relative_to(path)) for file in files)}; name one file")
+        if files:
+            return files[0]
     raise InputError(f"{path} holds no generations.jsonl or graded.jsonl; evaluate it first: dllm-sd eval {path}")
 
 
@@ -173,5 +173,5 @@ def _share(correct: Sequence[bool]) -> float:
     return sum(correct) / len(correct)
 
 
-def _some(found: Verdicts) -> str:
-    return next((repr(problem) for problem in found), "nothing")
+def _some(verdicts: Verdicts) -> str:
+    return next((repr(problem) for problem in verdicts), "nothing")

@@ -12,7 +12,7 @@ def pass_at_k(attempts: int, correct: int, k: int) -> float:
 
 
 def majority(parsed: Sequence[str | None], correct: Sequence[bool]) -> bool:
-    """Whether the answer that most attempts gave is right; the first of equals counts, no answer is no vote."""
+    """Whether the most frequent answer is right; ties go to the answer given first, unparsed attempts do not vote."""
     votes = Counter(answer for answer in parsed if answer is not None)
     if not votes:
         return False
@@ -30,10 +30,10 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
 def figures(
     sizes: Sequence[int], right: Sequence[int], scores: Sequence[float], votes: Callable[[int], Iterable[bool]]
 ) -> dict[str, Any]:
-    """The figures of graded attempts, each a mean over problems of what a problem's attempts say.
+    """Compute the metrics of graded attempts, each a mean over problems.
 
-    ``accuracy`` is avg@k. k is what the problem with the fewest attempts has; pass@k is given for powers of two up to
-    it, and maj@k takes the first k attempts of each problem.
+    ``accuracy`` is avg@k, where k is the smallest number of attempts at a problem; pass@k is given for powers of two up
+    to k and for k itself, and maj@k takes the first k attempts of each problem.
 
     Args:
         sizes: how many attempts each problem has.

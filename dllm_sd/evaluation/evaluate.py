@@ -32,7 +32,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Item:
-    """One problem's attempts, in order."""
+    """The attempts at one problem, in order."""
 
     problem: str
     texts: tuple[str, ...]
@@ -61,19 +61,19 @@ class Report:
     tokens_per_second: float
     """Over the time of this call; resumed attempts count neither in tokens nor in time."""
     occupancy: float
-    """Share of the decoder's slots that was busy; 0 where nothing was decoded."""
+    """Share of the decoder's slots that held an active row; 0 where nothing was decoded."""
     too_long: int
     """Problems that were left out, and are not among the ``n``, because their prompt is longer than `max_prompt`."""
     cut: int
     """Attempts without an end token within `decode.length`; they are graded as they are."""
     unread: int
-    """Attempts that no answer could be read from; they count as wrong."""
+    """Attempts from which no answer could be parsed; they count as wrong."""
     seconds: float
     extra: Mapping[str, float]
     """What the task measures beside accuracy, and its chance level."""
 
     def tree(self) -> dict[str, Any]:
-        """For report.json."""
+        """Return the metrics as they are written to report.json."""
         plain = ("n", "accuracy", "score", "length", "tokens_per_step", "occupancy", "too_long", "cut", "unread")
         tree = {
             **{name: getattr(self, name) for name in plain},
@@ -103,9 +103,9 @@ def evaluate(
 ) -> tuple[Report, list[Item]]:
     """Decode and grade every problem.
 
-    Randomness is keyed by (seed, problem, attempt) and the model's mode is restored, so that an evaluation leaves no
-    trace in training. Problems are dealt to ``world`` processes; all of them get the whole result. With a ``record``
-    each attempt is written down as it ends, and what is written there already is not decoded again.
+    Randomness is keyed by (seed, problem, attempt) and the model's mode is restored, so that an evaluation does not
+    affect training. Problems are distributed over ``world`` processes, which all return the full result. With a
+    ``record`` each attempt is written when it ends, and attempts that it already holds are not decoded again.
 
     Raises:
         InputError: if no problem is left to evaluate, or two have one id.
@@ -164,9 +164,9 @@ def evaluate_run(
     schedule: str | None = None,
     record: Record | None = None,
 ) -> Report:
-    """Evaluate with the settings of a run: in training and by ``dllm-sd eval`` alike.
+    """Evaluate with the settings of a run; training and ``dllm-sd eval`` both call this.
 
-    ``schedule`` is one of `eval.schedules`; None is the run's own way to decode held-out problems.
+    ``schedule`` is one of `eval.schedules`; None takes the run's decoding settings for held-out problems.
     """
     report, _ = evaluate(
         policy,
@@ -186,20 +186,20 @@ def evaluate_run(
 
 
 def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluate on the test split under the run's own decoding and under each of `eval.schedules`; go on if stopped.
+    """Evaluate on the test split under the run's own decoding and under each of `eval.schedules`; resumable.
 
     Args:
         folder: gets generations.jsonl and report.json. What it holds of an evaluation with the same settings is kept
             and completed; anything else is replaced.
         policy: the model.
         config: task, decoding and evaluation settings.
-        settings: all that it takes to repeat the evaluation; written into the report.
+        settings: everything needed to repeat the evaluation; written into the report.
 
     Returns:
-        The report: that of the run's own decoding, and all of them under ``schedules``.
+        The report of the run's own decoding, with those of all schedules under ``schedules``.
 
     Raises:
-        InputError: if no problem is left to evaluate, or the folder is in use, somebody else's or cannot be written.
+        InputError: if no problem is left to evaluate, or the folder is in use, holds other files or cannot be written.
     """
     processes = PartialState()
     with together():
@@ -208,7 +208,7 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
         if all(prompt_tokens(policy, config.task, problem, longest, thinking) is None for problem in wanted):
             raise _none_left(len(wanted), config.max_prompt)
     lock = FolderLock(folder, "evaluation folder", "give another --out")
-    asked = hashlib.sha256("".join(f"{one.id} {digest(one)}\n" for one in wanted).encode()).hexdigest()
+    asked = hashlib.sha256("".join(f"{problem.id} {digest(problem)}\n" for problem in wanted).encode()).hexdigest()
     on_main(lambda: _claim(folder, lock, {**settings, "problems": asked}))
     try:
         reports, evaluated = dict[str, Any](), list[str]()
@@ -231,7 +231,7 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
 
 
 def test_problems(config: Config) -> list[Problem]:
-    """The problems of the test split that an evaluation asks.
+    """Return the problems of the test split that an evaluation uses.
 
     Raises:
         InputError: if there are none, or two of them have one id.
@@ -243,24 +243,24 @@ def test_problems(config: Config) -> list[Problem]:
 
 
 def check_ids(*splits: Sequence[Problem]) -> None:
-    """Refuse two problems of a split with one id: attempts are kept, and figures are made, by id.
+    """Refuse two problems of a split with the same id, since attempts are stored and metrics computed by id.
 
     Raises:
         InputError: naming the id, and what differs.
     """
     for problems in splits:
-        met: dict[str, Problem] = {}
+        by_id: dict[str, Problem] = {}
         for problem in problems:
-            if (other := met.get(problem.id)) is not None:
-                names = [*{**other.fields, **problem.fields}]
-                differ = [name for name in names if other.fields.get(name) != problem.fields.get(name)]
+            if (earlier := by_id.get(problem.id)) is not None:
+                names = [*{**earlier.fields, **problem.fields}]
+                differ = [name for name in names if earlier.fields.get(name) != problem.fields.get(name)]
                 words = f"with another {differ[0]!r:.60}" if differ else "with the same fields"
                 raise InputError(f"problem {problem.id!r} is there twice, {words}; give every problem an id of its own")
-            met[problem.id] = problem
+            by_id[problem.id] = problem
 
 
 def _claim(folder: Path, lock: FolderLock, settings: Mapping[str, Any]) -> None:
-    """Take an evaluation folder, and remove what it holds of an evaluation with other settings."""
+    """Lock an evaluation folder, and remove the files of an evaluation with other settings from it."""
     with writable(repr(str(folder)), "give another --out"):
         lock.acquire()
         try:
@@ -272,7 +272,7 @@ def _claim(folder: Path, lock: FolderLock, settings: Mapping[str, Any]) -> None:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Refuse to write over what is no evaluation, and through links."""
+    """Refuse to overwrite what is not an evaluation, and to write through symbolic links."""
     if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
         raise InputError(f"{str(folder)!r} is a run folder; give another --out, such as eval/TASK in it")
     if (folder / REPORT).exists() and not (folder / SETTINGS).exists():

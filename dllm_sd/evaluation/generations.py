@@ -1,4 +1,4 @@
-"""Files of generations, one JSON object a line: read, checked, graded, and summed up."""
+"""Files of generations, one JSON object per line: reading, checking, grading and summarising them."""
 
 import gzip
 import json
@@ -26,8 +26,8 @@ _NAMES = ("id", "attempt", "generation", "correct", "score", "parsed", "schedule
 class Generation:
     """One graded attempt at one problem: a line of ``generations.jsonl`` or ``graded.jsonl``.
 
-    ``schedule`` names the decoding settings, None where the file does not say. ``fields`` is whatever else the line
-    holds: length in tokens, decoding steps, the fields of the problem.
+    ``schedule`` names the decoding settings, None where the file does not say. ``fields`` are the other
+    fields of the line: length in tokens, decoding steps, the fields of the problem.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Line:
     fields: Mapping[str, Any]
 
     def need(self, name: str, kind: type | tuple[type, ...], words: str, remedy: str) -> Any:
-        """The field ``name``, which must be of ``kind``; an InputError that names line, key and remedy otherwise."""
+        """Return the field ``name`` of type ``kind``; otherwise raise an InputError that names line, key and remedy."""
         value = self.fields.get(name)
         if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
@@ -57,25 +57,25 @@ class Line:
         raise InputError(f"{self.where}: {name!r} must be {words}, not {value!r:.60}; {remedy}")
 
     def optional(self, name: str, kind: type | tuple[type, ...], words: str) -> Any:
-        """The same, or None where the field is absent or null."""
+        """Return the field as `need` does, or None if it is absent or null."""
         if self.fields.get(name) is None:
             return None
         return self.need(name, kind, words, "correct it or leave it out")
 
 
 class AttemptNames:
-    """Names the attempts of a file as its lines come: (schedule, id, attempt), each of which may occur once."""
+    """Names the attempts of a file line by line: (schedule, id, attempt), each of which may occur once."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str | None, dict[str, int]] = {}  # by schedule: the problems, as they are first seen
+        self._numbers: dict[str | None, dict[str, int]] = {}  # by schedule: problems numbered in order of appearance
         self._seen: dict[str | None, _Seen] = {}
         self._named: bool | None = None
 
     def name(self, line: Line, number: int) -> tuple[str | None, str, int, int]:
-        """What a line is an attempt at: schedule, problem, the problem's number in the schedule, and the attempt.
+        """Return the schedule, the problem, the problem's number in the schedule, and the attempt of a line.
 
-        A line without an ``attempt`` is the next one of its problem; where no line has an ``id``, each is a problem of
-        its own.
+        A line without an ``attempt`` is the next attempt at its problem; if no line has an ``id``, each line is a
+        separate problem.
         """
         schedule = line.optional("schedule", str, "text")
         given = line.optional("id", (str, int), "text or a whole number")
@@ -102,56 +102,56 @@ class AttemptNames:
 
 
 class _Seen:
-    """Which attempts at each problem were seen: how many of 0, 1, 2, ..., and those that came out of turn."""
+    """The attempts seen at each problem: the length of the run 0, 1, 2, ..., and those that came out of order."""
 
     def __init__(self) -> None:
-        self._in_turn = array("I")
-        self._others: dict[int, set[int]] = {}
+        self._in_order = array("I")
+        self._out_of_order: dict[int, set[int]] = {}
 
     def __len__(self) -> int:
-        return len(self._in_turn)
+        return len(self._in_order)
 
     def more(self) -> int:
-        """The number of one more problem."""
-        self._in_turn.append(0)
-        return len(self._in_turn) - 1
+        """Add a problem and return its number."""
+        self._in_order.append(0)
+        return len(self._in_order) - 1
 
     def count(self, problem: int) -> int:
-        """How many attempts were seen."""
-        return self._in_turn[problem] + len(self._others.get(problem, ()))
+        """Return how many attempts at a problem were seen."""
+        return self._in_order[problem] + len(self._out_of_order.get(problem, ()))
 
     def add(self, problem: int, attempt: int) -> bool:
-        """Whether the attempt is new."""
-        others = self._others.get(problem, set())
-        if 0 <= attempt < self._in_turn[problem] or attempt in others:
+        """Add an attempt; return whether it is new."""
+        out_of_order = self._out_of_order.get(problem, set())
+        if 0 <= attempt < self._in_order[problem] or attempt in out_of_order:
             return False
-        if attempt != self._in_turn[problem]:
-            self._others.setdefault(problem, others).add(attempt)
+        if attempt != self._in_order[problem]:
+            self._out_of_order.setdefault(problem, out_of_order).add(attempt)
             return True
-        self._in_turn[problem] += 1
-        while self._in_turn[problem] in others:
-            others.remove(self._in_turn[problem])
-            self._in_turn[problem] += 1
+        self._in_order[problem] += 1
+        while self._in_order[problem] in out_of_order:
+            out_of_order.remove(self._in_order[problem])
+            self._in_order[problem] += 1
         return True
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The objects of a ``.jsonl`` or ``.jsonl.gz`` file, one after another; blank lines are passed over.
+    """Yield the objects of a ``.jsonl`` or ``.jsonl.gz`` file; blank lines are skipped.
 
     Raises:
         InputError: naming file and line, and the remedy.
     """
     try:
         with _open(path) as file:
-            found = False
+            has_lines = False
             for number, text in enumerate(text_lines(file, lambda number: f"{path}:{number}", str(path), ": this"), 1):
                 if text.strip():
-                    found = True
+                    has_lines = True
                     yield Line(f"{path}:{number}", _object(text, f"{path}:{number}"))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or f"damaged: {error}"
         raise InputError(f"{path} cannot be read ({reason}); give the path of a readable .jsonl or .jsonl.gz") from None
-    if not found:
+    if not has_lines:
         raise InputError(f"{path} holds no generations; give a file with one JSON object on each line")
 
 
@@ -161,7 +161,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         if path.suffix != ".gz":
             yield file
             return
-        with gzip.open(file, "rb") as unpacked:  # which reads bytes like any other file; typeshed does not call it so
+        with gzip.open(file, "rb") as unpacked:  # a binary file, though typeshed does not declare it so
             yield unpacked  # pyright: ignore[reportReturnType]
 
 
@@ -184,10 +184,10 @@ def read_generations(path: Path) -> list[Generation]:
 
 
 def stream_generations(path: Path) -> Iterator[Generation]:
-    """The graded generations of a file, checked, one after another.
+    """Yield the checked graded generations of a file.
 
-    Every line needs ``id`` and ``correct``. An absent ``score`` is that of the verdict, and an absent ``attempt`` is
-    the next one of its problem.
+    Every line needs ``id`` and ``correct``. An absent ``score`` is 1 if correct, else 0; an absent ``attempt`` is
+    the next attempt at the problem.
 
     Raises:
         InputError: naming file, line and key, and the remedy.
@@ -214,7 +214,7 @@ def stream_generations(path: Path) -> Iterator[Generation]:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """The folder, made if need be, and taken away again if the block fails."""
+    """Create the folder if needed, and remove it again if the block fails."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 def default_folder(path: Path) -> Path:
-    """Where the grades of a file go: beside it, ``runs/a.jsonl.gz`` to ``runs/a_graded``."""
+    """Return the folder for the grades of a file: beside it, ``runs/a.jsonl.gz`` to ``runs/a_graded``."""
     path = path.absolute() if not path.name else path
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + "_graded")
 
@@ -249,9 +249,9 @@ def grade_file(
     """Grade a file of generations; write ``folder/graded.jsonl`` and ``folder/report.json``, whole or not at all.
 
     Every line needs ``generation`` and the fields that the task's grader reads. The lines are read, graded and written
-    one by one, with ``correct``, ``score`` and ``parsed`` set and all else kept. Of several lines with one ``id`` each
-    is an attempt; generations under several schedules are reported schedule by schedule, the first one at the top.
-    ``name``, ``mode`` and ``settings`` are for the report.
+    one by one, with ``correct``, ``score`` and ``parsed`` set and all other fields kept. Several lines with the same
+    ``id`` are attempts at one problem; several schedules are reported one by one, the first one at the top level.
+    ``name``, ``mode`` and ``settings`` are written into the report.
 
     Returns:
         The report: ``task, mode, n, accuracy, ci95, score, pass_at_k``, and what the task's summary adds.
@@ -292,8 +292,8 @@ def _grade(line: Line, problem_id: str, task: Task) -> Grade:
 
 def _report(task: Task, schedules: Mapping[str | None, Tally]) -> dict[str, Any]:
     trees = {schedule: _summary(task, tally) for schedule, tally in schedules.items()}
-    (first, tree), *others = trees.items()
-    if not others:
+    (first, tree), *further = trees.items()
+    if not further:
         return tree
     return {**tree, "schedule": first, "schedules": {str(schedule): tree for schedule, tree in trees.items()}}
 
@@ -304,13 +304,13 @@ def _summary(task: Task, tally: Tally) -> dict[str, Any]:
 
 
 def measures(task: Task, graded: Sequence[tuple[Problem, Grade]], asked: Sequence[Problem]) -> dict[str, float]:
-    """What a task measures beside the accuracy, and its chance level on the problems ``asked`` where it has one."""
+    """Return a task's measures beside accuracy, and its chance level on the problems ``asked`` if it has one."""
     chance = task.chance(asked)
     return task.summary(graded) if chance is None else {**task.summary(graded), "chance": chance}
 
 
 def summarise(problems: Collection[Sequence[Grade]]) -> dict[str, Any]:
-    """The figures of graded attempts, by problem; see `estimates.figures`."""
+    """Compute the metrics of graded attempts, by problem; see `estimates.figures`."""
 
     def votes(k: int) -> Iterator[bool]:
         for grades in problems:

@@ -2,7 +2,7 @@
 
 ``python -m dllm_sd.evaluation.harness --model dllm-sd --model_args pretrained=X`` starts it.
 
-Texts are written by the sampler of training, likelihoods are those of `likelihood`.
+Texts are decoded by the sampler of training; likelihoods are computed by `likelihood`.
 """
 
 import logging
@@ -43,7 +43,7 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 
 class HarnessModel(_LM):
-    """The model ``dllm-sd`` of lm-eval; of a request it reads ``args`` alone."""
+    """The model ``dllm-sd`` of lm-eval; it reads only the ``args`` of a request."""
 
     cache_hook: Any = None
 
@@ -68,7 +68,7 @@ class HarnessModel(_LM):
             pretrained: a checkpoint folder, a hub name, or ``tiny``.
             policy: instead of it, a policy that is loaded already.
             adapter: folder of a PEFT adapter to put on the model.
-            device: where to work. The harness says cuda where nobody chose; without CUDA another is taken.
+            device: the device. The harness passes cuda by default; without CUDA accelerate's choice is taken.
             batch_size: prompts decoded, or canvases read, together. It changes no result.
             max_batch_size: without effect; the harness passes it on.
             mc_samples: masks drawn for a likelihood (`log_likelihoods`).
@@ -95,25 +95,25 @@ class HarnessModel(_LM):
             options["block_length"] = options.pop("model_block_length")
         state = PartialState()
         self._rank, self._world_size = state.process_index, state.num_processes
-        where = state.device or torch.device("cpu")
+        chosen = state.device or torch.device("cpu")
         if device is not None and state.num_processes == 1:
-            asked = torch.device(device)
-            where = where if asked.type == "cuda" and not torch.cuda.is_available() else asked
-        self._device = where
+            requested = torch.device(device)
+            chosen = chosen if requested.type == "cuda" and not torch.cuda.is_available() else requested
+        self._device = chosen
         if policy is None and pretrained is None:
             raise InputError("the model arg pretrained is missing; name a checkpoint folder, a hub name, or tiny")
-        self.policy = policy or _denoiser(load_policy(pretrained, device=where, **options))
+        self.policy = policy or _denoiser(load_policy(pretrained, device=chosen, **options))
         self.name = str(pretrained or "policy")
         if adapter is not None:
             put_on(self.policy, adapter)
         decode.setdefault("block_length", self.policy.block_length or Decoding.block_length)
         self.decode, self.batch_size, self.mc_samples = decode, int(batch_size), mc_samples
         self.check_greedy, self.add_bos_token, self.seed = check_greedy, add_bos_token, seed
-        self._settings({})  # wrong ones are refused before anything is read
+        self._settings({})  # refuse invalid settings before any request
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
-        """Made by the harness; a model arg goes before an option of its command line."""
+        """Called by the harness; a model arg takes precedence over an option of its command line."""
         extra = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**extra, **arg_dict})
 
@@ -135,7 +135,7 @@ class HarnessModel(_LM):
         parts = [
             (settings, batch)
             for settings, rows in groups.items()
-            for batch in batches(sorted(rows, key=lambda row: -len(row[1])), 8 * self.batch_size)  # kept when done
+            for batch in batches(sorted(rows, key=lambda row: -len(row[1])), 8 * self.batch_size)  # cached when done
         ]
         for settings, batch in self._watched(parts, "texts", disable_tqdm):
             done = self.policy.decode([prompt for _, prompt, _ in batch], settings, [key for *_, key in batch])
@@ -149,12 +149,14 @@ class HarnessModel(_LM):
         pairs = [self._pair(*request.args) for request in requests]
         keys = [make_key(self.seed, "likelihood", *request.args) for request in requests]
         results = [(0.0, False)] * len(requests)
-        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))  # what needs most memory first
+        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))  # largest first
         how: dict[str, Any] = {"batch_size": self.batch_size, "guidance": self._settings({}).guidance}
         for batch in self._watched(list(batches(order, self.batch_size)), "likelihoods", disable_tqdm):
-            some = [pairs[i] for i in batch]
-            values = log_likelihoods(self.policy, some, [keys[i] for i in batch], samples=self.mc_samples, **how)
-            greedy = written_greedily(self.policy, some, **how) if self.check_greedy else [False] * len(some)
+            batch_pairs = [pairs[i] for i in batch]
+            values = log_likelihoods(self.policy, batch_pairs, [keys[i] for i in batch], samples=self.mc_samples, **how)
+            greedy = (
+                written_greedily(self.policy, batch_pairs, **how) if self.check_greedy else [False] * len(batch_pairs)
+            )
             for i, result in zip(batch, zip(values, greedy, strict=True), strict=True):
                 results[i] = result
                 self._remember("loglikelihood", requests[i], result)
@@ -180,7 +182,7 @@ class HarnessModel(_LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keeps rendered prompts under."""
+        """The key under which the harness caches rendered prompts."""
         return f"{self.name}-{make_key(self.chat_template())}"
 
     def get_model_info(self) -> dict[str, Any]:
@@ -189,12 +191,12 @@ class HarnessModel(_LM):
         return {"decode": decode, "mc_samples": self.mc_samples, "seed": self.seed, "check_greedy": self.check_greedy}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """One tensor of each process, behind each other."""
+        """Concatenate the tensors of all processes."""
         gathered: Any = gather(tensor.to(self._device)) if self._world_size > 1 else tensor
         return gathered
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """One object of each process, on process ``dst``."""
+        """Return the objects of all processes on process ``dst``, None elsewhere."""
         objects = gather_object([obj]) if self._world_size > 1 else [obj]
         return objects if self._rank == dst else None
 
@@ -209,7 +211,7 @@ class HarnessModel(_LM):
         return self.policy.chat
 
     def _settings(self, wanted: Mapping[str, Any]) -> Decoding:
-        """How to decode a request: what the user said, then what the task asks for."""
+        """Return the decoding settings of a request: the user's, completed by the task's."""
         decode = dict(self.decode)
         if decode.get("length") is None:
             blocks = -(-int(wanted.get("max_gen_toks") or Decoding.length) // decode["block_length"])
@@ -230,7 +232,7 @@ class HarnessModel(_LM):
         return cut(self.policy.text(tokens[: ends[0] if ends else None]), until)
 
     def _prompt(self, text: str, room: int) -> list[int]:
-        """Prompt tokens, the beginning left out where they and ``room`` more do not fit into the model."""
+        """Encode a prompt; cut its beginning if it and ``room`` more tokens do not fit into the model."""
         tokens, first = self._tokens(text), self._chat.tokenizer.bos_token_id
         opening = (
             self._chat.opening
@@ -250,7 +252,7 @@ class HarnessModel(_LM):
         return tokens
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; blanks between them belong to the continuation, as in the harness's own models.
+        """Encode both; spaces between them belong to the continuation, as in the harness's own models.
 
         Line breaks do not, since they end a chat template.
         """
@@ -276,7 +278,7 @@ def _denoiser(policy: AnyPolicy) -> MaskedDiffusion:
 
 
 def main() -> int:
-    """The harness's command line, which then knows the model ``dllm-sd``."""
+    """Run the harness's command line with the model ``dllm-sd`` registered."""
     try:
         if _LM is object:
             raise InputError("lm-eval is not installed; run pip install 'dllm-sd[lm-eval]'")

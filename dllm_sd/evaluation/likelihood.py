@@ -1,11 +1,11 @@
-"""How likely a model finds an answer: Monte-Carlo bounds, as lm-eval asks for (`harness`).
+"""Monte-Carlo bounds on the log-likelihood of an answer, for lm-eval (`harness`).
 
 LLaDA (arXiv 2502.09992, Eq. 6 and its evaluation code): of an answer's ``L`` tokens hide ``l``, uniform on 1..L, at
 random places; the mean of ``L/l`` times the sum of the hidden tokens' log-probabilities bounds the answer's
 log-probability from below. It equals the mean over all orders in which the answer can be written token by token.
 
-A block-causal model never meets noise in earlier blocks. There each block is an answer of its own behind a clean
-prefix, and the blocks add up (BD3-LM, arXiv 2503.09573, Eq. 4 and 8).
+A block-causal model never sees masks in earlier blocks. So each block is estimated after an unmasked prefix, and the
+bounds of the blocks are added (BD3-LM, arXiv 2503.09573, Eq. 4 and 8).
 """
 
 import math
@@ -34,7 +34,7 @@ class _Canvas:
 
     tokens: Sequence[int]
     prompt: int
-    """How many of the tokens are the prompt."""
+    """Number of prompt tokens."""
     hidden: Sequence[int]
 
 
@@ -43,7 +43,7 @@ def draw_masks(length: int, samples: int, key: int) -> tuple[Tensor, Tensor]:
 
     The weighted sum of the hidden tokens' log-probabilities estimates the bound without bias. Where ``samples`` are
     enough for all ``2**length - 1`` masks the sum is exact. Otherwise the numbers of hidden tokens are spread evenly
-    over 1..length with one random offset, which leaves each of them uniform, and equal masks are read once.
+    over 1..length with one random offset, which leaves each of them uniform, and equal masks are evaluated once.
     """
     if length < 32 and 2**length - 1 <= samples:
         hidden = (torch.arange(1, 2**length)[:, None] >> torch.arange(length) & 1).bool()
@@ -78,13 +78,13 @@ def log_likelihoods(
     batch_size: int = 32,
     guidance: float = 0.0,
 ) -> list[float]:
-    """Monte-Carlo bounds on log p(answer | prompt); nothing stands behind the answer.
+    """Monte-Carlo bounds on log p(answer | prompt); the canvas ends with the answer.
 
     Args:
         policy: the model.
         pairs: prompts and answers.
-        keys: one a pair; they seed the masks, so that batching cannot change a result.
-        samples: masks drawn for each answer (block-causal models: for each block); fewer are read where some are equal.
+        keys: one per pair; they seed the masks, so that batching cannot change a result.
+        samples: masks drawn for each answer (block-causal models: for each block); equal ones are read once.
         batch_size: canvases read together.
         guidance: classifier-free guidance scale, as in `Decoding`.
     """
@@ -113,10 +113,10 @@ def log_likelihoods(
 def written_greedily(
     policy: MaskedDiffusion, pairs: Sequence[Pair], *, batch_size: int = 32, guidance: float = 0.0
 ) -> list[bool]:
-    """Whether greedy unmasking writes each answer: from all masked, the surest token first, one a step.
+    """Whether greedy unmasking writes each answer: from all masked, the most probable token first, one per step.
 
     This is ``suffix_greedy_prediction`` of LLaDA's evaluation code, block by block for block-causal models. A row
-    leaves at the first token that differs, which most wrong answers do in the first step.
+    is dropped at its first token that differs, which for most wrong answers is in the first step.
     """
     left = [[list(span) for span in spans(len(p), len(a), policy.block_length)] for p, a in pairs]
     stops = [[span[-1] + 1 for span in parts] for parts in left]
@@ -135,10 +135,10 @@ def written_greedily(
                 score, token = logits.index_fill(-1, never, -torch.inf).max(-1)
                 score, right, owner = (score - logits.logsumexp(-1)).cpu(), (token == truth).cpu(), owner.cpu()
                 for n, row in enumerate(batch):
-                    surest = int(score[owner == n].argmax())
-                    if not bool(right[owner == n][surest]):
+                    most_probable = int(score[owner == n].argmax())
+                    if not bool(right[owner == n][most_probable]):
                         wrong.add(row)
-                    del left[row][0][surest]
+                    del left[row][0][most_probable]
                     if not left[row][0]:
                         del left[row][0], stops[row][0]
             alive = [row for row in alive if left[row] and row not in wrong]

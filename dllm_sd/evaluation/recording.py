@@ -1,4 +1,4 @@
-"""Graded attempts on disk: every one is written as it ends, so that a stopped evaluation goes on where it stopped."""
+"""Graded attempts on disk: each is written when it ends, so that a stopped evaluation can be resumed."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ class Line:
     """One graded attempt at a problem."""
 
     id: str
-    """Of the problem."""
+    """Id of the problem."""
     digest: str
-    """Of the problem's fields: two generated problems may share an id."""
+    """Hash of the problem's fields, since two generated problems may share an id."""
     attempt: int
     generation: str
     correct: bool
@@ -36,7 +36,7 @@ class Line:
     steps: int
     """Decoding steps."""
     ended: bool | None = None
-    """Whether it has an end token; None where nobody knows."""
+    """Whether the completion has an end token; None if unknown."""
 
     @property
     def grade(self) -> Grade:
@@ -45,7 +45,7 @@ class Line:
 
 
 def digest(problem: Problem) -> str:
-    """Twelve hexadecimal digits that tell problems apart by their fields."""
+    """Return a hash of a problem's fields, twelve hexadecimal digits."""
     text = json.dumps(problem.fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -54,7 +54,7 @@ class Record:
     """The attempts of one decoding schedule in an evaluation folder; each process appends to a file of its own."""
 
     def __init__(self, folder: Path, schedule: str, rank: int) -> None:
-        """Read what is there; a line that a crash cut off in the file of this process is removed.
+        """Read the stored attempts; an incomplete last line in the file of this process is removed.
 
         Raises:
             InputError: naming the file and the line that holds no attempt.
@@ -63,18 +63,18 @@ class Record:
         self._file = folder / f".generations.{rank}.jsonl"
         _cut_half_line(self._file)
         self.lines = {(line.id, line.attempt): line for name, line in _read(folder) if name == schedule}
-        """What is written already, by problem and attempt."""
+        """Stored attempts, by problem and attempt."""
         self.problems: list[str] = []
-        """The ids of all that was evaluated, once it was."""
+        """The ids of all evaluated problems; set when the evaluation ends."""
 
     def append(self, line: Line) -> None:
-        """Write one attempt down, safe from a crash of the program."""
+        """Append one attempt to the file, so that a crash of the program does not lose it."""
         with self._file.open("ab") as file:
             file.write(_text(self.schedule, line))
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make ``folder`` ready: what it holds of an evaluation with other settings is removed."""
+    """Prepare ``folder``: files of an evaluation with other settings are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted, file = json.dumps(settings, indent=1, sort_keys=True).encode(), folder / SETTINGS
     if not file.is_file() or file.read_bytes() != wanted:
@@ -86,22 +86,22 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 def finish(
     folder: Path, order: Sequence[str], schedules: Sequence[str] | None = None, attempts: int | None = None
 ) -> None:
-    """Gather the attempts of all processes in generations.jsonl: by schedule, problem (in ``order``) and attempt.
+    """Merge the attempts of all processes into generations.jsonl: by schedule, problem (in ``order``) and attempt.
 
     Args:
-        folder: of the evaluation.
+        folder: the folder of the evaluation.
         order: ids of the problems that were evaluated.
-        schedules: names of the decoding schedules; None takes those that are found.
-        attempts: at each problem; None takes as many as the problem with most of them has.
+        schedules: names of the decoding schedules; None takes all stored ones.
+        attempts: number of attempts at each problem; None takes the largest stored number.
 
     Raises:
         InputError: if an attempt is missing; nothing is written or removed.
     """
-    found = {(name, line.id, line.attempt): line for name, line in _read(folder)}
-    names = list(dict.fromkeys(name for name, _, _ in found)) if schedules is None else list(schedules)
-    count = attempts or max((attempt + 1 for _, _, attempt in found), default=1)
+    stored = {(name, line.id, line.attempt): line for name, line in _read(folder)}
+    names = list(dict.fromkeys(name for name, _, _ in stored)) if schedules is None else list(schedules)
+    count = attempts or max((attempt + 1 for _, _, attempt in stored), default=1)
     wanted = [(name, problem, i) for name in names for problem in dict.fromkeys(order) for i in range(count)]
-    if missing := [key for key in wanted if key not in found]:
+    if missing := [key for key in wanted if key not in stored]:
         name, problem, i = missing[0]
         raise InputError(
             f"{folder} lacks {len(missing)} of {len(wanted)} attempts, the first of them attempt {i} at problem "
@@ -109,13 +109,13 @@ def finish(
         )
     with replacing(folder / GENERATIONS) as file:
         for key in wanted:
-            file.write(_text(key[0], found[key]))
+            file.write(_text(key[0], stored[key]))
     for old in _partial(folder):
         old.unlink()
 
 
 def _text(schedule: str, line: Line) -> bytes:
-    """One line; half of a surrogate pair, which UTF-8 cannot hold, as JSON escapes it."""
+    """Return one line; lone surrogates, which UTF-8 cannot encode, are escaped as in JSON."""
     tree = {"schedule": schedule, **asdict(line)}
     return f"{json.dumps(tree, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
 
@@ -125,7 +125,7 @@ def _partial(folder: Path) -> list[Path]:
 
 
 def _cut_half_line(file: Path) -> None:
-    """What a crash left behind the last line break would be glued to the next line."""
+    """Remove an incomplete last line, which the next line would be appended to."""
     content = _content(file)
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -133,7 +133,7 @@ def _cut_half_line(file: Path) -> None:
 
 
 def _content(file: Path) -> bytes:
-    """All that stands in a file of attempts, nothing where there is none."""
+    """Return the content of a file of attempts, empty if the file does not exist."""
     if not os.path.lexists(file):
         return b""
     return read_own(file, "remove it, and what it held is decoded again", sys.maxsize)

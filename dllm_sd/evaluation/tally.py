@@ -1,4 +1,4 @@
-"""Graded lines on disk: of each only a few numbers stay in memory, the rest is read back where a report asks."""
+"""A summary of graded lines on disk: a few numbers per line stay in memory, the rest is read back for the report."""
 
 import json
 import math
@@ -14,20 +14,20 @@ Item = TypeVar("Item")
 
 
 class Tally:
-    """What a report needs of the graded lines of a file: 24 bytes a line and 12 a problem, the rest is read back.
+    """The metrics of the graded lines of a file: 24 bytes per line and 12 per problem, the rest is read back.
 
-    Lines of one ``problem`` (numbers that count from 0 as they are first seen) are its attempts, in order.
+    Lines of the same ``problem`` (numbered from 0 in order of appearance) are its attempts, in order.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        """Begin with no lines of ``file``, from which they are read back."""
+        """Start with no lines; later they are read back from ``file``."""
         self._file = file
         self._places, self._lines = array("q"), array("I")  # of each line: where it begins, its number in the source
         self._problems, self._scores = array("I"), array("d")
         self._sizes, self._right, self._last = array("I"), array("I"), array("I")  # of each problem
 
     def add(self, problem: int, line: int, place: int, grade: Grade) -> None:
-        """Count a graded line: the number of its problem, its own in the source, and where in the file it begins."""
+        """Add a graded line: the number of its problem, its line number in the source, and its offset in the file."""
         if problem == len(self._sizes):
             for column in (self._sizes, self._right, self._last):
                 column.append(0)
@@ -41,12 +41,12 @@ class Tally:
 
     @property
     def graded(self) -> Sequence[tuple[Problem, Grade]]:
-        """Every line as a problem and its verdict, read back whenever it is looked at."""
+        """Every line as a problem and its grade, read back on access."""
         return _Stored(range(len(self._places)), self._read)
 
     @property
     def asked(self) -> Sequence[Problem]:
-        """The problems in the order in which they were first seen, each as its last line has it."""
+        """The problems in order of appearance, each with the fields of its last line."""
         return _Stored(self._last, lambda place: self._read(place)[0])
 
     def figures(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Tally:
         return figures(self._sizes, self._right, array("d", scores), votes)
 
     def _by_problem(self) -> Sequence[int]:
-        """The lines problem by problem, those of one in order."""
+        """Return the indices of lines, grouped by problem and in order within each."""
         order, free = array("I", bytes(4 * len(self._places))), array("I", [0])
         free.extend(accumulate(self._sizes))
         for place, problem in enumerate(self._problems):
@@ -86,7 +86,7 @@ class Tally:
 
 
 class _Stored(Sequence[Item], Generic[Item]):
-    """Items that are read when they are looked at: ``read(place)`` for each of ``places``."""
+    """A sequence whose items are read on access: ``read(place)`` for each of ``places``."""
 
     def __init__(self, places: Sequence[int], read: Callable[[int], Item]) -> None:
         self._places, self._read = places, read
