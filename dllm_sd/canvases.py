@@ -1,9 +1,10 @@
 """Which states of a rollout the student reads: the decoder's own canvases, random masks, or everything masked."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class CanvasRule(Part, Protocol):
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
         """All canvases of a pass."""
-        return self.build(trajectory, keys, part, self.places(trajectory, part, parts))
+        ...
 
     @property
     def subset(self) -> int | None:
@@ -119,12 +120,24 @@ class CanvasRule(Part, Protocol):
         ...
 
 
-class CanvasDefaults:
+class CanvasDefaults(ABC):
     """Defaults of canvases that no decoder saw, and that are all graded."""
 
-    subset: ClassVar[None] = None
-    decoded: ClassVar[bool] = False
-    hides_everything: ClassVar[bool] = False
+    subset: int | None = None
+    decoded: bool = False
+    hides_everything: bool = False
+
+    @abstractmethod
+    def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
+        """`CanvasRule.places`."""
+
+    @abstractmethod
+    def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
+        """`CanvasRule.build`."""
+
+    def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
+        """All canvases of a pass."""
+        return self.build(trajectory, keys, part, self.places(trajectory, part, parts))
 
     def masked_share(self, canvases: int) -> float:
         """1: all of it."""
@@ -132,7 +145,7 @@ class CanvasDefaults:
 
 
 @dataclass(frozen=True)
-class DecoderSteps(Ranged, CanvasRule, key="method.canvases"):
+class DecoderSteps(Ranged, CanvasDefaults, key="method.canvases"):
     """The canvases that the decoder really saw, one per decoding step (d-OPSD, arXiv 2606.18195, Eq. 7).
 
     With the defaults every step up to the one that fixes the end token is used. The other fields are quirks of
@@ -153,8 +166,8 @@ class DecoderSteps(Ranged, CanvasRule, key="method.canvases"):
     subset: Count | None = None
     """Grade so many steps of each rollout and pass, drawn at random and weighted so that the expected loss and gradient
     are those of all steps, whatever the average; null grades all."""
-    decoded: ClassVar[bool] = True
-    hides_everything: ClassVar[bool] = False
+    decoded = True
+    hides_everything = False
 
     def masked_share(self, canvases: int) -> float:
         """1: all of it, at the first step."""
@@ -220,7 +233,7 @@ class DecoderSteps(Ranged, CanvasRule, key="method.canvases"):
 
 
 @dataclass(frozen=True)
-class RandomMasks(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
+class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
     """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
 
     A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
@@ -280,7 +293,7 @@ class RandomMasks(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
 
 
 @dataclass(frozen=True)
-class AllMasked(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
+class AllMasked(Ranged, CanvasDefaults, key="method.canvases"):
     """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
     Each pass over the same rollouts draws another prompt mask. Tokens that were written are graded; padding behind the
@@ -289,7 +302,7 @@ class AllMasked(Ranged, CanvasDefaults, CanvasRule, key="method.canvases"):
 
     prompt_mask_ratio: ShareBelowOne = 0.15
     """Probability with which each prompt token is replaced by the mask token."""
-    hides_everything: ClassVar[bool] = True
+    hides_everything = True
 
     def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
         """One for every rollout."""

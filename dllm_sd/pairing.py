@@ -246,8 +246,9 @@ def check_peers(config: Config) -> None:
     """
     peers, contexts = config.peers, config.method.contexts
     assert peers is not None
-    writings = [context.hint and context.hint.writing for context in contexts if context.by_peer]
-    writers = [writing and writing.writer.weights for writing in writings]
+    hints = [context.hint for context in contexts if context.by_peer]
+    writings = [None if hint is None else hint.writing for hint in hints]
+    writers = [None if writing is None else writing.writer.weights for writing in writings]
     if not writers or not all(weights is not None and weights.of_another_run for weights in writers):
         raise InputError(
             "peers comment on each other's rollouts; set method to op_co_distill, or a context to feedback"

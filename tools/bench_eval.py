@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dllm_sd.evaluation import evaluate
+from dllm_sd.evaluation.evaluate import evaluate
 from dllm_sd.evaluation.recording import Record, begin
 from dllm_sd.randomness import make_key
 from tools import naive

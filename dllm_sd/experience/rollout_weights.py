@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dllm_sd.errors import InputError
-from dllm_sd.network.subspace import Projectors, Supervised, collect, kv_layers, projected
+from dllm_sd.network.subspace import Projectors, Subspace, Supervised, collect, kv_layers, projected
 from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import Policy, offsets
@@ -31,7 +31,7 @@ class RolloutWeights:
         models: Mapping[Weights, Teacher],
         accelerator: Accelerator,
     ) -> None:
-        self.subspace = rule.policy and rule.policy.subspace
+        self.subspace: Subspace | None = None if rule.policy is None else rule.policy.subspace
         self.policy, self.accelerator = policy, accelerator
         self.base = None if rule.rolling is None else models[rule.rolling]
         self.projectors: Projectors = {}

@@ -23,7 +23,7 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -176,7 +176,7 @@ class TokenNLL(DivergenceDefaults):
     ``token`` is a vocabulary id, so the support must be ``full``. With trust ``group_advantage`` this is diffu-GRPO.
     """
 
-    reads_target: ClassVar[bool] = False
+    reads_target = False
 
     @property
     def reads_drawn_token(self) -> bool:

@@ -9,7 +9,6 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from einops import rearrange, reduce
@@ -82,7 +81,7 @@ class GatedGap(Ranged, DivergenceDefaults, key="method.divergence"):
 
     tau: Positive = 1.0
     local: Count | None = None
-    judges_each_teacher: ClassVar[bool] = True
+    judges_each_teacher = True
 
     @property
     def reads_drawn_token(self) -> bool:

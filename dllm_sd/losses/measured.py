@@ -4,7 +4,7 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -79,9 +79,9 @@ class Divergence(Part, Protocol):
 class DivergenceDefaults(AllTeachers, ABC):
     """Defaults of a divergence between student and each target, on any support that returns distributions."""
 
-    reads_target: ClassVar[bool] = True
-    reads_rollout_policy: ClassVar[bool] = False
-    judges_each_teacher: ClassVar[bool] = False
+    reads_target: bool = True
+    reads_rollout_policy: bool = False
+    judges_each_teacher: bool = False
 
     @property
     def reads_drawn_token(self) -> bool:

@@ -7,7 +7,7 @@ Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
@@ -75,7 +75,7 @@ class PolicyGradient(Ranged, DivergenceDefaults, key="method.divergence"):
     ratio_clip: Positive = 0.2
     dual_clip: Annotated[float, Range(above=1)] | None = 3.0
     surrogate: Literal["ratio", "log"] = "ratio"
-    reads_rollout_policy: ClassVar[bool] = True
+    reads_rollout_policy = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ in all other rules.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class SiteRule(Part, Protocol):
     @property
     def content(self) -> bool:
         """Whether tokens without content are left out."""
+        ...
+
+    @property
+    def prompt(self) -> bool:
+        """Whether the tokens of the prompt are graded too."""
         ...
 
     @property
@@ -51,8 +56,9 @@ class SiteRule(Part, Protocol):
 class SiteDefaults:
     """Defaults of a rule that needs no teacher."""
 
-    score: ClassVar[None] = None
-    follows_decoder: ClassVar[bool] = False
+    prompt: bool = False
+    score: None = None
+    follows_decoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,12 @@ class Revealed(SiteDefaults):
     prompt: bool = False
     """Grade the tokens of the prompt too, all but the first (SPD, arXiv 2605.22675, Eq. 14): cross-entropy on whole
     texts, of autoregressive models only."""
-    follows_decoder: ClassVar[bool] = True
-    covers: ClassVar[Covers] = "step"
+    follows_decoder = True
+
+    @property
+    def covers(self) -> Covers:
+        """The same whatever is asked."""
+        return "step"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]`` from three bool ``[n l]`` maps of the canvases."""
@@ -79,7 +89,7 @@ class AllMasked(SiteDefaults):
     block: bool = False
     content: bool = False
     """As for `revealed`."""
-    prompt: ClassVar[bool] = False
+    prompt = False
 
     @property
     def covers(self) -> Covers:
@@ -103,10 +113,15 @@ class TeacherTop(Ranged, key="method.sites"):
     """How many; None takes as many as the student commits at this step (on canvases that no decoder saw: all)."""
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
-    content: ClassVar[bool] = False
-    prompt: ClassVar[bool] = False
-    covers: ClassVar[Covers] = "none"
-    follows_decoder: ClassVar[bool] = False
+    content = False
+    prompt = False
+
+    @property
+    def covers(self) -> Covers:
+        """The same whatever is asked."""
+        return "none"
+
+    follows_decoder = False
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates bool ``[n l]`` and quota int64 ``[n]``."""

@@ -9,7 +9,7 @@ Axes: ``m`` graded sites, ``c`` teacher contexts, ``v`` vocabulary, ``u`` suppor
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Support(Part, Protocol):
 class SupportDefaults(AllTeachers):
     """Defaults of a support that keeps some entries and returns distributions over them."""
 
-    full_vocabulary: ClassVar[bool] = False
+    full_vocabulary: bool = False
 
     @property
     def normalised(self) -> bool:
@@ -129,7 +129,7 @@ def top_k_overlap(student_logp: Tensor, teacher_logp: Tensor, k: int) -> Tensor:
 class FullVocabulary(SupportDefaults):
     """Every vocabulary entry: both inputs, unchanged (``u = v``)."""
 
-    full_vocabulary: ClassVar[bool] = True
+    full_vocabulary = True
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
         """``[m v], [c m v] -> [m v], [c m v]`` in float32 or float64."""

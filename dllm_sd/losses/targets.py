@@ -9,7 +9,7 @@ Axes: ``m`` graded sites, ``c`` teacher contexts, ``t`` targets, ``u`` support, 
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -62,9 +62,9 @@ class Target(Part, Protocol):
 class TargetDefaults:
     """Defaults of a target that is made of teachers' distributions, works on any support and logs nothing."""
 
-    asks_teachers: ClassVar[bool] = True
-    needs_full_vocabulary: ClassVar[bool] = False
-    measured: ClassVar[tuple[str, ...]] = ()
+    asks_teachers: bool = True
+    needs_full_vocabulary: bool = False
+    measured: tuple[str, ...] = ()
 
     def measures(self, teacher_logp: Tensor) -> dict[str, Tensor]:
         """No measures."""
@@ -75,8 +75,8 @@ class TargetDefaults:
 class Plain(TargetDefaults):
     """The one teacher's distribution, unchanged: ``c = t = 1``."""
 
-    contexts: ClassVar[int | None] = 1
-    keeps_contexts: ClassVar[bool] = True
+    contexts = 1
+    keeps_contexts = True
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[1 m u] -> [1 m u]``."""
@@ -92,8 +92,8 @@ class Plain(TargetDefaults):
 class Each(TargetDefaults):
     """Every teacher's distribution is a target of its own: ``t = c``."""
 
-    contexts: ClassVar[int | None] = None
-    keeps_contexts: ClassVar[bool] = True
+    contexts = None
+    keeps_contexts = True
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[c m u] -> [c m u]``, ``c >= 1``."""
@@ -110,9 +110,9 @@ class Sampled(TargetDefaults):
     rollouts) are passed on to the trust: ``t = c >= 0``.
     """
 
-    contexts: ClassVar[int | None] = None
-    keeps_contexts: ClassVar[bool] = False
-    asks_teachers: ClassVar[bool] = False
+    contexts = None
+    keeps_contexts = False
+    asks_teachers = False
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[c m u] -> [c m u]``, unchanged."""
@@ -140,10 +140,10 @@ class PurifiedPMI(Ranged, TargetDefaults, key="method.target"):
     beta: Positive = 1.0
     bound: Positive | None = 10.0
     centre: Literal["uniform", "base"] = "uniform"
-    contexts: ClassVar[int | None] = 3
-    keeps_contexts: ClassVar[bool] = False
-    needs_full_vocabulary: ClassVar[bool] = True
-    measured: ClassVar[tuple[str, ...]] = ("target/shift", "target/bound_share")
+    contexts = 3
+    keeps_contexts = False
+    needs_full_vocabulary = True
+    measured = ("target/shift", "target/bound_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,9 +204,9 @@ class Barycenter(Ranged, TargetDefaults, key="method.target"):
     beta: Positive = 50.0
     alpha_max: Share = 0.15
     floor: Annotated[float, Range(above=0, below=1)] = 1e-8
-    contexts: ClassVar[int | None] = 2
-    keeps_contexts: ClassVar[bool] = False
-    measured: ClassVar[tuple[str, ...]] = ("target/disagreement", "target/alpha")
+    contexts = 2
+    keeps_contexts = False
+    measured = ("target/disagreement", "target/alpha")
 
     def __call__(self, teacher_logp: Tensor) -> Tensor:
         """``[2 m u] -> [1 m u]``, detached."""

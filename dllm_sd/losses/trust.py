@@ -11,7 +11,7 @@ Axes: ``b`` rollouts, ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vo
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from einops import rearrange, repeat
@@ -123,12 +123,12 @@ class Trust(Part, Protocol):
 class TrustDefaults(AllTeachers):
     """Defaults of a trust that treats each site alone, needs no outcome or group, and neither clips nor caps."""
 
-    needs_old_logp: ClassVar[bool] = False
-    needs_outcome: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = False
-    weights_likelihoods: ClassVar[bool] = False
-    judges_each_teacher: ClassVar[bool] = False
-    measured: ClassVar[tuple[str, ...]] = ()
+    needs_old_logp: bool = False
+    needs_outcome: bool = False
+    needs_group: bool = False
+    weights_likelihoods: bool = False
+    judges_each_teacher: bool = False
+    measured: tuple[str, ...] = ()
 
     @property
     def always_counts(self) -> bool:
@@ -230,8 +230,8 @@ class ImportanceCap(Ranged, TrustDefaults, key="method.trust"):
 
     cap: Positive = 2.0
     clamp: Positive = 20.0
-    needs_old_logp: ClassVar[bool] = True
-    measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
+    needs_old_logp = True
+    measured = ("trust/clipped",)
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: ones."""
@@ -278,10 +278,10 @@ class GroupAdvantage(Ranged, TrustDefaults, key="method.trust"):
     epsilon: Positive = 1e-4
     ratio_clip: Positive = 0.5
     kl: NonNegative = 0.0
-    needs_outcome: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = True
-    weights_likelihoods: ClassVar[bool] = True
-    measured: ClassVar[tuple[str, ...]] = ("trust/clipped",)
+    needs_outcome = True
+    needs_group = True
+    weights_likelihoods = True
+    measured = ("trust/clipped",)
 
     @property
     def always_counts(self) -> bool:
@@ -347,8 +347,8 @@ class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
     threshold: NonNegative = 0.05
     at_least: Share = 1.0
     local: Count | None = None
-    needs_outcome: ClassVar[bool] = True
-    judges_each_teacher: ClassVar[bool] = True
+    needs_outcome = True
+    judges_each_teacher = True
 
     @property
     def gap_entries(self) -> int | None:

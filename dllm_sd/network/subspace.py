@@ -12,7 +12,7 @@ Axes here: ``m`` rows, one for each position of each example; ``d`` dimensions, 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from peft import PeftModel
@@ -77,9 +77,9 @@ class Subspace(Ranged, key=KEY):
     """Examples that the gradients are taken from."""
     longest: Size = 256
     """Tokens of an example that are read; what comes after them is cut off."""
-    is_student: ClassVar[bool] = False
-    moves: ClassVar[bool] = False
-    weights: ClassVar[None] = None
+    is_student = False
+    moves = False
+    weights = None
     """None: the initial weights decode, with keys and values projected."""
 
     @property

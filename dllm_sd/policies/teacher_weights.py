@@ -1,7 +1,7 @@
 """Protocols of the weights that a teacher runs with, and of the policy that makes rollouts."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -89,13 +89,13 @@ class Weights(Part, Protocol):
 class WeightsDefaults:
     """Defaults: weights that never change, and of which no copy is held."""
 
-    stored: ClassVar[bool] = False
-    moves: ClassVar[bool] = False
-    follows_optimizer_steps: ClassVar[bool] = False
-    kept_in_float32: ClassVar[bool] = False
-    of_another_run: ClassVar[bool] = False
-    remote: ClassVar[None] = None
-    subspace: ClassVar[None] = None
+    stored: bool = False
+    moves: bool = False
+    follows_optimizer_steps: bool = False
+    kept_in_float32: bool = False
+    of_another_run: bool = False
+    remote: None = None
+    subspace: None = None
 
     @property
     def is_student(self) -> bool:

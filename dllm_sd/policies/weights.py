@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -39,7 +39,7 @@ from dllm_sd.ranges import Count, Ranged, Share
 class Live(WeightsDefaults):
     """The student's current weights, without gradient."""
 
-    moves: ClassVar[bool] = True
+    moves = True
 
     @property
     def is_student(self) -> bool:
@@ -61,7 +61,7 @@ class Base(WeightsDefaults):
     at: Literal["start", "checkpoint"] = "start"
     """``start``: the start of the run, with the adapter of `model.lora.start`; ``checkpoint``: the model at
     `model.path` without any adapter. They differ under `model.lora.start` only."""
-    stored: ClassVar[bool] = True
+    stored = True
 
     def is_without_adapter(self, started: bool) -> bool:
         """Whether the adapter was new, or the weights are those of the checkpoint."""
@@ -81,10 +81,10 @@ class Ema(Ranged, WeightsDefaults, key="method.teacher"):
     """
 
     decay: Share = 0.99
-    stored: ClassVar[bool] = True
-    moves: ClassVar[bool] = True
-    follows_optimizer_steps: ClassVar[bool] = True
-    kept_in_float32: ClassVar[bool] = True
+    stored = True
+    moves = True
+    follows_optimizer_steps = True
+    kept_in_float32 = True
 
     @property
     def is_student(self) -> bool:
@@ -102,8 +102,8 @@ class Snapshot(Ranged, WeightsDefaults, key="method.teacher"):
     """A copy of the student, renewed every `every` updates."""
 
     every: Count = 25
-    stored: ClassVar[bool] = True
-    moves: ClassVar[bool] = True
+    stored = True
+    moves = True
 
     @property
     def is_student(self) -> bool:
@@ -151,8 +151,8 @@ class Peer(WeightsDefaults):
 
     path: Place | None = None
     """Folder of one of its checkpoints, or of a PEFT adapter (``dllm-sd export --to peft``), of the student's shape."""
-    stored: ClassVar[bool] = True
-    of_another_run: ClassVar[bool] = True
+    stored = True
+    of_another_run = True
 
     @property
     def source(self) -> str | None:

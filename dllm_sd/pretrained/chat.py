@@ -327,7 +327,7 @@ class Chat:
         tokens: list[int] = []
         for piece in self._at_special.split(text):  # every tokenizer splits a text at special tokens
             spelled = _replaced(piece, stand_ins)
-            split = {"split_special_tokens": True} if spelled != piece else {}
+            split: dict[str, Any] = {"split_special_tokens": True} if spelled != piece else {}
             read: Any = self.tokenizer(spelled, add_special_tokens=False, **split)
             if split and (held := self.silent_ids & self._special_ids & {*read["input_ids"]} - {self.unknown_id}):
                 token = self.tokenizer.convert_ids_to_tokens(min(held))

@@ -31,7 +31,7 @@ class Horizon(Part, Protocol):
 class Complete:
     """The whole completion."""
 
-    cuts: ClassVar[bool] = False
+    cuts = False
 
     def __call__(self, policy: Policy, settings: Decoding, update: int) -> None:
         return None

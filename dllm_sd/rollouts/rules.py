@@ -6,7 +6,7 @@ of which occurrence of the problem it is where one batch holds several.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
@@ -143,7 +143,7 @@ class PassAtK(Ranged, key="method.rollout"):
     which is drawn once (SPD). They are decoded anew each time, and are the same since `policy` does not learn."""
     passes: Size = 1
     """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
-    decodes: ClassVar[bool] = True
+    decodes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,14 +233,14 @@ class Demonstrations(Ranged, key="method.rollout"):
 
     problems: Size = 32
     passes: Size = 1
-    decodes: ClassVar[bool] = False
-    policy: ClassVar[None] = None
-    rolling: ClassVar[None] = None
-    temperature: ClassVar[None] = None
-    filters: ClassVar[bool] = False
-    cuts: ClassVar[bool] = False
-    needs_outcome: ClassVar[bool] = False
-    keeps_groups: ClassVar[bool] = False
+    decodes = False
+    policy = None
+    rolling = None
+    temperature = None
+    filters = False
+    cuts = False
+    needs_outcome = False
+    keeps_groups = False
 
     def __call__(
         self,
@@ -313,17 +313,17 @@ class Gate(Part, Protocol):
 class GateDefaults:
     """Defaults of a gate that judges each rollout alone and without its outcome."""
 
-    needs_outcome: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
+    needs_outcome: bool = False
+    needs_group: bool = False
+    mixes: bool = False
 
 
 @dataclass(frozen=True)
 class All(GateDefaults):
     """Every rollout counts."""
 
-    count_rejected: ClassVar[bool] = False
-    mixes: ClassVar[bool] = True
+    count_rejected = False
+    mixes = True
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return list(attempts)
@@ -335,7 +335,7 @@ class Correct(GateDefaults):
 
     count_rejected: bool = False
     """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
-    needs_outcome: ClassVar[bool] = True
+    needs_outcome = True
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return [rollout for rollout in attempts if rollout.grade.correct]
@@ -347,7 +347,7 @@ class Score(Ranged, GateDefaults, key="method.gate"):
 
     at_least: Share = 0.25
     count_rejected: bool = False
-    needs_outcome: ClassVar[bool] = True
+    needs_outcome = True
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return [rollout for rollout in attempts if rollout.grade.score >= self.at_least]
@@ -358,9 +358,9 @@ class Mixed(GateDefaults):
     """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
 
     count_rejected: bool = False
-    needs_outcome: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
+    needs_outcome = True
+    needs_group = True
+    mixes = True
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         return list(attempts) if len({rollout.grade.score for rollout in attempts}) > 1 else []

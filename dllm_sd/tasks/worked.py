@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from math import comb, factorial, isqrt
+from typing import Any
 
 from dllm_sd.tasks.latex import MAX_DEPTH, Node, Nodes, literal
 
@@ -108,7 +109,7 @@ class _Worker:
                 return Fraction(comb(int(above), int(below)))
         raise _NotWorked
 
-    def _inner(self, nodes: Nodes) -> Fraction:
+    def _inner(self, nodes: Any) -> Fraction:
         inside = _Worker(nodes, self.depth + 1)
         value = inside.sum()
         if inside.rest:

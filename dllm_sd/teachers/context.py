@@ -5,7 +5,7 @@ A context may change two things: the canvas (positions revealed, `suffix.py`) an
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -251,9 +251,9 @@ class Context(Part, Protocol):
 class ContextDefaults:
     """Defaults of a context that reveals nothing and has no hint."""
 
-    needs_steps: ClassVar[bool] = False
-    reveals: ClassVar[bool] = False
-    by_peer: ClassVar[bool] = False
+    needs_steps: bool = False
+    reveals: bool = False
+    by_peer: bool = False
 
     @property
     def needs_answer_span(self) -> bool:

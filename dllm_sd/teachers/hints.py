@@ -7,7 +7,7 @@ of a context that also reveals positions on the canvas.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 
@@ -25,7 +25,7 @@ from dllm_sd.teachers.context import (
     TeacherPrompt,
     show,
 )
-from dllm_sd.teachers.writing import Message, Writing
+from dllm_sd.teachers.writing import Message
 from dllm_sd.texts.thinking import without_thinking
 
 REFERENCE = """\
@@ -63,11 +63,11 @@ class Prompt(Ranged, ContextDefaults, ABC):
     """Longest prompt of the teacher in tokens, without an analysis."""
     overflow: Literal["drop", "cut"] = "drop"
     """What happens to a longer one: the rollout is dropped and counted, or the hint is cut at its end."""
-    needs_group: ClassVar[bool] = False
-    needs_outcome: ClassVar[bool] = False
-    writing: ClassVar[Writing | None] = None
-    per_problem: ClassVar[bool] = False
-    marks_regions: ClassVar[bool] = False
+    needs_group = False
+    needs_outcome = False
+    writing = None
+    per_problem = False
+    marks_regions = False
 
     @property
     def writer_prompt(self) -> str | None:
@@ -154,8 +154,8 @@ class Sibling(Prompt):
     strip_thinking: bool = True
     """Leave out the thinking, all text up to ``</think>``."""
     template: str = SIBLING
-    needs_group: ClassVar[bool] = True
-    needs_outcome: ClassVar[bool] = True
+    needs_group = True
+    needs_outcome = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

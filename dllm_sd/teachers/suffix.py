@@ -1,7 +1,7 @@
 """Suffix-conditioned self-teachers: part of the rollout's final tokens is revealed on the teacher's canvas."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class Suffix(Ranged, ContextDefaults):
     """Reveal nothing once the scope starts at or behind the end token (a rule of the released code)."""
     prompt: Hint | None = field(default=None, metadata={"parts": HINTS})
     """A hint in the teacher's prompt beside the suffix, or `no_question` for the suffix without the question."""
-    needs_steps: ClassVar[bool] = True
-    reveals: ClassVar[bool] = True
+    needs_steps = True
+    reveals = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,8 +126,8 @@ class LaterStep(Ranged, ContextDefaults):
     """How many decoding steps later; None shows the finished completion."""
     prompt: Hint | None = field(default=None, metadata={"parts": HINTS})
     """A hint in the teacher's prompt."""
-    reveals: ClassVar[bool] = True
-    needs_steps: ClassVar[bool] = True
+    reveals = True
+    needs_steps = True
 
     @property
     def reveals_whole_block(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
@@ -77,7 +77,7 @@ class Rubric(Prompt):
     """The question as the writer reads it, a template over the problem's fields such as `{question}` (the paper's bare
     question); None takes the whole prompt, with what the task demands of a solution."""
     writing: Writing | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    per_problem: ClassVar[bool] = True
+    per_problem = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,7 +167,7 @@ class Critique(Prompt):
     prompt: str | None = None
     """The critic's prompt: `{question}`, `{truth}`, `{trace}`; None takes one that fits the `truth`."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
-    marks_regions: ClassVar[bool] = True
+    marks_regions = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +226,7 @@ class Feedback(Sibling):
     anchored: bool = True
     """Use only feedback that names a term of the problem, without what gives the answer away (App. C.2)."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
-    by_peer: ClassVar[bool] = True
+    by_peer = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -229,7 +229,7 @@ def student_config(config: Config, student: Student, tutor: Peer | None) -> Conf
 def _tutored(config: Config, context: Context, student: Student, tutor: Peer | None) -> Context:
     if not context.by_peer:
         return context
-    writing = context.hint and context.hint.writing
+    writing = None if context.hint is None else context.hint.writing
     assert writing is not None
     assert config.peers is not None
     (other,) = (one for one in config.peers.students if one != student)

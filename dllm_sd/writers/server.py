@@ -20,7 +20,7 @@ from itertools import count
 from socket import socket
 from threading import Event, Lock
 from time import monotonic
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, Self, cast
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler
@@ -64,7 +64,7 @@ class Server(Ranged):
     """Most seconds until the second try; they double from try to try."""
     concurrency: Annotated[int, Range(least=1, most=1024)] = 8
     """Texts that are asked for at the same time."""
-    weights: ClassVar[None] = None
+    weights = None
     """The run's models are not asked."""
 
     def __post_init__(self) -> None:

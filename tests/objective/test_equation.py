@@ -157,6 +157,7 @@ def site_values(method: Method, own: list[float], logp: Sequence[list[float]], t
         q = [targets.barycenter(q[0], q[1], 50.0, 0.15, 1e-8)[1]]
     if isinstance(part, GatedGap):
         return [math.log(2) - math.log1p(math.exp(-((one[token] - own[token]) ** 2) / 2)) for one in logp]
+    assert isinstance(part, ForwardKL | ReverseKL | GeneralisedJSD)
     beta = {ForwardKL: 0.0, ReverseKL: 1.0, GeneralisedJSD: 0.5}[type(part)]
     return [divergences.clipped(divergences.generalised_jsd(p, one, beta), part.clip, part.clip_at) for one in q]
 

@@ -298,7 +298,7 @@ def test_a_completion_survives_its_tokens_but_for_turn_marks(begins: str, templa
         tokens = ours.encode_completion(text)
         assert ours.text([0, *tokens, 2, 3, 1]) == text
         assert "".join(ours.text([token]) for token in ours.encode_completion("<answer>4 .")) == "<answer>4 ."
-    marks = ours.tokenizer.convert_tokens_to_ids(["[user]", "[assistant]"])
+    marks: Any = ours.tokenizer.convert_tokens_to_ids(["[user]", "[assistant]"])
     assert ours.text(marks) == ("[user][assistant]" if template == "none" else "")
     assert ours.silent_ids == {0, 1, 2, 3, *(marks if template != "none" else [])}
 

@@ -80,7 +80,8 @@ def test_another_checkpoint_that_teaches_is_held_whole_by_every_process(llada, d
     config = build_config(tree)
     (weights,) = config.method.models()
     assert isinstance(weights, Checkpoint)
-    for more in ({}, {"processes": 8}, {"processes": 8, "sharded": True}):
+    options: list[dict[str, Any]] = [{}, {"processes": 8}, {"processes": 8, "sharded": True}]
+    for more in options:
         alone, beside = estimate(llada, config, **more), estimate(llada, config, **more, others={weights: llada})
         assert beside.copies - alone.copies == size * PARAMETERS
         assert beside.weights == alone.weights

@@ -4,6 +4,7 @@ import math
 import sys
 import types
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def bank(skills: list[str], mistakes: list[str]) -> Bank:
     )
 
 
+@dataclass(init=False)
 class Fixed:
     """A retriever with given scores, which counts how often it reads."""
 

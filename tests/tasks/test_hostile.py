@@ -163,7 +163,7 @@ def check(spent: list[tuple[float, str, str]]) -> None:
     assert spent[-1][0] < 1, spent[-1]
 
 
-@pytest.mark.parametrize("share", [1 / 8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [1 / 64, pytest.param(1, marks=pytest.mark.slow)])
 def test_crafted_texts_are_graded_quickly(share: float) -> None:
     """Beginnings of the texts in the first tier: what is quadratic shows there too, by a lower bound."""
     texts = [text[: max(200, int(share * len(text)))] for text in crafted()]

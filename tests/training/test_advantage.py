@@ -1,7 +1,7 @@
 """The teacher's advantage by what a critique says of each token: against sums by hand."""
 
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CANVAS = Decoding(length=12, block_length=4, tokens_per_step=2)
 class Marked(Reference):
     """Takes the note for the spans themselves."""
 
-    marks_regions: ClassVar[bool] = True
+    marks_regions: bool = True
 
     def marks(self, text: str, note: str) -> Any:
         return [(0, 3, "prefix"), (3, 5, "error"), (5, len(text), "after")] if note == "wrong" else []

@@ -55,8 +55,8 @@ class Script(Service):
         self.hit[name] += 1
         return BREAKS[name]
 
-    def reply(self, text: str) -> str:
-        digits = make_key(text)
+    def reply(self, question: str) -> str:
+        digits = make_key(question)
         return f"<step_1>{digits % 89}</step_1><answer>{digits % 7}</answer>"
 
 
