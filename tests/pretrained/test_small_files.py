@@ -68,7 +68,8 @@ def variants(file: Path, every: int = 1) -> Iterator[tuple[str, str]]:
 
 def build(folder: Path) -> None:
     """Read, count and encode a prompt; all but the weights."""
-    blueprint = read_blueprint(Model(path=str(folder)), text=False)
+    mask_token = None if (folder / "tokenizer.json").is_file() else 157  # else nothing may name one
+    blueprint = read_blueprint(Model(path=str(folder), mask_token=mask_token), text=False)
     skeleton(blueprint)
     if blueprint.chat is not None:
         blueprint.chat.encode([{"role": "user", "content": "1"}])
