@@ -225,9 +225,9 @@ def test_each_value_has_one_factor_and_the_loss_is_that_of_plain_loops(trajector
     shapes = []
 
     class Watched(objective._Equation):
-        def _trust(self, given: Any, rows: slice) -> Tensor:
-            value = method.divergence(given[0], given[1], self.token[rows])
-            trust = super()._trust(given, rows)
+        def _trust(self, trust_inputs: Any, rows: slice) -> Tensor:
+            value = method.divergence(trust_inputs[0], trust_inputs[1], self.token[rows])
+            trust = super()._trust(trust_inputs, rows)
             shapes.append((tuple(value.shape), tuple(trust[: len(value)].shape)))
             return trust
 
