@@ -119,7 +119,13 @@ SIZES["op_co_distill"]["contexts"] = {
 SIZES["op_co_distill"]["support"] = {"k": 8}
 SIZES["spd"]["rollout"]["policy"] = {"calibration": 3}
 SIZES["sgsd"]["contexts"] = [{"name": "skills", "rank": rank, **HINTED} for rank in range(2)]
-SIZES["sgsd"]["skill_bank"] = {"path": "BANK", "count": 2, "every": 1, "writing": {"sampling": {"length": 8}}}
+SIZES["sgsd"]["skill_bank"] = {
+    "path": "BANK",
+    "count": 2,
+    "every": 1,
+    "writing": {"sampling": {"length": 8}},
+    "renewal": {"length": 8},
+}
 
 
 def varied(name: str, **changes: Any) -> dict[str, Any]:
