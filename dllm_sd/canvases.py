@@ -167,11 +167,6 @@ class DecoderSteps(Ranged, CanvasDefaults, key="method.canvases"):
     """Grade so many steps of each rollout and pass, drawn at random and weighted so that the expected loss and gradient
     are those of all steps, whatever the average; null grades all."""
     decoded = True
-    hides_everything = False
-
-    def masked_share(self, canvases: int) -> float:
-        """1: all of it, at the first step."""
-        return 1.0
 
     def usable(self, trajectory: Trajectory) -> Tensor:
         """bool ``[b k]``: the steps whose canvases count, before chunking."""

@@ -189,7 +189,7 @@ LATER = "method.contexts reveals later blocks, which a block-causal model never 
         (["model.block_length=0"], "model.block_length is 0; give a whole number from 1 to 1048576, or null"),
         (["model.thinking=false"], "model.thinking is set, but the chat template has no thinking switch; leave it out"),
         (["model.mask_token=25"], "model.shape has 25 embedding rows, but the tokenizer knows 25 tokens and the mask"),
-        (["model.end_tokens=['<end>']"], "the tokenizer of model.shape has no token '<end>'; mend model.end_tokens"),
+        (["model.end_tokens=['<end>']"], "the tokenizer of model.shape has no token '<end>'; fix model.end_tokens"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

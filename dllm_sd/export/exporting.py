@@ -102,7 +102,7 @@ def push_folder(folder: Path, repository: str) -> None:
     except Exception as error:  # names, rights, quotas, the network: the hub's client has an exception for each
         raise InputError(
             f"{str(folder)!r} is written, but its upload to {repository!r} (--push) failed: {brief(error)}; log in "
-            "with `hf auth login` or mend the name, then upload the folder with `hf upload`"
+            "with `hf auth login` or fix the name, then upload the folder with `hf upload`"
         ) from error
 
 

@@ -103,7 +103,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
     _check_rows(rows, mask_id, tokenizer, where, grows=model.as_ == "diffusion")
     if outside := [end_id for end_id in end_ids if not 0 <= end_id < max(rows, len(tokenizer or ()))]:
         raise InputError(
-            f"{where} has {rows} embedding rows, but calls {outside[0]} an end token; mend eos_token_id in its "
+            f"{where} has {rows} embedding rows, but calls {outside[0]} an end token; fix eos_token_id in its "
             "config.json and generation_config.json"
         )
     chat = None
@@ -332,7 +332,7 @@ def _known_id(token: str, tokenizer: Tokenizer | None, key: str, where: str) -> 
         there = f" with the special tokens {', '.join(close)}" if close else ""
         raise InputError(f"the tokenizer of {where}{there} has no mask token {shown(token)}; name it in {key}")
     there = f"; did you mean {', '.join(close)}?" if close else ""
-    raise InputError(f"the tokenizer of {where} has no token {shown(token)}; mend {key}{there}")
+    raise InputError(f"the tokenizer of {where} has no token {shown(token)}; fix {key}{there}")
 
 
 def _check_rows(rows: int, mask_id: int | None, tokenizer: Tokenizer | None, where: str, grows: bool) -> None:

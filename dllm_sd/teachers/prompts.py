@@ -167,7 +167,7 @@ def _written(
         reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
         raise Stopped(
             f"{dropped.total()} of {len(requests)} written texts had to be dropped ({reasons}), more than the share of "
-            f"{writing.tolerance:g} that method.contexts tolerates; mend the writer, or raise writing.tolerance"
+            f"{writing.tolerance:g} that method.contexts tolerates; fix the writer, or raise writing.tolerance"
         )
     return inputs_with_text
 

@@ -1,7 +1,7 @@
 """A server with an OpenAI-compatible interface as a writer; it may be slow, overloaded, broken or gone.
 
-Every try is bounded in time and size, and nothing that a server does is an exception, but for a refusal that no
-second try would mend. The secret is read from the environment when it is needed and goes into one header only.
+Every try is bounded in time and size, and nothing that a server does is an exception, but for a refusal that a
+second try would not change. The secret is read from the environment when it is needed and goes into one header only.
 """
 
 import json

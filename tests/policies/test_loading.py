@@ -422,7 +422,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says_of_tying(original: C
     ("options", "message"),
     [
         ({"mask_token": -1}, "model.mask_token is -1; give a whole number of at least 0"),
-        ({"end_tokens": ("<end>",)}, "has no token '<end>'; mend model.end_tokens"),
+        ({"end_tokens": ("<end>",)}, "has no token '<end>'; fix model.end_tokens"),
         ({"attention": "flash_attention_2"}, "flash_attention_2 has no block-causal mask; set model.attention to sdpa"),
         ({"block_length": 0}, "model.block_length is 0; give a whole number from 1 to"),
     ],

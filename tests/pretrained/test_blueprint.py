@@ -90,9 +90,7 @@ def test_the_padding_is_the_checkpoints_or_else_the_last_end_token(read: Callabl
 
 @pytest.mark.parametrize("end_id", [160, -1])
 def test_an_end_token_outside_the_embedding_is_refused(read: Callable[..., Blueprint], end_id: int):
-    with pytest.raises(
-        InputError, match=rf"has 160 embedding rows, but calls {end_id} an end token; mend eos_token_id"
-    ):
+    with pytest.raises(InputError, match=rf"has 160 embedding rows, but calls {end_id} an end token; fix eos_token_id"):
         read("llada", {}, {"eos_token_id": end_id})
 
 

@@ -484,7 +484,7 @@ def test_a_template_that_is_none_is_refused(
 def test_a_token_that_the_tokenizer_does_not_have_is_refused_with_those_like_it(path: str):
     with pytest.raises(InputError, match=r"<\|mask\|>.* has no mask token '<mask>'; name it in model\.mask_token$"):
         read_blueprint(Model(path=path, mask_token="<mask>"))
-    with pytest.raises(InputError, match=r"no token 'end'; mend model\.end_tokens; did you mean <\|end\|>\?$"):
+    with pytest.raises(InputError, match=r"no token 'end'; fix model\.end_tokens; did you mean <\|end\|>\?$"):
         read_blueprint(Model(path=path, end_tokens=("<|end|>", "end")))
 
 

@@ -144,7 +144,7 @@ def test_more_drops_than_are_tolerated_stop_the_run_with_one_sentence():
         informed(three, written(0.49), write=by_question(sky="[]", sea=Written(None, "timeout")))
     assert str(stopped.value) == (
         "4 of 4 written texts had to be dropped (timeout 3, empty 1), more than the share of 0.49 that method.contexts "
-        "tolerates; mend the writer, or raise writing.tolerance"
+        "tolerates; fix the writer, or raise writing.tolerance"
     )
     with pytest.raises(
         Stopped, match=r"^2 of 4 written texts had to be dropped \(empty 2\), more than the share of 0 "

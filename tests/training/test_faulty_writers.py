@@ -221,7 +221,7 @@ def test_a_server_that_garbles_too_much_stops_the_run_which_goes_on_when_it_is_m
         said = capsys.readouterr().err
         assert said[said.index("dllm-sd: ") :] == (
             "dllm-sd: 3 of 4 written texts had to be dropped (bad_encoding 2, bad_json 1), more than the share of 0.5 "
-            "that method.contexts tolerates; mend the writer, or raise writing.tolerance\n"
+            "that method.contexts tolerates; fix the writer, or raise writing.tolerance\n"
         )
         assert column(run, "update") == [1]
         state = json.loads((run / "checkpoints" / "000001" / "state.json").read_text())
