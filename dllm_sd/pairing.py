@@ -6,10 +6,10 @@ from string import Formatter
 
 from dllm_sd.canvases import CANVASES
 from dllm_sd.config import Config
+from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, NotAtHand
 from dllm_sd.parts import name_of
-from dllm_sd.policies.masked_diffusion import check_denoising
 from dllm_sd.policies.teacher_weights import Weights
 from dllm_sd.pretrained.blueprint import Blueprint, outline, read_blueprint
 from dllm_sd.rollouts.rules import needed_length

@@ -17,6 +17,8 @@ from dllm_sd.errors import InputError
 NEVER = -1
 """`reveal_step` of a position that the decoder did not reveal: it stopped early, or the horizon cut it off."""
 
+NO_MASK = -1
+"""`mask_id` of an autoregressive trajectory; the embedding has no row for it."""
 
 Unit = Literal["blocks", "steps"]
 
@@ -182,6 +184,47 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
             ids[row, -len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
             mask[row, -len(prompt) :] = True
     return ids, mask
+
+
+def left_to_right(
+    prompt: tuple[Tensor, Tensor],
+    written: Tensor,
+    length: int,
+    *,
+    end_ids: tuple[int, ...],
+    pad_id: int,
+    logp: Tensor | None = None,
+) -> Trajectory:
+    """The trajectory of an autoregressive model, one token a step.
+
+    Args:
+        prompt: ids and mask of the prompts (`left_pad`).
+        written: int64 ``[b w]``, the tokens; those behind the first end token are not read.
+        length: ``l``, at least ``w``.
+        end_ids: stop ids.
+        pad_id: fills the positions behind the tokens.
+        logp: float ``[b w]``, `Trajectory.logp`.
+    """
+    step = torch.arange(length).expand(len(written), -1)
+    known = step < completion_length(written, end_ids)[:, None]
+
+    def on_canvas(x: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value).masked_fill(~known, value)
+
+    tokens = on_canvas(written, pad_id)
+    return Trajectory(
+        prompt_ids=prompt[0],
+        prompt_mask=prompt[1],
+        tokens=tokens,
+        reveal_step=step.masked_fill(~known, NEVER),
+        length=completion_length(tokens, end_ids, known),
+        block_length=1,
+        mask_id=NO_MASK,
+        end_ids=end_ids,
+        pad_id=pad_id,
+        causal=True,
+        logp=None if logp is None else on_canvas(logp.cpu(), torch.nan),
+    )
 
 
 def concatenate(parts: Sequence[Trajectory]) -> Trajectory:

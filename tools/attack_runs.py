@@ -9,7 +9,7 @@ ranks    one of two processes is killed, then both are started again (half a min
 
 Small random models, in forked children of one process: about a second an attack. A row of the table counts ok (as if
 nothing had happened), sentence (refused in one sentence, nothing lost) and FAULT (a traceback, a difference, a hang,
-silence). Faults are printed, and everything is written to `--out`. Exit status 1 if there is a fault.
+silence). Faults are printed, and every finding is appended to `--out` as soon as it is known. Exit status 1 if there is a fault.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tempfile import mkdtemp
 
 from tools.attacks import configs, damage, kills, races, ranks, writes
 from tools.attacks.cases import CASES, add_task, writer
-from tools.attacks.findings import Finding, keep, report
+from tools.attacks.findings import Finding, append, report
 
 KINDS = ("kills", "writes", "damage", "races", "configs", "ranks")
 LARGE = ("peers", "tensorboard")
@@ -78,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with writer() as url:
             for finding in quick(folder, url) if options.quick else _all(options, folder, url):
                 found.append(finding)
+                if options.out:
+                    append(finding, options.out)
                 if finding.outcome == "FAULT":
                     print(f"FAULT {finding.kind}: {finding.case}: {finding.attack}\n      {finding.words}", flush=True)
     finally:
         shutil.rmtree(folder)
-        if options.out:
-            keep(found, options.out)
-    print("\n".join(report(found)), f"\n{time.perf_counter() - started:.0f} s", sep="")
+        print("\n".join(report(found)), f"\n{time.perf_counter() - started:.0f} s", sep="")  # also when stopped
     return int(any(finding.outcome == "FAULT" for finding in found))
 
 

@@ -6,18 +6,21 @@ number is keyed, so that a row's result depends neither on its batch nor on its 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm_sd.decoding.decoder import Watch
 from dllm_sd.decoding.queue import Job, Queue
 from dllm_sd.decoding.sampling import banned_ids, draw
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.decoding.slots import Group, Layout, Slots
+from dllm_sd.errors import InputError
 from dllm_sd.losses.sites import rank_descending
+from dllm_sd.network.merging import inference
 from dllm_sd.network.prefix_cache import PrefixCache
 from dllm_sd.network.site_head import Head, SiteHead
 from dllm_sd.randomness import fold, make_key, uniform_at
@@ -29,7 +32,74 @@ CHUNK = {"cpu": 2**23}
 """Logits (numbers) computed at once, by kind of device: chunks that fit into the cache of a CPU are faster."""
 CHUNK_ELSEWHERE = 2**27
 
-Watch = Callable[[Sequence[Job | None], Tensor], None]
+
+class Denoiser:
+    """The decoder of a masked-diffusion model in this process."""
+
+    def __init__(
+        self, module: SiteHead, layout: Layout, *, suppress: tuple[int, ...] = (), merge: bool = False
+    ) -> None:
+        """Decode with ``module``, in eval mode.
+
+        Args:
+            module: the denoiser.
+            layout: token ids and how blocks are counted.
+            suppress: ids that are never sampled, beside those of `decode.suppress`.
+            merge: merge LoRA adapters into the weights while decoding.
+        """
+        self.module, self.layout, self.suppress, self.merge = module, layout, suppress, merge
+
+    def complete(
+        self,
+        queue: Queue,
+        settings: Decoding,
+        *,
+        meter: Meter | None = None,
+        reach: Reach | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        """Denoise the jobs of a queue, `settings.batch_size` at a time (see `denoise`)."""
+        module = self.module
+        check_denoising(module.block_length, settings)
+        use_kv_cache = module.block_length is not None and settings.prefix_cache and not module.shift
+        with inference(module, self.merge), module.compiled(settings.compile):
+            denoise(
+                module,
+                queue,
+                replace(settings, suppress=tuple(sorted({*settings.suppress, *self.suppress}))),
+                self.layout,
+                vocabulary=module.vocabulary,
+                device=module.device,
+                watch=watch,
+                meter=meter,
+                use_kv_cache=use_kv_cache,  # with a shift, a block's first logits stand in the block before it
+                static_shapes=settings.compile is not None,
+                reach=reach,
+            )
+
+
+def check_denoising(block_length: int | None, settings: Decoding, key: str = "decode") -> None:
+    """Refuse continuous batching, blocks that do not fill the canvas, and a block length that the model does not have.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if settings.continuous:
+        raise InputError(f"{key}.continuous is for autoregressive models and this one denoises; leave it out")
+    if settings.compile is not None and block_length is not None and settings.prefix_cache:
+        raise InputError(f"{key}.compile needs static shapes and {key}.prefix_cache has none; leave one of them out")
+    if settings.length % settings.block_length:
+        raise InputError(
+            f"{key}.block_length {settings.block_length} does not divide {key}.length {settings.length}; "
+            "choose a divisor, or block_length = length for a single block"
+        )
+    if settings.steps is not None and settings.steps < settings.num_blocks:
+        raise InputError(f"{key}.steps must be at least the number of blocks, {settings.num_blocks}")
+    if block_length is not None and settings.block_length != block_length:
+        raise InputError(
+            f"{key}.block_length is {settings.block_length}, but this model is block-causal with blocks of "
+            f"{block_length}: a position cannot see later blocks; set {key}.block_length to {block_length}"
+        )
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,3 @@ class Listed:
     def collected(self) -> Trajectory:
         """Return the trajectory of all rows, in the order of the prompts."""
         return concatenate(self._parts).select(torch.tensor(self._rows).argsort())
-
-
-def complete_in_batches(
-    decode: Callable[[Sequence[Sequence[int]], Sequence[int]], Trajectory], queue: Queue, batch_size: int
-) -> None:
-    """Complete the jobs of a queue with ``decode(prompts, keys)``, one batch at a time; for decoders without slots."""
-    while (jobs := queue.take(batch_size)) is not None:
-        if jobs:
-            queue.ended(jobs, decode([job.prompt for job in jobs], [job.key for job in jobs]))

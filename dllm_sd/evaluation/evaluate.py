@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dllm_sd.config import Config
+from dllm_sd.decoding.decoder import Decoder
+from dllm_sd.decoding.decoder import decode as decode_prompts
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import wilson_interval
@@ -100,8 +102,9 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     record: Record | None = None,
+    decoder: Decoder | None = None,
 ) -> tuple[Report, list[Item]]:
-    """Decode and grade every problem.
+    """Decode and grade every problem; ``decoder`` decodes instead of the policy's own.
 
     Randomness is keyed by (seed, problem, attempt) and the model's mode is restored, so that an evaluation does not
     affect training. Problems are distributed over ``world`` processes, which all return the full result. With a
@@ -137,7 +140,8 @@ def evaluate(
         if jobs:
             keys = [make_key(seed, item.problem.id, attempt, "evaluate") for item, attempt in jobs]
             settings = replace(decode, temperature=temperature)
-            policy.decode([item.prompt for item, _ in jobs], settings, keys, finished=write, meter=meter)
+            prompts = [item.prompt for item, _ in jobs]
+            decode_prompts(decoder or policy.decoder, prompts, settings, keys, finished=write, meter=meter)
     own = [[lines[item.problem.id, i] for i in range(attempts)] for item in mine]
     dropped, counts = len(prompted) - len(mine), [meter.rows, meter.slots, fresh]
     if world > 1:
@@ -163,10 +167,12 @@ def evaluate_run(
     world: int,
     schedule: str | None = None,
     record: Record | None = None,
+    decoder: Decoder | None = None,
 ) -> Report:
     """Evaluate with the settings of a run; training and ``dllm-sd eval`` both call this.
 
-    ``schedule`` is one of `eval.schedules`; None takes the run's decoding settings for held-out problems.
+    ``schedule`` is one of `eval.schedules`; None takes the run's decoding settings for held-out problems. ``decoder``
+    decodes instead of the policy's own.
     """
     report, _ = evaluate(
         policy,
@@ -181,6 +187,7 @@ def evaluate_run(
         rank=rank,
         world=world,
         record=record,
+        decoder=decoder,
     )
     return report
 

@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.likelihood import batches, log_likelihoods, written_greedily
 from dllm_sd.policies.loading import DTYPES, AnyPolicy, load_policy, put_on
-from dllm_sd.policies.masked_diffusion import MaskedDiffusion, check_denoising
+from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.randomness import make_key
 

@@ -1,7 +1,7 @@
-"""Merge LoRA adapters into the weights temporarily, and restore the weights bit for bit."""
+"""Prepare a network for decoding, its LoRA adapters merged or not, and restore it bit for bit afterwards."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear
 
 from dllm_sd.losses.numerics import at_least_float32
+from dllm_sd.network.site_head import SiteHead, evaluating
 
 
 @contextmanager
@@ -32,3 +33,11 @@ def merged(model: PeftModel) -> Iterator[None]:
             for layer, weight, value in zip(layers, weights, former, strict=True):
                 weight.copy_(value)
                 layer._disable_adapters = False
+
+
+@contextmanager
+def inference(module: SiteHead, merge: bool = False) -> Iterator[None]:
+    """Eval mode without gradient inside; LoRA adapters are merged if ``merge`` is set."""
+    folded = merged(module.model) if merge and isinstance(module.model, PeftModel) else nullcontext()
+    with evaluating(module), folded, torch.no_grad():
+        yield

@@ -69,6 +69,16 @@ class SiteHead(nn.Module):
         """The network itself; adapters are in its layers."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        """``v``, rows of the output head."""
+        return self.network.get_output_embeddings().weight.shape[0]
+
     def forward(
         self,
         ids: Tensor,

@@ -1,7 +1,6 @@
 """What both kinds of policy share: a network wrapped for distributed training, a chat format, token ids."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -9,17 +8,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dllm_sd.decoding.decoder import LocalDecoder, decode
+from dllm_sd.decoding.queue import Job, Listed
+from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
-from dllm_sd.network.merging import merged
-from dllm_sd.network.site_head import SiteHead, evaluating
+from dllm_sd.network.site_head import SiteHead
 from dllm_sd.network.view import View
 from dllm_sd.pretrained.chat import Chat
+from dllm_sd.trajectory import NEVER, Reach, Trajectory
 
 
 class LanguageModel:
     """The part of the `Policy` protocol that autoregressive and masked-diffusion models share."""
 
     causal: ClassVar[bool]
+    mask_id: int
 
     def __init__(
         self,
@@ -45,25 +48,57 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.module.parameters()).device
+        return self.module.device
 
     @property
     def vocabulary(self) -> int:
         """``v``, rows of the output head."""
-        return self.module.network.get_output_embeddings().weight.shape[0]
+        return self.module.vocabulary
 
     def site_logits(self, view: View) -> Tensor:
         """Logits ``[m v]`` of a view on any device."""
         view = view.trimmed()
         return self.module(*(x.to(self.device) for x in (view.ids, view.mask, view.sites)))
 
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Eval mode without gradient inside; adapters are merged if `merge_rollouts` is set."""
-        model = self.module.model
-        folded = merged(model) if self.merge_rollouts and isinstance(model, PeftModel) else nullcontext()
-        with evaluating(self.module), folded, torch.no_grad():
-            yield
+    @property
+    def decoder(self) -> LocalDecoder:
+        """Decodes with the network of this policy."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Decoding,
+        keys: Sequence[int],
+        watch: Callable[[Tensor], None] | None = None,
+        finished: Callable[[Tensor, Trajectory], None] | None = None,
+        meter: Meter | None = None,
+        reach: Reach | None = None,
+    ) -> Trajectory:
+        """Complete any number of prompts with the network of this policy (see `decoder.decode`).
+
+        ``watch`` sees all completion sides int64 ``[b l]`` before every step and at the end, `mask_id` at positions
+        without a token; rows that have ended keep their last canvas.
+        """
+        if watch is None:
+            return decode(self.decoder, prompts, settings, keys, finished=finished, meter=meter, reach=reach)
+        canvases = torch.full((len(prompts), settings.length), self.mask_id)
+
+        def ended(rows: Tensor, trajectory: Trajectory) -> None:
+            canvases[rows] = trajectory.tokens.masked_fill(trajectory.reveal_step == NEVER, self.mask_id)
+            if finished is not None:
+                finished(rows, trajectory)
+
+        def seen(jobs: Sequence[Job | None], tokens: Tensor) -> None:
+            for job, row in zip(jobs, tokens.cpu(), strict=True):
+                if job is not None:
+                    canvases[job.name[0]] = row
+            watch(canvases.clone())
+
+        queue = Listed(prompts, keys, ended)
+        self.decoder.complete(queue, settings, meter=meter, reach=reach, watch=seen)
+        watch(canvases)
+        return queue.collected()
 
     def encode(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> list[int]:
         """Chat messages as prompt tokens, the assistant's turn opened; ``thinking`` overrides the template's switch.

@@ -1,4 +1,4 @@
-"""The policy protocol: a policy decodes prompts to trajectories, and computes logits at the sites of a view."""
+"""The policy protocol: a policy computes logits at the sites of a view, and knows its decoder and chat format."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from dllm_sd.decoding.decoder import LocalDecoder
 from dllm_sd.network.view import View
 from dllm_sd.trajectory import Reach, Trajectory, Unit
 
@@ -25,6 +26,11 @@ class Policy(Protocol):
         """A `SiteHead`, which maps ``(ids, mask, sites)`` to logits ``[m v]``. DDP and FSDP wrap this module."""
         ...
 
+    @property
+    def decoder(self) -> LocalDecoder:
+        """Decodes with the network of this policy; rollouts may come from another decoder."""
+        ...
+
     def decode(
         self,
         prompts: Sequence[Sequence[int]],
@@ -35,15 +41,7 @@ class Policy(Protocol):
         meter: Any = None,
         reach: Reach | None = None,
     ) -> Trajectory:
-        """Complete tokenised prompts; ``keys[b]`` seed each row, so that batching cannot change a result.
-
-        ``finished`` is called with the rows that have ended and their trajectory, ``meter`` counts the cost, and
-        decoding stops at ``reach`` if it is given.
-        """
-        ...
-
-    def complete(self, queue: Any, settings: Any, *, meter: Any = None, reach: Reach | None = None) -> None:
-        """Complete the jobs of a `queue.Queue`, each with the result that `decode` would give."""
+        """Complete tokenised prompts with the network of this policy (see `decoder.decode`)."""
         ...
 
     def extent(self, unit: Unit, settings: Any) -> int:

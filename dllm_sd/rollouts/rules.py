@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+from dllm_sd.decoding.decoder import Decoder
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.network.subspace import Subspace
@@ -97,8 +98,12 @@ class RolloutRule(Part, Protocol):
         seed: int,
         update: int,
         workers: Workers | None = None,
+        decoder: Decoder | None = None,
     ) -> list[list[Rollout]]:
-        """The graded attempts at each problem, in the order of the problems; on every process of the ``workers``."""
+        """The graded attempts at each problem, in the order of the problems; on every process of the ``workers``.
+
+        ``decoder`` decodes instead of the policy's own.
+        """
         ...
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
@@ -164,6 +169,7 @@ class PassAtK(Ranged, key="method.rollout"):
         seed: int,
         update: int,
         workers: Workers | None = None,
+        decoder: Decoder | None = None,
     ) -> list[list[Rollout]]:
         decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
@@ -185,7 +191,7 @@ class PassAtK(Ranged, key="method.rollout"):
             ahead=self.ahead,
             workers=workers,
         )
-        policy.complete(queue, decode, reach=self.reach(policy, decode, update))
+        (decoder or policy.decoder).complete(queue, decode, reach=self.reach(policy, decode, update))
         return queue.collected()
 
     def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
@@ -251,6 +257,7 @@ class Demonstrations(Ranged, key="method.rollout"):
         seed: int,
         update: int,
         workers: Workers | None = None,
+        decoder: Decoder | None = None,
     ) -> list[list[Rollout]]:
         return [self._demonstration(policy, task, item, decode) for item in prompted]
 

@@ -15,6 +15,7 @@ from dllm_sd.decoding.queue import Job, Listed
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.decoding.slots import Layout, split
 from dllm_sd.errors import InputError
+from dllm_sd.network.merging import inference
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Reach, Trajectory
 
@@ -33,7 +34,7 @@ def fixed(policy: Any, settings: Decoding, prompts: Sequence[Sequence[int]] = PR
     """Decoded in fixed shapes, as for a compiled module."""
     queue = Listed(prompts, KEYS[: len(prompts)])
     layout = Layout(policy.mask_id, policy.end_ids, policy.pad_id, policy.block_length is not None)
-    with policy.decoding():
+    with inference(policy.module):
         settings = replace(settings, suppress=policy.suppress)
         denoise(policy.module, queue, settings, layout, vocabulary=30, static_shapes=True, **options)
     return queue.collected()
@@ -100,10 +101,10 @@ def test_fixed_shapes_are_few(policy: Any):
 def test_looking_seldom_changes_nothing_but_what_is_read(policy: Any, every: int, monkeypatch: pytest.MonkeyPatch):
     settings, meter, rare = replace(SHORT, batch_size=3), Meter(), Meter()
     plain = Listed(PROMPTS, KEYS)
-    policy.complete(plain, settings, meter=meter)
+    policy.decoder.complete(plain, settings, meter=meter)
     queue = Listed(PROMPTS, KEYS)
     queue.patience = every
-    policy.complete(queue, settings, meter=rare)
+    policy.decoder.complete(queue, settings, meter=rare)
     assert_same(queue.collected(), plain.collected())
     assert rare.rows == meter.rows == int(plain.collected().num_steps.sum())
     assert rare.read >= meter.read == meter.rows
@@ -180,7 +181,7 @@ class Growing:
 def test_a_queue_may_grow_and_drop_what_it_no_longer_wants(policy: Any, batch_size: int, patience: int | None):
     expected, queue = policy.decode(PROMPTS, SHORT, KEYS), Growing()
     queue.patience = patience
-    policy.complete(queue, replace(SHORT, batch_size=batch_size))
+    policy.decoder.complete(queue, replace(SHORT, batch_size=batch_size))
     assert queue.dropped == {5}
     assert set(queue.done) == {0, 1, 2, 3, 4, 6, 7, 8}  # what follows 5 was never asked for
     for i, one in queue.done.items():
@@ -194,7 +195,7 @@ def test_the_reach_holds_in_fixed_shapes(policy: Any):
 
 def test_nothing_to_decode_is_nothing(policy: Any):
     queue = Listed([], [])
-    policy.complete(queue, SHORT)
+    policy.decoder.complete(queue, SHORT)
     assert queue.take(3) is None
 
 

@@ -17,12 +17,12 @@ import dllm_sd
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
 from dllm_sd.network.view import View
-from dllm_sd.policies.autoregressive import NO_MASK, Autoregressive
+from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.policies.loading import AnyPolicy, build_policy, load_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.model import Lora, Model, Shape
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
-from dllm_sd.trajectory import NEVER, Reach, Trajectory, left_pad
+from dllm_sd.trajectory import NEVER, NO_MASK, Reach, Trajectory, left_pad
 from tests.oracles.sampling import inverse, kept
 
 TINY = Path(dllm_sd.__file__).parent / "assets" / "tiny"
@@ -330,18 +330,19 @@ def test_each_batch_holds_prompts_of_like_length(causal):
     seen: list[list[int]] = []
     causal.decode(PROMPTS, replace(WARM, batch_size=2), KEYS, finished=lambda rows, _: seen.append([*map(int, rows)]))
     lengths = [len(PROMPTS[row]) for rows in seen for row in rows]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 def test_what_is_watched_is_the_completion_before_each_token(causal):
     seen: list[Tensor] = []
     done = causal.decode(PROMPTS, WARM, KEYS, watch=lambda canvas: seen.append(canvas.clone()))
-    order = sorted(range(len(PROMPTS)), key=lambda row: len(PROMPTS[row]))
-    assert len(seen) == int(done.num_steps.max())
+    assert len(seen) == int(done.num_steps.max()) + 1
     for step, canvas in enumerate(seen):
         assert canvas.shape == (len(PROMPTS), 14)
         assert (canvas[:, step:] == NO_MASK).all()
-        assert torch.equal(canvas[:, :step], done.tokens[order][:, :step])
+    for step, canvas in enumerate(seen[:-1]):
+        assert torch.equal(canvas[:, :step], done.tokens[:, :step])
+    assert torch.equal(seen[-1], done.tokens.masked_fill(done.reveal_step == NEVER, NO_MASK))
 
 
 def test_a_demonstration_is_written_from_left_to_right(causal):

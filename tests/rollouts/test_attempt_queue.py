@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dllm_sd.decoding.settings import Decoding, Meter
+from dllm_sd.network.merging import inference
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.attempt_queue import STEPS, AttemptQueue, Workers
 from dllm_sd.rollouts.rollout import Prompted
@@ -143,12 +144,12 @@ def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahea
 
     def work(workers: Workers) -> tuple[list[Any], int]:
         queue, meter = AttemptQueue(PROMPTED, key, grade, limit=LIMIT, ahead=ahead, workers=workers), Meter()
-        policy.complete(queue, SETTINGS, meter=meter)
+        policy.decoder.complete(queue, SETTINGS, meter=meter)
         found = queue.collected()
         kept = [[one for one in tried if one.counted] for tried in found]
         return [[(x.attempt, x.trajectory.tokens.tolist(), x.grade) for x in tried] for tried in kept], meter.rows
 
-    with torch.no_grad(), policy.decoding():  # threads share its mode
+    with torch.no_grad(), inference(policy.module):  # threads share its mode
         alone, rows = work(Workers())
         several = together(size, work)
     assert sum(map(len, alone)) > N

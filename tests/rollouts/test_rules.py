@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.decoding.queue import Queue, complete_in_batches
+from dllm_sd.decoding.queue import Queue
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import key_tensor, make_key, uniform
@@ -45,11 +45,15 @@ class StubPolicy:
             pad_id=0,
         )
 
-    def complete(self, queue: Queue, settings: Decoding, *, meter: Any = None, reach: Reach | None = None) -> None:
-        def decode(prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> Trajectory:
-            return self.decode(prompts, settings, keys, reach=reach)
+    @property
+    def decoder(self) -> "StubPolicy":
+        return self
 
-        complete_in_batches(decode, queue, settings.batch_size)
+    def complete(self, queue: Queue, settings: Decoding, *, meter: Any = None, reach: Reach | None = None) -> None:
+        while (jobs := queue.take(settings.batch_size)) is not None:
+            if jobs:
+                keys = [job.key for job in jobs]
+                queue.ended(jobs, self.decode([job.prompt for job in jobs], settings, keys, reach=reach))
 
     @staticmethod
     def number(key: int) -> int:

@@ -40,9 +40,10 @@ def report(findings: Sequence[Finding]) -> Iterator[str]:
         yield f"{name:40}{row['ok']:>8}{row['sentence']:>10}{row['FAULT']:>8}"
 
 
-def keep(findings: Sequence[Finding], file: Path) -> None:
-    """Write all findings down, a line each."""
-    file.write_text("".join(json.dumps(asdict(finding)) + "\n" for finding in findings), encoding="utf-8")
+def append(finding: Finding, file: Path) -> None:
+    """Append a finding to a file, as a line of JSON."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(asdict(finding)) + "\n")
 
 
 def spread(count: int, points: int | None) -> list[int]:
