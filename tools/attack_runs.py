@@ -9,7 +9,7 @@ ranks    one of two processes is killed, then both are started again (half a min
 
 Small random models, in forked children of one process: about a second an attack. A row of the table counts ok (as if
 nothing had happened), sentence (refused in one sentence, nothing lost) and FAULT (a traceback, a difference, a hang,
-silence). Faults are printed, and every finding is appended to `--out` as soon as it is known. Exit status 1 if there is a fault.
+silence). Faults are printed, and every finding is appended to `--out` at once. Exit status 1 if there is a fault.
 """
 
 import argparse
