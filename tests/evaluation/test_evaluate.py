@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from dllm_sd.config import build_config
+from dllm_sd.decoding.denoising import Denoiser
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import pass_at_k, wilson_interval
@@ -270,11 +271,11 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
     record = Record(tmp_path, "trained", 1)  # another number of processes, another file
     assert list(record.lines.values()) == written
     decoded: list[int] = []
-    decode = MaskedDiffusion.decode
+    complete = Denoiser.complete
     monkeypatch.setattr(
-        MaskedDiffusion,
-        "decode",
-        lambda self, prompts, *rest, **more: (decoded.append(len(prompts)), decode(self, prompts, *rest, **more))[1],
+        Denoiser,
+        "complete",
+        lambda self, queue, *rest, **more: (decoded.append(queue.most), complete(self, queue, *rest, **more))[1],
     )
     items = run(policy, record=record)[1]
     assert decoded == [40 - 17]
