@@ -1,4 +1,4 @@
-"""Tasks: where problems come from, how they are asked, and how completions are graded."""
+"""Tasks: where problems come from, how their prompts are written, and how completions are graded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +39,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def grade(task: Task | str, problem: Problem | Mapping[str, Any], text: str) -> Grade:
-    """Grade a completion. ``task`` may be a name of ``TASKS``, ``problem`` the fields alone.
+    """Grade a completion. ``task`` may be a name in ``TASKS``, and ``problem`` may be a mapping of fields.
 
     >>> grade("countdown", {"numbers": [3, 4], "target": 7}, r"\\boxed{3 + 4}").correct
     True

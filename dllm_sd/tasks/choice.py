@@ -1,4 +1,4 @@
-"""Multiple choice: SciKnowEval, GPQA and files of the same form; graded by the letter."""
+"""Multiple choice: SciKnowEval, GPQA and files in the same format, graded by the letter."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from dllm_sd.tasks.letters import read_letter
 from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Problem, mean
 
-_UNKNOWN = "ABCD"  # the letters of a problem that does not say which it has
+_DEFAULT_LETTERS = "ABCD"  # the letters of a problem that does not list them
 _OPTION = re.compile(r"(?:^|\n)[ \t]{0,8}[(*]{0,2}([A-Z])[*]{0,2}[:.)]")
 _INLINE_OPTION = re.compile(r"(?<!\w)\(([A-Z])\)")
 
@@ -28,13 +28,14 @@ Work towards the answer in short steps. Then put the letter of the right option,
 class Choice(DatasetTask):
     """Multiple choice. Problem fields: ``question`` (options included), ``letters`` (such as ABCD), ``answer``.
 
-    ``data`` and ``data_test`` are JSONL files (or hub datasets) of rows with ``prompt``, the question and its lettered
-    options in one text, and ``answer``, the letter; or with ``question``, ``options`` (a list) and ``answer``: the
-    letter, the place counted from 0, or the text of an option. ``size_dev`` training rows are held out as the dev
-    split, chosen by a permutation that never changes.
+    ``data`` and ``data_test`` are JSONL files (or hub datasets). Their rows have ``prompt``, the question and its
+    lettered options in one text, and ``answer``, the letter; or they have ``question``, ``options`` (a list) and
+    ``answer``: the letter, the index of an option counted from 0, or its text. ``size_dev`` training rows are held out
+    as the dev split, chosen by a fixed permutation.
 
     A completion is graded by the letter in its last box, else in its last closed answer tag, else by the last "answer
-    is X" or "X is correct", else by a letter that is all of its last line. Several letters at once are none.
+    is X" or "X is correct", else by the letter if its last line is a single letter. Several letters at once count as no
+    answer.
     """
 
     data: Place | None = None
@@ -51,37 +52,37 @@ class Choice(DatasetTask):
         self.check_templates(("question", "letters"), ("answer",), optional=("letters",))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """By the letter that the completion gives."""
+        """Grade by the letter that the completion gives."""
         return grade_letter(problem.fields, needed(problem.fields, "answer"), completion)
 
     def final_answer(self, problem: Problem) -> str | None:
-        """The letter of the right option."""
+        """Return the letter of the right option."""
         answer = problem.fields.get("answer")
         return None if answer is None else right_letter(problem.fields, answer)
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
-        """The mean of one over the number of options."""
+        """Return the mean of 1 / number of options."""
         return mean([1 / len(letters_of(problem.fields)) for problem in problems]) if problems else None
 
     def entries(self, rows: list[Row]) -> Iterable[Entry]:
-        """Question and options as one text, the letters, and the letter that is right."""
-        return _entries(rows)
+        """Return entries with question and options as one text, the letters, and the right letter."""
+        return _read_entries(rows)
 
 
 def grade_letter(fields: Mapping[str, Any], answer: Any, completion: str) -> Grade:
-    """Grade by the letter that a completion gives; ``answer`` is a letter, a place or the text of an option."""
+    """Grade by the letter that a completion gives; ``answer`` is a letter, or the index or text of an option."""
     letters, gold = letters_of(fields), right_letter(fields, answer)
-    found = read_letter(completion, letters if gold in letters else letters + gold, fields.get("options"))
-    return Grade(found == gold, float(found == gold), found)
+    letter = read_letter(completion, letters if gold in letters else letters + gold, fields.get("options"))
+    return Grade(letter == gold, float(letter == gold), letter)
 
 
 def right_letter(fields: Mapping[str, Any], answer: Any) -> str:
-    """The letter that ``answer`` stands for in a problem with these fields."""
+    """Return the letter of the right option of a problem with these fields."""
     return gold_letter(answer, letters_of(fields), fields.get("options"), "The problem")
 
 
 def letters_of(fields: Mapping[str, Any]) -> str:
-    """The letters of a problem: its own, one per option, or those that its text lists; ABCD where nothing says."""
+    """Return the letters of a problem: its field, one per option, or those listed in its text; ABCD by default."""
     letters = fields.get("letters")
     if isinstance(letters, str) and letters and set(letters) <= set(ascii_uppercase):
         return letters
@@ -89,11 +90,11 @@ def letters_of(fields: Mapping[str, Any]) -> str:
     if isinstance(options, list | tuple) and 0 < len(options) <= len(ascii_uppercase):
         return ascii_uppercase[: len(options)]
     text = next((fields[name] for name in ("prompt", "question") if isinstance(fields.get(name), str)), "")
-    return listed_letters(text) or _UNKNOWN
+    return listed_letters(text) or _DEFAULT_LETTERS
 
 
 def listed_letters(text: str) -> str:
-    """The letters A, B, ... of the last list of options in a text; empty where there are not two."""
+    """Return the letters A, B, ... of the last list of options in a text; empty if it has fewer than two."""
     best = ""
     for pattern in (_OPTION, _INLINE_OPTION):
         run = ""
@@ -109,7 +110,7 @@ def listed_letters(text: str) -> str:
 
 
 def gold_letter(answer: Any, letters: str, options: Any, where: str) -> str:
-    """The letter of the right option; ``answer`` is that letter, a place counted from 0, or the text of an option."""
+    """Return the letter of the right option; ``answer`` is a letter, an index counted from 0, or an option's text."""
     texts = [str(option).strip() for option in options] if isinstance(options, list | tuple) else []
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return letters[answer]
@@ -123,7 +124,7 @@ def gold_letter(answer: Any, letters: str, options: Any, where: str) -> str:
 
 
 def check_options(options: Sequence[Any], where: str) -> None:
-    """Refuse options of which a reader could not choose one: empty ones, two that are equal, what is no text."""
+    """Refuse options that are empty, equal to another option, or neither text nor numbers."""
     seen: set[str] = set()
     for option in options:
         if isinstance(option, bool) or not isinstance(option, str | int | float):
@@ -136,7 +137,7 @@ def check_options(options: Sequence[Any], where: str) -> None:
         seen.add(text)
 
 
-def _entries(rows: list[Row]) -> Iterator[Entry]:
+def _read_entries(rows: list[Row]) -> Iterator[Entry]:
     for row in rows:
         options = row.fields.get("options")
         if options is None:

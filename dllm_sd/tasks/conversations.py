@@ -1,4 +1,4 @@
-"""Conversations: lists of messages, as chat templates and chat data sets write them."""
+"""Conversations: lists of messages, in the format of chat templates and chat datasets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ from dllm_sd.errors import InputError, shown
 
 
 def content_of(message: Mapping[str, Any]) -> str:
-    """The text of a message: its ``content``, or the texts of a content in parts, one behind the other.
+    """Return the text of a message: its ``content``, or the concatenated texts of a content in parts.
 
     Raises:
-        InputError: if it is anything else, such as an image or nothing.
+        InputError: if it is anything else, such as an image, or missing.
     """
     content = message.get("content")
     if isinstance(content, str):
@@ -26,20 +26,20 @@ def content_of(message: Mapping[str, Any]) -> str:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a field of a row can only be meant as a conversation: a list of objects with roles."""
+    """Return whether a field can only be a conversation: a non-empty list of objects with roles."""
     listed = isinstance(value, list | tuple) and len(value) > 0
     return listed and all(isinstance(message, Mapping) and {"role", "from"} & message.keys() for message in value)
 
 
 def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, str]]:
-    """The messages of a field, each with its role and its text.
+    """Return the messages of a field, each with its role and its text.
 
     Args:
-        value: what the field holds (`is_conversation`).
-        where: names the field, for messages.
+        value: the value of the field, for which `is_conversation` is true.
+        where: names the field in error messages.
 
     Raises:
-        InputError: if a message has no role that templates know, no text, or anything that would be lost.
+        InputError: if a message has no role that chat templates support, no text, or content that would be lost.
     """
     messages: list[dict[str, str]] = []
     for number, message in enumerate(value):
@@ -51,10 +51,10 @@ def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> list[di
             )
         if message["role"] == "system" and number:
             raise InputError(f"{where}, message {number} is a system message; put it first")
-        more = {key for key, held in message.items() if held not in (None, "", [], {})} - {"role", "content"}
-        if more:
+        unread = {key for key, entry in message.items() if entry not in (None, "", [], {})} - {"role", "content"}
+        if unread:
             raise InputError(
-                f"{where}, message {number} has {shown(min(map(str, more)))}, which is not read; leave it out"
+                f"{where}, message {number} has {shown(min(map(str, unread)))}, which is not read; leave it out"
             )
         try:
             content = content_of(message)

@@ -15,7 +15,7 @@ from dllm_sd.tasks.published import gsm8k_gold, gsm8k_number
 from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Mode, Problem, check_mode
 
-_MARK = re.compile(r"<<[^<>]*>>")  # the data's own calculator notes, as in 2+3 = <<2+3=5>>5
+_ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator annotations of the data, as in 2+3 = <<2+3=5>>5
 
 _PROMPT = """\
 {question}
@@ -27,12 +27,13 @@ Work towards the answer in short steps. Then give the final number, by itself, i
 class Gsm8k(DatasetTask):
     """GSM8K. Problem fields: ``question``, ``answer`` (the number, as text), ``solution`` (the worked steps).
 
-    ``data`` and ``data_test`` are local JSONL files with the fields question and answer (which ends ``#### N``); with
-    neither, openai/gsm8k is loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen by a
-    permutation that never changes.
+    ``data`` and ``data_test`` are local JSONL files with the fields question and answer (which ends ``#### N``);
+    without them, openai/gsm8k is loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen
+    by a fixed permutation.
 
-    ``mode`` compatible reads completions as d-OPSD's published evaluation does, oddities included (the first box wins,
-    a sign of the gold answer is not read); see ``published``. Where ``answer`` is None no completion is correct.
+    ``mode`` compatible reads completions as d-OPSD's published evaluation does, oddities included (the first box
+    counts, the sign of the gold answer is not read); see ``published``. If ``answer`` is None, no completion is
+    correct.
     """
 
     data: Place | None = None
@@ -51,7 +52,7 @@ class Gsm8k(DatasetTask):
         self.check_templates(("question",), ("answer", "solution"))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """By the number that the completion gives, which must equal the gold one exactly."""
+        """Grade by the number of the completion, which must equal the gold number exactly."""
         answer = needed(problem.fields, "answer")
         if self.mode == "compatible":
             number, gold = gsm8k_number(completion), gsm8k_gold(answer)
@@ -60,7 +61,7 @@ class Gsm8k(DatasetTask):
         return grade_number(None if answer is None else gold_number(answer, "The problem"), completion)
 
     def load(self) -> tuple[list[Row], list[Row]]:
-        """The files, or the hub where there are none."""
+        """Return the rows of the files, or those of the hub if no file is given."""
         if self.data is None and self.data_test is None:
             return (
                 hub_rows("openai/gsm8k", "main", "train", "task.data"),
@@ -69,7 +70,7 @@ class Gsm8k(DatasetTask):
         return super().load()
 
     def entries(self, rows: list[Row]) -> Iterable[Entry]:
-        """The number behind ``####``, and the steps before it without their marks."""
+        """Return the number after ``####``, and the steps before it without their calculator annotations."""
         return map(_entry, rows)
 
 
@@ -88,5 +89,7 @@ def _entry(row: Row) -> Entry:
     answer = answer.strip().replace(",", "")
     gold_number(answer, row.where)
     return Entry(
-        row.number, question.strip(), {"question": question, "answer": answer, "solution": _MARK.sub("", steps).strip()}
+        row.number,
+        question.strip(),
+        {"question": question, "answer": answer, "solution": _ANNOTATION.sub("", steps).strip()},
     )

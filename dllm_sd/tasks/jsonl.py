@@ -1,4 +1,4 @@
-"""Any questions with answers: a local file or a hub dataset, a prompt template, and one of six graders."""
+"""The user's own questions and answers: a local file or hub dataset, a prompt template, and one of six graders."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,20 +24,20 @@ _GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
 
 @dataclass(frozen=True)
 class Jsonl(DatasetTask):
-    """Your own data. Problem fields: whatever the rows have.
+    """The user's own data. Problem fields: those of the rows.
 
     ``data`` (train and dev) and ``data_test`` (test) are paths of .jsonl or .csv files, or hub datasets as
-    ``owner/name`` or ``owner/name:config``, of which the splits train and test are read. ``prompt`` may ask for any
-    ``{field}``; where it is nothing but one, which holds a list of messages (``role``, ``content``), the prompt is that
-    conversation. ``reference_field`` is the text that supervised training imitates, or a list of one message.
-    ``size_dev`` training rows are held out as the dev split, chosen by a permutation that never changes.
+    ``owner/name`` or ``owner/name:config``, of which the splits train and test are read. ``prompt`` may use any
+    ``{field}``; if it consists of a single field that holds a list of messages (``role``, ``content``), the prompt is
+    that conversation. ``reference_field`` is the text that supervised training imitates, or a list of one message.
+    ``size_dev`` training rows are held out as the dev split, chosen by a fixed permutation.
 
-    ``grader``: "exact" compares the last ``<answer>``, or the whole text if there is none, with ``answer_field`` up to
-    white space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
+    ``grader``: "exact" compares the last ``<answer>``, or the whole text without one, with ``answer_field`` up to white
+    space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
     expressions; "math" compares LaTeX answers as the task math does; "choice" compares letters as the task choice does;
-    "rubric" needs no answer; the score is that of `texts.rubric_score` where ``reference_field`` holds a rubric, and 1
-    else, and from 0.5 on it is right. Unless ``prompt`` is given, it asks for a rubric of ``{question}``. A reference
-    may be a list, written as JSON.
+    "rubric" needs no answer: the score is `texts.rubric_score` if ``reference_field`` holds a rubric, otherwise 1, and
+    a score of at least 0.5 is correct. The default ``prompt`` of "rubric" asks for a rubric for ``{question}``. A
+    reference may be a list, which is written as JSON.
     """
 
     data: Place | None = None
@@ -61,7 +61,7 @@ class Jsonl(DatasetTask):
             )
 
     def prompt_template(self) -> str:
-        """``prompt``; where rubrics are wanted and none is given, what a rubric context asks its writer."""
+        """Return ``prompt``; for the grader rubric its default is the prompt for a rubric's writer."""
         return RUBRIC_WRITER_PLAIN if self.grader == "rubric" and self.prompt == _PROMPT else self.prompt
 
     @property
@@ -71,43 +71,47 @@ class Jsonl(DatasetTask):
 
     @property
     def reference_remedy(self) -> str:
-        """The key that names the field, where it is not set."""
+        """The remedy is to set the key that names the field, if it is not set."""
         if self.reference_field is not None:
             return super().reference_remedy
-        what = "set task.reference_field to the field that holds them, such as"
-        return f"{what} task.reference_field={self.answer_field}"
+        advice = "set task.reference_field to the field that holds them, such as"
+        return f"{advice} task.reference_field={self.answer_field}"
 
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
-        """The system text, where there is one, and the prompt, or the row's own conversation."""
-        spoken = self._conversation(problem.fields, "The problem")
-        if spoken is None:
+        """Return the system message, if there is one, and the prompt, or the conversation of the row."""
+        conversation = self._conversation(problem.fields, "The problem")
+        if conversation is None:
             return super().messages(problem, question)
         if question:
-            return [*chat(self.system, "")[:-1], *spoken]
-        return [*chat(self.system, "")[:-1], *(one for one in spoken if one["role"] == "system"), *chat(None, "")]
+            return [*chat(self.system, "")[:-1], *conversation]
+        return [
+            *chat(self.system, "")[:-1],
+            *(message for message in conversation if message["role"] == "system"),
+            *chat(None, ""),
+        ]
 
     def _conversation(self, fields: Mapping[str, Any], where: str) -> list[dict[str, str]] | None:
-        """The conversation that the prompt is, if its template is nothing but a field that holds one."""
+        """Return the conversation that is the prompt, if the template is a single field that holds one."""
         prompt = self.prompt_template().strip()
         field = prompt.removeprefix("{").removesuffix("}")
         value = fields.get(field)
         if value is None or prompt != f"{{{field}}}" or not is_conversation(value):
             return None
-        here = f"{where}: field {field!r}"
-        spoken = read_conversation(value, here)
-        if spoken[-1]["role"] == "system":
-            raise InputError(f"{here} holds nothing but a system message; add the user's, which is the question")
-        if spoken[-1]["role"] != "user":
+        location = f"{where}: field {field!r}"
+        conversation = read_conversation(value, location)
+        if conversation[-1]["role"] == "system":
+            raise InputError(f"{location} holds nothing but a system message; add the user's, which is the question")
+        if conversation[-1]["role"] != "user":
             raise InputError(
-                f"{here} ends with the answer of the assistant; end it with the user's message, and put the answer "
+                f"{location} ends with the answer of the assistant; end it with the user's message, and put the answer "
                 "into a field of its own (task.reference_field)"
             )
-        if self.system is not None and spoken[0]["role"] == "system":
-            raise InputError(f"{here} has a system message of its own; set task.system to null, or take it out")
-        return spoken
+        if self.system is not None and conversation[0]["role"] == "system":
+            raise InputError(f"{location} has a system message of its own; set task.system to null, or take it out")
+        return conversation
 
     def reference(self, problem: Problem) -> str | None:
-        """The text of ``reference_field``."""
+        """Return the text of ``reference_field``."""
         if self.reference_field is None:
             return None
         value = needed(problem.fields, self.reference_field)
@@ -116,14 +120,14 @@ class Jsonl(DatasetTask):
         return json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, list) else str(value)
 
     def final_answer(self, problem: Problem) -> str | None:
-        """The text of ``answer_field``, for the grader "choice" the letter; None where the problem does not have it."""
+        """Return the text of ``answer_field``, for the grader choice the letter; None if the field is missing."""
         gold = problem.fields.get(self.answer_field)
         if gold is None:
             return None
         return right_letter(problem.fields, gold) if self.grader == "choice" else _answer(gold, "The problem")
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """By the grader that was named."""
+        """Grade with the grader that ``grader`` names."""
         if self.grader == "rubric":
             rubric = parse_rubric(completion)
             if isinstance(rubric, str):
@@ -148,60 +152,62 @@ class Jsonl(DatasetTask):
         else:
             expected = evaluate(_answer(gold, "The problem"))
             if expected is None:
-                raise InputError(f"The problem: answer {gold!r:.60} is no arithmetic expression; correct it.")
+                raise InputError(f"The problem: answer {gold!r:.60} is not an arithmetic expression; correct it.")
             parsed = marked_expression(completion)
-            found = None if parsed is None else evaluate(parsed)
-            correct = found is not None and found[0] == expected[0]
+            evaluated = None if parsed is None else evaluate(parsed)
+            correct = evaluated is not None and evaluated[0] == expected[0]
         return Grade(correct, float(correct), parsed)
 
     def entries(self, rows: list[Row]) -> Iterable[Entry]:
-        """Check what every row must have, so that a gap is found before the model is loaded."""
+        """Check the fields that every row needs, so that errors are reported before the model is loaded."""
         return self._checked(rows)
 
     def _checked(self, rows: list[Row]) -> Iterator[Entry]:
         for row in rows:
-            gold = "" if self.grader == "rubric" else _answer(row.value(self.answer_field), row.where)
-            if self.grader != "rubric" and not gold.strip():
+            answer = "" if self.grader == "rubric" else _answer(row.value(self.answer_field), row.where)
+            if self.grader != "rubric" and not answer.strip():
                 raise InputError(f"{row.where}: the answer is empty; fill it, or leave the row out.")
             if self.grader == "number":
-                gold_number(gold, row.where)
+                gold_number(answer, row.where)
             elif self.grader == "math":
-                gold_answer(gold, row.where)
+                gold_answer(answer, row.where)
             elif self.grader == "choice":
                 options = row.fields.get("options")
                 check_options(options if isinstance(options, list) else [], row.where)
                 gold_letter(row.value(self.answer_field), letters_of(row.fields), options, row.where)
-            elif self.grader == "expression" and evaluate(gold) is None:
-                raise InputError(f"{row.where}: answer {gold!r:.60} is no arithmetic expression; correct it.")
+            elif self.grader == "expression" and evaluate(answer) is None:
+                raise InputError(f"{row.where}: answer {answer!r:.60} is not an arithmetic expression; correct it.")
             if self.reference_field is not None:
                 value = row.value(self.reference_field)
-                here = f"{row.where}: field {self.reference_field!r}"
+                location = f"{row.where}: field {self.reference_field!r}"
                 if is_conversation(value):
-                    _answer_of(value, here)
+                    _answer_of(value, location)
                 elif isinstance(value, list):
-                    _check_list(value, here)
+                    _check_list(value, location)
                 else:
                     row.text(self.reference_field)
-            spoken = self._conversation(row.fields, row.where)
-            asked = json.dumps(spoken) if spoken else ""
-            asked = asked or render(self.prompt_template(), row.fields, f"task.prompt (for {row.where})")
-            if not asked.strip():
+            conversation = self._conversation(row.fields, row.where)
+            question = json.dumps(conversation) if conversation else ""
+            question = question or render(self.prompt_template(), row.fields, f"task.prompt (for {row.where})")
+            if not question.strip():
                 raise InputError(f"{row.where} asks nothing: task.prompt is empty there; fill it, or leave the row out")
-            yield Entry(row.number, asked, row.fields)
+            yield Entry(row.number, question, row.fields)
 
 
 def _answer_of(value: Any, where: str) -> str:
-    """The text of a reference that is written as a list of one message."""
-    spoken = read_conversation(value, where)
-    if len(spoken) != 1 or spoken[0]["role"] != "assistant":
+    """Return the text of a reference that is a list of one message."""
+    messages = read_conversation(value, where)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise InputError(f"{where} must be text, or a list of one message of the assistant, not a longer conversation")
-    return spoken[0]["content"]
+    return messages[0]["content"]
 
 
 def _check_list(value: list[Any], where: str) -> None:
-    """Refuse a list that says nothing in one of its places; it is written as JSON, such as a rubric."""
-    bad = next((item for item in value if not isinstance(item, str | int | float | Mapping) or item in ("", {})), None)
-    if not value or bad is not None or None in value:
+    """Refuse a reference list with empty items or items that are neither text nor objects; it is written as JSON."""
+    refused = next(
+        (item for item in value if not isinstance(item, str | int | float | Mapping) or item in ("", {})), None
+    )
+    if not value or refused is not None or None in value:
         raise InputError(f"{where} must be text, or a list of texts or objects, not {shown(value)}; correct it.")
 
 

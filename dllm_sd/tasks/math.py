@@ -1,4 +1,4 @@
-"""Competition mathematics with answers in LaTeX: MATH, MATH-500, AIME, HMMT and files of the same form."""
+"""Competition mathematics with answers in LaTeX: MATH, MATH-500, AIME, HMMT and files in the same format."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ class Math(DatasetTask):
     """Competition mathematics. Problem fields: ``problem``, ``answer`` (LaTeX), ``solution`` (worked, or None).
 
     ``data`` and ``data_test`` are JSONL files (or hub datasets) with ``problem`` and either ``answer``, text or a whole
-    number, or a ``solution`` whose last ``\\boxed{}`` is the answer; with neither, ankner/math-500 and
+    number, or a ``solution`` whose last ``\\boxed{}`` is the answer; without them, ankner/math-500 and
     HuggingFaceH4/MATH-500 are loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen by
-    a permutation that never changes. A solution without a box gets one in the reference.
+    a fixed permutation. If a solution has no box, the answer is appended to the reference in one.
 
-    ``equality``: "text" compares answers part by part (see ``answers``), "symbolic" finds formulas equal by math-verify
-    too, within bounds of size and time. ``mode`` compatible reads and compares as d-OPSD's published evaluation does;
-    see ``published``. Where ``answer`` is None no completion is correct.
+    ``equality``: "text" compares answers part by part (see ``answers``); "symbolic" also accepts formulas that
+    math-verify finds equal, within bounds of size and time. ``mode`` compatible reads and compares answers as d-OPSD's
+    published evaluation does; see ``published``. If ``answer`` is None, no completion is correct.
     """
 
     data: Place | None = None
@@ -57,17 +57,17 @@ class Math(DatasetTask):
         self.check_templates(("problem",), ("answer", "solution"))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """By the marked answer, which must equal the gold one."""
+        """Grade by the marked answer, which must equal the gold answer."""
         gold = needed(problem.fields, "answer")
         gold = None if gold is None else gold_answer(gold, "The problem")
         if self.mode == "compatible":
-            found = math_answer(completion)
-            correct = gold is not None and found is not None and same_published(found, gold)
-            return Grade(correct, float(correct), found)
+            parsed = math_answer(completion)
+            correct = gold is not None and parsed is not None and same_published(parsed, gold)
+            return Grade(correct, float(correct), parsed)
         return grade_answer(gold, completion, self.equality)
 
     def load(self) -> tuple[list[Row], list[Row]]:
-        """The files, or the hub where there are none."""
+        """Return the rows of the files, or those of the hub if no file is given."""
         if self.data is None and self.data_test is None:
             return (
                 hub_rows("ankner/math-500", None, "train", "task.data"),
@@ -76,12 +76,12 @@ class Math(DatasetTask):
         return super().load()
 
     def entries(self, rows: list[Row]) -> Iterable[Entry]:
-        """The answer, from its own field or out of the solution."""
-        return _entries(rows)
+        """Return the entries of rows, with the answer from its own field or from the solution."""
+        return _read_entries(rows)
 
 
 def check_equality(equality: str) -> None:
-    """Refuse a ``task.equality`` that there is not, or that needs what is not installed."""
+    """Refuse an unknown ``task.equality``, or one that needs a package that is not installed."""
     if equality not in ("text", "symbolic"):
         raise InputError(f"task.equality is {equality!r}; choose text or symbolic.")
     if equality == "symbolic":
@@ -89,7 +89,7 @@ def check_equality(equality: str) -> None:
 
 
 def gold_answer(value: Any, where: str) -> str:
-    """The gold answer as text; a data row may hold a number."""
+    """Return the gold answer as text; the field of a row may be a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise InputError(f"{where}: the answer must be text or a number, not {value!r:.60}; correct it.")
     return str(value)
@@ -97,14 +97,14 @@ def gold_answer(value: Any, where: str) -> str:
 
 def grade_answer(gold: str | None, completion: str, equality: Equality = "text") -> Grade:
     """Grade by the answer that a completion marks."""
-    found = marked_answer(completion)
-    correct = gold is not None and found is not None and same_answer(gold, found)
-    if not correct and gold is not None and found is not None and equality == "symbolic":
-        correct = same_answer(gold, found, same_value)
-    return Grade(correct, float(correct), found)
+    parsed = marked_answer(completion)
+    correct = gold is not None and parsed is not None and same_answer(gold, parsed)
+    if not correct and gold is not None and parsed is not None and equality == "symbolic":
+        correct = same_answer(gold, parsed, same_value)
+    return Grade(correct, float(correct), parsed)
 
 
-def _entries(rows: list[Row]) -> Iterator[Entry]:
+def _read_entries(rows: list[Row]) -> Iterator[Entry]:
     for row in rows:
         problem = row.text("problem")
         solution = row.text("solution") if row.has("solution") else None

@@ -1,4 +1,4 @@
-"""What tasks share: problems asked by one template that come from files, from the hub, or out of a generator."""
+"""Base classes of tasks: prompts from a template, and problems from files, from the hub, or from a generator."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,9 +26,9 @@ from dllm_sd.tasks.task import NoChanceLevel, Problem, Split, Task
 
 
 class TemplateTask(Ranged, NoChanceLevel, key="task"):
-    """Asks by the template ``prompt`` and answers by the template ``answer``, which needs the field ``answered_by``.
+    """Renders prompts with the template ``prompt`` and references with the template ``answer``.
 
-    The field ``final`` of a problem holds its answer alone.
+    A reference needs the field ``answered_by``; the field ``final`` of a problem holds the answer alone.
     """
 
     system: str | None
@@ -38,65 +38,67 @@ class TemplateTask(Ranged, NoChanceLevel, key="task"):
     final: ClassVar[str] = "answer"
 
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
-        """The system text, where there is one, and the prompt; without the ``question`` its fields are left empty."""
+        """Return the system message, if there is one, and the prompt; without ``question``, with empty fields."""
         if question:
             return chat(self.system, render(self.prompt_template(), problem.fields, "task.prompt"))
-        blank = render(self.prompt_template(), dict.fromkeys(problem.fields, ""), "task.prompt")
-        return chat(self.system, blank.strip())
+        without_question = render(self.prompt_template(), dict.fromkeys(problem.fields, ""), "task.prompt")
+        return chat(self.system, without_question.strip())
 
     def reference(self, problem: Problem) -> str | None:
-        """The answer template filled, or None where the problem has no answer to fill it with."""
+        """Return the filled answer template, or None if the problem has no answer."""
         if problem.fields.get(self.answered_by) is None:
             return None
         return render(self.answer, self.answer_fields(problem), "task.answer")
 
     def final_answer(self, problem: Problem) -> str | None:
-        """The field ``final`` as text, or None where the problem does not have it."""
+        """Return the field ``final`` as text, or None if the problem does not have it."""
         value = problem.fields.get(self.final)
         return None if value is None else str(value)
 
     def prompt_template(self) -> str:
-        """The template that problems are asked by: ``prompt``."""
+        """Return the template of the prompt."""
         return self.prompt
 
     def answer_fields(self, problem: Problem) -> Mapping[str, Any]:
-        """What the answer template may ask for: the fields of the problem."""
+        """Return the fields that the answer template may use: those of the problem."""
         return problem.fields
 
-    def check_templates(self, asked: Sequence[str], answered: Iterable[str], optional: Collection[str] = ()) -> None:
-        """Refuse templates that ask for fields that the problems will not have, and a prompt without the question.
+    def check_templates(
+        self, prompt_fields: Sequence[str], answer_only: Iterable[str], optional: Collection[str] = ()
+    ) -> None:
+        """Refuse templates that use fields that the problems do not have, and prompts without the question.
 
         Args:
-            asked: fields for the prompt; it may leave out those of ``optional``.
-            answered: fields for the answer besides.
-            optional: fields that say nothing that the others do not say.
+            prompt_fields: fields that the prompt may use; it must use all but the ``optional`` ones.
+            answer_only: further fields that the answer may use.
+            optional: fields whose content the remaining fields contain as well.
         """
-        render(self.prompt, dict.fromkeys(asked, ""), "task.prompt")
-        if missing := [name for name in asked if name not in {*fields_of(self.prompt), *optional}]:
+        render(self.prompt, dict.fromkeys(prompt_fields, ""), "task.prompt")
+        if missing := [name for name in prompt_fields if name not in {*fields_of(self.prompt), *optional}]:
             raise InputError(f"task.prompt leaves out {{{missing[0]}}}, without which nothing is asked; put it in")
-        render(self.answer, dict.fromkeys((*asked, *answered), ""), "task.answer")
+        render(self.answer, dict.fromkeys((*prompt_fields, *answer_only), ""), "task.answer")
 
 
 class GeneratedTask(TemplateTask):
-    """Generated without end, or read from ``data`` and ``data_test``; the three sizes say how many problems to use."""
+    """Problems from a generator, or from ``data`` and ``data_test``; the three sizes limit the splits."""
 
     size_train: Natural
     size_dev: Natural
     size_test: Natural
     data: str | None
     data_test: str | None
-    title: ClassVar[str]  # the name of the task, in the ids of its problems
+    title: ClassVar[str]  # the name of the task, part of the ids of its problems
 
     @abstractmethod
     def generate(self, split: Split, index: int) -> Problem:
-        """Problem ``index`` of ``split``."""
+        """Return problem ``index`` of ``split``."""
 
     @abstractmethod
     def entry(self, row: Row) -> Entry:
-        """A row of a file, checked and made into fields."""
+        """Check a row of a file and convert it into fields."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The first problems of a split, as many as its size says; an InputError where it is 0."""
+        """Return the first problems of a split, up to its size; raise an InputError if the size is 0."""
         size = {"train": self.size_train, "dev": self.size_dev, "test": self.size_test}[split]
         if not size:
             raise InputError(f"task.size_{split} is 0, so the {split} split holds no problems; raise it.")
@@ -105,7 +107,7 @@ class GeneratedTask(TemplateTask):
         return Generated(range(size), partial(self.generate, split))
 
     def splits(self) -> Splits | None:
-        """What the files were divided into; None where problems are generated."""
+        """Return the splits of the files, or None if problems are generated."""
         return self._files if self.data is not None or self.data_test is not None else None
 
     @cached_property
@@ -116,27 +118,27 @@ class GeneratedTask(TemplateTask):
 
 
 class DatasetTask(TemplateTask):
-    """Read from files or hub datasets; ``size_dev`` training rows are held out by a permutation that never changes."""
+    """Problems from files or hub datasets; a fixed permutation chooses the ``size_dev`` rows of the dev split."""
 
     size_dev: Natural
     data: str | None
     data_test: str | None
-    title: ClassVar[str]  # the name of the task, in the ids of its problems
+    title: ClassVar[str]  # the name of the task, part of the ids of its problems
 
     @abstractmethod
     def entries(self, rows: list[Row]) -> Iterable[Entry]:
-        """Rows checked and made into fields."""
+        """Check rows and convert them into fields."""
 
     def load(self) -> tuple[list[Row], list[Row]]:
-        """The rows to train on and those to test on."""
+        """Return the training rows and the test rows."""
         return rows_of(self.data, "train", "task.data"), rows_of(self.data_test, "test", "task.data_test")
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The problems of a split; the first call reads the data."""
+        """Return the problems of a split; the first call reads the data."""
         return choose(self._splits, split)
 
     def splits(self) -> Splits | None:
-        """What the data was divided into."""
+        """Return the splits of the data."""
         return self._splits
 
     @cached_property
@@ -147,13 +149,13 @@ class DatasetTask(TemplateTask):
 
 
 class Draws:
-    """Integers drawn one after another, a function of ``key`` alone; many small ones are cut from one hash."""
+    """A stream of pseudo-random integers that depends on ``key`` alone; one hash yields several small integers."""
 
     def __init__(self, key: int) -> None:
         self.key, self.count, self.pool, self.span = key, 0, 0, 0
 
     def below(self, bound: int) -> int:
-        """An integer in ``[0, bound)``, uniform to one part in a million."""
+        """Return an integer in ``[0, bound)``, uniform to one part in a million."""
         if self.span < bound << 20:
             self.pool, self.span, self.count = make_key(self.key, self.count), 1 << 63, self.count + 1
         self.pool, drawn = divmod(self.pool, bound)
@@ -161,16 +163,16 @@ class Draws:
         return drawn
 
     def shuffled(self, count: int) -> list[int]:
-        """The numbers below ``count`` in random order."""
-        left = list(range(count))
-        return [left.pop(self.below(len(left))) for _ in range(count)]
+        """Return the integers below ``count`` in random order."""
+        remaining = list(range(count))
+        return [remaining.pop(self.below(len(remaining))) for _ in range(count)]
 
 
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz")
 
 
 def rows_of(source: str | None, split: str, key: str) -> list[Row]:
-    """The rows of a file, or of one split of the hub dataset ``owner/name`` or ``owner/name:config``; none for None."""
+    """Read the rows of a file, or of one split of the hub dataset ``owner/name`` or ``owner/name:config``."""
     if source is None:
         return []
     is_file = Path(source).suffix.lower() in _FILES or source.count("/") != 1
@@ -181,14 +183,15 @@ def rows_of(source: str | None, split: str, key: str) -> list[Row]:
 
 
 def rows_left_out(task: Task) -> tuple[dict[str, int], str | None]:
-    """Rows of ``task.data`` that are in no split since another split has the same; and a sentence, if there are any.
+    """Count the rows of ``task.data`` that were left out because another split holds the same problem.
 
     Returns:
-        The counts by metric, none of a task that reads no file of rows to train on.
+        The counts by metric name, empty if the task reads no training file; and a sentence about them, None if there is
+        nothing to report.
     """
     splits = task.splits() if isinstance(task, GeneratedTask | DatasetTask) else None
     if splits is None or not splits.rows:
         return {}, None
-    counts = {"data/in_test": splits.tested, "data/in_dev": splits.held}
-    found = " and ".join(f"{count} occur in the {name[8:]} split too" for name, count in counts.items() if count)
-    return counts, f"of the {splits.rows} rows of task.data, {found}; training leaves them out" if found else None
+    counts = {"data/in_test": splits.in_test, "data/in_dev": splits.in_dev}
+    reasons = " and ".join(f"{count} occur in the {name[8:]} split too" for name, count in counts.items() if count)
+    return counts, f"of the {splits.rows} rows of task.data, {reasons}; training leaves them out" if reasons else None

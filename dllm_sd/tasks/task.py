@@ -1,4 +1,4 @@
-"""What a task is: problems, a prompt, a reference answer, a grader, and what the grades add up to."""
+"""The protocol of a task: problems, prompt, reference answer, grader, and metrics computed from the grades."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Mode = Literal["default", "compatible"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. ``id`` is unique and stable over all splits; ``fields`` feed the prompt template and the grader."""
+    """One problem. ``id`` is unique and stable over all splits; ``fields`` feed prompt template and grader."""
 
     id: str
     fields: Mapping[str, Any]
@@ -20,7 +20,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    """Verdict on one completion: ``score`` in [0, 1] (partial credit where the task has it), what was ``parsed``."""
+    """The verdict on one completion; ``score`` is in [0, 1], ``parsed`` is the answer that was read."""
 
     correct: bool
     score: float
@@ -29,78 +29,78 @@ class Grade:
 
 @runtime_checkable
 class Task(Protocol):
-    """A task is a frozen dataclass whose fields are its configuration; it loads nothing until asked for a split."""
+    """A task is a frozen dataclass whose fields are its configuration; it loads data when a split is requested."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The problems of a split, in a fixed order; splits are disjoint. May be lazy: cheap to count and index."""
+        """Return the problems of a split in a fixed order. Splits are disjoint, maybe lazy, and cheap to count."""
         ...
 
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
-        """The chat messages (``role``, ``content``) that ask the problem; a policy renders them with its template.
+        """Return the chat messages (``role``, ``content``) that ask the problem; a policy applies its chat template.
 
-        Without the ``question`` nothing of the problem is in them; what they ask of an answer's form stays.
+        With ``question`` false the fields of the problem are left out; the instructions on the form of the answer stay.
         """
         ...
 
     def reference(self, problem: Problem) -> str | None:
-        """The reference completion that supervised training imitates, or None where the data has none."""
+        """Return the reference completion that supervised training imitates, or None if the data has none."""
         ...
 
     def final_answer(self, problem: Problem) -> str | None:
-        """The right answer alone, without the way to it, or None where the data has none."""
+        """Return the gold answer alone, without its derivation, or None if the data has none."""
         ...
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """Judge a completion. Never raises on model output, never evaluates it as code, bounded in time."""
+        """Judge a completion in bounded time, without raising on model output and without evaluating it as code."""
         ...
 
     @property
     def rubric_prompt(self) -> str | None:
-        """The template that asks for a rubric, where completions are rubrics (Stage I of RCSD); None elsewhere."""
+        """The template that asks for a rubric, if completions are rubrics (Stage I of RCSD); otherwise None."""
         ...
 
     @property
     def reference_remedy(self) -> str:
-        """What to do where the data has no reference, as the end of a message."""
+        """The end of an error message: what to do if the data has no reference."""
         ...
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
-        """The expected share of ``problems`` that blind guessing solves, or None where guessing has no meaning."""
+        """Return the expected share of ``problems`` that blind guessing solves, or None if guessing has no meaning."""
         ...
 
     def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
-        """Measures beyond the accuracy, by name; empty where the task has none."""
+        """Return metrics other than the accuracy, by name; empty if the task has none."""
         ...
 
 
 class NoChanceLevel:
-    """What most tasks say: there is no chance level and nothing beside the accuracy, and data may be named."""
+    """Defaults of most tasks: no chance level, no metric other than the accuracy, and data that can be replaced."""
 
     @property
     def rubric_prompt(self) -> str | None:
-        """None: completions are no rubrics."""
+        """None, since completions are not rubrics."""
         return None
 
     @property
     def reference_remedy(self) -> str:
-        """Other data."""
-        return "name others"
+        """The remedy is other data."""
+        return "choose a dataset that has them"
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
-        """None."""
+        """Return None."""
         return None
 
     def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
-        """Nothing."""
+        """Return no metrics."""
         return {}
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, 0 of nothing."""
+    """Return the mean, or 0 for an empty sequence."""
     return sum(values) / len(values) if values else 0.0
 
 
 def check_mode(mode: str) -> None:
-    """Refuse a ``task.mode`` that there is not."""
+    """Refuse an unknown ``task.mode``."""
     if mode not in ("default", "compatible"):
         raise InputError(f"task.mode is {mode!r}; choose default or compatible.")

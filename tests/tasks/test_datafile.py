@@ -129,8 +129,8 @@ def test_whole_pairs_and_long_numbers_are_read_as_they_stand(write):
     ("content", "message"),
     [
         (b'{"a": 1, "b": 2}\n', "line 1 holds JSON and not the names of columns; .* ends in .jsonl"),
-        (b"a;b\n1;2\n", "line 1 parts its columns by ';'; save the file with commas"),
-        (b"a\tb\n1\t2\n", r"line 1 parts its columns by '\\t'; save the file with commas"),
+        (b"a;b\n1;2\n", "line 1 separates its columns by ';'; save the file with commas"),
+        (b"a\tb\n1\t2\n", r"line 1 separates its columns by '\\t'; save the file with commas"),
         (b"a,b\r1,2\r", r"line 1 is not valid CSV .*; its lines end with carriage returns alone, or one stands in a"),
         (b'a,b\n1,"2\n', r"line 2 is not valid CSV .*; the quote that opens the last cell is never closed"),
         (b'a,b\n1,"2"x\n', r"line 2 is not valid CSV .*; correct its quotes"),

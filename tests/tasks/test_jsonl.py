@@ -80,7 +80,7 @@ def test_verdicts(grader, answer: object, text: str, correct: bool):
         ({}, {"question": "a", "answer": None}, r"line 1: the answer must be a string or a number"),
         ({}, {"answer": "a"}, r"^task\.prompt \(for .*line 1\) asks for \{question\}.*there are: \{answer\}"),
         ({"grader": "number"}, {"question": "a", "answer": "b"}, r"line 1: the answer 'b' is not a number"),
-        ({"grader": "expression"}, {"question": "a", "answer": "b"}, r"line 1: answer 'b' is no arithmetic expression"),
+        ({"grader": "expression"}, {"question": "a", "answer": "b"}, r"line 1: answer 'b' is not an arithmetic expression"),
         ({"reference_field": "r"}, {"question": "a", "answer": "b"}, r"line 1 has no field 'r'"),
     ],
 )
