@@ -15,8 +15,8 @@ from dllm_sd.tasks.published import countdown_expression, python_value, reaches,
 from dllm_sd.tasks.sources import Draws, GeneratedTask
 from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 
-_ATTEMPTS = 20_000  # draws before a generated problem is given up
-_BLIND = 4  # numbers up to which all blind expressions are counted
+_ATTEMPTS = 20_000  # most draws for a generated problem
+_ENUMERABLE = 4  # most numbers for which all random expressions are enumerated
 
 Numbers = Annotated[int, Range(least=2, most=6)]
 Number = Annotated[int, Range(least=1, most=10_000)]
@@ -33,13 +33,13 @@ and parentheses. Put the expression, without an equals sign, inside \\boxed{{}}.
 class Countdown(GeneratedTask):
     """Countdown. Problem fields: ``numbers`` (list), ``target``, ``solution`` (an expression, or None in file data).
 
-    Without ``data`` and ``data_test`` problems are generated, solvable with whole positive steps: problem i of a split
-    is a function of (seed, split, i), and its numbers (in any order) with its target belong to one split only.
-    With them, problems are the lines of JSONL files, ``{"numbers": [3, 4], "target": 7}`` or
+    Without ``data`` and ``data_test``, problems are generated that are solvable with positive whole intermediate
+    values: problem i of a split is a function of (seed, split, i), and its numbers (in any order) with its target
+    belong to one split only. With them, problems are the lines of JSONL files, ``{"numbers": [3, 4], "target": 7}`` or
     ``{"input": "3,4", "output": "7"}``: the last ``size_dev`` rows of ``data`` are the dev split, ``data_test`` is the
-    test split, and the other sizes say how many rows to use at most.
+    test split, and the remaining sizes limit how many rows are used.
 
-    ``mode`` compatible judges as d-OPSD's published evaluation does, oddities included (powers and whole division are
+    ``mode`` compatible grades as d-OPSD's published evaluation does, oddities included (powers and floor division are
     allowed, ``3.2`` uses the numbers 3 and 2, values may differ by 1e-5); see ``published``.
     """
 
@@ -73,21 +73,21 @@ class Countdown(GeneratedTask):
         self.check_templates(("numbers", "target"), ("solution",))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """By exact arithmetic: the target must be reached, and every number be used once."""
+        """Grade by exact arithmetic: the expression must reach the target and use every number once."""
         if self.mode == "compatible":
             return _grade_published(problem.fields, completion)
         numbers, target = _instance(problem.fields, "The problem")
         expression = marked_expression(completion)
-        read = None if expression is None else evaluate(expression)
-        correct = read is not None and read[0] == target and sorted(read[1]) == sorted(numbers)
+        evaluated = None if expression is None else evaluate(expression)
+        correct = evaluated is not None and evaluated[0] == target and sorted(evaluated[1]) == sorted(numbers)
         return Grade(correct, float(correct), expression)
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
-        """The share of blind expressions that reach the target, as in ``blind_share``; None where none was counted."""
+        """Return the share of random expressions that reach the target (``blind_share``); None if not computed."""
         return _blind_chance(problems)
 
     def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
-        """``solved``, and as ``random_fill`` the share that blind expressions solve (up to four numbers)."""
+        """Return ``solved``, and as ``random_fill`` the share that random expressions solve (up to four numbers)."""
         if not graded:
             return {}
         chance = _blind_chance(problem for problem, _ in graded)
@@ -95,12 +95,12 @@ class Countdown(GeneratedTask):
         return solved if chance is None else {**solved, "random_fill": chance}
 
     def generate(self, split: Split, index: int) -> Problem:
-        """Draw numbers, join two at random until one value is left, and keep it if it is a target of this split."""
+        """Combine random numbers at random until one value is left; keep it if it is a target of this split."""
         for attempt in range(_ATTEMPTS):
             draws = Draws(make_key(self.seed, "countdown", split, index, attempt))
             size = self.numbers_min + draws.below(self.numbers_max - self.numbers_min + 1)
             numbers = [self.number_min + draws.below(self.number_max - self.number_min + 1) for _ in range(size)]
-            solved = _join([(number, str(number)) for number in numbers], draws)
+            solved = _combine([(number, str(number)) for number in numbers], draws)
             if solved is None or not self.target_min <= solved[0] <= self.target_max:
                 continue
             target, solution = solved
@@ -114,39 +114,39 @@ class Countdown(GeneratedTask):
         )
 
     def entry(self, row: Row) -> Entry:
-        """A line in either of the two forms."""
+        """Read a line in either of the two formats."""
         if "input" in row.fields:
-            given = {"numbers": list(map(_whole, row.text("input").split(","))), "target": _whole(row.text("output"))}
+            values = {"numbers": list(map(_whole, row.text("input").split(","))), "target": _whole(row.text("output"))}
         else:
-            given = {"numbers": row.value("numbers"), "target": row.value("target")}
-        numbers, target = _instance(given, row.where)
+            values = {"numbers": row.value("numbers"), "target": row.value("target")}
+        numbers, target = _instance(values, row.where)
         fields = {"numbers": numbers, "target": target, "solution": None}
         return Entry(row.number, (tuple(sorted(numbers)), target), fields)
 
 
 def _blind_chance(problems: Iterable[Problem]) -> float | None:
     instances = (_instance(problem.fields, "The problem") for problem in problems)
-    shares = [blind_share(numbers, target) for numbers, target in instances if len(numbers) <= _BLIND]
+    shares = [blind_share(numbers, target) for numbers, target in instances if len(numbers) <= _ENUMERABLE]
     return mean(shares) if shares else None
 
 
 def blind_share(numbers: Sequence[float], target: float) -> float:
-    """How likely an expression made blindly reaches ``target``.
+    """Return the probability that a random expression reaches ``target``.
 
-    It is made by joining two parts, drawn at random in random order, with one of ``+ - * /``, until one part is left;
-    fractions and negative values may occur on the way. Division by zero reaches nothing.
+    The expression combines two parts, drawn at random in random order, by one of ``+ - * /``, until one part is left;
+    intermediate values may be fractions or negative. Division by zero reaches nothing.
     """
     if len(numbers) == 1:
         return float(abs(numbers[0] - target) < 1e-9)
     total, pairs = 0.0, 0
     for i, j in combinations(range(len(numbers)), 2):
         a, b = numbers[i], numbers[j]
-        rest = [number for place, number in enumerate(numbers) if place not in (i, j)]
+        remaining = [number for index, number in enumerate(numbers) if index not in (i, j)]
         pairs += 1
-        total += 2 * blind_share([*rest, a + b], target) + 2 * blind_share([*rest, a * b], target)
-        total += blind_share([*rest, a - b], target) + blind_share([*rest, b - a], target)
-        total += blind_share([*rest, a / b], target) if b else 0.0
-        total += blind_share([*rest, b / a], target) if a else 0.0
+        total += 2 * blind_share([*remaining, a + b], target) + 2 * blind_share([*remaining, a * b], target)
+        total += blind_share([*remaining, a - b], target) + blind_share([*remaining, b - a], target)
+        total += blind_share([*remaining, a / b], target) if b else 0.0
+        total += blind_share([*remaining, b / a], target) if a else 0.0
     return total / (8 * pairs)
 
 
@@ -161,8 +161,8 @@ def _grade_published(fields: Mapping[str, Any], completion: str) -> Grade:
     return Grade(correct, float(correct), expression)
 
 
-def _join(parts: list[tuple[int, str]], draws: Draws) -> tuple[int, str] | None:
-    """Join pairs of (value, expression) by random operators until one is left; None if a value is not whole and > 0."""
+def _combine(parts: list[tuple[int, str]], draws: Draws) -> tuple[int, str] | None:
+    """Combine (value, expression) pairs at random until one is left; None if a value is not a positive integer."""
     while True:
         (a, left), (b, right) = (parts.pop(draws.below(len(parts))) for _ in range(2))
         operator = "+-*/"[draws.below(4)]

@@ -1,4 +1,4 @@
-"""Reading answers out of model output: marked spans, numbers, arithmetic. Total, exact, and linear in the text."""
+"""Reading answers from model output: marked spans, numbers and arithmetic. Never raises, exact, linear in the text."""
 
 import re
 from collections import deque
@@ -11,15 +11,15 @@ from dllm_sd.errors import InputError
 from dllm_sd.tasks.number_words import number_of_words
 from dllm_sd.tasks.units import changes_value
 
-MAX_TEXT = 100_000  # characters at the end of a completion that are looked at
-MAX_DIGITS = 40  # longest number that is converted
+MAX_TEXT = 100_000  # characters at the end of a completion that are read
+MAX_DIGITS = 40  # digits of the longest number that is converted
 MAX_EXPRESSION = 200  # characters of an arithmetic expression
 MAX_DEPTH = 20  # nested parentheses and signs of an arithmetic expression
 
 DASHES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
 """Characters that stand for a minus sign."""
 FULL_WIDTH = {chr(0xFEE0 + ord(sign)): sign for sign in "0123456789().,%+=/"}
-"""Characters as wide as two, and what they say."""
+"""Full-width characters and their ASCII equivalents."""
 SINGLE_FRACTIONS = {
     "\u00bd": "1/2",
     "\u2153": "1/3",
@@ -28,18 +28,18 @@ SINGLE_FRACTIONS = {
     "\u00be": "3/4",
     "\u215b": "1/8",
 }
-"""Fractions that are one character."""
+"""Single characters for fractions, and their values."""
 
-_LONGEST_BLANK = 200  # characters of a blank answer
+_LONGEST_BLANK = 200  # longest answer that can count as blank, in characters
 _BLANK_CONTENT = re.compile(
     r"\\(?:text|mathrm|mbox)(?=\s*\{)|\\(?:quad|qquad|ldots|dots|_|[,;:! ])|(?<!\\)[{}]|[\s$?._\u2026~-]+"
 )
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\[{}]|[{}]")
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-+])?"  # a sign is a minus only where nothing is there to subtract from
+    r"(?:(?<![\w.)])[-+])?"  # a sign belongs to the number only if no operand precedes it
     r"(?<!\w)(?<![0-9]\.)"
-    r"(?:[0-9]{1,12} {1,3}(?=[0-9]{1,12}/[0-9]))?"  # the whole of a mixed number
+    r"(?:[0-9]{1,12} {1,3}(?=[0-9]{1,12}/[0-9]))?"  # the whole part of a mixed number
     + _DIGITS
     + r"(?:/[0-9]+|[eE][-+]?[0-9]{1,2}(?![\w.]))?(?!\d)"
 )
@@ -51,9 +51,9 @@ _FRACTION = re.compile(
 _POWER_OF_UNIT = re.compile(
     r"(\\(?:text|mathrm|mbox)\s{0,8}\{[^{}]*\}|(?<![A-Za-z])(?:[cmk]?m|ft|in|yd))\s{0,2}\^\{?[0-9]\}?"
 )
-_BOXED = re.compile(r"(?:\\\W?)?(?<!\w)boxed\{")  # a box whose backslash is missing or misplaced
+_BROKEN_BOX = re.compile(r"(?:\\\W?)?(?<!\w)boxed\{")  # a box whose backslash is missing or misplaced
 _GROUP = re.compile(r"[({]\s{0,8}([-+]?[0-9][0-9.,/]{0,40})\s{0,8}[)}]")
-_HARMLESS = re.compile(
+_IGNORED_MARKUP = re.compile(
     r"\\(?:text|math|m)(?:bf|it|rm|sf|tt|box|normal)?(?![A-Za-z])|</?[a-z]{1,20}>?"
     r"|\\(?:boxed|fbox|displaystyle|q?quad|approx|circ)(?![A-Za-z])"
     r"|\^\s{0,2}\{?\s{0,2}\\circ\s{0,2}\}?|\\[,;:!%() \[\]]|\\(?=[%\s]|$)|[{}~]"
@@ -71,22 +71,26 @@ _MAGNITUDE = re.compile(
     r"(?<=[0-9])(?:[ -]{0,2}|\s{0,2}\\text\{\s{0,2})(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE
 )
 _NEGATIVE = re.compile(r"(?<![0-9)] )\b(?:minus|negative)\s{1,3}(?=[$0-9.])", re.IGNORECASE)
-_ZEROS = {"hundred": "e2", "thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
+_POWERS_OF_TEN = {"hundred": "e2", "thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
 _TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+)|([-+*/()]))")
 _THOUSANDS = re.compile(r"(?<=[0-9,])(?:\\[,!]|\{,\})(?=[0-9]{3})")
-_APART = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+")
-_BLANK = ("$", "%", "\\,", "\\!", "\\;", "\\left", "\\right")  # become spaces, which never join two numbers
+_SPACED_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+")
+_REMOVED = ("$", "%", "\\,", "\\!", "\\;", "\\left", "\\right")  # replaced by spaces, so that no two numbers are joined
 _SIGNS = str.maketrans(
-    {**dict.fromkeys(DASHES, "-"), **FULL_WIDTH, **{one: f" {two}" for one, two in SINGLE_FRACTIONS.items()}}
+    {
+        **dict.fromkeys(DASHES, "-"),
+        **FULL_WIDTH,
+        **{character: f" {value}" for character, value in SINGLE_FRACTIONS.items()},
+    }
 )
-_PART = re.compile(
+_LATEX_FRACTION = re.compile(
     r"(?<![0-9])(?<![0-9] )\\[dtc]?frac\s{0,8}"
     r"(?:\{([^{}]{1,200})\}|([0-9]))\s{0,8}(?:\{([^{}]{1,200})\}|([0-9])(?![0-9]))"
 )
-_BESIDE = re.compile(r"(?<=[0-9)])\s{0,3}(?=\()|(?<=\))\s{0,3}(?=[0-9])")  # the product of two things side by side
+_IMPLICIT_PRODUCT = re.compile(r"(?<=[0-9)])\s{0,3}(?=\()|(?<=\))\s{0,3}(?=[0-9])")  # as in 2(3)
 _FENCE = re.compile(r"```[a-z]{0,10}\s{0,4}\n([^`]*)```|`([^`]*)`|\*\*((?:[^*]|\*(?!\*))*)\*\*")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s{0,8}\{([^{}]*)\}")
-_INTRODUCED = re.compile(
+_INTRODUCTION = re.compile(
     r"(?:(?:the|an?|my|this|that|it|answer|final|finally|arithmetic|expression|equation|solution|result|is|so|thus"
     r"|therefore|hence|we|get|have|here)\b[\s:,*]{0,4})+",
     re.IGNORECASE,
@@ -97,29 +101,31 @@ _OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last filled ``\\boxed{...}`` with balanced braces holds; an unclosed box does not count.
+    """Return the content of the last filled ``\\boxed{...}`` with balanced braces; unclosed boxes do not count.
 
-    Blank where all boxes are blank, None where there is none.
+    The result is blank if all boxes are blank, and None if there is no box.
     """
     text = text[-MAX_TEXT:]
     stack: list[tuple[bool, int]] = []
     start = end = -1
     filled = False
     for match in _BRACES.finditer(text):
-        mark = match.group()
-        if mark == "}":
-            is_box, inside = stack.pop() if stack else (False, 0)
-            if is_box and (inside > start or not filled):
-                holds = match.start() - inside > _LONGEST_BLANK or not is_blank(text[inside : match.start()])
-                if holds or start < 0:
-                    start, end, filled = inside, match.start(), holds
-        elif mark[-1] == "{" and mark != "\\{":
-            stack.append((mark != "{", match.end()))
+        brace = match.group()
+        if brace == "}":
+            is_box, content_start = stack.pop() if stack else (False, 0)
+            if is_box and (content_start > start or not filled):
+                is_filled = match.start() - content_start > _LONGEST_BLANK or not is_blank(
+                    text[content_start : match.start()]
+                )
+                if is_filled or start < 0:
+                    start, end, filled = content_start, match.start(), is_filled
+        elif brace[-1] == "{" and brace != "\\{":
+            stack.append((brace != "{", match.end()))
     return None if start < 0 else text[start:end]
 
 
 def last_answer(text: str) -> str | None:
-    """What the last filled ``<answer>...</answer>`` holds; blank where all are blank, None where none is closed."""
+    """Return the content of the last filled ``<answer>...</answer>``; blank if all are blank, None without one."""
     text = text[-MAX_TEXT:]
     blank: str | None = None
     end = text.rfind("</answer>")
@@ -136,24 +142,24 @@ def last_answer(text: str) -> str | None:
 
 
 def filled_mark(text: str) -> str | None:
-    """What the last filled box holds, else the last filled answer tag; None where neither is filled."""
-    for read in (last_boxed, last_answer):
-        marked = read(text)
+    """Return the content of the last filled box, else of the last filled answer tag; None if neither is filled."""
+    for read_mark in (last_boxed, last_answer):
+        marked = read_mark(text)
         if marked is not None and not is_blank(marked):
             return marked
     return None
 
 
 def is_blank(content: str) -> bool:
-    """Whether a mark holds nothing but space, dots, question marks, lines and empty words."""
+    """Return whether a mark holds nothing but space, dots, question marks, underscores and empty text commands."""
     return not _BLANK_CONTENT.sub("", content)
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number a completion ends with, exactly.
+    """Return the number that a completion ends with, exactly.
 
-    It is read from the last box, else the last closed answer tag, else the line after the last ``####``, else it is
-    the last number of the text. Where a mark is there its content decides; blank marks do not count.
+    It is read from the last box, else from the last closed answer tag, else from the line after the last ``####``;
+    otherwise it is the last number of the text. If there is a filled mark, its content alone decides.
     """
     if (marked := filled_mark(text)) is not None:
         return only_number(marked)
@@ -166,11 +172,11 @@ def final_number(text: str) -> Fraction | None:
 
 
 def only_number(text: str) -> Fraction | None:
-    """The one number of ``text``, whatever words and signs stand around it.
+    """Return the only number of ``text``, ignoring words and symbols that do not change its value.
 
-    Reads ``1,200``, ``$-5``, ``12.5%``, ``1e3``, ``3/4``, ``\\frac{3}{4}``, ``5 1/2``, ``2 million``. Of an equation it
-    is the side that is a number, the right one first, unless another side is a different number; of ``72 = 12 * 6`` the
-    left one where the equation holds. None where there is none, or several that differ.
+    Reads ``1,200``, ``$-5``, ``12.5%``, ``1e3``, ``3/4``, ``\\frac{3}{4}``, ``5 1/2``, ``2 million``. Of an equation,
+    it is the value of a side that is a number, the right one first, unless another side is a different number; of
+    ``72=12*6`` it is the left side if the equation holds. None if there is no number, or several that differ.
     """
     text = text[-MAX_TEXT:]
     if words := _ALL_WORDS.fullmatch(text):
@@ -179,47 +185,51 @@ def only_number(text: str) -> Fraction | None:
         return Fraction(spelled)
     if "\\pm" in text or "\u00b1" in text:
         return None
-    *others, side = text.split("=")
-    number = _number_of(side)
-    if not others:
+    *left_sides, right_side = text.split("=")
+    number = _number_of(right_side)
+    if not left_sides:
         return number
     if number is None:
-        number, read = _number_of(others[-1]), evaluate(_arithmetic(side))
-        return number if read is not None and read[0] == number else None
-    return number if all(value == number for other in others if (value := _worked(other)) is not None) else None
+        number, evaluated = _number_of(left_sides[-1]), evaluate(_arithmetic(right_side))
+        return number if evaluated is not None and evaluated[0] == number else None
+    return (
+        number
+        if all(value == number for left_side in left_sides if (value := _worked(left_side)) is not None)
+        else None
+    )
 
 
 def _worked(text: str) -> Fraction | None:
-    """The value of a side of an equation that is a number or arithmetic."""
+    """Return the value of a side of an equation that is a number or arithmetic."""
     value = _literal(text)
-    read = evaluate(_arithmetic(text)) if value is None else None
-    return value if read is None else read[0]
+    evaluated = evaluate(_arithmetic(text)) if value is None else None
+    return value if evaluated is None else evaluated[0]
 
 
 def _number_of(text: str) -> Fraction | None:
-    """The one number of a text in which nothing changes its value: no operator, no other symbol, no such word."""
-    text = _plain(_POWER_OF_UNIT.sub(r"\1", _BOXED.sub("{", text))).strip()
-    text = _GROUP.sub(r"\1", _HARMLESS.sub(" ", _GROUP.sub(r"\1", text))).strip()
+    """Return the only number of a text without operators, symbols or words that change the value."""
+    text = _plain(_POWER_OF_UNIT.sub(r"\1", _BROKEN_BOX.sub("{", text))).strip()
+    text = _GROUP.sub(r"\1", _IGNORED_MARKUP.sub(" ", _GROUP.sub(r"\1", text))).strip()
     text = re.sub(
         r"(?<![\w.)] )(?<![\w.)])([-+])\s*(?:(?:[$\u20ac\u00a3\u00a5]|USD|EUR)\s*)?(?=[0-9.])", r" \1", text
     ).strip()
-    if _APART.fullmatch(text):
+    if _SPACED_THOUSANDS.fullmatch(text):
         text = text.replace(" ", "")
     values = {_fraction(match) for match in _NUMBER.finditer(text)}
-    rest = _NUMBER.sub("#", text)
-    before, behind = rest.partition("#")[0], rest.rpartition("#")[2]
-    wrong = len(values) != 1 or _SYMBOL.search(rest) or changes_value(before, behind)
-    return None if wrong else values.pop()
+    outline = _NUMBER.sub("#", text)
+    before, after = outline.partition("#")[0], outline.rpartition("#")[2]
+    ambiguous = len(values) != 1 or _SYMBOL.search(outline) or changes_value(before, after)
+    return None if ambiguous else values.pop()
 
 
 def _literal(text: str) -> Fraction | None:
-    """The value of a text that is a number and nothing else."""
+    """Return the value of a text that is a number and nothing else."""
     match = _NUMBER.fullmatch(_plain(text).strip())
     return None if match is None else _fraction(match)
 
 
 def gold_number(answer: Any, where: str) -> Fraction:
-    """The number of a data row's ``answer``: a number, or text that is one or ends in ``#### N``."""
+    """Return the number in the ``answer`` of a row: a number, or text that is one or ends with ``#### N``."""
     text = answer if isinstance(answer, str) else "" if isinstance(answer, bool) else str(answer)
     number = _literal(text[-MAX_TEXT:].rpartition("####")[2].replace(",", ""))
     if number is None:
@@ -231,17 +241,17 @@ def _plain(text: str) -> str:
     text = text.translate(_SIGNS).replace("\\$", "$").replace("-$", "-")
     text = _TEN_TO_THE.sub(lambda match: f"e{match.group(1) or match.group(2)}", _THOUSANDS.sub("", text))
     text = _NEGATIVE.sub("-", text)
-    text = _MAGNITUDE.sub(lambda match: _ZEROS[match.group(1).lower()], _blanked(text))
-    return _FRACTION.sub(_slashed, text)
+    text = _MAGNITUDE.sub(lambda match: _POWERS_OF_TEN[match.group(1).lower()], _without_removed(text))
+    return _FRACTION.sub(_as_quotient, text)
 
 
-def _blanked(text: str) -> str:
-    for mark in _BLANK:
+def _without_removed(text: str) -> str:
+    for mark in _REMOVED:
         text = text.replace(mark, " ")
     return text
 
 
-def _slashed(match: re.Match[str]) -> str:
+def _as_quotient(match: re.Match[str]) -> str:
     before = match.string[match.start() - 1 : match.start()] if match.start() else ""
     over, under = (part for part in match.groups() if part is not None)
     if under.startswith("-"):
@@ -254,7 +264,7 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
     return None if len(text) > MAX_DIGITS else _short_fraction(text)
 
 
-@lru_cache(maxsize=2**12)  # answers are often the same few numbers, and a fraction takes long to make
+@lru_cache(maxsize=2**12)  # answers repeat the same few numbers, and constructing a Fraction is slow
 def _short_fraction(text: str) -> Fraction | None:
     head, _, under = text.replace(",", "").partition("/")
     *whole, over = head.split()
@@ -270,45 +280,45 @@ def _short_fraction(text: str) -> Fraction | None:
 
 
 def marked_expression(text: str) -> str | None:
-    """The expression a completion answers with: from the last box, else the last closed tag, else all of a short text.
+    """Return the expression that a completion gives: the last box, else the last closed tag, else a short text.
 
-    Operators are mapped to ``+ - * /``. Of an equation it is the first side, or the second where the first is a number
-    alone. None where nothing fits, or where the sides of an equation differ.
+    Operators are mapped to ``+ - * /``. Of an equation, it is the first side, or the second if the first is a number
+    alone. None if there is no expression, or if the sides of an equation have different values.
     """
-    found = filled_mark(text)
-    marked = text if found is None else found
-    if len(marked) > 4 * MAX_EXPRESSION:
+    mark = filled_mark(text)
+    content = text if mark is None else mark
+    if len(content) > 4 * MAX_EXPRESSION:
         return None
-    marked = _unfenced(marked) if found is None else _unworded(_unfenced(marked))
-    sides = [_arithmetic(side) for side in marked.removesuffix(".").split("=")]
+    content = _unfenced(content) if mark is None else _without_introduction(_unfenced(content))
+    sides = [_arithmetic(side) for side in content.removesuffix(".").split("=")]
     if len(sides) > 1:
         sides = sides[1:] if sides[0].isalpha() and len(sides[0]) == 1 else sides
-        read = [evaluate(side) for side in sides]
-        if None in read or len({value for value, _ in filter(None, read)}) > 1:
+        values = [evaluate(side) for side in sides]
+        if None in values or len({value for value, _ in filter(None, values)}) > 1:
             return None
     expression = next((side for side in sides if not side.isdigit()), sides[0])
     return expression if 0 < len(expression) <= MAX_EXPRESSION else None
 
 
 def _unfenced(text: str) -> str:
-    """An answer without a fence of code or marks of bold type around it."""
+    """Return an answer without the code fence or the bold markup around it."""
     text = text.strip()
     fenced = _FENCE.fullmatch(text.removesuffix("."))
     return next(filter(None, fenced.groups()), "").strip() if fenced else text
 
 
-def _unworded(text: str) -> str:
-    """A marked answer without the words before it that say nothing but that it is one."""
+def _without_introduction(text: str) -> str:
+    """Remove the introductory words of a marked answer, such as ``The answer is``."""
     text = _TEXT.sub(r" \1 ", text).strip()
-    if introduced := _INTRODUCED.match(text):
+    if introduced := _INTRODUCTION.match(text):
         text = text[introduced.end() :]
     return _EQUALS.sub(" = ", text).strip()
 
 
 def _multiplied(text: str) -> str:
-    """Signs for the products of things side by side; none where a slash before them would bind in doubtful ways."""
-    places = [match.span() for match in _BESIDE.finditer(text)]
-    for start, end in reversed(places):
+    """Insert signs into implicit products; return an empty text if a preceding slash makes them ambiguous."""
+    spans = [match.span() for match in _IMPLICIT_PRODUCT.finditer(text)]
+    for start, end in reversed(spans):
         if _before_operand(text, start) == "/":
             return ""
         text = f"{text[:start]}*{text[end:]}"
@@ -316,47 +326,47 @@ def _multiplied(text: str) -> str:
 
 
 def _before_operand(text: str, end: int) -> str:
-    """The sign before the number or the brackets that end there, and before all that stand side by side with them."""
-    depth, place = 0, end - 1
-    while place >= 0:
-        sign = text[place]
-        depth += (sign == ")") - (sign == "(")
-        if depth < 0 or (depth == 0 and sign in "+-*/"):
-            return sign
-        place -= 1
+    """Return the operator before the operand that ends at ``end``, including operands multiplied implicitly."""
+    depth, position = 0, end - 1
+    while position >= 0:
+        character = text[position]
+        depth += (character == ")") - (character == "(")
+        if depth < 0 or (depth == 0 and character in "+-*/"):
+            return character
+        position -= 1
     return ""
 
 
 def _arithmetic(text: str) -> str:
-    """Mathematics as an arithmetic expression, as far as it is one."""
+    """Convert mathematics into an arithmetic expression, as far as possible."""
     text = text.translate(_SIGNS)
-    for _ in range(MAX_DEPTH if len(text) <= 4 * MAX_EXPRESSION else 1):  # fractions within fractions, from within
-        inner = _PART.sub(lambda part: "(({})/({}))".format(*filter(None, part.groups())), text)
-        if inner == text:
+    for _ in range(MAX_DEPTH if len(text) <= 4 * MAX_EXPRESSION else 1):  # nested fractions, from the innermost
+        replaced = _LATEX_FRACTION.sub(lambda match: "(({})/({}))".format(*filter(None, match.groups())), text)
+        if replaced == text:
             break
-        text = inner
-    for mark, sign in (*_OPERATORS, ("[", "("), ("]", ")"), *((blank, " ") for blank in _BLANK if blank != "%")):
+        text = replaced
+    for mark, sign in (*_OPERATORS, ("[", "("), ("]", ")"), *((blank, " ") for blank in _REMOVED if blank != "%")):
         text = text.replace(mark, sign)
     text = _TIMES.sub("*", text).strip()
     return _multiplied(text) if len(text) <= 4 * MAX_EXPRESSION else text
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-    """The exact value of an arithmetic expression and the numbers that occur in it, in order.
+    """Return the exact value of an arithmetic expression and the numbers that occur in it, in order.
 
-    Whole numbers, ``+ - * /``, unary minus and parentheses are all there is. None for anything else, for a division
-    by zero, and beyond ``MAX_EXPRESSION`` characters, ``MAX_DEPTH`` levels or ``MAX_DIGITS`` digits.
+    The grammar has whole numbers, ``+ - * /``, unary minus and parentheses. None for anything else, for a division by
+    zero, and beyond ``MAX_EXPRESSION`` characters, ``MAX_DEPTH`` levels or ``MAX_DIGITS`` digits.
     """
     if len(expression) > MAX_EXPRESSION:
         return None
     tokens: list[str] = []
-    place, text = 0, expression.rstrip(" \t\r\n")
-    while place < len(text):
-        match = _TOKEN.match(text, place)
+    position, text = 0, expression.rstrip(" \t\r\n")
+    while position < len(text):
+        match = _TOKEN.match(text, position)
         if match is None:
             return None
         tokens.append(match.group(1) or match.group(2))
-        place = match.end()
+        position = match.end()
     try:
         parser = _Parser(tokens)
         value = parser.sum(0)
@@ -371,7 +381,7 @@ class _NotArithmetic(Exception):
 
 
 class _Parser:
-    """Recursive descent over tokens: sum -> product -> factor. ``numbers`` are those read so far."""
+    """Recursive descent over tokens: sum -> product -> factor. ``numbers`` are the numbers read so far."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.rest = ["", *reversed(tokens)]  # the next token is the last; the empty one ends the input
@@ -403,17 +413,17 @@ class _Parser:
         if self.rest.pop() != token:
             raise _NotArithmetic
 
-    def _chain(self, direct: str, inverse: str, part: Callable[[int], Fraction], depth: int) -> Fraction:
-        value = part(depth)
+    def _chain(self, direct: str, inverse: str, parse_operand: Callable[[int], Fraction], depth: int) -> Fraction:
+        value = parse_operand(depth)
         while self.rest[-1] in (direct, inverse):
             operator = self.rest.pop()
-            other = part(depth)
+            operand = parse_operand(depth)
             if operator == "+":
-                value += other
+                value += operand
             elif operator == "-":
-                value -= other
+                value -= operand
             elif operator == "*":
-                value *= other
+                value *= operand
             else:
-                value /= other
+                value /= operand
         return value

@@ -1,4 +1,4 @@
-"""LaTeX of answers as nodes: commands hold their arguments, words stand apart, and each thing has one spelling."""
+"""LaTeX of answers as a list of nodes: commands hold their arguments, words are separate, spelling is unified."""
 
 import re
 from fractions import Fraction
@@ -20,13 +20,13 @@ _WORD_QUOTIENT = re.compile(
     r"\s*([0-9]+(?:\.[0-9]+)?)?\s*([A-Za-z]+(?: [A-Za-z]+)?)\s*/\s*([A-Za-z]+)\s*(?:\^([23]))?\s*"
 )
 _NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
-_NOTHING = re.compile(
+_IGNORED = re.compile(
     r"(\\\\)|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|bm|boldsymbol|underline|fbox|q?quad)(?![A-Za-z])\.?"
     r"|\\[,;:!> ]|\\[()\[\]]|(?<!\\)[~$]"
 )
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,!]|,\s*\\!\s*|\{,\})(?=[0-9]{3}(?![0-9]))")
 _POWER = re.compile(r"\*\*\s{0,4}(-?[0-9]{1,12}|[A-Za-z])")
-_APART = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+")
+_SPACED_THOUSANDS = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+")
 _MIXED = re.compile(r"(?<![0-9.])([0-9]{1,12}) +([0-9]{1,12})/([0-9]{1,12})(?![0-9])")
 _MEASURED = re.compile(
     rf"(?<=[0-9}}])\s+((?:square |cubic |sq )?(?:{MEASURE})(?:/(?:{MEASURE}|[hsml]))?|[mg]/(?:{MEASURE}|[hsml]))"
@@ -37,7 +37,7 @@ _UNIT_QUOTIENT = re.compile(
     r"\\frac\s{0,4}\{\s{0,4}\\(?:text|mathrm)\{([ A-Za-z]{1,30})\}\s{0,4}\}"
     r"\s{0,4}\{\s{0,4}\\(?:text|mathrm)\{([ A-Za-z]{1,30})\}\s{0,4}(\^\{?[23]\}?)?\s{0,4}\}"
 )
-_SAME: dict[str, str] = {
+_CANONICAL: dict[str, str] = {
     **{rf"\{name}frac": r"\frac" for name in "dtc"},
     **{r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge", r"\geqslant": r"\ge", r"\neq": r"\ne"},
     **{r"\lt": "<", r"\gt": ">", r"\varnothing": r"\emptyset", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\ast": "*"},
@@ -58,52 +58,52 @@ _OPEN, _CLOSE = ("(", "[", r"\{"), (")", "]", r"\}")
 
 
 class Unreadable(Exception):
-    """Too deep, too many parts, or braces that do not match."""
+    """The input nests too deeply, has too many parts, or has braces that do not match."""
 
 
 def cleaned(text: str) -> str:
-    """LaTeX without math marks, spacing and sizes, its characters mapped to commands, thousands joined."""
+    """Remove math delimiters, spacing and sizes from LaTeX, map characters to commands, and join thousands."""
     text = text.strip().removeprefix("**").removesuffix("**")
     text = re.sub(r"\\\\\[[^\]]{0,10}\]", r"\\\\", text)
-    if _APART.fullmatch(text):
+    if _SPACED_THOUSANDS.fullmatch(text):
         text = text.replace(" ", "")
     text = _POWER.sub(r"^{\1}", _THOUSANDS.sub("", text.translate(_SIGNS)))
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", _NOTHING.sub(lambda match: match.group(1) or " ", text))
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", _IGNORED.sub(lambda match: match.group(1) or " ", text))
     text = _UNIT_QUOTIENT.sub(r"\\text{\1/\2}\3", text)
     return _MEASURED.sub(r"\\text{\1}\2", text)
 
 
 def parse(text: str) -> Nodes:
-    """The nodes of cleaned LaTeX.
+    """Parse cleaned LaTeX into nodes.
 
     Raises:
-        Unreadable: if braces do not match, or nest too deep.
+        Unreadable: if braces do not match, or nest too deeply.
     """
     return _Parser(text).nodes(0, None)
 
 
 class _Parser:
-    """From text to nodes: commands hold their arguments, words are apart, braces are gone."""
+    """Parses text into nodes: commands hold their arguments, words are separate, braces are removed."""
 
     def __init__(self, text: str) -> None:
         self.tokens: list[Node] = []
         for words, token in _TOKEN.findall(text):
-            self.tokens += [_same(token)] if token else _from_words(words)
+            self.tokens += [_canonical(token)] if token else _from_words(words)
         self.tokens.reverse()
 
     def nodes(self, depth: int, end: str | None) -> Nodes:
-        """All nodes up to the token ``end``."""
+        """Parse all nodes up to the token ``end``."""
         if depth > MAX_DEPTH:
             raise Unreadable
-        found: Nodes = []
+        nodes: Nodes = []
         while self.tokens:
             token = self.tokens.pop()
             if token == end:
-                return found
-            found += self._node(token, depth)
+                return nodes
+            nodes += self._node(token, depth)
         if end is not None:
             raise Unreadable
-        return found
+        return nodes
 
     def _node(self, token: Node, depth: int) -> Nodes:
         if token == "{":
@@ -130,7 +130,7 @@ class _Parser:
         return [token]
 
     def _argument(self, depth: int) -> Nodes:
-        """A group, a command with its arguments, or one character."""
+        """Parse an argument: a group, a command with its arguments, or one character."""
         if not self.tokens or depth > MAX_DEPTH:
             raise Unreadable
         token = self.tokens.pop()
@@ -152,40 +152,40 @@ class _Parser:
         if not name.endswith("matrix") and name != "array":
             raise Unreadable
         if name == "array":
-            self._name()  # how its columns are set
-        inside = [node for node in self.nodes(depth + 1, r"\end") if node != r"\hline"]
+            self._name()  # the column specification
+        content = [node for node in self.nodes(depth + 1, r"\end") if node != r"\hline"]
         if self._name() != name:
             raise Unreadable
-        rows = [split(row, "&") for row in split(inside, r"\\")]
+        rows = [split(row, "&") for row in split(content, r"\\")]
         kind = "p" if name in ("pmatrix", "bmatrix") else "" if name in ("array", "matrix", "smallmatrix") else name
         return ("matrix", kind, [row for row in rows if row != [[]]])
 
 
-def _same(token: str) -> str:
-    """The usual one of the tokens that mean the same."""
-    return _SAME.get(token, token)
+def _canonical(token: str) -> str:
+    """Return the canonical spelling of a token."""
+    return _CANONICAL.get(token, token)
 
 
 def _from_words(text: str) -> Nodes:
-    """What stands in ``\\text{}``: numbers and signs as elsewhere, words together, "and" and "or" as separators."""
-    found: Nodes = []
+    """Parse the content of ``\\text{}``: numbers, signs and words; "and" and "or" become separators."""
+    nodes: Nodes = []
     if quotient := _WORD_QUOTIENT.fullmatch(text):
         number, over, under, power = quotient.groups()
         unit: Nodes = [("words", f"{over.strip()} per {under.strip()}")]
         return [*([number] if number else []), *unit, *([("^", [power])] if power else [])]
     for token in _IN_WORDS.findall(text):
         if token in ("and", "or"):
-            found.append(",")
+            nodes.append(",")
         elif not token[0].isalpha():
-            found.append(_same(token))
+            nodes.append(_canonical(token))
         else:
-            before = f"{found.pop()[1]} " if found and found[-1][0] == "words" else ""
-            found.append(("words", before + token.replace(".", "")))
-    return found
+            earlier_words = f"{nodes.pop()[1]} " if nodes and nodes[-1][0] == "words" else ""
+            nodes.append(("words", earlier_words + token.replace(".", "")))
+    return nodes
 
 
 def split(nodes: Nodes, mark: str) -> list[Nodes]:
-    """The parts between marks that stand in no brackets."""
+    """Split nodes at marks outside brackets."""
     parts: list[Nodes] = [[]]
     depth = 0
     for node in nodes:
@@ -198,17 +198,17 @@ def split(nodes: Nodes, mark: str) -> list[Nodes]:
 
 
 def enclosed(nodes: Nodes) -> bool:
-    """Whether the first node is a bracket that the last one closes."""
+    """Return whether the first node is a bracket that the last node closes."""
     depth = 0
-    for place, node in enumerate(nodes):
+    for index, node in enumerate(nodes):
         depth += (node in _OPEN) - (node in _CLOSE)
         if depth == 0:
-            return place > 0 and place == len(nodes) - 1
+            return index > 0 and index == len(nodes) - 1
     return False
 
 
 def unsigned(nodes: Nodes) -> Nodes:
-    """Nodes without a plus sign before them."""
+    """Return nodes without a leading plus sign."""
     return nodes[1:] if nodes[:1] == ["+"] else nodes
 
 
@@ -217,7 +217,7 @@ def _plain(node: Node) -> Fraction | None:
 
 
 def literal(nodes: Nodes) -> Fraction | None:
-    """The value of what is a number already: decimals, fractions, mixed numbers, powers of ten behind a number."""
+    """Return the value of a literal number: a decimal, fraction, mixed number, repeating decimal or power of ten."""
     if nodes[:1] in (["-"], ["+"]):
         value = literal(nodes[1:]) if nodes[1:2] not in (["-"], ["+"]) else None
         return None if value is None else -value if nodes[0] == "-" else value
@@ -247,16 +247,16 @@ def _scientific(nodes: Nodes, first: Fraction) -> Fraction | None:
 
 
 def _repeating(nodes: Nodes) -> Fraction | None:
-    """``0.\\overline{3}`` and ``0.1\\overline{6}``."""
+    """Return the value of a repeating decimal such as ``0.\\overline{3}`` or ``0.1\\overline{6}``."""
     *digits, last = nodes
     text = "".join(node if isinstance(node, str) else "?" for node in digits)
     if not isinstance(last, tuple) or last[0] != "over" or len(last[1]) != 1 or not isinstance(last[1][0], str):
         return None
-    again = last[1][0]
-    if not re.fullmatch(r"[0-9]{1,20}\.[0-9]{0,20}", text) or not re.fullmatch(r"[0-9]{1,20}", again):
+    period = last[1][0]
+    if not re.fullmatch(r"[0-9]{1,20}\.[0-9]{0,20}", text) or not re.fullmatch(r"[0-9]{1,20}", period):
         return None
     places = len(text.partition(".")[2])
-    return Fraction(text.rstrip(".")) + Fraction(int(again), 10**places * (10 ** len(again) - 1))
+    return Fraction(text.rstrip(".")) + Fraction(int(period), 10**places * (10 ** len(period) - 1))
 
 
 def _quotient(node: Node) -> Fraction | None:
@@ -267,50 +267,54 @@ def _quotient(node: Node) -> Fraction | None:
 
 
 def spell_number(value: Fraction) -> str:
-    """A number as LaTeX in one spelling."""
+    """Write a number as LaTeX in one spelling."""
     sign = "- " if value < 0 else ""
-    top = abs(value.numerator)
-    return f"{sign}{top}" if value.denominator == 1 else f"{sign}\\frac{{{top}}}{{{value.denominator}}}"
+    numerator = abs(value.numerator)
+    return f"{sign}{numerator}" if value.denominator == 1 else f"{sign}\\frac{{{numerator}}}{{{value.denominator}}}"
 
 
 def spell(nodes: Nodes) -> str:
-    """Nodes as LaTeX in one spelling."""
+    """Write nodes as LaTeX in one spelling."""
     nodes = unsigned(nodes)
     if (value := literal(nodes)) is not None:
         return spell_number(value)
-    slashes = [place for place, node in enumerate(nodes) if node == "/"]
+    slashes = [index for index, node in enumerate(nodes) if node == "/"]
     if len(slashes) == 1 and slashes[0] == len(nodes) - 2 and not {"+", "-", ",", "=", "<", ">"} & _tokens(nodes[1:]):
         sign, over = (["-"], nodes[1:-2]) if nodes[0] == "-" else ([], nodes[:-2])
         nodes = [*sign, ("frac", over, nodes[-1:])] if over else nodes
     parts: list[str] = []
-    place = 0
-    while place < len(nodes):
-        node = nodes[place]
-        pair = nodes[place : place + 2]
+    index = 0
+    while index < len(nodes):
+        node = nodes[index]
+        pair = nodes[index : index + 2]
         if len(pair) == 2 and pair[1][0] == "frac" and (mixed := literal(pair)) is not None:
             parts.append(spell_number(mixed))
-            place += 2
-        elif node == "(" and nodes[place + 2 : place + 3] == [")"]:  # brackets around one thing
-            parts.append(_spell_one(nodes[place + 1]))
-            place += 3
+            index += 2
+        elif node == "(" and nodes[index + 2 : index + 3] == [")"]:  # brackets around a single node
+            parts.append(_spell_node(nodes[index + 1]))
+            index += 3
         else:
-            if node != r"\cdot" or not _is_silent(nodes, place):
-                parts.append(_spell_one(node))
-            place += 1
+            if node != r"\cdot" or not _is_omissible(nodes, index):
+                parts.append(_spell_node(node))
+            index += 1
     return " ".join(parts)
 
 
-def _is_silent(nodes: Nodes, place: int) -> bool:
-    """Whether the sign of a product says nothing: between operands that are not both numbers."""
-    beside = nodes[place - 1 : place + 2 : 2] if place else []
-    return len(beside) == 2 and not any(other in OPERATORS for other in beside) and None in map(_plain, beside)
+def _is_omissible(nodes: Nodes, index: int) -> bool:
+    """Return whether a product sign can be omitted: between operands that are not both numbers."""
+    neighbours = nodes[index - 1 : index + 2 : 2] if index else []
+    return (
+        len(neighbours) == 2
+        and not any(operand in OPERATORS for operand in neighbours)
+        and None in map(_plain, neighbours)
+    )
 
 
 def _tokens(nodes: Nodes) -> set[str]:
     return {node for node in nodes if isinstance(node, str)}
 
 
-def _spell_one(node: Node) -> str:
+def _spell_node(node: Node) -> str:
     if isinstance(node, str):
         number = _plain(node)
         return node if number is None else spell_number(number)

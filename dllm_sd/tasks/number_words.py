@@ -1,4 +1,4 @@
-"""Whole numbers written out in English words."""
+"""Whole numbers written as English words."""
 
 _UNITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _TEENS = ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
@@ -9,7 +9,7 @@ _GROUPS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def number_of_words(text: str) -> int | None:
-    """The number that words say, such as "minus twenty-one" or "three hundred and five"; None for anything else."""
+    """Return the number that words express, such as "minus twenty-one"; None for anything else."""
     words = text.casefold().replace("-", " ").split()
     if len(words) > 20:
         return None
@@ -19,15 +19,15 @@ def number_of_words(text: str) -> int | None:
 
 
 def _grouped(words: list[str]) -> int | None:
-    """Groups of three digits, each of a lower power than the one before it."""
+    """Return the value of groups of up to three digits, whose powers of a thousand decrease."""
     total, bound, rest = 0, 10**12, words
     for name, power in reversed(_GROUPS.items()):
         if name in rest:
-            place = rest.index(name)
-            value = _below_thousand(rest[:place])
+            index = rest.index(name)
+            value = _below_thousand(rest[:index])
             if not value or power >= bound:
                 return None
-            total, bound, rest = total + value * power, power, rest[place + 1 :]
+            total, bound, rest = total + value * power, power, rest[index + 1 :]
     if not rest:
         return total if words else None
     rest = rest[1:] if total and rest[0] == "and" else rest

@@ -1,7 +1,7 @@
-"""The answer readers of d-OPSD's published evaluation, verdict by verdict, oddities included: ``mode: compatible``.
+"""The answer parsers of d-OPSD's published evaluation, oddities included, for ``mode: compatible``.
 
-What they read is fixed by the results that were published with them, so nothing here is mended; ``grading`` holds the
-readers that are. Unlike the published ones these are linear in the text and never evaluate it as code.
+They reproduce the verdicts of the published results, so their errors are not fixed here; ``grading`` holds the
+corrected parsers. Unlike the published code, these take linear time and do not evaluate text as code.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import Any
 
 from dllm_sd.tasks.grading import MAX_TEXT
 
-MAX_BITS = 1 << 16  # largest whole number that arithmetic may make
-MAX_NESTING = 200  # open parentheses, as in Python
-MAX_SIGNS = 1500  # signs before one operand
-_MAX_FLOAT_TEXT = 4000  # characters that are tried as a number
+MAX_BITS = 1 << 16  # bits of the largest whole number that arithmetic may produce
+MAX_NESTING = 200  # open parentheses, the limit of Python
+MAX_SIGNS = 1500  # unary signs before one operand
+_MAX_FLOAT_TEXT = 4000  # characters of the longest text that is parsed as a number
 
 Number = int | float | complex
 
@@ -23,10 +23,10 @@ _LOOSE_NUMBER = re.compile(r"-?\d+\.?\d*")
 _GOLD = re.compile(r"####\s*\$?([\d,]+(?:\.\d+)?)")
 _BARE_GOLD = re.compile(r"\s*\$?([\d,]+(?:\.\d+)?)")
 _BRACE = re.compile(r"[{}]")
-_CLAIM = re.compile(r"=(?=[0-9. ])")
+_CLAIMED_VALUE = re.compile(r"=(?=[0-9. ])")
 _LEFT_SIDE = frozenset("0123456789+-*/() ")
 _ALLOWED = re.compile(r"[\d+\-*/().\s]+")
-_PIECE = re.compile(r"([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)|(\*\*|//|[-+*/()])|([ \t\f]+)|([\r\n]+)")
+_TOKEN = re.compile(r"([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)|(\*\*|//|[-+*/()])|([ \t\f]+)|([\r\n]+)")
 _FENCE = re.compile(r"(?=```)")
 _DIGITS = re.compile(r"[\d\s]+")
 _STOP = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
@@ -36,7 +36,7 @@ _GRID_WORD = re.compile(r"\b\d{16}\b")
 
 
 def gsm8k_gold(answer: Any) -> float | None:
-    """The gold number of GSM8K as the published evaluation reads it: a sign is not read, so negative text has none."""
+    """Return the gold number of GSM8K as the published evaluation reads it: without a sign; None for negative text."""
     if answer is None or isinstance(answer, bool):
         return None
     if isinstance(answer, int | float):
@@ -47,12 +47,12 @@ def gsm8k_gold(answer: Any) -> float | None:
 
 
 def gsm8k_number(text: str) -> float | None:
-    """The first box that yields a number, else the first answer tag."""
+    """Return the number in the first box that has one, else in the first answer tag."""
     text = text[-MAX_TEXT:]
     for content in _plain_boxes(text):
         content = content.strip()
         if content.strip("."):
-            # Commas go before the number is tried, but not in what follows an answer tag.
+            # Commas are removed before the number is parsed, but not in the text after an answer tag.
             content = content.replace(",", "")
             number = _number(content)
             if number is None and (loose := _LOOSE_NUMBER.search(content)):
@@ -63,13 +63,13 @@ def gsm8k_number(text: str) -> float | None:
     if not marked:
         return None
     number = _number(marked)
-    if number is None and (found := _LOOSE_NUMBER.findall(marked)):
-        number = _number(found[-1])
+    if number is None and (loose_numbers := _LOOSE_NUMBER.findall(marked)):
+        number = _number(loose_numbers[-1])
     return number
 
 
 def boxed_span(text: str) -> str | None:
-    """What the last ``\\boxed`` holds; the whole text where there is no box, None where the last one is unclosed."""
+    """Return the content of the last ``\\boxed``; the whole text without a box, None if the last one is unclosed."""
     text = text[-MAX_TEXT:]
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
@@ -87,7 +87,7 @@ def boxed_span(text: str) -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    """The last box, else (where it is empty or unclosed) the first answer tag."""
+    """Return the content of the last box, else, if it is empty or unclosed, of the first answer tag."""
     span = boxed_span(text)
     if span:
         return span
@@ -96,36 +96,39 @@ def math_answer(text: str) -> str | None:
 
 
 def countdown_expression(text: str) -> str:
-    """The last box (the first answer tag or the whole text where it is unclosed), left of its first claimed value."""
+    """Return the expression in the last box, up to its first equals sign that claims a value.
+
+    If the last box is unclosed, the first answer tag or the whole text is read instead.
+    """
     text = text[-MAX_TEXT:]
     expression = boxed_span(text)
     if expression is None:
         marked = _first_answer(text)
         expression = text if marked is None else marked
     expression = expression.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
-    past = 0
-    for claim in _CLAIM.finditer(expression):
+    previous_end = 0
+    for claim in _CLAIMED_VALUE.finditer(expression):
         start = claim.start()
-        while start > past and expression[start - 1] in _LEFT_SIDE:
+        while start > previous_end and expression[start - 1] in _LEFT_SIDE:
             start -= 1
         if start < claim.start():
             return expression[start : claim.start()].strip()
-        past = claim.end()
+        previous_end = claim.end()
     return expression
 
 
 def uses(expression: str, numbers: Sequence[int]) -> bool:
-    """Whether the runs of digits in ``expression`` are exactly ``numbers``, whatever stands between them."""
-    found = re.findall(r"\d+", expression)
-    if len(found) != len(numbers) or any(len(digits) > _MAX_FLOAT_TEXT for digits in found):
+    """Return whether the runs of digits in ``expression`` are exactly ``numbers``, with anything between them."""
+    runs = re.findall(r"\d+", expression)
+    if len(runs) != len(numbers) or any(len(digits) > _MAX_FLOAT_TEXT for digits in runs):
         return False
-    return sorted(map(int, found)) == sorted(numbers)
+    return sorted(map(int, runs)) == sorted(numbers)
 
 
 def python_value(expression: str) -> Number | None:
-    """The value that Python gives to an arithmetic expression (``+ - * / // **``, floats), or None where it has none.
+    """Return the value of an arithmetic expression in Python (``+ - * / // **``, floats), or None.
 
-    None also where a whole number would need more than ``MAX_BITS`` bits.
+    None also if a whole number would need more than ``MAX_BITS`` bits.
     """
     if not _ALLOWED.fullmatch(expression):
         return None
@@ -136,7 +139,7 @@ def python_value(expression: str) -> Number | None:
 
 
 def reaches(value: Number, target: float) -> bool:
-    """Whether ``value`` is within 1e-5 of ``target``."""
+    """Return whether ``value`` is within 1e-5 of ``target``."""
     try:
         return abs(value - target) < 1e-5
     except OverflowError:
@@ -144,12 +147,12 @@ def reaches(value: Number, target: float) -> bool:
 
 
 def sudoku_cells(text: str) -> str:
-    """The 16 characters that count as the answer, cut or filled with zeros; empty where nothing is found."""
+    """Return the 16 characters that count as the answer, cut or padded with zeros; empty if there is none."""
     text = text[-MAX_TEXT:]
-    for read in (_fenced, _tagged, _after_tag, _before_close, _word):
-        found = read(text).strip()
-        if found:
-            return "".join(found.split())[:16].ljust(16, "0")
+    for read_cells in (_fenced, _tagged, _after_tag, _before_close, _grid_word):
+        cells = read_cells(text).strip()
+        if cells:
+            return "".join(cells.split())[:16].ljust(16, "0")
     return ""
 
 
@@ -163,21 +166,21 @@ def _number(text: str) -> float | None:
 
 
 def _plain_boxes(text: str) -> list[str]:
-    """From each ``\\boxed{`` to the first closing brace, where both are on one line."""
+    """Return the spans from each ``\\boxed{`` to the first closing brace, if both are on one line."""
     boxes: list[str] = []
-    place, close, line = text.find("\\boxed{"), -1, -1
-    while place >= 0:
-        start = place + len("\\boxed{")
+    position, close, line_end = text.find("\\boxed{"), -1, -1
+    while position >= 0:
+        start = position + len("\\boxed{")
         close = text.find("}", start) if close < start else close
         if close < 0:
             break
-        if line < start:
-            found = text.find("\n", start)
-            line = len(text) if found < 0 else found
-        if close < line:
+        if line_end < start:
+            newline = text.find("\n", start)
+            line_end = len(text) if newline < 0 else newline
+        if close < line_end:
             boxes.append(text[start:close])
             start = close + 1
-        place = text.find("\\boxed{", start)
+        position = text.find("\\boxed{", start)
     return boxes
 
 
@@ -211,24 +214,24 @@ def _after_tag(text: str) -> str:
 
 
 def _before_close(text: str) -> str:
-    past, close = 0, text.find("</answer>")
+    previous_close, close = 0, text.find("</answer>")
     while close >= 0:
         end = close
-        while end > past and text[end - 1].isspace():
+        while end > previous_close and text[end - 1].isspace():
             end -= 1
         if end >= 16 and (match := _GRID_END.fullmatch(text, end - 16, end)):
             return match.group()
-        past, close = close, text.find("</answer>", close + 1)
+        previous_close, close = close, text.find("</answer>", close + 1)
     return ""
 
 
-def _word(text: str) -> str:
+def _grid_word(text: str) -> str:
     match = _GRID_WORD.search(text)
     return match.group() if match else ""
 
 
 class _NoValue(Exception):
-    """Python would refuse the expression, or it is beyond the limits."""
+    """Python would reject the expression, or it exceeds the limits."""
 
 
 def _size(value: Number) -> int:
@@ -259,29 +262,29 @@ _SIGN = 3  # a sign binds tighter than a product and looser than a power
 
 
 class _Arithmetic:
-    """Two stacks, values and waiting operators, so that depth costs no recursion."""
+    """Evaluates with two stacks, of values and of pending operators, so that depth needs no recursion."""
 
     def __init__(self) -> None:
         self.values: list[Number] = []
-        self.waiting: list[str] = []
+        self.pending: list[str] = []
         self.open = 0
-        self.signs = 0  # since the last operand
+        self.signs = 0  # unary signs since the last operand
         self.after_operand = False
 
     def run(self, text: str) -> Number:
-        """The value of ``text``; ``_NoValue`` or what its arithmetic raises."""
-        place = 0
-        while place < len(text):
-            match = _PIECE.match(text, place)
+        """Return the value of ``text``; raise ``_NoValue`` or an arithmetic error."""
+        position = 0
+        while position < len(text):
+            match = _TOKEN.match(text, position)
             if match is None:
                 raise _NoValue
-            place = match.end()
-            number, symbol, _, line = match.groups()
+            position = match.end()
+            number, symbol, _, line_break = match.groups()
             if number:
                 self._operand(number)
             elif symbol:
                 self._symbol(symbol)
-            elif line and not self.open:
+            elif line_break and not self.open:
                 raise _NoValue
         if self.open or not self.after_operand:
             raise _NoValue
@@ -289,10 +292,10 @@ class _Arithmetic:
         return self.values.pop()
 
     def _operand(self, digits: str) -> None:
-        whole = digits.isdigit()
-        if self.after_operand or len(digits) > _MAX_FLOAT_TEXT or (whole and digits[0] == "0" and digits.strip("0")):
+        is_whole = digits.isdigit()
+        if self.after_operand or len(digits) > _MAX_FLOAT_TEXT or (is_whole and digits[0] == "0" and digits.strip("0")):
             raise _NoValue
-        self.values.append(int(digits) if whole else float(digits))
+        self.values.append(int(digits) if is_whole else float(digits))
         self.after_operand, self.signs = True, 0
 
     def _symbol(self, symbol: str) -> None:
@@ -300,37 +303,37 @@ class _Arithmetic:
             self.open += 1
             if self.after_operand or self.open > MAX_NESTING:
                 raise _NoValue
-            self.waiting.append(symbol)
+            self.pending.append(symbol)
             self.signs = 0
         elif symbol == ")":
             if not self.after_operand or not self.open:
                 raise _NoValue
             self._reduce(0)
-            self.waiting.pop()
+            self.pending.pop()
             self.open -= 1
         elif self.after_operand:
-            level = _BINARY[symbol][0]
-            self._reduce(level + (symbol == "**"))  # a power groups from the right
-            self.waiting.append(symbol)
+            precedence = _BINARY[symbol][0]
+            self._reduce(precedence + (symbol == "**"))  # powers are right-associative
+            self.pending.append(symbol)
             self.after_operand = False
         else:
             self.signs += 1
             if symbol not in "+-" or self.signs > MAX_SIGNS:
                 raise _NoValue
-            self.waiting.append("u" + symbol)
+            self.pending.append("u" + symbol)
 
-    def _reduce(self, level: int) -> None:
-        """Apply waiting operators down to the last open parenthesis while they bind at least as tightly."""
-        while self.waiting and self.waiting[-1] != "(":
-            symbol = self.waiting[-1]
-            if (_SIGN if symbol[0] == "u" else _BINARY[symbol][0]) < level:
+    def _reduce(self, precedence: int) -> None:
+        """Apply pending operators of at least a precedence, back to the last open parenthesis."""
+        while self.pending and self.pending[-1] != "(":
+            symbol = self.pending[-1]
+            if (_SIGN if symbol[0] == "u" else _BINARY[symbol][0]) < precedence:
                 return
-            self.waiting.pop()
-            last = self.values.pop()
+            self.pending.pop()
+            value = self.values.pop()
             if symbol == "u-":
-                last = -last
+                value = -value
             elif symbol[0] != "u":
-                last = _BINARY[symbol][1](self.values.pop(), last)
-            if isinstance(last, float) and math.isnan(last):
+                value = _BINARY[symbol][1](self.values.pop(), value)
+            if isinstance(value, float) and math.isnan(value):
                 raise _NoValue
-            self.values.append(last)
+            self.values.append(value)

@@ -1,4 +1,4 @@
-"""Sudoku, 4x4 or 9x9: generated without end and without a network, or read from CSV files; graded by the rules."""
+"""Sudoku, 4x4 or 9x9: generated endlessly without a network, or read from CSV files; graded by the rules."""
 
 import math
 import re
@@ -23,16 +23,16 @@ _LATEX = re.compile(
     r"\\(?:begin|end)\s{0,3}\{[a-z]{0,8}matrix\}|\\begin\s{0,3}\{array\}\s{0,3}\{(?:[^{}]|\{[^{}]{0,9}\}){0,99}\}"
     r"|\\end\s{0,3}\{array\}|\\(?:hline|left|right|boxed|quad)(?![a-z])|\\\\(?:\[[^\]\s]{0,9}\])?|\\[,;! ]|[&$]"
 )
-_TURNED = re.compile(r"[\])}]\s{0,3}\^\s{0,3}\{?\s{0,3}(?:T|t|\\top|\\mathsf)")
+_TRANSPOSED = re.compile(r"[\])}]\s{0,3}\^\s{0,3}\{?\s{0,3}(?:T|t|\\top|\\mathsf)")
 _SEGMENT = re.compile(r"(\n|;)")
-_LABEL = re.compile(r"\b(?:row|r)\s{0,3}[1-9]", re.IGNORECASE)
-_LABELLED = re.compile(
+_ROW_LABEL = re.compile(r"\b(?:row|r)\s{0,3}[1-9]", re.IGNORECASE)
+_LABELLED_ROW = re.compile(
     r"[\s*#>|-]{0,9}(?:row|r)\s{0,3}([1-9])\s{0,3}\*{0,2}\s{0,3}[:=]([\s*\[\]()|,0-9]*)\.?\s{0,9}", re.IGNORECASE
 )
 _RUN = re.compile(r"(?<!\d)[0-9]+(?!\d)")
 _STEP = re.compile(r"[0-9]{2} *= *[0-9]+")
 _MOST_EMPTY = {4: 12, 9: 50}
-_LARGE_ATTEMPTS = 40  # grids that a large puzzle is cut from before it is given up
+_LARGE_ATTEMPTS = 40  # most solutions from which a 9x9 puzzle is attempted
 
 _PROMPT = """\
 Here is a 4x4 Sudoku, read row by row from the top left; 0 marks an empty cell:
@@ -55,26 +55,26 @@ grid, row by row and without anything between them, inside <answer></answer>."""
 
 @dataclass(frozen=True)
 class Sudoku(GeneratedTask):
-    """Sudoku with one solution. Problem fields: ``puzzle`` and ``solution``, 16 or 81 digits each, 0 for empty.
+    """Sudoku with a unique solution. Problem fields: ``puzzle`` and ``solution``, 16 or 81 digits, 0 for empty.
 
-    Without ``data`` and ``data_test`` problems are generated: problem i of a split is a function of (seed, split, i),
-    has ``empties_min`` to ``empties_max`` empty cells, and its puzzle belongs to one split only, whatever the seed
-    (within a split a puzzle may recur, rarely). With them, problems are the rows of CSV files with the columns Puzzle
-    and Solution: the last ``size_dev`` rows of ``data`` are the dev split, ``data_test`` is the test split, and the
-    other sizes say how many rows to use at most. Puzzles in a file may have several solutions; any of them is correct.
+    Without ``data`` and ``data_test``, problems are generated: problem i of a split is a function of (seed, split, i)
+    and has ``empties_min`` to ``empties_max`` empty cells, and its puzzle belongs to one split only, whatever the seed
+    (rarely, a puzzle occurs twice within a split). With them, problems are the rows of CSV files with the columns
+    Puzzle and Solution: the last ``size_dev`` rows of ``data`` are the dev split, ``data_test`` is the test split, and
+    the remaining sizes limit how many rows are used. Puzzles in a file may have several solutions; each is correct.
 
-    A completion's grid is correct where it follows the rules and keeps the givens. Its ``score`` is then 1, otherwise
-    the share of empty cells filled as in ``solution``. ``mode`` compatible counts empty cells as d-OPSD's published
-    evaluation does (equality with ``solution``, givens not looked at; 4x4 only); see ``published``.
+    A completion is correct if its grid follows the rules and keeps the givens. Its ``score`` is then 1, otherwise the
+    share of empty cells filled as in ``solution``. ``mode`` compatible counts empty cells as d-OPSD's published
+    evaluation does (equality with ``solution``, givens are ignored; 4x4 only); see ``published``.
 
-    The template ``answer`` may also ask for ``{steps}``: a line ``rc=d`` for every empty cell, in an order in which
-    logic forces them (see ``worked_steps``).
+    The template ``answer`` may also use ``{steps}``: a line ``rc=d`` for every empty cell, in an order in which each
+    digit can be deduced (see ``worked_steps``).
 
-    With ``easy_up_to`` a generated problem has the field ``domain`` too: ``easy`` with up to so many empty cells, else
-    ``hard``.
+    With ``easy_up_to``, a generated problem also has the field ``domain``: ``easy`` up to that number of empty cells,
+    otherwise ``hard``.
 
-    ``size`` is the length of a row, 4 or 9; a 9x9 puzzle may have up to 50 empty cells, and its solution too belongs
-    to one split only.
+    ``size`` is the length of a row, 4 or 9. A 9x9 puzzle may have up to 50 empty cells, and its solution too belongs to
+    one split only.
     """
 
     empties_min: Count = 6
@@ -112,11 +112,11 @@ class Sudoku(GeneratedTask):
         self.check_templates(("puzzle",), ("solution", "steps"))
 
     def prompt_template(self) -> str:
-        """The template ``prompt``; the one that is the default fits the size."""
+        """Return the template ``prompt``; the default depends on the size."""
         return _LARGE_PROMPT if self.size == 9 and self.prompt == _PROMPT else self.prompt
 
     def answer_fields(self, problem: Problem) -> Mapping[str, Any]:
-        """The fields of the problem, and ``steps`` where the template asks for them."""
+        """Return the fields of the problem, and ``steps`` if the template uses them."""
         if "{steps}" not in self.answer:
             return problem.fields
         puzzle = self._grid(needed(problem.fields, "puzzle"), "puzzle", "The problem")
@@ -124,7 +124,7 @@ class Sudoku(GeneratedTask):
         return {**problem.fields, "steps": worked_steps(puzzle, solution)}
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """By the rules; ``score`` counts cells."""
+        """Grade by the rules; ``score`` counts cells."""
         if self.mode == "compatible":
             return self._grade_published(problem, completion)
         puzzle = self._grid(needed(problem.fields, "puzzle"), "puzzle", "The problem")
@@ -139,13 +139,13 @@ class Sudoku(GeneratedTask):
         return Grade(False, _share(puzzle, solution, grid), grid)
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
-        """The share of puzzles that filling cells at random solves."""
+        """Return the expected share of puzzles that random digits in the empty cells solve."""
         return mean([self._chance(problem) for problem in problems]) if problems else None
 
     def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
-        """``solved`` puzzles, right ``cells`` among all empty ones, and those of a ``random_fill``.
+        """Return the share of ``solved`` puzzles, of right ``cells`` among empty ones, and that of a ``random_fill``.
 
-        The published accuracy is that of cells; in compatible mode it takes the place of ``accuracy``.
+        The published accuracy is the share of cells; in compatible mode it replaces ``accuracy``.
         """
         empty = [str(problem.fields.get("puzzle", "")).count("0") for problem, _ in graded]
         if not sum(empty):
@@ -160,7 +160,7 @@ class Sudoku(GeneratedTask):
         return figures | ({"accuracy": cells} if self.mode == "compatible" else {})
 
     def generate(self, split: Split, index: int) -> Problem:
-        """Problem ``index`` of ``split``, by keyed draws."""
+        """Return problem ``index`` of ``split``, by keyed draws."""
         problem = self._generate_large(split, index) if self.size == 9 else self._generate_small(split, index)
         if not self.easy_up_to:
             return problem
@@ -170,9 +170,9 @@ class Sudoku(GeneratedTask):
     def _grade_published(self, problem: Problem, completion: str) -> Grade:
         puzzle = self._grid(needed(problem.fields, "puzzle"), "puzzle", "The problem")
         solution = self._grid(needed(problem.fields, "solution"), "solution", "The problem")
-        found = sudoku_cells(completion)
-        score = _share(puzzle, solution, found) if found else 0.0
-        return Grade(score == 1.0, score, found)
+        grid = sudoku_cells(completion)
+        score = _share(puzzle, solution, grid) if grid else 0.0
+        return Grade(score == 1.0, score, grid)
 
     def _chance(self, problem: Problem) -> float:
         puzzle = self._grid(needed(problem.fields, "puzzle"), "puzzle", "The problem")
@@ -189,7 +189,7 @@ class Sudoku(GeneratedTask):
         return value
 
     def entry(self, row: Row) -> Entry:
-        """A row with the columns Puzzle and Solution."""
+        """Read a row with the columns Puzzle and Solution."""
         puzzle = self._grid(row.text("Puzzle"), "Puzzle", row.where)
         solution = self._grid(row.text("Solution"), "Solution", row.where)
         if not is_solution(puzzle, solution):
@@ -200,13 +200,13 @@ class Sudoku(GeneratedTask):
         span = self.empties_max - self.empties_min + 1
         empties = self.empties_min + make_key(self.seed, "sudoku", split, index) % span
         for attempt in count():
-            draw = make_key(self.seed, "sudoku", split, index, attempt)  # one key holds the grid and its empty cells
+            draw = make_key(self.seed, "sudoku", split, index, attempt)  # one key for grid and empty cells
             draw, number = divmod(draw, len(grids()))
             solution = grids()[number]
             puzzle, filled = list(solution), list(range(16))
             for _ in range(empties):
-                draw, place = divmod(draw, len(filled))
-                puzzle[filled.pop(place)] = "0"
+                draw, index_of_cell = divmod(draw, len(filled))
+                puzzle[filled.pop(index_of_cell)] = "0"
             text = "".join(puzzle)
             if completions(text).bit_count() == 1 and split_of(text) == split:
                 return Problem(f"sudoku/{split}/{index}", {"puzzle": text, "solution": solution})
@@ -231,16 +231,16 @@ class Sudoku(GeneratedTask):
 
 
 def parse_grid(text: str, cells: int = 16) -> str | None:
-    """The ``cells`` digits that a completion answers with, or None.
+    """Return the grid of ``cells`` digits that a completion answers with, or None.
 
-    They are looked for in the last closed answer tag, or in the whole text if there is none: the last run of exactly
-    so many digits, else the last one when white space, brackets, pipes, commas and the marks of LaTeX's matrices are
-    taken out. Worked steps such as ``12=3`` are no part of a run. Lines such as ``Row 2: 3 4 1 2`` are put in the order
-    of their labels. A matrix that is transposed is none.
+    It is read from the last closed answer tag, or from the whole text without one: the last run of exactly that many
+    digits, otherwise the last such run after white space, brackets, pipes, commas and LaTeX matrix markup are removed.
+    Worked steps such as ``12=3`` are not part of a run. Lines such as ``Row 2: 3 4 1 2`` are put in the order of their
+    labels. A transposed matrix is not read.
     """
     marked = last_answer(text)
     text = text[-MAX_TEXT:] if marked is None else marked
-    if _TURNED.search(text):
+    if _TRANSPOSED.search(text):
         return None
     text = _rows_joined(_LATEX.sub(" ", text), cells)
     for candidate in (text, _LAYOUT.sub("", _STEP.sub("=", text))):
@@ -251,35 +251,35 @@ def parse_grid(text: str, cells: int = 16) -> str | None:
 
 
 def _rows_joined(text: str, cells: int) -> str:
-    """A text in which a block of labelled rows is one run of digits, where every row is there once and whole."""
-    if not _LABEL.search(text):
+    """Join each block of labelled rows into one run of digits, if every row is there once and complete."""
+    if not _ROW_LABEL.search(text):
         return text
     size = math.isqrt(cells)
     joined: list[str] = []
     block: dict[str, str] = {}
-    waiting: list[str] = []
+    segments: list[str] = []
     for segment in [*_SEGMENT.split(text), None]:
-        row = _LABELLED.fullmatch(segment) if segment is not None else None
+        row = _LABELLED_ROW.fullmatch(segment) if segment is not None else None
         if row is not None:
             digits = "".join(re.findall("[0-9]", row[2]))
-            waiting.append(segment or "")
+            segments.append(segment or "")
             block[row[1]] = digits if len(digits) == size and row[1] not in block else ""
         elif segment is not None and block and (not segment.strip() or segment == ";"):
-            waiting.append(segment)
+            segments.append(segment)
         else:
-            whole = sorted(block) == [str(number) for number in range(1, size + 1)] and all(block.values())
-            joined += [" ", *(block[label] for label in sorted(block)), "\n"] if whole else waiting
+            is_complete = sorted(block) == [str(number) for number in range(1, size + 1)] and all(block.values())
+            joined += [" ", *(block[label] for label in sorted(block)), "\n"] if is_complete else segments
             joined.append(segment or "")
-            block, waiting = {}, []
+            block, segments = {}, []
     return "".join(joined)
 
 
 def is_solution(puzzle: str, grid: str) -> bool:
-    """Whether ``grid`` is a filled grid after the rules that keeps the givens of ``puzzle``."""
+    """Return whether ``grid`` is a valid filled grid that keeps the givens of ``puzzle``."""
     return len(grid) == len(puzzle) and has_holes_only(puzzle, grid) and obeys(grid)
 
 
 def _share(puzzle: str, solution: str, grid: str) -> float:
-    """The share of the empty cells of ``puzzle`` that ``grid`` fills as ``solution`` does."""
+    """Return the share of the empty cells of ``puzzle`` that ``grid`` fills as ``solution`` does."""
     hits = [grid[cell] == solution[cell] for cell, given in enumerate(puzzle) if given == "0"]
     return sum(hits) / len(hits) if hits else 0.0

@@ -1,4 +1,4 @@
-"""Units behind a number: which words are one, and which units are the same."""
+"""Units after a number: which words are units, and which units are the same."""
 
 import re
 
@@ -25,29 +25,29 @@ _FORMS = {
     "°": "degree deg",
     "%": "percent",
 }
-_SHORT = {form: unit for unit, forms in _FORMS.items() for form in forms.split()} | {
+_SYMBOLS = {form: unit for unit, forms in _FORMS.items() for form in forms.split()} | {
     "miles per hour": "mph",
     "per cent": "%",
 }
-_MORE = "day week month year cent euro rupee newton joule watt volt unit"
+_OTHER_UNITS = "day week month year cent euro rupee newton joule watt volt unit"
 MEASURE = "|".join(
     sorted(
         {
             *(unit for unit in _FORMS if unit.isalpha() and len(unit) > 1),
-            *(f"{form}s?" for form in [*_SHORT, *_MORE.split(), "inches"]),
+            *(f"{form}s?" for form in [*_SYMBOLS, *_OTHER_UNITS.split(), "inches"]),
         },
         key=len,
         reverse=True,
     )
 )
-"""A pattern of the units that may stand behind a number without ``\\text{}``."""
+"""A pattern of the units that may follow a number without ``\\text{}``."""
 
 
 def _set_of(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-_NO_UNIT = _set_of(
+_NOT_UNITS = _set_of(
     """
     a about all almost an approximately at base but by cubed divided dozen each either else equals except exactly
     factorial false few for half hundred if is it least less many maybe million billion trillion thousand minus mod
@@ -59,36 +59,36 @@ _NO_UNIT = _set_of(
     thousandth fourth fifth sixth seventh eighth ninth inverse reciprocal negative positive
     """
 )
-"""Words that change what a number says, or that no unit has."""
+"""Words that change the value of a number, or that do not occur in units."""
 _BEFORE = _set_of(
     """
     not no neither nor never more less fewer greater least most than over under above below half twice double triple
     except maybe perhaps either log
     """
 )
-"""Words before a number that make it another one, or a bound."""
-_BEHIND = _set_of(
+"""Words before a number that change its value or make it a bound."""
+_AFTER = _set_of(
     """
     squared cubed dozen factorial wrong incorrect false not half halves quarter hundred thousand million billion
     trillion lakh crore k tenth hundredth or
     """
 )
-"""Words behind a number that do."""
+"""Words after a number that change its value."""
 _LETTERS = _set_of("m g s h l L C F K V W N J a")
-"""Letters beside a number that are units (or the article) and no names."""
+"""Letters next to a number that are units or the article, not variables."""
 _POWERED = {"squared": "2", "cubed": "3"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3}
 
 
 def unit_of(words: str, power: str = "") -> str | None:
-    """The unit that ``words`` behind a number are, in one form; empty for "units", None where they are no unit.
+    """Return the unit that ``words`` after a number denote, in one spelling.
 
-    ``power`` is the exponent behind them.
+    The result is empty for "units", and None if the words do not denote a unit. ``power`` is the exponent after them.
     """
     parts = words.casefold().replace("-", " ").split()
     if (
         not 0 < len(parts) <= 4
-        or any(map(_is_no_unit, parts[:-1] if "per" in parts[1:-1] else parts))
+        or any(map(_is_not_unit, parts[:-1] if "per" in parts[1:-1] else parts))
         or not all(part.isalpha() for part in parts)
     ):
         return None
@@ -98,41 +98,41 @@ def unit_of(words: str, power: str = "") -> str | None:
         power, parts = str(_POWERS[parts[0]]), parts[1:]
     if "per" in parts[1:-1] and parts != ["miles", "per", "hour"]:
         return _rate(parts, power)
-    whole = _singular(" ".join(parts))
-    if whole == "unit":
+    name = _singular(" ".join(parts))
+    if name == "unit":
         return ""
-    return _SHORT.get(whole, whole) + (f"^{power}" if power else "")
+    return _SYMBOLS.get(name, name) + (f"^{power}" if power else "")
 
 
 def _rate(parts: list[str], power: str) -> str | None:
-    """One unit per another; ``power`` is that of the last."""
-    place = parts.index("per")
-    over, under = " ".join(parts[:place]), parts[place + 1 :]
+    """Return a quotient of two units; ``power`` is the exponent of the denominator."""
+    index = parts.index("per")
+    over, under = " ".join(parts[:index]), parts[index + 1 :]
     if under[-1] in _POWERED and len(under) > 1 and not power:
         power, under = _POWERED[under[-1]], under[:-1]
     names = [_singular(over), _singular(" ".join(under))]
-    if any(name not in _SHORT and name not in _FORMS and f" {name} " not in f" {_MORE} " for name in names):
+    if any(name not in _SYMBOLS and name not in _FORMS and f" {name} " not in f" {_OTHER_UNITS} " for name in names):
         return None
-    short = [_SHORT.get(name, name) for name in names]
-    return "mph" if short == ["mi", "h"] and not power else "/".join(short) + (f"^{power}" if power else "")
+    symbols = [_SYMBOLS.get(name, name) for name in names]
+    return "mph" if symbols == ["mi", "h"] and not power else "/".join(symbols) + (f"^{power}" if power else "")
 
 
 def _singular(words: str) -> str:
-    if words in _SHORT or words in _FORMS:
+    if words in _SYMBOLS or words in _FORMS:
         return words
     return words[:-1] if len(words) > 3 and words.endswith("s") and not words.endswith("ss") else words
 
 
-def _is_no_unit(word: str) -> bool:
-    return word in _NO_UNIT or word.removesuffix("s") in _NO_UNIT or word.endswith("teen")
+def _is_not_unit(word: str) -> bool:
+    return word in _NOT_UNITS or word.removesuffix("s") in _NOT_UNITS or word.endswith("teen")
 
 
-def changes_value(before: str, behind: str) -> bool:
-    """Whether words around a number say that the value is another one, as "not", "dozen" or a name such as ``x`` do."""
-    first, last = (re.findall(r"[^\W\d_]+", text.casefold()) for text in (before, behind))
-    near = [*re.findall(r"(?:^|\W)([^\W\d_])\s?$", before), *re.findall(r"^\s?([^\W\d_])(?!\w)", behind)]
+def changes_value(before: str, after: str) -> bool:
+    """Return whether words around a number change its value, such as "not", "dozen" or a variable ``x``."""
+    words_before, words_after = (re.findall(r"[^\W\d_]+", text.casefold()) for text in (before, after))
+    adjacent = [*re.findall(r"(?:^|\W)([^\W\d_])\s?$", before), *re.findall(r"^\s?([^\W\d_])(?!\w)", after)]
     return (
-        any(word in _BEFORE for word in first)
-        or any(word in _BEHIND or word.removesuffix("s") in _BEHIND for word in last)
-        or any(letter not in _LETTERS for letter in near)
+        any(word in _BEFORE for word in words_before)
+        or any(word in _AFTER or word.removesuffix("s") in _AFTER for word in words_after)
+        or any(letter not in _LETTERS for letter in adjacent)
     )

@@ -1,4 +1,4 @@
-"""Arithmetic in LaTeX worked out exactly: the sides of an equation such as ``\\frac{10+4}{2}=7``."""
+"""Exact evaluation of arithmetic in LaTeX: the sides of an equation such as ``\\frac{10+4}{2}=7``."""
 
 from fractions import Fraction
 from math import comb, factorial, isqrt
@@ -6,41 +6,41 @@ from typing import Any
 
 from dllm_sd.tasks.latex import MAX_DEPTH, Node, Nodes, literal
 
-MAX_BITS = 400  # of a value, above and below the line
+MAX_BITS = 400  # of numerator and denominator of a value
 MAX_POWER = 64
 MAX_FACTORIAL = 60
 
 
-class _NotWorked(Exception):
-    """The nodes are no arithmetic within the bounds."""
+class _Unsupported(Exception):
+    """The nodes are not arithmetic within the bounds."""
 
 
 def worked(nodes: Nodes) -> Fraction | None:
-    """The exact value of sums, products, quotients, powers, roots of squares, factorials and binomial coefficients.
+    """Evaluate sums, products, quotients, powers, roots of squares, factorials and binomial coefficients exactly.
 
-    None where there is a letter, a unit or anything else, a division by zero, or a value beyond the bounds.
+    None if there is a letter, a unit or anything else, a division by zero, or a value beyond the bounds.
     """
     value = literal(nodes)
     if value is not None:
         return value
     try:
-        worker = _Worker(nodes, 0)
-        value = worker.sum()
-        return None if worker.rest else value
-    except (_NotWorked, ZeroDivisionError):
+        evaluator = _Evaluator(nodes, 0)
+        value = evaluator.sum()
+        return None if evaluator.rest else value
+    except (_Unsupported, ZeroDivisionError):
         return None
 
 
-class _Worker:
+class _Evaluator:
     """Recursive descent over nodes: sum -> product -> power -> atom."""
 
     def __init__(self, nodes: Nodes, depth: int) -> None:
         if depth > MAX_DEPTH or not nodes:
-            raise _NotWorked
+            raise _Unsupported
         self.rest, self.depth = list(reversed(nodes)), depth
 
     def sum(self) -> Fraction:
-        """Terms with signs between them, and perhaps before the first."""
+        """Evaluate terms joined by plus and minus signs, with an optional leading minus."""
         sign = -1 if self._takes("-") else 1
         value = sign * self._product()
         while self.rest and self.rest[-1] in ("+", "-"):
@@ -53,9 +53,9 @@ class _Worker:
         while self.rest and self.rest[-1] not in ("+", "-", ")"):
             sign = self.rest.pop() if self.rest[-1] in (r"\cdot", "/") else ""
             if not sign and (divided or (isinstance(self.rest[-1], str) and self.rest[-1] != "(")):
-                raise _NotWorked  # numbers side by side, or a slash that binds in doubtful ways
+                raise _Unsupported  # adjacent numbers, or a product after a slash, are ambiguous
             if not sign and isinstance(self.rest[-1], tuple) and self.rest[-1][0] == "frac":
-                raise _NotWorked  # a mixed number or a product
+                raise _Unsupported  # ambiguous: a mixed number or a product
             factor = self._power()
             divided = divided or sign == "/"
             value = _bounded(value / factor if sign == "/" else value * factor)
@@ -65,36 +65,36 @@ class _Worker:
         value = self._atom()
         if self._takes("!"):
             if value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
-                raise _NotWorked
+                raise _Unsupported
             value = Fraction(factorial(int(value)))
         if self.rest and isinstance(self.rest[-1], tuple) and self.rest[-1][0] == "^":
             exponent = self._inner(self.rest.pop()[1])
             if exponent.denominator != 1 or abs(exponent) > MAX_POWER or (value == 0 and exponent <= 0):
-                raise _NotWorked
+                raise _Unsupported
             if abs(exponent) * max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-                raise _NotWorked
+                raise _Unsupported
             value = value ** int(exponent)
         if self.rest and (self.rest[-1] == "!" or self.rest[-1][0] == "^"):
-            raise _NotWorked
+            raise _Unsupported
         return _bounded(value)
 
     def _atom(self) -> Fraction:
         if not self.rest:
-            raise _NotWorked
+            raise _Unsupported
         node = self.rest.pop()
         if node == "(":
             self.depth += 1
             if self.depth > MAX_DEPTH:
-                raise _NotWorked
+                raise _Unsupported
             value = self.sum()
             if not self._takes(")"):
-                raise _NotWorked
+                raise _Unsupported
             self.depth -= 1
             return value
         if isinstance(node, str):
             value = literal([node])
             if value is None:
-                raise _NotWorked
+                raise _Unsupported
             return value
         return self._command(node)
 
@@ -107,13 +107,13 @@ class _Worker:
             above, below = self._inner(node[1]), self._inner(node[2])
             if above.denominator == below.denominator == 1 and 0 <= below <= above <= MAX_FACTORIAL:
                 return Fraction(comb(int(above), int(below)))
-        raise _NotWorked
+        raise _Unsupported
 
     def _inner(self, nodes: Any) -> Fraction:
-        inside = _Worker(nodes, self.depth + 1)
-        value = inside.sum()
-        if inside.rest:
-            raise _NotWorked
+        evaluator = _Evaluator(nodes, self.depth + 1)
+        value = evaluator.sum()
+        if evaluator.rest:
+            raise _Unsupported
         return value
 
     def _takes(self, token: str) -> bool:
@@ -125,14 +125,14 @@ class _Worker:
 
 def _root(value: Fraction) -> Fraction:
     if value < 0:
-        raise _NotWorked
+        raise _Unsupported
     root = Fraction(isqrt(value.numerator), isqrt(value.denominator))
     if root * root != value:
-        raise _NotWorked
+        raise _Unsupported
     return root
 
 
 def _bounded(value: Fraction) -> Fraction:
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-        raise _NotWorked
+        raise _Unsupported
     return value
