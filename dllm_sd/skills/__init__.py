@@ -1,4 +1,4 @@
-"""Skills: banks of what helped and what went wrong, which of it fits a problem, and where it comes from."""
+"""Skills: banks of helpful skills and common mistakes, their retrieval for a problem, and their extraction."""
 
 from dllm_sd.skills.bank import Bank, Mistake, Skill, build_bank, distinct, is_dynamic, numbered, read_bank, write_bank
 from dllm_sd.skills.extraction import Extraction, Memory, cold_start, update

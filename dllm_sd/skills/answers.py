@@ -1,4 +1,4 @@
-"""What a model wrote when it was asked for skills or mistakes: read as JSON in bounded time, never evaluated.
+"""Parsing the skills or mistakes that a model wrote: JSON, read in bounded time and never evaluated as code.
 
 Source: SGSD (arXiv 2605.28791), released code walawalagoose/SGSD, commit f296a91, `skill/generate_math_skills.py`,
 `parse_response_to_json` and `normalize_general_skill`, which read from the first brace to the last.
@@ -13,8 +13,8 @@ from typing import Any
 from dllm_sd.skills.bank import Item, Mistake, Skill, text_names
 from dllm_sd.texts.thinking import without_thinking
 
-MAX_TEXT = 100_000  # characters of an answer that are looked at
-MAX_STARTS = 32  # places of an answer at which JSON may begin
+MAX_TEXT = 100_000  # characters of an answer that are read
+MAX_STARTS = 32  # most positions of an answer at which JSON is decoded
 
 _START = re.compile(r"\[(?=\s{0,32}\{)|\{(?=\s{0,32}\")")
 _ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/n]|[rt](?![a-z]))?')
@@ -23,12 +23,11 @@ _ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/n]|[rt](?![a-z]))?')
 def parse_items(
     answer: str | None, kind: type[Item], longest: int, counts: Counter[str], alone: bool = True
 ) -> tuple[tuple[Item, ...], str | None]:
-    """The usable entries of an answer, without ids; or none, and the reason in a word.
+    """Return the usable entries of an answer, without ids; or none, and the reason in one word.
 
-    They are those of the first list of objects, or of the first object that holds such a list, that decodes as JSON
-    behind the thinking; with ``alone`` an object may be an entry itself, so that of a list that breaks off the first
-    entry is found. An entry that lacks one of its three texts, or has one longer than ``longest``, is left out and
-    counted.
+    They come from the first list of objects, or the first object that contains such a list, that decodes as JSON after
+    the thinking. With ``alone``, an object may be an entry itself, so that the first entry of a truncated list is read.
+    An entry that lacks one of its three texts, or has a text longer than ``longest``, is left out and counted.
     """
     if answer is None:
         return (), "no_answer"
@@ -37,20 +36,20 @@ def parse_items(
     for value in _decoded(without_thinking(answer)[:MAX_TEXT]):
         rows, reason = _rows(value, kind, alone), "no_entry"
         for row in rows:
-            words = [_squeezed(row.get(name)) for name in text_names(kind)]
-            if not all(words):
+            texts = [_squeezed(row.get(name)) for name in text_names(kind)]
+            if not all(texts):
                 counts["left_out/incomplete"] += 1
-            elif max(map(len, words)) > longest:
+            elif max(map(len, texts)) > longest:
                 counts["left_out/long"] += 1
             else:
-                items.append(kind("", *words))
+                items.append(kind("", *texts))
         if rows:
             break
     return tuple(items), None if items else reason
 
 
 def _decoded(text: str) -> Iterator[Any]:
-    """What decodes as JSON in a text, from the left, starting where a list of objects or an object may begin."""
+    """Yield the JSON values of a text, from the left, where an object or a list of objects may begin."""
     text = _ESCAPE.sub(_escaped, text)
     decoder = json.JSONDecoder()
     for number, start in enumerate(_START.finditer(text)):
@@ -63,19 +62,25 @@ def _decoded(text: str) -> Iterator[Any]:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """A backslash that JSON does not know, or that begins a formula as in ``\\frac``, ``\\theta``: itself, escaped."""
+    """Escape a backslash that is not a JSON escape, or that begins a formula such as ``\\frac`` or ``\\theta``."""
     return match.group() if match.group(1) else r"\\"
 
 
 def _rows(value: Any, kind: type[Skill] | type[Mistake], alone: bool) -> list[Mapping[str, Any]]:
-    """The objects of a list, of the lists in an object, or an object that is an entry itself."""
+    """Return the objects of a list, of the lists in an object, or a single object that is an entry."""
     if isinstance(value, Mapping):
-        inside = [row for held in value.values() if isinstance(held, list) for row in held if isinstance(row, Mapping)]
-        entry = alone and any(name in value for name in text_names(kind))
-        return inside or ([value] if entry else [])
+        objects = [
+            row
+            for entries in value.values()
+            if isinstance(entries, list)
+            for row in entries
+            if isinstance(row, Mapping)
+        ]
+        is_entry = alone and any(name in value for name in text_names(kind))
+        return objects or ([value] if is_entry else [])
     return [row for row in value if isinstance(row, Mapping)]
 
 
 def _squeezed(value: Any) -> str:
-    """A text on one line; empty for anything else. Half of a surrogate pair, which no file can hold, becomes ``?``."""
+    """Return a text on one line, with ``?`` for lone surrogates, which files cannot hold; empty for anything else."""
     return " ".join(value.encode("utf-8", "replace").decode().split()) if isinstance(value, str) else ""

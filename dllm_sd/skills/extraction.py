@@ -1,7 +1,8 @@
-"""Extraction: how a model's own attempts become skills and mistakes, at the start and while it trains.
+"""Extraction: a model's attempts become skills and mistakes, in a cold start and by updates during training.
 
-Nothing here calls a model: the caller gives ``write``, which answers a list of chats, and None where it has no answer.
-What cannot be used of the answers is left out and counted (`answers.py`).
+This module runs no model: the caller passes ``write``, which answers a list of chats, with None for a missing answer.
+Answers, or parts of them, that cannot be used are left out and counted (`answers.py`).
+
 Source: SGSD (arXiv 2605.28791), sections on the cold start and the online update; released code walawalagoose/SGSD,
 commit f296a91, `skill/generate_math_skills.py` (`compress_memory`), `skill/merge_math_skills.py` (`merge_collection`)
 and `skill/skill_updater.py` (`MathSkillUpdater`). The prompts are our own.
@@ -22,9 +23,9 @@ from dllm_sd.tasks.datafile import chat, render
 from dllm_sd.texts.thinking import without_thinking
 
 Write = Callable[[list[list[dict[str, str]]]], Sequence[str | None]]
-"""``write(chats)``: one answer for each chat, in order; None where there is none."""
+"""``write(chats)`` returns one answer for each chat, in order; None for a missing answer."""
 Counts = dict[str, int]
-"""How often what happened; the names are those of the metrics."""
+"""Numbers of events, by the names of the metrics."""
 
 SUCCESS = """\
 Somebody solved the problem below, and the answer is right.
@@ -85,49 +86,51 @@ _NUMBERED = re.compile(r"(?:[0-9]{1,3}[.)]|[-*])\s|(?i:step) [0-9]")
 
 @dataclass(frozen=True)
 class Memory:
-    """One attempt at one problem, graded."""
+    """One graded attempt at one problem."""
 
     problem: str
     text: str
     correct: bool
     answer: str | None = None
-    """What was read as its answer; None if nothing could be."""
+    """The parsed answer; None if there is none."""
     truth: str | None = None
-    """The right answer, where the data has one."""
+    """The gold answer, if the data has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction(Ranged, key="extraction"):
-    """How attempts become skills and mistakes; the figures are those of SGSD but for `longest`."""
+    """How attempts become skills and mistakes; the defaults are those of SGSD, except for `longest`."""
 
     success: str = SUCCESS
-    """Asks for skills: `{problem}`, `{steps}`, `{excerpt}`, `{answer}`, `{truth}`."""
+    """The prompt for skills: `{problem}`, `{steps}`, `{excerpt}`, `{answer}`, `{truth}`."""
     failure: str = FAILURE
-    """Asks for mistakes, with the same slots."""
+    """The prompt for mistakes, with the same placeholders."""
     merge_skills: str = MERGE_SKILLS
-    """Asks for fewer skills: `{items}`, as JSON."""
+    """The prompt that merges skills: `{items}`, as JSON."""
     merge_mistakes: str = MERGE_MISTAKES
+    """The prompt that merges mistakes, with the same placeholder."""
     steps: Natural = 6
-    """Most steps of a success that are shown."""
+    """Most steps of a correct attempt in the prompt."""
     step_length: Count = 280
-    """Characters of a step that are shown."""
+    """Most characters of a step in the prompt."""
     success_length: Annotated[int, Range(least=40)] = 1600
-    """Characters of a success that are shown, half of them from its start and half from its end."""
+    """Most characters of a correct attempt in the prompt, half from its start and half from its end."""
     failure_length: Annotated[int, Range(least=40)] = 2200
+    """Most characters of a wrong attempt in the prompt."""
     most: Count = 3
     """Most entries that are taken from one attempt."""
     longest: Count = 1000
-    """Longest text of an entry in characters; an entry with a longer one is left out."""
+    """Most characters of a text of an entry; an entry with a longer text is left out."""
     group: Annotated[int, Range(least=2)] = 32
-    """Entries that are merged at once."""
+    """Entries per merge prompt."""
     patience: Count = 3
-    """Merging stops after so many layers in a row that shorten nothing."""
+    """Merging stops after this number of layers in a row that do not shorten the list."""
     threshold: Share = 0.8
-    """The bank is updated only while the share of right attempts is below this."""
+    """The bank is updated only while the share of correct attempts is below this."""
     growth: Natural = 5
-    """Most entries by which an update may lengthen the added skills, and the added mistakes."""
+    """Most skills, and most mistakes, that one update may add."""
     capacity: Count = 30
-    """Most added skills, and most added mistakes."""
+    """Most skills, and most mistakes, that all updates together may add."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,15 +138,17 @@ class Extraction(Ranged, key="extraction"):
         slots = {"success": attempt, "failure": attempt, "merge_skills": ("items",), "merge_mistakes": ("items",)}
         for name, known in slots.items():
             key = f"extraction.{name}"
-            one, other = (render(getattr(self, name), dict.fromkeys(known, text), key) for text in "12")
-            if one == other:
-                raise InputError(f"{key} shows nothing; give it some of {', '.join(f'{{{slot}}}' for slot in known)}.")
+            with_1, with_2 = (render(getattr(self, name), dict.fromkeys(known, text), key) for text in "12")
+            if with_1 == with_2:
+                raise InputError(
+                    f"{key} uses no placeholder; give it some of {', '.join(f'{{{slot}}}' for slot in known)}."
+                )
 
 
 def cold_start(memories: Sequence[Memory], write: Write, settings: Extraction) -> tuple[Bank, Counts]:
-    """A bank from attempts: skills of the right ones, mistakes of the wrong ones, each asked for, then merged.
+    """Build a bank from attempts: skills from correct ones and mistakes from wrong ones, extracted, then merged.
 
-    Either may be empty if nothing usable was written; the counts say why.
+    Either list may be empty if no usable entry was written; the counts give the reasons.
     """
     counts = Counter[str]()
     skills, mistakes = _extract(memories, write, settings, counts)
@@ -158,18 +163,18 @@ def cold_start(memories: Sequence[Memory], write: Write, settings: Extraction) -
 def update(
     bank: Bank, memories: Sequence[Memory], success_rate: float, write: Write, settings: Extraction
 ) -> tuple[Bank, Counts]:
-    """The bank with what recent attempts add to it, or the bank itself where they succeed often enough.
+    """Return the bank with the entries of recent attempts, or the same bank if enough attempts succeed.
 
-    New entries are merged among themselves, then with those that earlier updates added (ids ``dyn_###``). All others
-    stay as they are and come first. Source: SGSD, released code, `analyze_trajectories` and `_prune_dynamic_items`.
+    New entries are merged with each other, then with those of earlier updates (ids ``dyn_###``). All remaining entries
+    stay unchanged and come first. Source: SGSD, released code, `analyze_trajectories` and `_prune_dynamic_items`.
     """
     counts = Counter[str]()
     if not success_rate < settings.threshold or not memories:
         return bank, {"updated": 0}
     skills, mistakes = _extract(memories, write, settings, counts)
     new = Bank(
-        _renewed(bank.skills, skills, Skill, write, settings, counts),
-        _renewed(bank.mistakes, mistakes, Mistake, write, settings, counts),
+        _updated(bank.skills, skills, Skill, write, settings, counts),
+        _updated(bank.mistakes, mistakes, Mistake, write, settings, counts),
         bank.metadata,
     )
     counts.update({"updated": int(new != bank), "skills": len(new.skills), "mistakes": len(new.mistakes)})
@@ -177,7 +182,7 @@ def update(
 
 
 def steps_of(text: str, most: int, length: int) -> list[str]:
-    """The first steps of a solution, each cut to ``length``: its paragraphs, list entries and numbered steps."""
+    """Return the first steps of a solution (paragraphs, list items, numbered steps), each cut to ``length``."""
     steps: list[list[str]] = [[]]
     for line in without_thinking(text)[:MAX_TEXT].splitlines():
         if not line.strip() or _NUMBERED.match(line.lstrip()):
@@ -188,7 +193,7 @@ def steps_of(text: str, most: int, length: int) -> list[str]:
 
 
 def excerpt_of(text: str, length: int) -> str:
-    """A text on one line, at most ``length`` characters of it: its start and its end."""
+    """Return the start and the end of a text on one line, at most ``length`` characters in total."""
     text = " ".join(text.split())
     if len(text) <= length:
         return text
@@ -200,37 +205,37 @@ def excerpt_of(text: str, length: int) -> str:
 def _extract(
     memories: Sequence[Memory], write: Write, settings: Extraction, counts: Counter[str]
 ) -> tuple[list[Skill], list[Mistake]]:
-    asked = [_request(memory, settings) for memory in memories]
+    chats = [_request(memory, settings) for memory in memories]
     skills: list[Skill] = []
     mistakes: list[Mistake] = []
-    for memory, answer in zip(memories, _answers(write, asked), strict=True):
+    for memory, answer in zip(memories, _answers(write, chats), strict=True):
         if memory.correct:
-            found, reason = parse_items(answer, Skill, settings.longest, counts)
-            skills += _most(found, settings.most, "many", counts)
+            items, reason = parse_items(answer, Skill, settings.longest, counts)
+            skills += _limited(items, settings.most, "many", counts)
         else:
-            found, reason = parse_items(answer, Mistake, settings.longest, counts)
-            mistakes += _most(found, settings.most, "many", counts)
+            items, reason = parse_items(answer, Mistake, settings.longest, counts)
+            mistakes += _limited(items, settings.most, "many", counts)
         if reason is not None:
             counts[f"skipped/{reason}"] += 1
-    right = sum(memory.correct for memory in memories)
-    counts.update({"successes": right, "failures": len(memories) - right})
+    successes = sum(memory.correct for memory in memories)
+    counts.update({"successes": successes, "failures": len(memories) - successes})
     counts.update({"candidates/skills": len(skills), "candidates/mistakes": len(mistakes)})
     return skills, mistakes
 
 
-def _most(items: Sequence[Item], most: int, reason: str, counts: Counter[str]) -> Sequence[Item]:
-    """The first ``most`` entries; what is left out is counted."""
+def _limited(items: Sequence[Item], most: int, reason: str, counts: Counter[str]) -> Sequence[Item]:
+    """Return the first ``most`` entries and count those that are left out."""
     if len(items) > most:
         counts[f"left_out/{reason}"] += len(items) - most
     return items[:most]
 
 
-def _single(items: Sequence[Item], counts: Counter[str]) -> tuple[Item, ...]:
-    """The entries without repetitions, which are counted."""
-    found = distinct(items)
-    if len(found) < len(items):
-        counts["left_out/repeated"] += len(items) - len(found)
-    return found
+def _without_duplicates(items: Sequence[Item], counts: Counter[str]) -> tuple[Item, ...]:
+    """Return the entries without duplicates and count the duplicates."""
+    unique = distinct(items)
+    if len(unique) < len(items):
+        counts["left_out/repeated"] += len(items) - len(unique)
+    return unique
 
 
 def _answers(write: Write, chats: list[list[dict[str, str]]]) -> Sequence[str | None]:
@@ -256,54 +261,55 @@ def _request(memory: Memory, settings: Extraction) -> list[dict[str, str]]:
 def _merge(
     items: Sequence[Item], kind: type[Item], write: Write, settings: Extraction, counts: Counter[str]
 ) -> tuple[Item, ...]:
-    """Merge in layers, group by group, until one group is left or several layers in a row shortened nothing.
+    """Merge in layers, group by group, until a single group is left or several layers in a row do not shorten it.
 
-    A group stays as it is where the answer cannot be used or has more entries than the group; so no layer grows, and
-    there is an end. (The released code lets groups grow.)
+    A group stays unchanged if the answer cannot be used or has more entries than the group, so no layer grows and the
+    loop terminates. (In the released code groups may grow.)
     """
     name = "skills" if kind is Skill else "mistakes"
     template = settings.merge_skills if kind is Skill else settings.merge_mistakes
-    items, idle, last = _single(items, counts), 0, not items
+    items, idle, last = _without_duplicates(items, counts), 0, not items
     while not last and idle < settings.patience:
         groups = [items[start : start + settings.group] for start in range(0, len(items), settings.group)]
-        asked = [_merge_request(group, template, name) for group in groups if len(group) > 1]
-        answers = iter(_answers(write, asked))
+        chats = [_merge_request(group, template, name) for group in groups if len(group) > 1]
+        answers = iter(_answers(write, chats))
         merged: list[Item] = []
         for group in groups:
             if len(group) == 1:
                 merged += group
                 continue
-            found, reason = parse_items(next(answers), kind, settings.longest, counts, alone=False)
-            reason = "longer" if len(found) > len(group) else reason
+            shorter, reason = parse_items(next(answers), kind, settings.longest, counts, alone=False)
+            reason = "longer" if len(shorter) > len(group) else reason
             if reason is not None:
                 counts[f"unmerged/{reason}"] += 1
-            merged += group if reason is not None else found
+            merged += group if reason is not None else shorter
         idle = 0 if len(merged) < len(items) else idle + 1
         items, last = tuple(merged), len(groups) == 1
         counts[f"layers/{name}"] += 1
-    return _single(items, counts)
+    return _without_duplicates(items, counts)
 
 
 def _merge_request(group: Sequence[Item], template: str, name: str) -> list[dict[str, str]]:
     rows = [dict(zip(text_names(type(item)), texts(item), strict=True)) for item in group]
-    shown = json.dumps(rows, ensure_ascii=False, indent=1)
-    return chat(None, render(template, {"items": shown}, f"extraction.merge_{name}"))
+    listing = json.dumps(rows, ensure_ascii=False, indent=1)
+    return chat(None, render(template, {"items": listing}, f"extraction.merge_{name}"))
 
 
-def _renewed(
+def _updated(
     items: tuple[Item, ...],
-    found: Sequence[Item],
+    extracted: Sequence[Item],
     kind: type[Item],
     write: Write,
     settings: Extraction,
     counts: Counter[str],
 ) -> tuple[Item, ...]:
-    new = _merge(found, kind, write, settings, counts)
+    new = _merge(extracted, kind, write, settings, counts)
     if not new:
         return items
     fixed = [item for item in items if not is_dynamic(item)]
     added = [item for item in items if is_dynamic(item)]
     merged = _merge([*added, *new], kind, write, settings, counts)
-    fresh = _single([*fixed, *merged], counts)[len(distinct(fixed)) :]  # what a fixed entry says already is not added
+    unique = _without_duplicates([*fixed, *merged], counts)
+    fresh = unique[len(distinct(fixed)) :]  # duplicates of fixed entries are not added
     limit = min(len(added) + settings.growth, settings.capacity)
-    return (*fixed, *numbered(_most(fresh, limit, "full", counts), DYNAMIC))
+    return (*fixed, *numbered(_limited(fresh, limit, "full", counts), DYNAMIC))

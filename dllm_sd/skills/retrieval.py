@@ -1,4 +1,4 @@
-"""Retrieval: which skills and mistakes of a bank fit a problem, how they are paired, and how they are shown.
+"""Retrieval: which skills and mistakes of a bank fit a problem, how they are paired, and how they are rendered.
 
 Source: SGSD (arXiv 2605.28791), section on the teacher pool; released code walawalagoose/SGSD, commit f296a91,
 `skill/skill_memory.py` (texts, embeddings, ranks) and `skill/training.py`, `build_sgsd_teacher_specs` (pairs, weights).
@@ -27,58 +27,58 @@ A mistake others made here: {description}
 How to stay clear of it: {how_to_avoid}"""
 
 Rank = Callable[[str, int], Sequence[tuple[int, float | None]]]
-"""``rank(query, key)``: the numbers of all entries, best first, each with its score, None where nothing is measured."""
+"""``rank(query, key)`` returns the indices of all entries, best first, each with its score (None without scores)."""
 
 _WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One teacher's extra knowledge: a skill and a mistake of the same rank."""
+    """The privileged context of one teacher: a skill and a mistake of the same rank."""
 
     skill: Skill
     mistake: Mistake
     score: float | None
-    """Mean of the two scores, None where nothing was measured."""
+    """Mean of the two scores; None without scores."""
     weight: float
-    """The teacher's share among the pairs of the same problem; they add up to 1."""
+    """Weight of the teacher; the weights of the pairs of a problem add up to 1."""
 
 
 class Retriever(Part, Protocol):
-    """Reads the texts of a bank's skills, or of its mistakes, once, and then ranks them for any problem."""
+    """Indexes the texts of a bank's skills, or of its mistakes, once, and then ranks them for any problem."""
 
     def __call__(self, texts: Sequence[str]) -> Rank:
-        """The ranking of these texts; equal scores keep the order of the texts."""
+        """Return the ranking of these texts; ties keep the order of the texts."""
         ...
 
 
 @dataclass(frozen=True)
 class Lexical(Ranged, key="retriever"):
-    """Cosine of tf-idf vectors, from 0 (no word in common) to 1; it needs no model and is the same everywhere.
+    """Cosine of tf-idf vectors, from 0 (no common word) to 1; it needs no model and is deterministic.
 
-    A word weighs ``(1 + ln n) ln(1 + (N - d + 1/2) / (d + 1/2))``, with ``n`` its count in the text and ``d`` the
-    number of texts, of ``N``, that have it (Salton and Buckley 1988; the idf is that of BM25). Words of the problem
-    that no text has count in its length.
+    A word has the weight ``(1 + ln n) ln(1 + (N - d + 1/2) / (d + 1/2))``, with ``n`` its count in the text and ``d``
+    the number of the ``N`` texts that contain it (Salton and Buckley 1988; the idf is that of BM25). Words of the
+    problem that occur in no text count in the length of its vector.
 
     Fields:
-        letters: words are compared by so many first letters, in lower case, so that ``triangles`` is ``triangle``.
+        letters: length to which words are cut, in lower case, so that ``triangles`` matches ``triangle``.
     """
 
     letters: Count = 6
 
     def __call__(self, texts: Sequence[str]) -> Rank:
-        counts = [self._words(text) for text in texts]
-        having = Counter(word for words in counts for word in words)
-        found: dict[str, list[tuple[int, float]]] = {word: [] for word in having}
-        for number, words in enumerate(counts):
-            for word, weight in _unit(words, having, len(texts)).items():
-                found[word].append((number, weight))
+        word_counts = [self._words(text) for text in texts]
+        document_counts = Counter(word for words in word_counts for word in words)
+        postings: dict[str, list[tuple[int, float]]] = {word: [] for word in document_counts}
+        for number, words in enumerate(word_counts):
+            for word, weight in _unit(words, document_counts, len(texts)).items():
+                postings[word].append((number, weight))
 
         def rank(query: str, key: int) -> Sequence[tuple[int, float]]:
             scores = [0.0] * len(texts)
-            for word, weight in _unit(self._words(query), having, len(texts)).items():
-                for number, other in found.get(word, ()):
-                    scores[number] += weight * other
+            for word, weight in _unit(self._words(query), document_counts, len(texts)).items():
+                for number, entry_weight in postings.get(word, ()):
+                    scores[number] += weight * entry_weight
             return _best_first([min(score, 1.0) for score in scores])
 
         return rank
@@ -89,11 +89,11 @@ class Lexical(Ranged, key="retriever"):
 
 @dataclass(frozen=True)
 class Embedding:
-    """Cosine of sentence embeddings, as in SGSD: unit vectors, no instruction in front of problem or entry.
+    """Cosine of sentence embeddings, as in SGSD: unit vectors, no instruction before problem or entry.
 
     Fields:
         model: name or folder of a sentence-transformers model.
-        device: such as ``cuda`` or ``cpu``; None takes what is there.
+        device: such as ``cuda`` or ``cpu``; None takes the available one.
     """
 
     model: str = "Qwen/Qwen3-Embedding-0.6B"
@@ -110,7 +110,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Random:
-    """Entries drawn at random, a function of the key alone; all pairs weigh the same (SGSD's comparison)."""
+    """Entries in random order, a function of the key alone, with equal weights for all pairs (SGSD's ablation)."""
 
     def __call__(self, texts: Sequence[str]) -> Rank:
         return lambda query, key: [(number, None) for number in permutation(key, len(texts))]
@@ -120,18 +120,18 @@ RETRIEVERS: dict[str, type] = {"lexical": Lexical, "embedding": Embedding, "rand
 
 
 class Index:
-    """A bank that a retriever has read, once for all problems."""
+    """The index of a bank by a retriever, built once for all problems."""
 
     def __init__(self, bank: Bank, retriever: Retriever) -> None:
         self._bank = bank
-        self._rank_skills = retriever([". ".join(texts(one)) for one in bank.skills]) if bank.skills else None
-        self._rank_mistakes = retriever([". ".join(texts(one)) for one in bank.mistakes]) if bank.mistakes else None
+        self._rank_skills = retriever([". ".join(texts(entry)) for entry in bank.skills]) if bank.skills else None
+        self._rank_mistakes = retriever([". ".join(texts(entry)) for entry in bank.mistakes]) if bank.mistakes else None
 
     def retrieve(self, query: str, count: int = 8, key: int = 0) -> tuple[Pair, ...]:
-        """At most ``count`` pairs for a problem, best first: the k-th skill with the k-th mistake.
+        """Return at most ``count`` pairs for a problem, best first: the k-th skill with the k-th mistake.
 
-        ``query`` is the text of the problem as it is. There are as many pairs as there are skills, mistakes, or
-        ``count``, whichever is least. Their weights are the softmax of their scores, or equal without scores.
+        ``query`` is the text of the problem. The number of pairs is the minimum of the number of skills, the number of
+        mistakes, and ``count``. Their weights are the softmax of their scores, or equal without scores.
         """
         if count < 1:
             raise InputError(f"{count} skills are to be retrieved; give at least 1, such as 8.")
@@ -140,7 +140,10 @@ class Index:
         skills = self._rank_skills(query, make_key(key, "skills"))
         mistakes = self._rank_mistakes(query, make_key(key, "mistakes"))
         matched = list(zip(skills, mistakes, strict=False))[:count]
-        scores = [None if one is None or two is None else (one + two) / 2 for (_, one), (_, two) in matched]
+        scores = [
+            None if skill_score is None or mistake_score is None else (skill_score + mistake_score) / 2
+            for (_, skill_score), (_, mistake_score) in matched
+        ]
         return tuple(
             Pair(self._bank.skills[skill], self._bank.mistakes[mistake], score, weight)
             for ((skill, _), (mistake, _)), score, weight in zip(matched, scores, pair_weights(scores), strict=True)
@@ -148,7 +151,7 @@ class Index:
 
 
 def pair_weights(scores: Sequence[float | None]) -> list[float]:
-    """Softmax of the scores at temperature 1; equal weights where there are none.
+    """Return the softmax of the scores at temperature 1, or equal weights without scores.
 
     Source: released code, `SkillRuntime._normalize_sgsd_candidate_weights`.
     """
@@ -166,18 +169,18 @@ def retrieve(
     key: int = 0,
     retriever: Retriever = Lexical(),
 ) -> tuple[Pair, ...]:
-    """`Index.retrieve` with an index that is made once for each bank and retriever in use."""
+    """Call `Index.retrieve` on the cached index of a bank and retriever."""
     return index(bank, retriever).retrieve(query, count, key)
 
 
-@lru_cache(maxsize=2)  # what stands before and after an update of the bank
+@lru_cache(maxsize=2)  # the bank before and after an update
 def index(bank: Bank, retriever: Retriever) -> Index:
-    """The index of a bank, made when it is first asked for."""
+    """Return the cached index of a bank."""
     return Index(bank, retriever)
 
 
 def format_pair(pair: Pair, template: str = PAIR) -> str:
-    """A pair as the teacher's hint shows it; a ``template`` may ask for any text of the two, by its field's name.
+    """Render a pair for the teacher's hint; a ``template`` may use any text of the two, by the name of its field.
 
     As in the released code (`format_for_prompt`), why the mistake happens serves retrieval and is not shown.
     """
@@ -186,11 +189,12 @@ def format_pair(pair: Pair, template: str = PAIR) -> str:
     return render(template, entries, "the pair's template")
 
 
-def _unit(words: Counter[str], having: Counter[str], size: int) -> dict[str, float]:
-    """The weights of the words of one text, scaled to length 1."""
+def _unit(word_counts: Counter[str], document_counts: Counter[str], documents: int) -> dict[str, float]:
+    """Return the weights of the words of one text, scaled to length 1."""
     weights = {
-        word: (1 + math.log(count)) * math.log1p((size - having[word] + 0.5) / (having[word] + 0.5))
-        for word, count in words.items()
+        word: (1 + math.log(count))
+        * math.log1p((documents - document_counts[word] + 0.5) / (document_counts[word] + 0.5))
+        for word, count in word_counts.items()
     }
     length = math.sqrt(sum(weight * weight for weight in weights.values()))
     return {word: weight / length for word, weight in weights.items()}
@@ -205,7 +209,7 @@ def _vectors(model: str, device: str | None, texts: Sequence[str]) -> Any:
     return encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
 
 
-@lru_cache(maxsize=1024)  # all rollouts of a problem ask for the same, of skills and of mistakes
+@lru_cache(maxsize=1024)  # all rollouts of a problem use the same vector, for skills and for mistakes
 def _query_vector(model: str, device: str | None, query: str) -> Any:
     return _vectors(model, device, [query])[0]
 
@@ -213,7 +217,7 @@ def _query_vector(model: str, device: str | None, query: str) -> Any:
 @lru_cache(maxsize=1)
 def _encoder(model: str, device: str | None) -> Any:
     try:
-        # Imported here: it is an optional extra.
+        # Imported here, since it is an optional dependency.
         from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError(
@@ -221,7 +225,7 @@ def _encoder(model: str, device: str | None) -> Any:
         ) from None
     try:
         return SentenceTransformer(model, device=device)
-    except Exception as error:  # whatever the hub client stumbles over, the remedy is the same
+    except Exception as error:  # the remedy is the same for every error of the hub client
         reason = on_one_line(error)[:200] or type(error).__name__
         raise InputError(
             f"the retriever's model {model!r} cannot be loaded ({reason}); give another model or a local folder."

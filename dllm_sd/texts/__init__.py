@@ -1,4 +1,4 @@
-"""Texts that hints are made of: rubrics, corrected solutions in steps, a peer's feedback. Pure functions on text."""
+"""Texts for hints: rubrics, corrected solutions in steps, and peer feedback. Pure functions on text."""
 
 from dllm_sd.texts.critique import (
     FORMS,

@@ -1,9 +1,9 @@
 """Critiques: a solution in tagged steps, and its corrected copy (StepAlignFB, arXiv 2606.11173).
 
-The student writes ``<step_1> ... </step_1> <step_2> ... </step_2> ... <answer> ... </answer>``. A critique is no
-comment on it but the same text, put right: what stands before the first wrong step is copied to the letter, then follow
-the right step at its number and the rest of the way. A teacher that reads it agrees with the student up to the mistake,
-and disagrees sharply there. Neither the paper's prompts nor its tags are known to us; all of these are our own.
+The student writes ``<step_1> ... </step_1> <step_2> ... </step_2> ... <answer> ... </answer>``. A critique is not a
+comment on this text but a corrected copy: the steps before the first wrong step are copied verbatim, followed by the
+correct step under its number and the rest of the solution. A teacher that reads it agrees with the student up to the
+mistake and disagrees sharply there. The paper publishes neither its prompts nor its tags; ours are written anew.
 """
 
 import re
@@ -14,17 +14,17 @@ from typing import Literal
 from dllm_sd.texts.thinking import behind_thinking
 
 Region = Literal["prefix", "error", "after"]
-"""Where a character of a trace stands: in a step before the first wrong one, in that one, or behind it."""
+"""The position of a character of a trace: before the first wrong step, in that step, or after it."""
 Form = Literal["verbatim_prefix", "full_quote", "no_trace"]
 Reason = Literal["no_steps", "bad_order", "no_answer"]
 
 _TAG = re.compile(r"<(/?)(?:step_([0-9]{1,4})|answer)>", re.IGNORECASE)
-_JOINED = re.compile(r"[^\W_]{2}|[0-9]\.[0-9]")  # one word or number goes on
+_SAME_WORD = re.compile(r"[^\W_]{2}|[0-9]\.[0-9]")  # the two characters belong to the same word or number
 
 SOLVER_SUFFIX = """\
 Solve it in numbered steps. Put the first one between <step_1> and </step_1>, the next one between <step_2> and \
 </step_2>, and so on, one small piece of work each. At the end put the answer alone between <answer> and </answer>."""
-"""What the student's prompt ends with. It holds no slot and no brace."""
+"""The end of the student's prompt. It has no placeholder and no brace."""
 
 _CRITIC = """\
 You make a fair copy of a student's solution. Where it is right you change nothing, and where it is wrong you put it \
@@ -54,10 +54,10 @@ these cases or about what you were given. Write the copy and nothing else: <step
 <step_2> ... </step_2> and so on, then <answer> ... </answer>."""
 
 CRITIC_ANSWER = _CRITIC.replace("TRUTH:", "The right answer (you must find the way yourself):")
-"""Asks a critic that knows the final answer only: ``{question}``, ``{truth}``, ``{trace}``."""
+"""The prompt of a critic that knows the final answer only: ``{question}``, ``{truth}``, ``{trace}``."""
 
 CRITIC_REFERENCE = _CRITIC.replace("TRUTH:", "A solution that is right (the student's may differ and be right too):")
-"""Asks a critic that knows a whole reference solution: ``{question}``, ``{truth}``, ``{trace}``."""
+"""The prompt of a critic that knows a complete reference solution: ``{question}``, ``{truth}``, ``{trace}``."""
 
 CRITIQUE_TEACHER = """\
 {question}
@@ -69,61 +69,61 @@ wrong or missing has been put right:
 ---
 
 Now give the solution, in the same steps."""
-"""The teacher's prompt. It asks for no other words than those of the critique, as that would work against the copy."""
+"""The teacher's prompt. It does not ask for a paraphrase, since the critique copies the student's words."""
 
 WRONG = "That was wrong. The right step:"
-"""Stands between the student's wrong step and its correction in `full_quote`."""
+"""The text between the student's wrong step and its correction in `full_quote`."""
 RIGHT = "Step {number} is correct."
-"""Stands for a step that the student got right in `no_trace`."""
+"""The text that replaces a correct step of the student in `no_trace`."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One step, or the answer. Places count characters of the text that it was read from."""
+    """One step, or the answer. Positions count characters of the text from which it was parsed."""
 
     text: str
-    """What stands between the tags, without the white space around it."""
+    """The text between the tags, without surrounding white space."""
     start: int
-    """Its first character; the opening tag belongs to it."""
+    """Position of its first character, that of the opening tag."""
     end: int
-    """The character behind it; the closing tag belongs to it."""
+    """Position after its last character, that of the closing tag."""
     inside: tuple[int, int]
-    """Where ``text`` starts and ends."""
+    """Start and end of ``text``."""
     closed: bool
-    """Whether it has its closing tag; else it ends where the next part begins, or breaks off."""
+    """Whether it has a closing tag; otherwise it ends where the next part begins, or is truncated."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A solution taken apart: its steps 1, 2, ... in order, and its answer (None without one that is closed)."""
+    """A parsed solution: steps 1, 2, ... in order, and the answer, which is None without a closed answer tag."""
 
     steps: tuple[Part, ...]
     answer: Part | None
 
 
 def parse_steps(text: str, needs_answer: bool = False) -> Steps | Reason:
-    """A tagged solution, or why it is none.
+    """Parse a tagged solution, or return the reason why this is not possible.
 
-    Any text may stand between the parts, and the last one may break off. Thinking before it is not looked at.
+    Other text may stand between the parts, and the last part may be truncated. Thinking before them is ignored.
 
     Returns:
-        The parts; ``no_steps``; ``bad_order`` where the steps are not numbered 1, 2, ... or do not come before the
-        answer, or where a closing tag belongs to no step; ``no_answer`` where ``needs_answer`` and there is no closed
-        answer with something in it. Of several answers the last one counts, as it does for the graders.
+        The parts; ``no_steps``; ``bad_order`` if the steps are not numbered 1, 2, ... or do not come before the answer,
+        or if a closing tag has no matching step; ``no_answer`` if ``needs_answer`` is true and there is no closed,
+        non-empty answer. The last of several answers counts, as in the graders.
     """
     steps: list[Part] = []
     answer: Part | None = None
     opened: re.Match[str] | None = None
-    answering = False  # an answer has begun
+    answering = False  # an answer tag was opened
     for tag in _TAG.finditer(text, *behind_thinking(text)):
         is_step, is_close = tag[2] is not None, bool(tag[1])
         if not is_step and not steps and opened is None:
-            continue  # an answer before all steps is none
+            continue  # an answer before the first step is ignored
         if is_step and is_close:
             if opened is not None and int(tag[2]) == int(opened[2] or 0):
                 steps.append(_part(text, opened, tag.start(), tag.end(), True))
                 opened = None
-            elif opened is not None or int(tag[2]) != len(steps):  # a late end of the last step does no harm
+            elif opened is not None or int(tag[2]) != len(steps):  # a repeated closing tag of the last step is harmless
                 return "bad_order"
             continue
         if not is_close:
@@ -144,49 +144,49 @@ def parse_steps(text: str, needs_answer: bool = False) -> Steps | Reason:
 
 
 def first_change(trace: Steps, critique: Steps) -> int | None:
-    """The first step of the trace that the critique writes otherwise or leaves out, from 0.
+    """Return the index of the first step of the trace that the critique changes or omits.
 
-    White space does not count, and `RIGHT` stands for the step that it is said of. None where all steps of the trace
-    stand in the critique, whatever follows them.
+    White space is ignored, and `RIGHT` stands for the step with its number. None if the critique contains all steps of
+    the trace, whatever follows them.
     """
-    for place, step in enumerate(trace.steps):
-        if place >= len(critique.steps):
-            return place
-        other = _spaced(critique.steps[place].text)
-        if other not in (_spaced(step.text), RIGHT.format(number=place + 1)):
-            return place
+    for index, step in enumerate(trace.steps):
+        if index >= len(critique.steps):
+            return index
+        corrected = _spaced(critique.steps[index].text)
+        if corrected not in (_spaced(step.text), RIGHT.format(number=index + 1)):
+            return index
     return None
 
 
 def regions(text: str, critique_text: str) -> list[tuple[int, int, Region]]:
-    """Spans ``(start, end, kind)`` of a trace by what its critique says of it, in order and without empty ones.
+    """Return spans ``(start, end, kind)`` of a trace by its critique, in order and without empty spans.
 
     ``error`` is the step of `first_change`, or else an answer that the critique changes. ``prefix`` reaches from the
-    first step up to it, ``after`` from it to the end of the text. Without an error all is ``prefix``. What stands
-    before the first step belongs nowhere. Nothing where one of the texts is not in steps.
+    first step to the error, ``after`` from the error to the end of the text. Without an error everything is ``prefix``.
+    Text before the first step belongs to no span. The list is empty if one of the texts is not in steps.
     """
     trace, critique = parse_steps(text), parse_steps(critique_text)
     if isinstance(trace, str) or isinstance(critique, str):
         return []
-    first, error = trace.steps[0].start, _error(trace, critique)
+    start, error = trace.steps[0].start, _error(trace, critique)
     if error is None:
-        return [(first, len(text), "prefix")]
-    found: list[tuple[int, int, Region]] = [
-        (first, error.start, "prefix"),
+        return [(start, len(text), "prefix")]
+    spans: list[tuple[int, int, Region]] = [
+        (start, error.start, "prefix"),
         (error.start, error.end, "error"),
         (error.end, len(text), "after"),
     ]
-    return [one for one in found if one[0] < one[1]]
+    return [span for span in spans if span[0] < span[1]]
 
 
 def accept_critique(text: str, trace: str) -> tuple[str | None, str]:
-    """What of a critic's text is used, from the first step to the end of the answer, and ``kept``; or None and why not.
+    """Return the part of a critic's text that is used, and ``kept``; or None and the reason.
 
-    Thinking, and what is said before and behind the steps, is dropped. The reasons are those of `parse_steps`, and
-    ``quotes_error``: the student's first wrong step stands, to the letter, in what takes its place. That is looked for
-    only where the student's answer is missing or is changed (the cases C and D), and only of a step that does not break
-    off and is more than one word or number; a part of it is no quote. A trace that is not in steps is compared with
-    nothing.
+    The part that is used reaches from the first step to the end of the answer; thinking, and text before and after it,
+    is dropped. The reasons are those of `parse_steps`, and ``quotes_error``: the correction repeats the student's first
+    wrong step verbatim. This is checked only if the student's answer is missing or changed (the cases C and D), and
+    only for a step that is not truncated and is longer than a single word or number; a part of the step is not a
+    quotation. If the trace is not in steps, nothing is compared.
     """
     critique, student = parse_steps(text, needs_answer=True), parse_steps(trace)
     if isinstance(critique, str):
@@ -194,47 +194,47 @@ def accept_critique(text: str, trace: str) -> tuple[str | None, str]:
     assert critique.answer is not None
     end = critique.answer.end
     if not isinstance(student, str):
-        place = first_change(student, critique)
-        if place is not None and not _same_answer(student, critique) and not _broken_off(student, place):
-            start = critique.steps[place - 1].end if place else critique.steps[0].start
-            if _quotes(text[start:end], student.steps[place].text):
+        changed = first_change(student, critique)
+        if changed is not None and not _same_answer(student, critique) and not _is_truncated(student, changed):
+            start = critique.steps[changed - 1].end if changed else critique.steps[0].start
+            if _quotes(text[start:end], student.steps[changed].text):
                 return None, "quotes_error"
     return text[critique.steps[0].start : end], "kept"
 
 
 def verbatim_prefix(trace: str, critique: str) -> str:
-    """The critique as it is."""
+    """Return the critique unchanged."""
     return critique
 
 
 def full_quote(trace: str, critique: str) -> str:
-    """The critique with the student's wrong step before its correction (the comparison that reinforces the mistake)."""
-    student, right = parse_steps(trace), parse_steps(critique)
-    if isinstance(student, str) or isinstance(right, str):
+    """Insert the student's wrong step before its correction; the ablation that reinforces the mistake."""
+    student, corrected = parse_steps(trace), parse_steps(critique)
+    if isinstance(student, str) or isinstance(corrected, str):
         return critique
-    error = _error(student, right)
+    error = _error(student, corrected)
     if error is None:
         return critique
-    place = first_change(student, right)
-    if place is not None and place < len(right.steps):
-        at = right.steps[place].inside[0]
+    changed = first_change(student, corrected)
+    if changed is not None and changed < len(corrected.steps):
+        position = corrected.steps[changed].inside[0]
     else:
-        at = right.answer.start if right.answer else len(critique)
-    return f"{critique[:at]}{error.text}\n{WRONG}\n{critique[at:]}"
+        position = corrected.answer.start if corrected.answer else len(critique)
+    return f"{critique[:position]}{error.text}\n{WRONG}\n{critique[position:]}"
 
 
 def no_trace(trace: str, critique: str) -> str:
-    """The critique with a short sentence for every step that was copied (the comparison that blames right steps)."""
-    student, right = parse_steps(trace), parse_steps(critique)
-    if isinstance(student, str) or isinstance(right, str):
+    """Replace every copied step of the critique by a short sentence; the ablation that blames right steps."""
+    student, corrected = parse_steps(trace), parse_steps(critique)
+    if isinstance(student, str) or isinstance(corrected, str):
         return critique
-    place = first_change(student, right)
-    count = len(student.steps) if place is None else place
-    pieces, done = [], 0
-    for number, step in enumerate(right.steps[:count], 1):
-        pieces += [critique[done : step.inside[0]], RIGHT.format(number=number)]
-        done = step.inside[1]
-    return "".join([*pieces, critique[done:]])
+    changed = first_change(student, corrected)
+    count = len(student.steps) if changed is None else changed
+    pieces, position = [], 0
+    for number, step in enumerate(corrected.steps[:count], 1):
+        pieces += [critique[position : step.inside[0]], RIGHT.format(number=number)]
+        position = step.inside[1]
+    return "".join([*pieces, critique[position:]])
 
 
 FORMS: dict[Form, Callable[[str, str], str]] = {
@@ -242,7 +242,7 @@ FORMS: dict[Form, Callable[[str, str], str]] = {
     "full_quote": full_quote,
     "no_trace": no_trace,
 }
-"""The three forms of a critique that the paper compares, as functions of the trace and the critique."""
+"""The three forms of a critique that the paper compares, as functions of trace and critique."""
 
 
 def _part(text: str, opening: re.Match[str], stop: int, end: int, closed: bool) -> Part:
@@ -253,12 +253,12 @@ def _part(text: str, opening: re.Match[str], stop: int, end: int, closed: bool) 
 
 
 def _error(trace: Steps, critique: Steps) -> Part | None:
-    """The step that is changed first, or else an answer that is changed."""
-    place = first_change(trace, critique)
-    if place is not None:
-        return trace.steps[place]
-    changed = trace.answer and critique.answer and not _same_answer(trace, critique)
-    return trace.answer if changed else None
+    """Return the first changed step, or else an answer that is changed."""
+    index = first_change(trace, critique)
+    if index is not None:
+        return trace.steps[index]
+    answer_changed = trace.answer and critique.answer and not _same_answer(trace, critique)
+    return trace.answer if answer_changed else None
 
 
 def _same_answer(trace: Steps, critique: Steps) -> bool:
@@ -267,8 +267,8 @@ def _same_answer(trace: Steps, critique: Steps) -> bool:
     return _spaced(trace.answer.text) == _spaced(critique.answer.text)
 
 
-def _broken_off(trace: Steps, place: int) -> bool:
-    return place == len(trace.steps) - 1 and not trace.steps[place].closed and trace.answer is None
+def _is_truncated(trace: Steps, index: int) -> bool:
+    return index == len(trace.steps) - 1 and not trace.steps[index].closed and trace.answer is None
 
 
 def _quotes(text: str, wrong: str) -> bool:
@@ -278,7 +278,7 @@ def _quotes(text: str, wrong: str) -> bool:
     start = text.find(wrong)
     while start >= 0:
         end = start + len(wrong)
-        if not _JOINED.match(text, start - 1) and not _JOINED.match(text, end - 1):
+        if not _SAME_WORD.match(text, start - 1) and not _SAME_WORD.match(text, end - 1):
             return True
         start = text.find(wrong, end)
     return False

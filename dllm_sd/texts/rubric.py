@@ -1,8 +1,8 @@
-"""Rubrics: what a good solution must show, item by item (RCSD, arXiv 2606.19327, Sec. 2.1, 2.3 and App. B.1).
+"""Rubrics: the criteria of a good solution, item by item (RCSD, arXiv 2606.19327, Sec. 2.1, 2.3 and App. B.1).
 
-A rubric is written as a JSON list of objects with a title, a description and a weight, or of plain sentences. Its
-importance is told by the first word of the description, such as ``Essential Criteria: ...``. Weights are words for the
-teacher; nothing is computed from them.
+A rubric is a JSON list of objects with a title, a description and a weight, or of plain sentences. The category of a
+criterion is the first word of its description, such as ``Essential Criteria: ...``. Weights are text for the teacher;
+no score is computed from them.
 """
 
 import json
@@ -17,15 +17,15 @@ from dllm_sd.randomness import make_key, permutation
 from dllm_sd.texts.thinking import breaks_off, without_thinking
 
 LONGEST = 100_000
-"""Characters behind the thinking that are looked at."""
+"""Characters after the thinking that are read."""
 TRIES = 200
-"""Opening brackets that are tried; each may begin the list."""
+"""Most opening brackets that are tried as the start of the list."""
 LARGEST_WEIGHT = 1_000
 
 Category = Literal["essential", "important", "optional", "pitfall", "negative"]
-"""The paper's four, and one that trained generators write for a pitfall."""
+"""The four categories of the paper, and `negative`, which trained generators write for a pitfall."""
 Reason = Literal["no_list", "empty", "bad_item"]
-"""Why a text is no rubric: no JSON list in it, a list of nothing, an item that is no criterion."""
+"""Why a text is not a rubric: it has no JSON list, the list is empty, or an item is not a criterion."""
 
 WEIGHTS: dict[Category | None, int] = {
     "essential": 5,
@@ -35,15 +35,15 @@ WEIGHTS: dict[Category | None, int] = {
     "negative": -1,
     None: 1,
 }
-"""The weight of an item that states none, from the ranges of App. B.1; ``None`` is an item without a category."""
+"""Default weights by category, from the ranges of App. B.1; ``None`` stands for an item without a category."""
 
-_CATEGORY = re.compile(rf"\s*({'|'.join(get_args(Category))})(?:\s+criteri(?:a|on))?\s*:", re.IGNORECASE)
+_CATEGORY_PREFIX = re.compile(rf"\s*({'|'.join(get_args(Category))})(?:\s+criteri(?:a|on))?\s*:", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One item of a rubric; a plain sentence has no title."""
+    """One item of a rubric; a plain sentence has an empty title."""
 
     title: str
     description: str
@@ -51,7 +51,7 @@ class Criterion:
 
     @property
     def category(self) -> Category | None:
-        """Its importance, by the first word of the description."""
+        """The category, given by the first word of the description."""
         return _category(self.description)
 
 
@@ -82,8 +82,8 @@ Reply with one JSON list and no other text. Every point is an object with the fi
 [{{"title": "Units converted", "description": "Essential Criteria: Turns the speed into metres per second before it is \
 used.", "weight": 5}},
 {{"title": "Sign slip", "description": "Pitfall Criteria: Takes the deceleration as positive.", "weight": -1}}]"""
-"""Asks for a rubric by the question alone (Eq. 4): ``{question}``. Stage I learns to answer it (the default of
-`task.prompt` under `task.grader` rubric), and Stage II asks its writer so (that of a rubric context's `prompt`)."""
+"""The prompt for a rubric from the question alone (Eq. 4): ``{question}``. Stage I trains on it (the default of
+`task.prompt` for `task.grader` rubric), and Stage II sends it to the writer (default `prompt` of rubric contexts)."""
 
 _QUESTION_ONLY = "Question:\n{question}\n"
 _WITH_REFERENCE = f"""{_QUESTION_ONLY}
@@ -92,7 +92,7 @@ A reference answer, to learn from what matters; the points must fit other right 
 """
 
 RUBRIC_WRITER = RUBRIC_WRITER_PLAIN.replace(_QUESTION_ONLY, _WITH_REFERENCE)
-"""Asks for a rubric by the question and its reference answer (as the released code does): ``{question}``,
+"""The prompt for a rubric from the question and its reference answer, as in the released code: ``{question}``,
 ``{reference}``."""
 
 RUBRIC_GOLD = """\
@@ -102,8 +102,8 @@ The marking scheme that is wanted, as a JSON list:
 {hint}
 
 Take it as it is, and reply with that JSON list alone."""
-"""The teacher's prompt where rubric writing is learnt (Stage I in the released code). ``{question}`` is the whole
-prompt of the student, one of the two above; ``{hint}`` is the data's rubric."""
+"""The teacher's prompt for training on rubric writing (Stage I in the released code). ``{question}`` is the complete
+prompt of the student, one of the two above; ``{hint}`` is the rubric of the data."""
 
 RUBRIC_TEACHER = """\
 {question}
@@ -113,7 +113,7 @@ What a marker will look for, as a JSON list. Only you can see it, and a point ma
 
 Keep these points in mind and solve the problem from the start, so that the solution stands on its own. Leave the list \
 unmentioned."""
-"""The teacher's prompt where solving is learnt, by the rubric alone (Eq. 5): ``{question}``, ``{hint}``."""
+"""The teacher's prompt for training on solutions, with the rubric alone (Eq. 5): ``{question}``, ``{hint}``."""
 
 RUBRIC_TEACHER_REFERENCE = """\
 {question}
@@ -126,15 +126,15 @@ What a marker will look for, as a JSON list. Only you can see it, and a point ma
 
 Keep both in mind, and where they disagree trust the answer. Solve the problem from the start, so that the solution \
 stands on its own. Leave the reference and the list unmentioned."""
-"""The same with the reference answer (as the released code does): ``{question}``, ``{hint}``, ``{reference}``."""
+"""The same prompt with the reference answer, as in the released code: ``{question}``, ``{hint}``, ``{reference}``."""
 
 
 def parse_rubric(source: object) -> Rubric | Reason:
-    """The rubric in a model's text, or that of a field of the data (a list, or JSON text), or why there is none.
+    """Parse the rubric in a model's text, or in a field of the data (a list, or JSON text).
 
-    The first JSON list of a text counts, whatever it holds. A list that breaks off, and all that stands in it, is none.
-    An item is a sentence or an object with a description. A title may be missing, and so may a weight (see `WEIGHTS`),
-    which may be text or a fraction.
+    The first JSON list of a text counts, whatever it contains; a truncated list, and everything in it, is not a rubric.
+    An item is a sentence or an object with a description. The title may be missing. The weight may be missing (see
+    `WEIGHTS`), text or a fraction. Returns the reason if the source is not a rubric.
     """
     items = _written_list(source) if isinstance(source, str) else source
     if isinstance(items, str) or not isinstance(items, list | tuple):
@@ -142,27 +142,27 @@ def parse_rubric(source: object) -> Rubric | Reason:
     if not items:
         return "empty"
     criteria = [_criterion(item) for item in items]
-    good = tuple(one for one in criteria if one is not None)
-    return Rubric(good) if len(good) == len(criteria) else "bad_item"
+    parsed = tuple(criterion for criterion in criteria if criterion is not None)
+    return Rubric(parsed) if len(parsed) == len(criteria) else "bad_item"
 
 
 def is_unfinished(text: str) -> bool:
-    """Whether a text is no rubric since its thinking or its list breaks off, as where the writer's length ends it."""
+    """Return whether a text has no rubric because its thinking or its list is truncated, as by a length limit."""
     return _written_list(text) == "unfinished"
 
 
 def render_rubric(rubric: Rubric) -> str:
-    """The rubric as a JSON list, one item a line; `parse_rubric` reads it back."""
+    """Write the rubric as a JSON list, one item per line; `parse_rubric` reads it back."""
     lines = []
-    for one in rubric.criteria:
-        title = {"title": one.title} if one.title else {}
-        fields = {**title, "description": one.description, "weight": one.weight}
+    for criterion in rubric.criteria:
+        title = {"title": criterion.title} if criterion.title else {}
+        fields = {**title, "description": criterion.description, "weight": criterion.weight}
         lines.append(json.dumps(fields, ensure_ascii=False))
     return "[" + ",\n".join(lines) + "]"
 
 
 def generic() -> Rubric:
-    """One rubric for all questions (the variant Generic of Table 6)."""
+    """Return one rubric for all questions (the variant Generic of Table 6)."""
     items = (
         ("Understand", "Says in its own words what is asked, and asks nothing else."),
         ("Identify", "Picks out the facts and quantities that bear on the question."),
@@ -174,41 +174,41 @@ def generic() -> Rubric:
     return Rubric(tuple(Criterion(title, description, 1) for title, description in items))
 
 
-def reduced(own: Rubric, key: int) -> Rubric:
-    """Half of the items, rounded up, in their order (Reduced)."""
-    count = len(own.criteria)
-    return Rubric(_some(own, (count + 1) // 2, make_key(key, "reduced")))
+def reduced(rubric: Rubric, key: int) -> Rubric:
+    """Return half of the items, rounded up, in their order (the variant Reduced)."""
+    count = len(rubric.criteria)
+    return Rubric(_subset(rubric, (count + 1) // 2, make_key(key, "reduced")))
 
 
-def noisy(own: Rubric, others: Sequence[Rubric], key: int) -> Rubric:
-    """Half of the items and as many of another question's as make up for the rest, mixed (Noisy).
+def noisy(rubric: Rubric, others: Sequence[Rubric], key: int) -> Rubric:
+    """Return half of the items, shuffled with as many items of another question's rubric as are missing (Noisy).
 
-    ``others`` are rubrics of other questions; one of them is drawn. It gives one item at least.
+    ``others`` are rubrics of other questions, one of which is drawn; it contributes at least one item.
     """
     if not others:
         raise InputError("a noisy rubric needs rubrics of other questions; give data with more than one question")
-    other = others[make_key(key, "other") % len(others)]
-    count = len(own.criteria)
-    kept = _some(own, (count + 1) // 2, make_key(key, "own"))
-    mixed = kept + _some(other, max(count // 2, 1), make_key(key, "foreign"))
-    return Rubric(tuple(mixed[place] for place in permutation(make_key(key, "mixed"), len(mixed))))
+    foreign = others[make_key(key, "other") % len(others)]
+    count = len(rubric.criteria)
+    kept = _subset(rubric, (count + 1) // 2, make_key(key, "own"))
+    mixed = kept + _subset(foreign, max(count // 2, 1), make_key(key, "foreign"))
+    return Rubric(tuple(mixed[index] for index in permutation(make_key(key, "mixed"), len(mixed))))
 
 
-def _some(rubric: Rubric, count: int, key: int) -> tuple[Criterion, ...]:
+def _subset(rubric: Rubric, count: int, key: int) -> tuple[Criterion, ...]:
     chosen = sorted(permutation(key, len(rubric.criteria))[:count])
-    return tuple(rubric.criteria[place] for place in chosen)
+    return tuple(rubric.criteria[index] for index in chosen)
 
 
 def _written_list(text: str) -> list[object] | Literal["unfinished"] | None:
-    """The first JSON list behind the thinking, or that one of the two breaks off."""
+    """Return the first JSON list after the thinking; ``unfinished`` if the list or the thinking is truncated."""
     if breaks_off(text):
         return "unfinished"
     return _first_list(without_thinking(text)[:LONGEST])
 
 
 def _first_list(text: str) -> list[object] | Literal["unfinished"] | None:
-    """The first JSON list, in time linear in the text: what a failed try has read is not read again."""
-    decoder = json.JSONDecoder(strict=False)  # a line may break within a string
+    """Return the first JSON list, in time linear in the text: text that a failed attempt has read is skipped."""
+    decoder = json.JSONDecoder(strict=False)  # strings may contain line breaks
     text = text.rstrip()
     start = text.find("[")
     for _ in range(TRIES):
@@ -220,7 +220,7 @@ def _first_list(text: str) -> list[object] | Literal["unfinished"] | None:
             if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
                 return "unfinished"
             start = text.find("[", max(error.pos, start + 1))
-        except (ValueError, RecursionError):  # a number of thousands of digits; brackets in brackets without end
+        except (ValueError, RecursionError):  # a number of thousands of digits, or too many nested brackets
             return None
     return None
 
@@ -238,13 +238,13 @@ def _criterion(item: object) -> Criterion | None:
 
 
 def _category(description: str) -> Category | None:
-    found = _CATEGORY.match(description)
-    word = found[1].lower() if found else ""
-    return next((one for one in get_args(Category) if one == word), None)
+    match = _CATEGORY_PREFIX.match(description)
+    word = match[1].lower() if match else ""
+    return next((category for category in get_args(Category) if category == word), None)
 
 
 def _weight(value: object, default: int) -> int | None:
-    """A weight as a whole number: ``default`` where there is none, None where it is no number of a sane size."""
+    """Return a weight as a whole number; ``default`` without a value, None if it is not a number within bounds."""
     if value is None:
         return default
     if isinstance(value, str):

@@ -1,8 +1,8 @@
-"""How good a written rubric is beside that of the data: by counting, without a judge.
+"""The quality of a written rubric compared with that of the data, by counting and without a judge.
 
-The paper (RCSD, arXiv 2606.19327) has its learned rubrics judged by a larger model. Here a score is the product of two
-shares: `form`, how far the rubric keeps what its prompt demands (`texts.rubric.RUBRIC_WRITER_PLAIN`), and `coverage`,
-how many criteria of the data's rubric it has. It orders writers; it is no figure of the paper.
+The paper (RCSD, arXiv 2606.19327) has learned rubrics judged by a larger model. Here the score is the product of two
+shares: `form`, how well the rubric follows its prompt (`texts.rubric.RUBRIC_WRITER_PLAIN`), and `coverage`, how many
+criteria of the data's rubric it contains. It ranks writers; it is not a metric of the paper.
 """
 
 import re
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dllm_sd.texts.rubric import Category, Criterion, Rubric
 
 FEWEST, MOST, WORDS = 5, 15, 40
-"""Criteria of a rubric, and words of a description (App. B.1)."""
+"""Fewest and most criteria of a rubric, and most words of a description (App. B.1)."""
 RANGES: Mapping[Category, tuple[int, int]] = {
     "essential": (5, 5),
     "important": (3, 4),
@@ -20,50 +20,54 @@ RANGES: Mapping[Category, tuple[int, int]] = {
     "pitfall": (-2, -1),
     "negative": (-2, -1),
 }
-"""Least and largest weight of each category (App. B.1)."""
+"""Smallest and largest weight of each category (App. B.1)."""
 SHARED = 0.5
-"""Share of a criterion's words that one written criterion must have to cover it."""
+"""Share of a criterion's specific words that a written criterion must contain to cover it."""
 _WORD = re.compile(r"[^\W_]+")
-_SHORT = 3
-_KINDS = {"criteria", "criterion", *RANGES}
+_LONGEST_IGNORED = 3
+_CATEGORY_WORDS = {"criteria", "criterion", *RANGES}
 
 
 def rubric_score(written: Rubric, reference: Rubric) -> float:
-    """From 0 to 1: `form` times `coverage`."""
+    """Return `form` times `coverage`, from 0 to 1."""
     return form(written) * coverage(written, reference)
 
 
 def form(rubric: Rubric) -> float:
-    """The mean of three: whether there are 5 to 15 criteria; whether one is a pitfall; the share of sound criteria.
+    """Return the mean of three values: 5 to 15 criteria; at least one pitfall; the share of sound criteria.
 
-    A criterion is sound if it names its category, weighs what that category may, and is described in up to 40 words.
+    A criterion is sound if it names its category, has a weight of that category, and is described in up to 40 words.
     """
     criteria = rubric.criteria
-    pitfall = any(one.category in ("pitfall", "negative") for one in criteria)
+    pitfall = any(criterion.category in ("pitfall", "negative") for criterion in criteria)
     return ((FEWEST <= len(criteria) <= MOST) + pitfall + sum(map(_sound, criteria)) / len(criteria)) / 3
 
 
 def coverage(written: Rubric, reference: Rubric) -> float:
-    """The share of the reference's criteria of whose own words one written criterion has half.
+    """Return the share of the reference's criteria that a written criterion covers, with half of the specific words.
 
-    Words are of four letters or more; those of more than half of the reference's criteria are no criterion's own.
+    Only words of four letters or more count. Words in more than half of the reference's criteria are not specific.
     """
-    have = [_words(one) for one in written.criteria]
-    every = [_words(one) for one in reference.criteria]
-    spread = Counter(word for words in every for word in words)
-    own_of = [{word for word in words if spread[word] <= max(1, len(every) // 2)} for words in every]
-    wanted = [words for words in own_of if words]
-    covered = sum(max(len(words & own) for own in have) >= SHARED * len(words) for words in wanted)
-    return covered / len(wanted) if wanted else 1.0
+    written_words = [_words(criterion) for criterion in written.criteria]
+    reference_words = [_words(criterion) for criterion in reference.criteria]
+    counts = Counter(word for words in reference_words for word in words)
+    specific_words = [
+        {word for word in words if counts[word] <= max(1, len(reference_words) // 2)} for words in reference_words
+    ]
+    specific = [words for words in specific_words if words]
+    covered = sum(
+        max(len(words & candidate) for candidate in written_words) >= SHARED * len(words) for words in specific
+    )
+    return covered / len(specific) if specific else 1.0
 
 
-def _sound(one: Criterion) -> bool:
-    if one.category is None or len(one.description.split()) > WORDS:
+def _sound(criterion: Criterion) -> bool:
+    if criterion.category is None or len(criterion.description.split()) > WORDS:
         return False
-    least, most = RANGES[one.category]
-    return least <= one.weight <= most
+    least, most = RANGES[criterion.category]
+    return least <= criterion.weight <= most
 
 
-def _words(one: Criterion) -> set[str]:
-    found = {word.casefold() for word in _WORD.findall(f"{one.title} {one.description}")}
-    return {word for word in found if len(word) > _SHORT and word not in _KINDS}
+def _words(criterion: Criterion) -> set[str]:
+    words = {word.casefold() for word in _WORD.findall(f"{criterion.title} {criterion.description}")}
+    return {word for word in words if len(word) > _LONGEST_IGNORED and word not in _CATEGORY_WORDS}

@@ -1,13 +1,13 @@
-"""Where a model's thinking ends and its text begins."""
+"""The end of a model's thinking, and the text after it."""
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def behind_thinking(text: str) -> tuple[int, int]:
-    """Where the text behind the thinking begins and ends; in the same place where all is thinking.
+    """Return start and end of the text after the thinking; they are equal if the whole text is thinking.
 
-    Thinking is all up to the last closing tag, whose opening tag may be missing, as it is where the chat template has
-    written it; and from an opening tag behind it, which begins thinking that breaks off, to the end.
+    Thinking is everything up to the last closing tag; its opening tag may be missing, since the chat template may have
+    written it. An opening tag after that begins truncated thinking, which extends to the end of the text.
     """
     closed = text.rfind(_CLOSE)
     start = 0 if closed < 0 else closed + len(_CLOSE)
@@ -16,11 +16,11 @@ def behind_thinking(text: str) -> tuple[int, int]:
 
 
 def without_thinking(text: str) -> str:
-    """What stands behind the thinking, without the white space around it; nothing where all is thinking."""
+    """Return the text after the thinking, without surrounding white space; empty if all of it is thinking."""
     start, end = behind_thinking(text)
     return text[start:end].strip()
 
 
 def breaks_off(text: str) -> bool:
-    """Whether a text is thinking that breaks off and nothing else."""
+    """Return whether a text consists of truncated thinking only."""
     return _CLOSE not in text and text.lstrip().startswith(_OPEN)

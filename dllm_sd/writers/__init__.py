@@ -1,4 +1,4 @@
-"""Writers: who writes the texts that hints are made of, asked for all at once and never twice for the same."""
+"""Writers: models and servers that write the texts of hints, in batches and with a cache."""
 
 from dllm_sd.writers.cache import Cache, ask_once
 from dllm_sd.writers.request import Request, Sampling, Written

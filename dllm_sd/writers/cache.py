@@ -1,4 +1,4 @@
-"""Written texts on the disk, by the content of what was asked: a run that is repeated asks for nothing again."""
+"""Cache of written texts on disk, keyed by the content of the request: a repeated run sends no request again."""
 
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,22 +14,22 @@ from dllm_sd.files.writing import write_file
 from dllm_sd.writers.request import Request, Sampling, Written
 
 Ask = Callable[[Sequence[Request]], Generator[tuple[int, Written]]]
-"""``ask(requests)`` yields the place of a request and what was written for it, in any order, each place once."""
+"""``ask(requests)`` yields the index of a request and the response, in any order, each index once."""
 
 
 class Cache:
-    """One small JSON file for each text, ``folder/ab/abcd....json``, with what was asked beside it.
+    """One small JSON file for each text, ``folder/ab/abcd....json``, which also holds its request.
 
-    The name is the SHA-256 of who was asked for what; that of the text stands beside it, except in files of earlier
-    versions. Threads and processes may share a folder: files appear whole
-    or not at all. A file that holds something else is counted, ignored and written anew.
+    The file name is the SHA-256 of writer and request. The SHA-256 of the text is stored too, except in files of
+    earlier versions. Threads and processes may share a folder, since files are written atomically. Files with other
+    content are counted as corrupt, ignored and overwritten.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Make the folder if there is none; nothing outside it is written.
+        """Create the folder if needed; nothing is written outside it.
 
         Raises:
-            InputError: if that is not possible.
+            InputError: if the folder cannot be created.
         """
         self.folder = Path(folder)
         self.hits, self.misses, self.corrupt = 0, 0, 0
@@ -39,16 +39,18 @@ class Cache:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def get(self, asked: Mapping[str, Any]) -> str | None:
-        """The text for what was `asked`, None if there is none."""
+    def get(self, request: Mapping[str, Any]) -> str | None:
+        """Return the text for a `request`, or None if there is none."""
         text, corrupt = None, False
         try:
-            entry = json.loads(self._path(asked).read_bytes().decode("utf-8"))
+            entry = json.loads(self._path(request).read_bytes().decode("utf-8"))
             text = entry.pop("text")
             corrupt = (
-                not isinstance(text, str) or not text.strip() or entry.pop("sha256", None) not in (None, _sum(text))
+                not isinstance(text, str)
+                or not text.strip()
+                or entry.pop("sha256", None) not in (None, _checksum(text))
             )
-            corrupt = corrupt or _canonical(entry) != _canonical(asked)
+            corrupt = corrupt or _canonical(entry) != _canonical(request)
         except FileNotFoundError:
             pass
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -60,23 +62,23 @@ class Cache:
             self.corrupt += corrupt
         return text
 
-    def put(self, asked: Mapping[str, Any], text: str) -> None:
-        """Keep a text.
+    def put(self, request: Mapping[str, Any], text: str) -> None:
+        """Store a text.
 
         Raises:
-            InputError: if the folder cannot be written, such as on a full disk.
+            InputError: if the folder cannot be written, for example because the disk is full.
         """
-        path = self._path(asked)
-        content = json.dumps({"text": text, "sha256": _sum(text), **asked}, ensure_ascii=False, indent=1)
+        path = self._path(request)
+        content = json.dumps({"text": text, "sha256": _checksum(text), **request}, ensure_ascii=False, indent=1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            encoded = content.encode("utf-8", "backslashreplace")  # half a surrogate as JSON writes it
+            encoded = content.encode("utf-8", "backslashreplace")  # a lone surrogate becomes a JSON escape
             write_file(path, encoded, alone=False)
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _path(self, asked: Mapping[str, Any]) -> Path:
-        name = sha256(_canonical(asked).encode()).hexdigest()
+    def _path(self, request: Mapping[str, Any]) -> Path:
+        name = sha256(_canonical(request).encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.json"
 
     def _unwritable(self, error: OSError) -> InputError:
@@ -89,44 +91,44 @@ class Cache:
 def ask_once(
     identity: Mapping[str, Any], requests: Sequence[Request], sampling: Sampling, cache: Cache | None, ask: Ask
 ) -> list[Written]:
-    """What was written for each request, in order: from the cache, else by ``ask``, once for equal requests.
+    """Return the response to each request, in order: from the cache, else from ``ask``, once for equal requests.
 
-    A text is kept as soon as it arrives; failures are not kept.
+    A text is stored as soon as it arrives; failures are not stored.
     """
-    every = [_asked(identity, request, sampling) for request in requests]
-    names = [_canonical(asked) for asked in every]
-    found: dict[str, Written] = {}
+    trees = [_request_tree(identity, request, sampling) for request in requests]
+    names = [_canonical(tree) for tree in trees]
+    responses: dict[str, Written] = {}
     missing: dict[str, int] = {}
-    for place, (name, asked) in enumerate(zip(names, every, strict=True)):
-        if name not in found and name not in missing:
-            text = cache.get(asked) if cache else None
+    for index, (name, tree) in enumerate(zip(names, trees, strict=True)):
+        if name not in responses and name not in missing:
+            text = cache.get(tree) if cache else None
             if text is None:
-                missing[name] = place
+                missing[name] = index
             else:
-                found[name] = Written(text, None, cached=True)
-    places = list(missing.values())
-    if places:
-        with closing(ask([requests[place] for place in places])) as answers:
-            for i, written in answers:
-                found[names[places[i]]] = written
+                responses[name] = Written(text, None, cached=True)
+    indices = list(missing.values())
+    if indices:
+        with closing(ask([requests[index] for index in indices])) as answers:
+            for number, written in answers:
+                responses[names[indices[number]]] = written
                 if cache and written.text is not None:
-                    cache.put(every[places[i]], written.text)
-    return [found[name] for name in names]
+                    cache.put(trees[indices[number]], written.text)
+    return [responses[name] for name in names]
 
 
-def _asked(identity: Mapping[str, Any], request: Request, sampling: Sampling) -> dict[str, Any]:
-    """Who is asked for what, as plain JSON."""
+def _request_tree(identity: Mapping[str, Any], request: Request, sampling: Sampling) -> dict[str, Any]:
+    """Return writer and request as plain JSON."""
     settings = asdict(sampling) | {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}
-    if not sampling.top_k:  # so that texts from before there was this key are found
+    if not sampling.top_k:  # so that texts of versions without this key are found
         del settings["top_k"]
     messages = [dict(message) for message in request.messages]
     return {"writer": dict(identity), "messages": messages, "sampling": settings, "key": request.key}
 
 
-def _sum(text: str) -> str:
+def _checksum(text: str) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _canonical(tree: Any) -> str:
-    """One text for equal trees, in ASCII."""
+    """Return the same ASCII text for equal trees."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))

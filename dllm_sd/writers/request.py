@@ -1,4 +1,4 @@
-"""What a writer is asked for, how it is to draw its words, and what comes back."""
+"""The request to a writer, its sampling parameters, and the response."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,37 +8,37 @@ from dllm_sd.ranges import Natural, PositiveShare, Ranged, Size, Temperature
 
 @dataclass(frozen=True)
 class Request:
-    """One text to be written."""
+    """A request for one text."""
 
     messages: tuple[Mapping[str, str], ...]
     """The chat so far, each message with ``role`` and ``content``."""
     key: int
-    """Seeds the randomness of this text, whatever is asked beside it (`dllm_sd.randomness`)."""
+    """Random key of this text, independent of the remaining requests of a batch (`dllm_sd.randomness`)."""
 
 
 @dataclass(frozen=True)
 class Sampling(Ranged):
-    """How a writer draws its words."""
+    """The sampling parameters of a writer."""
 
     length: Size = 1024
-    """Longest text, in tokens."""
+    """Most tokens of a text."""
     temperature: Temperature = 0.0
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0 is greedy."""
     top_p: PositiveShare = 1.0
-    """Probability mass that is drawn from; 1 is all of it."""
+    """Nucleus sampling: probability mass of the tokens that may be drawn; 1 turns it off."""
     top_k: Natural = 0
-    """Likeliest tokens that are drawn from; 0 is all of them. Servers read it that know it (vLLM, SGLang)."""
+    """Number of the most likely tokens that may be drawn; 0 turns it off. Of servers, vLLM and SGLang support it."""
     thinking: bool | None = None
-    """The thinking switch of chat templates that have one; None leaves it to the writer."""
+    """The thinking switch of chat templates that have one; None keeps the default of the writer."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A text, or in a word why there is none, for the caller to count."""
+    """A text, or a failure in one word, which the caller counts."""
 
     text: str | None
-    """As it was written, thinking included; None where there is a `failure`."""
+    """The text, thinking included; None after a `failure`."""
     failure: str | None
-    """Such as ``timeout``, ``no_text`` or ``http_503``; None where there is a text."""
+    """The reason without a text, such as ``timeout``, ``no_text`` or ``http_503``; otherwise None."""
     cached: bool = False
-    """Whether the text was read from the disk."""
+    """Whether the text was read from the cache."""

@@ -1,7 +1,7 @@
-"""A server with an OpenAI-compatible interface as a writer; it may be slow, overloaded, broken or gone.
+"""A writer that is a server with an OpenAI-compatible API, which may be slow, overloaded, broken or down.
 
-Every try is bounded in time and size, and nothing that a server does is an exception, but for a refusal that a
-second try would not change. The secret is read from the environment when it is needed and goes into one header only.
+Every attempt is bounded in time and size. Failures of the server are not exceptions, except for errors that a retry
+cannot fix. The API key is read from its environment variable on every call, and sent in one header only.
 """
 
 import json
@@ -33,19 +33,20 @@ from dllm_sd.writers.cache import Cache, ask_once
 from dllm_sd.writers.request import Request, Sampling, Written
 
 LARGEST_ANSWER = 4 * 2**20
-"""Bytes of an answer, its head included."""
+"""Most bytes of a response, including its headers."""
 LONGEST_WAIT = 60.0
-"""Seconds between two tries, whatever the server asks for."""
+"""Most seconds between two attempts, whatever the server asks for."""
 LONGEST_CONNECT = 20.0
-"""Seconds until a server has taken a connection, and again until it has taken what is sent."""
+"""Most seconds until a connection is established, and again until the request is sent."""
 LONGEST_TRY = 86400.0
+"""Largest `timeout` of an attempt, in seconds."""
 DOWN_AFTER = 5
-"""Texts in a row that found no server, or one that fails, at every try; then it is down, and the rest is not asked."""
+"""After so many texts in a row for which all attempts failed, the server counts as down, and the rest is not sent."""
 
 
 @dataclass(frozen=True)
 class Server(Ranged):
-    """A server with an OpenAI-compatible interface, such as vLLM, SGLang or a paid one.
+    """A server with an OpenAI-compatible API, such as vLLM, SGLang or a commercial service.
 
     Proxies are those of the environment (``https_proxy``, ``no_proxy``).
     """
@@ -53,19 +54,19 @@ class Server(Ranged):
     url: str = ""
     """Base URL, such as ``http://host:8000/v1``."""
     model: str = ""
-    """Name of the model, as the server knows it."""
+    """Name of the model on the server."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the secret; without it no secret is sent."""
+    """Environment variable with the API key; if it is not set, no key is sent."""
     timeout: Annotated[float, Range(above=0, most=LONGEST_TRY)] = 120.0
-    """Seconds for one try, from the connection to the last byte."""
+    """Most seconds for one attempt, from the connection to the last byte."""
     retries: Natural = 4
-    """Further tries for a text after one that failed."""
+    """Number of retries for a text after a failed attempt."""
     backoff: Annotated[float, Range(least=0, most=LONGEST_WAIT)] = 1.0
-    """Most seconds until the second try; they double from try to try."""
+    """Most seconds until the first retry; they double with every retry."""
     concurrency: Annotated[int, Range(least=1, most=1024)] = 8
-    """Texts that are asked for at the same time."""
+    """Number of requests in flight at the same time."""
     weights = None
-    """The run's models are not asked."""
+    """No weights of the run are used."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +74,9 @@ class Server(Ranged):
         if not self.model:
             raise InputError("a writer's model is empty; give the name under which the server knows it")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
-            raise InputError("a writer's key_variable is no name of an environment variable; put the secret into one")
+            raise InputError(
+                "a writer's key_variable is not the name of an environment variable; put the secret into one"
+            )
 
     @property
     def remote(self) -> Self:
@@ -82,65 +85,67 @@ class Server(Ranged):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Whose texts these are: the address and the model."""
+        """The source of the texts: URL and model."""
         return {"kind": "server", "url": self.url.rstrip("/"), "model": self.model}
 
     def write(self, requests: Sequence[Request], sampling: Sampling, cache: Cache | None = None) -> list[Written]:
-        """One text, or the reason why there is none, for each request, in the order of the requests.
+        """Return one text, or the reason why there is none, for each request, in the order of the requests.
 
-        Reasons are ``timeout``, ``refused`` (no connection), ``dropped`` (it ended too early), ``tls``, ``bad_http``,
-        ``too_large``, ``http_<status>``, ``bad_encoding``, ``bad_json``, ``no_text`` and ``server_down`` (not asked, or
-        called off, as the server had failed for `DOWN_AFTER` texts in a row).
+        Reasons are ``timeout``, ``refused`` (no connection), ``dropped`` (the connection ended early), ``tls``,
+        ``bad_http``, ``too_large``, ``http_<status>``, ``bad_encoding``, ``bad_json``, ``no_text`` and ``server_down``
+        (not sent, or cancelled, after the server failed for `DOWN_AFTER` texts in a row).
 
         Raises:
-            InputError: if the server answers 401, 403 or 404, or the secret cannot be sent.
+            InputError: if the server answers 401, 403 or 404, or the API key cannot be sent.
         """
         return ask_once(self.identity, requests, sampling, cache, partial(self._ask, sampling))
 
     def pause(self, key: int, tries: int, asked: float = 0.0) -> float:
-        """Seconds to wait when `tries` + 1 tries for the text of a `key` have failed; the server `asked` for some."""
+        """Return the seconds to wait after `tries` + 1 failed attempts; the server `asked` for at least some."""
         jitter = (1 + make_key("writer's pause", key, tries) / 2**63) / 2  # from 1/2 to 1
         return min(max(asked, self.backoff * 2.0 ** min(tries, 10) * jitter), LONGEST_WAIT)
 
     def _ask(self, sampling: Sampling, requests: Sequence[Request]) -> Generator[tuple[int, Written]]:
-        line = _Line(_opener(urlsplit(self.url).scheme == "https"), self._headers())
+        session = _Session(_opener(urlsplit(self.url).scheme == "https"), self._headers())
         with ThreadPoolExecutor(min(self.concurrency, len(requests)), "writer") as pool:
-            places = {pool.submit(self._insist, one, sampling, line): place for place, one in enumerate(requests)}
+            indices = {
+                pool.submit(self._retry, request, sampling, session): index for index, request in enumerate(requests)
+            }
             try:
-                for done in as_completed(places):
-                    yield places[done], done.result()
+                for future in as_completed(indices):
+                    yield indices[future], future.result()
             finally:
-                line.stop.set()
+                session.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _insist(self, request: Request, sampling: Sampling, line: "_Line") -> Written:
-        """Ask, and ask again after what may pass."""
+    def _retry(self, request: Request, sampling: Sampling, session: "_Session") -> Written:
+        """Send a request, and repeat it after temporary failures."""
         body = json.dumps(self._body(request, sampling)).encode()
         for tries in count():
-            written, pause = self._try(body, line)
-            if written.failure is None or not _may_pass(written.failure) or tries == self.retries:
-                line.ended(written.failure)
+            written, pause = self._try(body, session)
+            if written.failure is None or not _is_temporary(written.failure) or tries == self.retries:
+                session.ended(written.failure)
                 return written
-            if line.stop.wait(self.pause(request.key, tries, pause)):
+            if session.stop.wait(self.pause(request.key, tries, pause)):
                 return written
         raise AssertionError("count() has no end")
 
-    def _try(self, body: bytes, line: "_Line") -> tuple[Written, float]:
-        """What one try brings, and for how many seconds the server asks to be left alone."""
-        post = _Post(f"{self.url.rstrip('/')}/chat/completions", body, line.headers)
-        post.bounds = _Bounds(monotonic() + self.timeout, line.stop)
-        if line.stop.is_set():
+    def _try(self, body: bytes, session: "_Session") -> tuple[Written, float]:
+        """Return the result of one attempt, and the seconds that the server asks to wait."""
+        post = _Post(f"{self.url.rstrip('/')}/chat/completions", body, session.headers)
+        post.bounds = _Bounds(monotonic() + self.timeout, session.stop)
+        if session.stop.is_set():
             return Written(None, "server_down"), 0.0
         try:
-            with line.opener.open(post, timeout=min(self.timeout, LONGEST_CONNECT)) as answer:
-                status, pause = answer.status, _retry_after(answer.headers.get("Retry-After", ""))
+            with session.opener.open(post, timeout=min(self.timeout, LONGEST_CONNECT)) as response:
+                status, pause = response.status, _retry_after(response.headers.get("Retry-After", ""))
                 if 200 <= status < 300:
-                    content = answer.read(LARGEST_ANSWER + 1)
-                    return Written(None, "dropped") if answer.length else _read(content), 0.0
+                    content = response.read(LARGEST_ANSWER + 1)
+                    return Written(None, "dropped") if response.length else _parse_response(content), 0.0
         except (OSError, HTTPException, ValueError) as error:
-            return Written(None, "server_down" if line.stop.is_set() else _reason(error)), 0.0
+            return Written(None, "server_down" if session.stop.is_set() else _failure_of(error)), 0.0
         if status in (401, 403, 404):
-            line.stop.set()
+            session.stop.set()
             raise InputError(self._refusal(status))
         return Written(None, f"http_{status}"), pause
 
@@ -153,9 +158,9 @@ class Server(Ranged):
             "top_p": sampling.top_p,
             "seed": make_key("server", request.key) >> 32,  # 31 bits
         }
-        if sampling.top_k:  # no key of OpenAI's, which refuses unknown ones
+        if sampling.top_k:  # OpenAI's API does not have this key and refuses unknown ones
             body["top_k"] = sampling.top_k
-        if sampling.thinking is not None:  # as vLLM and SGLang hand it to the chat template
+        if sampling.thinking is not None:  # vLLM and SGLang pass it to the chat template
             body["chat_template_kwargs"] = {"enable_thinking": sampling.thinking}
         return body
 
@@ -182,7 +187,7 @@ class Server(Ranged):
 
 
 def _check_url(url: str) -> None:
-    """Refuse what is no base URL; the message does not repeat it, for it may hold a secret."""
+    """Refuse an invalid base URL; the message does not repeat it, since it may contain a secret."""
     if not url:
         raise InputError("a writer's url is empty; give the base URL, such as http://host:8000/v1")
     if "@" in url:
@@ -192,7 +197,7 @@ def _check_url(url: str) -> None:
         )
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port  # a wrong port raises
+        host, _ = parts.hostname or "", parts.port  # an invalid port raises
         host.encode("idna")
     except ValueError:
         host, parts = "", urlsplit("")
@@ -206,14 +211,14 @@ def _check_url(url: str) -> None:
         raise InputError("a writer's url is the base URL; leave out /chat/completions, which is added")
 
 
-def _read(content: bytes) -> Written:
-    """The text in the body of an answer."""
+def _parse_response(content: bytes) -> Written:
+    """Return the text in the body of a response."""
     try:
         text = json.loads(content.decode("utf-8"))["choices"][0]["message"]["content"]
         if not isinstance(text, str) or not text.strip():
             return Written(None, "no_text")
         text.encode("utf-8")
-    except UnicodeError:  # bytes that are no UTF-8, or half a surrogate
+    except UnicodeError:  # bytes that are not UTF-8, or a lone surrogate
         return Written(None, "bad_encoding")
     except (ValueError, RecursionError):
         return Written(None, "bad_json")
@@ -222,13 +227,13 @@ def _read(content: bytes) -> Written:
     return Written(text, None)
 
 
-def _may_pass(failure: str) -> bool:
-    """Whether a second try may mend it."""
+def _is_temporary(failure: str) -> bool:
+    """Return whether a retry may succeed."""
     return failure in ("http_408", "http_409", "http_429") or not re.fullmatch("http_[1-4]..", failure)
 
 
-def _reason(error: Exception) -> str:
-    """The word for what went wrong between the first byte and the last."""
+def _failure_of(error: Exception) -> str:
+    """Return the name of a failure of a connection."""
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, TimeoutError):
         return "timeout"
@@ -244,7 +249,7 @@ def _reason(error: Exception) -> str:
 
 
 def _retry_after(text: str) -> float:
-    """Seconds from now; 0 where the header is missing or no time."""
+    """Return the seconds of a Retry-After header; 0 if it is missing or invalid."""
     if text.isascii() and text.strip().isdecimal():
         return float(text)
     try:
@@ -255,19 +260,19 @@ def _retry_after(text: str) -> float:
 
 
 @dataclass
-class _Line:
-    """What the tries of one call share."""
+class _Session:
+    """The state that all attempts of one call share."""
 
     opener: OpenerDirector
     headers: dict[str, str] = field(repr=False)
     stop: Event = field(default_factory=Event)
-    """Calls off what is in flight, what pauses and what waits."""
+    """Cancels attempts in flight, pauses and queued requests."""
     lost: int = 0
-    """Texts in a row that an outage took."""
+    """Number of texts in a row that failed by an outage."""
     lock: Lock = field(default_factory=Lock)
 
     def ended(self, failure: str | None) -> None:
-        """Note how a text's last try ended; any answer, be it no text, shows that the server is there."""
+        """Record the outcome of a text's last attempt; any response, even without text, shows that the server is up."""
         outage = re.fullmatch("timeout|refused|dropped|tls|http_5..", failure or "")
         with self.lock:
             self.lost = self.lost + 1 if outage else 0
@@ -277,7 +282,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Bounds:
-    """When a try ends: at a moment of the monotonic clock, or as soon as all are called off."""
+    """The end of an attempt: a time of the monotonic clock, or the cancellation of all attempts."""
 
     deadline: float
     stop: Event
@@ -288,11 +293,11 @@ class _Post(Post):
 
 
 class _TooLarge(HTTPException):
-    """The answer is larger than any text."""
+    """The response exceeds the size limit."""
 
 
-class _Bounded(RawIOBase):
-    """A socket's bytes until a deadline, an end or a size is reached; a socket's own timeout is for each read anew."""
+class _BoundedReader(RawIOBase):
+    """A socket's bytes up to a deadline, cancellation or a size; a socket's own timeout restarts with every read."""
 
     def __init__(self, sock: socket, file: Any, bounds: _Bounds) -> None:
         self.sock, self.file, self.bounds, self.taken = sock, file, bounds, 0
@@ -318,14 +323,14 @@ class _Bounded(RawIOBase):
         super().close()
 
 
-class _Answer(HTTPResponse):
+class _BoundedResponse(HTTPResponse):
     def __init__(self, sock: socket, *args: Any, bounds: _Bounds, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        self.fp = BufferedReader(_Bounded(sock, self.fp, bounds))
+        self.fp = BufferedReader(_BoundedReader(sock, self.fp, bounds))
 
 
-class _Bounding(AbstractHTTPHandler):
-    """Opens connections whose answers are bounded; it follows no redirection, which could lead a secret astray."""
+class _BoundedHandler(AbstractHTTPHandler):
+    """Opens connections with bounded responses; redirects, which could send the API key elsewhere, are not followed."""
 
     def __init__(self, secure: bool) -> None:
         super().__init__(debuglevel=0)
@@ -341,13 +346,13 @@ class _Bounding(AbstractHTTPHandler):
 
     def _connect(self, kind: type[HTTPConnection], req: Post, host: str, **options: Any) -> HTTPConnection:
         connection = kind(host, **options)
-        cast(Any, connection).response_class = partial(_Answer, bounds=cast(_Post, req).bounds)
+        cast(Any, connection).response_class = partial(_BoundedResponse, bounds=cast(_Post, req).bounds)
         return connection
 
 
 def _opener(secure: bool) -> OpenerDirector:
-    """Posts through the proxies of the environment; an answer of any status is an answer."""
+    """Return an opener that uses the proxies of the environment and returns responses of any status."""
     opener = OpenerDirector()
     opener.add_handler(ProxyHandler())
-    opener.add_handler(_Bounding(secure))
+    opener.add_handler(_BoundedHandler(secure))
     return opener

@@ -1,4 +1,4 @@
-"""What all writers offer, be they a model's weights or a server."""
+"""The protocol of writers, which a model's weights and a server both implement."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -8,19 +8,20 @@ from dllm_sd.writers.request import Request, Sampling, Written
 
 
 class Writer(Protocol):
-    """Writes texts, such as hints, for chats."""
+    """Writes texts, such as hints, from chats."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Plain JSON that says whose texts these are, such as a server's address and model; part of the cache's key."""
+        """Plain JSON that identifies the source of the texts, such as URL and model; part of the cache key."""
         ...
 
     def write(self, requests: Sequence[Request], sampling: Sampling, cache: Cache | None = None) -> list[Written]:
-        """One text, or the reason why there is none, for each request, in the order of the requests.
+        """Return a text, or the reason why there is none, for each request, in the order of the requests.
 
-        What the cache holds is not asked again, equal requests are asked once, and a failure is never an exception.
+        Cached texts are not requested again, equal requests are sent once, and a failure of the writer is not an
+        exception.
 
         Raises:
-            InputError: if no request can succeed before the configuration is mended.
+            InputError: if no request can succeed until the configuration is changed.
         """
         ...

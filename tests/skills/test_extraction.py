@@ -312,9 +312,9 @@ def test_prompts_can_be_replaced_and_are_checked():
     assert script.calls[1][0].startswith("Here is a list [")
     with pytest.raises(InputError, match=r"extraction\.success asks for {item}; use plain fields only.*{problem}"):
         Extraction(success="{item}")
-    with pytest.raises(InputError, match=r"extraction\.merge_mistakes shows nothing; give it some of {items}\."):
+    with pytest.raises(InputError, match=r"extraction\.merge_mistakes uses no placeholder; give it some of {items}\."):
         Extraction(merge_mistakes="merge them")
-    with pytest.raises(InputError, match=r"extraction\.failure shows nothing; give it some of {problem}"):
+    with pytest.raises(InputError, match=r"extraction\.failure uses no placeholder; give it some of {problem}"):
         Extraction(failure="why?")
 
 
