@@ -290,7 +290,11 @@ class Bare(NoChanceLevel):
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        ("sft", {}, "method.rollout demonstrations needs references, but the task's data has none; choose a dataset that has them"),
+        (
+            "sft",
+            {},
+            "method.rollout demonstrations needs references, but the task's data has none; choose data that has them",
+        ),
         ("opsd", {"answer": "1"}, "method.contexts reference needs the solution of each problem"),
         ("d_opsd_prompt", {}, "method.contexts reference needs the solution of each problem"),
         (

@@ -130,7 +130,7 @@ def build_bank(tree: Any, where: str) -> Bank:
         raise InputError(f"{where} is not a JSON object; give one with the lists 'skills' and 'mistakes'.")
     if tree.get("task_specific_skills"):
         raise InputError(
-            f"{where} has task_specific_skills, which nothing here reads; move them to general_skills or take them out."
+            f"{where} has task_specific_skills, which are not supported; move them to general_skills or take them out."
         )
     published = "general_skills" in tree or "common_mistakes" in tree
     keys = ("general_skills", "common_mistakes") if published else ("skills", "mistakes")

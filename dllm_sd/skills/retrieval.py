@@ -134,7 +134,7 @@ class Index:
         mistakes, and ``count``. Their weights are the softmax of their scores, or equal without scores.
         """
         if count < 1:
-            raise InputError(f"{count} skills are to be retrieved; give at least 1, such as 8.")
+            raise InputError(f"the number of skills to retrieve is {count}; give at least 1, such as 8.")
         if self._rank_skills is None or self._rank_mistakes is None:
             return ()
         skills = self._rank_skills(query, make_key(key, "skills"))

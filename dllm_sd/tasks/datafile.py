@@ -121,7 +121,7 @@ def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
                 continue
             if len(cells) != len(header):
                 raise InputError(
-                    f"{line_name} has {len(cells)} cells, the header {len(header)}; give every line one per column."
+                    f"{line_name} has {len(cells)} cells, the header {len(header)}; give each line one cell per column."
                 )
             yield Row(line_name, count, dict(zip(header, cells, strict=True)))
             count += 1
@@ -134,7 +134,7 @@ def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
 
 _CSV_REMEDIES = {
     "field larger": "a cell has more characters than that, or the quote that opens it is never closed",
-    "new-line character": "its lines end with carriage returns alone, or one stands in a cell: end lines with line "
+    "new-line character": "its lines end with carriage returns alone, or a cell contains one: end lines with line "
     "feeds, and put quotes around a cell of several lines",
     "unexpected end": "the quote that opens the last cell is never closed",
 }
@@ -192,7 +192,7 @@ class Splits:
         if self.in_dev:
             return (
                 f"the dev split takes {len(self['dev'])} of the {self.rows - self.in_test} rows of task.data, and the "
-                f"{self.in_dev} others ask the same as one of these; give rows that differ, let task.prompt ask for a "
+                f"{self.in_dev} others repeat problems of the dev split; give rows that differ, let task.prompt use a "
                 "field in which they differ, or set task.size_dev to 0"
             )
         out = f", and {self.in_test} more that occur in the test split too" if self.in_test else ""

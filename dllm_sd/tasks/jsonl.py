@@ -56,8 +56,7 @@ class Jsonl(DatasetTask):
             raise InputError(f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}.")
         if not fields_of(self.prompt) and not set("{}") & set(self.prompt):
             raise InputError(
-                "task.prompt asks for no field of the rows, so that all problems are the same; put one in, such as "
-                "{question}"
+                "task.prompt uses no field of the rows, so that all problems are the same; add one, such as {question}"
             )
 
     def prompt_template(self) -> str:
@@ -190,7 +189,9 @@ class Jsonl(DatasetTask):
             question = json.dumps(conversation) if conversation else ""
             question = question or render(self.prompt_template(), row.fields, f"task.prompt (for {row.where})")
             if not question.strip():
-                raise InputError(f"{row.where} asks nothing: task.prompt is empty there; fill it, or leave the row out")
+                raise InputError(
+                    f"{row.where}: task.prompt gives an empty prompt; fill its fields, or leave the row out"
+                )
             yield Entry(row.number, question, row.fields)
 
 

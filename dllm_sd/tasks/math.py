@@ -114,7 +114,7 @@ def _read_entries(rows: list[Row]) -> Iterator[Entry]:
         elif box is not None and box.strip():
             answer = box
         else:
-            raise InputError(f"{row.where} has neither an answer nor a solution with a \\boxed{{}} one; add one.")
+            raise InputError(f"{row.where} has neither an answer nor a solution with a \\boxed{{}}; add one of them.")
         if solution is not None and box is None:
             solution = f"{solution}\n\\boxed{{{answer}}}"
         yield Entry(row.number, problem.strip(), {"problem": problem, "answer": answer, "solution": solution})

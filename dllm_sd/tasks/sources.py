@@ -75,7 +75,9 @@ class TemplateTask(Ranged, NoChanceLevel, key="task"):
         """
         render(self.prompt, dict.fromkeys(prompt_fields, ""), "task.prompt")
         if missing := [name for name in prompt_fields if name not in {*fields_of(self.prompt), *optional}]:
-            raise InputError(f"task.prompt leaves out {{{missing[0]}}}, without which nothing is asked; put it in")
+            raise InputError(
+                f"task.prompt does not use {{{missing[0]}}}, without which the problem is incomplete; add it"
+            )
         render(self.answer, dict.fromkeys((*prompt_fields, *answer_only), ""), "task.answer")
 
 

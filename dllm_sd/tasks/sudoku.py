@@ -108,7 +108,9 @@ class Sudoku(GeneratedTask):
             )
         check_mode(self.mode)
         if self.mode == "compatible" and self.size != 4:
-            raise InputError("task.mode compatible knows 4x4 puzzles only; set task.size to 4 or task.mode to default.")
+            raise InputError(
+                "task.mode compatible supports 4x4 puzzles only; set task.size to 4 or task.mode to default."
+            )
         self.check_templates(("puzzle",), ("solution", "steps"))
 
     def prompt_template(self) -> str:

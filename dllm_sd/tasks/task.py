@@ -84,7 +84,7 @@ class NoChanceLevel:
     @property
     def reference_remedy(self) -> str:
         """The remedy is other data."""
-        return "choose a dataset that has them"
+        return "choose data that has them"
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
         """Return None."""

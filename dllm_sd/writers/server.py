@@ -100,10 +100,10 @@ class Server(Ranged):
         """
         return ask_once(self.identity, requests, sampling, cache, partial(self._ask, sampling))
 
-    def pause(self, key: int, tries: int, asked: float = 0.0) -> float:
-        """Return the seconds to wait after `tries` + 1 failed attempts; the server `asked` for at least some."""
+    def pause(self, key: int, tries: int, retry_after: float = 0.0) -> float:
+        """Return the seconds to wait after `tries` + 1 failed attempts; the server asks for `retry_after`."""
         jitter = (1 + make_key("writer's pause", key, tries) / 2**63) / 2  # from 1/2 to 1
-        return min(max(asked, self.backoff * 2.0 ** min(tries, 10) * jitter), LONGEST_WAIT)
+        return min(max(retry_after, self.backoff * 2.0 ** min(tries, 10) * jitter), LONGEST_WAIT)
 
     def _ask(self, sampling: Sampling, requests: Sequence[Request]) -> Generator[tuple[int, Written]]:
         session = _Session(_opener(urlsplit(self.url).scheme == "https"), self._headers())
@@ -168,8 +168,8 @@ class Server(Ranged):
         secret = os.environ.get(self.key_variable, "").strip()
         if not (secret.isascii() and secret.isprintable()):
             raise InputError(
-                f"the environment variable {self.key_variable} (a writer's key_variable) holds what cannot be sent in "
-                "a header; set it to the secret alone, in ASCII"
+                f"the environment variable {self.key_variable} (a writer's key_variable) holds characters that cannot "
+                "be sent in a header; set it to the secret alone, in ASCII"
             )
         return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
 

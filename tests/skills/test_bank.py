@@ -142,7 +142,7 @@ def test_a_bank_can_be_the_key_of_a_cache():
         (published(common_mistakes=[]), r"'common_mistakes' is empty, and"),
         (published(common_mistakes=["x"]), r"common_mistakes, entry 1 is not an object; give it mistake_id, descrip"),
         (published(metadata=[]), r"'metadata' must be an object; correct it"),
-        (published(task_specific_skills={"a": [1]}), r"has task_specific_skills, which nothing here reads; move"),
+        (published(task_specific_skills={"a": [1]}), r"has task_specific_skills, which are not supported; move"),
     ],
     ids=count(),
 )

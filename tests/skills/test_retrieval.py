@@ -175,7 +175,7 @@ def test_a_bank_without_skills_or_without_mistakes_gives_no_pair(half: Bank):
 
 
 def test_a_count_and_a_length_of_words_below_one_are_refused():
-    with pytest.raises(InputError, match="0 skills are to be retrieved; give at least 1"):
+    with pytest.raises(InputError, match="the number of skills to retrieve is 0; give at least 1"):
         retrieve(BANK, QUERY, 0)
     with pytest.raises(InputError, match=r"retriever\.letters is 0; give a whole number of at least 1"):
         Lexical(letters=0)

@@ -80,7 +80,11 @@ def test_verdicts(grader, answer: object, text: str, correct: bool):
         ({}, {"question": "a", "answer": None}, r"line 1: the answer must be a string or a number"),
         ({}, {"answer": "a"}, r"^task\.prompt \(for .*line 1\) asks for \{question\}.*there are: \{answer\}"),
         ({"grader": "number"}, {"question": "a", "answer": "b"}, r"line 1: the answer 'b' is not a number"),
-        ({"grader": "expression"}, {"question": "a", "answer": "b"}, r"line 1: answer 'b' is not an arithmetic expression"),
+        (
+            {"grader": "expression"},
+            {"question": "a", "answer": "b"},
+            r"line 1: answer 'b' is not an arithmetic expression",
+        ),
         ({"reference_field": "r"}, {"question": "a", "answer": "b"}, r"line 1 has no field 'r'"),
     ],
 )
@@ -198,8 +202,8 @@ def test_a_system_text_stands_once(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "row", "words"),
     [
-        ({}, {"question": " ", "answer": "1"}, "asks nothing: task.prompt is empty there"),
-        ({"prompt": "{messages}"}, {"messages": [], "answer": "1"}, "asks nothing: task.prompt is empty there"),
+        ({}, {"question": " ", "answer": "1"}, ": task.prompt gives an empty prompt"),
+        ({"prompt": "{messages}"}, {"messages": [], "answer": "1"}, ": task.prompt gives an empty prompt"),
         ({}, {"question": "a", "answer": " "}, "the answer is empty"),
         ({"grader": "choice"}, {"question": "A: x\nB: y", "answer": ""}, "the answer is empty"),
         ({"reference_field": "r"}, {"question": "a", "answer": "1", "r": " "}, "field 'r' is empty"),
@@ -242,7 +246,7 @@ def test_a_row_that_says_nothing_in_one_place_is_refused_with_its_line(
 
 
 def test_a_prompt_without_any_field_is_refused():
-    with pytest.raises(InputError, match=r"^task\.prompt asks for no field of the rows, .* such as \{question\}$"):
+    with pytest.raises(InputError, match=r"^task\.prompt uses no field of the rows, .* such as \{question\}$"):
         Jsonl(prompt="Solve it.")
 
 
@@ -250,6 +254,6 @@ def test_rows_that_all_ask_the_same_do_not_blame_the_size_of_the_dev_split(tmp_p
     rows = [{"topic": "x", "question": str(n), "answer": "1"} for n in range(9)]
     task = Jsonl(data=jsonl_file(tmp_path / "a.jsonl", rows), prompt="About {topic}", size_dev=2)
     with pytest.raises(
-        InputError, match=r"the dev split takes 2 of the 9 rows .* the 7 others ask the same .*task\.prompt"
+        InputError, match=r"the dev split takes 2 of the 9 rows .* the 7 others repeat problems .*task\.prompt"
     ):
         task.problems("train")

@@ -168,5 +168,7 @@ def test_an_answer_that_is_none_of_the_options_is_refused() -> None:
     ],
 )
 def test_a_prompt_that_leaves_out_the_question_is_refused(kind: Any, prompt: str, left_out: str) -> None:
-    with pytest.raises(InputError, match=rf"^task\.prompt leaves out \{{{left_out}\}}, without which nothing is asked"):
+    with pytest.raises(
+        InputError, match=rf"^task\.prompt does not use \{{{left_out}\}}, without which the problem is incomplete"
+    ):
         kind(prompt=prompt)

@@ -319,7 +319,7 @@ def test_the_compatible_mode_compares_with_the_listed_solution():
     assert published.grade(problem, f"<answer>{listed}</answer>").correct
     assert not published.grade(problem, f"<answer>{other}</answer>").correct
     assert published.grade(PROBLEM, f"<answer>[{SOLUTION}]</answer>").score < 1
-    with pytest.raises(InputError, match=r"task\.mode compatible knows 4x4 puzzles only"):
+    with pytest.raises(InputError, match=r"task\.mode compatible supports 4x4 puzzles only"):
         Sudoku(mode="compatible", size=9)
     with pytest.raises(InputError, match=r"task\.size is 5; choose 4 or 9"):
         Sudoku(size=5)  # pyright: ignore[reportArgumentType]

@@ -159,8 +159,8 @@ def test_pauses_double_with_a_jitter_of_their_own_and_have_a_bound():
         assert all(2.0**tries <= pause <= 2.0 ** (tries + 1) for pause in pauses)
         assert len(set(pauses)) == 50
         assert pauses == [server.pause(key, tries) for key in range(50)]
-    assert server.pause(1, 0, asked=7.0) == 7.0
-    assert server.pause(1, 0, asked=3600.0) == server.pause(1, 5000) == 60.0
+    assert server.pause(1, 0, retry_after=7.0) == 7.0
+    assert server.pause(1, 0, retry_after=3600.0) == server.pause(1, 5000) == 60.0
 
 
 def test_a_pause_is_waited_for(service: Service):
