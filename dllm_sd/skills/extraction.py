@@ -128,9 +128,9 @@ class Extraction(Ranged, key="extraction"):
     threshold: Share = 0.8
     """The bank is updated only while the share of correct attempts is below this."""
     growth: Natural = 5
-    """Most skills, and most mistakes, that one update may add."""
+    """Largest increase of the number of added skills, and of added mistakes, by one update."""
     capacity: Count = 30
-    """Most skills, and most mistakes, that all updates together may add."""
+    """Most added skills, and most added mistakes, in the bank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

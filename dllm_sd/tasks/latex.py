@@ -87,8 +87,8 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.tokens: list[Node] = []
-        for words, token in _TOKEN.findall(text):
-            self.tokens += [_canonical(token)] if token else _from_words(words)
+        for text_content, token in _TOKEN.findall(text):
+            self.tokens += [_canonical(token)] if token else _from_words(text_content)
         self.tokens.reverse()
 
     def nodes(self, depth: int, end: str | None) -> Nodes:
@@ -217,7 +217,7 @@ def _plain(node: Node) -> Fraction | None:
 
 
 def literal(nodes: Nodes) -> Fraction | None:
-    """Return the value of a literal number: a decimal, fraction, mixed number, repeating decimal or power of ten."""
+    """Return the value of a literal number: decimal, fraction, mixed, repeating or scientific."""
     if nodes[:1] in (["-"], ["+"]):
         value = literal(nodes[1:]) if nodes[1:2] not in (["-"], ["+"]) else None
         return None if value is None else -value if nodes[0] == "-" else value
