@@ -46,7 +46,7 @@ def test_csv_lines_become_rows_of_strings(write):
         ("a.jsonl", b'{"a": ' + b"9" * 10_000 + b"}", r"a\.jsonl, line 1 is not valid JSON"),
         ("a.csv", b"", r"a\.csv holds no problems"),
         ("a.csv", b"Puzzle,Solution\n", r"a\.csv holds no problems"),
-        ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv, line 3 has 1 cells, the header 2; give every line"),
+        ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv, line 3 has 1 cells, the header 2; give each line"),
         ("a.csv", b"a,b\n1,2,3\n", r"a\.csv, line 2 has 3 cells"),
         ("a.csv", b'a,b\n"1"2,3\n', r"a\.csv, line 2 is not valid CSV"),
         ("a.csv", b"a,b\n\xff,3\n", r"a\.csv, line 2 is not UTF-8 text"),
@@ -137,7 +137,7 @@ def test_whole_pairs_and_long_numbers_are_read_as_they_stand(write):
         ),
         (b'a,b\n1,"2\n', r"line 2 is not valid CSV .*; the quote that opens the last cell is never closed"),
         (b'a,b\n1,"2"x\n', r"line 2 is not valid CSV .*; correct its quotes"),
-        (b"a,b,a\n1,2,3\n", "line 1 has the column 'a' twice; give every column a name of its own"),
+        (b"a,b,a\n1,2,3\n", "line 1 has the column 'a' twice; give every column a different name"),
     ],
 )
 def test_a_table_that_would_be_misread_is_refused(write, content: bytes, message: str):
