@@ -290,11 +290,7 @@ class Bare(NoChanceLevel):
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        (
-            "sft",
-            {},
-            "method.rollout demonstrations needs references, but the task's data has none; choose data that has them",
-        ),
+        ("sft", {}, "method.rollout demonstrations needs references, but the task's data has none; name other data"),
         ("opsd", {"answer": "1"}, "method.contexts reference needs the solution of each problem"),
         ("d_opsd_prompt", {}, "method.contexts reference needs the solution of each problem"),
         (

@@ -84,7 +84,7 @@ class NoChanceLevel:
     @property
     def reference_remedy(self) -> str:
         """The remedy is other data."""
-        return "choose data that has them"
+        return "name other data"
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
         """Return None."""
