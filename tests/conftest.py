@@ -1,5 +1,6 @@
 """Shared by all tests: tiny random policies in float64, and trajectories of a denoiser that knows nothing."""
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,12 @@ HEAVY = ("training", "test_contract.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no worker waits for another one at the end."""
     items.sort(key=lambda item: not any(part in HEAVY for part in item.path.parts))
+
+
+def pytest_collection_finish() -> None:
+    """Full collections of garbage, which transformers asks for, pass over what the tests and libraries consist of."""
+    gc.collect()
+    gc.freeze()
 
 
 SHAPE = Shape(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)

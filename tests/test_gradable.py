@@ -115,10 +115,11 @@ def test_sites_stand_on_what_was_written_or_on_the_padding_that_is_asked_for(noi
         for sites in SITES:
             plan = planned(trajectory, rule, sites)
             assert plan is not None
+            candidates = plan.micro_batch().candidates
             met: dict[tuple[int, int], tuple[set[int], int]] = {}
             for n in range(plan.size):
                 row, step = int(plan.rows[n]), int(plan.steps[n])
-                found = set(plan.micro_batch().candidates[n].nonzero()[:, 0].tolist())
+                found = set(candidates[n].nonzero()[:, 0].tolist())
                 assert found <= allowed(trajectory, rule, row)
                 met[row, step] = found, int(plan.quota[n])
             if isinstance(rule, DecoderSteps) or trajectory.causal:

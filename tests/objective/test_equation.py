@@ -176,9 +176,10 @@ def naive(method: Method, plan: Plan, rollouts: Rollouts, tables: Tables) -> flo
     """The loss, one site at a time, the mean over all of them."""
     weights, total, sites = rollout_weights(method, rollouts), 0.0, 0
     student, *teachers = tables.logp()
+    batch = plan.micro_batch()
     for n in range(plan.size):
-        row, places = int(plan.rows[n]), plan.micro_batch().candidates[n].nonzero()[:, 0].tolist()
-        tokens = plan.micro_batch().canvases.tokens[n].tolist()
+        row, places = int(plan.rows[n]), batch.candidates[n].nonzero()[:, 0].tolist()
+        tokens = batch.canvases.tokens[n].tolist()
         gaps = [[one[n][i][tokens[i]] - student[n][i][tokens[i]] for i in places] for one in teachers]
         for i in places:
             own, others = student[n][i], [one[n][i] for one in teachers]
@@ -187,7 +188,7 @@ def naive(method: Method, plan: Plan, rollouts: Rollouts, tables: Tables) -> flo
             for t, value in enumerate(values):
                 factor = weights[row]
                 if isinstance(method.trust, ImportanceCap):
-                    factor *= min(math.exp(now - float(plan.micro_batch().canvases.old_logp[n, i])), method.trust.cap)
+                    factor *= min(math.exp(now - float(batch.canvases.old_logp[n, i])), method.trust.cap)
                 if isinstance(method.trust, OutcomeValidated):
                     support = sum(max(-3.0, min(3.0, gap)) for gap in gaps[t]) / len(gaps[t])
                     factor *= (support > 0.01) - (support < -0.01)
