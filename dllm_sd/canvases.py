@@ -288,7 +288,7 @@ class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
 
 
 @dataclass(frozen=True)
-class AllMasked(Ranged, CanvasDefaults, key="method.canvases"):
+class AllMaskedCanvas(Ranged, CanvasDefaults, key="method.canvases"):
     """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
     Each pass over the same rollouts draws another prompt mask. Tokens that were written are graded; padding behind the
@@ -320,7 +320,7 @@ class AllMasked(Ranged, CanvasDefaults, key="method.canvases"):
         return replace(canvases, ids=ids)
 
 
-CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": RandomMasks, "all_masked": AllMasked}
+CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": RandomMasks, "all_masked": AllMaskedCanvas}
 
 
 def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], part: int) -> Tensor:

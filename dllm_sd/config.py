@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.errors import InputError, cut, shown
-from dllm_sd.files.plain_yaml import DEEPEST, parse_yaml, read_yaml, write_yaml
+from dllm_sd.errors import InputError, shortened, shown
+from dllm_sd.files.plain_yaml import MAX_YAML_DEPTH, parse_yaml, read_yaml, write_yaml
 from dllm_sd.files.writing import PLACE, Place, at_home, names_file
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
@@ -114,7 +114,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         steps = key.split(".")
         if not equals or not all(steps):
             raise InputError(f"override {shown(override)} is not of the form key=value")
-        if len(steps) > DEEPEST:
+        if len(steps) > MAX_YAML_DEPTH:
             raise InputError(f"override {shown(override)} has a key of {len(steps)} parts; no key has as many")
         value = parse_yaml(text, f"override {shown(override)}") if text else ""
         if steps[-1] == "name" and key != "method.name":
@@ -319,7 +319,9 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a mapping")
     if hint is str and isinstance(value, Mapping) and [*value.values()] == [None]:  # {field} in YAML
         text = f"{{{next(iter(value))}}}"
-        raise InputError(f'{path} must be text, and {cut(text)} is a mapping in YAML; put it in quotes: "{cut(text)}"')
+        raise InputError(
+            f'{path} must be text, and {shortened(text)} is a mapping in YAML; put it in quotes: "{shortened(text)}"'
+        )
     raise InputError(f"{path} must be {wanted}, not {shown(value)}")
 
 
@@ -331,7 +333,7 @@ def _plain(hint: Any) -> Any:
 def _hint(name: Any, known: Iterable[str], otherwise: str) -> str:
     """The remedy for an unknown name: the known one that it is close to, or all of them."""
     names = list(known)
-    close = difflib.get_close_matches(cut(str(name)), names, 1)
+    close = difflib.get_close_matches(shortened(str(name)), names, 1)
     return f"did you mean {close[0]!r}?" if close else f"{otherwise} {', '.join(names) or 'none'}"
 
 

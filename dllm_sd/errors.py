@@ -48,21 +48,21 @@ def os_reason(error: OSError) -> str:
 def in_short(message: str) -> str:
     """``message`` on one line, with long quotations, long words and an endless middle cut out."""
     message = _CONTROL.sub(" ", message)
-    message = _QUOTED.sub(lambda found: f"{found['quote']}{cut(found['text'])}{found['quote']}", message)
-    message = _WORD.sub(lambda found: cut(found[0]), message)
+    message = _QUOTED.sub(lambda found: f"{found['quote']}{shortened(found['text'])}{found['quote']}", message)
+    message = _WORD.sub(lambda found: shortened(found[0]), message)
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 4 :]}"
     return message
 
 
-def cut(text: str, most: int = MOST_QUOTED) -> str:
+def shortened(text: str, most: int = MOST_QUOTED) -> str:
     """``text``, or its start and its end with dots between them."""
     return text if len(text) <= most else f"{text[: most - 53]}...{text[-50:]}"
 
 
 def shown(value: Any) -> str:
     """A value as a message repeats it: one line of few characters, however large it is."""
-    return cut(_SHORT.repr(value), 120)
+    return shortened(_SHORT.repr(value), 120)
 
 
 class _Short(Repr):

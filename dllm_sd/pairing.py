@@ -11,14 +11,14 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, NotAtHand
 from dllm_sd.parts import name_of
 from dllm_sd.policies.teacher_weights import Weights
-from dllm_sd.pretrained.blueprint import Blueprint, outline, read_blueprint
+from dllm_sd.pretrained.blueprint import Blueprint, known_blueprint, read_blueprint
 from dllm_sd.rollouts.rules import needed_length
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, HINTS, Hint
 
-CHECKED = 1000
+REFERENCES_CHECKED = 1000
 """References that are read before a run begins."""
-READ = 100
+PROMPTS_CHECKED = 100
 """Prompts of which it is found out before a run begins whether the tokenizer knows their words."""
 
 
@@ -34,7 +34,7 @@ def check_outline(config: Config) -> tuple[Blueprint, str | None]:
     try:
         return check_model(config), None
     except NotAtHand as error:
-        known = outline(config.model)
+        known = known_blueprint(config.model)
         if known is None:
             raise
         return check_model(config, known), str(error)
@@ -49,7 +49,7 @@ def other_outlines(config: Config) -> dict[Weights, Blueprint | None]:
         try:
             outlines[weights] = None if model.path is None else read_blueprint(model)
         except NotAtHand:
-            outlines[weights] = outline(model)
+            outlines[weights] = known_blueprint(model)
     return outlines
 
 
@@ -162,7 +162,7 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
 
 
 def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> str | None:
-    """Read the references that demonstrations imitate, or the first `CHECKED` of them, with the tokenizer alone.
+    """Read the references that demonstrations imitate, or the first `REFERENCES_CHECKED`, with the tokenizer alone.
 
     Returns:
         A sentence on those that are longer than `decode.length`, None if there are none.
@@ -174,7 +174,7 @@ def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Pr
     if config.method.rollout.decodes or chat is None or not len(problems):
         return None
     lengths: list[int] = []
-    for i in range(min(CHECKED, len(problems))):
+    for i in range(min(REFERENCES_CHECKED, len(problems))):
         reference = config.task.reference(problems[i])
         if reference is None:
             raise InputError(
@@ -211,7 +211,7 @@ def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem
     chat, task = blueprint.chat, config.task
     if chat is None:
         return {}
-    some = [problems[i] for i in range(min(READ, len(problems)))]
+    some = [problems[i] for i in range(min(PROMPTS_CHECKED, len(problems)))]
     conversations = [task.messages(problem) for problem in some]
     if any(message["role"] == "system" for messages in conversations for message in messages):
         chat.check_template(system=True)

@@ -92,7 +92,7 @@ class Log(Ranged, key="log"):
 
 
 @dataclass(frozen=True)
-class Student:
+class PeerStudent:
     """One of two students that teach each other."""
 
     name: str
@@ -112,7 +112,7 @@ class Peers(Ranged, key="peers"):
     In a phase one student learns while the other, frozen, comments on its rollouts, if it knows enough to.
     """
 
-    students: tuple[Student, ...]
+    students: tuple[PeerStudent, ...]
     rounds: Size = 2
     """Rounds in `updates`, which count for each student."""
     tolerance: NonNegative = 0.2

@@ -24,7 +24,7 @@ Unit = Literal["blocks", "steps"]
 
 
 @dataclass(frozen=True)
-class Reach:
+class StopAfter:
     """How far a completion is decoded: its first ``count`` blocks or steps (both are tokens if autoregressive)."""
 
     unit: Unit
@@ -121,10 +121,10 @@ class Trajectory:
         first = self.masked(rows, steps).int().argmax(1)
         return self.block[rows].gather(1, first[:, None])[:, 0]
 
-    def within(self, reach: Reach) -> "Trajectory":
-        """The trajectory of a decoder that stops at ``reach``: positions beyond it were never revealed."""
-        unit_index = self.reveal_step if reach.unit == "steps" else self.block
-        keep = (self.reveal_step >= 0) & (unit_index < reach.count)
+    def within(self, stop_after: StopAfter) -> "Trajectory":
+        """The trajectory of a decoder that stops at ``stop_after``: positions beyond it were never revealed."""
+        unit_index = self.reveal_step if stop_after.unit == "steps" else self.block
+        keep = (self.reveal_step >= 0) & (unit_index < stop_after.count)
         tokens = self.tokens.masked_fill(~keep, self.pad_id)
         length = completion_length(tokens, self.end_ids, keep)
         logp = None if self.logp is None else self.logp.masked_fill(~keep, torch.nan)
@@ -143,7 +143,7 @@ class Trajectory:
         picked |= {name: picked[name][:, start:] for name in ("prompt_ids", "prompt_mask")}
         return replace(self, **picked)
 
-    def singly(self) -> list["Trajectory"]:
+    def unstack(self) -> list["Trajectory"]:
         """Each completion as a batch of one."""
         return [self.select(torch.tensor([row])) for row in range(self.size)]
 

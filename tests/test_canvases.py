@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_sd.canvases import CANVASES, AllMasked, Canvases, DecoderSteps, RandomMasks, attention_mask
+from dllm_sd.canvases import CANVASES, AllMaskedCanvas, Canvases, DecoderSteps, RandomMasks, attention_mask
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
-from dllm_sd.trajectory import NEVER, Reach, Trajectory, concatenate
+from dllm_sd.trajectory import NEVER, StopAfter, Trajectory, concatenate
 
 MASK = 11
 
@@ -17,7 +17,7 @@ def keys(trajectory: Trajectory) -> list[int]:
 
 
 def test_the_table_names_every_rule():
-    assert {"decoder_steps": DecoderSteps, "random_masks": RandomMasks, "all_masked": AllMasked} == CANVASES
+    assert {"decoder_steps": DecoderSteps, "random_masks": RandomMasks, "all_masked": AllMaskedCanvas} == CANVASES
 
 
 @pytest.mark.parametrize("early_end", [True, False])
@@ -109,12 +109,12 @@ def test_prompt_padding_that_is_the_end_token_does_not_count_as_the_end(noise):
 
 def test_a_shorter_horizon_has_fewer_canvases_and_grades_only_what_it_knows(noise):
     whole = noise(early_end=False)
-    cut = whole.within(Reach("steps", 3))
+    cut = whole.within(StopAfter("steps", 3))
     canvases = DecoderSteps()(cut, keys(cut), 0, 1)
     assert canvases.steps.tolist() == [0, 1, 2] * cut.size
     known = cut.reveal_step[canvases.rows] != NEVER
     assert not (canvases.masked & ~known).any()
-    nothing = whole.within(Reach("steps", 0))
+    nothing = whole.within(StopAfter("steps", 0))
     assert DecoderSteps()(nothing, keys(nothing), 0, 1).size == 0
 
 
@@ -229,7 +229,7 @@ def test_the_masking_rates_of_one_rollout_are_spread_evenly(noise):
     torch.testing.assert_close(t.diff(), torch.full((7,), 0.8 / 8), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rule", [RandomMasks(draws=3), RandomMasks(end_padding=False), AllMasked(0.5)], ids=repr)
+@pytest.mark.parametrize("rule", [RandomMasks(draws=3), RandomMasks(end_padding=False), AllMaskedCanvas(0.5)], ids=repr)
 def test_synthetic_canvases_depend_on_the_key_and_the_pass_alone(noise, rule):
     trajectory = noise(b=7)
     together = rule(trajectory, keys(trajectory), 0, 2)
@@ -255,7 +255,7 @@ def wider(trajectory: Trajectory) -> Trajectory:
 
 def test_all_masked_hides_the_completion_and_some_of_the_prompt(noise):
     trajectory = noise(b=400)
-    canvases: Canvases = AllMasked(prompt_mask_ratio=0.3)(trajectory, keys(trajectory), 0, 1)
+    canvases: Canvases = AllMaskedCanvas(prompt_mask_ratio=0.3)(trajectory, keys(trajectory), 0, 1)
     p = trajectory.prompt_ids.shape[1]
     assert (canvases.ids[:, p:] == MASK).all()
     assert torch.equal(canvases.masked, torch.arange(24) < trajectory.length[:, None])
@@ -264,7 +264,7 @@ def test_all_masked_hides_the_completion_and_some_of_the_prompt(noise):
     hidden = prompt[real] == MASK
     assert torch.equal(prompt[real][~hidden], trajectory.prompt_ids[real][~hidden])
     assert abs(hidden.double().mean() - 0.3) < 5 * (0.3 * 0.7 / hidden.numel()) ** 0.5
-    assert torch.equal(AllMasked(0.0)(trajectory, keys(trajectory), 0, 1).ids[:, :p], trajectory.prompt_ids)
+    assert torch.equal(AllMaskedCanvas(0.0)(trajectory, keys(trajectory), 0, 1).ids[:, :p], trajectory.prompt_ids)
 
 
 def test_attention_sees_everything_but_prompt_padding(noise):
@@ -275,7 +275,8 @@ def test_attention_sees_everything_but_prompt_padding(noise):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: RandomMasks(draws=0), lambda: RandomMasks(t_min=0.0), lambda: AllMasked(prompt_mask_ratio=1.0)]
+    "build",
+    [lambda: RandomMasks(draws=0), lambda: RandomMasks(t_min=0.0), lambda: AllMaskedCanvas(prompt_mask_ratio=1.0)],
 )
 def test_impossible_rules_are_refused(build):
     with pytest.raises(InputError, match=r"method\.canvases\.\w+ is .*; give"):

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.canvases import AllMaskedCanvas, DecoderSteps, RandomMasks
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.losses import (
@@ -31,14 +31,13 @@ from dllm_sd.losses import (
     TokenNLL,
     TopK,
 )
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
-from dllm_sd.losses.sites import Revealed, TeacherTop
+from dllm_sd.losses.sites import AllMaskedSites, Revealed, TeacherTop
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import run_at_sites
-from dllm_sd.objective.equation import grade
+from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import Base, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.policies.weights import BaseWeights, EmaWeights, LiveWeights, SnapshotWeights, TeacherModel, trained
 from dllm_sd.rollouts.horizons import Truncated
 from dllm_sd.rollouts.rollout import Prompted, Rollout
 from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Score, gather
@@ -52,12 +51,18 @@ SLOTS: dict[str, list[Any]] = {
         PassAtK(attempts=4, temperature=1.0),
         PassAtK(attempts=4, temperature=1.0, keep="best"),
         *(PassAtK(attempts=4, temperature=1.0, keep="all", until_solved=False, passes=n) for n in (1, 1, 2)),
-        PassAtK(attempts=4, temperature=1.0, keep="all", until_solved=False, policy=Base()),
+        PassAtK(attempts=4, temperature=1.0, keep="all", until_solved=False, policy=BaseWeights()),
         PassAtK(attempts=4, temperature=1.0, keep="all", until_solved=False, horizon=Truncated(0.5)),
         *(Demonstrations(),) * 4,
     ],
     "gate": [All(), All(), Correct(), Score(at_least=0.5), Mixed(), Correct(count_rejected=True)],
-    "canvases": [DecoderSteps(), DecoderSteps(subset=3), DecoderSteps(end_padding=True), RandomMasks(), AllMasked()],
+    "canvases": [
+        DecoderSteps(),
+        DecoderSteps(subset=3),
+        DecoderSteps(end_padding=True),
+        RandomMasks(),
+        AllMaskedCanvas(),
+    ],
     "sites": [Revealed(), AllMaskedSites(), AllMaskedSites(block=True), TeacherTop(), TeacherTop(count=2)],
     "trust": [Equal(), Equal(), ImportanceCap(), GroupAdvantage(), GroupAdvantage(kl=0.1), OutcomeValidated()],
     "average": ["sites", "canvases", "steps", "step_sums", "rollouts"],
@@ -86,7 +91,15 @@ FAMILIES: list[dict[str, list[Any]]] = [
 """Distillation, policy gradient, likelihood: parts that go together, and numbers of contexts."""
 CONTEXTS: list[Any] = [Nothing(), Nothing(), Suffix(), Suffix("active_block", 0.5), Suffix(ratio=0.0), LaterStep(2)]
 CONTEXTS += [LaterStep(1), LaterStep(0), Reference(), NoQuestion(), Sibling(), Suffix(prompt=Reference())]
-WEIGHTS: list[Any] = [Live(), Base(), Base(), Ema(0.5), Ema(0.0), Snapshot(1), Snapshot(2)]
+WEIGHTS: list[Any] = [
+    LiveWeights(),
+    BaseWeights(),
+    BaseWeights(),
+    EmaWeights(0.5),
+    EmaWeights(0.0),
+    SnapshotWeights(1),
+    SnapshotWeights(2),
+]
 TASK_PROBLEMS = [Prompted(Problem(f"p{i}", {}), tuple(range(4, 6 + i))) for i in range(4)]
 
 
@@ -97,7 +110,7 @@ def drawn(seed: int) -> dict[str, Any]:
     count = parts["contexts"]
     contexts = tuple(rng.choice(CONTEXTS) for _ in range(count))
     weights = tuple(rng.choice(WEIGHTS) for _ in range(rng.choice([1, count])))
-    return parts | {"contexts": contexts, "teacher": weights or (Base(),)}
+    return parts | {"contexts": contexts, "teacher": weights or (BaseWeights(),)}
 
 
 def accepted(seeds: Sequence[int]) -> dict[int, Method]:
@@ -114,8 +127,15 @@ class Student:
 
     def __init__(self, policy: MaskedDiffusion) -> None:
         self.policy = policy
-        models: list[Any] = [Base(), Ema(0.5), Ema(0.0), Snapshot(1), Snapshot(2), Live()]
-        self.teachers = {weights: Teacher(weights, policy) for weights in models}
+        models: list[Any] = [
+            BaseWeights(),
+            EmaWeights(0.5),
+            EmaWeights(0.0),
+            SnapshotWeights(1),
+            SnapshotWeights(2),
+            LiveWeights(),
+        ]
+        self.teachers = {weights: TeacherModel(weights, policy) for weights in models}
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for value in trained(policy).values():
@@ -139,7 +159,7 @@ class Student:
         if plan is None:
             return rollouts.size, 0, 0.0
         teachers = [self.teachers[weights] for weights in method.weights()]
-        loss = grade(
+        loss = grade_micro_batch(
             method, plan.micro_batch(), lambda view, read: run_at_sites(self.policy.module, view, read), teachers
         ).loss
         assert torch.isfinite(loss)

@@ -14,7 +14,7 @@ from dllm_sd.config import apply_overrides, build_config, load_config, shipped_c
 from dllm_sd.errors import InputError
 from dllm_sd.losses.divergences import ReverseKL
 from dllm_sd.losses.sites import TeacherTop
-from dllm_sd.policies.weights import Base, Ema, Peer
+from dllm_sd.policies.weights import BaseWeights, EmaWeights, PeerWeights
 from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.teachers import LaterStep, Suffix
 
@@ -60,7 +60,7 @@ def sources() -> list[tuple[str, str, Path]]:
     for file in CONFIGS:
         config = load_config(str(file))
         starts = [("start", one.start) for one in config.peers.students] if config.peers else []
-        paths = [*starts, *(("writer", one.path) for one in config.method.models() if isinstance(one, Peer))]
+        paths = [*starts, *(("writer", one.path) for one in config.method.models() if isinstance(one, PeerWeights))]
         found += [(file.stem, kind, Path(path)) for kind, path in paths if path is not None]
     return found
 
@@ -128,7 +128,7 @@ def test_the_run_folder_is_named_after_the_config_unless_it_names_one(tmp_path: 
         ("method.contexts.0.ratio=0.5", "method.contexts", (Suffix(ratio=0.5),)),
         ("method.contexts=later_step", "method.contexts", (LaterStep(),)),
         ("method.contexts=[{name: later_step, ahead: 2}]", "method.contexts", (LaterStep(ahead=2),)),
-        ("method.teacher.0.name=ema", "method.teacher", (Ema(),)),
+        ("method.teacher.0.name=ema", "method.teacher", (EmaWeights(),)),
         ("method.sites=teacher_top", "method.sites", TeacherTop()),
         ("method.sites.name=teacher_top", "method.sites", TeacherTop()),
         ("method.sites={name: teacher_top, count: 2}", "method.sites", TeacherTop(count=2)),
@@ -149,7 +149,7 @@ def test_an_override_reaches_its_key(override: str, path: str, value: Any):
 
 def test_a_method_written_as_a_name_grows_into_a_mapping_under_an_override():
     method = build("method.sites.name=teacher_top", "method.sites.count=3", "method.teacher=base").method
-    assert (method.sites, method.teacher, method.divergence) == (TeacherTop(count=3), (Base(),), ReverseKL())
+    assert (method.sites, method.teacher, method.divergence) == (TeacherTop(count=3), (BaseWeights(),), ReverseKL())
 
 
 def test_a_replaced_method_forgets_the_changes_to_the_former_one():

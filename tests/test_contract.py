@@ -34,7 +34,15 @@ from dllm_sd.network.site_head import SiteHead
 from dllm_sd.objective.plan import MicroBatch
 from dllm_sd.pairing import check_model
 from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.policies.weights import (
+    BaseWeights,
+    CheckpointWeights,
+    EmaWeights,
+    LiveWeights,
+    SnapshotWeights,
+    TeacherModel,
+    trained,
+)
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.skills import Bank, Mistake, Skill, format_pair, retrieve, write_bank
@@ -332,7 +340,7 @@ class Piece:
     rows: list[int]
     """Index of the rollout of each row."""
     steps: list[int]
-    teachers: list[tuple[Teacher, Read]] = field(default_factory=list)
+    teachers: list[tuple[TeacherModel, Read]] = field(default_factory=list)
     student: Read | None = None
 
 
@@ -355,16 +363,16 @@ class Seen:
         """The student's after ``update`` updates."""
         return self.initial if update == 0 else load_file(checkpoint_of(self.run, update) / "model.safetensors")
 
-    def weights_of(self, teacher: Teacher, update: int) -> dict[str, Tensor]:
+    def weights_of(self, teacher: TeacherModel, update: int) -> dict[str, Tensor]:
         """What a teacher of the student's shape must have after ``update`` updates, from its rule."""
         rule = teacher.weights
-        if isinstance(rule, Live):
+        if isinstance(rule, LiveWeights):
             return self.weights(update)
-        if isinstance(rule, Snapshot):
+        if isinstance(rule, SnapshotWeights):
             return self.weights(update // rule.every * rule.every)
         average = self.initial
-        for done in range(1, update + 1 if isinstance(rule, Ema) else 1):
-            assert isinstance(rule, Ema)
+        for done in range(1, update + 1 if isinstance(rule, EmaWeights) else 1):
+            assert isinstance(rule, EmaWeights)
             live = self.weights(done)
             average = {name: rule.decay * value + (1 - rule.decay) * live[name] for name, value in average.items()}
         return average
@@ -374,7 +382,7 @@ class Seen:
 def watched(pieces: list[Piece]) -> Iterator[None]:
     """Write down what student and teachers read in the loss, from the ids that enter the network's module."""
     now: list[Any] = []  # the update, the rollouts, and the teacher that is asked
-    learn, grade, ask = Trainer._learn, trainer_module.grade, Teacher.__call__
+    learn, grade, ask = Trainer._learn, trainer_module.grade, TeacherModel.__call__
 
     def learning(self: Trainer, plan: Any, rollouts: Rollouts, update: int, lr: float) -> Any:
         now[:] = [update, rollouts, None]
@@ -387,7 +395,7 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
         pieces.append(Piece(now[0], now[1], batch.canvases.rows.tolist(), batch.canvases.steps.tolist()))
         return grade(method, batch, student, teachers)
 
-    def asking(self: Teacher, view: Any) -> Any:
+    def asking(self: TeacherModel, view: Any) -> Any:
         now[2] = self
         try:
             return ask(self, view)
@@ -418,7 +426,7 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
         patch.setattr(SiteHead, "forward", reading)
         patch.setattr(Trainer, "_learn", learning)
         patch.setattr(trainer_module, "grade", grading)
-        patch.setattr(Teacher, "__call__", asking)
+        patch.setattr(TeacherModel, "__call__", asking)
         yield
 
 
@@ -477,7 +485,7 @@ def seen(pair: Pair, teachers: Path) -> Seen:
     others = {
         i: copied(dict(teacher.policy.module.named_parameters()))
         for i, teacher in enumerate(trainer.teachers)
-        if isinstance(teacher.weights, Checkpoint)
+        if isinstance(teacher.weights, CheckpointWeights)
     }
     pieces: list[Piece] = []
     with watched(pieces):
@@ -525,19 +533,19 @@ def test_teachers_move_by_their_own_rule_only(pair: Pair, whole: Seen) -> None:
             assert value.requires_grad == (student and name in whole.initial), name
             assert value.grad is None, name
         assert not any(value.requires_grad for value in teacher.copy.values())
-        if isinstance(teacher.weights, Checkpoint):
+        if isinstance(teacher.weights, CheckpointWeights):
             now = dict(teacher.policy.module.named_parameters())
             assert whole.others[i].keys() == now.keys()
             assert all(torch.equal(value, now[name]) for name, value in whole.others[i].items())
-        elif isinstance(teacher.weights, Base):
+        elif isinstance(teacher.weights, BaseWeights):
             assert teacher.copy or whole.config.model.lora
             assert all(torch.equal(value, whole.initial[name]) for name, value in teacher.copy.items())
-        elif isinstance(teacher.weights, Ema | Snapshot):
+        elif isinstance(teacher.weights, EmaWeights | SnapshotWeights):
             assert teacher.copy.keys() == whole.initial.keys()
             for name, value in whole.weights_of(teacher, last).items():
                 torch.testing.assert_close(teacher.copy[name], value, rtol=1e-14, atol=1e-15, msg=name)
         else:
-            assert isinstance(teacher.weights, Live)
+            assert isinstance(teacher.weights, LiveWeights)
             assert teacher.copy == {}
 
 
@@ -560,13 +568,13 @@ def test_student_and_teachers_answer_with_the_weights_that_they_must_have(
         assert_close(piece.student.logits, logits(piece.student, whole.weights(update - 1)))
         for i, (teacher, read) in enumerate(piece.teachers):
             assert teacher is whole.trainer.teachers[i]
-            if isinstance(teacher.weights, Checkpoint):
+            if isinstance(teacher.weights, CheckpointWeights):
                 other = build_policy(replace(whole.config.model, seed=2))
                 with torch.no_grad():
                     assert_close(read.logits, other.module(read.ids, read.mask, read.sites))
                 continue
             assert_close(read.logits, logits(read, whole.weights_of(teacher, update - 1)))
-            if isinstance(teacher.weights, Base):  # of an adapted model: the same without an adapter
+            if isinstance(teacher.weights, BaseWeights):  # of an adapted model: the same without an adapter
                 with torch.no_grad():
                     assert_close(read.logits, plain.module(read.ids, read.mask, read.sites))
 
@@ -718,7 +726,7 @@ def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teac
     settings = replace(config.decode, length=context.hint.reasoning.length, temperature=1.0)
     for piece in whole.pieces:
         batch = (piece.update - 1) // passes
-        other = isinstance(teacher.weights, Checkpoint)
+        other = isinstance(teacher.weights, CheckpointWeights)
         policy = build_policy(replace(config.model, seed=2) if other else config.model)
         with torch.no_grad():
             for name, value in ({} if other else trained(policy)).items():

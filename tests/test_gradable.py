@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_sd.canvases import CANVASES, AllMasked, DecoderSteps, RandomMasks
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
-from dllm_sd.losses.sites import Revealed, TeacherTop
+from dllm_sd.canvases import CANVASES, AllMaskedCanvas, DecoderSteps, RandomMasks
+from dllm_sd.losses.sites import AllMaskedSites, Revealed, TeacherTop
 from dllm_sd.methods.method import Method
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.rollouts.horizons import Complete, Progressive, Truncated
@@ -24,13 +23,13 @@ from dllm_sd.training.metrics import rollout_metrics
 from dllm_sd.trajectory import NEVER, Trajectory, completion_length
 
 LENGTH = 12
-RULES: dict[str, DecoderSteps | RandomMasks | AllMasked] = {
+RULES: dict[str, DecoderSteps | RandomMasks | AllMaskedCanvas] = {
     "decoder_steps": DecoderSteps(),
     "decoder_steps with padding": DecoderSteps(end_padding=True),
     "random_masks": RandomMasks(draws=3, t_min=0.999, end_padding=False),
     "random_masks with padding": RandomMasks(draws=3, t_min=0.999),
     "random_masks that hide some": RandomMasks(draws=3),
-    "all_masked": AllMasked(),
+    "all_masked": AllMaskedCanvas(),
 }
 HORIZONS: dict[str, Any] = {
     "complete": Complete(),
@@ -68,8 +67,8 @@ def whole(noise: Callable[..., Trajectory], kind: str) -> Trajectory:
 
 def cut(trajectory: Trajectory, horizon: Any) -> Trajectory:
     policy: Any = Extent()
-    reach = horizon(policy, None, 1)
-    return trajectory if reach is None else trajectory.within(reach)
+    stop_after = horizon(policy, None, 1)
+    return trajectory if stop_after is None else trajectory.within(stop_after)
 
 
 def allowed(trajectory: Trajectory, rule: Any, row: int) -> set[int]:
@@ -86,7 +85,7 @@ def allowed(trajectory: Trajectory, rule: Any, row: int) -> set[int]:
 def planned(trajectory: Trajectory, rule: Any, sites: Any) -> Plan | None:
     kept = [
         Rollout(Problem(str(row), {}), 0, "", Grade(True, 1.0, None), one)
-        for row, one in enumerate(trajectory.singly())
+        for row, one in enumerate(trajectory.unstack())
     ]
     method = Method(gate=All(), canvases=rule, sites=sites, contexts=(Nothing(),))
     return plan_update(method, Rollouts(tuple(kept), {"rejected": 0.0}), list(range(len(kept))))
@@ -160,7 +159,7 @@ def test_the_share_behind_the_end_is_that_of_all_that_the_kept_rollouts_revealed
         behind, known = behind + max(0, LENGTH - end - 1), known + LENGTH
     kept = tuple(
         Rollout(Problem(str(row), {}), 0, "", Grade(True, 1.0, None), one)
-        for row, one in enumerate(trajectory.singly())
+        for row, one in enumerate(trajectory.unstack())
     )
     names = ("problems", "attempts", "decoded", "solved", "first_try", "kept", "rejected", "no_hint", "long_hint")
     counts: dict[str, float] = dict.fromkeys((*names, "generated", "tokens", "steps"), 1.0)

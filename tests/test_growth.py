@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllm_sd import canvases
 from dllm_sd.canvases import DecoderSteps, RandomMasks, drawn_share
 from dllm_sd.losses import GroupAdvantage, OutcomeValidated, group_advantage
-from dllm_sd.losses.sites import choose
+from dllm_sd.losses.sites import choose_sites
 from dllm_sd.methods import METHODS
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.randomness import fold, make_key, uniform
@@ -39,9 +39,9 @@ class Elements(TorchDispatchMode):
 
 def rollouts_of(trajectory: Trajectory, b: int) -> Rollouts:
     """``b`` rollouts, eight of each problem."""
-    singly = trajectory.singly()
+    unstack = trajectory.unstack()
     kept = [
-        Rollout(Problem(str(i // 8), {}), i % 8, "", Grade(i % 2 == 0, i % 3 / 2, None), singly[i % len(singly)])
+        Rollout(Problem(str(i // 8), {}), i % 8, "", Grade(i % 2 == 0, i % 3 / 2, None), unstack[i % len(unstack)])
         for i in range(b)
     ]
     return Rollouts(tuple(kept), {"rejected": 0.0})
@@ -72,7 +72,7 @@ GROWING: dict[str, Callable[[Trajectory, int], Callable[[], object]]] = {
     "a subset's share": lambda _, n: lambda: drawn_share(torch.arange(n) // 64, torch.arange(n) % 64, 8, [0] * n, 0),
     "group advantages": lambda _, n: lambda: group_advantage(torch.rand(n), torch.arange(n) // 8, True, 1e-4),
     "pooled evidence": lambda _, n: lambda: OutcomeValidated().pooled(torch.rand(2, n), torch.arange(n), torch.ones(n)),
-    "chosen sites": lambda _, n: lambda: choose(torch.ones(n, 8).bool(), torch.ones(n).long(), torch.rand(8 * n)),
+    "chosen sites": lambda _, n: lambda: choose_sites(torch.ones(n, 8).bool(), torch.ones(n).long(), torch.rand(8 * n)),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dllm_sd.canvases import AllMasked, DecoderSteps, RandomMasks
+from dllm_sd.canvases import AllMaskedCanvas, DecoderSteps, RandomMasks
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.losses import (
@@ -36,13 +36,21 @@ from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import SiteReader, run_at_sites
 from dllm_sd.network.view import View
-from dllm_sd.objective.equation import Graded, grade
+from dllm_sd.objective.equation import Graded, grade_micro_batch
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.policies.weights import (
+    BaseWeights,
+    CheckpointWeights,
+    EmaWeights,
+    LiveWeights,
+    SnapshotWeights,
+    TeacherModel,
+    trained,
+)
 from dllm_sd.rollouts.rollout import Prompted
 from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, gather
-from dllm_sd.skills import Bank, Mistake, Pair, Skill, retrieve
+from dllm_sd.skills import Bank, Mistake, Skill, SkillPair, retrieve
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
@@ -82,7 +90,7 @@ BANK = Bank(
 )
 
 
-def pairs(problem: Problem, key: int) -> Sequence[Pair]:
+def pairs(problem: Problem, key: int) -> Sequence[SkillPair]:
     return retrieve(BANK, f"{problem.id[1:]}+1=", 8, key)
 
 
@@ -98,12 +106,14 @@ class Run:
             *(rollouts, method.contexts, task, policy, analyse, (0, 0)), Sources(write=write, pairs=pairs)
         )
         weights = method.weights() if method.contexts else ()
-        self.teachers = [Teacher(one, policy, other=other if isinstance(one, Checkpoint) else None) for one in weights]
+        self.teachers = [
+            TeacherModel(one, policy, other=other if isinstance(one, CheckpointWeights) else None) for one in weights
+        ]
         plan = plan_update(method, self.rollouts, self.rollouts.keys(0, 0))
         assert plan is not None
         self.plan = plan
         self.views: list[View] = []
-        self.graded: Graded = grade(method, plan.micro_batch(), self.student, self.teachers)
+        self.graded: Graded = grade_micro_batch(method, plan.micro_batch(), self.student, self.teachers)
         names, values = zip(*trained(policy).items(), strict=True)
         self.gradient = dict(zip(names, torch.autograd.grad(self.graded.loss, values, allow_unused=True), strict=True))
 
@@ -130,17 +140,22 @@ def accepted(name: str, weights: Any) -> bool:
 
 
 WEIGHTED = [
-    (name, weights) for name in METHODS for weights in (Live(), Base(), Ema(), Snapshot()) if accepted(name, weights)
+    (name, weights)
+    for name in METHODS
+    for weights in (LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights())
+    if accepted(name, weights)
 ]
 
 
 def test_the_student_itself_is_refused_only_where_it_sees_nothing_more():
-    refused = {name for name in METHODS if (name, Live()) not in WEIGHTED}
+    refused = {name for name in METHODS if (name, LiveWeights()) not in WEIGHTED}
     assert refused == {name for name in METHODS if METHODS[name].method.contexts == (Nothing(),)}
     assert len(WEIGHTED) == 4 * len(METHODS) - len(refused)
 
 
-@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=lambda one: type(one).__name__
+)
 @pytest.mark.parametrize("name", ["d_opsd", "opsd_pmi"])
 def test_no_gradient_and_no_change_reaches_a_teacher_of_any_weights(make_policy, name, weights):
     """Of one context and of several; test_contract asks it of each named method with its own weights."""
@@ -173,15 +188,21 @@ def test_methods_read_only_the_rollouts_that_their_gate_lets_pass(policy):
 
 def test_contexts_share_one_set_of_weights_or_have_one_each():
     contexts = (Suffix(), Nothing())
-    assert Method(contexts=contexts, target=Each()).weights() == (Base(), Base())
-    assert Method(contexts=contexts, target=Each(), teacher=(Ema(), Live())).weights() == (Ema(), Live())
+    assert Method(contexts=contexts, target=Each()).weights() == (BaseWeights(), BaseWeights())
+    assert Method(contexts=contexts, target=Each(), teacher=(EmaWeights(), LiveWeights())).weights() == (
+        EmaWeights(),
+        LiveWeights(),
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
-    "weights for other contexts": (lambda: Method(teacher=(Base(), Live(), Ema())), "3 weights for 1 contexts"),
+    "weights for other contexts": (
+        lambda: Method(teacher=(BaseWeights(), LiveWeights(), EmaWeights())),
+        "3 weights for 1 contexts",
+    ),
     "a suffix on random masks": (lambda: Method(canvases=RandomMasks()), "decoder_steps"),
     "a later step on masks of everything": (
-        lambda: Method(canvases=AllMasked(), contexts=(LaterStep(),)),
+        lambda: Method(canvases=AllMaskedCanvas(), contexts=(LaterStep(),)),
         "decoder_steps",
     ),
     "decoding steps of demonstrations": (lambda: Method(rollout=Demonstrations()), "random_masks"),
@@ -207,15 +228,17 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         "compares a group",
     ),
     "an advantage within groups whose policy is the base's": (
-        lambda: group(rollout=replace(GROUP, passes=4), contexts=(Nothing(),), teacher=(Base(),)),
+        lambda: group(rollout=replace(GROUP, passes=4), contexts=(Nothing(),), teacher=(BaseWeights(),)),
         "set method.teacher.0 to a snapshot with every 4",
     ),
     "a snapshot that is renewed while its rollouts still serve": (
-        lambda: group(rollout=replace(GROUP, passes=4), contexts=(Nothing(),), teacher=(Snapshot(2),)),
+        lambda: group(rollout=replace(GROUP, passes=4), contexts=(Nothing(),), teacher=(SnapshotWeights(2),)),
         "set method.teacher.0 to a snapshot with every 4",
     ),
     "a snapshot of student's where the base rolls out": (
-        lambda: group(rollout=replace(GROUP, passes=4, policy=Base()), contexts=(Nothing(),), teacher=(Snapshot(4),)),
+        lambda: group(
+            rollout=replace(GROUP, passes=4, policy=BaseWeights()), contexts=(Nothing(),), teacher=(SnapshotWeights(4),)
+        ),
         "method.rollout.policy to live",
     ),
     "a reference policy that reads a hint": (
@@ -223,7 +246,7 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         "set method.contexts.0 to nothing",
     ),
     "a reference policy that is the student": (
-        lambda: group(trust=GroupAdvantage(kl=0.1), contexts=(Nothing(),), teacher=(Live(),)),
+        lambda: group(trust=GroupAdvantage(kl=0.1), contexts=(Nothing(),), teacher=(LiveWeights(),)),
         "set method.teacher.0 to base",
     ),
     "a policy gradient whose rollouts' policy is the base": (
@@ -232,7 +255,10 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
     ),
     "a policy gradient whose rollouts' policy reads a suffix": (
         lambda: Method(
-            contexts=(Suffix(), Suffix()), teacher=(Base(), Snapshot(1)), target=Each(), divergence=PolicyGradient()
+            contexts=(Suffix(), Suffix()),
+            teacher=(BaseWeights(), SnapshotWeights(1)),
+            target=Each(),
+            divergence=PolicyGradient(),
         ),
         "set method.contexts.1 to nothing",
     ),
@@ -241,7 +267,7 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
             rollout=Demonstrations(),
             canvases=RandomMasks(),
             contexts=(Nothing(), Nothing()),
-            teacher=(Base(), Snapshot(1)),
+            teacher=(BaseWeights(), SnapshotWeights(1)),
             target=Each(),
             divergence=PolicyGradient(),
         ),
@@ -249,7 +275,10 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
     ),
     "the rollouts' support of an average": (
         lambda: Method(
-            contexts=(Suffix(), Nothing()), teacher=(Base(), Ema()), target=Each(), support=TopK(of="rollout")
+            contexts=(Suffix(), Nothing()),
+            teacher=(BaseWeights(), EmaWeights()),
+            target=Each(),
+            support=TopK(of="rollout"),
         ),
         "method.support takes teacher 1 for the policy that made the rollouts",
     ),
@@ -259,17 +288,20 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         "method.gate mixed compares a group",
     ),
     "an advantage among right rollouts": (lambda: group(gate=Correct()), "set method.gate to all or mixed"),
-    "two teachers without a context": (lambda: likelihood(teacher=(Base(), Ema())), "lists 2 weights for 0 contexts"),
+    "two teachers without a context": (
+        lambda: likelihood(teacher=(BaseWeights(), EmaWeights())),
+        "lists 2 weights for 0 contexts",
+    ),
     "the student as its own teacher": (
-        lambda: Method(contexts=(Nothing(),), teacher=(Live(),)),
+        lambda: Method(contexts=(Nothing(),), teacher=(LiveWeights(),)),
         "method.teacher is the student itself",
     ),
     "an average that forgets everything as teacher": (
-        lambda: Method(contexts=(Suffix(ratio=0.0),), teacher=(Ema(0.0),)),
+        lambda: Method(contexts=(Suffix(ratio=0.0),), teacher=(EmaWeights(0.0),)),
         "method.teacher is the student itself",
     ),
     "a later step that shows the graded tokens alone": (
-        lambda: Method(contexts=(LaterStep(1),), teacher=(Snapshot(1),)),
+        lambda: Method(contexts=(LaterStep(1),), teacher=(SnapshotWeights(1),)),
         "method.teacher is the student itself",
     ),
     "one renormalised entry": (lambda: Method(support=TopK(k=1)), "method.support.k 1 with rest renormalise"),
@@ -379,15 +411,22 @@ def test_combinations_without_a_meaning_are_refused_in_a_sentence(name):
 
 def test_the_policy_that_made_the_rollouts_is_a_snapshot_of_their_passes_or_who_rolls_out():
     off = replace(GROUP, passes=4)
-    group(rollout=off, contexts=(Nothing(),), teacher=(Snapshot(4),))
-    group(rollout=replace(off, policy=Base()), contexts=(Nothing(),), teacher=(Base(),))
-    group(rollout=off, contexts=(Nothing(), Nothing()), teacher=(Base(), Snapshot(4)), trust=GroupAdvantage(kl=0.1))
-    for weights in (Live(), Snapshot(1)):  # pointless, but true
-        Method(contexts=(Suffix(), Nothing()), teacher=(Base(), weights), target=Each(), divergence=PolicyGradient())
+    group(rollout=off, contexts=(Nothing(),), teacher=(SnapshotWeights(4),))
+    group(rollout=replace(off, policy=BaseWeights()), contexts=(Nothing(),), teacher=(BaseWeights(),))
+    group(
+        rollout=off,
+        contexts=(Nothing(), Nothing()),
+        teacher=(BaseWeights(), SnapshotWeights(4)),
+        trust=GroupAdvantage(kl=0.1),
+    )
+    for weights in (LiveWeights(), SnapshotWeights(1)):  # pointless, but true
+        Method(
+            contexts=(Suffix(), Nothing()), teacher=(BaseWeights(), weights), target=Each(), divergence=PolicyGradient()
+        )
 
 
 def test_unpublished_combinations_are_one_line():
-    Method(contexts=(LaterStep(), Suffix(scope="all_masked")), target=Each(), teacher=(Ema(), Base()))
+    Method(contexts=(LaterStep(), Suffix(scope="all_masked")), target=Each(), teacher=(EmaWeights(), BaseWeights()))
     Method(canvases=RandomMasks(), contexts=(Nothing(),), divergence=GeneralisedJSD(), sites=Revealed())
-    Method(rollout=Demonstrations(), canvases=AllMasked(), contexts=(Nothing(),), trust=Equal(), target=Plain())
+    Method(rollout=Demonstrations(), canvases=AllMaskedCanvas(), contexts=(Nothing(),), trust=Equal(), target=Plain())
     group(canvases=DecoderSteps())

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from dllm_sd.config import apply_overrides, build_config, load_config
 from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
-from dllm_sd.pairing import CHECKED, check_data, check_model, check_references, check_words
+from dllm_sd.pairing import REFERENCES_CHECKED, check_data, check_model, check_references, check_words
 from dllm_sd.policies import loading
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.blueprint import Blueprint
@@ -347,7 +347,7 @@ def test_long_references_are_counted_before_the_run(model: str):
 
 
 def test_of_a_large_split_the_first_references_are_read():
-    lengths = [4] * CHECKED + [40] * 50
+    lengths = [4] * REFERENCES_CHECKED + [40] * 50
     assert references(lengths) is None
     said = references([9, *lengths])
     assert said is not None

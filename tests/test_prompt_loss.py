@@ -13,7 +13,7 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses.sites import Revealed
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import run_at_sites
-from dllm_sd.objective.equation import grade
+from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.pairing import check_model
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
@@ -45,7 +45,7 @@ def method(prompt: bool) -> Method:
 def graded(policy, rollouts, prompt: bool):
     plan = plan_update(method(prompt), rollouts, range(len(TEXTS)))
     assert plan is not None
-    return plan, grade(method(prompt), plan.micro_batch(), partial(run_at_sites, policy.module), [])
+    return plan, grade_micro_batch(method(prompt), plan.micro_batch(), partial(run_at_sites, policy.module), [])
 
 
 @pytest.mark.parametrize("prompt", [False, True])

@@ -15,12 +15,12 @@ import dllm_sd
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.comparison import compare_files
-from dllm_sd.evaluation.recording import Line, Record, begin, finish
+from dllm_sd.evaluation.recording import GradedAttempt, Record, begin, finish
 from dllm_sd.export.model_card import read_results, settings_of
-from dllm_sd.settings import Peers, Student
+from dllm_sd.settings import Peers, PeerStudent
 from dllm_sd.skills import Bank, Mistake, Skill, read_bank, write_bank
 from dllm_sd.training.checkpoint import check_best, check_checkpoint, saved_log_sums, state_of
-from dllm_sd.training.folder import read_report, read_tree
+from dllm_sd.training.folder import read_report, read_run_config
 from dllm_sd.training.metrics import MetricsLog, check_logs
 from dllm_sd.training.peers import _read_rounds
 from dllm_sd.training.trainer import Trainer
@@ -39,7 +39,7 @@ TREE: dict[str, Any] = {
     "checkpoint": {"every": 1},
     "log": {"progress": False, "tensorboard": False, "samples_every": 1},
 }
-PEERS = Peers(rounds=1, students=(Student("one", "a"), Student("two", "b")))
+PEERS = Peers(rounds=1, students=(PeerStudent("one", "a"), PeerStudent("two", "b")))
 ROUND = {"round": 0, "scores": {"one": {"a": 0.5}, "two": {"a": 1}}, "lag": {"one": 0.5, "two": 0.0}}
 BANK = Bank((Skill("gen_001", "t", "p", "w"),), (Mistake("err_001", "d", "w", "h"),))
 BEST, LAST = Path("checkpoints/best"), Path("checkpoints/000002")
@@ -59,7 +59,7 @@ def facts_of(run: Path) -> dict[str, Any]:
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "card": ("report.json", read_results),
     "report": ("report.json", lambda run: read_report(run, facts_of(run))),
-    "config": ("config.yaml", lambda run: build_config(read_tree(run))),
+    "config": ("config.yaml", lambda run: build_config(read_run_config(run))),
     "settings": ("config.yaml", settings_of),
     "sums": ("metrics.jsonl", lambda run: MetricsLog(run, 2, False).summed_up(1)),
     "metrics": ("metrics.jsonl", lambda run: check_logs(run, 2, None)),
@@ -114,7 +114,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     begin(run / "eval", {})
     record = Record(run / "eval", "trained", 0)
     for problem in "ab":
-        record.append(Line(problem, "0" * 12, 0, "12", problem == "a", 0.5, None, 2, 1))
+        record.append(GradedAttempt(problem, "0" * 12, 0, "12", problem == "a", 0.5, None, 2, 1))
     finish(run / "eval", ["a", "b"], ["trained"], 1)
     shutil.copyfile(run / "eval" / "generations.jsonl", run / "eval" / ".generations.0.jsonl")
     return run

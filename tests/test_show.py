@@ -14,8 +14,8 @@ import pytest
 from dllm_sd.config import load_config, shipped_configs
 from dllm_sd.errors import InputError
 from dllm_sd.pairing import check_model, check_outline
-from dllm_sd.policies.loading import skeleton
-from dllm_sd.pretrained.blueprint import outline, read_blueprint
+from dllm_sd.policies.loading import empty_network
+from dllm_sd.pretrained.blueprint import known_blueprint, read_blueprint
 from dllm_sd.pretrained.model import Model
 from dllm_sd.pretrained.shapes import SHAPES
 from tests.test_docs import DOCUMENTS, commands
@@ -77,16 +77,16 @@ def test_every_shipped_config_and_every_command_in_the_documents_is_shown_withou
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shapes_have_as_many_weights_as_their_publishers_say(name: str):
-    known = outline(Model(path=name))
+    known = known_blueprint(Model(path=name))
     assert known is not None
-    assert skeleton(known).num_parameters() == PARAMETERS[name]
+    assert empty_network(known).num_parameters() == PARAMETERS[name]
 
 
 def test_every_shape_is_of_a_network_and_every_shipped_checkpoint_has_one():
     for name in SHAPES:
-        known = outline(Model(path=name))
+        known = known_blueprint(Model(path=name))
         assert known is not None
-        assert skeleton(known).num_parameters() > 4e8
+        assert empty_network(known).num_parameters() > 4e8
     paths = {load_config(name).model.path for name in shipped_configs()} - {None, "tiny", "tiny_ar"}
     assert paths <= set(SHAPES)
 
@@ -101,7 +101,7 @@ def test_a_shape_without_its_tokenizer_is_counted_and_shown_and_not_trained(
     known, said = check_outline(config)
     assert said is not None
     assert place in said
-    assert skeleton(known).get_input_embeddings().weight.shape == (84, 64)
+    assert empty_network(known).get_input_embeddings().weight.shape == (84, 64)
     with pytest.raises(InputError, match=r"model\.tokenizer|model\.path"):
         check_model(config)
 
@@ -130,7 +130,7 @@ def test_what_a_known_shape_cannot_do_is_refused_before_anything_is_downloaded()
         ("qwen3_4b_opsd", "method=d_opsd", "suffix reveals what stands behind"),
     ):
         config = load_config(name, [override])
-        known = outline(config.model)
+        known = known_blueprint(config.model)
         assert known is not None
         with pytest.raises(InputError, match=words):
             check_model(config, known)

@@ -7,7 +7,7 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 from dllm_sd.trajectory import (
     NEVER,
-    Reach,
+    StopAfter,
     Trajectory,
     completion_length,
     concatenate,
@@ -62,7 +62,7 @@ def test_the_active_block_holds_the_first_masked_position():
 
 def test_steps_are_counted_up_to_the_last_that_committed():
     assert by_hand().num_steps.tolist() == [4, 6]
-    assert by_hand().within(Reach("steps", 0)).num_steps.tolist() == [0, 0]
+    assert by_hand().within(StopAfter("steps", 0)).num_steps.tolist() == [0, 0]
 
 
 def test_a_completion_has_ended_where_it_holds_an_end_token():
@@ -79,18 +79,18 @@ def test_an_autoregressive_sequence_is_revealed_from_left_to_right():
 
 
 def test_the_horizon_of_steps_forgets_what_came_later():
-    cut = by_hand().within(Reach("steps", 2))
+    cut = by_hand().within(StopAfter("steps", 2))
     assert cut.tokens.tolist() == [[5, 6, 7, PAD, PAD, PAD], [1, 2, PAD, PAD, PAD, PAD]]
     assert cut.reveal_step.tolist() == [[1, 0, 1, NEVER, NEVER, NEVER], [0, 1, NEVER, NEVER, NEVER, NEVER]]
     assert cut.length.tolist() == [6, 6]
-    assert by_hand().within(Reach("steps", 4)).length.tolist() == [5, 6]
+    assert by_hand().within(StopAfter("steps", 4)).length.tolist() == [5, 6]
 
 
 def test_the_horizon_of_blocks_forgets_the_blocks_behind():
-    cut = by_hand().within(Reach("blocks", 1))
+    cut = by_hand().within(StopAfter("blocks", 1))
     assert cut.tokens.tolist() == [[5, 6, 7, PAD, PAD, PAD], [1, 2, 3, PAD, PAD, PAD]]
     assert cut.num_steps.tolist() == [2, 3]
-    whole = by_hand().within(Reach("blocks", 2))
+    whole = by_hand().within(StopAfter("blocks", 2))
     assert torch.equal(whole.tokens, by_hand().tokens)
     assert whole.length.tolist() == [5, 6]
 
@@ -121,7 +121,7 @@ def test_a_decoder_finishes_one_block_of_the_prompt_before_the_next(noise):
 
 def test_the_horizon_of_blocks_counts_the_block_in_which_the_completion_begins(noise):
     whole = noise(b=12, block_length=4, blocks_of_prompt=True, early_end=False)
-    cut, blocks = whole.within(Reach("blocks", 2)), blocks_by_hand(whole)
+    cut, blocks = whole.within(StopAfter("blocks", 2)), blocks_by_hand(whole)
     for row in range(12):
         kept = [block < 2 for block in blocks[row]]
         assert sum(kept) == 8 - int(whole.prompt_mask[row].sum()) % 4
@@ -135,14 +135,16 @@ def test_a_horizon_shows_the_same_canvases_up_to_its_end(noise):
     rows = torch.arange(whole.size)
     for step in range(6):
         steps = torch.full_like(rows, step)
-        assert torch.equal(whole.within(Reach("steps", 5)).canvas(rows, steps), whole.canvas(rows, steps.clamp(max=5)))
+        assert torch.equal(
+            whole.within(StopAfter("steps", 5)).canvas(rows, steps), whole.canvas(rows, steps.clamp(max=5))
+        )
 
 
 @pytest.mark.parametrize("pad_id", [PAD, END])
 def test_a_horizon_that_cuts_the_end_off_has_not_ended(pad_id):
     # Many families pad with the end token: what was never revealed must not be mistaken for it.
-    assert by_hand(pad_id).within(Reach("steps", 2)).ended.tolist() == [False, False]
-    assert by_hand(pad_id).within(Reach("steps", 4)).ended.tolist() == [True, False]
+    assert by_hand(pad_id).within(StopAfter("steps", 2)).ended.tolist() == [False, False]
+    assert by_hand(pad_id).within(StopAfter("steps", 4)).ended.tolist() == [True, False]
 
 
 def test_selecting_rows_trims_prompts_to_the_longest_left():
@@ -217,7 +219,7 @@ def test_reveal_steps_are_recovered_from_canvases(noise):
     steps = range(int(whole.num_steps.max()) + 1)
     canvases = torch.stack([whole.canvas(rows, torch.full_like(rows, step)) for step in steps])
     assert torch.equal(reveal_steps(canvases, MASK), whole.reveal_step)
-    assert torch.equal(reveal_steps(canvases[:6], MASK), whole.within(Reach("steps", 5)).reveal_step)
+    assert torch.equal(reveal_steps(canvases[:6], MASK), whole.within(StopAfter("steps", 5)).reveal_step)
 
 
 def test_decoders_that_mask_again_are_refused():

@@ -31,7 +31,7 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.model import Lora, Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollout
-from dllm_sd.rollouts.rules import PassAtK, prompt_tokens
+from dllm_sd.rollouts.rules import PassAtK, encode_problem
 from dllm_sd.trajectory import Trajectory
 from tools import naive
 
@@ -74,7 +74,7 @@ class Side:
 def ours(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Side:
     """PassAtK on the first ``count`` problems."""
     task, meter, settings = naive.StandIn(count, options.rate), Meter(), naive.decoding(options)
-    items = [prompt_tokens(policy, task, problem, options.length + 10**6) for problem in task.problems()]
+    items = [encode_problem(policy, task, problem, options.length + 10**6) for problem in task.problems()]
     rule = PassAtK(problems=count, attempts=options.attempts, temperature=options.temperature, ahead=options.ahead)
     own: Any = policy
     own.complete = partial(type(policy).complete, policy, meter=meter)

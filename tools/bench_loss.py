@@ -6,8 +6,8 @@
     python -m tools.bench_loss --rows 1 --prompt 16 --tokens 16 --repeats 1     # seconds
 
 All forms start from the same hidden states and output heads and end with the gradient of both, each in a process of its
-own. ``ours`` is `objective.grade`, ``bare`` the same formula at the sites without what is logged about them, ``naive``
-the formula on float32 logits of whole sequences. ``trl`` and ``liger`` run where they are installed: TRL's
+own. ``ours`` is `grade_micro_batch`, ``bare`` the same formula at the sites without what is logged of them,
+``naive`` the formula on float32 logits of whole sequences. ``trl`` and ``liger`` run where they are installed: TRL's
 `ChunkedDivergenceFunction` (of its DistillationTrainer) and, for the surrogate of GRPO without a reference, its
 `ChunkedLogProbFunction` (of its GRPOTrainer), both at the sites alone, as TRL does on GPUs. Values of ``grpo`` differ,
 for ours is the factor times the likelihood, whose gradient is that of the surrogate. Printed: core seconds (median of
@@ -32,18 +32,18 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from dllm_sd.canvases import AllMasked
+from dllm_sd.canvases import AllMaskedCanvas
 from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL, TokenNLL
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.sites import AllMaskedSites
 from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import GroupAdvantage
 from dllm_sd.methods.method import Method
 from dllm_sd.network.lazy_logits import LazyLogits
 from dllm_sd.network.site_head import Head, SiteReader
 from dllm_sd.network.view import View
-from dllm_sd.objective.equation import grade
+from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import MicroBatch, plan_update
-from dllm_sd.policies.weights import Base
+from dllm_sd.policies.weights import BaseWeights
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.tasks.task import Grade, Problem
@@ -78,9 +78,9 @@ class Case:
 BETAS = {"jsd": 0.5, "reverse_kl": 1.0, "grpo": None}
 DIVERGENCE = Method(
     gate=All(),
-    canvases=AllMasked(prompt_mask_ratio=0.0),
+    canvases=AllMaskedCanvas(prompt_mask_ratio=0.0),
     contexts=(Nothing(),),
-    teacher=(Base(),),
+    teacher=(BaseWeights(),),
     sites=AllMaskedSites(),
     divergence=ReverseKL(),
 )
@@ -152,7 +152,7 @@ def ours(x: Case) -> Tensor:
     def teacher(view: View) -> LazyLogits:
         return LazyLogits(x.teacher[view.sites], lambda hidden: linear(hidden, x.teacher_head))
 
-    return grade(x.method, x.batch, student, [teacher] * len(x.method.contexts)).loss
+    return grade_micro_batch(x.method, x.batch, student, [teacher] * len(x.method.contexts)).loss
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -35,7 +35,7 @@ def make_rollouts(count: int, steps: int, length: int, prompt: int) -> Rollouts:
         pad_id=3,
     )
     kept = [
-        Rollout(Problem(str(i), {}), 0, "", Grade(True, 1.0, None), one) for i, one in enumerate(trajectory.singly())
+        Rollout(Problem(str(i), {}), 0, "", Grade(True, 1.0, None), one) for i, one in enumerate(trajectory.unstack())
     ]
     return Rollouts(tuple(kept), {"rejected": 0.0})
 

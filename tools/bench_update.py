@@ -3,10 +3,10 @@
     python -m tools.bench_update [--canvases 108] [--tokens 456] [--body 100m] [--batch 2048] [--naive-canvases 4]
 
 One rollout whose steps commit `--sites` tokens each; the teacher reads its later blocks, the divergence is the reverse
-KL over the whole vocabulary. ``ours`` is the path of the trainer: `plan_update`, `micro_batches`, `grade`, backward.
-``published`` keeps the raw logits of student and teacher over whole canvases and gathers the sites before the softmax,
-as d-OPSD's released trainer does; ``naive`` keeps their float32 softmax over whole canvases too. ``body`` runs the same
-forwards and backward without the head: what a form needs beyond it and the head's gradient is due to logits. Each runs
+KL over the whole vocabulary. ``ours`` is the path of the trainer: `plan_update`, `micro_batches`,
+`grade_micro_batch`, backward. ``published`` keeps the raw logits of student and teacher over whole canvases and gathers
+the sites before the softmax, as d-OPSD's released trainer does; ``naive`` keeps their float32 softmax over whole
+canvases too. ``body`` runs the same forwards and backward without the head: what a form needs beyond it and the head's gradient is due to logits. Each runs
 in a process of its own; ``published`` and ``naive`` on the first canvases only, since all do not fit. Printed: core
 seconds a canvas, peak memory of a micro-batch above weights and gradients (every allocation counted), the part of it
 that is due to logits, the share of time outside of forwards and backwards, and how far loss and gradient norm are from
@@ -30,10 +30,10 @@ from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.network.view import View
-from dllm_sd.objective.equation import grade
+from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import MicroBatch, Plan, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import Live, Teacher
+from dllm_sd.policies.weights import LiveWeights, TeacherModel
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
@@ -82,7 +82,7 @@ def rollout(options: argparse.Namespace, policy: MaskedDiffusion) -> Rollouts:
 
 def ours(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
     """Micro-batches through the equation."""
-    loss, teacher, student = torch.zeros(()), Teacher(Live(), policy), partial(run_at_sites, policy.module)
+    loss, teacher, student = torch.zeros(()), TeacherModel(LiveWeights(), policy), partial(run_at_sites, policy.module)
     policy.module.train()
 
     def timed(form: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +93,7 @@ def ours(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock:
         return call
 
     for (index,) in micro_batches(plan, batch):
-        graded = grade(method, plan.micro_batch(index).to(policy.device), timed(student), [timed(teacher)])
+        graded = grade_micro_batch(method, plan.micro_batch(index).to(policy.device), timed(student), [timed(teacher)])
         with clock.running():
             graded.loss.backward()
         loss += graded.loss.detach().cpu()

@@ -29,15 +29,15 @@ from dllm_sd.config import Config, build_config
 from dllm_sd.decoding.denoising import denoise
 from dllm_sd.decoding.queue import Listed
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.decoding.slots import Layout
+from dllm_sd.decoding.slots import CanvasLayout
 from dllm_sd.network.site_head import run_at_sites
-from dllm_sd.objective.equation import grade
+from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import Plan, plan_update
-from dllm_sd.policies.loading import AnyPolicy, build_policy, skeleton
-from dllm_sd.policies.weights import Teacher, trained
+from dllm_sd.policies.loading import AnyPolicy, build_policy, empty_network
+from dllm_sd.policies.weights import TeacherModel, trained
 from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.randomness import make_key
-from dllm_sd.reports.memory import Memory, estimate
+from dllm_sd.reports.memory import MemoryEstimate, estimate
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.batching import micro_batches
@@ -160,7 +160,7 @@ def rollouts(config: Config, rows: int) -> Rollouts:
     def flat(ids: Tensor, mask: Tensor, sites: Tensor, read: Callable[..., Any]) -> Any:
         return read(torch.zeros(int(sites.sum()), 8), torch.clone)
 
-    denoise(flat, queue, settings, Layout(mask_id=7, end_ids=(8,), pad_id=9), vocabulary=8)
+    denoise(flat, queue, settings, CanvasLayout(mask_id=7, end_ids=(8,), pad_id=9), vocabulary=8)
     trajectory = queue.collected()
     kept = []
     for row in range(rows):
@@ -202,7 +202,7 @@ class Measured:
         self.config, self.device = config, device
         self.policy = build_policy(config.model, device)
         self.policy.suppress = ()  # a tokenizer that belongs to the head knows nearly all of its rows
-        shared = {weights: Teacher(weights, self.policy) for weights in config.method.weights()}
+        shared = {weights: TeacherModel(weights, self.policy) for weights in config.method.weights()}
         self.teachers = [shared[weights] for weights in config.method.weights()]
         self.parameters = list(trained(self.policy).values())
         self.optimizer = build_optimizer(self.parameters, config.optim)
@@ -234,7 +234,7 @@ class Measured:
         parts = []
         for index in batches:
             piece = plan.micro_batch(index).to(self.device)
-            graded = grade(self.config.method, piece, student, self.teachers)
+            graded = grade_micro_batch(self.config.method, piece, student, self.teachers)
             graded.loss.backward()
             parts.append((plan.select(index), graded))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -269,9 +269,9 @@ def first_step(policy: AnyPolicy, prompts: list[list[int]], config: Config, keys
         return
 
 
-def estimated(measured: Measured) -> Memory:
+def estimated(measured: Measured) -> MemoryEstimate:
     """The estimate, from the model's configuration alone."""
-    network = skeleton(read_blueprint(measured.config.model))
+    network = empty_network(read_blueprint(measured.config.model))
     return estimate(network, measured.config, device=measured.device)
 
 

@@ -86,11 +86,11 @@ def make_model(run: Path, asset: Path) -> None:
     from dllm_sd.config import build_config, to_yaml
     from dllm_sd.policies.loading import build_policy
     from dllm_sd.training.checkpoint import best_checkpoint, load_weights
-    from dllm_sd.training.folder import read_tree
+    from dllm_sd.training.folder import read_run_config
 
     folder = best_checkpoint(run)
     assert folder is not None, f"{run} has no best checkpoint"
-    tree = {**read_tree(run), "run": f"runs/{asset.name}_sft"}
+    tree = {**read_run_config(run), "run": f"runs/{asset.name}_sft"}
     policy = build_policy(build_config(tree).model)
     load_weights(policy, folder)
     policy.module.model.save_pretrained(str(asset))

@@ -23,7 +23,7 @@ from dllm_sd.tasks.grids import worked_steps
 from dllm_sd.tasks.sources import Draws
 from dllm_sd.tasks.task import Split
 from dllm_sd.texts import FORMS
-from dllm_sd.texts.critique import RIGHT, WRONG
+from dllm_sd.texts.critique import RIGHT_STEP, WRONG_STEP
 
 ROWS = 100_000
 TRAINING = 20_000
@@ -95,7 +95,7 @@ def bank() -> Bank:
 def make_tokenizer(folder: Path) -> None:
     """One token for a character, a tag, and a word of the prompts that surround a hint."""
     tags = [f"<{slash}step_{number}>" for number in range(1, MOST_STEPS + 7) for slash in ("", "/")]
-    words = sorted(set(re.findall(r" ?[A-Za-z]+", " ".join([re.sub(r"\{\w+\}", "", PAIR), RIGHT, WRONG]))))
+    words = sorted(set(re.findall(r" ?[A-Za-z]+", " ".join([re.sub(r"\{\w+\}", "", PAIR), RIGHT_STEP, WRONG_STEP]))))
     vocabulary = [*CHARACTERS, ".", "?", *tags, "<answer>", "</answer>", *words]
     pattern = r"</?(?:step_\d+|answer)>| ?[A-Za-z]+|[\s\S]"
     word_tokenizer(vocabulary, pattern).save_pretrained(str(folder))

@@ -11,7 +11,7 @@ from dllm_sd.cli.run_or_model import is_run, load, quiet_libraries, say_lost
 from dllm_sd.config import to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import evaluate_into, test_problems
-from dllm_sd.pairing import READ
+from dllm_sd.pairing import PROMPTS_CHECKED
 from dllm_sd.reports.tables import print_evaluation
 
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out or Path(options.model if is_run(options.model) else "") / "eval" / task)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
     if PartialState().is_main_process:
-        say_lost(policy, map(config.task.messages, test_problems(config)[:READ]), "the prompts")
+        say_lost(policy, map(config.task.messages, test_problems(config)[:PROMPTS_CHECKED]), "the prompts")
     with Accelerator().autocast():
         report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})
     if PartialState().is_main_process:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import NoReturn, get_args
 
-from dllm_sd.errors import InputError, Stopped, cut, in_short, on_one_line, shown
+from dllm_sd.errors import InputError, Stopped, in_short, on_one_line, shortened, shown
 from dllm_sd.files.writing import at_home
 from dllm_sd.ranges import Size, check
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
-        parser.error(f"unrecognized arguments: {cut(' '.join(unknown))}")
+        parser.error(f"unrecognized arguments: {shortened(' '.join(unknown))}")
     options.overrides += rest  # key=value pairs that stand behind an option
     _warn_of_lone_process()
     try:

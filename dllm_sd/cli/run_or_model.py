@@ -12,10 +12,10 @@ from dllm_sd.config import apply_overrides, build_config
 from dllm_sd.errors import InputError
 from dllm_sd.files.writing import names_file
 from dllm_sd.pairing import check_decodings
-from dllm_sd.policies.loading import build_policy, put_on
+from dllm_sd.policies.loading import build_policy, load_adapter
 from dllm_sd.pretrained.blueprint import model_folder, read_blueprint
 from dllm_sd.training.checkpoint import chosen_checkpoint, load_weights, state_of
-from dllm_sd.training.folder import read_tree
+from dllm_sd.training.folder import read_run_config
 from dllm_sd.training.outcome import initial_of
 
 
@@ -44,9 +44,9 @@ def load(
     """
     run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
     if is_run(name):
-        tree = read_tree(run)
+        tree = read_run_config(run)
     elif recipe.is_file():
-        tree = {**read_tree(recipe.parent, recipe.name), "model": {"path": name}}
+        tree = {**read_run_config(recipe.parent, recipe.name), "model": {"path": name}}
     elif task is not None:
         tree = {"task": {"name": task}, "model": {"path": name}}
     else:
@@ -62,7 +62,7 @@ def load(
     policy = build_policy(blueprint, accelerator.device)
     weights = name
     if adapter is not None:
-        put_on(policy, adapter)
+        load_adapter(policy, adapter)
         weights = f"{name} with {adapter}"
     accelerator.prepare_model(policy.module, evaluation_mode=True)
     if is_run(name):

@@ -15,7 +15,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import first
 from dllm_sd.methods import METHODS
 from dllm_sd.pairing import check_outline, other_outlines
-from dllm_sd.policies.loading import skeleton
+from dllm_sd.policies.loading import empty_network
 from dllm_sd.reports.memory import estimate
 from dllm_sd.reports.method_page import closest, measured, measured_line
 from dllm_sd.reports.tables import describe_part, memory_table
@@ -40,9 +40,9 @@ def run(options: argparse.Namespace) -> int:
         console.print(f"not checked, and memory from the shape that is known: {absent}", highlight=False, markup=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = other_outlines(config)
-    others = {weights: skeleton(other) for weights, other in known.items() if other is not None}
+    others = {weights: empty_network(other) for weights, other in known.items() if other is not None}
     counted: dict[str, Any] = {"processes": options.processes, "sharded": options.sharded, "device": device}
-    console.print(memory_table(estimate(skeleton(blueprint), config, **counted, others=others)))
+    console.print(memory_table(estimate(empty_network(blueprint), config, **counted, others=others)))
     if missing := [weights.source for weights in known if weights not in others]:
         console.print(f"not counted, since its shape is not known: the checkpoint {missing[0]}", highlight=False)
     try:

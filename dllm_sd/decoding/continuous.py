@@ -26,11 +26,11 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import fold, uniform
 
-PAGE = 256
+PAGE_TOKENS = 256
 """Tokens per page of the KV cache."""
-PASS = 8192
+MAX_FORWARD_TOKENS = 8192
 """Most tokens per forward pass; a longer prompt is prefilled in several passes."""
-ROOM = 1.2
+PAGE_SURPLUS = 1.2
 """Pages allocated per page that is needed: transformers starts no row while less than 15 % of them are free."""
 
 
@@ -52,7 +52,7 @@ def check_continuous(module: nn.Module, network: Any, watched: bool) -> None:
         )
 
 
-class TurnChoice(ContinuousBatchingLogitsProcessor):
+class ContinuousSampler(ContinuousBatchingLogitsProcessor):
     """Logits processor that draws the token of each slot by the key of its row, and masks all other tokens.
 
     Each slot is given one number, its cell: row times ``steps`` plus step. Uniform numbers are stored by cell on the
@@ -119,10 +119,10 @@ class TurnChoice(ContinuousBatchingLogitsProcessor):
         return forced
 
 
-def generate_in_turns(
+def generate_continuously(
     network: Any,
     prompts: Sequence[Sequence[int]],
-    choice: TurnChoice,
+    choice: ContinuousSampler,
     wanted: GenerationConfig,
     ended: Callable[[int, list[int]], None],
 ) -> None:
@@ -146,14 +146,16 @@ def generate_in_turns(
             _settle(network.device)
 
 
-def _manager(network: Any, prompts: Sequence[Sequence[int]], choice: TurnChoice, wanted: GenerationConfig) -> Any:
+def _manager(
+    network: Any, prompts: Sequence[Sequence[int]], choice: ContinuousSampler, wanted: GenerationConfig
+) -> Any:
     """Return transformers' manager with our logits processor, warmed up and with its memory allocated."""
     lengths = [len(prompt) for prompt in prompts]
-    pages = choice.slots * ceil((max(lengths) + choice.steps + 1) / PAGE)
+    pages = choice.slots * ceil((max(lengths) + choice.steps + 1) / PAGE_TOKENS)
     settings = ContinuousBatchingConfig(
-        page_size=PAGE,
-        num_blocks=ceil(ROOM * pages) + 1,
-        max_batch_tokens=max(choice.slots, min(PASS, sum(lengths))),
+        page_size=PAGE_TOKENS,
+        num_blocks=ceil(PAGE_SURPLUS * pages) + 1,
+        max_batch_tokens=max(choice.slots, min(MAX_FORWARD_TOKENS, sum(lengths))),
         max_requests_per_batch=choice.slots,
         max_memory_percent=0.8,  # the default of transformers with logits processors
         auto_switch_to_flash=network.device.type == "cuda" and network.dtype in (torch.float16, torch.bfloat16),

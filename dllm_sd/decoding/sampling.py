@@ -12,10 +12,10 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 
-RUN = 256
+ENTRIES_PER_RUN = 256
 """Vocabulary entries per run: the inverse CDF searches the runs first, then the entries of one run."""
 TINY = torch.finfo(torch.float32).tiny
-MANY = 1024
+MAX_LISTED_IDS = 1024
 """More banned ids than this are stored as a mask; a few are faster as a list of ids."""
 
 
@@ -102,24 +102,26 @@ def sample_inverse_cdf(weight: Tensor, u: Tensor) -> Tensor:
     until = runs.sum(-1).cumsum(-1)
     target = u[:, None] * until[:, -1:]
     run = _search(until, target)
-    inside = runs.gather(1, run[..., None].expand(-1, -1, RUN))[:, 0].cumsum(-1)
+    inside = runs.gather(1, run[..., None].expand(-1, -1, ENTRIES_PER_RUN))[:, 0].cumsum(-1)
     before = torch.where(run > 0, until.gather(1, (run - 1).clamp(min=0)), 0)
     rest = torch.minimum((target - before).clamp(min=TINY), inside[:, -1:])  # a token of weight 0 is never hit
-    return (run * RUN + _search(inside, rest))[:, 0]
+    return (run * ENTRIES_PER_RUN + _search(inside, rest))[:, 0]
 
 
 def first_largest(values: Tensor) -> Tensor:
     """int64 ``[m]``: the first of the largest entries of ``values [m v]`` (argmax, but faster)."""
     runs = _runs(values, -torch.inf)
     run = runs.amax(-1).argmax(-1, keepdim=True)
-    return (run * RUN)[:, 0] + runs.gather(1, run[..., None].expand(-1, -1, RUN))[:, 0].argmax(-1)
+    return (run * ENTRIES_PER_RUN)[:, 0] + runs.gather(1, run[..., None].expand(-1, -1, ENTRIES_PER_RUN))[:, 0].argmax(
+        -1
+    )
 
 
 def _runs(values: Tensor, filler: float) -> Tensor:
-    """``[m v] -> [m r RUN]``."""
-    short = -values.shape[-1] % RUN
+    """``[m v] -> [m r ENTRIES_PER_RUN]``."""
+    short = -values.shape[-1] % ENTRIES_PER_RUN
     values = pad(values, (0, short), value=filler) if short else values
-    return values.unflatten(-1, (-1, RUN))
+    return values.unflatten(-1, (-1, ENTRIES_PER_RUN))
 
 
 def _search(until: Tensor, target: Tensor) -> Tensor:
@@ -130,7 +132,9 @@ def _search(until: Tensor, target: Tensor) -> Tensor:
 def banned_ids(
     settings: Decoding, suppress: Sequence[int], device: torch.device, vocabulary: int | None = None
 ) -> Tensor:
-    """Return the ids that ``settings`` or ``suppress`` ban, for `draw`: ids int64, or a mask for more than `MANY` ids.
+    """Return the ids that ``settings`` or ``suppress`` ban, for `draw`.
+
+    They are int64 ids, or a mask where there are more than `MAX_LISTED_IDS`.
 
     A mask needs the size of the ``vocabulary``; without it the ids are returned.
 
@@ -140,7 +144,7 @@ def banned_ids(
     if vocabulary is not None:
         settings.check_suppressed(vocabulary)
     ids = torch.tensor(sorted({*suppress, *settings.suppress}), dtype=torch.int64)
-    if vocabulary is None or len(ids) <= MANY:
+    if vocabulary is None or len(ids) <= MAX_LISTED_IDS:
         return ids.to(device)
     mask = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, ids, True)
     if bool(mask.all()):

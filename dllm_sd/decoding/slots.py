@@ -13,15 +13,15 @@ from torch import Tensor
 from dllm_sd.decoding.queue import Job
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.randomness import key_tensor
-from dllm_sd.trajectory import NEVER, Reach, Trajectory, completion_length, left_pad
+from dllm_sd.trajectory import NEVER, StopAfter, Trajectory, completion_length, left_pad
 
-READ = {"cpu": 1024}
+POSITIONS_PER_FORWARD = {"cpu": 1024}
 """Positions per forward pass, by kind of device; few on a CPU, so that activations stay in its cache."""
-READ_ELSEWHERE = 2**15
+POSITIONS_PER_FORWARD_ELSEWHERE = 2**15
 
 
 @dataclass(frozen=True)
-class Layout:
+class CanvasLayout:
     """The special token ids of a denoiser, and how it counts blocks."""
 
     mask_id: int
@@ -48,10 +48,16 @@ class Slots:
     """State of ``r`` rows, one per slot; completions have one extra column for writes outside the completion."""
 
     def __init__(
-        self, count: int, longest: int, settings: Decoding, layout: Layout, device: torch.device, reach: Reach | None
+        self,
+        count: int,
+        longest: int,
+        settings: Decoding,
+        layout: CanvasLayout,
+        device: torch.device,
+        stop_after: StopAfter | None,
     ) -> None:
         """Make ``count`` free slots for prompts of at most ``longest`` tokens."""
-        self.settings, self.layout, self.device, self.reach = settings, layout, device, reach
+        self.settings, self.layout, self.device, self.stop_after = settings, layout, device, stop_after
         length = settings.length
         self.prompt_ids = torch.full((count, longest), layout.pad_id, device=device)
         self.prompt_mask = torch.zeros((count, longest), dtype=torch.bool, device=device)
@@ -112,9 +118,9 @@ class Slots:
             return [Group(torch.tensor(chosen, device=self.device), self.prompt_ids.shape[1])] if taken else []
         sizes = {slot: len(job.prompt) for slot, job in enumerate(self.jobs) if job is not None}
         order = sorted(taken, key=lambda slot: -sizes[slot])
-        budget = READ.get(self.device.type, READ_ELSEWHERE)
+        budget = POSITIONS_PER_FORWARD.get(self.device.type, POSITIONS_PER_FORWARD_ELSEWHERE)
         read = [self.settings.block_length if remembered else sizes[x] + self.settings.length for x in order]
-        ranges = split(read, budget)
+        ranges = split_by_budget(read, budget)
         return [Group(torch.tensor(order[a:b], device=self.device), sizes[order[a]]) for a, b in ranges]
 
     def commit(self, group: Group, columns: Tensor, commit: Tensor, token: Tensor, logp: Tensor, still: Tensor) -> None:
@@ -145,8 +151,8 @@ class Slots:
         self.step_in_block[rows] = torch.where(full | (settings.threshold is not None), 0, step_in_block + 1)
         self.block[rows] = block = block + full.long()
         done = block > (settings.length - 1 + self.prompt_tail[rows]) // settings.block_length
-        if self.reach is not None:
-            done |= (block if self.reach.unit == "blocks" else step) >= self.reach.count
+        if self.stop_after is not None:
+            done |= (block if self.stop_after.unit == "blocks" else step) >= self.stop_after.count
         if settings.early_end:
             known = (self.reveal_step[rows, :-1] != NEVER).cumprod(1).bool()
             done |= (torch.isin(self.tokens[rows, :-1], self.ends) & known).any(1)  # nothing before it can change
@@ -188,7 +194,7 @@ class Slots:
         )
 
 
-def split(widths: Sequence[int], budget: int) -> list[tuple[int, int]]:
+def split_by_budget(widths: Sequence[int], budget: int) -> list[tuple[int, int]]:
     """Split rows of descending ``widths`` into ranges of at most ``budget`` padded positions, or of a single row."""
     ranges: list[tuple[int, int]] = []
     for row in range(len(widths)):

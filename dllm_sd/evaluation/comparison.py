@@ -20,7 +20,7 @@ Verdicts = Mapping[str, Sequence[bool]]
 
 
 @dataclass(frozen=True)
-class Counts:
+class ContingencyTable:
     """Numbers of problems that both, one or none of the evaluations solved: the table of McNemar's test."""
 
     both: int
@@ -43,7 +43,7 @@ class Comparison:
     accuracy_b: float
     difference: float
     ci95: tuple[float, float]
-    counts: Counts | None
+    counts: ContingencyTable | None
     p_value: float | None
     alone_a: int
     alone_b: int
@@ -165,8 +165,10 @@ def find_generations(path: Path) -> Path:
     raise InputError(f"{path} holds no generations.jsonl or graded.jsonl; evaluate it first: dllm-sd eval {path}")
 
 
-def _counts(pairs: Sequence[tuple[bool, bool]]) -> Counts:
-    return Counts(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))))
+def _counts(pairs: Sequence[tuple[bool, bool]]) -> ContingencyTable:
+    return ContingencyTable(
+        *(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
+    )
 
 
 def _share(correct: Sequence[bool]) -> float:

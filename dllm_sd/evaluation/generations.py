@@ -41,7 +41,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Line:
+class InputLine:
     """One line of a file: ``where`` is ``FILE:LINE``, for messages."""
 
     where: str
@@ -71,7 +71,7 @@ class AttemptNames:
         self._seen: dict[str | None, _Seen] = {}
         self._named: bool | None = None
 
-    def name(self, line: Line, number: int) -> tuple[str | None, str, int, int]:
+    def name(self, line: InputLine, number: int) -> tuple[str | None, str, int, int]:
         """Return the schedule, the problem, the problem's number in the schedule, and the attempt of a line.
 
         A line without an ``attempt`` is the next attempt at its problem; if no line has an ``id``, each line is a
@@ -135,7 +135,7 @@ class _Seen:
         return True
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_input_lines(path: Path) -> Iterator[InputLine]:
     """Yield the objects of a ``.jsonl`` or ``.jsonl.gz`` file; blank lines are skipped.
 
     Raises:
@@ -147,7 +147,7 @@ def read_lines(path: Path) -> Iterator[Line]:
             for number, text in enumerate(text_lines(file, lambda number: f"{path}:{number}", str(path), ": this"), 1):
                 if text.strip():
                     has_lines = True
-                    yield Line(f"{path}:{number}", _object(text, f"{path}:{number}"))
+                    yield InputLine(f"{path}:{number}", _object(text, f"{path}:{number}"))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or f"damaged: {error}"
         raise InputError(f"{path} cannot be read ({reason}); give the path of a readable .jsonl or .jsonl.gz") from None
@@ -193,7 +193,7 @@ def stream_generations(path: Path) -> Iterator[Generation]:
         InputError: naming file, line and key, and the remedy.
     """
     attempts = AttemptNames()
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_input_lines(path), 1):
         line.need("id", (str, int), "text or a whole number", "give every line the id of its problem")
         schedule, problem, _, attempt = attempts.name(line, number)
         correct = line.need("correct", bool, "true or false", "grade the file first: dllm-sd grade FILE --task NAME")
@@ -270,7 +270,7 @@ def grade_file(
         stack.enter_context(_new_folder(folder))
         graded, written = (stack.enter_context(replacing(file, alone=False)) for file in (target, report_file))
         place = 0
-        for number, line in enumerate(read_lines(path), 1):
+        for number, line in enumerate(read_input_lines(path), 1):
             schedule, problem_id, problem, _ = attempts.name(line, number)
             grade = _grade(line, problem_id, task)
             schedules.setdefault(schedule, Tally(graded)).add(problem, number, place, grade)
@@ -281,7 +281,7 @@ def grade_file(
     return report
 
 
-def _grade(line: Line, problem_id: str, task: Task) -> Grade:
+def _grade(line: InputLine, problem_id: str, task: Task) -> Grade:
     generation = line.need("generation", str, "text", "put the model's output there")
     fields = {name: value for name, value in line.fields.items() if name != "generation"}
     try:

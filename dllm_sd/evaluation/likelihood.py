@@ -24,7 +24,7 @@ from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import left_pad
 
 T = TypeVar("T")
-Pair = tuple[Sequence[int], Sequence[int]]
+PromptAnswer = tuple[Sequence[int], Sequence[int]]
 """Prompt and answer tokens."""
 
 
@@ -71,7 +71,7 @@ def spans(prompt: int, answer: int, block_length: int | None) -> list[range]:
 @torch.no_grad()
 def log_likelihoods(
     policy: MaskedDiffusion,
-    pairs: Sequence[Pair],
+    pairs: Sequence[PromptAnswer],
     keys: Sequence[int],
     *,
     samples: int = 128,
@@ -111,7 +111,7 @@ def log_likelihoods(
 
 @torch.no_grad()
 def written_greedily(
-    policy: MaskedDiffusion, pairs: Sequence[Pair], *, batch_size: int = 32, guidance: float = 0.0
+    policy: MaskedDiffusion, pairs: Sequence[PromptAnswer], *, batch_size: int = 32, guidance: float = 0.0
 ) -> list[bool]:
     """Whether greedy unmasking writes each answer: from all masked, the most probable token first, one per step.
 

@@ -19,7 +19,7 @@ GENERATIONS, SETTINGS = "generations.jsonl", "settings.json"
 
 
 @dataclass(frozen=True)
-class Line:
+class GradedAttempt:
     """One graded attempt at a problem."""
 
     id: str
@@ -67,7 +67,7 @@ class Record:
         self.problems: list[str] = []
         """The ids of all evaluated problems; set when the evaluation ends."""
 
-    def append(self, line: Line) -> None:
+    def append(self, line: GradedAttempt) -> None:
         """Append one attempt to the file, so that a crash of the program does not lose it."""
         with self._file.open("ab") as file:
             file.write(_text(self.schedule, line))
@@ -114,7 +114,7 @@ def finish(
         old.unlink()
 
 
-def _text(schedule: str, line: Line) -> bytes:
+def _text(schedule: str, line: GradedAttempt) -> bytes:
     """Return one line; lone surrogates, which UTF-8 cannot encode, are escaped as in JSON."""
     tree = {"schedule": schedule, **asdict(line)}
     return f"{json.dumps(tree, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
@@ -139,14 +139,14 @@ def _content(file: Path) -> bytes:
     return read_own(file, "remove it, and what it held is decoded again", sys.maxsize)
 
 
-def _read(folder: Path) -> Iterator[tuple[str, Line]]:
+def _read(folder: Path) -> Iterator[tuple[str, GradedAttempt]]:
     for file in (folder / GENERATIONS, *_partial(folder)):
         *lines, _ = _content(file).split(b"\n")  # the last is empty, or was cut off
         for number, text in enumerate(lines, 1):
             try:
                 tree = own_json(text)
                 schedule = build(str, tree.pop("schedule", None) if isinstance(tree, dict) else tree, "schedule")
-                yield schedule, build(Line, tree)
+                yield schedule, build(GradedAttempt, tree)
             except ValueError as error:
                 raise InputError(
                     f"{file} line {number} holds no graded attempt ({on_one_line(error):.200}); remove the file, and "

@@ -10,7 +10,7 @@ from typing import IO, Any, Generic, TypeVar, overload
 from dllm_sd.evaluation.estimates import figures, majority
 from dllm_sd.tasks.task import Grade, Problem
 
-Item = TypeVar("Item")
+StoredT = TypeVar("StoredT")
 
 
 class Tally:
@@ -85,20 +85,20 @@ class Tally:
         return Problem(name, {key: value for key, value in fields.items() if key != "generation"}), grade
 
 
-class _Stored(Sequence[Item], Generic[Item]):
+class _Stored(Sequence[StoredT], Generic[StoredT]):
     """A sequence whose items are read on access: ``read(place)`` for each of ``places``."""
 
-    def __init__(self, places: Sequence[int], read: Callable[[int], Item]) -> None:
+    def __init__(self, places: Sequence[int], read: Callable[[int], StoredT]) -> None:
         self._places, self._read = places, read
 
     def __len__(self) -> int:
         return len(self._places)
 
     @overload
-    def __getitem__(self, index: int) -> Item: ...
+    def __getitem__(self, index: int) -> StoredT: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+    def __getitem__(self, index: slice) -> Sequence[StoredT]: ...
+    def __getitem__(self, index: int | slice) -> StoredT | Sequence[StoredT]:
         if isinstance(index, slice):
             return _Stored(self._places[index], self._read)
         return self._read(self._places[index])

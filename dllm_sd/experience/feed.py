@@ -10,7 +10,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key, random_order
 from dllm_sd.rollouts.rollout import Prompted, with_occurrences
-from dllm_sd.rollouts.rules import prompt_tokens
+from dllm_sd.rollouts.rules import encode_problem
 from dllm_sd.tasks.task import Problem, Task
 
 
@@ -44,7 +44,7 @@ class Feed:
         while len(taken) < count:
             epoch, place = divmod(cursor, len(self.problems))
             problem = self.problems[int(self._order(epoch)[place])]
-            prompted = prompt_tokens(self.policy, self.task, problem, self.max_prompt)
+            prompted = encode_problem(self.policy, self.task, problem, self.max_prompt)
             cursor += 1
             if prompted is None:
                 dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1

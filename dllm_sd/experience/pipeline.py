@@ -15,7 +15,7 @@ from dllm_sd.experience.rollout_weights import RolloutWeights
 from dllm_sd.experience.skill_bank import SkillBankState
 from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.weights import Teacher, Weights
+from dllm_sd.policies.weights import TeacherModel, Weights
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.attempt_queue import Workers
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
@@ -34,7 +34,7 @@ class RolloutPipeline:
         problems: Sequence[Problem],
         policy: AnyPolicy,
         module: nn.Module,
-        models: Mapping[Weights, Teacher],
+        models: Mapping[Weights, TeacherModel],
         accelerator: Accelerator,
     ) -> None:
         """For a run whose policy is wrapped in ``module``; ``models`` hold the weights of all teachers and writers."""

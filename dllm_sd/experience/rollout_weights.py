@@ -16,7 +16,7 @@ from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.policies.teacher_weights import Weights
-from dllm_sd.policies.weights import Teacher
+from dllm_sd.policies.weights import TeacherModel
 from dllm_sd.rollouts.rules import RolloutRule
 from dllm_sd.tasks.task import Problem, Task
 
@@ -28,7 +28,7 @@ class RolloutWeights:
         self,
         rule: RolloutRule,
         policy: AnyPolicy,
-        models: Mapping[Weights, Teacher],
+        models: Mapping[Weights, TeacherModel],
         accelerator: Accelerator,
     ) -> None:
         self.subspace: Subspace | None = None if rule.policy is None else rule.policy.subspace

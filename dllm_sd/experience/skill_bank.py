@@ -8,19 +8,19 @@ from typing import Any
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollout
-from dllm_sd.skills import Bank, Memory, Pair, build_bank, cold_start, read_bank, update, write_bank
+from dllm_sd.skills import Attempt, Bank, SkillPair, build_bank, cold_start, read_bank, update, write_bank
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers import SkillBankConfig
-from dllm_sd.teachers.prompts import Write
+from dllm_sd.teachers.prompts import WriteTexts
 from dllm_sd.writers import Request
 
-FILE = "bank.json"
+BANK_FILE = "bank.json"
 
 
 class SkillBankState:
     """Holds the bank that `SkillBankConfig` describes; to be used by all processes together."""
 
-    def __init__(self, config: SkillBankConfig | None, task: Task, write: Write, seed: int) -> None:
+    def __init__(self, config: SkillBankConfig | None, task: Task, write: WriteTexts, seed: int) -> None:
         self.config, self.task, self.write, self.seed = config, task, write, seed
         self.bank = Bank()
 
@@ -72,7 +72,7 @@ class SkillBankState:
         )
         return {f"bank/{name}": count for name, count in counts.items()}
 
-    def pairs(self, problem: Problem, key: int) -> Sequence[Pair]:
+    def pairs(self, problem: Problem, key: int) -> Sequence[SkillPair]:
         """The pairs of the bank for a problem, best first."""
         config = self.config
         return config.pairs(self.bank, config.text(self.task, problem), key) if config else ()
@@ -80,19 +80,19 @@ class SkillBankState:
     def write_down(self, run: Path) -> None:
         """Write the bank into the run's folder, for people to read."""
         if self.config is not None:
-            write_bank(self.bank, run / FILE)
+            write_bank(self.bank, run / BANK_FILE)
 
     @property
     def tree(self) -> dict[str, Any] | None:
         """The bank as it is stored in a checkpoint."""
         return self.bank.tree() if self.config is not None else None
 
-    def _memory(self, rollout: Rollout) -> Memory:
+    def _memory(self, rollout: Rollout) -> Attempt:
         problem = rollout.problem
         assert self.config is not None
         text = self.config.text(self.task, problem)
         truth = self.task.final_answer(problem)
-        return Memory(text, rollout.text, rollout.grade.correct, rollout.grade.parsed, truth)
+        return Attempt(text, rollout.text, rollout.grade.correct, rollout.grade.parsed, truth)
 
     def _answers(self, chats: Sequence[Sequence[Mapping[str, str]]], number: int) -> list[str | None]:
         assert self.config is not None

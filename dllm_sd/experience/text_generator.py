@@ -12,7 +12,7 @@ from dllm_sd.config import to_tree
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.parallel.processes import together
 from dllm_sd.parallel.sharding import gathered, whole
-from dllm_sd.policies.weights import WEIGHTS, Teacher, Weights
+from dllm_sd.policies.weights import WEIGHTS, TeacherModel, Weights
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.context import Reasoning
 from dllm_sd.teachers.writing import Writing
@@ -27,10 +27,10 @@ class TextGenerator:
 
     def __init__(
         self,
-        teachers: Sequence[Teacher],
+        teachers: Sequence[TeacherModel],
         decode: Decoding,
         accelerator: Accelerator,
-        models: Mapping[Weights, Teacher] | None = None,
+        models: Mapping[Weights, TeacherModel] | None = None,
         cache: Cache | None = None,
         longest: int = 10240,
     ) -> None:
@@ -88,7 +88,7 @@ class TextGenerator:
         before, self._damaged = self._damaged, self.cache.corrupt if self.cache else 0
         return self._damaged - before
 
-    def _answers(self, model: Teacher, requests: Sequence[Request], sampling: Sampling) -> list[Written]:
+    def _answers(self, model: TeacherModel, requests: Sequence[Request], sampling: Sampling) -> list[Written]:
         policy = model.policy
         prompts = [policy.encode(request.messages, sampling.thinking) for request in requests]
         short = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.longest]
@@ -103,7 +103,7 @@ class TextGenerator:
         return answers
 
     def _decode(
-        self, model: Teacher, prompts: Sequence[Sequence[int]], settings: Decoding, keys: Sequence[int]
+        self, model: TeacherModel, prompts: Sequence[Sequence[int]], settings: Decoding, keys: Sequence[int]
     ) -> list[str]:
         """The texts of this process; all processes enter, also those without prompts."""
         with model.applied(), gathered(self.accelerator, model.policy.module):
@@ -113,7 +113,7 @@ class TextGenerator:
             rows = zip(written.tokens, written.length.tolist(), strict=True)
             return [model.policy.text(tokens[:length].tolist()) for tokens, length in rows]
 
-    def _identity(self, weights: Weights, model: Teacher) -> dict[str, Any]:
+    def _identity(self, weights: Weights, model: TeacherModel) -> dict[str, Any]:
         """Identity of a writer in the cache: a digest of the sums of its tensors, without other adapters."""
         if weights not in self._identities:
             digest = sha256()

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_sd.errors import InputError
-from dllm_sd.export.model_card import Layout, Trained, model_card, settings_of
+from dllm_sd.export.model_card import ExportFormat, Trained, model_card, settings_of
 from dllm_sd.files.writing import write_file
 from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.finite import find_broken
@@ -27,7 +27,7 @@ from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.pretrained.blueprint import Blueprint, brief, find_file, read_blueprint
 from dllm_sd.pretrained.families import MARK
 from dllm_sd.pretrained.model import Model
-from dllm_sd.pretrained.weight_files import INDEX, stored_tensors
+from dllm_sd.pretrained.weight_files import INDEX_FILE, stored_tensors
 
 SHARD = "5GB"
 TOKENIZER_FILES = (
@@ -43,7 +43,7 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 def export_policy(
     policy: AnyPolicy,
     model: Model,
-    to: Layout,
+    to: ExportFormat,
     folder: Path,
     trained: Trained | None = None,
     name: str | None = None,
@@ -106,7 +106,7 @@ def push_folder(folder: Path, repository: str) -> None:
         ) from error
 
 
-def _check_form(policy: AnyPolicy, model: Model, to: Layout) -> None:
+def _check_form(policy: AnyPolicy, model: Model, to: ExportFormat) -> None:
     adapted = isinstance(policy.module.model, PeftModel)
     if to == "peft" and not adapted:
         raise InputError("the run trained all weights and has no adapter (model.lora); export it --to merged")
@@ -144,7 +144,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
 # Weights
 
 
-def fold(model: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def merged_weights(model: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The weights by native name, with W + BA computed in float32 and rounded once, on the CPU.
 
     Args:
@@ -196,11 +196,11 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_file(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_file(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _write_merged(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> None:
-    state = fold(policy.module.model)
+    state = merged_weights(policy.module.model)
     tied = _aliases(state)
     config = deepcopy(_network(policy.module.model).config)
     config.tie_word_embeddings = bool(tied)
@@ -238,7 +238,7 @@ def _write_original(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> st
     source = stored_tensors(path)
     types = {stored.dtype for stored in source.values()} & STORED.keys()
     dtype = STORED[types.pop()] if len(types) == 1 else torch.float32  # mixed: rounded below, tensor by tensor
-    state = revert_weight_conversion(_network(policy.module.model), fold(policy.module.model, dtype))
+    state = revert_weight_conversion(_network(policy.module.model), merged_weights(policy.module.model, dtype))
     extra = state.keys() - source.keys()
     groups = _aliases(state)
     kept = {groups.get(name, name) for name in state.keys() & source.keys()}

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from dllm_sd.config import build_config, to_tree
 from dllm_sd.errors import InputError
-from dllm_sd.files.reading import damaged, read_own
+from dllm_sd.files.reading import damaged_file, read_own
 from dllm_sd.files.typed_json import read_json
 from dllm_sd.methods.method import Method
 from dllm_sd.policies.loading import AnyPolicy
@@ -20,9 +20,9 @@ from dllm_sd.pretrained.blueprint import Blueprint, model_folder
 from dllm_sd.pretrained.model import Model
 from dllm_sd.reports.method_page import closest
 from dllm_sd.training.checkpoint import state_of
-from dllm_sd.training.folder import read_tree
+from dllm_sd.training.folder import read_run_config
 
-Layout = Literal["peft", "merged", "original"]
+ExportFormat = Literal["peft", "merged", "original"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ Do not call `generate()`: it writes from left to right, and this model fills in 
 def model_card(
     policy: AnyPolicy,
     blueprint: Blueprint,
-    to: Layout,
+    to: ExportFormat,
     name: str,
     trained: Trained | None = None,
     stored: str | None = None,
@@ -114,7 +114,7 @@ def model_card(
 
 def settings_of(run: Path) -> str:
     """The resolved config of a run as YAML, without its folder."""
-    read_tree(run)  # refuses what is no config
+    read_run_config(run)  # refuses what is no config
     text = read_own(run / "config.yaml", "give another folder").decode("utf-8")
     return re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
 
@@ -131,7 +131,7 @@ def _license(path: str | None) -> str | None:
         return None
 
 
-def _use(policy: AnyPolicy, model: Model, to: Layout, name: str, trained: Trained | None) -> str:
+def _use(policy: AnyPolicy, model: Model, to: ExportFormat, name: str, trained: Trained | None) -> str:
     options: dict[str, Any] = {}
     if to != "merged":  # what the base does not say itself
         for key in ("as_", "mask_token", "end_tokens", "chat_template", "thinking", "tokenizer"):
@@ -159,7 +159,7 @@ def _use(policy: AnyPolicy, model: Model, to: Layout, name: str, trained: Traine
 def _training(trained: Trained | None) -> str:
     if trained is None:
         return "These weights were not trained by dllm-sd; only their format was changed."
-    tree, method = _resolved(trained), build_config(read_tree(trained.run)).method
+    tree, method = _resolved(trained), build_config(read_run_config(trained.run)).method
     update = state_of(trained.checkpoint).update
     kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
     kind += ", the initial ones, which no training has changed" if update == 0 else ""
@@ -173,7 +173,7 @@ def _training(trained: Trained | None) -> str:
 
 def _resolved(trained: Trained) -> dict[str, Any]:
     """The settings of a run with all their keys, however little its file says."""
-    return to_tree(build_config(read_tree(trained.run)))
+    return to_tree(build_config(read_run_config(trained.run)))
 
 
 def _parts(method: Method) -> str:
@@ -229,11 +229,11 @@ def read_results(run: Path) -> Results | None:
     try:
         settings = to_tree(build_config(found.settings))
     except InputError as error:
-        raise damaged(file, error, remedy) from error
+        raise damaged_file(file, error, remedy) from error
     if any(one.keys() != found.best.keys() for one in every):
-        raise damaged(file, "before, after and best are not of the same schedules", remedy)
+        raise damaged_file(file, "before, after and best are not of the same schedules", remedy)
     if any(len(one.ci95) != 2 for some in every for one in some.values()):
-        raise damaged(file, "ci95 must have two ends", remedy)
+        raise damaged_file(file, "ci95 must have two ends", remedy)
     return replace(found, settings=settings)
 
 

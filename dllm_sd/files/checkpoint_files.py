@@ -17,7 +17,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.files import reading
 from dllm_sd.files.typed_json import build, own_json
 
-CHECKPOINTS, WEIGHTS, STATE = "checkpoints", "model.safetensors", "state.json"
+CHECKPOINTS, CHECKPOINT_WEIGHTS, STATE = "checkpoints", "model.safetensors", "state.json"
 FILES = "files"
 """Key of `state.json`: checksums in hexadecimal digits by file name; its own is of its bytes with `BLANK` there."""
 BLANK = "0" * 64
@@ -59,7 +59,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         if FILES in tree or FORMAT in tree:
             _verify_state(content, tree, build(dict[str, str], tree.get(FILES), FILES))
     except (OSError, ValueError) as error:
-        raise damaged(file, error) from error
+        raise damaged_checkpoint(file, error) from error
     return tree
 
 
@@ -84,7 +84,7 @@ def verify(folder: Path, sums: Mapping[str, str]) -> None:
             if checksum(_plain(folder / name)) != sums[name]:
                 raise ValueError(f"it does not agree with its checksum in {STATE}")
         except (OSError, ValueError) as error:
-            raise damaged(folder / name, error) from error
+            raise damaged_checkpoint(folder / name, error) from error
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     sums = {} if bare else read_state(folder).get(FILES)
     if sums:
         if name not in sums:
-            raise damaged(folder / name, f"it is not listed in {STATE}")
+            raise damaged_checkpoint(folder / name, f"it is not listed in {STATE}")
         verify(folder, {name: sums[name]})
     return load_tensors(folder, name)
 
@@ -113,7 +113,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(_plain(folder / name))
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise damaged(folder / name, error) from error
+        raise damaged_checkpoint(folder / name, error) from error
 
 
 def _plain(file: Path) -> Path:
@@ -124,9 +124,9 @@ def _plain(file: Path) -> Path:
     return file
 
 
-def damaged(file: Path, why: BaseException | str) -> InputError:
+def damaged_checkpoint(file: Path, why: BaseException | str) -> InputError:
     """The refusal of a file of a checkpoint, which says what can be done."""
-    return reading.damaged(f"checkpoint {file}", why, remedy(file.parent))
+    return reading.damaged_file(f"checkpoint {file}", why, remedy(file.parent))
 
 
 def remedy(folder: Path) -> str:

@@ -15,13 +15,13 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 from dllm_sd.errors import InputError, on_one_line, shown
 from dllm_sd.files.reading import lone_surrogate, read_whole
 
-LONGEST = 2**20
+MAX_YAML_BYTES = 2**20
 """Bytes of a file."""
-MOST = 30_000
+MAX_YAML_VALUES = 30_000
 """Keys and values of a document, with a copy for every alias."""
-LARGEST = 2**22
+MAX_YAML_CHARACTERS = 2**22
 """Characters of them."""
-DEEPEST = 64
+MAX_YAML_DEPTH = 64
 """Levels of lists and mappings inside each other."""
 _DIGITS = 400
 _SCALARS = {
@@ -46,7 +46,7 @@ def read_yaml(path: Path, name: str, remedy: str = "correct it, or give another 
         InputError: naming the file, the line where there is one, and the remedy.
     """
     try:
-        text = read_whole(path, LONGEST).decode("utf-8")
+        text = read_whole(path, MAX_YAML_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else on_one_line(error)
         raise InputError(f"{name} cannot be read ({said}); {remedy}") from error
@@ -102,13 +102,15 @@ class _Reader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event = self.peek_event()
-        if self.depth > DEEPEST:
-            raise ComposerError(None, None, f"lists and mappings go more than {DEEPEST} levels deep", event.start_mark)
+        if self.depth > MAX_YAML_DEPTH:
+            raise ComposerError(
+                None, None, f"lists and mappings go more than {MAX_YAML_DEPTH} levels deep", event.start_mark
+            )
         if getattr(event, "tag", None) is not None:
             raise ComposerError(None, None, f"leave out the tag {shown(event.tag)}", event.start_mark)
         self.count += 1
-        if self.count > MOST:
-            raise ComposerError(None, None, f"there are more than {MOST} keys and values", event.start_mark)
+        if self.count > MAX_YAML_VALUES:
+            raise ComposerError(None, None, f"there are more than {MAX_YAML_VALUES} keys and values", event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -146,7 +148,7 @@ class _Copy:
     def of(self, value: Any, depth: int = 0) -> Any:
         self.values += 1
         self.characters += len(value) if isinstance(value, str) else 0
-        if self.values > MOST or self.characters > LARGEST or depth > DEEPEST + 1:
+        if self.values > MAX_YAML_VALUES or self.characters > MAX_YAML_CHARACTERS or depth > MAX_YAML_DEPTH + 1:
             raise InputError(
                 f"{self.name} refers to itself, or is too large with a copy for each of its aliases; write them out"
             )

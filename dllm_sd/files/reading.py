@@ -18,7 +18,7 @@ LONGEST_LINE = 2**24
 """Bytes of a line, its end included."""
 LARGEST_FILE = 2**26
 """Bytes of a file that is read as a whole."""
-DEEPEST = 100
+MAX_JSON_DEPTH = 100
 """Lists and objects of JSON, one within the other; what is deeper could be read, but neither copied nor written."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -63,7 +63,7 @@ def read_whole(path: Path, largest: int = LARGEST_FILE) -> bytes:
     return content
 
 
-def damaged(file: Path | str, why: BaseException | str, remedy: str) -> InputError:
+def damaged_file(file: Path | str, why: BaseException | str, remedy: str) -> InputError:
     """The refusal of a file that the program wrote itself and cannot use: why, and what can be done.
 
     Args:
@@ -80,12 +80,12 @@ def read_own(file: Path, remedy: str, largest: int = LARGEST_FILE) -> bytes:
     """All of a file that the program wrote itself.
 
     Raises:
-        InputError: as `damaged`, if it cannot be read or has more than ``largest`` bytes.
+        InputError: as `damaged_file`, if it cannot be read or has more than ``largest`` bytes.
     """
     try:
         return read_whole(file, largest)
     except OSError as error:
-        raise damaged(file, error, remedy) from error
+        raise damaged_file(file, error, remedy) from error
 
 
 def bounded_lines(file: BinaryIO, where: Callable[[int], str]) -> Iterator[bytes]:
@@ -154,7 +154,7 @@ class _Wrong(ValueError):
 
 
 def json_value(
-    content: str | bytes, *, surrogates: bool = False, deepest: int = DEEPEST, **options: Callable[..., Any]
+    content: str | bytes, *, surrogates: bool = False, deepest: int = MAX_JSON_DEPTH, **options: Callable[..., Any]
 ) -> Any:
     """The value that a JSON text says.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dllm_sd.files.reading import DEEPEST, damaged, json_value, read_own
+from dllm_sd.files.reading import MAX_JSON_DEPTH, damaged_file, json_value, read_own
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -29,7 +29,7 @@ def own_json(content: bytes) -> Any:
     Raises:
         ValueError: saying in a few words what is wrong.
     """
-    return json_value(content, surrogates=True, deepest=2 * DEEPEST, parse_constant=float)
+    return json_value(content, surrogates=True, deepest=2 * MAX_JSON_DEPTH, parse_constant=float)
 
 
 def read_json(file: Path, kind: Any, remedy: str) -> Any:
@@ -42,7 +42,7 @@ def read_json(file: Path, kind: Any, remedy: str) -> Any:
     try:
         return build(kind, own_json(content))
     except ValueError as error:
-        raise damaged(file, error, remedy) from error
+        raise damaged_file(file, error, remedy) from error
 
 
 def build(kind: Any, tree: Any, where: str = "it") -> Any:

@@ -11,7 +11,7 @@ from uuid import uuid4
 from dllm_sd.errors import InputError, on_one_line, shown
 
 PLACE = "a path"
-DEEPEST = 200
+MAX_PATH_DEPTH = 200
 """Folders in a path, one within the other; making more is nobody's wish."""
 Place = Annotated[str, PLACE]
 """A file or folder in a config; a ``~`` at its start is the home folder."""
@@ -88,7 +88,7 @@ def at_home(name: str, key: str) -> str:
         path = str(Path(name).expanduser()) if name.startswith("~") else name
         parts = path.split("/")
         possible = "\0" not in path and all(len(os.fsencode(part)) < 256 for part in parts) and len(path) < 4096
-        possible = possible and len(parts) <= DEEPEST
+        possible = possible and len(parts) <= MAX_PATH_DEPTH
     except (RuntimeError, UnicodeEncodeError):
         possible, path = False, name
     if not possible:

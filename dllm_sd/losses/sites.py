@@ -83,7 +83,7 @@ class Revealed(SiteDefaults):
 
 
 @dataclass(frozen=True)
-class AllMasked(SiteDefaults):
+class AllMaskedSites(SiteDefaults):
     """Every masked position, of the active block only if `block`."""
 
     block: bool = False
@@ -134,10 +134,10 @@ class TeacherTop(Ranged, key="method.sites"):
         return top if self.by == "logit" else top - teacher_logits.logsumexp(-1)
 
 
-SITES: dict[str, type] = {"revealed": Revealed, "all_masked": AllMasked, "teacher_top": TeacherTop}
+SITES: dict[str, type] = {"revealed": Revealed, "all_masked": AllMaskedSites, "teacher_top": TeacherTop}
 
 
-def choose(candidates: Tensor, quota: Tensor, score: Tensor) -> Tensor:
+def choose_sites(candidates: Tensor, quota: Tensor, score: Tensor) -> Tensor:
     """The best ``quota`` candidates of each canvas, ties from left to right.
 
     Args:

@@ -2,21 +2,21 @@
 
 from dataclasses import replace
 
-from dllm_sd.canvases import AllMasked, RandomMasks
+from dllm_sd.canvases import AllMaskedCanvas, RandomMasks
 from dllm_sd.losses.divergences import TokenNLL
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.sites import AllMaskedSites
 from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import GroupAdvantage
 from dllm_sd.methods.method import Method
-from dllm_sd.methods.row import GROUP, SELF_TRAINING, Row
-from dllm_sd.policies.weights import Base
+from dllm_sd.methods.named_method import GROUP, SELF_TRAINING, NamedMethod
+from dllm_sd.policies.weights import BaseWeights
 from dllm_sd.rollouts.rules import All, Demonstrations, PassAtK
 from dllm_sd.teachers import (
     Nothing,
 )
 
-BASELINES: dict[str, Row] = {
-    "sft": Row(
+BASELINES: dict[str, NamedMethod] = {
+    "sft": NamedMethod(
         Method(
             rollout=Demonstrations(),
             gate=All(),
@@ -30,7 +30,7 @@ BASELINES: dict[str, Row] = {
         "LLaDA, arXiv 2502.09992, Eq. 3 and Alg. 2",
         "Masked-diffusion cross-entropy with 1/t weights on the data set's references.",
     ),
-    "rft": Row(
+    "rft": NamedMethod(
         Method(
             canvases=RandomMasks(draws=8),
             contexts=(),
@@ -42,16 +42,16 @@ BASELINES: dict[str, Row] = {
         "rejection fine-tuning (arXiv 2308.01825) with the loss of LLaDA",
         "Random masks on the model's own correct rollouts.",
     ),
-    "rft_trajectory": Row(
+    "rft_trajectory": NamedMethod(
         Method(contexts=(), target=Sampled(), divergence=TokenNLL()),
         "rejection fine-tuning on the decoder's canvases",
         "Hard labels on exactly the canvases and sites of d_opsd: the strong baseline.",
     ),
-    "diffu_grpo": Row(
+    "diffu_grpo": NamedMethod(
         Method(
             rollout=PassAtK(keep="all", until_solved=False),
             gate=All(),
-            canvases=AllMasked(),
+            canvases=AllMaskedCanvas(),
             contexts=(Nothing(),),
             sites=AllMaskedSites(),
             target=Sampled(),
@@ -62,7 +62,7 @@ BASELINES: dict[str, Row] = {
         "Group advantage (not divided by its deviation, as the code does), one-step likelihood with 15 % of the prompt "
         "masked, KL to the base. Set rollout.passes above 1 for d1's reuse of rollouts (add a snapshot context).",
     ),
-    "grpo": Row(
+    "grpo": NamedMethod(
         Method(
             rollout=GROUP,
             gate=All(),
@@ -75,7 +75,7 @@ BASELINES: dict[str, Row] = {
         "Group advantage on the likelihood of each token where it was chosen, KL to the base. On masked diffusion that "
         "is the likelihood along the decoder's own path.",
     ),
-    "spd": Row(
+    "spd": NamedMethod(
         SELF_TRAINING,
         "SPD, arXiv 2605.22675, Eq. 6 to 14, and github.com/gh540-svg/hahaha, commit e249fec",
         "Cross-entropy on the model's own text, right or wrong, written by the initial weights with keys and values "
@@ -83,13 +83,13 @@ BASELINES: dict[str, Row] = {
         "problem, and later epochs train on it again. Prompts are not trained on; in the paper they are "
         "(method.sites.prompt).",
     ),
-    "self_distillation": Row(
-        replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=Base())),
+    "self_distillation": NamedMethod(
+        replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=BaseWeights())),
         "the comparison SSD of arXiv 2605.22675",
         "spd without the projection.",
     ),
-    "self_retraining": Row(
-        replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=Base(), top_p=1.0)),
+    "self_retraining": NamedMethod(
+        replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=BaseWeights(), top_p=1.0)),
         "the comparison PSR of arXiv 2605.22675",
         "spd without projection and top-p.",
     ),

@@ -6,8 +6,8 @@ from dllm_sd.losses.sites import Revealed, TeacherTop
 from dllm_sd.losses.supports import TopK
 from dllm_sd.losses.targets import Barycenter, PurifiedPMI
 from dllm_sd.methods.method import Method
-from dllm_sd.methods.row import Row
-from dllm_sd.policies.weights import Ema
+from dllm_sd.methods.named_method import NamedMethod
+from dllm_sd.policies.weights import EmaWeights
 from dllm_sd.rollouts.rules import All, Correct, PassAtK
 from dllm_sd.teachers import (
     Critique,
@@ -19,14 +19,14 @@ from dllm_sd.teachers import (
     Suffix,
 )
 
-DENOISING: dict[str, Row] = {
-    "d_opsd": Row(
+DENOISING: dict[str, NamedMethod] = {
+    "d_opsd": NamedMethod(
         Method(contexts=(Suffix(),), sites=Revealed(), divergence=ReverseKL()),
         "arXiv 2606.18195, with the parts that its ablations and our tests support",
         "Vetted default: pass@8, correct rollouts, every decoding step, later blocks at 25 %, the student's own sites, "
         "full vocabulary, reverse KL without clip, base weights, mean over all sites.",
     ),
-    "d_opsd_paper": Row(
+    "d_opsd_paper": NamedMethod(
         Method(
             canvases=DecoderSteps(end_padding=True),
             contexts=(Suffix(scope="all_masked"),),
@@ -41,7 +41,7 @@ DENOISING: dict[str, Row] = {
         "model. method.divergence.clip=token, a variant of ours, bounds each site's divergence instead; a site beyond "
         "the bound then has no gradient.",
     ),
-    "d_opsd_reference": Row(
+    "d_opsd_reference": NamedMethod(
         Method(
             rollout=PassAtK(problems=4, passes=4),
             gate=Correct(count_rejected=True),
@@ -59,17 +59,17 @@ DENOISING: dict[str, Row] = {
         "divergence), two sites by raw logit, later blocks with the end rule, last block never graded, temporal "
         "chunks as separate updates, failures in the denominator, padding behind the end graded.",
     ),
-    "later_step": Row(
+    "later_step": NamedMethod(
         Method(gate=All(), rollout=PassAtK(attempts=1), contexts=(LaterStep(),)),
         "after arXiv 2607.04428",
         "The teacher reads a later step of the same trajectory; no label is used.",
     ),
-    "d_opsd_prompt": Row(
+    "d_opsd_prompt": NamedMethod(
         Method(contexts=(Reference(),)),
         "the prompt-conditioned comparison of arXiv 2606.18195",
         "d_opsd with the data's reference in the teacher's prompt instead of an answer on the canvas.",
     ),
-    "d_opsd_pmi": Row(
+    "d_opsd_pmi": NamedMethod(
         Method(
             contexts=(Suffix(), Suffix(prompt=NoQuestion()), Nothing()),
             target=PurifiedPMI(),
@@ -78,17 +78,17 @@ DENOISING: dict[str, Row] = {
         "d_opsd with the target of arXiv 2607.02234, Eq. 5 to 8; unpublished",
         "Purified suffix teacher: what the suffix says only together with the question, added to the base.",
     ),
-    "d_demo_psd": Row(
-        Method(contexts=(Suffix(), Nothing()), teacher=(Ema(0.95),), target=Barycenter()),
+    "d_demo_psd": NamedMethod(
+        Method(contexts=(Suffix(), Nothing()), teacher=(EmaWeights(0.95),), target=Barycenter()),
         "d_opsd with the target of arXiv 2607.02502, Eq. 7 to 9; unpublished",
         "Barycenter of the suffix teacher and the plain student, both with averaged weights.",
     ),
-    "d_rcsd": Row(
+    "d_rcsd": NamedMethod(
         Method(contexts=(Suffix(prompt=Rubric(source="data")),)),
         "d_opsd with the context of arXiv 2606.19327; unpublished",
         "The data's rubric in the teacher's prompt, together with the suffix.",
     ),
-    "d_step_align": Row(
+    "d_step_align": NamedMethod(
         Method(gate=All(), contexts=(Critique(),)),
         "d_opsd with the context of arXiv 2606.11173; unpublished",
         "A critique of the rollout in the teacher's prompt instead of a suffix, on right and wrong rollouts.",

@@ -15,7 +15,7 @@ from dllm_sd.losses.targets import TARGETS, Plain, Target
 from dllm_sd.losses.trust import TRUSTS, Equal, Trust
 from dllm_sd.parts import name_of, names_with
 from dllm_sd.policies.teacher_weights import Weights
-from dllm_sd.policies.weights import WEIGHTS, Base
+from dllm_sd.policies.weights import WEIGHTS, BaseWeights
 from dllm_sd.ranges import Range, Ranged
 from dllm_sd.rollouts.rules import GATES, ROLLOUTS, Correct, Gate, PassAtK, RolloutRule
 from dllm_sd.teachers import CONTEXTS, Context, SkillBankConfig, Suffix
@@ -40,7 +40,7 @@ class Method(Ranged, key="method"):
     gate: Gate = _slot(GATES, Correct)
     canvases: CanvasRule = _slot(CANVASES, DecoderSteps)
     contexts: tuple[Context, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
-    teacher: tuple[Weights, ...] = _slot(WEIGHTS, lambda: (Base(),))
+    teacher: tuple[Weights, ...] = _slot(WEIGHTS, lambda: (BaseWeights(),))
     """The weights of the teachers: one for all contexts, or one for each."""
     sites: SiteRule = _slot(SITES, Revealed)
     support: Support = _slot(SUPPORTS, FullVocabulary)

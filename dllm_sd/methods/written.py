@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 
-from dllm_sd.canvases import AllMasked
+from dllm_sd.canvases import AllMaskedCanvas
 from dllm_sd.losses.divergences import ForwardKL
 from dllm_sd.losses.gap import GatedGap
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.sites import AllMaskedSites
 from dllm_sd.losses.supports import TopK
 from dllm_sd.losses.targets import Each
 from dllm_sd.losses.trust import OutcomeValidated
 from dllm_sd.methods.method import Method
-from dllm_sd.methods.row import OPSD, RCSD, SDPO, Row
-from dllm_sd.policies.weights import Live, Peer
+from dllm_sd.methods.named_method import OPSD, RCSD, SDPO, NamedMethod
+from dllm_sd.policies.weights import LiveWeights, PeerWeights
 from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.teachers import (
     Critique,
@@ -26,21 +26,21 @@ from dllm_sd.teachers.writing import Writing
 from dllm_sd.texts.rubric import RUBRIC_GOLD, RUBRIC_TEACHER_REFERENCE
 from dllm_sd.writers import Sampling
 
-WRITTEN: dict[str, Row] = {
-    "rcsd_writer": Row(
+WRITTEN: dict[str, NamedMethod] = {
+    "rcsd_writer": NamedMethod(
         replace(RCSD, contexts=(Reference(template=RUBRIC_GOLD),)),
         "RCSD, arXiv 2606.19327, Eq. 4, and github.com/carriegu0818/RCSD, commit 521b538",
         "Stage I: the model learns to write rubrics; the teacher reads the data's. The task asks for a rubric and has "
         "one as reference. Whether the student reads the reference answer is a matter of task.prompt: not in the "
         "paper, in the code it does.",
     ),
-    "rcsd": Row(
+    "rcsd": NamedMethod(
         replace(RCSD, contexts=(Rubric(writing=Writing(sampling=Sampling(temperature=0.7, top_p=0.95))),)),
         "RCSD, arXiv 2606.19327, Eq. 5",
         "Stage II: the teacher reads a rubric that a writer makes of the question alone; name Stage I's checkpoint in "
         "method.contexts.0.writing.writer. Forward KL to the initial weights.",
     ),
-    "rcsd_reference": Row(
+    "rcsd_reference": NamedMethod(
         replace(
             RCSD,
             contexts=(
@@ -58,19 +58,19 @@ WRITTEN: dict[str, Row] = {
         "The released Stage II: the data's rubric and the reference answer, an analysis first, teacher's top-20, clip "
         "per entry. Here the teacher writes its own analysis; there, with vLLM, the student's weights did.",
     ),
-    "step_align": Row(
+    "step_align": NamedMethod(
         replace(OPSD, contexts=(Critique(),), divergence=ForwardKL()),
         "step-aligned critique, arXiv 2606.11173, Eq. 3",
         "The teacher reads the rollout's own steps, corrected from the first wrong one on; a critic writes them (32B "
         "in the paper, which left its prompts unpublished). Sampling as in OPSD.",
     ),
-    "sgsd": Row(
+    "sgsd": NamedMethod(
         Method(
             rollout=PassAtK(problems=16, attempts=1, temperature=1.1, top_k=20, top_p=0.95),
             gate=All(),
-            canvases=AllMasked(prompt_mask_ratio=0.0),
+            canvases=AllMaskedCanvas(prompt_mask_ratio=0.0),
             contexts=tuple(Skills(rank=rank) for rank in range(8)),
-            teacher=(Live(),),
+            teacher=(LiveWeights(),),
             sites=AllMaskedSites(content=True),
             target=Each(),
             divergence=GatedGap(),
@@ -83,14 +83,16 @@ WRITTEN: dict[str, Row] = {
         "which of them to follow and which to shun. Retrieval reads the whole prompt, in the code the bare problem "
         "(set method.skill_bank.problem). On masked diffusion the gap is that of the all-masked canvas.",
     ),
-    "op_co_distill": Row(
+    "op_co_distill": NamedMethod(
         replace(
             SDPO,
             contexts=(
                 Feedback(
                     at_least=0.5,
                     overflow="cut",
-                    writing=Writing(writer=Peer(), sampling=Sampling(length=1024, temperature=1.0), tolerance=1.0),
+                    writing=Writing(
+                        writer=PeerWeights(), sampling=Sampling(length=1024, temperature=1.0), tolerance=1.0
+                    ),
                 ),
             ),
         ),

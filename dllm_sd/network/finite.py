@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-LARGEST = 1e19
+MAX_WEIGHT = 1e19
 """A float32 whose square overflows (above 1.8e19) makes every norm infinite, so such a weight counts as broken."""
 
 

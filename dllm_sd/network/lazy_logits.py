@@ -11,7 +11,7 @@ from torch import Tensor
 
 #: Numbers in the logits of a chunk: 32 MiB in float32 on a CPU (larger tensors are newly mapped by the system each
 #: time), and four times that on an accelerator (not measured).
-CHUNK = {"cpu": 2**23, "cuda": 2**25}
+LOSS_CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**25}
 
 
 def sites_per_chunk(vocabulary: int, width: int, device: str) -> int:
@@ -20,7 +20,7 @@ def sites_per_chunk(vocabulary: int, width: int, device: str) -> int:
     Each chunk also reads the head and adds to its gradient, ``v h`` numbers each. So a chunk has at least ``h / 32``
     sites (up to 128), however many logits these have; then the logits are at most a 32nd of the head.
     """
-    return max(1, CHUNK.get(device, CHUNK["cuda"]) // vocabulary, min(width // 32, 128))
+    return max(1, LOSS_CHUNK_LOGITS.get(device, LOSS_CHUNK_LOGITS["cuda"]) // vocabulary, min(width // 32, 128))
 
 
 @dataclass(frozen=True)

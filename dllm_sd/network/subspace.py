@@ -26,7 +26,7 @@ from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.site_head import SiteHead, evaluating
 from dllm_sd.ranges import Count, Natural, PositiveShare, Ranged, Size, check
 
-KEY = "method.rollout.policy"
+POLICY_KEY = "method.rollout.policy"
 """Where the fields of `Subspace` stand in a config."""
 
 Projectors = Mapping[int, tuple[Tensor | None, Tensor | None]]
@@ -60,7 +60,7 @@ class Gradients:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subspace(Ranged, key=KEY):
+class Subspace(Ranged, key=POLICY_KEY):
     """The subspace that keys and values are projected onto during decoding; the defaults are those of SPD."""
 
     rank: Count | None = None
@@ -91,11 +91,11 @@ class Subspace(Ranged, key=KEY):
         super().__post_init__()
         _check_choice(self.rank, self.energy)
         if self.layers == ():
-            raise InputError(f"{KEY}.layers is []; give layers counted from 0, such as [12, 23]")
+            raise InputError(f"{POLICY_KEY}.layers is []; give layers counted from 0, such as [12, 23]")
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
-            raise InputError(f"{KEY}.layers names a layer twice; name each once")
+            raise InputError(f"{POLICY_KEY}.layers names a layer twice; name each once")
         if self.project not in ("both", "keys", "values"):
-            raise InputError(f"{KEY}.project is {self.project!r}; choose both, keys or values")
+            raise InputError(f"{POLICY_KEY}.project is {self.project!r}; choose both, keys or values")
 
     def chosen(self, count: int, dimension: int) -> tuple[int, ...]:
         """The layers of a network with ``count`` layers, whose keys and values have ``dimension`` dimensions.
@@ -107,7 +107,9 @@ class Subspace(Ranged, key=KEY):
         if self.layers is None:
             return tuple(dict.fromkeys((count - 1, count // 2)))
         if max(self.layers) >= count:
-            raise InputError(f"{KEY}.layers names {max(self.layers)}, but the last layer is {count - 1}; take that one")
+            raise InputError(
+                f"{POLICY_KEY}.layers names {max(self.layers)}, but the last layer is {count - 1}; take that one"
+            )
         return self.layers
 
     def __call__(self, gradients: Gradients) -> dict[int, tuple[Tensor | None, Tensor | None]]:
@@ -132,16 +134,18 @@ def check_rank(rank: int | None, dimension: int) -> None:
     """
     if rank is not None and rank > dimension:
         raise InputError(
-            f"{KEY}.rank is {rank}, but keys and values of this model have {dimension} dimensions; give at most "
+            f"{POLICY_KEY}.rank is {rank}, but keys and values of this model have {dimension} dimensions; give at most "
             f"{dimension}"
         )
 
 
 def _check_choice(rank: int | None, energy: float | None) -> None:
     if rank is not None and energy is not None:
-        raise InputError(f"{KEY}.rank and {KEY}.energy are two ways to say the same; set one of them to null")
-    check(Count | None, rank, f"{KEY}.rank")
-    check(PositiveShare | None, energy, f"{KEY}.energy")
+        raise InputError(
+            f"{POLICY_KEY}.rank and {POLICY_KEY}.energy are two ways to say the same; set one of them to null"
+        )
+    check(Count | None, rank, f"{POLICY_KEY}.rank")
+    check(PositiveShare | None, energy, f"{POLICY_KEY}.energy")
 
 
 def projector(gradients: Tensor, rank: int | None = None, energy: float | None = None, centre: bool = True) -> Tensor:
@@ -167,7 +171,7 @@ def projector(gradients: Tensor, rank: int | None = None, energy: float | None =
     if not bool(gram.any()):
         raise InputError(
             "the calibration examples give no gradient to find a subspace by; take others whose answers lie within "
-            f"{KEY}.longest tokens, or raise it"
+            f"{POLICY_KEY}.longest tokens, or raise it"
         )
     squares, vectors = torch.linalg.eigh(gram)
     if energy is not None:
@@ -209,7 +213,7 @@ def kv_layers(network: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         pairs.append(pair)
     if not pairs or len(pairs) < len(blocks):
         raise InputError(
-            f"{KEY} projects the outputs of self_attn.k_proj and self_attn.v_proj, which not all layers of "
+            f"{POLICY_KEY} projects the outputs of self_attn.k_proj and self_attn.v_proj, which not all layers of "
             f"{type(bare).__name__} have; choose a model that has them, such as Llama, Qwen or LLaDA"
         )
     return pairs
@@ -268,8 +272,8 @@ def collect(
             used += 1
     if not used:
         raise InputError(
-            f"none of {skipped} calibration examples has a supervised token within {KEY}.longest tokens; raise it, or "
-            "take shorter examples"
+            f"none of {skipped} calibration examples has a supervised token within {POLICY_KEY}.longest tokens; raise "
+            "it, or take shorter examples"
         )
     stacked = {layer: (torch.cat(keys), torch.cat(values)) for layer, (keys, values) in rows.items()}
     return Gradients(stacked, used, skipped, cut)
@@ -331,10 +335,12 @@ def _folds(network: nn.Module, projectors: Projectors) -> list[tuple[Tensor, Ten
             if fold is None:
                 continue
             if getattr(part, "lora_variant", None):
-                raise InputError(f"{KEY} cannot project adapters such as DoRA, which are not linear; use plain LoRA")
+                raise InputError(
+                    f"{POLICY_KEY} cannot project adapters such as DoRA, which are not linear; use plain LoRA"
+                )
             for linear in _linears(part):
                 if linear.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-                    raise InputError(f"{KEY} cannot project quantised weights; set model.quantization to null")
+                    raise InputError(f"{POLICY_KEY} cannot project quantised weights; set model.quantization to null")
                 if fold.shape != (len(linear.weight), len(linear.weight)):
                     raise InputError(
                         f"the projector of layer {layer} has shape {list(fold.shape)}, but its keys or values have "

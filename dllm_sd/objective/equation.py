@@ -2,8 +2,8 @@
 
 ``rollouts -> canvases and sites -> teacher views -> support -> target -> divergence [t m] x trust [t m] -> mean``
 
-`plan.plan_update` counts the sites of a whole update before any model runs; `grade` computes the loss of some of its
-canvases, a `MicroBatch`. The sum over any partition of the canvases is the loss of the update, so that
+`plan.plan_update` counts the sites of a whole update before any model runs; `grade_micro_batch` computes the loss of
+some of its canvases, a `MicroBatch`. The sum over any partition of the canvases is the loss of the update, so that
 its value does not depend on micro-batches and processes. Within a micro-batch the sites are taken in chunks, and the
 gradient of a chunk is computed with its loss (`chunked`).
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from dllm_sd.losses.divergences import token_nll
 from dllm_sd.losses.gap import drawn_gap
 from dllm_sd.losses.numerics import floor_logp
-from dllm_sd.losses.sites import choose
+from dllm_sd.losses.sites import choose_sites
 from dllm_sd.losses.trust import Drawn, Pooling
 from dllm_sd.methods.method import Method
 from dllm_sd.network.lazy_logits import LazyLogits
@@ -27,9 +27,9 @@ from dllm_sd.network.view import View
 from dllm_sd.objective.chunked import chunked_loss
 from dllm_sd.objective.plan import MicroBatch
 
-Student = Callable[[View, SiteReader], Any]
+RunStudent = Callable[[View, SiteReader], Any]
 """``student(view, read)`` runs the model and returns ``read(hidden, head)`` at the sites; see `run_at_sites`."""
-Teacher = Callable[[View], LazyLogits]
+RunTeacher = Callable[[View], LazyLogits]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Graded:
     """bool ``[n l]``."""
 
 
-def grade(method: Method, batch: MicroBatch, student: Student, teachers: Sequence[Teacher]) -> Graded:
+def grade_micro_batch(method: Method, batch: MicroBatch, student: RunStudent, teachers: Sequence[RunTeacher]) -> Graded:
     """Compute the loss of the canvases of a micro-batch, on the device of the models.
 
     Args:
@@ -75,7 +75,7 @@ def grade(method: Method, batch: MicroBatch, student: Student, teachers: Sequenc
     score = method.sites.score
     if score is not None:
         first = lazy[0]
-        sites = choose(sites, batch.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
+        sites = choose_sites(sites, batch.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
         lazy = [logits.select(sites[batch.candidates]) for logits in lazy]
     equation = _Equation(method, batch, sites, lazy)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
@@ -90,7 +90,7 @@ class _Equation:
         self.method, self.teachers = method, teachers
         self.canvas = sites.nonzero()[:, 0]
         self.token, self.old_logp = batch.canvases.tokens[sites], batch.canvases.old_logp[sites]
-        self.weight, self.belief = batch.rollout_weight[self.canvas], batch.belief[self.canvas].T
+        self.weight, self.context_weight = batch.rollout_weight[self.canvas], batch.context_weight[self.canvas].T
         self.coefficient = batch.coefficient[self.canvas]
         self.pooled: Tensor | None = None
 
@@ -144,7 +144,7 @@ class _Equation:
         """Factors ``[t i]`` of the sites of a chunk."""
         trust = self.method.trust(*trust_inputs) if self.pooled is None else self.pooled[:, rows]
         if self.method.target.keeps_contexts:
-            trust = trust * self.belief[:, rows].to(trust.dtype)
+            trust = trust * self.context_weight[:, rows].to(trust.dtype)
         return trust
 
 

@@ -20,10 +20,10 @@ from dllm_sd.rollouts.rollout import Rollouts, TeacherBrief
 from dllm_sd.teachers import ContextInputs, TeacherInputs
 from dllm_sd.trajectory import Trajectory, left_pad
 
-POSITIONS = 2**18
+POSITIONS_AT_ONCE = 2**18
 """Number of canvas positions that are built at a time while a plan is made."""
 
-_PER_CANVAS = ("quota", "coefficient", "rollout_weight", "belief")
+_PER_CANVAS = ("quota", "coefficient", "rollout_weight", "context_weight")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MicroBatch:
     """float64 ``[n]``: what a site's value is multiplied by; it holds the mean over the whole update."""
     rollout_weight: Tensor
     """float64 ``[n]``: the trust in the canvas's rollout."""
-    belief: Tensor
+    context_weight: Tensor
     """float64 ``[n c]``: weight of each teacher context relative to the others, for the canvas's rollout."""
 
     @property
@@ -64,7 +64,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CanvasBuilder:
     """Builds canvases from their places; holds everything that the canvases of an update depend on."""
 
     method: Method
@@ -111,7 +111,7 @@ class Layout:
 class Plan:
     """All canvases of one update as numbers, on the CPU."""
 
-    layout: Layout
+    builder: CanvasBuilder
     places: Places
     quota: Tensor
     """int64 ``[n]``: sites of each canvas."""
@@ -119,7 +119,7 @@ class Plan:
     """float64 ``[n]``: what a site's value is multiplied by; it holds the mean over the whole update."""
     rollout_weight: Tensor
     """float64 ``[n]``: the trust in the canvas's rollout."""
-    belief: Tensor
+    context_weight: Tensor
     """float64 ``[n c]``: weight of each teacher context relative to the others, for the canvas's rollout."""
     first: Tensor
     """int64 ``[n 1+c]``: the first column of the inputs of student and teachers that is not padding."""
@@ -159,7 +159,7 @@ class Plan:
     def micro_batch(self, index: Tensor | None = None) -> MicroBatch:
         """The micro-batch of the canvases ``index``, or of all."""
         selected = self if index is None else self.select(index)
-        canvases, teacher_inputs, candidates, _ = self.layout(selected.places)
+        canvases, teacher_inputs, candidates, _ = self.builder(selected.places)
         return MicroBatch(
             canvases, teacher_inputs, candidates, **{name: getattr(selected, name) for name in _PER_CANVAS}
         )
@@ -196,16 +196,20 @@ def plan_update(
     prompts = tuple(
         _prompts([brief.prompt for brief in column], trajectory.pad_id) for column in zip(*briefs, strict=True)
     )
-    layout = Layout(method, trajectory, prompts, keys, part, answer, torch.tensor(list(formatting), dtype=torch.int64))
-    canvas_weight, quota, first, last, length, content = _measure(layout, places)
+    builder = CanvasBuilder(
+        method, trajectory, prompts, keys, part, answer, torch.tensor(list(formatting), dtype=torch.int64)
+    )
+    canvas_weight, quota, first, last, length, content = _measure(builder, places)
     weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
     mean = _mean(method.average, places.rows, quota.double(), counted)
-    beliefs = torch.tensor([[brief.weight for brief in row] for row in briefs], dtype=torch.float64)
-    belief = beliefs.reshape(rollouts.size, len(method.contexts))[places.rows]
+    context_weights = torch.tensor([[brief.weight for brief in row] for row in briefs], dtype=torch.float64)
+    context_weight = context_weights.reshape(rollouts.size, len(method.contexts))[places.rows]
     coefficient = canvas_weight.double() * mean
     plan = Plan(
-        *(layout, places, quota, coefficient, weight[places.rows], belief), first, last, length=length, content=content
+        *(builder, places, quota, coefficient, weight[places.rows], context_weight, first, last),
+        length=length,
+        content=content,
     )
     plan = plan.select((quota > 0) & ((plan.rollout_weight != 0) | method.trust.always_counts))
     if method.canvases.subset is not None:
@@ -220,17 +224,17 @@ def _prompts(prompts: Sequence[Sequence[int] | None], pad_id: int) -> tuple[Tens
     return left_pad(given, pad_id) if len(given) == len(prompts) else None
 
 
-def _measure(layout: Layout, places: Places) -> tuple[Tensor, ...]:
+def _measure(builder: CanvasBuilder, places: Places) -> tuple[Tensor, ...]:
     """Weight, quota, first and last column, length and content of every canvas, some canvases at a time."""
-    width = layout.trajectory.prompt_ids.shape[1] + layout.trajectory.tokens.shape[1]
-    size = max(1, POSITIONS // width)
+    width = builder.trajectory.prompt_ids.shape[1] + builder.trajectory.tokens.shape[1]
+    size = max(1, POSITIONS_AT_ONCE // width)
     factors = (
         fold(torch.tensor(make_key("content")), torch.arange(width)) | 1
     )  # odd, so that every column changes the sum
     measured: list[tuple[Tensor, ...]] = []
     for start in range(0, places.size, size):
         index = torch.arange(start, min(start + size, places.size))
-        canvases, teacher_inputs, _, quota = layout(places.select(index))
+        canvases, teacher_inputs, _, quota = builder(places.select(index))
         masks = [canvases.mask, *(teacher.mask for teacher in teacher_inputs)]
         first = torch.stack([mask.int().argmax(1) for mask in masks], 1)
         last = torch.stack([mask.shape[1] - mask.flip(1).int().argmax(1) for mask in masks], 1)

@@ -125,9 +125,9 @@ class LanguageModel:
         return self._chat.text(tokens)
 
     @property
-    def silent_ids(self) -> frozenset[int]:
-        """Ids that `text` leaves out (`Chat.silent_ids`)."""
-        return self._chat.silent_ids
+    def non_text_ids(self) -> frozenset[int]:
+        """Ids that `text` leaves out (`Chat.non_text_ids`)."""
+        return self._chat.non_text_ids
 
     @property
     def byte_ids(self) -> frozenset[int]:

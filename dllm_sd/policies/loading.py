@@ -16,11 +16,11 @@ from dllm_sd.errors import InputError
 from dllm_sd.network.view import View
 from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import Peer, Teacher, Weights, trained, without_peft_warning
+from dllm_sd.policies.weights import PeerWeights, TeacherModel, Weights, trained, without_peft_warning
 from dllm_sd.pretrained.blueprint import Blueprint, read_blueprint
 from dllm_sd.pretrained.families import LINEARS
 from dllm_sd.pretrained.model import Lora, Model
-from dllm_sd.pretrained.small_files import ADAPTER, brief, read_tree
+from dllm_sd.pretrained.small_files import ADAPTER, brief, read_small_file
 from dllm_sd.pretrained.weight_files import stored_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -76,14 +76,14 @@ def build_policy(source: Blueprint | Model, device: str | torch.device = "cpu") 
     if model.lora and model.lora.start:
         with torch.no_grad():
             live = trained(policy)
-            for name, value in Peer(model.lora.start).read(policy).items():
+            for name, value in PeerWeights(model.lora.start).read(policy).items():
                 live[name].copy_(value)
         policy.starts_adapted = True
     _check(policy, model)
     return policy
 
 
-def skeleton(blueprint: Blueprint) -> PreTrainedModel:
+def empty_network(blueprint: Blueprint) -> PreTrainedModel:
     """The network without memory for its weights (meta device), to count them.
 
     Raises:
@@ -140,7 +140,7 @@ def load_network(blueprint: Blueprint, device: str | torch.device = "cpu") -> An
 def _read_weights(blueprint: Blueprint, device: str | torch.device, options: dict[str, Any]) -> Any:
     path = str(blueprint.model.path)
     stored = stored_tensors(path)
-    empty = skeleton(blueprint)
+    empty = empty_network(blueprint)
     _check_size(empty, {tensor.file for tensor in stored.values()}, path)
     if blueprint.family.network is not None:
         _check_tensors(empty, {name: tensor.shape for name, tensor in stored.items()}, path)
@@ -247,21 +247,21 @@ def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], s
     return adapted
 
 
-def make_teacher(weights: Weights, policy: AnyPolicy, adapter: str | None, student: Model) -> Teacher:
-    """A teacher of the student ``policy`` (see `Teacher`); another checkpoint is loaded here, to the same device.
+def make_teacher(weights: Weights, policy: AnyPolicy, adapter: str | None, student: Model) -> TeacherModel:
+    """A teacher of the student ``policy`` (see `TeacherModel`); another checkpoint is loaded here, to the same device.
 
     The output heads may differ only in the number of rows without a token; they are padded or cut to the student's.
     """
     model = weights.other_model(student)
     if model is None:
-        return Teacher(weights, policy, adapter)
+        return TeacherModel(weights, policy, adapter)
     other = build_policy(model, policy.device)
     other.module.rows = policy.module.network.get_output_embeddings().weight.shape[0]
     other.module.requires_grad_(False)
-    return Teacher(weights, policy, other=other)
+    return TeacherModel(weights, policy, other=other)
 
 
-def put_on(policy: AnyPolicy, adapter: str) -> None:
+def load_adapter(policy: AnyPolicy, adapter: str) -> None:
     """Let a policy run with a PEFT adapter, frozen (a folder, such as one that ``dllm-sd export --to peft`` wrote).
 
     Raises:
@@ -273,7 +273,7 @@ def put_on(policy: AnyPolicy, adapter: str) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (Path(adapter) / name).is_file():
             raise InputError(f"there is no {name} in {adapter!r}; give the folder of a PEFT adapter")
-    read_tree(Path(adapter) / "adapter_config.json", ADAPTER)
+    read_small_file(Path(adapter) / "adapter_config.json", ADAPTER)
     try:
         with without_peft_warning():
             policy.module.model = PeftModel.from_pretrained(network, adapter).eval()

@@ -19,8 +19,7 @@ from torch.func import functional_call
 from torch.nn import Parameter
 
 from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.files.checkpoint_files import WEIGHTS as CHECKPOINT_WEIGHTS
-from dllm_sd.files.checkpoint_files import read_tensors
+from dllm_sd.files.checkpoint_files import CHECKPOINT_WEIGHTS, read_tensors
 from dllm_sd.files.writing import Place
 from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.finite import find_broken
@@ -36,7 +35,7 @@ from dllm_sd.ranges import Count, Ranged, Share
 
 
 @dataclass(frozen=True)
-class Live(WeightsDefaults):
+class LiveWeights(WeightsDefaults):
     """The student's current weights, without gradient."""
 
     moves = True
@@ -52,7 +51,7 @@ class Live(WeightsDefaults):
 
 
 @dataclass(frozen=True)
-class Base(WeightsDefaults):
+class BaseWeights(WeightsDefaults):
     """The reference policy: the initial weights, as a frozen copy or with the adapter off where that is the same.
 
     An adapter that was loaded (`model.lora.start`) is copied, beside the student's.
@@ -73,7 +72,7 @@ class Base(WeightsDefaults):
 
 
 @dataclass(frozen=True)
-class Ema(Ranged, WeightsDefaults, key="method.teacher"):
+class EmaWeights(Ranged, WeightsDefaults, key="method.teacher"):
     """EMA teacher: copy <- decay copy + (1 - decay) live, after every optimizer step.
 
     It stays unchanged when an update is skipped, since the student has not learnt then (lasgroup/SDPO, commit 0e6d510,
@@ -98,7 +97,7 @@ class Ema(Ranged, WeightsDefaults, key="method.teacher"):
 
 
 @dataclass(frozen=True)
-class Snapshot(Ranged, WeightsDefaults, key="method.teacher"):
+class SnapshotWeights(Ranged, WeightsDefaults, key="method.teacher"):
     """A copy of the student, renewed every `every` updates."""
 
     every: Count = 25
@@ -112,7 +111,7 @@ class Snapshot(Ranged, WeightsDefaults, key="method.teacher"):
 
     def is_rollout_policy(self, rolling: object, passes: int) -> bool:
         """Whether the copy is renewed exactly when the student makes new rollouts."""
-        return rolling == Live() and self.every == passes
+        return rolling == LiveWeights() and self.every == passes
 
     def after_update(self, copy: dict[str, Tensor], live: Mapping[str, Tensor], update: int) -> None:
         """Renew the copy after every `every` updates; `update` counts from 1."""
@@ -122,7 +121,7 @@ class Snapshot(Ranged, WeightsDefaults, key="method.teacher"):
 
 
 @dataclass(frozen=True)
-class Checkpoint(WeightsDefaults):
+class CheckpointWeights(WeightsDefaults):
     """Another model with the student's tokenizer and backbone: on-policy distillation (arXiv 2605.31490)."""
 
     path: Place | None = None
@@ -146,7 +145,7 @@ class Checkpoint(WeightsDefaults):
 
 
 @dataclass(frozen=True)
-class Peer(WeightsDefaults):
+class PeerWeights(WeightsDefaults):
     """The adapter (or all weights) of another run that was trained on the student's base, held beside the student's."""
 
     path: Place | None = None
@@ -188,16 +187,16 @@ class Peer(WeightsDefaults):
 
 
 WEIGHTS: dict[str, type] = {
-    "live": Live,
-    "base": Base,
-    "ema": Ema,
-    "snapshot": Snapshot,
-    "checkpoint": Checkpoint,
-    "peer": Peer,
+    "live": LiveWeights,
+    "base": BaseWeights,
+    "ema": EmaWeights,
+    "snapshot": SnapshotWeights,
+    "checkpoint": CheckpointWeights,
+    "peer": PeerWeights,
 }
 
 
-class Teacher:
+class TeacherModel:
     """Runs the policy's module with a teacher's weights, in eval mode, without gradient; copies trained tensors only.
 
     Another checkpoint is a separate policy, unsharded on every process. Under LoRA the base is the model with its

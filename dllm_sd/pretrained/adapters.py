@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from dllm_sd.errors import InputError
 from dllm_sd.files.plain_yaml import read_yaml
-from dllm_sd.pretrained.small_files import ADAPTER, read_tree
+from dllm_sd.pretrained.small_files import ADAPTER, read_small_file
 
 
 def check_scale(path: str, student: LoraConfig) -> None:
@@ -30,7 +30,7 @@ def check_scale(path: str, student: LoraConfig) -> None:
 
 
 def _exported(file: Path) -> dict[str, Any]:
-    tree = read_tree(file, ADAPTER)
+    tree = read_small_file(file, ADAPTER)
     made = {"rank": tree.get("r"), "alpha": tree.get("lora_alpha")}
     if None in made.values():
         raise InputError(f"{file} does not say an adapter's r and lora_alpha; give a PEFT adapter of LoRA")

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dllm_sd.errors import InputError, NotAtHand, cut, shown
+from dllm_sd.errors import InputError, NotAtHand, shortened, shown
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.families import CAUSAL, MARK, Family, recognise
 from dllm_sd.pretrained.model import Model, Shape
@@ -23,7 +23,7 @@ from dllm_sd.pretrained.small_files import (
     is_whole,
     model_folder,
     read_config,
-    read_tree,
+    read_small_file,
 )
 
 LONGEST_BLOCK = 4096
@@ -125,7 +125,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
     )
 
 
-def outline(model: Model) -> Blueprint | None:
+def known_blueprint(model: Model) -> Blueprint | None:
     """Describe a model of known shape without its files and without a tokenizer, to count its weights.
 
     None if the shape is not known.
@@ -177,7 +177,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def _read_generation(path: str) -> dict[str, Any]:
     file = find_file(path, "generation_config.json")
-    return {} if file is None else read_tree(file, GENERATION)
+    return {} if file is None else read_small_file(file, GENERATION)
 
 
 def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | None:
@@ -327,7 +327,7 @@ def _known_id(token: str, tokenizer: Tokenizer | None, key: str, where: str) -> 
     if token in known:
         return known[token]
     special = [] if tokenizer is None else [str(added) for added in tokenizer.added_tokens_decoder.values()]
-    close = get_close_matches(cut(token), special, 4, 0.5) or special[:8]
+    close = get_close_matches(shortened(token), special, 4, 0.5) or special[:8]
     if key == "model.mask_token":
         there = f" with the special tokens {', '.join(close)}" if close else ""
         raise InputError(f"the tokenizer of {where}{there} has no mask token {shown(token)}; name it in {key}")

@@ -16,9 +16,9 @@ from dllm_sd.pretrained.chat_templates import choose_template, find_switches
 from dllm_sd.pretrained.small_files import brief, is_whole
 from dllm_sd.tasks.conversations import content_of
 
-SECONDS = 5.0
+TEMPLATE_SECONDS = 5.0
 """Processor seconds that a template may use for one conversation."""
-MEMORY = 2**27
+TEMPLATE_MEMORY = 2**27
 """Bytes that a template may allocate."""
 _FAILED, _REMEDY = "the chat template", "fix it in the tokenizer's files, or set model.chat_template"
 _ROLES = ("bos", "eos", "pad", "mask", "unk", "cls", "sep")
@@ -51,10 +51,10 @@ def _partner(tag: re.Match[str]) -> str:
 def _bounded(otherwise: str = "") -> Iterator[None]:
     """Run a template, which is untrusted code, with limits; every failure becomes an `InputError` within seconds."""
     try:
-        with limited(SECONDS, MEMORY):
+        with limited(TEMPLATE_SECONDS, TEMPLATE_MEMORY):
             yield
     except TooLong:
-        raise InputError(f"chat_template: {_FAILED} takes more than {SECONDS:g} seconds; {_REMEDY}") from None
+        raise InputError(f"chat_template: {_FAILED} takes more than {TEMPLATE_SECONDS:g} seconds; {_REMEDY}") from None
     except MemoryError:
         raise InputError(f"chat_template: {_FAILED} takes too much memory; {_REMEDY}") from None
     except Exception as error:  # a template can raise any exception
@@ -183,12 +183,12 @@ class Chat:
         return tuple(sorted(breaks | marks | set(self.tokenizer.all_special_ids)))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Completion tokens as text: all but `silent_ids`, exactly as the tokens spell it."""
-        visible = [token for token in tokens if token not in self.silent_ids]
+        """Completion tokens as text: all but `non_text_ids`, exactly as the tokens spell it."""
+        visible = [token for token in tokens if token not in self.non_text_ids]
         return str(self.tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @cached_property
-    def silent_ids(self) -> frozenset[int]:
+    def non_text_ids(self) -> frozenset[int]:
         """Ids that `text` leaves out: padding, mask, unknown, begin and end tokens, and the marks of turns.
 
         Other special tokens, such as ``<think>`` or ``<answer>``, are text that a grader wants to see.
@@ -216,11 +216,11 @@ class Chat:
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """The spelling of the special tokens among `silent_ids`, which end, begin or hide text; the longest first.
+        """The spelling of the special tokens among `non_text_ids`, which end, begin or hide text; the longest first.
 
         Data and hints may spell one, and must not end a turn with it.
         """
-        spelled = [self.tokenizer.convert_ids_to_tokens(number) for number in self.silent_ids & self._special_ids]
+        spelled = [self.tokenizer.convert_ids_to_tokens(number) for number in self.non_text_ids & self._special_ids]
         return tuple(sorted(filter(None, map(str, spelled)), key=lambda token: (-len(token), token)))
 
     def warn_of_control(self, texts: Iterable[str], what: str) -> str | None:
@@ -329,7 +329,7 @@ class Chat:
             spelled = _replaced(piece, stand_ins)
             split: dict[str, Any] = {"split_special_tokens": True} if spelled != piece else {}
             read: Any = self.tokenizer(spelled, add_special_tokens=False, **split)
-            if split and (held := self.silent_ids & self._special_ids & {*read["input_ids"]} - {self.unknown_id}):
+            if split and (held := self.non_text_ids & self._special_ids & {*read["input_ids"]} - {self.unknown_id}):
                 token = self.tokenizer.convert_ids_to_tokens(min(held))
                 raise InputError(
                     f"a text spells the special token {shown(token)}, which the tokenizer cannot read as text; take it "

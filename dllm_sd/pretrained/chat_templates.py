@@ -14,7 +14,7 @@ from dllm_sd.errors import InputError, os_reason, shown
 from dllm_sd.files.reading import parse_json, read_whole
 from dllm_sd.files.writing import at_home, names_file
 
-KEY = "model.chat_template"
+TEMPLATE_KEY = "model.chat_template"
 SWITCHES = (
     *("enable_thinking", "thinking", "enable_reasoning", "use_thinking", "thinking_enabled"),
     *("enable_think", "add_thinking", "think", "reasoning"),
@@ -39,13 +39,13 @@ def read_template(given: str) -> str:
         InputError: if nothing is given, the file does not exist, or it holds no template.
     """
     if not given.strip():
-        raise InputError(f"{KEY} is empty; give a template, a file or a name, or null for the tokenizer's own")
+        raise InputError(f"{TEMPLATE_KEY} is empty; give a template, a file or a name, or null for the tokenizer's own")
     if is_template(given) and not names_file(given):
         return given
-    path = Path(at_home(given, KEY))
+    path = Path(at_home(given, TEMPLATE_KEY))
     if not (names_file(str(path)) or path.suffix.lower() in _SUFFIXES or "/" in given):
         return given
-    where = f"the file {shown(given)} ({KEY})"
+    where = f"the file {shown(given)} ({TEMPLATE_KEY})"
     try:
         text = read_whole(path, _LARGEST).decode("utf-8-sig")
     except OSError as error:
@@ -76,14 +76,16 @@ def choose_template(own: Any, asked: str | None) -> str | None:
         if len(named) != len(own):
             raise InputError(
                 "the tokenizer's chat templates are a list in which not every one has a 'name' of its own and a "
-                f"'template'; correct its chat_template, or set {KEY} to a template"
+                f"'template'; correct its chat_template, or set {TEMPLATE_KEY} to a template"
             )
     names = ", ".join(sorted(map(str, named)))
     if asked is None:
         if not named:
             return own if isinstance(own, str) and own else None
         if "default" not in named:
-            raise InputError(f"the tokenizer has several chat templates and no default; set {KEY} to one of {names}")
+            raise InputError(
+                f"the tokenizer has several chat templates and no default; set {TEMPLATE_KEY} to one of {names}"
+            )
         return named["default"]
     if is_template(asked):
         return asked
@@ -91,8 +93,8 @@ def choose_template(own: Any, asked: str | None) -> str | None:
         return named[asked]
     theirs = f"templates of this tokenizer: {names}" if named else "this tokenizer has no templates with names"
     raise InputError(
-        f"{KEY} is {shown(asked)}, which is no template (there is no {{{{ or {{% in it), no file and no template's "
-        f"name; {theirs}"
+        f"{TEMPLATE_KEY} is {shown(asked)}, which is no template (there is no {{{{ or {{% in it), no file and no "
+        f"template's name; {theirs}"
     )
 
 

@@ -109,7 +109,7 @@ ADAPTER["lora_alpha"] = _POSITIVE
 """Keys of adapter_config.json."""
 
 
-def read_tree(file: Path, kinds: Mapping[str, Kind], largest: int | None = 2**53) -> dict[str, Any]:
+def read_small_file(file: Path, kinds: Mapping[str, Kind], largest: int | None = 2**53) -> dict[str, Any]:
     """The object that a JSON file of a checkpoint holds.
 
     Args:
@@ -142,12 +142,12 @@ def read_tree(file: Path, kinds: Mapping[str, Kind], largest: int | None = 2**53
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The object that a checkpoint's config.json holds; see `read_tree`.
+    """The object that a checkpoint's config.json holds; see `read_small_file`.
 
     Raises:
         InputError: naming file and key; also where it asks for more layers or experts than any model has.
     """
-    tree = read_tree(file, CONFIG)
+    tree = read_small_file(file, CONFIG)
     for key, value in _entries(tree):
         most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_EXPERTS if "expert" in key else None
         if most is not None and isinstance(value, int) and not 0 <= value <= most:
@@ -162,10 +162,10 @@ def check_tokenizer_files(source: str) -> None:
         InputError: naming the file, and the key.
     """
     if (file := find_file(source, "tokenizer_config.json")) is not None:
-        read_tree(file, TOKENIZER, largest=None)  # an unlimited model_max_length is 10^30
+        read_small_file(file, TOKENIZER, largest=None)  # an unlimited model_max_length is 10^30
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (file := find_file(source, name)) is not None:
-            read_tree(file, TOKENIZER)
+            read_small_file(file, TOKENIZER)
     for name, most in {"tokenizer.json": LARGEST_TOKENIZER, "chat_template.jinja": LARGEST_FILE}.items():
         file = find_file(source, name)
         if file is not None and file.stat().st_size > most:

@@ -6,9 +6,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dllm_sd.errors import InputError
-from dllm_sd.pretrained.small_files import brief, find_file, model_folder, read_tree
+from dllm_sd.pretrained.small_files import brief, find_file, model_folder, read_small_file
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def stored_tensors(path: str) -> dict[str, Stored]:
 
 
 def _files(path: str) -> list[Path]:
-    single, index = find_file(path, WEIGHTS), find_file(path, INDEX)
+    single, index = find_file(path, SINGLE_FILE), find_file(path, INDEX_FILE)
     if single is not None:
         return [single]
     if index is None:
         pickled = any(find_file(path, name) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-        kind = "holds pickled weights, which can run code" if pickled else f"holds no {WEIGHTS}"
+        kind = "holds pickled weights, which can run code" if pickled else f"holds no {SINGLE_FILE}"
         raise InputError(f"the checkpoint at {path!r} {kind}; convert or download it in the safetensors format")
     names = _shards(index, path)
     files = {name: find_file(path, name) for name in names}
@@ -58,8 +58,8 @@ def _files(path: str) -> list[Path]:
 
 def _shards(index: Path, path: str) -> list[str]:
     """The files that an index names, none of which may lie outside the checkpoint."""
-    remedy = f"restore the {INDEX} of the checkpoint at {path!r}"
-    names = read_tree(index, {}).get("weight_map")
+    remedy = f"restore the {INDEX_FILE} of the checkpoint at {path!r}"
+    names = read_small_file(index, {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index}: weight_map must name a file for each tensor; {remedy}")
     folder = Path(model_folder(path))

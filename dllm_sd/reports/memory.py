@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dllm_sd.config import Config
-from dllm_sd.decoding.denoising import CHUNK, CHUNK_ELSEWHERE
-from dllm_sd.decoding.sampling import RUN
+from dllm_sd.decoding.denoising import DECODE_CHUNK_LOGITS, DECODE_CHUNK_LOGITS_ELSEWHERE
+from dllm_sd.decoding.sampling import ENTRIES_PER_RUN
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.decoding.slots import READ, READ_ELSEWHERE
+from dllm_sd.decoding.slots import POSITIONS_PER_FORWARD, POSITIONS_PER_FORWARD_ELSEWHERE
 from dllm_sd.network.lazy_logits import sites_per_chunk
 from dllm_sd.policies.loading import DTYPES
 from dllm_sd.policies.teacher_weights import Weights
@@ -35,7 +35,7 @@ BITS = 4.127
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """What one process holds; counts, and bytes of everything else."""
 
     parameters: int
@@ -106,7 +106,7 @@ def estimate(
     sharded: bool = False,
     device: str = "cuda",
     others: Mapping[Weights, nn.Module] | None = None,
-) -> Memory:
+) -> MemoryEstimate:
     """What a run of `config` will need on each process.
 
     Args:
@@ -142,7 +142,7 @@ def estimate(
     of_head, product = _head_gradient(shape, sites > few)
     joined = shape.head * shape.trained_bytes if of_head and shape.trained_bytes < shape.wide and sites > few else 0
     costs = [(config.max_prompt + way.length, *_decoding(way, config, shape, device)) for way in ways]
-    return Memory(
+    return MemoryEstimate(
         parameters=shape.parameters,
         trainable=shape.trainable,
         tokens=tokens,
@@ -295,14 +295,20 @@ def _decoding(decode: Decoding, config: Config, shape: _Shape, device: str) -> t
     """Positions that one forward of a decoder reads, and bytes of the logits and their copies that choosing holds."""
     longest = config.max_prompt
     filters = decode.top_k > 0 or decode.top_p < 1 or config.method.rollout.filters
-    copies = 2 + max(shape.vocabulary % RUN > 0, shape.logit / shape.wide * (shape.logit < shape.wide)) + 4 * filters
+    copies = (
+        2
+        + max(shape.vocabulary % ENTRIES_PER_RUN > 0, shape.logit / shape.wide * (shape.logit < shape.wide))
+        + 4 * filters
+    )
     if shape.causal:
         return decode.batch_size * longest, int(decode.batch_size * shape.vocabulary * shape.wide * (2 + copies))
     width = max(longest, decode.block_length) if shape.remembered else longest + decode.length
     rows = decode.batch_size
     if not shape.remembered and decode.compile is None:
-        rows = max(1, min(rows, READ.get(device, READ_ELSEWHERE) // width))
-    held = min(rows * decode.block_length * shape.vocabulary, CHUNK.get(device, CHUNK_ELSEWHERE))
+        rows = max(1, min(rows, POSITIONS_PER_FORWARD.get(device, POSITIONS_PER_FORWARD_ELSEWHERE) // width))
+    held = min(
+        rows * decode.block_length * shape.vocabulary, DECODE_CHUNK_LOGITS.get(device, DECODE_CHUNK_LOGITS_ELSEWHERE)
+    )
     copies += 2 * bool(decode.guidance) + 3 * (decode.order == "entropy")
     return rows * width, int(held * shape.wide * copies)
 

@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import Any
 
 from dllm_sd.config import to_tree
-from dllm_sd.methods import METHODS, Row
+from dllm_sd.methods import METHODS, NamedMethod
 from dllm_sd.methods.method import Method
 from dllm_sd.parts import name_of
 
@@ -40,7 +40,7 @@ def methods_page() -> str:
     return "\n".join([HEAD, *sections, MEASURED + _measured_tables()])
 
 
-def section(row: Row) -> str:
+def section(row: NamedMethod) -> str:
     """One method, in Markdown."""
     method = row.method
     made = "; ".join(f"{slot} {', '.join(map(_code, words)) or 'none'}" for slot, words in parts(method).items())

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dllm_sd.reports.memory import Memory
+from dllm_sd.reports.memory import MemoryEstimate
 from dllm_sd.training.left_out import in_words
 
-LEFT_OUT = {
+EVALUATION_COUNTS = {
     "too_long": ("prompts too long", "problems left out"),
     "cut": ("texts without an end", "graded as they are"),
     "unread": ("texts without an answer", "wrong"),
@@ -30,7 +30,7 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
             cells = [f"{100 * report[name][schedule]['accuracy']:.1f} %" for name in ("before", "after")]
             low, high = best["ci95"]
             table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
-            for name, (words, kept) in LEFT_OUT.items():
+            for name, (words, kept) in EVALUATION_COUNTS.items():
                 if name in best:  # reports of former versions lack some
                     counts = (str(report[which][schedule][name]) for which in ("before", "after", "best"))
                     table.add_row(f"  {words} ({kept})", *counts)
@@ -61,7 +61,7 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
             cells |= {f"{words}@{k}": f"{100 * share:.2f} %" for k, share in tree[key].items() if k != "1"}
         cells |= {"tokens": f"{tree['length']:.1f}", "tokens per forward": f"{tree['tokens_per_step']:.2f}"}
         cells |= {"tokens per second": f"{tree['time/tokens_per_second']:.0f}"}
-        cells |= {f"{words} ({kept})": str(tree[name]) for name, (words, kept) in LEFT_OUT.items()}
+        cells |= {f"{words} ({kept})": str(tree[name]) for name, (words, kept) in EVALUATION_COUNTS.items()}
         cells |= {"slots busy": f"{tree['occupancy']:.0%}"}
         known = {"n", "accuracy", "score", "length", "tokens_per_step", "occupancy"}
         extra = {key: value for key, value in tree.items() if isinstance(value, float) and key not in known}
@@ -73,7 +73,7 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def memory_table(memory: Memory) -> Table:
+def memory_table(memory: MemoryEstimate) -> Table:
     """An estimate of `memory.estimate`."""
     shown = Table(title="memory of one process (estimate)")
     shown.add_column("what")

@@ -14,7 +14,7 @@ from dllm_sd.rollouts.rollout import Prompted, Rollout
 from dllm_sd.tasks.task import Grade
 from dllm_sd.trajectory import Trajectory
 
-STEPS = 4
+STEPS_PER_EXCHANGE = 4
 """Decoding steps between two exchanges of several processes."""
 
 
@@ -61,7 +61,7 @@ class AttemptQueue:
         self.longest = max(map(len, prompts), default=0)
         self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.most = len(prompts) * min(limit, 1 + self.ahead)
-        self.patience = STEPS if self.workers.size > 1 else None
+        self.patience = STEPS_PER_EXCHANGE if self.workers.size > 1 else None
         self.begun = [0] * len(prompts)
         """Attempts at each problem that have begun; this and the fields below are equal on all processes."""
         self.failed = [0] * len(prompts)
@@ -92,7 +92,7 @@ class AttemptQueue:
 
     def ended(self, jobs: Sequence[Job], trajectory: Trajectory) -> None:
         """Grade the completions, and keep their outcome for the next exchange between the processes."""
-        for job, single in zip(jobs, trajectory.singly(), strict=True):
+        for job, single in zip(jobs, trajectory.unstack(), strict=True):
             problem, number = job.name
             item, (text, grade) = self.prompted[problem], self.grade(problem, single)
             rollout = Rollout(item.problem, number, text, grade, single, occurrence=item.occurrence)

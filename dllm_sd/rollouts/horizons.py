@@ -11,7 +11,7 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.parts import Part
 from dllm_sd.policies.policy import Policy
 from dllm_sd.ranges import Count, PositiveShare, Ranged, Share
-from dllm_sd.trajectory import Reach
+from dllm_sd.trajectory import StopAfter
 
 
 class Horizon(Part, Protocol):
@@ -22,7 +22,7 @@ class Horizon(Part, Protocol):
         """Whether some completions are not generated to their end, so that their outcome is unknown."""
         ...
 
-    def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach | None:
+    def __call__(self, policy: Policy, settings: Decoding, update: int) -> StopAfter | None:
         """How far to decode at ``update``, counted from 0; None decodes to the end."""
         ...
 
@@ -51,9 +51,9 @@ class Truncated(Ranged, key="method.rollout.horizon"):
         """False for a ratio of 1."""
         return self.ratio < 1
 
-    def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach:
+    def __call__(self, policy: Policy, settings: Decoding, update: int) -> StopAfter:
         total = policy.extent(self.unit, settings)
-        return Reach(self.unit, max(1, round(self.ratio * total)))
+        return StopAfter(self.unit, max(1, round(self.ratio * total)))
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Progressive(Ranged, key="method.rollout.horizon"):
         """False for an initial ratio of 1."""
         return self.initial_ratio < 1
 
-    def __call__(self, policy: Policy, settings: Decoding, update: int) -> Reach:
+    def __call__(self, policy: Policy, settings: Decoding, update: int) -> StopAfter:
         total = policy.extent(self.unit, settings)
         share = self.initial_ratio + self.ratio_step * (update // self.every)
-        return Reach(self.unit, min(total, max(1, round(share * total))))
+        return StopAfter(self.unit, min(total, max(1, round(share * total))))
 
 
 HORIZONS: dict[str, type] = {"complete": Complete, "truncated": Truncated, "progressive": Progressive}

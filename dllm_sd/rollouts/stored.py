@@ -12,7 +12,7 @@ from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.trajectory import NEVER, Trajectory
 
-WHOLE = {"prompt_ids": "p", "tokens": "l", "reveal_step": "l", "length": ""}
+INT_TENSORS = {"prompt_ids": "p", "tokens": "l", "reveal_step": "l", "length": ""}
 """The int64 tensors of a trajectory, and the axis of each after the batch axis of size 1."""
 
 
@@ -98,12 +98,12 @@ def _at(items: Sequence[Any], place: Any) -> Any:
 
 
 def _trajectory(values: Mapping[str, Any], place: int) -> Trajectory:
-    if lacking := [name for name in (*WHOLE, "prompt_mask") if not isinstance(values.get(name), Tensor)]:
+    if lacking := [name for name in (*INT_TENSORS, "prompt_mask") if not isinstance(values.get(name), Tensor)]:
         raise TensorError(f"trajectory {place} has no {lacking[0]}")
     trajectory: Trajectory = build(Trajectory, values, f"trajectories[{place}]")
     sizes = {"p": trajectory.prompt_mask.shape[-1:], "l": trajectory.tokens.shape[-1:], "": torch.Size()}
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        name: (torch.int64, (1, *sizes[axis])) for name, axis in WHOLE.items()
+        name: (torch.int64, (1, *sizes[axis])) for name, axis in INT_TENSORS.items()
     }
     kinds["prompt_mask"] = (torch.bool, tuple(trajectory.prompt_ids.shape))
     if trajectory.logp is not None and trajectory.logp.is_floating_point():

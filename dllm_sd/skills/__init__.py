@@ -1,16 +1,16 @@
 """Skills: banks of helpful skills and common mistakes, their retrieval for a problem, and their extraction."""
 
 from dllm_sd.skills.bank import Bank, Mistake, Skill, build_bank, distinct, is_dynamic, numbered, read_bank, write_bank
-from dllm_sd.skills.extraction import Extraction, Memory, cold_start, update
+from dllm_sd.skills.extraction import Attempt, Extraction, cold_start, update
 from dllm_sd.skills.retrieval import (
     PAIR,
     RETRIEVERS,
     Embedding,
     Index,
     Lexical,
-    Pair,
     Random,
     Retriever,
+    SkillPair,
     format_pair,
     index,
     retrieve,
@@ -19,17 +19,17 @@ from dllm_sd.skills.retrieval import (
 __all__ = [
     "PAIR",
     "RETRIEVERS",
+    "Attempt",
     "Bank",
     "Embedding",
     "Extraction",
     "Index",
     "Lexical",
-    "Memory",
     "Mistake",
-    "Pair",
     "Random",
     "Retriever",
     "Skill",
+    "SkillPair",
     "build_bank",
     "cold_start",
     "distinct",

@@ -15,7 +15,7 @@ from dllm_sd.losses.sites import Covers
 from dllm_sd.parts import Part
 from dllm_sd.ranges import Ranged, Size, Temperature
 from dllm_sd.rollouts.rollout import Rollout
-from dllm_sd.skills.retrieval import Pair
+from dllm_sd.skills.retrieval import SkillPair
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.trajectory import Trajectory
@@ -65,7 +65,7 @@ class Reasoning(Ranged):
     temperature: Temperature = 1.0
 
 
-def no_pairs(problem: Problem, key: int) -> Sequence[Pair]:
+def no_pairs(problem: Problem, key: int) -> Sequence[SkillPair]:
     """The default of `HintInputs.pairs`: without a skill bank there are none."""
     return ()
 
@@ -84,7 +84,7 @@ class HintInputs:
     """Key of this occurrence of the problem, for random choices."""
     problems: Sequence[Problem] = ()
     """The training problems, for hints that are taken from other problems."""
-    pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs
+    pairs: Callable[[Problem, int], Sequence[SkillPair]] = no_pairs
     """``pairs(problem, key)``: the pairs of the run's skill bank for it, best first."""
     text: str | None = None
     """What the hint's writer wrote and the hint accepted; None where there is no writer, or nothing was accepted."""

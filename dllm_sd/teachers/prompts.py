@@ -8,7 +8,7 @@ from dllm_sd.errors import Stopped
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
-from dllm_sd.skills.retrieval import Pair
+from dllm_sd.skills.retrieval import SkillPair
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import Context, Hint, HintInputs, Reasoning, TeacherPrompt, no_pairs
@@ -17,7 +17,7 @@ from dllm_sd.writers import Request, Written
 
 Analyse = Callable[[int, Sequence[Sequence[int]], Reasoning, Sequence[int]], list[str]]
 """``analyse(context, prompts, reasoning, keys)``: the analysis that the context's teacher writes for each prompt."""
-Write = Callable[[Writing, Sequence[Request]], list[Written]]
+WriteTexts = Callable[[Writing, Sequence[Request]], list[Written]]
 """``write(writing, requests)``: the writer's answer to each request, or why there is none."""
 
 
@@ -32,8 +32,8 @@ class Sources:
 
     problems: Sequence[Problem] = ()
     """The training problems."""
-    write: Write = nobody_writes
-    pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs
+    write: WriteTexts = nobody_writes
+    pairs: Callable[[Problem, int], Sequence[SkillPair]] = no_pairs
     """``pairs(problem, key)``: the pairs of the run's skill bank for a problem, best first."""
 
 
@@ -108,7 +108,7 @@ def _briefs(
             continue
         hint, inputs = pair
         prompt = hint.prompt_for(inputs)
-        tokens, cut = prompt_tokens(prompt, hint, policy) if prompt else (None, False)
+        tokens, cut = encode_teacher_prompt(prompt, hint, policy) if prompt else (None, False)
         if prompt is None or tokens is None:
             counts["no_hint" if prompt is None else "long_hint"] += 1
             counts["kept"] -= 1
@@ -139,7 +139,7 @@ def _written(
     hint: Hint,
     writing: Writing,
     inputs_of_hints: Sequence[HintInputs],
-    write: Write,
+    write: WriteTexts,
     batch: tuple[int, int],
     counts: dict[str, float],
 ) -> list[HintInputs]:
@@ -179,7 +179,9 @@ def _key(hint: Hint, rollout: Rollout, batch: tuple[int, int]) -> int:
     return make_key(*batch, *rollout.key_parts, rollout.attempt, "writing")
 
 
-def prompt_tokens(teacher_prompt: TeacherPrompt, hint: Hint, policy: Policy) -> tuple[tuple[int, ...] | None, bool]:
+def encode_teacher_prompt(
+    teacher_prompt: TeacherPrompt, hint: Hint, policy: Policy
+) -> tuple[tuple[int, ...] | None, bool]:
     """The prompt of one teacher, None if it exceeds `Hint.longest`; and whether its hint was cut to fit."""
     prompt = policy.encode(_messages(teacher_prompt, hint), hint.thinking)
     hint_ids: list[int] = []

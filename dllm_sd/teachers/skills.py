@@ -7,7 +7,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.files.writing import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Ranged, Size
-from dllm_sd.skills import RETRIEVERS, Bank, Extraction, Lexical, Pair, Retriever, format_pair, retrieve
+from dllm_sd.skills import RETRIEVERS, Bank, Extraction, Lexical, Retriever, SkillPair, format_pair, retrieve
 from dllm_sd.tasks.datafile import Generated, render
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import HintInputs, TeacherPrompt
@@ -84,7 +84,7 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
             return task.messages(problem)[-1]["content"]
         return render(self.problem, problem.fields, "method.skill_bank.problem")
 
-    def pairs(self, bank: Bank, query: str, key: int) -> tuple[Pair, ...]:
+    def pairs(self, bank: Bank, query: str, key: int) -> tuple[SkillPair, ...]:
         """The pairs of the bank for a problem, best first."""
         return retrieve(bank, query, self.count, key, self.retriever)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dllm_sd.parts import Part
-from dllm_sd.policies.weights import WEIGHTS, Base, Weights
+from dllm_sd.policies.weights import WEIGHTS, BaseWeights, Weights
 from dllm_sd.ranges import Ranged, Share
 from dllm_sd.writers import Sampling, Server, Writer
 
@@ -33,7 +33,7 @@ class TextSource(Part, Protocol):
 class Writing(Ranged):
     """A text is written for each rollout before its teacher runs; unusable texts are dropped, counted by reason."""
 
-    writer: TextSource = field(default_factory=Base, metadata={"parts": WRITERS})
+    writer: TextSource = field(default_factory=BaseWeights, metadata={"parts": WRITERS})
     """Weights as in `method.teacher`, or a server with an OpenAI-compatible interface."""
     sampling: Sampling = field(default_factory=Sampling)
     tolerance: Share = 0.5

@@ -13,6 +13,7 @@ from dllm_sd.teachers.hints import Prompt, Sibling, check_slots, check_template
 from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.texts import (
     FORMS,
+    Criteria,
     Form,
     accept_critique,
     generic,
@@ -23,7 +24,6 @@ from dllm_sd.texts import (
     regions,
     render_rubric,
 )
-from dllm_sd.texts import Rubric as Criteria
 from dllm_sd.texts.critique import CRITIC_ANSWER, CRITIC_REFERENCE, CRITIQUE_TEACHER
 from dllm_sd.texts.feedback import FEEDBACK, sanitise
 from dllm_sd.texts.rubric import RUBRIC_TEACHER, RUBRIC_WRITER_PLAIN

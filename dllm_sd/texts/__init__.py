@@ -3,8 +3,8 @@
 from dllm_sd.texts.critique import (
     FORMS,
     Form,
-    Part,
     Region,
+    SolutionPart,
     Steps,
     accept_critique,
     first_change,
@@ -17,8 +17,8 @@ from dllm_sd.texts.critique import (
 from dllm_sd.texts.feedback import sanitise
 from dllm_sd.texts.rubric import (
     Category,
+    Criteria,
     Criterion,
-    Rubric,
     generic,
     is_unfinished,
     noisy,
@@ -31,11 +31,11 @@ from dllm_sd.texts.rubric_score import rubric_score
 __all__ = [
     "FORMS",
     "Category",
+    "Criteria",
     "Criterion",
     "Form",
-    "Part",
     "Region",
-    "Rubric",
+    "SolutionPart",
     "Steps",
     "accept_critique",
     "first_change",

@@ -17,8 +17,8 @@ from dllm_sd.teachers.context import Context
 
 REGIONS = ("prefix", "error", "after")
 """Before the first wrong step, in it, and behind it."""
-Parts = Sequence[tuple[Plan, Graded]]
-RIGHT = "right"
+GradedPlans = Sequence[tuple[Plan, Graded]]
+RIGHT_ROLLOUTS = "right"
 """Beside the regions: everything in rollouts that were right."""
 
 
@@ -44,7 +44,7 @@ def region_map(policy: Policy, contexts: Sequence[Context], rollouts: Rollouts) 
     return found if bool((found >= 0).any()) else None
 
 
-def region_sums(parts: Parts, regions: Tensor | None, rollouts: Rollouts, device: torch.device) -> Tensor:
+def region_sums(parts: GradedPlans, regions: Tensor | None, rollouts: Rollouts, device: torch.device) -> Tensor:
     """Sums to be added over processes, float64 ``[3, 4]``: advantage, its size, and sites; by region, and if right."""
     total = torch.zeros(3, len(REGIONS) + 1, dtype=torch.float64, device=device)
     if regions is None:
@@ -64,7 +64,7 @@ def region_sums(parts: Parts, regions: Tensor | None, rollouts: Rollouts, device
 def region_metrics(sums: Tensor) -> dict[str, float]:
     """Mean advantage by region, and how much larger it is in the first wrong step than elsewhere, where known."""
     values, sizes, counts = sums.tolist()
-    names = [*REGIONS, RIGHT]
+    names = [*REGIONS, RIGHT_ROLLOUTS]
     found = {
         f"advantage/{name}": value / count for name, value, count in zip(names, values, counts, strict=True) if count
     }
@@ -76,7 +76,7 @@ def region_metrics(sums: Tensor) -> dict[str, float]:
     return found
 
 
-def advantage_picture(parts: Parts, regions: Tensor | None, height: int = 48, cell: int = 6) -> Tensor | None:
+def advantage_picture(parts: GradedPlans, regions: Tensor | None, height: int = 48, cell: int = 6) -> Tensor | None:
     """The first rollout's advantage as bars, RGB ``[3 height l*cell]``: blue above 0, red below, grey its wrong step.
 
     None where nothing of it was graded here.

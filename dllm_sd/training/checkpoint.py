@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError, on_one_line
 from dllm_sd.files.checkpoint_files import (
+    CHECKPOINT_WEIGHTS,
     CHECKPOINTS,
     FILES,
     FORMAT,
     STATE,
-    WEIGHTS,
     checksum,
-    damaged,
+    damaged_checkpoint,
     load_tensors,
     numbered_checkpoints,
     read_state,
@@ -39,13 +39,13 @@ from dllm_sd.network.finite import find_broken
 from dllm_sd.parallel.sharding import fill, gather_tensors
 from dllm_sd.parallel.zero import ZeroOptimizer, shape_of
 from dllm_sd.policies.policy import Policy
-from dllm_sd.policies.weights import Teacher, placed_like, trained
+from dllm_sd.policies.weights import TeacherModel, placed_like, trained
 from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.rollouts.stored import TensorError, load_rollouts, rollout_tensors
 from dllm_sd.training.optim import load_state, state_shapes, state_tensors
 
 OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollouts.safetensors"
-LOGS = "logs"
+LOG_SUMS = "logs"
 """Key of `state.json`: checksums of the logs as they were when it was saved (`metrics.log_sums`)."""
 ADDED = ("best_loss", "loss_sum", "losses")
 """Keys that checkpoints of version 0.1 do not have."""
@@ -189,7 +189,7 @@ def state_of(folder: Path) -> State:
 
 def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     try:
-        told = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOGS, "rollouts")}
+        told = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOG_SUMS, "rollouts")}
         plain = {one.name: one.default for one in fields(State) if one.name in ADDED} | told
         state: State = build(State, plain)
         if not all_finite(plain):
@@ -203,7 +203,7 @@ def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
         if max(state.skipped, state.best_update) > state.update:
             raise ValueError(f"skipped and best_update cannot be above the {state.update} updates")
     except ValueError as error:
-        raise damaged(folder / STATE, error) from error
+        raise damaged_checkpoint(folder / STATE, error) from error
     return state
 
 
@@ -216,8 +216,8 @@ def check_checkpoint(folder: Path) -> State:
     tree = read_state(folder)
     state = _build_state(tree, folder)
     verify(folder, tree.get(FILES, {}))
-    if WEIGHTS not in tree.get(FILES, [WEIGHTS]):
-        raise damaged(folder / WEIGHTS, f"it is not listed in {STATE}")
+    if CHECKPOINT_WEIGHTS not in tree.get(FILES, [CHECKPOINT_WEIGHTS]):
+        raise damaged_checkpoint(folder / CHECKPOINT_WEIGHTS, f"it is not listed in {STATE}")
     for file in () if FILES in tree else sorted(folder.glob("*.safetensors")):
         load_tensors(folder, file.name)
     return state
@@ -234,9 +234,11 @@ def check_best(run: Path, state: State) -> None:
         return
     best = best_checkpoint(run)
     if best is None:
-        raise damaged(run / CHECKPOINTS / "best" / STATE, "there is no such file")
+        raise damaged_checkpoint(run / CHECKPOINTS / "best" / STATE, "there is no such file")
     if (update := check_checkpoint(best).update) < state.best_update:
-        raise damaged(best / STATE, f"it is of update {update}, and the best weights are of update {state.best_update}")
+        raise damaged_checkpoint(
+            best / STATE, f"it is of update {update}, and the best weights are of update {state.best_update}"
+        )
 
 
 def why_no_best(run: Path, state: State) -> str | None:
@@ -254,11 +256,11 @@ def saved_log_sums(folder: Path) -> dict[str, str] | None:
     Raises:
         InputError: if `state.json` is missing or damaged.
     """
-    sums = read_state(folder).get(LOGS)
+    sums = read_state(folder).get(LOG_SUMS)
     try:
-        return None if sums is None else build(dict[str, str], sums, LOGS)
+        return None if sums is None else build(dict[str, str], sums, LOG_SUMS)
     except ValueError as error:
-        raise damaged(folder / STATE, error) from error
+        raise damaged_checkpoint(folder / STATE, error) from error
 
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -300,7 +302,7 @@ def load_weights(policy: Policy, folder: Path) -> None:
     Raises:
         InputError: if they are missing or damaged, or belong to another model.
     """
-    _fill(policy, read_tensors(folder, WEIGHTS), folder)
+    _fill(policy, read_tensors(folder, CHECKPOINT_WEIGHTS), folder)
 
 
 @torch.no_grad()
@@ -313,9 +315,9 @@ def _fill(policy: Policy, saved: Mapping[str, Tensor], folder: Path) -> None:
         if shape_of(value) != saved[name].shape:
             raise InputError(f"checkpoint {folder} has another shape for {name!r}; load it with the config of its run")
         if not saved[name].is_floating_point():
-            raise damaged(folder / WEIGHTS, f"{name} is of type {saved[name].dtype}")
+            raise damaged_checkpoint(folder / CHECKPOINT_WEIGHTS, f"{name} is of type {saved[name].dtype}")
     if broken := find_broken(saved):
-        raise damaged(folder / WEIGHTS, f"{broken} is not finite")
+        raise damaged_checkpoint(folder / CHECKPOINT_WEIGHTS, f"{broken} is not finite")
     for name, value in live.items():
         fill(value, saved[name])
     if broken := find_broken(live):
@@ -350,14 +352,14 @@ def load_optimizer(
 
 def save_best(run: Path, weights: Mapping[str, Tensor], state: State) -> None:
     """Keep these weights as the best ones."""
-    write_checkpoint(run / CHECKPOINTS / "best", {WEIGHTS: weights}, vars(state))
+    write_checkpoint(run / CHECKPOINTS / "best", {CHECKPOINT_WEIGHTS: weights}, vars(state))
 
 
 def run_tensors(
-    policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[Teacher]
+    policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[TeacherModel]
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint by file; under FSDP2 all processes must call it, and the first gets them whole."""
-    tensors = {WEIGHTS: trained(policy), OPTIMIZER: optimizer_tensors(optimizer, policy)}
+    tensors = {CHECKPOINT_WEIGHTS: trained(policy), OPTIMIZER: optimizer_tensors(optimizer, policy)}
     tensors |= {
         f"teacher{i}.safetensors": teacher.checkpoint_tensors
         for i, teacher in enumerate(teachers)
@@ -378,7 +380,7 @@ def save_run(
 
     Of the checkpoints the latest ``keep`` stay, or all where it is None. ``logs`` are what `metrics.log_sums` gives.
     """
-    files, tree = dict(tensors), {**vars(state), **({LOGS: dict(logs)} if logs is not None else {})}
+    files, tree = dict(tensors), {**vars(state), **({LOG_SUMS: dict(logs)} if logs is not None else {})}
     if rollouts is not None:
         files[ROLLOUTS], tree["rollouts"] = rollout_tensors(rollouts)
     write_checkpoint(run / CHECKPOINTS / f"{state.update:06d}", files, tree)
@@ -387,7 +389,7 @@ def save_run(
 
 
 def restore_run(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[Teacher]
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[TeacherModel]
 ) -> tuple[State, Rollouts | None]:
     """Put a checkpoint back into a freshly built run.
 
@@ -398,7 +400,7 @@ def restore_run(
     state = _build_state(tree, folder)
     verify(folder, tree.get(FILES, {}))
     moments = _load(folder, OPTIMIZER, tree)
-    _fill(policy, _load(folder, WEIGHTS, tree), folder)
+    _fill(policy, _load(folder, CHECKPOINT_WEIGHTS, tree), folder)
     try:
         if not moments and state.skipped < state.update:
             raise ValueError("it is empty, although the run has learnt")
@@ -406,7 +408,7 @@ def restore_run(
     except InputError:
         raise
     except ValueError as error:
-        raise damaged(folder / OPTIMIZER, error) from error
+        raise damaged_checkpoint(folder / OPTIMIZER, error) from error
     for i, teacher in enumerate(teachers):
         if teacher.checkpoint_tensors:
             _load_teacher(teacher, _load(folder, f"teacher{i}.safetensors", tree), folder / f"teacher{i}.safetensors")
@@ -415,15 +417,15 @@ def restore_run(
 
 def _load(folder: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Tensor]:
     if name not in tree.get(FILES, [name]):
-        raise damaged(folder / name, f"it is not listed in {STATE}")
+        raise damaged_checkpoint(folder / name, f"it is not listed in {STATE}")
     return load_tensors(folder, name)
 
 
-def _load_teacher(teacher: Teacher, saved: Mapping[str, Tensor], file: Path) -> None:
+def _load_teacher(teacher: TeacherModel, saved: Mapping[str, Tensor], file: Path) -> None:
     try:
         check_tensors(saved, shapes_of(teacher.checkpoint_tensors))
     except ValueError as error:
-        raise damaged(file, error) from error
+        raise damaged_checkpoint(file, error) from error
     teacher.load({name: placed_like(saved[name], value) for name, value in teacher.checkpoint_tensors.items()})
 
 
@@ -432,6 +434,6 @@ def _load_rollouts(folder: Path, tree: Mapping[str, Any]) -> Rollouts:
     try:
         return load_rollouts(tensors, build(dict[str, Any], tree["rollouts"], "rollouts"))
     except TensorError as error:
-        raise damaged(folder / ROLLOUTS, error) from error
+        raise damaged_checkpoint(folder / ROLLOUTS, error) from error
     except ValueError as error:
-        raise damaged(folder / STATE, error) from error
+        raise damaged_checkpoint(folder / STATE, error) from error

@@ -94,7 +94,7 @@ class RunFolder:
 
     def _check(self) -> None:
         run, config = self.run, self.config
-        former = read_tree(run) if (run / CONFIG).exists() else {}
+        former = read_run_config(run) if (run / CONFIG).exists() else {}
         others = any(path.name not in LEFT_OVER for path in run.iterdir())
         if others and not {"task", "method"} <= former.keys():
             raise InputError(f"run folder {str(run)!r} is not empty and holds no run; give another run=...")
@@ -135,7 +135,7 @@ class RunFolder:
             write_file(self.run / CONFIG, content)
 
 
-def read_tree(run: Path, name: str = CONFIG) -> dict[str, Any]:
+def read_run_config(run: Path, name: str = CONFIG) -> dict[str, Any]:
     """The config of a run as a plain tree."""
     tree = read_yaml(run / name, shown(str(run / name)), "give another folder")
     if not isinstance(tree, dict):

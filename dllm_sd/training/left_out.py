@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-LEFT_OUT = {
+LEFT_OUT_WORDS = {
     "data/in_test": "rows of task.data that occur in the test split too",
     "data/in_dev": "rows of task.data that occur in the dev split too",
     "rollouts/too_long": "problems longer than max_prompt",
@@ -35,7 +35,7 @@ _OF_ROLLOUTS = ("rollouts/", "writers/")
 
 def is_left_out(name: str) -> bool:
     """Whether a metric counts what is left out."""
-    return name in LEFT_OUT or name.startswith(tuple(REASONS))
+    return name in LEFT_OUT_WORDS or name.startswith(tuple(REASONS))
 
 
 def left_out(lines: Iterable[Mapping[str, Any]], passes: int) -> dict[str, int]:
@@ -61,6 +61,6 @@ def in_words(counts: Mapping[str, int]) -> list[str]:
     said: list[str] = []
     for name, count in counts.items():
         start = next((start for start in REASONS if name.startswith(start)), "")
-        words = f"{REASONS[start]} ({name.removeprefix(start)})" if start else LEFT_OUT.get(name, name)
+        words = f"{REASONS[start]} ({name.removeprefix(start)})" if start else LEFT_OUT_WORDS.get(name, name)
         said += [f"{count} {words}"] if count else []
     return said

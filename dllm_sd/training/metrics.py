@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from dllm_sd.errors import InputError
-from dllm_sd.files.reading import damaged, open_regular, read_own
+from dllm_sd.files.reading import damaged_file, open_regular, read_own
 from dllm_sd.files.typed_json import own_json
 from dllm_sd.objective.equation import Graded
 from dllm_sd.objective.plan import Plan
@@ -23,7 +23,7 @@ from dllm_sd.training.advantage import advantage_picture
 from dllm_sd.training.left_out import is_left_out, left_out
 from dllm_sd.trajectory import NEVER
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
 
 
@@ -36,7 +36,7 @@ class MetricsLog:
         Raises:
             InputError: if a file holds something else; then nothing is changed.
         """
-        self.metrics, self.samples = (run / name for name in LOGS)
+        self.metrics, self.samples = (run / name for name in LOG_FILES)
         ends = {file: end_of(file, update) for file in (self.metrics, self.samples) if file.exists()}
         self.board = SummaryWriter(str(run / "tb"), purge_step=update + 1) if tensorboard else None
         for file, end in ends.items():
@@ -63,7 +63,7 @@ class MetricsLog:
         steps: list[bool] = []
 
         def noted() -> Iterator[dict[str, Any]]:
-            for line in read_lines(self.metrics):
+            for line in read_log(self.metrics):
                 if line["update"] > 0:  # a skipped update changes nothing
                     steps.append(line.get("loss") is not None and "weights_unchanged" not in line)
                 yield line
@@ -113,11 +113,13 @@ def site_metrics(sums: Tensor, measured: Sequence[str]) -> dict[str, float]:
     """Metrics from the added sums; a mean that is not defined (no teacher) is left out."""
     loss, sites, clipped, *rest = sums.tolist()
     found = dict(zip([*SITE_MEANS, *measured], rest, strict=True))
-    shares = {name: total / sites for name, total in found.items()} | {"clip_share": cut(found["divergence"], clipped)}
+    shares = {name: total / sites for name, total in found.items()} | {
+        "clip_share": clipped_share(found["divergence"], clipped)
+    }
     return {"loss": loss, "sites": int(sites), **{name: v for name, v in shares.items() if not math.isnan(v)}}
 
 
-def cut(unclipped: float, clipped: float) -> float:
+def clipped_share(unclipped: float, clipped: float) -> float:
     """The share of a divergence that its clip takes, from its sums over all sites before and behind the clip.
 
     A clip of entries takes positive summands alone: where it makes the sum negative, the share is above 1. The clip of
@@ -246,7 +248,7 @@ def end_of(file: Path, update: int) -> int:
 
 def log_sums(run: Path, update: int) -> dict[str, str]:
     """SHA-256 by name of what the logs of a run hold up to ``update``, flushed to disk: a checkpoint remembers it."""
-    return {name: _sum(run / name, update, flush=True) for name in LOGS if (run / name).exists()}
+    return {name: _sum(run / name, update, flush=True) for name in LOG_FILES if (run / name).exists()}
 
 
 def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
@@ -260,11 +262,11 @@ def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
     Raises:
         InputError: naming the file; nothing is changed.
     """
-    for name in LOGS if sums is None else ():
+    for name in LOG_FILES if sums is None else ():
         if (run / name).exists():
-            for _ in read_lines(run / name):
+            for _ in read_log(run / name):
                 pass
-    found = {name: _sum(run / name, update) for name in LOGS if (run / name).exists()}
+    found = {name: _sum(run / name, update) for name in LOG_FILES if (run / name).exists()}
     for name, wanted in (sums or {}).items():
         if found.get(name) != wanted:
             raise InputError(
@@ -289,7 +291,7 @@ def _refuse_garbage(file: Path, lines: bytes) -> None:
         raise _strange(file, wrong)
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+def read_log(file: Path) -> Iterator[dict[str, Any]]:
     """The lines of a log, one after another; a half-written one at the end does not count.
 
     Raises:
@@ -301,7 +303,7 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
                 if line.endswith(b"\n"):
                     yield _parsed(line) or _refuse(file, number)
     except OSError as error:
-        raise damaged(file, error, REMEDY) from error
+        raise damaged_file(file, error, REMEDY) from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

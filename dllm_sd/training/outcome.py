@@ -7,7 +7,7 @@ from string import Formatter
 from dllm_sd.config import Config, build_config, to_tree
 from dllm_sd.files.checkpoint_files import CHECKPOINTS
 from dllm_sd.training.checkpoint import State, latest_checkpoint, state_of
-from dllm_sd.training.folder import CONFIG, read_tree
+from dllm_sd.training.folder import CONFIG, read_run_config
 from dllm_sd.training.left_out import in_words
 
 
@@ -69,7 +69,7 @@ def asked_otherwise(config: Config) -> list[str]:
         run = Path(source).parent.parent
         if Path(source).parent.name != CHECKPOINTS or not (run / CONFIG).is_file():
             continue
-        learnt = build_config(read_tree(run))
+        learnt = build_config(read_run_config(run))
         if learnt.task.rubric_prompt is not None:
             thinking = writing.sampling.thinking
             thinking = config.model.thinking if thinking is None else thinking

@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import Report, evaluate_run, first
-from dllm_sd.files.checkpoint_files import WEIGHTS, read_tensors
-from dllm_sd.files.reading import damaged, read_own
+from dllm_sd.files.checkpoint_files import CHECKPOINT_WEIGHTS, read_tensors
+from dllm_sd.files.reading import damaged_file, read_own
 from dllm_sd.files.typed_json import own_json, read_json
 from dllm_sd.files.writing import write_file
 from dllm_sd.pairing import check_data, check_model, check_peers, check_references
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gathered
-from dllm_sd.policies.weights import Peer
-from dllm_sd.settings import Peers, Student
+from dllm_sd.policies.weights import PeerWeights
+from dllm_sd.settings import Peers, PeerStudent
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.context import Context
 from dllm_sd.teachers.writing import Writing
@@ -38,7 +38,7 @@ from dllm_sd.training.checkpoint import (
     write_checkpoint,
 )
 from dllm_sd.training.folder import REPORT, RunFolder
-from dllm_sd.training.metrics import LOGS, check_logs
+from dllm_sd.training.metrics import LOG_FILES, check_logs
 from dllm_sd.training.trainer import Trainer
 
 ROUNDS = "rounds.json"
@@ -102,12 +102,12 @@ def _train_rounds(
             rounds.append({"round": number, "scores": scores, "too_long": too_long, "lag": lag, "tutors": tutors})
             on_main(lambda: _write_rounds(run, rounds, length))
         for student, other in zip(peers.students, reversed(peers.students), strict=True):
-            done = _snapshot(run, number + 1, student) / WEIGHTS
+            done = _snapshot(run, number + 1, student) / CHECKPOINT_WEIGHTS
             if on_main(done.is_file) and number + 1 < peers.rounds:
                 continue
             changed = peers.freeze == "phase" and other is peers.students[0]
             frozen = _snapshot(run, number + changed, other)
-            tutor = Peer(str(frozen)) if rounds[number]["tutors"][other.name] else None
+            tutor = PeerWeights(str(frozen)) if rounds[number]["tutors"][other.name] else None
             trainer = Trainer(student_config(config, student, tutor))
             met.add(student.name)
             if len(met) == len(peers.students):
@@ -135,7 +135,7 @@ def _write_rounds(run: Path, rounds: Sequence[Mapping[str, Any]], length: int) -
         | {f"eval/accuracy/{name}/{domain}": value for name, own in scores.items() for domain, value in own.items()}
         for number, scores in enumerate(scored)
     ]
-    write_file(run / LOGS[0], "".join(json.dumps(line) + "\n" for line in lines))
+    write_file(run / LOG_FILES[0], "".join(json.dumps(line) + "\n" for line in lines))
     write_file(run / ROUNDS, json.dumps(rounds, indent=1))
 
 
@@ -174,13 +174,13 @@ def _check_student(run: Path, begun: int, length: int, forced: bool) -> None:
         )
 
 
-def _check_snapshots(run: Path, begun: int, student: Student) -> None:
+def _check_snapshots(run: Path, begun: int, student: PeerStudent) -> None:
     """The student as it was when rounds began: the last one's is read, and earlier ones show that theirs is done."""
     for number in range(begun + 1):
         kept = _snapshot(run, number, student)
-        if number < begun - 1 and (kept / WEIGHTS).is_file():
+        if number < begun - 1 and (kept / CHECKPOINT_WEIGHTS).is_file():
             continue
-        if number < begun or (kept / WEIGHTS).exists():
+        if number < begun or (kept / CHECKPOINT_WEIGHTS).exists():
             check_checkpoint(kept)
 
 
@@ -196,7 +196,9 @@ def _read_rounds(run: Path, peers: Peers) -> list[dict[str, Any]]:
     rounds, names = read_json(file, tuple[_Round, ...], remedy), {student.name for student in peers.students}
     for number, one in enumerate(rounds):
         if one.round != number or not one.tutors.keys() == one.scores.keys() == one.lag.keys() == names:
-            raise damaged(file, f"entry {number} is not of round {number} of {' and '.join(sorted(names))}", remedy)
+            raise damaged_file(
+                file, f"entry {number} is not of round {number} of {' and '.join(sorted(names))}", remedy
+            )
     return own_json(read_own(file, remedy))
 
 
@@ -211,7 +213,7 @@ class _Round:
     tutors: Mapping[str, bool]
 
 
-def student_config(config: Config, student: Student, tutor: Peer | None) -> Config:
+def student_config(config: Config, student: PeerStudent, tutor: PeerWeights | None) -> Config:
     """The config of one student; without a ``tutor`` its rollouts get no feedback."""
     lora = replace(config.model.lora, start=student.start) if config.model.lora and student.start else config.model.lora
     contexts = tuple(_tutored(config, one, student, tutor) for one in config.method.contexts)
@@ -226,7 +228,7 @@ def student_config(config: Config, student: Student, tutor: Peer | None) -> Conf
     )
 
 
-def _tutored(config: Config, context: Context, student: Student, tutor: Peer | None) -> Context:
+def _tutored(config: Config, context: Context, student: PeerStudent, tutor: PeerWeights | None) -> Context:
     if not context.by_peer:
         return context
     writing = None if context.hint is None else context.hint.writing
@@ -258,7 +260,7 @@ def may_tutor(own: Mapping[str, float], lag: float, tolerance: float) -> bool:
     return lag <= tolerance and any(own.values())
 
 
-def alike(students: Sequence[Student]) -> str | None:
+def alike(students: Sequence[PeerStudent]) -> str | None:
     """A sentence on students that begin with the same weights."""
     first, second = ((one.path, one.start) for one in students)
     if first != second:
@@ -279,25 +281,25 @@ def by_domain(problems: Sequence[Problem], field: str, count: int) -> dict[str, 
     return {domain: first(some, share) for domain, some in sorted(found.items())}
 
 
-def _snapshot(run: Path, number: int, student: Student) -> Path:
+def _snapshot(run: Path, number: int, student: PeerStudent) -> Path:
     """Where a student is kept as it was when a round began."""
     return run / "rounds" / str(number) / student.name
 
 
-def _keep(trainer: Trainer, run: Path, number: int, student: Student) -> None:
+def _keep(trainer: Trainer, run: Path, number: int, student: PeerStudent) -> None:
     """Keep a student as it is after the last update that it saved."""
     saved, kept = trainer.run / "checkpoints" / f"{trainer.state.update:06d}", _snapshot(run, number, student)
 
     def copy() -> None:
-        if not (kept / WEIGHTS).is_file():
+        if not (kept / CHECKPOINT_WEIGHTS).is_file():
             for folder in (kept.parent.parent, kept.parent):
                 folder.mkdir(exist_ok=True)
-            write_checkpoint(kept, {WEIGHTS: read_tensors(saved, WEIGHTS)}, vars(trainer.state))
+            write_checkpoint(kept, {CHECKPOINT_WEIGHTS: read_tensors(saved, CHECKPOINT_WEIGHTS)}, vars(trainer.state))
 
     on_main(copy)
 
 
-def _begin(config: Config, student: Student, number: int, length: int) -> dict[str, Report]:
+def _begin(config: Config, student: PeerStudent, number: int, length: int) -> dict[str, Report]:
     """Score a student for a round, by domain, and keep it as a tutor."""
     trainer = Trainer(student_config(config, student, None))
     trainer.train(number * length)

@@ -17,11 +17,11 @@ from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, first
 from dllm_sd.experience.pipeline import RolloutPipeline
-from dllm_sd.files.checkpoint_files import STATE, damaged
+from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
 from dllm_sd.files.writing import write_file
-from dllm_sd.network.finite import LARGEST, find_broken, fingerprint
+from dllm_sd.network.finite import MAX_WEIGHT, find_broken, fingerprint
 from dllm_sd.network.site_head import run_at_sites
-from dllm_sd.objective.equation import Graded, grade
+from dllm_sd.objective.equation import Graded, grade_micro_batch
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.pairing import check_data, check_model, check_references, check_words
 from dllm_sd.parallel.processes import on_main, together
@@ -245,8 +245,8 @@ class Trainer:
             model.after_update(update, stepped=plan is not None)
         metrics |= rollout_metrics(self.rollouts) | self.unknown(self.rollouts, self.main)
         metrics |= self.pipeline.skill_bank.after_update(update, self.rollouts.chosen)
-        reach = self.method.rollout.reach(self.policy, self.config.decode, batch)
-        metrics |= {} if reach is None else {"rollouts/horizon": reach.count}
+        stop_after = self.method.rollout.stop_after(self.policy, self.config.decode, batch)
+        metrics |= {} if stop_after is None else {"rollouts/horizon": stop_after.count}
         metrics |= {"rollouts/too_long": self.state.too_long, "updates_skipped": self.state.skipped}
         return metrics | {"time/rollouts": rolled - start, "time/learning": time.perf_counter() - rolled}
 
@@ -267,7 +267,7 @@ class Trainer:
             idle = len(index) == 0  # nothing left for this process: join the collectives, add nothing
             batch = plan.micro_batch(shares[0][:1] if idle else index).to(self.accelerator.device)
             with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
-                graded = grade(self.method, batch, student, self.teachers)
+                graded = grade_micro_batch(self.method, batch, student, self.teachers)
                 self.accelerator.backward(graded.loss * (0 if idle else self.world))  # averaged over processes
             if not idle:
                 parts.append((plan.select(index), graded))
@@ -308,7 +308,7 @@ class Trainer:
 
     def _refuse_broken_step(self, update: int) -> None:
         changed = stepped_tensors(self.optimizer, trained(self.policy))
-        broken = find_broken(changed, LARGEST)
+        broken = find_broken(changed, MAX_WEIGHT)
         if not self._any_rank(broken is not None):
             return
         last = latest_checkpoint(self.run)
@@ -422,7 +422,7 @@ class Trainer:
         lacking = {"rollouts": between and self.rollouts is None}
         lacking["bank"] = self.method.skill_bank is not None and state.bank is None
         if names := [name for name, lacks in lacking.items() if lacks]:
-            raise damaged(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
+            raise damaged_checkpoint(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
         on_main(lambda: check_logs(self.run, state.update, saved_log_sums(checkpoint)))
 
     def _save(self, prune: bool = True) -> None:

@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from dllm_sd.decoding import continuous
-from dllm_sd.decoding.continuous import TurnChoice
+from dllm_sd.decoding.continuous import ContinuousSampler
 from dllm_sd.decoding.sampling import draw
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
@@ -23,7 +23,7 @@ from dllm_sd.network.view import View
 from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.pretrained.model import Lora, Shape
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
-from dllm_sd.trajectory import Reach, Trajectory
+from dllm_sd.trajectory import StopAfter, Trajectory
 
 END, PAD = 1, 2
 PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21], [6] * 5, [5, 16, 5], [9] * 30]
@@ -131,9 +131,9 @@ def test_a_row_ends_with_any_of_the_end_tokens(causal):
 
 @pytest.mark.parametrize("count", [5, *(pytest.param(value, marks=pytest.mark.slow) for value in (1, 99))])
 def test_a_horizon_is_the_start_of_the_whole(causal, count):
-    reach = Reach("steps", count)
-    ours = in_turns(causal, WARM, reach=reach)
-    same(ours, causal.decode(PROMPTS, WARM, KEYS, reach=reach))
+    stop_after = StopAfter("steps", count)
+    ours = in_turns(causal, WARM, stop_after=stop_after)
+    same(ours, causal.decode(PROMPTS, WARM, KEYS, stop_after=stop_after))
     assert int(ours.written.max()) == min(count, 14)
 
 
@@ -169,14 +169,14 @@ def test_autocast_reaches_the_thread_in_which_transformers_decodes(make):
 
 
 def test_a_prompt_that_is_read_in_several_passes_changes_nothing(causal, monkeypatch):
-    monkeypatch.setattr(continuous, "PASS", 11)
+    monkeypatch.setattr(continuous, "MAX_FORWARD_TOKENS", 11)
     same(in_turns(causal, replace(WARM, batch_size=4)), causal.decode(PROMPTS, WARM, KEYS))
 
 
 @pytest.mark.parametrize("room", [0.2, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_rows_that_give_their_pages_away_begin_anew_and_end_the_same(causal, monkeypatch, room):
-    monkeypatch.setattr(continuous, "PAGE", 4)
-    monkeypatch.setattr(continuous, "ROOM", room)
+    monkeypatch.setattr(continuous, "PAGE_TOKENS", 4)
+    monkeypatch.setattr(continuous, "PAGE_SURPLUS", room)
     restarted: list[str] = []
     anew = RequestState.create_equivalent_initial_request
 
@@ -193,18 +193,18 @@ def test_rows_that_give_their_pages_away_begin_anew_and_end_the_same(causal, mon
 def test_passes_that_are_padded_and_warmed_up_as_for_cuda_graphs_change_nothing(causal, monkeypatch):
     made: Any = ModelRunner.__init__
     widths: list[tuple[int, int]] = []
-    choose = TurnChoice.__call__
+    choose = ContinuousSampler.__call__
 
     def padding(runner: ModelRunner, *arguments: Any, **options: Any) -> None:
         made(runner, *arguments, **options)
         runner.pad_inputs = True
 
-    def noted(choice: TurnChoice, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+    def noted(choice: ContinuousSampler, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         widths.append((len(scores), int((tensor_arg[: len(scores)] != choice.nobody).sum())))
         return choose(choice, scores, tensor_arg)
 
     monkeypatch.setattr(ModelRunner, "__init__", padding)
-    monkeypatch.setattr(TurnChoice, "__call__", noted)
+    monkeypatch.setattr(ContinuousSampler, "__call__", noted)
     settings, meter = replace(WARM, batch_size=5), Meter()
     same(in_turns(causal, settings, meter=meter), causal.decode(PROMPTS, settings, KEYS))
     assert {width for width, _ in widths} == {5}
@@ -395,9 +395,9 @@ def waiting(read: Sequence[tuple[str, int]]) -> list[FutureRequestState]:
 
 
 @pytest.fixture
-def choice() -> TurnChoice:
+def choice() -> ContinuousSampler:
     settings = replace(WARM, temperature=0.8, top_k=6, suppress=(3,), batch_size=4)
-    return TurnChoice(settings, key_tensor(KEYS[:3]), (5,), [[4] * 2, [4] * 7, [4]], steps=6)
+    return ContinuousSampler(settings, key_tensor(KEYS[:3]), (5,), [[4] * 2, [4] * 7, [4]], steps=6)
 
 
 def test_a_slot_draws_what_its_row_draws_at_its_step(choice):

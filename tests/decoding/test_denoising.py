@@ -182,9 +182,9 @@ def test_both_backbones_decode_the_same_with_a_mask_and_with_numbers(make_policy
     settings = replace(CANVAS, temperature=temperature)
     masked = wide.decode(PROMPTS, settings, KEYS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "MANY", WIDTH)
+        patch.setattr(drawing, "MAX_LISTED_IDS", WIDTH)
         plain = wide.decode(PROMPTS, settings, KEYS)
-    assert len(wide.suppress) > drawing.MANY
+    assert len(wide.suppress) > drawing.MAX_LISTED_IDS
     assert torch.equal(masked.tokens, plain.tokens)
     assert torch.equal(masked.reveal_step, plain.reveal_step)
     assert masked.tokens.max() < 25

@@ -16,7 +16,7 @@ import torch
 from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.comparison import (
-    Counts,
+    ContingencyTable,
     bootstrap_interval,
     compare,
     compare_files,
@@ -132,7 +132,7 @@ def test_a_comparison_follows_from_the_verdicts():
     b = evaluation("+-++++--")
     found = compare(a, b)
     assert (found.n, found.accuracy_a, found.accuracy_b, found.difference) == (8, 3 / 8, 5 / 8, 2 / 8)
-    assert found.counts == Counts(both=2, only_a=1, only_b=3, neither=2)
+    assert found.counts == ContingencyTable(both=2, only_a=1, only_b=3, neither=2)
     assert found.p_value == 2 * (1 + 4) / 16
     assert (found.alone_a, found.alone_b) == (0, 0)
     assert found.ci95[0] < 0.25 < found.ci95[1]
@@ -167,7 +167,7 @@ def test_only_shared_problems_count():
     a, b = evaluation("++--+"), evaluation("++--+++", start=3)
     found = compare(a, b)
     assert (found.n, found.alone_a, found.alone_b) == (2, 3, 5)
-    assert found.counts == Counts(both=1, only_a=0, only_b=1, neither=0)
+    assert found.counts == ContingencyTable(both=1, only_a=0, only_b=1, neither=0)
     with pytest.raises(InputError, match=r"share no problem \('p0' against 'p9'\); compare evaluations on one task"):
         compare(a, evaluation("++", start=9))
 
@@ -196,7 +196,7 @@ def test_files_are_compared_by_id(tmp_path: Path):
     a = generations(tmp_path / "a.jsonl", [("x", True), ("y", False), ("z", False)])
     b = generations(tmp_path / "b.jsonl", [("z", True), ("y", False), ("x", True), ("w", True)])
     (found,) = compare_files(a, b).values()
-    assert found.counts == Counts(both=1, only_a=0, only_b=1, neither=1)
+    assert found.counts == ContingencyTable(both=1, only_a=0, only_b=1, neither=1)
     assert (found.alone_a, found.alone_b) == (0, 1)
 
 

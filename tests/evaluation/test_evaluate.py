@@ -21,12 +21,12 @@ from dllm_sd.decoding.denoising import Denoiser
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import pass_at_k, wilson_interval
-from dllm_sd.evaluation.evaluate import Item, Report, evaluate, evaluate_into, first
-from dllm_sd.evaluation.recording import Line, Record, begin, digest, finish
+from dllm_sd.evaluation.evaluate import ProblemResult, Report, evaluate, evaluate_into, first
+from dllm_sd.evaluation.recording import GradedAttempt, Record, begin, digest, finish
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.reports.tables import LEFT_OUT, print_evaluation
-from dllm_sd.rollouts.rules import PassAtK, prompt_tokens
+from dllm_sd.reports.tables import EVALUATION_COUNTS, print_evaluation
+from dllm_sd.rollouts.rules import PassAtK, encode_problem
 from dllm_sd.tasks import TASKS, Grade, Problem, Sudoku
 from dllm_sd.tasks.task import NoChanceLevel
 
@@ -54,7 +54,7 @@ class Parity(NoChanceLevel):
         return Grade(correct, float(correct), completion[:1] or None)
 
 
-def run(policy: MaskedDiffusion, **changes: Any) -> tuple[Report, list[Item]]:
+def run(policy: MaskedDiffusion, **changes: Any) -> tuple[Report, list[ProblemResult]]:
     settings: dict[str, Any] = {"task": Parity(), "decode": DECODE, "temperature": 1.0, "attempts": 4} | changes
     task = settings.pop("task")
     problems = settings.pop("problems", task.problems("test"))
@@ -185,7 +185,7 @@ def test_whatever_is_left_out_cut_or_not_read_is_counted_by_name_and_shown(
     monkeypatch.setattr("dllm_sd.reports.tables.Console", lambda: console)
     print_evaluation("a title", {"schedules": {"trained": tree}})
     lines = console.export_text().splitlines()
-    for name, (words, _) in LEFT_OUT.items():
+    for name, (words, _) in EVALUATION_COUNTS.items():
         assert tree[name] == getattr(report, name)
         assert any(words in line and f" {tree[name]} " in line for line in lines), name
 
@@ -229,7 +229,7 @@ def test_nothing_to_evaluate_is_refused(policy: MaskedDiffusion):
 
 def test_training_rollouts_and_evaluation_use_one_grader_and_one_sampler(policy: MaskedDiffusion):
     problems = Parity().problems("test")
-    prompted = [prompt_tokens(policy, Parity(), problem, 100) for problem in problems]
+    prompted = [encode_problem(policy, Parity(), problem, 100) for problem in problems]
     rule = PassAtK(attempts=1, temperature=0.0)
     rollouts = rule(policy, Parity(), [item for item in prompted if item], DECODE, 0, 0)
     items = run(policy, temperature=0.0, attempts=1)[1]
@@ -251,10 +251,10 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
 ):
     whole = run(policy)
     begin(tmp_path, {"seed": 0})
-    written: list[Line] = []
+    written: list[GradedAttempt] = []
     assert digest(Problem("a", {"x": 1})) == digest(Problem("b", {"x": 1})) != digest(Problem("a", {"x": 2}))
 
-    def append(self: Record, line: Line) -> None:
+    def append(self: Record, line: GradedAttempt) -> None:
         if len(written) == 17:
             raise Stop
         written.append(line)
@@ -317,7 +317,7 @@ def test_slots_stay_busy_when_completions_end_early(make_policy: Callable[..., M
 
 def test_separators_inside_a_generation_do_not_break_its_line(tmp_path: Path):
     record = Record(tmp_path, "trained", 0)
-    line = Line("a", "0", 0, "one\u2028two\x85three\rfour\nfive", True, 1.0, None, 3, 2)
+    line = GradedAttempt("a", "0", 0, "one\u2028two\x85three\rfour\nfive", True, 1.0, None, 3, 2)
     record.append(line)
     finish(tmp_path, ["a"])
     assert list(Record(tmp_path, "trained", 0).lines.values()) == [line]

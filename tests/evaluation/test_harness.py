@@ -15,7 +15,7 @@ import torch
 from dllm_sd import load_policy
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation.harness import HarnessModel, cut, main, register
+from dllm_sd.evaluation.harness import HarnessModel, cut_at_stop, main, register
 from dllm_sd.evaluation.likelihood import log_likelihoods, written_greedily
 from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
@@ -103,7 +103,7 @@ def test_what_nobody_sets_the_task_decides(make_model):
     ],
 )
 def test_a_text_ends_before_its_first_stop(text, until, left):
-    assert cut(text, until) == left
+    assert cut_at_stop(text, until) == left
 
 
 def test_stops_cut_what_the_sampler_wrote(make_model):

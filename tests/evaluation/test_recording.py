@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation.recording import Line, Record, begin, finish
+from dllm_sd.evaluation.recording import GradedAttempt, Record, begin, finish
 
-FIRST = Line("0", "abc", 0, "a generation\nof two lines \u2028 and é", True, 0.5, None, 3, 2)
+FIRST = GradedAttempt("0", "abc", 0, "a generation\nof two lines \u2028 and é", True, 0.5, None, 3, 2)
 LINES = [FIRST, replace(FIRST, id="1", parsed="7"), replace(FIRST, id="2", generation="half a pair \ud800")]
 
 
@@ -18,7 +18,7 @@ def ids(folder: Path) -> list[str]:
     return [json.loads(line)["id"] for line in (folder / "generations.jsonl").read_bytes().splitlines()]
 
 
-def recorded(folder: Path, lines: list[Line]) -> Record:
+def recorded(folder: Path, lines: list[GradedAttempt]) -> Record:
     record = Record(folder, "trained", 0)
     for line in lines:
         if (line.id, line.attempt) not in record.lines:

@@ -17,7 +17,7 @@ from dllm_sd.experience.rollout_weights import RolloutWeights, supervised
 from dllm_sd.methods import METHODS
 from dllm_sd.network.subspace import Subspace, collect, projected
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.weights import Base, Live, Teacher, trained
+from dllm_sd.policies.weights import BaseWeights, LiveWeights, TeacherModel, trained
 from dllm_sd.pretrained.model import Lora
 from dllm_sd.rollouts.rollout import Prompted
 from dllm_sd.rollouts.rules import PassAtK
@@ -58,14 +58,16 @@ def tokens(policy: AnyPolicy) -> list[list[int]]:
     return policy.decode(PROMPTS, DECODE, KEYS).tokens.tolist()
 
 
-def roller(policy: AnyPolicy, part: Live | Base | Subspace) -> RolloutWeights:
-    return RolloutWeights(PassAtK(policy=part), policy, {Base(): Teacher(Base(), policy)}, Accelerator())
+def roller(policy: AnyPolicy, part: LiveWeights | BaseWeights | Subspace) -> RolloutWeights:
+    return RolloutWeights(
+        PassAtK(policy=part), policy, {BaseWeights(): TeacherModel(BaseWeights(), policy)}, Accelerator()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["full", "lora", "autoregressive"])
 def test_the_base_rolls_out_with_the_initial_weights_and_the_student_with_its_own(make_policy, kind):
     policy = make_policy(**kind)
-    before, base, live = tokens(policy), roller(policy, Base()), roller(policy, Live())
+    before, base, live = tokens(policy), roller(policy, BaseWeights()), roller(policy, LiveWeights())
     move(policy)
     after = tokens(policy)
     assert after != before
@@ -200,7 +202,9 @@ def test_a_fixed_draw_gives_a_problem_the_same_text_whenever_it_is_met(make_poli
         tried = rule(policy, GRADED, prompted, DECODE, 5, batch)
         return [attempts[0].trajectory.tokens[0].tolist() for attempts in tried]
 
-    fixed, fresh = (PassAtK(attempts=1, temperature=1.0, policy=Base(), draw=draw) for draw in ("fixed", "fresh"))
+    fixed, fresh = (
+        PassAtK(attempts=1, temperature=1.0, policy=BaseWeights(), draw=draw) for draw in ("fixed", "fresh")
+    )
     first = texts(fixed, 0, 0, 1, 2)
     assert texts(fixed, 7, 2, 0) == [first[2], first[0]]
     assert first[0] != first[2]  # one prompt, two problems

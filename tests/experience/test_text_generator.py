@@ -11,7 +11,15 @@ from accelerate import Accelerator
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Snapshot, Teacher, trained
+from dllm_sd.policies.weights import (
+    BaseWeights,
+    CheckpointWeights,
+    EmaWeights,
+    LiveWeights,
+    SnapshotWeights,
+    TeacherModel,
+    trained,
+)
 from dllm_sd.pretrained.model import Lora
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers import Reasoning
@@ -31,7 +39,7 @@ def texts(policy: AnyPolicy, **changes: Any) -> list[str]:
     return [policy.text(row[:end].tolist()) for row, end in zip(done.tokens, done.length, strict=True)]
 
 
-def write(teachers: Sequence[Teacher], context: int = 0, rank: int = 0, world: int = 1) -> list[str]:
+def write(teachers: Sequence[TeacherModel], context: int = 0, rank: int = 0, world: int = 1) -> list[str]:
     accelerator: Any = Processes(rank, world)
     return TextGenerator(teachers, DECODE, accelerator)(context, PROMPTS, REASONING, KEYS)
 
@@ -43,16 +51,16 @@ def build(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> Ca
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("weights", [Base(), Ema(0.9), Snapshot(5)], ids=repr)
+@pytest.mark.parametrize("weights", [BaseWeights(), EmaWeights(0.9), SnapshotWeights(5)], ids=repr)
 def test_the_teachers_weights_write_and_not_the_students(build, options, weights):
     policy = build(**options)
     move(policy, 1)  # adapters begin with nothing
-    if isinstance(weights, Base) and options:
+    if isinstance(weights, BaseWeights) and options:
         policy_base = build(**options)
         before = texts(policy_base)
     else:
         before = texts(policy)
-    teacher = Teacher(weights, policy)
+    teacher = TeacherModel(weights, policy)
     move(policy, 2)
     after = texts(policy)
     live = {name: value.clone() for name, value in trained(policy).items()}
@@ -63,7 +71,7 @@ def test_the_teachers_weights_write_and_not_the_students(build, options, weights
 
 def test_the_live_teacher_writes_as_the_student_does_now(build):
     policy = build()
-    teacher = Teacher(Live(), policy)
+    teacher = TeacherModel(LiveWeights(), policy)
     before = write([teacher])
     move(policy, 2)
     assert write([teacher]) == texts(policy) != before
@@ -71,14 +79,14 @@ def test_the_live_teacher_writes_as_the_student_does_now(build):
 
 def test_another_checkpoint_writes_with_its_own_weights(build):
     policy, other = build(), build(seed=5)
-    teachers = [Teacher(Live(), policy), Teacher(Checkpoint("other"), policy, other=other)]
+    teachers = [TeacherModel(LiveWeights(), policy), TeacherModel(CheckpointWeights("other"), policy, other=other)]
     assert write(teachers, context=1) == texts(other) != texts(policy)
     assert write(teachers, context=0) == texts(policy)
 
 
 def test_length_and_temperature_are_those_of_the_analysis_and_all_else_of_the_run(build):
     policy = build()
-    teacher = [Teacher(Live(), policy)]
+    teacher = [TeacherModel(LiveWeights(), policy)]
     assert write(teacher) == texts(policy)
     assert max(map(len, write(teacher))) > 8
     accelerator: Any = Processes()
@@ -93,14 +101,16 @@ def test_an_analysis_ends_at_the_end_token(build):
     settings = replace(DECODE, length=16, temperature=0.7)
     done = policy.decode(PROMPTS, settings, KEYS)
     assert done.ended.any()
-    for text, row, ended in zip(write([Teacher(Live(), policy)]), done.tokens.tolist(), done.ended, strict=True):
+    for text, row, ended in zip(
+        write([TeacherModel(LiveWeights(), policy)]), done.tokens.tolist(), done.ended, strict=True
+    ):
         if ended:
             assert text == policy.text(row[: row.index(policy.end_ids[0])])
 
 
 def test_other_keys_write_other_texts(build):
     accelerator: Any = Processes()
-    scribe = TextGenerator([Teacher(Live(), build())], DECODE, accelerator)
+    scribe = TextGenerator([TeacherModel(LiveWeights(), build())], DECODE, accelerator)
     keys = [make_key("other", i) for i in range(len(PROMPTS))]
     assert scribe(0, PROMPTS, REASONING, KEYS) == scribe(0, PROMPTS, REASONING, KEYS)
     assert scribe(0, PROMPTS, REASONING, keys) != scribe(0, PROMPTS, REASONING, KEYS)
@@ -108,7 +118,7 @@ def test_other_keys_write_other_texts(build):
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, monkeypatch, world):
-    teacher = [Teacher(Live(), build())]
+    teacher = [TeacherModel(LiveWeights(), build())]
     alone = write(teacher)
     parts = gathering(monkeypatch)
     found = [write(teacher, rank=rank, world=world) for rank in range(world)][-1]
@@ -117,7 +127,7 @@ def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, mo
 
 
 def test_a_real_accelerator_of_one_process_gathers_nothing(build):
-    teacher = [Teacher(Live(), build())]
+    teacher = [TeacherModel(LiveWeights(), build())]
     assert TextGenerator(teacher, DECODE, Accelerator())(0, PROMPTS, REASONING, KEYS) == write(teacher)
 
 
@@ -126,7 +136,7 @@ def test_writing_leaves_modes_and_random_numbers_alone(build):
     policy.module.train()
     torch.manual_seed(4)
     state = torch.get_rng_state()
-    one, again = (write([Teacher(Base(), policy)]) for _ in range(2))
+    one, again = (write([TeacherModel(BaseWeights(), policy)]) for _ in range(2))
     assert one == again
     assert policy.module.training
     assert torch.equal(torch.get_rng_state(), state)

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from dllm_sd import InputError, load_policy
 from dllm_sd.cli.main import main
 from dllm_sd.export import exporting
-from dllm_sd.export.exporting import Layout, export_policy, fold, push_folder
+from dllm_sd.export.exporting import ExportFormat, export_policy, merged_weights, push_folder
 from dllm_sd.export.model_card import model_card
 from dllm_sd.network.prefix_cache import block_causal
 from dllm_sd.network.view import View
@@ -207,7 +207,7 @@ def test_the_original_layout_holds_what_the_run_learnt(name: str, tmp_path: Path
     again = load_policy(str(tmp_path / "out"), **options_of(name))
     assert facts_of(again) == facts_of(policy)
     torch.testing.assert_close(logits(again, view), expected, atol=1e-5, rtol=0)
-    merged = fold(policy.module.model)
+    merged = merged_weights(policy.module.model)
     assert all(torch.equal(value, merged[key]) for key, value in again.module.model.state_dict().items())
 
 
@@ -227,7 +227,7 @@ def test_untrained_weights_come_back_byte_by_byte(name: str, layout: str, lora: 
 def test_fully_trained_weights_are_exported_bit_by_bit(name: str, tmp_path: Path):
     model = model_of(name)
     policy = stir(load(model))
-    to: Layout
+    to: ExportFormat
     for to in ("merged", "original"):
         export_policy(policy, model, to, tmp_path / to)
         options = options_of(name) if to == "original" else {}
@@ -299,7 +299,7 @@ def test_the_original_is_written_in_the_types_of_its_source_rounded_once(name: s
     export_policy(policy, model, "original", tmp_path / "out")
     assert "(bfloat16); the run computed in float32" in (tmp_path / "out" / "README.md").read_text()
     again = load_policy(str(tmp_path / "out"), **options).module.model.state_dict()
-    exact = fold(policy.module.model)
+    exact = merged_weights(policy.module.model)
     assert all(torch.equal(value, exact[key].bfloat16().float()) for key, value in again.items() if "bias" not in key)
 
 
@@ -324,7 +324,7 @@ def test_a_fold_in_bfloat16_is_rounded_once(tmp_path: Path):
 def test_a_large_model_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(exporting, "SHARD", "60KB")
     policy, model, view, expected = adapted("llada2")
-    to: Layout
+    to: ExportFormat
     for to in ("merged", "original"):
         export_policy(policy, model, to, tmp_path / to)
         assert len(list((tmp_path / to).glob("model-0*.safetensors"))) > 1
@@ -523,7 +523,7 @@ def test_an_autoregressive_model_comes_out_as_what_transformers_takes_it_for(tmp
     with torch.no_grad():  # a fresh adapter does nothing
         for value in trained(policy).values():
             value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
-    to: Layout = "merged" if lora is None else "peft"
+    to: ExportFormat = "merged" if lora is None else "peft"
     export_policy(policy, model, to, tmp_path / "out")
     base = tmp_path / "out" if lora is None else read_blueprint(model).folder
     plain: Any = AutoModelForCausalLM.from_pretrained(base)

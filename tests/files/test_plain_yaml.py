@@ -12,9 +12,9 @@ import yaml
 from dllm_sd.cli.main import main
 from dllm_sd.config import apply_overrides, build_config, load_config, to_yaml
 from dllm_sd.errors import InputError
-from dllm_sd.files.plain_yaml import DEEPEST, LONGEST, MOST, parse_yaml, read_yaml, write_yaml
+from dllm_sd.files.plain_yaml import MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_VALUES, parse_yaml, read_yaml, write_yaml
 from dllm_sd.teachers import Suffix
-from dllm_sd.training.folder import read_tree
+from dllm_sd.training.folder import read_run_config
 
 TREE: dict[str, Any] = {"task": {"name": "sudoku"}, "decode": {"length": 16, "block_length": 4}, "method": "d_opsd"}
 PIECES = [
@@ -62,8 +62,8 @@ def test_a_config_comes_back_from_its_own_yaml_whatever_its_texts_hold(tmp_path:
     config = build_config({**TREE, "task": system, "run": text, "model": {"end_tokens": texts()}})
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8", newline="")
     assert load_config(str(tmp_path / "config.yaml")) == config
-    assert build_config(read_tree(tmp_path)) == config
-    assert build_config(apply_overrides(read_tree(tmp_path), [])) == config
+    assert build_config(read_run_config(tmp_path)) == config
+    assert build_config(apply_overrides(read_run_config(tmp_path), [])) == config
 
 
 def test_text_in_an_override_is_text():
@@ -92,10 +92,10 @@ HOSTILE = {
     "a mapping in itself": ("&a\nb: {c: *a}", "refers to itself"),
     "a bomb of aliases": (bomb(10), "refers to itself, or is too large"),
     "a bomb of text": (f"a: &a {'x' * 10**5}\nb: [{', '.join(['*a'] * 100)}]", "or is too large"),
-    "many levels of lists": ("a: " + "[" * 300 + "]" * 300, f"more than {DEEPEST} levels deep in line 1"),
-    "many levels of blocks": ("\n".join(" " * i + "a:" for i in range(300)), f"more than {DEEPEST} levels deep"),
-    "an endless level": ("[" * 10**4, f"more than {DEEPEST} levels deep"),
-    "many values": ("a: [" + "1, " * (MOST + 1) + "]", f"more than {MOST} keys and values"),
+    "many levels of lists": ("a: " + "[" * 300 + "]" * 300, f"more than {MAX_YAML_DEPTH} levels deep in line 1"),
+    "many levels of blocks": ("\n".join(" " * i + "a:" for i in range(300)), f"more than {MAX_YAML_DEPTH} levels deep"),
+    "an endless level": ("[" * 10**4, f"more than {MAX_YAML_DEPTH} levels deep"),
+    "many values": ("a: [" + "1, " * (MAX_YAML_VALUES + 1) + "]", f"more than {MAX_YAML_VALUES} keys and values"),
     "a long number": ("seed: " + "9" * 5000, "a number has 5000 digits in line 1"),
     "a long hexadecimal number": ("seed: 0x" + "f" * 5000, "a number has 5002 digits"),
     "a tag of Python": ("a: !!python/object/apply:os.system [ls]", "leave out the tag"),
@@ -140,7 +140,7 @@ def test_what_is_no_config_file_is_refused_at_once(tmp_path: Path, capsys: pytes
     elif kind == "a device":
         path = Path("/dev/zero")
     elif kind == "a large file":
-        path.write_bytes(b"#" * (LONGEST + 1))
+        path.write_bytes(b"#" * (MAX_YAML_BYTES + 1))
         wanted = "larger than 1 MiB"
     elif kind == "a binary file":
         path.write_bytes(bytes(range(256)))

@@ -13,7 +13,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.evaluation.comparison import compare_files
 from dllm_sd.evaluation.generations import grade_file, read_generations
 from dllm_sd.files import reading
-from dllm_sd.files.reading import DEEPEST, LONGEST_LINE, open_regular, parse_json, read_whole
+from dllm_sd.files.reading import LONGEST_LINE, MAX_JSON_DEPTH, open_regular, parse_json, read_whole
 from dllm_sd.skills.bank import read_bank
 from dllm_sd.tasks import Gsm8k
 from dllm_sd.tasks.datafile import read_rows
@@ -96,7 +96,7 @@ def nested(levels: int) -> str:
 
 
 @each_of_lines
-@pytest.mark.parametrize("levels", [DEEPEST, 500, 10_000, 1_000_000])
+@pytest.mark.parametrize("levels", [MAX_JSON_DEPTH, 500, 10_000, 1_000_000])
 def test_deep_json_names_its_line(tmp_path: Path, read: Callable[[Path], Any], levels: int):
     line = {"id": "a", "generation": "7", "answer": "7", "correct": True}
     deep = json.dumps({**line, "id": "b", "more": "deep"}).replace('"deep"', nested(levels))
@@ -104,14 +104,17 @@ def test_deep_json_names_its_line(tmp_path: Path, read: Callable[[Path], Any], l
     file.write_text(f"{json.dumps(line)}\n{deep}\n")
     message = refusal(read, file)
     assert "2" in message.partition("a.jsonl")[2][:9]
-    assert f"is not valid JSON (nested more than {DEEPEST} levels deep); write one JSON object on each line" in message
+    assert (
+        f"is not valid JSON (nested more than {MAX_JSON_DEPTH} levels deep); write one JSON object on each line"
+        in message
+    )
 
 
 def test_depth_is_counted_in_lists_and_objects_and_not_in_text():
-    assert parse_json(nested(DEEPEST), "it is not valid JSON", "mend it")
+    assert parse_json(nested(MAX_JSON_DEPTH), "it is not valid JSON", "mend it")
     assert parse_json('"' + "[" * 1000 + '"', "it is not valid JSON", "mend it") == "[" * 1000
     assert len(parse_json("[" + ",".join(["[]"] * 1000) + "]", "it is not valid JSON", "mend it")) == 1000
-    for text in (nested(DEEPEST + 1), '{"a":' * 101 + "1" + "}" * 101, "[" * 100_000):
+    for text in (nested(MAX_JSON_DEPTH + 1), '{"a":' * 101 + "1" + "}" * 101, "[" * 100_000):
         with pytest.raises(InputError, match=r"^it is not valid JSON \(nested more than 100 levels deep\); mend it$"):
             parse_json(text, "it is not valid JSON", "mend it")
 

@@ -21,7 +21,7 @@ from dllm_sd.losses import (
     ReverseKL,
     TopK,
 )
-from dllm_sd.policies.weights import Ema
+from dllm_sd.policies.weights import EmaWeights
 from tests.oracles.aggregation import aggregate, flat_logp
 from tests.oracles.fixtures import assert_same_grad, assert_same_loss, golden
 
@@ -85,7 +85,7 @@ def test_the_kept_entries_are_those_of_sdpo():
 def test_the_moving_average_is_that_of_sdpo():
     tensors, settings = golden("sdpo_loss")
     copy = {"w": tensors["ema/teacher_before"].clone()}
-    Ema(decay=1 - settings["ema_update_rate"]).after_update(copy, {"w": tensors["ema/student"]}, 1)
+    EmaWeights(decay=1 - settings["ema_update_rate"]).after_update(copy, {"w": tensors["ema/student"]}, 1)
     expected = tensors["ema/teacher_after"]
     assert not torch.allclose(expected, tensors["ema/teacher_before"])
     torch.testing.assert_close(copy["w"], expected, atol=1e-10, rtol=1e-9)

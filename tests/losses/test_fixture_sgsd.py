@@ -43,9 +43,9 @@ def test_loss_gradient_and_polarity_are_those_of_the_released_code(case):
     reward = (read(case, "reward").double() + 1) / 2
     weight = trust.rollout_weight(reward, torch.arange(examples))
     factor = trust(student, teachers, drawn, weight[canvas])
-    belief = read(case, "alpha").double()[canvas].T
+    context_weight = read(case, "alpha").double()[canvas].T
     size = counted.sum(1).clamp(min=1).double()[canvas]
-    loss = (divergence(student, teachers, drawn.token) * factor * belief / size).sum() / examples
+    loss = (divergence(student, teachers, drawn.token) * factor * context_weight / size).sum() / examples
 
     first = torch.stack([(canvas == b).nonzero()[0, 0] for b in range(examples)])
     assert torch.equal(factor[:, first].T, read(case, "rho").double())

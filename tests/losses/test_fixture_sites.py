@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dllm_sd.canvases import Canvases, DecoderSteps
 from dllm_sd.losses import FullVocabulary, GeneralisedJSD, ReverseKL, TopK
-from dllm_sd.losses.sites import Revealed, TeacherTop, choose
+from dllm_sd.losses.sites import Revealed, TeacherTop, choose_sites
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.lazy_logits import LazyLogits
 from dllm_sd.network.site_head import Head
 from dllm_sd.network.view import View
-from dllm_sd.objective.equation import grade
+from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.rollouts.rules import PassAtK
@@ -54,7 +54,7 @@ def chosen(rule: TeacherTop) -> Tensor:
     """bool ``[rows l]``: what ``rule`` chooses by the stored teacher's logits."""
     ours = canvases()
     candidates, quota = rule(ours.masked, ours.active, ours.revealed)
-    return choose(candidates, quota, rule.score(TENSORS["teacher_logits"][:, P:][candidates]))
+    return choose_sites(candidates, quota, rule.score(TENSORS["teacher_logits"][:, P:][candidates]))
 
 
 def test_our_canvases_are_the_trained_states():
@@ -116,7 +116,7 @@ def graded(method: Method, part: int, rows: slice) -> tuple[Tensor, Tensor, Tens
     student = TENSORS["student_logits"].clone().requires_grad_()
     said = stored_logits(student, rows)
     reads = lambda view, read: read(said(view).hidden, Head(said(view).head))  # noqa: E731
-    out = grade(method, plan.micro_batch(), reads, [stored_logits(TENSORS["teacher_logits"], rows)])
+    out = grade_micro_batch(method, plan.micro_batch(), reads, [stored_logits(TENSORS["teacher_logits"], rows)])
     (gradient,) = torch.autograd.grad(out.loss, student)
     return out.loss.detach(), gradient[rows], out.sites
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dllm_sd.errors import InputError
-from dllm_sd.losses.sites import SITES, AllMasked, Revealed, TeacherTop, choose, rank_descending
+from dllm_sd.losses.sites import SITES, AllMaskedSites, Revealed, TeacherTop, choose_sites, rank_descending
 
 
 def flags(*rows: str) -> torch.Tensor:
@@ -15,7 +15,7 @@ REVEALED = flags("x..x....", ".....x..", "........")
 
 
 def test_the_table_names_every_rule():
-    assert {"revealed": Revealed, "all_masked": AllMasked, "teacher_top": TeacherTop} == SITES
+    assert {"revealed": Revealed, "all_masked": AllMaskedSites, "teacher_top": TeacherTop} == SITES
 
 
 def test_revealed_grades_what_the_student_commits():
@@ -25,10 +25,10 @@ def test_revealed_grades_what_the_student_commits():
 
 
 def test_all_masked_grades_every_masked_position_or_those_of_the_block():
-    candidates, quota = AllMasked()(MASKED, ACTIVE, REVEALED)
+    candidates, quota = AllMaskedSites()(MASKED, ACTIVE, REVEALED)
     assert torch.equal(candidates, MASKED)
     assert quota.tolist() == [6, 3, 0]
-    candidates, quota = AllMasked(block=True)(MASKED, ACTIVE, REVEALED)
+    candidates, quota = AllMaskedSites(block=True)(MASKED, ACTIVE, REVEALED)
     assert torch.equal(candidates, ACTIVE)
     assert quota.tolist() == [4, 1, 0]
 
@@ -55,12 +55,12 @@ def test_confidence_is_the_largest_log_probability_or_the_largest_raw_logit():
 def test_the_best_candidates_are_chosen_by_score():
     candidates = flags("xx.x", "..xx", "xxxx")
     score = torch.tensor([0.1, 0.9, 0.5, -3.0, -2.0, 1.0, 2.0, 3.0, 4.0])
-    chosen = choose(candidates, torch.tensor([2, 1, 0]), score)
+    chosen = choose_sites(candidates, torch.tensor([2, 1, 0]), score)
     assert torch.equal(chosen, flags(".x.x", "...x", "...."))
 
 
 def test_ties_are_chosen_from_left_to_right():
-    chosen = choose(flags("x.xx", "xxxx"), torch.tensor([2, 3]), torch.zeros(7))
+    chosen = choose_sites(flags("x.xx", "xxxx"), torch.tensor([2, 3]), torch.zeros(7))
     assert torch.equal(chosen, flags("x.x.", "xxx."))
 
 
@@ -69,7 +69,7 @@ def test_exactly_the_quota_is_chosen_among_the_candidates():
     candidates = torch.rand(50, 40, generator=generator) < 0.5
     quota = (torch.rand(50, generator=generator) * candidates.sum(1)).long()
     score = torch.rand(int(candidates.sum()), generator=generator)
-    chosen = choose(candidates, quota, score)
+    chosen = choose_sites(candidates, quota, score)
     assert torch.equal(chosen.sum(1), quota)
     assert not (chosen & ~candidates).any()
     table = torch.zeros(candidates.shape).masked_scatter(candidates, score)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dllm_sd.network.finite import LARGEST, find_broken, largest
+from dllm_sd.network.finite import MAX_WEIGHT, find_broken, largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -28,8 +28,8 @@ def test_the_largest_magnitude_counts_floats_only_and_nothing_of_nothing():
 
 
 def test_a_weight_whose_square_overflows_is_beyond_the_limit_and_no_sooner():
-    edge = torch.tensor([1.01 * LARGEST])
-    assert find_broken({"w": edge}, LARGEST) == "w"
+    edge = torch.tensor([1.01 * MAX_WEIGHT])
+    assert find_broken({"w": edge}, MAX_WEIGHT) == "w"
     assert find_broken({"w": edge}) is None
-    assert find_broken({"w": edge * 0.98}, LARGEST) is None
+    assert find_broken({"w": edge * 0.98}, MAX_WEIGHT) is None
     assert torch.isinf((2 * edge).square()).all()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_sd.network.lazy_logits import CHUNK, LazyLogits, sites_per_chunk
+from dllm_sd.network.lazy_logits import LOSS_CHUNK_LOGITS, LazyLogits, sites_per_chunk
 from dllm_sd.objective.chunked import chunked_loss
 
 M, H, V = 7, 5, 11
@@ -29,7 +29,7 @@ def equation(logits: Callable[[], Tensor], rows: slice) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("sites", [1, 3, 100])
 def test_sum_columns_and_gradient_are_those_of_all_sites_at_once(sites, monkeypatch):
-    monkeypatch.setitem(CHUNK, "cpu", sites * V)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", sites * V)
     hidden, head = leaves()
     total, columns = chunked_loss(LazyLogits(hidden, lambda x: linear(x, head)), [head], equation)
     expected = equation(lambda: linear(hidden, head), slice(None))["term"]
@@ -42,7 +42,7 @@ def test_sum_columns_and_gradient_are_those_of_all_sites_at_once(sites, monkeypa
 
 
 def test_what_is_frozen_gets_no_gradient_and_none_is_made_where_none_is_asked_for(monkeypatch):
-    monkeypatch.setitem(CHUNK, "cpu", 2 * V)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 2 * V)
     hidden, head = leaves()
     fixed = head.detach()
     total, _ = chunked_loss(LazyLogits(hidden, lambda x: linear(x, fixed)), [], equation)
@@ -57,7 +57,7 @@ def test_what_is_frozen_gets_no_gradient_and_none_is_made_where_none_is_asked_fo
 
 
 def test_no_more_sites_than_fit_have_logits_at_a_time(monkeypatch):
-    monkeypatch.setitem(CHUNK, "cpu", 2 * V + 1)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 2 * V + 1)
     hidden, head = leaves()
     sizes = []
 
@@ -70,7 +70,7 @@ def test_no_more_sites_than_fit_have_logits_at_a_time(monkeypatch):
 
 
 def test_the_head_has_its_gradient_under_autocast_where_a_teacher_used_it_without(monkeypatch):
-    monkeypatch.setitem(CHUNK, "cpu", 3 * V)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 3 * V)
     hidden, head = leaves(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         student = LazyLogits.under_autocast(hidden, lambda x: linear(x, head))
@@ -129,7 +129,7 @@ def test_a_trained_head_of_any_kind_gets_the_gradient_of_all_sites_at_once(kind,
     assert trained
     hidden = leaves(dtype)[0].detach().requires_grad_()
     expected = torch.autograd.grad(equation(lambda: head(hidden), slice(None))["term"].sum(), (hidden, *trained))
-    monkeypatch.setitem(CHUNK, "cpu", 2 * V)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 2 * V)
     total, _ = chunked_loss(LazyLogits(hidden, head), trained, equation)
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     for mine, other in zip(torch.autograd.grad(total, (hidden, *trained)), expected, strict=True):
@@ -140,7 +140,7 @@ def test_a_trained_head_of_any_kind_gets_the_gradient_of_all_sites_at_once(kind,
 @pytest.mark.parametrize("sites", [1, 2, 7])
 def test_chunks_add_to_the_gradient_of_a_head_in_place(sites, monkeypatch):
     hidden, head = leaves()
-    monkeypatch.setitem(CHUNK, "cpu", sites * V)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", sites * V)
     with Made() as products:
         chunked_loss(LazyLogits(hidden, lambda x: linear(x, head)), [head], equation)
     assert products.count == (1 if sites == 7 else 0)
@@ -158,7 +158,7 @@ def test_one_chunk_has_the_very_bits_of_autograd():
 
 
 def test_a_head_that_is_read_without_gradient_makes_no_sum(monkeypatch):
-    monkeypatch.setitem(CHUNK, "cpu", 2 * V)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 2 * V)
     hidden, head = leaves()
     made: list[object] = []
     monkeypatch.setattr(torch, "zeros_like", lambda *x, **_: made.append(x))
@@ -171,11 +171,11 @@ def test_a_head_that_is_read_without_gradient_makes_no_sum(monkeypatch):
 @pytest.mark.parametrize("width", [64, 1024, 4096, 16_384])
 def test_chunks_hold_as_many_sites_as_fit_and_more_of_wide_heads(vocabulary, width):
     sites = sites_per_chunk(vocabulary, width, "cpu")
-    assert sites * vocabulary <= max(CHUNK["cpu"], vocabulary * width / 32)
+    assert sites * vocabulary <= max(LOSS_CHUNK_LOGITS["cpu"], vocabulary * width / 32)
     assert sites >= min(width // 32, 128)
-    assert (sites + 1) * vocabulary > CHUNK["cpu"]
+    assert (sites + 1) * vocabulary > LOSS_CHUNK_LOGITS["cpu"]
     assert (
         sites_per_chunk(vocabulary, 64, "cuda")
         == sites_per_chunk(vocabulary, 64, "elsewhere")
-        == CHUNK["cuda"] // vocabulary
+        == LOSS_CHUNK_LOGITS["cuda"] // vocabulary
     )

@@ -36,13 +36,13 @@ from dllm_sd.losses import (
 )
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
-from dllm_sd.network.lazy_logits import CHUNK, LazyLogits
+from dllm_sd.network.lazy_logits import LOSS_CHUNK_LOGITS, LazyLogits
 from dllm_sd.network.site_head import Head
 from dllm_sd.network.view import View
 from dllm_sd.objective import equation as objective
-from dllm_sd.objective.equation import grade
+from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import Plan, plan_update
-from dllm_sd.policies.weights import Base, Live, Snapshot
+from dllm_sd.policies.weights import BaseWeights, LiveWeights, SnapshotWeights
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
 from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.tasks.task import Grade, Problem
@@ -69,7 +69,7 @@ def methods() -> dict[str, Method]:
     found = {}
     for divergence, target, trust, contexts, passes in parts:
         others = contexts == 2 or (contexts == 1 and passes > 1 and isinstance(trust, GroupAdvantage))
-        weights = (Base(),) * (contexts - others) + (Snapshot(passes),) * others or (Base(),)
+        weights = (BaseWeights(),) * (contexts - others) + (SnapshotWeights(passes),) * others or (BaseWeights(),)
         try:
             method = Method(
                 rollout=replace(ROLLOUT, passes=passes),
@@ -97,7 +97,7 @@ def trajectory(noise) -> Trajectory:
 def rollouts_of(trajectory: Trajectory, contexts: int) -> Rollouts:
     """Two rollouts of each problem, right and wrong, whose teachers are not all believed alike."""
     logp = torch.rand(trajectory.tokens.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).log()
-    singly = replace(trajectory, logp=logp).singly()
+    unstack = replace(trajectory, logp=logp).unstack()
     kept = [
         Rollout(
             Problem(f"p{i // 2}", {}),
@@ -107,7 +107,7 @@ def rollouts_of(trajectory: Trajectory, contexts: int) -> Rollouts:
             one,
             briefs=tuple(TeacherBrief(weight=0.5 + 0.25 * i + c) for c in range(contexts)),
         )
-        for i, one in enumerate(singly)
+        for i, one in enumerate(unstack)
     ]
     return Rollouts(tuple(kept), {"rejected": 0.0})
 
@@ -134,7 +134,7 @@ class Tables:
             spoken = said(self.student)(view)
             return read(spoken.hidden, Head(spoken.head))
 
-        return grade(method, plan.micro_batch(), reads, [said(table) for table in self.teachers])
+        return grade_micro_batch(method, plan.micro_batch(), reads, [said(table) for table in self.teachers])
 
 
 def site_values(method: Method, own: list[float], logp: Sequence[list[float]], token: int) -> list[float]:
@@ -195,7 +195,7 @@ def naive(method: Method, plan: Plan, rollouts: Rollouts, tables: Tables) -> flo
                 if isinstance(method.trust, GroupAdvantage):
                     factor = surrogate_factor(method, [x[tokens[i]] for x in others], now, factor)
                 if isinstance(method.target, Plain | Each):
-                    factor *= float(plan.belief[n, t])
+                    factor *= float(plan.context_weight[n, t])
                 total += value * factor
     return total / sites
 
@@ -217,7 +217,7 @@ def test_every_divergence_target_and_trust_is_in_some_method():
 
 @pytest.mark.parametrize("name", METHODS_ACCEPTED)
 def test_each_value_has_one_factor_and_the_loss_is_that_of_plain_loops(trajectory, name, monkeypatch):
-    monkeypatch.setitem(CHUNK, "cpu", 7 * V)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 7 * V)
     method = METHODS_ACCEPTED[name]
     rollouts = rollouts_of(trajectory, len(method.contexts))
     plan = plan_update(method, rollouts, [1, 2, 3, 4])
@@ -253,7 +253,7 @@ def test_rollouts_of_the_student_itself_have_the_loss_and_gradient_on_policy(tra
         rollout=rollout,
         gate=All(),
         contexts=(Nothing(), Nothing()),
-        teacher=(Base(), Snapshot(1)),
+        teacher=(BaseWeights(), SnapshotWeights(1)),
         target=Each(),
         support=support,
         divergence=divergence,
@@ -262,7 +262,7 @@ def test_rollouts_of_the_student_itself_have_the_loss_and_gradient_on_policy(tra
     alone = (
         support if isinstance(support, FullVocabulary) or support.of != "rollout" else replace(support, of="student")
     )
-    one = replace(two, contexts=(Nothing(),), teacher=(Base(),), target=Plain(), support=alone)
+    one = replace(two, contexts=(Nothing(),), teacher=(BaseWeights(),), target=Plain(), support=alone)
     rollouts = rollouts_of(trajectory, 0)
     results = []
     for method in (one, two):
@@ -283,7 +283,7 @@ def test_a_factor_too_few_stops_the_run(trajectory):
         def __call__(self, *given: Any) -> Tensor:
             return super().__call__(*given)[:, :0]
 
-    method = replace(METHODS["rft_trajectory"].method, canvases=DecoderSteps(), trust=Wrong(), teacher=(Live(),))
+    method = replace(METHODS["rft_trajectory"].method, canvases=DecoderSteps(), trust=Wrong(), teacher=(LiveWeights(),))
     plan = plan_update(method, rollouts_of(trajectory, 0), [1, 2, 3, 4])
     assert plan is not None
     with pytest.raises(AssertionError, match="for values"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_sd import canvases as canvases_module
-from dllm_sd.canvases import AllMasked, DecoderSteps
+from dllm_sd.canvases import AllMaskedCanvas, DecoderSteps
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.losses import (
     DivergenceDefaults,
@@ -22,23 +22,23 @@ from dllm_sd.losses import (
     ReverseKL,
     TopK,
 )
-from dllm_sd.losses.sites import AllMasked as AllMaskedSites
+from dllm_sd.losses.sites import AllMaskedSites
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
-from dllm_sd.network.lazy_logits import CHUNK
+from dllm_sd.network.lazy_logits import LOSS_CHUNK_LOGITS
 from dllm_sd.network.site_head import SiteReader, run_at_sites
 from dllm_sd.network.view import View
-from dllm_sd.objective.equation import entropy, grade
+from dllm_sd.objective.equation import entropy, grade_micro_batch
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import Base, Teacher, trained
+from dllm_sd.policies.weights import BaseWeights, TeacherModel, trained
 from dllm_sd.pretrained.model import Lora
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.rollouts.rules import Correct, PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import ContextInputs, LaterStep, Nothing, Suffix
-from dllm_sd.trajectory import Reach, Trajectory, left_pad
+from dllm_sd.trajectory import StopAfter, Trajectory, left_pad
 from tests.oracles import d_opsd
 from tests.oracles.decoding import full_logits
 from tests.oracles.divergences import surrogate
@@ -66,7 +66,7 @@ class Pair:
     """A policy that has moved away from its initial weights, and rollouts of it."""
 
     def __init__(self, policy: MaskedDiffusion) -> None:
-        self.policy, self.teacher = policy, Teacher(Base(), policy)
+        self.policy, self.teacher = policy, TeacherModel(BaseWeights(), policy)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for value in trained(self.policy).values():
@@ -81,7 +81,7 @@ class Pair:
         return list(torch.autograd.grad(loss, list(trained(self.policy).values()), allow_unused=True))
 
     def loss(self, method: Method, plan: Plan) -> Tensor:
-        return grade(method, plan.micro_batch(), self.student, [self.teacher] * len(method.contexts)).loss
+        return grade_micro_batch(method, plan.micro_batch(), self.student, [self.teacher] * len(method.contexts)).loss
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +205,13 @@ CHUNKED = {
 @pytest.mark.parametrize("chunk", [1, 100, 10**9])
 @pytest.mark.parametrize("name", CHUNKED)
 def test_chunks_give_what_all_sites_give_at_once(pair, name, chunk, monkeypatch):
-    monkeypatch.setitem(CHUNK, "cpu", chunk)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", chunk)
     method = CHUNKED[name]
     plan = planned(method, rollouts_of(pair.trajectory, [1.0, 0.0, 0.25, 1.0]))
     teachers = [pair.teacher] * len(method.contexts)
-    ours = grade(method, plan.micro_batch(), pair.student, teachers)
+    ours = grade_micro_batch(method, plan.micro_batch(), pair.student, teachers)
     plain = [lambda view: pair.teacher(view).logits(slice(None))] * len(teachers)
-    monkeypatch.setitem(CHUNK, "cpu", 10**9)
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 10**9)
     theirs = graded(method, plan.micro_batch(), pair.policy.site_logits, plain)
     expected = pair.gradient(theirs.pop("loss"))
     for key, value in theirs.items():
@@ -221,7 +221,7 @@ def test_chunks_give_what_all_sites_give_at_once(pair, name, chunk, monkeypatch)
 
 
 def test_equal_canvases_are_read_once(pair, monkeypatch):
-    method = replace(METHODS["diffu_grpo"].method, canvases=AllMasked(prompt_mask_ratio=0.0))
+    method = replace(METHODS["diffu_grpo"].method, canvases=AllMaskedCanvas(prompt_mask_ratio=0.0))
     twice = torch.arange(4).repeat_interleave(2)
     plan = planned(method, rollouts_of(pair.trajectory.select(twice), [1.0, 0.0, 0.25, 1.0, 0.0, 1.0, 0.5, 0.7]))
     assert plan.size == 8
@@ -234,7 +234,7 @@ def test_equal_canvases_are_read_once(pair, monkeypatch):
 
     for distinct in (View.distinct, lambda view: view):
         monkeypatch.setattr(View, "distinct", distinct)
-        loss = grade(method, plan.micro_batch(), student, [pair.teacher]).loss
+        loss = grade_micro_batch(method, plan.micro_batch(), student, [pair.teacher]).loss
         results.append((loss.detach(), pair.gradient(loss)))
     assert read == [4, 8]
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-12, rtol=1e-12)
@@ -391,7 +391,7 @@ def test_nothing_to_learn_from_is_no_plan(noise):
     rollouts = rollouts_of(noise(b=4))
     assert plan_update(Method(), Rollouts((), {"rejected": 4.0}), []) is None
     assert (
-        plan_update(Method(), rollouts_of(noise(b=4, early_end=False).within(Reach("steps", 0))), keys(rollouts))
+        plan_update(Method(), rollouts_of(noise(b=4, early_end=False).within(StopAfter("steps", 0))), keys(rollouts))
         is None
     )
     group = replace(METHODS["diffu_grpo"].method, contexts=(), trust=GroupAdvantage(kl=0.0))
@@ -416,14 +416,14 @@ def test_diffu_grpo_has_the_gradient_of_d1s_loss(pair, make_policy, reward):
     expected = surrogate(now, now.detach(), base, advantage, 0.5, 0.04).mean()
     plan = plan_update(method, rollouts, keys(rollouts))
     assert plan is not None
-    ours = grade(method, plan.micro_batch(), pair.student, [pair.teacher]).loss
+    ours = grade_micro_batch(method, plan.micro_batch(), pair.student, [pair.teacher]).loss
     assert_same_gradients(pair.gradient(ours), pair.gradient(expected), 1e-10)
 
 
 def test_what_is_logged_describes_the_sites(pair):
     method = replace(METHODS["d_opsd"].method, contexts=(LaterStep(2),))
     plan = planned(method, rollouts_of(pair.trajectory))
-    described = grade(method, plan.micro_batch(), pair.student, [pair.teacher])
+    described = grade_micro_batch(method, plan.micro_batch(), pair.student, [pair.teacher])
     assert len(described.value) == plan.num_sites == int(described.sites.sum())
     torch.testing.assert_close(described.term.sum(), described.loss.detach())
     torch.testing.assert_close(described.value.mean(), described.loss.detach())
@@ -431,7 +431,9 @@ def test_what_is_logged_describes_the_sites(pair):
     assert ((described.agreement == 0) | (described.agreement == 1)).all()
     assert described.teacher_entropy.isfinite().all()
     likelihood = METHODS["rft_trajectory"].method
-    alone = grade(likelihood, planned(likelihood, rollouts_of(pair.trajectory)).micro_batch(), pair.student, [])
+    alone = grade_micro_batch(
+        likelihood, planned(likelihood, rollouts_of(pair.trajectory)).micro_batch(), pair.student, []
+    )
     assert alone.teacher_entropy.isnan().all()
     assert alone.agreement.isnan().all()
 

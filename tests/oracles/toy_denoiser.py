@@ -9,7 +9,7 @@ from torch import Tensor
 from dllm_sd.decoding.denoising import denoise
 from dllm_sd.decoding.queue import Job, Listed
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.decoding.slots import Layout
+from dllm_sd.decoding.slots import CanvasLayout
 from dllm_sd.network.view import View
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
@@ -74,7 +74,7 @@ def denoised(
         if watch is not None:
             watch(canvases.clone())
 
-    queue, layout = Listed(prompts, keys), Layout(mask_id, end_ids, pad_id, blocks_of_prompt)
+    queue, layout = Listed(prompts, keys), CanvasLayout(mask_id, end_ids, pad_id, blocks_of_prompt)
     denoise(module, queue, settings, layout, vocabulary=12, watch=watch and seen, **options)
     done = queue.collected()
     if watch is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dllm_sd.losses.sites import choose
+from dllm_sd.losses.sites import choose_sites
 from dllm_sd.losses.trust import Drawn
 from dllm_sd.methods.method import Method
 from dllm_sd.network.view import View
@@ -24,7 +24,7 @@ def graded(method: Method, batch: MicroBatch, student: Logits, teachers: Sequenc
     canvases, sites = batch.canvases, batch.candidates
     said = [t(view(r.ids, r.mask, sites)).detach() for t, r in zip(teachers, batch.teacher_inputs, strict=True)]
     if method.sites.score is not None:
-        sites = choose(batch.candidates, batch.quota, method.sites.score(said[0]))
+        sites = choose_sites(batch.candidates, batch.quota, method.sites.score(said[0]))
         said = [logits[sites[batch.candidates]] for logits in said]
     student_logp = (student(view(canvases.ids, canvases.mask, sites)) / method.temperature).log_softmax(-1)
     teacher_logp = student_logp.new_zeros((0, *student_logp.shape))
@@ -38,7 +38,7 @@ def graded(method: Method, batch: MicroBatch, student: Logits, teachers: Sequenc
     drawn = Drawn(token, logp, canvases.old_logp[sites], canvas)
     trust = method.trust(student_u, target, drawn, batch.rollout_weight[canvas])
     if method.target.keeps_contexts:
-        trust = trust * batch.belief[canvas].T
+        trust = trust * batch.context_weight[canvas].T
     term = sum(value * trust[t] for t, value in enumerate(divergence)) * batch.coefficient[canvas]
     with torch.no_grad():
         columns = {

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from dllm_sd.cli.main import main
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
-from dllm_sd.network.lazy_logits import CHUNK
+from dllm_sd.network.lazy_logits import LOSS_CHUNK_LOGITS
 from dllm_sd.parallel import sharding
 from dllm_sd.parallel.sharding import gather_tensors
 from dllm_sd.training import trainer as trainer_module
@@ -128,7 +128,7 @@ def check_refusal(run: Path) -> None:
 def work(folder: Path) -> None:
     """What two processes do together; the test process looks at the runs that they leave in ``folder``."""
     torch.set_num_threads(1)
-    CHUNK["cpu"] = 64  # logits of one or two sites at a time, which one process does not do
+    LOSS_CHUNK_LOGITS["cpu"] = 64  # logits of one or two sites at a time, which one process does not do
     file, run = folder / "full.yaml", folder / "two" / "full"
     file.write_text(json.dumps({**BASE, **CASES["full"]}))
     assert main(["train", str(file), f"run={run}"]) == 0

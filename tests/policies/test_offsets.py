@@ -21,7 +21,7 @@ class Reader:
     """The part of a policy that reads tokens; counts them."""
 
     def __init__(self, chat: Chat) -> None:
-        self.chat, self.silent_ids, self.byte_ids, self.count = chat, chat.silent_ids, chat.byte_ids, 0
+        self.chat, self.non_text_ids, self.byte_ids, self.count = chat, chat.non_text_ids, chat.byte_ids, 0
 
     def text(self, tokens: Sequence[int]) -> str:
         self.count += len(tokens)
@@ -102,7 +102,7 @@ def chat_of(name: str) -> Chat:
 def test_offsets_are_the_lengths_of_all_prefixes(name: str):
     chat, rng = chat_of(name), random.Random(name)
     every = range(len(chat.tokenizer))
-    pools = [[*every], [*chat.silent_ids, *every[:40]], [i for i in every if "\ufffd" in chat.text([i])] or [*every]]
+    pools = [[*every], [*chat.non_text_ids, *every[:40]], [i for i in every if "\ufffd" in chat.text([i])] or [*every]]
     pools += [[*sorted(chat.byte_ids), *list(every)[256:] * 12]] if chat.byte_ids else []
     texts = [rng.choices(rng.choice(pools), k=rng.randrange(120)) for _ in range(120)]
     texts += [chat.encode_completion(SAMPLE), []]
@@ -129,6 +129,6 @@ def test_the_tokens_that_are_read_grow_with_their_number_not_with_its_square(nam
 
 def test_special_tokens_alone_cost_nothing():
     reader = Reader(chat_of("byte_level"))
-    special = sorted(reader.silent_ids)[0]
+    special = sorted(reader.non_text_ids)[0]
     assert ends(reader, [special] * 3000) == [0] * 3001
     assert reader.count == 0

@@ -10,7 +10,18 @@ from dllm_sd.errors import InputError
 from dllm_sd.network.site_head import SiteHead
 from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import WEIGHTS, Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, add_adapter, trained
+from dllm_sd.policies.weights import (
+    WEIGHTS,
+    BaseWeights,
+    CheckpointWeights,
+    EmaWeights,
+    LiveWeights,
+    PeerWeights,
+    SnapshotWeights,
+    TeacherModel,
+    add_adapter,
+    trained,
+)
 from dllm_sd.pretrained.model import Lora
 
 IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])
@@ -32,7 +43,7 @@ def student(policy: MaskedDiffusion) -> torch.Tensor:
         return policy.site_logits(VIEW)
 
 
-def said(teacher: Teacher) -> torch.Tensor:
+def said(teacher: TeacherModel) -> torch.Tensor:
     """The teacher's logits."""
     return teacher(VIEW).logits(slice(None))
 
@@ -55,19 +66,19 @@ def with_weights(policy: MaskedDiffusion, weights: dict[str, torch.Tensor]) -> t
 
 def test_the_table_names_all_weights():
     assert {
-        "live": Live,
-        "base": Base,
-        "ema": Ema,
-        "snapshot": Snapshot,
-        "checkpoint": Checkpoint,
-        "peer": Peer,
+        "live": LiveWeights,
+        "base": BaseWeights,
+        "ema": EmaWeights,
+        "snapshot": SnapshotWeights,
+        "checkpoint": CheckpointWeights,
+        "peer": PeerWeights,
     } == WEIGHTS
 
 
 @KINDS
 def test_live_weights_are_the_students(make_policy, options):
     policy = make_policy(**options)
-    teacher = Teacher(Live(), policy)
+    teacher = TeacherModel(LiveWeights(), policy)
     for update in (1, 2):
         move(policy, update)
         teacher.after_update(update)
@@ -77,7 +88,7 @@ def test_live_weights_are_the_students(make_policy, options):
 @KINDS
 def test_base_weights_are_the_initial_ones_after_any_number_of_updates(make_policy, options):
     policy = make_policy(**options)
-    before, teacher = student(policy), Teacher(Base(), policy)
+    before, teacher = student(policy), TeacherModel(BaseWeights(), policy)
     for update in (1, 2, 3):
         move(policy, update)
         teacher.after_update(update)
@@ -88,7 +99,7 @@ def test_base_weights_are_the_initial_ones_after_any_number_of_updates(make_poli
 
 def test_the_base_of_an_adapter_is_not_stored_but_switched_off_for_the_teacher_only(make_policy):
     policy = make_policy(**LORA)
-    teacher = Teacher(Base(), policy)
+    teacher = TeacherModel(BaseWeights(), policy)
     assert teacher.copy == {}
     move(policy, 1)
     moved = student(policy)
@@ -110,19 +121,22 @@ def begun(make_policy, tmp_path):
 def test_the_base_of_an_adapter_that_goes_on_is_the_start_of_the_run_or_the_checkpoint(make_policy, begun):
     policy, bare = begun(), student(make_policy(**LORA))
     start = student(policy)
-    models = {weights: Teacher(weights, policy) for weights in (Base(), Base("checkpoint"), Ema(0.5))}
+    models = {
+        weights: TeacherModel(weights, policy)
+        for weights in (BaseWeights(), BaseWeights("checkpoint"), EmaWeights(0.5))
+    }
     for update in (1, 2):
         move(policy, update)
         for teacher in models.values():
             teacher.after_update(update)
     assert not torch.allclose(start, bare)
     assert not torch.allclose(start, student(policy))
-    torch.testing.assert_close(said(models[Base()]), start, atol=1e-13, rtol=0)
-    torch.testing.assert_close(said(models[Base("checkpoint")]), bare, atol=1e-13, rtol=0)
-    assert models[Base()].copy
-    assert not models[Base("checkpoint")].copy
-    assert models[Base()].checkpoint_tensors == {}  # read again from model.lora.start
-    with models[Base()].applied():  # as rollouts by the base and writers ask for it
+    torch.testing.assert_close(said(models[BaseWeights()]), start, atol=1e-13, rtol=0)
+    torch.testing.assert_close(said(models[BaseWeights("checkpoint")]), bare, atol=1e-13, rtol=0)
+    assert models[BaseWeights()].copy
+    assert not models[BaseWeights("checkpoint")].copy
+    assert models[BaseWeights()].checkpoint_tensors == {}  # read again from model.lora.start
+    with models[BaseWeights()].applied():  # as rollouts by the base and writers ask for it
         torch.testing.assert_close(student(policy), start, atol=1e-13, rtol=0)
 
 
@@ -132,7 +146,7 @@ def test_a_resumed_run_has_the_base_of_its_start(begun):
     move(policy, 1)
     saved = copies(policy)
     again = begun()
-    teacher = Teacher(Base(), again)  # as the trainer does: teachers first, then the checkpoint
+    teacher = TeacherModel(BaseWeights(), again)  # as the trainer does: teachers first, then the checkpoint
     with torch.no_grad():
         for name, value in trained(again).items():
             value.copy_(saved[name])
@@ -143,7 +157,7 @@ def test_a_resumed_run_has_the_base_of_its_start(begun):
 def test_without_a_start_both_bases_are_the_checkpoint(make_policy, options):
     policy = make_policy(**options)
     before = student(policy)
-    teachers = [Teacher(weights, policy) for weights in (Base(), Base("checkpoint"))]
+    teachers = [TeacherModel(weights, policy) for weights in (BaseWeights(), BaseWeights("checkpoint"))]
     move(policy, 1)
     for teacher in teachers:
         assert bool(teacher.copy) == (not options)
@@ -153,7 +167,7 @@ def test_without_a_start_both_bases_are_the_checkpoint(make_policy, options):
 @KINDS
 def test_the_moving_average_follows_its_formula(make_policy, options):
     policy = make_policy(**options)
-    teacher, expected = Teacher(Ema(decay=0.9), policy), copies(policy)
+    teacher, expected = TeacherModel(EmaWeights(decay=0.9), policy), copies(policy)
     for update in (1, 2, 3):
         move(policy, update)
         teacher.after_update(update)
@@ -165,10 +179,10 @@ def test_the_moving_average_follows_its_formula(make_policy, options):
     assert not torch.allclose(said(teacher), student(policy))
 
 
-@pytest.mark.parametrize(("decay", "like"), [(0.0, Live()), (1.0, Base())])
+@pytest.mark.parametrize(("decay", "like"), [(0.0, LiveWeights()), (1.0, BaseWeights())])
 def test_the_moving_averages_at_the_ends_are_live_and_base(make_policy, decay, like):
     policy = make_policy()
-    average, other = Teacher(Ema(decay=decay), policy), Teacher(like, policy)
+    average, other = TeacherModel(EmaWeights(decay=decay), policy), TeacherModel(like, policy)
     move(policy, 1)
     average.after_update(1)
     torch.testing.assert_close(said(average), said(other), atol=1e-13, rtol=0)
@@ -177,7 +191,7 @@ def test_the_moving_averages_at_the_ends_are_live_and_base(make_policy, decay, l
 @KINDS
 def test_a_snapshot_is_renewed_every_so_many_updates(make_policy, options):
     policy = make_policy(**options)
-    teacher, renewed = Teacher(Snapshot(every=2), policy), student(policy)
+    teacher, renewed = TeacherModel(SnapshotWeights(every=2), policy), student(policy)
     for update in range(1, 6):
         move(policy, update)
         teacher.after_update(update)
@@ -187,10 +201,10 @@ def test_a_snapshot_is_renewed_every_so_many_updates(make_policy, options):
 
 
 @KINDS
-@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+@pytest.mark.parametrize("weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=repr)
 def test_a_teacher_has_no_gradient_and_leaves_the_student_alone(make_policy, weights, options):
     policy = make_policy(**options)
-    teacher, before = Teacher(weights, policy), copies(policy)
+    teacher, before = TeacherModel(weights, policy), copies(policy)
     logits = said(teacher)
     assert not logits.requires_grad
     policy.site_logits(VIEW).square().mean().backward()
@@ -199,11 +213,11 @@ def test_a_teacher_has_no_gradient_and_leaves_the_student_alone(make_policy, wei
     assert all(value.grad is not None for value in trained(policy).values())
 
 
-@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+@pytest.mark.parametrize("weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=repr)
 def test_teachers_see_no_dropout_and_leave_the_mode_as_it_was(make_policy, weights):
     policy = make_policy(lora=Lora(rank=4, alpha=8, dropout=0.5))
     move(policy, 1)
-    teacher = Teacher(weights, policy)
+    teacher = TeacherModel(weights, policy)
     policy.module.eval()
     quiet = said(teacher)
     assert not policy.module.training
@@ -214,13 +228,13 @@ def test_teachers_see_no_dropout_and_leave_the_mode_as_it_was(make_policy, weigh
     assert not torch.equal(student(policy), student(policy))  # the student does see it
 
 
-@pytest.mark.parametrize("weights", [Live(), Base(), Ema()], ids=repr)
+@pytest.mark.parametrize("weights", [LiveWeights(), BaseWeights(), EmaWeights()], ids=repr)
 def test_gradient_checkpointing_changes_neither_teacher_nor_gradient(make_policy, weights):
     results = []
     for gradient_checkpointing in (False, True):
         policy = make_policy(gradient_checkpointing=gradient_checkpointing)
         policy.module.train()
-        teacher = Teacher(weights, policy)
+        teacher = TeacherModel(weights, policy)
         move(policy, 1)
         gap = policy.site_logits(VIEW) - said(teacher).detach()
         (gap + policy.site_logits(VIEW)).square().sum().backward()
@@ -230,22 +244,24 @@ def test_gradient_checkpointing_changes_neither_teacher_nor_gradient(make_policy
         torch.testing.assert_close(results[1][1][name], gradient, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("weights", [Ema(decay=0.5), Snapshot(every=1)], ids=repr)
+@pytest.mark.parametrize("weights", [EmaWeights(decay=0.5), SnapshotWeights(every=1)], ids=repr)
 @KINDS
 def test_a_moving_teacher_can_be_saved_and_restored(make_policy, weights, options):
     policy = make_policy(**options)
-    teacher = Teacher(weights, policy)
+    teacher = TeacherModel(weights, policy)
     move(policy, 1)
     teacher.after_update(1)
     saved = {name: value.clone() for name, value in teacher.checkpoint_tensors.items()}
     assert saved.keys() == trained(policy).keys()  # nothing frozen is stored
-    again = Teacher(weights, policy)
+    again = TeacherModel(weights, policy)
     move(policy, 2)
     again.load(saved)
     assert torch.equal(said(again), said(teacher))
 
 
-@pytest.mark.parametrize("build", [lambda: Ema(decay=1.1), lambda: Ema(decay=-0.1), lambda: Snapshot(every=0)])
+@pytest.mark.parametrize(
+    "build", [lambda: EmaWeights(decay=1.1), lambda: EmaWeights(decay=-0.1), lambda: SnapshotWeights(every=0)]
+)
 def test_impossible_weights_are_refused(build):
     with pytest.raises(InputError, match=r"method\.teacher"):
         build()
@@ -253,7 +269,7 @@ def test_impossible_weights_are_refused(build):
 
 def test_teachers_of_a_policy_share_nothing_but_the_module(make_policy):
     policy = make_policy()
-    slow, fast = Teacher(Ema(decay=0.99), policy), Teacher(replace(Ema(), decay=0.5), policy)
+    slow, fast = TeacherModel(EmaWeights(decay=0.99), policy), TeacherModel(replace(EmaWeights(), decay=0.5), policy)
     move(policy, 1)
     for teacher in (slow, fast):
         teacher.after_update(1)
@@ -276,19 +292,19 @@ def flags(policy: MaskedDiffusion) -> dict[str, bool]:
     return {name: value.requires_grad for name, value in policy.module.named_parameters()}
 
 
-@pytest.mark.parametrize("weights", [Ema(decay=0.75), Snapshot(every=1)], ids=repr)
+@pytest.mark.parametrize("weights", [EmaWeights(decay=0.75), SnapshotWeights(every=1)], ids=repr)
 def test_a_copy_beside_an_adapter_is_a_second_adapter_with_saved_modules(make_policy, weights):
     policy = grown(make_policy(**LORA))
     move(policy, 0)
     names, expected = set(trained(policy)), copies(policy)
-    teacher = Teacher(weights, policy)
+    teacher = TeacherModel(weights, policy)
     assert set(trained(policy)) == names
     assert any("modules_to_save" in name for name in names)
     slots = {name for name, value in flags(policy).items() if "teacher1" in name}
     assert len(slots) == len(names)
     assert not any(flags(policy)[name] for name in slots)
     assert torch.equal(said(teacher), student(policy))
-    share = 0.75 if isinstance(weights, Ema) else 0.0
+    share = 0.75 if isinstance(weights, EmaWeights) else 0.0
     for update in (1, 2, 3):
         move(policy, update)
         teacher.after_update(update)
@@ -304,7 +320,7 @@ def test_an_average_keeps_more_digits_than_a_saved_module_has(make_policy):
     live = trained(policy)[head]
     with torch.no_grad():
         live.fill_(1.0)
-    teacher = Teacher(Ema(decay=0.999), policy)
+    teacher = TeacherModel(EmaWeights(decay=0.999), policy)
     with torch.no_grad():
         live.fill_(2.0)
     for update in range(1, 21):
@@ -318,12 +334,12 @@ def test_an_average_keeps_more_digits_than_a_saved_module_has(make_policy):
 
 
 @pytest.mark.parametrize("options", [{}, LORA, {"dtype": "bfloat16"}], ids=["full", "lora", "bfloat16"])
-@pytest.mark.parametrize("weights", [Live(), Base(), Ema(), Snapshot()], ids=repr)
+@pytest.mark.parametrize("weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=repr)
 def test_a_call_leaves_weights_flags_and_modes_as_they_were_even_if_it_fails(
     make_policy, weights, options, monkeypatch
 ):
     policy = make_policy(**options)
-    teacher = Teacher(weights, policy)
+    teacher = TeacherModel(weights, policy)
     move(policy, 1)
     policy.module.train()
     frozen = next(name for name, value in flags(policy).items() if value)
@@ -349,8 +365,15 @@ def test_a_call_leaves_weights_flags_and_modes_as_they_were_even_if_it_fails(
 @KINDS
 def test_teachers_of_all_kinds_work_side_by_side(make_policy, options):
     policy = make_policy(**options)
-    kinds = (Live(), Base(), Ema(decay=0.9), Ema(decay=0.5), Snapshot(every=1), Snapshot(every=2))
-    teachers = [Teacher(weights, policy) for weights in kinds]
+    kinds = (
+        LiveWeights(),
+        BaseWeights(),
+        EmaWeights(decay=0.9),
+        EmaWeights(decay=0.5),
+        SnapshotWeights(every=1),
+        SnapshotWeights(every=2),
+    )
+    teachers = [TeacherModel(weights, policy) for weights in kinds]
     start = copies(policy)
     slow, fast, second = start, start, start
     for update in (1, 2, 3):
@@ -371,7 +394,7 @@ def test_a_graph_that_was_recorded_before_a_teachers_call_is_still_good(make_pol
     gradients = []
     for teaches in (False, True):
         policy = make_policy()
-        teacher = Teacher(Ema(), policy)
+        teacher = TeacherModel(EmaWeights(), policy)
         move(policy, 1)
         loss = policy.site_logits(VIEW).square().mean()
         if teaches:
@@ -386,7 +409,7 @@ def test_a_second_adapter_draws_no_random_numbers(make_policy):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    assert add_adapter(Ema(), policy) == "teacher1"
+    assert add_adapter(EmaWeights(), policy) == "teacher1"
     assert torch.equal(torch.rand(3), expected)
-    assert [add_adapter(weights, policy) for weights in (Live(), Base())] == [None, None]
-    assert add_adapter(Ema(), make_policy()) is None
+    assert [add_adapter(weights, policy) for weights in (LiveWeights(), BaseWeights())] == [None, None]
+    assert add_adapter(EmaWeights(), make_policy()) is None

@@ -170,7 +170,7 @@ def test_a_template_that_fails_is_named_in_one_line(template: str, message: str)
     ids=lambda text: text[:40],
 )
 def test_a_hostile_template_is_a_sentence_within_seconds(template: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.3)
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
     start = time.process_time()
     with pytest.raises(InputError, match=r"chat.template") as caught:
@@ -300,7 +300,7 @@ def test_a_completion_survives_its_tokens_but_for_turn_marks(begins: str, templa
         assert "".join(ours.text([token]) for token in ours.encode_completion("<answer>4 .")) == "<answer>4 ."
     marks: Any = ours.tokenizer.convert_tokens_to_ids(["[user]", "[assistant]"])
     assert ours.text(marks) == ("[user][assistant]" if template == "none" else "")
-    assert ours.silent_ids == {0, 1, 2, 3, *(marks if template != "none" else [])}
+    assert ours.non_text_ids == {0, 1, 2, 3, *(marks if template != "none" else [])}
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "none"])
@@ -311,12 +311,14 @@ def test_special_tokens_that_data_spells_are_text_and_end_no_turn(begins: str, t
         for text in (f"a {word} b", word, f"{word}{word} <answer>{word}", f" x{word}\n</s>", f"<think>{word}</think>"):
             plain = ours.encode([{"role": "user", "content": "ab"}])
             held = ours.encode([{"role": "user", "content": text}])
-            assert [one for one in held if one in ours.silent_ids] == [one for one in plain if one in ours.silent_ids]
+            assert [one for one in held if one in ours.non_text_ids] == [
+                one for one in plain if one in ours.non_text_ids
+            ]
             spelled = ours.render([{"role": "user", "content": text}])
             assert ours.tokenizer.decode(held) == spelled
             completion = ours.encode_completion(text)
             assert completion[-1] == 1
-            assert not ours.silent_ids & {*completion[:-1]}
+            assert not ours.non_text_ids & {*completion[:-1]}
             assert ours.text(completion) == text
             assert ("<answer>" in text) == (ours.tokenizer.convert_tokens_to_ids("<answer>") in completion)
 

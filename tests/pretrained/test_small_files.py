@@ -14,11 +14,11 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import dllm_sd
 from dllm_sd.errors import InputError
-from dllm_sd.policies.loading import build_policy, put_on, skeleton
+from dllm_sd.policies.loading import build_policy, empty_network, load_adapter
 from dllm_sd.pretrained.adapters import check_scale
 from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.pretrained.model import Lora, Model
-from dllm_sd.pretrained.weight_files import INDEX, stored_tensors
+from dllm_sd.pretrained.weight_files import INDEX_FILE, stored_tensors
 
 ASSETS = Path(dllm_sd.__file__).parent / "assets"
 ORIGINAL = Path(__file__).parents[1] / "fixtures" / "checkpoints"
@@ -70,7 +70,7 @@ def build(folder: Path) -> None:
     """Read, count and encode a prompt; all but the weights."""
     mask_token = None if (folder / "tokenizer.json").is_file() else 157  # else nothing may name one
     blueprint = read_blueprint(Model(path=str(folder), mask_token=mask_token), text=False)
-    skeleton(blueprint)
+    empty_network(blueprint)
     if blueprint.chat is not None:
         blueprint.chat.encode([{"role": "user", "content": "1"}])
 
@@ -153,24 +153,24 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_any_value_of_an_index_is_refused(tmp_path: Path):
     folder = sharded(tmp_path)
-    file = folder / INDEX
+    file = folder / INDEX_FILE
     whole = file.read_text()
     for what, text in variants(file, 3):
         file.write_text(text)
         said = sentence(lambda: stored_tensors(str(folder)))
         if what.startswith("weight_map"):
             assert said is not None, what
-            assert INDEX in said
+            assert INDEX_FILE in said
     for text in ('{"weight_map": {}}', "{}", "[]", '{"weight_map": ["model.safetensors"]}'):
         file.write_text(text)
-        assert INDEX in str(sentence(lambda: stored_tensors(str(folder))))
+        assert INDEX_FILE in str(sentence(lambda: stored_tensors(str(folder))))
     file.write_text(whole)
     assert sentence(lambda: stored_tensors(str(folder))) is None
 
 
 def test_an_index_leads_nowhere_but_into_the_folder(tmp_path: Path):
     folder = sharded(tmp_path)
-    file, shard = folder / INDEX, "model-00001-of-00002.safetensors"
+    file, shard = folder / INDEX_FILE, "model-00001-of-00002.safetensors"
     outside = Path(shutil.move(folder / shard, tmp_path / "elsewhere.safetensors"))
     (folder / "link.safetensors").symlink_to(outside)
     (folder / "down").mkdir()
@@ -182,7 +182,7 @@ def test_an_index_leads_nowhere_but_into_the_folder(tmp_path: Path):
         assert "weight_map names" in said, name
     for name in ("up/elsewhere.safetensors", "config.json", "", "a\\u0000.safetensors", "x" * 5000):
         file.write_text(whole.replace(shard, name))
-        assert INDEX in str(sentence(lambda: stored_tensors(str(folder)))), name
+        assert INDEX_FILE in str(sentence(lambda: stored_tensors(str(folder)))), name
     shutil.move(outside, folder / shard)
     file.write_text(whole)
     assert stored_tensors(str(folder))
@@ -275,7 +275,7 @@ def test_any_value_of_an_adapters_settings_is_read_or_refused(adapter: Path, tmp
             continue
         file.write_text(text)
         sentence(lambda: check_scale(str(folder), lora.peft_config["default"]))
-        said = sentence(lambda: put_on(build_policy(Model(path="tiny")), str(folder)))
+        said = sentence(lambda: load_adapter(build_policy(Model(path="tiny")), str(folder)))
         assert what not in must or "adapter_config.json" in str(said), what
     file.write_text(whole)
-    assert sentence(lambda: put_on(build_policy(Model(path="tiny")), str(folder))) is None
+    assert sentence(lambda: load_adapter(build_policy(Model(path="tiny")), str(folder))) is None

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dllm_sd.config import build_config
-from dllm_sd.policies.weights import Checkpoint
-from dllm_sd.reports.memory import Memory, estimate
+from dllm_sd.policies.weights import CheckpointWeights
+from dllm_sd.reports.memory import MemoryEstimate, estimate
 from dllm_sd.reports.tables import memory_table
 from tools.check_memory import rows_of
 
@@ -33,12 +33,12 @@ def llada() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def needed(llada: nn.Module) -> Callable[..., Memory]:
+def needed(llada: nn.Module) -> Callable[..., MemoryEstimate]:
     """The estimate for LLaDA-8B: keys of the config's `model`, other keys, and the processes."""
 
     def run(
         model: Mapping[str, Any], keys: Mapping[str, Any] | None = None, processes: int = 1, sharded: bool = False
-    ) -> Memory:
+    ) -> MemoryEstimate:
         tree = {"task": {"name": "gsm8k"}, "model": {"path": "llada", **model}, **(keys or {})}
         return estimate(llada, build_config(tree), processes=processes, sharded=sharded)
 
@@ -79,7 +79,7 @@ def test_another_checkpoint_that_teaches_is_held_whole_by_every_process(llada, d
     tree = {"task": {"name": "gsm8k"}, "model": {"path": "llada", **BFLOAT16, "lora": LORA}, "method": method}
     config = build_config(tree)
     (weights,) = config.method.models()
-    assert isinstance(weights, Checkpoint)
+    assert isinstance(weights, CheckpointWeights)
     options: list[dict[str, Any]] = [{}, {"processes": 8}, {"processes": 8, "sharded": True}]
     for more in options:
         alone, beside = estimate(llada, config, **more), estimate(llada, config, **more, others={weights: llada})
@@ -94,7 +94,7 @@ def test_a_teacher_that_is_wider_than_the_student_needs_more_for_its_pass(llada)
     method = {"name": "opd", "teacher": [{"name": "checkpoint", "path": "t"}]}
     config = build_config({"task": {"name": "gsm8k"}, "model": {"path": "llada"}, "method": method})
     (weights,) = config.method.models()
-    assert isinstance(weights, Checkpoint)
+    assert isinstance(weights, CheckpointWeights)
     passes = [estimate(small, config, others={weights: other}).teacher for other in (small, llada)]
     assert passes[0] < passes[1]
 

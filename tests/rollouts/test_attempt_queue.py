@@ -11,7 +11,7 @@ import torch
 from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.network.merging import inference
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.attempt_queue import STEPS, AttemptQueue, Workers
+from dllm_sd.rollouts.attempt_queue import STEPS_PER_EXCHANGE, AttemptQueue, Workers
 from dllm_sd.rollouts.rollout import Prompted
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory
@@ -156,4 +156,4 @@ def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahea
     for outcome, own in several:
         assert outcome == alone
         assert own > rows / size / 4
-    assert AttemptQueue(PROMPTED, key, grade, limit=1, workers=Workers(0, 2)).patience == STEPS
+    assert AttemptQueue(PROMPTED, key, grade, limit=1, workers=Workers(0, 2)).patience == STEPS_PER_EXCHANGE

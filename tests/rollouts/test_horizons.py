@@ -22,7 +22,7 @@ from dllm_sd.rollouts.horizons import HORIZONS, Complete, Progressive, Truncated
 from dllm_sd.rollouts.rollout import Prompted, Rollout
 from dllm_sd.rollouts.rules import GATES, All, Demonstrations, PassAtK, gather
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.trajectory import Reach, Trajectory
+from dllm_sd.trajectory import StopAfter, Trajectory
 
 PROMPTS = [(4, 5, 14, 6), (7,), (8, 9, 10, 11, 12, 13, 4), (5, 16, 5)]
 KEYS = [make_key("row", i) for i in range(len(PROMPTS))]
@@ -105,14 +105,14 @@ def test_the_table_names_every_horizon():
 def test_truncation_takes_a_share_of_the_whole_and_at_least_one(ratio, unit, count):
     policy: Any = Extent()
     for update in (0, 7, 5000):
-        assert Truncated(ratio, unit)(policy, CANVAS, update) == Reach(unit, count)
+        assert Truncated(ratio, unit)(policy, CANVAS, update) == StopAfter(unit, count)
 
 
 def test_a_progressive_horizon_grows_by_the_formula_up_to_the_whole():
     policy: Any = Extent(blocks=10)
     horizon = Progressive(0.3, 0.2, every=4)
     counts = [horizon(policy, CANVAS, update) for update in range(20)]
-    assert counts == [Reach("blocks", n) for n in [3] * 4 + [5] * 4 + [7] * 4 + [9] * 4 + [10] * 4]
+    assert counts == [StopAfter("blocks", n) for n in [3] * 4 + [5] * 4 + [7] * 4 + [9] * 4 + [10] * 4]
     paper = METHODS["popd"].method.rollout
     assert isinstance(paper, PassAtK)
     assert isinstance(paper.horizon, Progressive)
@@ -120,7 +120,7 @@ def test_a_progressive_horizon_grows_by_the_formula_up_to_the_whole():
     assert [getattr(steps(policy, CANVAS, update), "count", 0) for update in (0, 1, 100, 1553, 1554)] == [
         *(1382, 1391, 2282, 15359, 15360)
     ]
-    assert Progressive(0.2, 0.0)(policy, CANVAS, 99) == Reach("blocks", 2)
+    assert Progressive(0.2, 0.0)(policy, CANVAS, 99) == StopAfter("blocks", 2)
     assert Complete()(policy, CANVAS, 3) is None
 
 
@@ -156,17 +156,17 @@ def test_the_extent_of_a_denoiser_is_its_blocks_and_its_steps(policy):
 @pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
 @pytest.mark.parametrize("changes", [{}, {"tokens_per_step": 3}, {"batch_size": 2}], ids=str)
 def test_a_cut_rollout_is_the_start_of_the_whole_one(each, unit, count, changes):
-    settings, reach = replace(CANVAS, **changes), Reach(unit, count)
+    settings, stop_after = replace(CANVAS, **changes), StopAfter(unit, count)
     whole = each.decode(PROMPTS, settings, KEYS)
-    cut = each.decode(PROMPTS, settings, KEYS, reach=reach)
-    equal(cut, whole.within(reach), 1e-5)
+    cut = each.decode(PROMPTS, settings, KEYS, stop_after=stop_after)
+    equal(cut, whole.within(stop_after), 1e-5)
     assert int(cut.written.sum()) < int(whole.written.sum())
 
 
 def test_blocks_and_steps_cut_a_denoiser_in_different_places(policy):
     settings = replace(CANVAS, tokens_per_step=3, early_end=False)
-    blocks = policy.decode(PROMPTS, settings, KEYS, reach=Reach("blocks", 2))
-    steps = policy.decode(PROMPTS, settings, KEYS, reach=Reach("steps", 3))
+    blocks = policy.decode(PROMPTS, settings, KEYS, stop_after=StopAfter("blocks", 2))
+    steps = policy.decode(PROMPTS, settings, KEYS, stop_after=StopAfter("steps", 3))
     assert ((blocks.reveal_step >= 0).sum(1) == 8).all()
     assert ((steps.reveal_step >= 0).sum(1) == 7).all()  # 3 + 1, and 3 of the next block
     assert (blocks.num_steps == 4).all()
@@ -176,10 +176,10 @@ def test_blocks_and_steps_cut_a_denoiser_in_different_places(policy):
 def test_passes_beyond_the_horizon_are_never_made(each):
     whole = Meter()
     each.decode(PROMPTS, CANVAS, KEYS, meter=whole)
-    for reach, most in ((Reach("steps", 3), 3), (Reach("blocks", 1), 1 if each.causal else 4)):
+    for stop_after, most in ((StopAfter("steps", 3), 3), (StopAfter("blocks", 1), 1 if each.causal else 4)):
         meter = Meter()
         with counted(each) as passes:
-            each.decode(PROMPTS, CANVAS, KEYS, meter=meter, reach=reach)
+            each.decode(PROMPTS, CANVAS, KEYS, meter=meter, stop_after=stop_after)
         assert meter.forwards <= most < whole.forwards
         assert len(passes) <= most + 4 * (each.block_length is not None)  # and the prompts, which a cache reads first
 
@@ -212,15 +212,15 @@ def test_what_is_counted_is_what_was_generated(each):
 
 
 def test_a_rollout_without_a_horizon_reaches_to_the_end(each):
-    assert PassAtK().reach(each, CANVAS, 3) is None
-    assert Demonstrations().reach(each, CANVAS, 3) is None
+    assert PassAtK().stop_after(each, CANVAS, 3) is None
+    assert Demonstrations().stop_after(each, CANVAS, 3) is None
 
 
 def test_the_horizon_advances_with_the_updates_that_the_batches_serve(each):
     def counts(passes: int, every: int) -> list[int]:
         one = 1 / each.extent("blocks", CANVAS)
         rule = PassAtK(passes=passes, horizon=Progressive(one, one, every=every))
-        return [reach.count for batch in range(4) if (reach := rule.reach(each, CANVAS, batch))]
+        return [stop_after.count for batch in range(4) if (stop_after := rule.stop_after(each, CANVAS, batch))]
 
     whole = each.extent("blocks", CANVAS)
     assert whole == (24 if each.causal else 7 if each.block_length else 6)  # 7: a prompt may begin a block

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dllm_sd.skills import Mistake, Skill
-from dllm_sd.skills.answers import MAX_TEXT, parse_items
+from dllm_sd.skills.answers import MAX_ANSWER_TEXT, parse_items
 
 ROW = {"title": "Split cases", "principle": "One at a time.", "when_to_apply": "Many cases."}
 ONE = Skill("", "Split cases", "One at a time.", "Many cases.")
@@ -103,19 +103,19 @@ def test_half_of_a_surrogate_pair_does_not_pass():
 
 
 HOSTILE = {
-    "lists": "[" * MAX_TEXT,
-    "lists of objects": "[{" * MAX_TEXT,
-    "objects": '{"a":' * MAX_TEXT,
-    "both": '[{"a":' * MAX_TEXT,
-    "an open text": '{"' + "a" * MAX_TEXT,
-    "quotes": '{"' + '\\"' * MAX_TEXT,
-    "backslashes": '{"' + "\\" * MAX_TEXT,
+    "lists": "[" * MAX_ANSWER_TEXT,
+    "lists of objects": "[{" * MAX_ANSWER_TEXT,
+    "objects": '{"a":' * MAX_ANSWER_TEXT,
+    "both": '[{"a":' * MAX_ANSWER_TEXT,
+    "an open text": '{"' + "a" * MAX_ANSWER_TEXT,
+    "quotes": '{"' + '\\"' * MAX_ANSWER_TEXT,
+    "backslashes": '{"' + "\\" * MAX_ANSWER_TEXT,
     "spaces": ("[" + " " * 31) * 4000,
-    "an open list behind starts": '{"a":' * 31 + "[" + "1," * MAX_TEXT,
-    "a long number": '[{"a": ' + "9" * MAX_TEXT,
+    "an open list behind starts": '{"a":' * 31 + "[" + "1," * MAX_ANSWER_TEXT,
+    "a long number": '[{"a": ' + "9" * MAX_ANSWER_TEXT,
     "a number too long": '[{"a": ' + "9" * 5000 + "}]",
-    "thoughts": "<think>" * MAX_TEXT,
-    "ends of thoughts": "</think>" * MAX_TEXT,
+    "thoughts": "<think>" * MAX_ANSWER_TEXT,
+    "ends of thoughts": "</think>" * MAX_ANSWER_TEXT,
     "code": '[{"title": __import__("os").abort()}]',
     "much of it": "x" * 5_000_000 + LIST,
 }

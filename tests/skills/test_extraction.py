@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.skills import Bank, Extraction, Memory, Mistake, Skill, cold_start, read_bank, update, write_bank
+from dllm_sd.skills import Attempt, Bank, Extraction, Mistake, Skill, cold_start, read_bank, update, write_bank
 from dllm_sd.skills.extraction import excerpt_of
 
 SETTINGS = Extraction()
@@ -17,12 +17,12 @@ MISTAKE = ("description", "why_it_happens", "how_to_avoid")
 Answer = Callable[[str], str | None]
 
 
-def right(problem: str = "1+1", text: str = "It is 2.") -> Memory:
-    return Memory(problem, text, True, "2", "2")
+def right(problem: str = "1+1", text: str = "It is 2.") -> Attempt:
+    return Attempt(problem, text, True, "2", "2")
 
 
-def wrong(problem: str = "1+1", text: str = "It is 3.") -> Memory:
-    return Memory(problem, text, False, "3", "2")
+def wrong(problem: str = "1+1", text: str = "It is 3.") -> Attempt:
+    return Attempt(problem, text, False, "3", "2")
 
 
 def rows(names: Sequence[str], *words: str) -> list[dict[str, str]]:
@@ -285,9 +285,9 @@ def test_a_success_shows_its_steps_and_a_failure_the_right_answer():
     script = Script()
     long = "\n\n".join(f"Part {n} " + f"{n}" * 400 for n in range(9))
     memories = [
-        Memory("P{0}", f"<think>secret plan</think>{long}", True, "42", "42"),
-        Memory("P1", f"<think>secret plan</think>{long}", False, None, None),
-        Memory("P2", "short", False, "41", "42"),
+        Attempt("P{0}", f"<think>secret plan</think>{long}", True, "42", "42"),
+        Attempt("P1", f"<think>secret plan</think>{long}", False, None, None),
+        Attempt("P2", "short", False, "41", "42"),
     ]
     cold_start(memories, script, SETTINGS)
     success, failure, short = script.calls[0]

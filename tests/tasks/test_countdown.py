@@ -8,7 +8,7 @@ import pytest
 from dllm_sd.errors import InputError
 from dllm_sd.tasks import Countdown, Problem, Split, Task
 from dllm_sd.tasks.countdown import blind_share
-from dllm_sd.tasks.grading import evaluate
+from dllm_sd.tasks.grading import evaluate_expression
 from dllm_sd.tasks.published import python_value
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
@@ -24,7 +24,7 @@ def test_every_generated_problem_is_solved_by_its_solution(split: Split):
     task = Countdown()
     for problem in task.problems(split)[:50]:
         numbers, target, solution = (problem.fields[name] for name in ("numbers", "target", "solution"))
-        value = evaluate(solution)
+        value = evaluate_expression(solution)
         assert value is not None
         assert value[0] == target
         assert sorted(value[1]) == sorted(numbers)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.tasks.datafile import Entry, Generated, choose, divide, read_rows, render, split_of
+from dllm_sd.tasks.datafile import Entry, Generated, chosen_split, divide, read_rows, render, split_of
 from dllm_sd.tasks.task import Problem
 
 
@@ -257,7 +257,7 @@ def test_a_dev_split_larger_than_the_data_takes_what_is_there():
 )
 def test_an_empty_split_says_what_emptied_it(train: str, test: str, size_dev: int, split: Any, words: str):
     with pytest.raises(InputError, match=rf"^The {split} split holds no problems; ") as caught:
-        choose(divide("t", entries(*train), entries(*test), size_dev, None), split)
+        chosen_split(divide("t", entries(*train), entries(*test), size_dev, None), split)
     assert words in str(caught.value)
 
 

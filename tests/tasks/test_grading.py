@@ -7,7 +7,7 @@ import pytest
 
 from dllm_sd.errors import InputError
 from dllm_sd.tasks.grading import (
-    evaluate,
+    evaluate_expression,
     final_number,
     gold_number,
     last_answer,
@@ -145,7 +145,7 @@ def test_a_gold_answer_that_is_no_number_is_the_users_mistake(answer: object):
     ],
 )
 def test_arithmetic_is_exact_and_lists_its_numbers(text: str, value: int, numbers: list[int]):
-    assert evaluate(text) == (value, numbers)
+    assert evaluate_expression(text) == (value, numbers)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_arithmetic_is_exact_and_lists_its_numbers(text: str, value: int, number
     ],
 )
 def test_anything_but_small_arithmetic_has_no_value(text: str):
-    assert evaluate(text) is None
+    assert evaluate_expression(text) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from dllm_sd.tasks import Choice, Countdown, Gsm8k, Math, Problem, Sudoku
 from dllm_sd.tasks.answers import same_answer
-from dllm_sd.tasks.grading import evaluate
+from dllm_sd.tasks.grading import evaluate_expression
 from dllm_sd.tasks.grids import grids
 
 Draw = random.Random
@@ -300,7 +300,7 @@ def test_an_expression_is_right_exactly_when_it_uses_the_numbers_and_reaches_the
         text = str(used[0])
         for number in used[1:]:
             text = draw.choice(["({} {} {})", "{} {} {}"]).format(text, draw.choice("+-*/"), number)
-        read = evaluate(text)
+        read = evaluate_expression(text)
         target = draw.choice([draw.randint(1, 30), int(read[0]) if read and read[0].denominator == 1 else 7])
         shown = text.replace("*", draw.choice(["*", r"\times", r"\cdot", "\u00d7"])).replace(
             "/", draw.choice("/\u00f7")

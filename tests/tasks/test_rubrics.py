@@ -10,7 +10,7 @@ import pytest
 
 from dllm_sd.config import load_config
 from dllm_sd.errors import InputError
-from dllm_sd.policies.weights import Peer
+from dllm_sd.policies.weights import PeerWeights
 from dllm_sd.tasks import Grade, Jsonl, Problem
 from dllm_sd.teachers import Rubric
 from dllm_sd.teachers.context import HintInputs
@@ -157,5 +157,5 @@ def test_both_stages_of_rcsd_give_the_writer_the_same_tokens(make_policy: Callab
     assert asked is not None
     assert policy.encode(asked, hint.writing.sampling.thinking) == learnt
     assert first.model.thinking is hint.writing.sampling.thinking is False
-    assert hint.writing.writer == Peer(f"{first.run}/checkpoints/{first.updates:06d}")
+    assert hint.writing.writer == PeerWeights(f"{first.run}/checkpoints/{first.updates:06d}")
     assert first.decode.top_k == hint.writing.sampling.top_k == 20

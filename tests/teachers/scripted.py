@@ -10,7 +10,7 @@ from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.rollouts.rules import All, PassAtK, gather
-from dllm_sd.skills.retrieval import Pair
+from dllm_sd.skills.retrieval import SkillPair
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext
 from dllm_sd.teachers.context import no_pairs
@@ -103,7 +103,7 @@ def informed(
     *contexts: AnyContext,
     write: Any = nobody,
     problems: Sequence[Problem] | None = None,
-    pairs: Callable[[Problem, int], Sequence[Pair]] = no_pairs,
+    pairs: Callable[[Problem, int], Sequence[SkillPair]] = no_pairs,
     batch: tuple[int, int] = BATCH,
 ) -> Rollouts:
     """Teacher prompts under a task of plain questions; its training problems are those of the rollouts unless given."""

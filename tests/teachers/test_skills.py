@@ -10,7 +10,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.stored import load_rollouts, rollout_tensors
 from dllm_sd.skills import Bank, Mistake, Random, Skill, retrieve
-from dllm_sd.skills.retrieval import Pair
+from dllm_sd.skills.retrieval import SkillPair
 from dllm_sd.tasks.datafile import Generated
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Nothing, Reference, SkillBankConfig, Skills
@@ -26,7 +26,7 @@ PRIME = Problem("p", {"question": "Is 7 prime?", "solution": "yes"})
 ROLLOUTS = rolled((CIRCLE, [("1", 0.0), ("2", 1.0)]), (PRIME, [("3", 0.0)]))
 
 
-def found(problem: Problem, key: int) -> Sequence[Pair]:
+def found(problem: Problem, key: int) -> Sequence[SkillPair]:
     return retrieve(BANK, problem.fields["question"], 8, key)
 
 
@@ -68,7 +68,7 @@ def test_teachers_weigh_the_softmax_of_their_pairs_scores():
 def test_pairs_are_found_by_the_problem_and_a_key_of_its_own():
     asked: list[tuple[Problem, int]] = []
 
-    def pairs(problem: Problem, key: int) -> Sequence[Pair]:
+    def pairs(problem: Problem, key: int) -> Sequence[SkillPair]:
         asked.append((problem, key))
         return found(problem, key)
 

@@ -26,7 +26,7 @@ from dllm_sd.teachers import (
     Suffix,
 )
 from dllm_sd.teachers.suffix import answer_span
-from dllm_sd.trajectory import NEVER, Reach, Trajectory
+from dllm_sd.trajectory import NEVER, StopAfter, Trajectory
 
 SCOPES = ["later_blocks", "all_masked", "active_block"]
 
@@ -175,7 +175,7 @@ def test_without_end_padding_nothing_behind_the_end_is_revealed(noise, scope, ne
 
 
 def test_with_a_shorter_horizon_nothing_unknown_is_revealed(noise):
-    cut = noise(early_end=False).within(Reach("blocks", 2))
+    cut = noise(early_end=False).within(StopAfter("blocks", 2))
     scene = scene_of(cut)
     unknown = ((cut.reveal_step == NEVER) & (torch.arange(24) < cut.length[:, None]))[scene.canvases.rows]
     assert unknown.any()

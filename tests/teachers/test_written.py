@@ -185,9 +185,9 @@ BOTH = rolled((RICH, ATTEMPTS), (POOR, ATTEMPTS))
 KEYS = {one.id: make_key(make_key(*BATCH, one.id, "hint"), "rubric") for one in (RICH, POOR)}
 
 
-def criteria(items: object) -> rubrics.Rubric:
+def criteria(items: object) -> rubrics.Criteria:
     found = parse_rubric(items)
-    assert isinstance(found, rubrics.Rubric)
+    assert isinstance(found, rubrics.Criteria)
     return found
 
 

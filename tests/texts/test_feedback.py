@@ -3,7 +3,7 @@
 import pytest
 
 from dllm_sd.tasks.datafile import render
-from dllm_sd.texts.feedback import FEEDBACK, FUNCTION_WORDS, GENERIC, LONGEST, sanitise, without_answer
+from dllm_sd.texts.feedback import FEEDBACK, FUNCTION_WORDS, GENERIC, MAX_FEEDBACK_TEXT, sanitise, without_answer
 from tests.texts.hostile import hostile_texts, random_texts, seconds
 
 PROBLEM = "What is the Young modulus of the Steel wire, in GPa?\nA: 100\nB: 200\nC: 300\nD: 400"
@@ -122,7 +122,7 @@ def test_other_values_and_mere_mentions_of_the_answer_stay(text: str, answer: st
 @pytest.mark.parametrize(
     ("text", "expected", "outcome"),
     [
-        (f"{TAG} {'x' * 30_000}", "x" * (LONGEST - len(TAG) - 1), "match:young"),
+        (f"{TAG} {'x' * 30_000}", "x" * (MAX_FEEDBACK_TEXT - len(TAG) - 1), "match:young"),
         (f"{TAG} Step 2 is wrong.", "Step 2 is wrong.", "match:young"),
         (f"<think>{TAG}B</think>{TAG}\nStep 2 is wrong.\n", "Step 2 is wrong.", "match:young"),
         ("<CONCEPT>the STEEL</Concept> Yes.", "Yes.", "match:steel"),

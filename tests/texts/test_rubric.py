@@ -10,8 +10,8 @@ from dllm_sd.errors import InputError
 from dllm_sd.tasks.datafile import render
 from dllm_sd.texts import rubric as rubrics
 from dllm_sd.texts.rubric import (
+    Criteria,
     Criterion,
-    Rubric,
     generic,
     noisy,
     parse_rubric,
@@ -26,11 +26,11 @@ PUBLISHED = Path(os.environ.get("DLLM_SD_RUBRICS") or "no folder is named")
 ITEM = {"title": "T", "description": "D", "weight": 2}
 
 
-def made(*names: str) -> Rubric:
-    return Rubric(tuple(Criterion(name, f"Essential Criteria: {name}", 5) for name in names))
+def made(*names: str) -> Criteria:
+    return Criteria(tuple(Criterion(name, f"Essential Criteria: {name}", 5) for name in names))
 
 
-def names(rubric: Rubric) -> list[str]:
+def names(rubric: Criteria) -> list[str]:
     return [one.title for one in rubric.criteria]
 
 
@@ -43,7 +43,7 @@ def test_the_rows_of_the_fixture_are_read_as_they_say(row: dict[str, object]):
     found = parse_rubric(row["generated_rubric"])
     assert (found if isinstance(found, str) else len(found.criteria)) == row["expected"]
     gold = parse_rubric(row["reference_rubric"])
-    assert isinstance(gold, Rubric)
+    assert isinstance(gold, Criteria)
     assert all(one.category for one in gold.criteria)
 
 
@@ -52,7 +52,7 @@ def test_four_of_five_published_rubrics_are_read():
     lines = (PUBLISHED / "rar_science_100_with_generated.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     found = [parse_rubric(row["generated_rubric"]) for row in rows]
-    good = [one for one in found if isinstance(one, Rubric)]
+    good = [one for one in found if isinstance(one, Criteria)]
     assert (len(good), sum(len(one.criteria) for one in good)) == (80, 581)  # 401 of 500, 7.3 each, in all of the file
     assert {one for one in found if isinstance(one, str)} == {"no_list"}
     assert all(parse_rubric(render_rubric(one)) == one for one in good)
@@ -64,7 +64,7 @@ def test_all_published_gold_rubrics_are_read_and_every_item_has_a_category():
     for name, field in (("rar_science_100_with_generated", "reference_rubric"), ("rar_science_200", "rubric")):
         for line in (PUBLISHED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             found = parse_rubric(json.loads(line)[field])
-            assert isinstance(found, Rubric)
+            assert isinstance(found, Criteria)
             assert all(one.category for one in found.criteria)
             count += len(found.criteria)
     assert count == 2264  # 300 rows, 7.5 each
@@ -102,7 +102,7 @@ def test_all_published_gold_rubrics_are_read_and_every_item_has_a_category():
 )
 def test_a_text_is_a_rubric_or_there_is_a_reason(text: str, expected: str | list[tuple[str, str, int]]):
     found = parse_rubric(text)
-    if isinstance(found, Rubric):
+    if isinstance(found, Criteria):
         assert [(one.title, one.description, one.weight) for one in found.criteria] == expected
     else:
         assert found == expected
@@ -142,7 +142,7 @@ def test_a_field_of_the_data_may_be_anything(source: object, reason: str):
 )
 def test_a_weight_is_a_whole_number_however_it_is_written(weight: str, expected: int | None):
     found = parse_rubric(f'[{{"description": "Essential Criteria: x", "weight": {weight}}}]')
-    assert found == ("bad_item" if expected is None else Rubric((Criterion("", "Essential Criteria: x", expected),)))
+    assert found == ("bad_item" if expected is None else Criteria((Criterion("", "Essential Criteria: x", expected),)))
 
 
 @pytest.mark.parametrize(
@@ -161,13 +161,13 @@ def test_a_weight_is_a_whole_number_however_it_is_written(weight: str, expected:
 )
 def test_the_first_word_of_a_description_tells_its_category(description: str, category: str | None, weight: int):
     found = parse_rubric([description])
-    assert isinstance(found, Rubric)
+    assert isinstance(found, Criteria)
     (one,) = found.criteria
     assert (one.category, one.weight) == (category, weight)
 
 
 def test_a_rubric_is_written_as_json_one_item_a_line():
-    rubric = Rubric(
+    rubric = Criteria(
         (Criterion("Größe", 'Essential Criteria: says "5 µm"', 5), Criterion("", "Pitfall Criteria: 5 m", -1))
     )
     assert render_rubric(rubric) == (
@@ -177,7 +177,7 @@ def test_a_rubric_is_written_as_json_one_item_a_line():
 
 
 @pytest.mark.parametrize("rubric", [OWN, generic(), made("x[1]", "{y}", "\\(z\\)"), parse_rubric(["a", "b\nc"])])
-def test_what_is_written_is_read_back(rubric: Rubric):
+def test_what_is_written_is_read_back(rubric: Criteria):
     assert parse_rubric(render_rubric(rubric)) == rubric
     assert parse_rubric(f"So:\n{render_rubric(rubric)}\nDone.") == rubric
 
@@ -216,7 +216,7 @@ def test_a_noisy_rubric_takes_from_one_other_only_and_mixes():
 
 
 def test_the_variants_depend_on_their_key_alone():
-    def all_of(key: int) -> tuple[Rubric, Rubric]:
+    def all_of(key: int) -> tuple[Criteria, Criteria]:
         return reduced(OWN, key), noisy(OWN, OTHERS, key)
 
     first = [all_of(key) for key in range(30)]
@@ -254,7 +254,7 @@ def test_a_prompt_has_exactly_its_slots(name: str, slots: list[str]):
 def test_the_example_in_the_writers_prompt_is_itself_a_rubric():
     for template in (rubrics.RUBRIC_WRITER, rubrics.RUBRIC_WRITER_PLAIN):
         found = parse_rubric(render(template, SLOTS, "prompt"))
-        assert isinstance(found, Rubric)
+        assert isinstance(found, Criteria)
         assert [one.category for one in found.criteria] == ["essential", "pitfall"]
 
 
@@ -269,4 +269,4 @@ def test_hostile_texts_take_little_time(unit: str):
 
 def test_random_texts_are_rubrics_or_there_is_a_reason():
     for text in random_texts('[]{}",:\\ \n1-eE.abtfn', "description", "<think>", "</think>"):
-        assert isinstance(parse_rubric(text), Rubric) or parse_rubric(text) in {"no_list", "empty", "bad_item"}
+        assert isinstance(parse_rubric(text), Criteria) or parse_rubric(text) in {"no_list", "empty", "bad_item"}

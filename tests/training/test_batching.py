@@ -89,7 +89,7 @@ def test_a_plan_knows_what_its_canvases_would_say(noise):
 @pytest.mark.parametrize("positions", [1, 100, 10**9])
 def test_how_many_canvases_are_laid_out_at_a_time_changes_nothing(noise, positions, monkeypatch):
     expected = planned(noise(b=6))
-    monkeypatch.setattr(plan_module, "POSITIONS", positions)
+    monkeypatch.setattr(plan_module, "POSITIONS_AT_ONCE", positions)
     found = planned(noise(b=6))
     for f in fields(Plan):
         if isinstance(value := getattr(found, f.name), torch.Tensor):

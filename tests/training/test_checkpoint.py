@@ -17,7 +17,7 @@ from torch import Tensor
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import Base, Ema, Snapshot, Teacher, trained
+from dllm_sd.policies.weights import BaseWeights, EmaWeights, SnapshotWeights, TeacherModel, trained
 from dllm_sd.pretrained.model import Lora
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts, TeacherBrief
 from dllm_sd.rollouts.rules import COUNTS, All, PassAtK, gather
@@ -106,14 +106,14 @@ def test_an_optimizer_that_never_stepped_comes_back_empty(make_policy: Build):
 
 def test_teachers_that_move_come_back_and_the_base_is_not_stored(make_policy: Build, tmp_path: Path):
     policy, optimizer = start(make_policy)
-    teachers = [Teacher(weights, policy) for weights in (Ema(0.5), Snapshot(2), Base())]
+    teachers = [TeacherModel(weights, policy) for weights in (EmaWeights(0.5), SnapshotWeights(2), BaseWeights())]
     steps(policy, optimizer, 3)
     for teacher in teachers:
         teacher.after_update(2)
     steps(policy, optimizer, 1)
     save_run(tmp_path, run_tensors(policy, optimizer, teachers), State(update=3), None, keep=1)
     again, fresh = start(make_policy)
-    others = [Teacher(weights, again) for weights in (Ema(0.5), Snapshot(2), Base())]
+    others = [TeacherModel(weights, again) for weights in (EmaWeights(0.5), SnapshotWeights(2), BaseWeights())]
     restore_run(tmp_path / "checkpoints" / "000003", again, fresh, others)
     for one, other in zip(teachers, others, strict=True):
         assert same(one.copy, other.copy)
@@ -212,7 +212,7 @@ def test_only_the_latest_checkpoints_and_the_best_stay(tmp_path: Path):
 def saved(make_policy: Build, tmp_path: Path) -> tuple[Path, MaskedDiffusion, torch.optim.AdamW]:
     policy, optimizer = start(make_policy)
     steps(policy, optimizer, 1)
-    tensors = run_tensors(policy, optimizer, [Teacher(Ema(), policy)])
+    tensors = run_tensors(policy, optimizer, [TeacherModel(EmaWeights(), policy)])
     save_run(tmp_path, tensors, State(update=1), roll_out(policy), keep=1)
     return tmp_path / "checkpoints" / "000001", policy, optimizer
 
@@ -232,7 +232,7 @@ def test_a_damaged_file_is_refused_by_name(
     if size is not None:
         file.write_bytes(content[:size])
     with pytest.raises(InputError) as caught:
-        restore_run(folder, policy, optimizer, [Teacher(Ema(), policy)])
+        restore_run(folder, policy, optimizer, [TeacherModel(EmaWeights(), policy)])
     assert str(caught.value).startswith(f"checkpoint {file} is missing or damaged (")
     assert str(caught.value).endswith("; use resume=fresh to begin again")
     assert "\n" not in str(caught.value)
@@ -258,7 +258,7 @@ def test_a_copied_checkpoint_is_as_good_as_the_original(
 ):
     folder, policy, _ = saved
     again, fresh = start(make_policy)
-    restore_run(Path(shutil.copytree(folder, tmp_path / "copy")), again, fresh, [Teacher(Ema(), again)])
+    restore_run(Path(shutil.copytree(folder, tmp_path / "copy")), again, fresh, [TeacherModel(EmaWeights(), again)])
     assert same(weights(policy), weights(again))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
-from dllm_sd.policies.weights import Ema, Peer, Snapshot, Teacher
+from dllm_sd.policies.weights import EmaWeights, PeerWeights, SnapshotWeights, TeacherModel
 from dllm_sd.training.checkpoint import (
     ADDED,
     State,
@@ -44,7 +44,7 @@ class Saved:
         run.mkdir()
         self.run = run
         self.policy, self.optimizer = start(make_policy)
-        self.teachers = [Teacher(weights, self.policy) for weights in (Ema(0.5), Snapshot(1))]
+        self.teachers = [TeacherModel(weights, self.policy) for weights in (EmaWeights(0.5), SnapshotWeights(1))]
         for update in (1, 2, 3):
             rollouts = roll_out(self.policy)
             steps(self.policy, self.optimizer, 1, seed=update)
@@ -331,7 +331,7 @@ def test_the_best_weights_and_a_peers_are_verified_too(saved: Saved, tmp_path: P
     best = best_checkpoint(saved.run)
     assert best is not None
     load_weights(saved.policy, best)
-    assert Peer(str(best)).read(saved.policy)
+    assert PeerWeights(str(best)).read(saved.policy)
     copy = tmp_path / "run" / "checkpoints" / "best"
     for change in ("flip", "no state"):
         shutil.copytree(best, copy)
@@ -341,7 +341,7 @@ def test_the_best_weights_and_a_peers_are_verified_too(saved: Saved, tmp_path: P
             (copy / "model.safetensors").write_bytes(content)
         else:
             (copy / "state.json").unlink()
-        for read in (lambda: load_weights(saved.policy, copy), lambda: Peer(str(copy)).read(saved.policy)):
+        for read in (lambda: load_weights(saved.policy, copy), lambda: PeerWeights(str(copy)).read(saved.policy)):
             with pytest.raises(
                 InputError, match=r"best/(model.safetensors|state.json) is missing or damaged"
             ) as caught:

@@ -15,7 +15,7 @@ import yaml
 from dllm_sd.config import build_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.training import trainer as trainer_module
-from dllm_sd.training.folder import CONTENTS, RunFolder, read_report, read_tree
+from dllm_sd.training.folder import CONTENTS, RunFolder, read_report, read_run_config
 from dllm_sd.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
@@ -61,7 +61,7 @@ def refusal(run: Path, **changes: Any) -> str:
 def test_a_new_folder_is_made_with_its_parents_and_holds_the_resolved_config(tmp_path: Path):
     prepare_folder(config(tmp_path / "a" / "b"))
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
-    assert read_tree(tmp_path / "a" / "b") == to_tree(config(tmp_path / "a" / "b"))
+    assert read_run_config(tmp_path / "a" / "b") == to_tree(config(tmp_path / "a" / "b"))
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path):
@@ -86,7 +86,7 @@ def test_the_same_config_goes_on(tmp_path: Path):
 def test_what_cannot_change_the_outcome_may_change(tmp_path: Path, changes: dict[str, Any]):
     begin(tmp_path)
     prepare_folder(config(tmp_path, **changes))
-    assert read_tree(tmp_path) == to_tree(config(tmp_path, **changes))
+    assert read_run_config(tmp_path) == to_tree(config(tmp_path, **changes))
 
 
 def test_a_folder_may_be_moved(tmp_path: Path):
@@ -112,7 +112,7 @@ def test_another_config_is_refused_by_the_first_key_that_differs(tmp_path: Path,
     refused = refusal(tmp_path, **changes)
     assert refused.startswith(f"run folder {str(tmp_path)!r} holds a run with another {key}")
     assert refused.endswith("resume=force to continue it all the same, or resume=fresh to discard it")
-    assert read_tree(tmp_path) == to_tree(config(tmp_path))
+    assert read_run_config(tmp_path) == to_tree(config(tmp_path))
 
 
 def test_a_key_that_only_the_former_run_had_is_a_difference(tmp_path: Path):
@@ -124,14 +124,14 @@ def test_a_key_that_only_the_former_run_had_is_a_difference(tmp_path: Path):
 def test_a_run_that_never_began_may_be_corrected(tmp_path: Path):
     prepare_folder(config(tmp_path))
     prepare_folder(config(tmp_path, seed=1))
-    assert read_tree(tmp_path)["seed"] == 1
+    assert read_run_config(tmp_path)["seed"] == 1
 
 
 def test_force_goes_on_with_the_new_config(tmp_path: Path):
     begin(tmp_path)
     prepare_folder(config(tmp_path, seed=1, resume="force"))
     assert (tmp_path / "metrics.jsonl").exists()
-    assert read_tree(tmp_path)["seed"] == 1
+    assert read_run_config(tmp_path)["seed"] == 1
     prepare_folder(config(tmp_path, seed=1))
 
 
@@ -146,7 +146,7 @@ def test_fresh_discards_the_run_and_only_the_run(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     prepare_folder(config(tmp_path, seed=1, resume="fresh"))
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "notes.txt"}
-    assert read_tree(tmp_path)["seed"] == 1
+    assert read_run_config(tmp_path)["seed"] == 1
 
 
 @pytest.mark.parametrize("resume", ["auto", "force", "fresh"])

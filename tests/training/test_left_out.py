@@ -12,7 +12,7 @@ import dllm_sd
 from dllm_sd.cli.main import main
 from dllm_sd.reports import tables
 from dllm_sd.rollouts.rules import COUNTS
-from dllm_sd.training.left_out import LEFT_OUT, REASONS, in_words, is_left_out, left_out
+from dllm_sd.training.left_out import LEFT_OUT_WORDS, REASONS, in_words, is_left_out, left_out
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 ROWS = [{"question": f"{a}{b}", "answer": str((a + b) % 4)} for a in range(4) for b in range(4)]
@@ -88,7 +88,7 @@ def test_what_a_run_leaves_out_is_counted_reported_and_told_once(
         assert count == (logged[-1] if cumulative else sum(logged))
     for sentence in in_words(found):
         assert out.out.count(sentence) == 1
-    for words, kept in tables.LEFT_OUT.values():  # what the test split lost, in the table
+    for words, kept in tables.EVALUATION_COUNTS.values():  # what the test split lost, in the table
         assert out.out.count(f"{words} ({kept})") == 1
     if name == "data/in_test":
         assert found[name] == 3
@@ -116,7 +116,7 @@ def test_counts_are_summed_once_for_all_updates_that_share_rollouts():
 
 
 def test_every_name_has_words_of_its_own():
-    counts = {**dict.fromkeys(LEFT_OUT, 2), **{f"{start}reason": 3 for start in REASONS}}
+    counts = {**dict.fromkeys(LEFT_OUT_WORDS, 2), **{f"{start}reason": 3 for start in REASONS}}
     said = in_words(counts)
     assert len({*said}) == len(counts)
     assert all(is_left_out(name) for name in counts)

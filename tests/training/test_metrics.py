@@ -16,7 +16,7 @@ from dllm_sd.objective.equation import Graded
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks import Grade, Problem
 from dllm_sd.training.metrics import (
-    LOGS,
+    LOG_FILES,
     MetricsLog,
     check_logs,
     end_of,
@@ -273,12 +273,12 @@ def test_a_trajectory_that_was_not_graded_still_has_a_picture():
 
 
 def test_a_log_holds_what_it_held_when_the_checkpoint_was_saved_or_is_refused_by_name(tmp_path: Path):
-    lines = {name: [f'{{"update": {i}, "in": "{name}"}}\n' for i in range(1, 5)] for name in LOGS}
-    for name in LOGS:
+    lines = {name: [f'{{"update": {i}, "in": "{name}"}}\n' for i in range(1, 5)] for name in LOG_FILES}
+    for name in LOG_FILES:
         (tmp_path / name).write_text("".join(lines[name][:3]))
     saved = log_sums(tmp_path, 2)  # a line of the next update stands there already
-    assert saved.keys() == set(LOGS)
-    for name in LOGS:
+    assert saved.keys() == set(LOG_FILES)
+    for name in LOG_FILES:
         for last in (2, 3, 4):
             (tmp_path / name).write_text("".join(lines[name][:last]))
             check_logs(tmp_path, 2, saved)

@@ -17,16 +17,16 @@ from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError, shown
 from dllm_sd.evaluation.evaluate import evaluate_run
 from dllm_sd.policies.loading import build_policy
-from dllm_sd.policies.weights import Peer, Teacher, trained
+from dllm_sd.policies.weights import PeerWeights, TeacherModel, trained
 from dllm_sd.pretrained.blueprint import model_folder
 from dllm_sd.pretrained.model import Model
-from dllm_sd.settings import Peers, Student
+from dllm_sd.settings import Peers, PeerStudent
 from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.training import peers as peers_module
 from dllm_sd.training.checkpoint import load_weights
-from dllm_sd.training.metrics import LOGS
+from dllm_sd.training.metrics import LOG_FILES
 from dllm_sd.training.peers import alike, by_domain, lags, may_tutor, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
 from tools.attacks.contents import contents, differences
@@ -112,8 +112,10 @@ def test_who_has_solved_nothing_comments_on_nobody_and_equals_comment_on_each_ot
 
 
 def test_students_that_begin_alike_are_told_so():
-    def pair(**second: Any) -> tuple[Student, Student]:
-        return Student("one", "x", start="a", path="p"), Student("two", "y", **{"start": "a", "path": "p", **second})
+    def pair(**second: Any) -> tuple[PeerStudent, PeerStudent]:
+        return PeerStudent("one", "x", start="a", path="p"), PeerStudent(
+            "two", "y", **{"start": "a", "path": "p", **second}
+        )
 
     sentence = alike(pair())
     assert sentence is not None
@@ -136,12 +138,12 @@ def test_each_student_learns_while_the_other_as_it_was_comments(config, monkeypa
         start(self, settings)
         hint = settings.method.contexts[0]
         assert isinstance(hint, Feedback)
-        path = hint.writing.writer.path if hint.writing and isinstance(hint.writing.writer, Peer) else None
+        path = hint.writing.writer.path if hint.writing and isinstance(hint.writing.writer, PeerWeights) else None
         tutors.append((Path(settings.run).name, path and str(Path(path).relative_to(Path(settings.run).parents[1]))))
         for weights_of, model in self.models.items():
-            if isinstance(weights_of, Peer):
+            if isinstance(weights_of, PeerWeights):
                 kept = weights(Path(str(weights_of.path)))
-                assert isinstance(model, Teacher)
+                assert isinstance(model, TeacherModel)
                 assert all(bool((model.copy[name] == value).all()) for name, value in kept.items())
 
     monkeypatch.setattr(Trainer, "__init__", noting)
@@ -169,7 +171,7 @@ def test_a_tutor_frozen_by_phase_is_as_it_was_when_the_phase_began(config):
     settings = replace(settings, peers=replace(settings.peers, freeze="phase"))
     assert settings.peers is not None
     train_peers(settings)
-    second = student_config(settings, settings.peers.students[1], Peer("x"))
+    second = student_config(settings, settings.peers.students[1], PeerWeights("x"))
     written = (Path(second.run) / "config.yaml").read_text()
     assert f"path: {Path(settings.run) / 'rounds' / '2' / 'one'}" in written
 
@@ -257,7 +259,7 @@ def test_students_that_cannot_teach_each_other_are_refused_in_one_sentence(confi
 def test_only_who_is_at_most_the_tolerance_behind_may_tutor(scores, lag, tutors):
     found = lags({name: {"a": own[0], "b": own[1]} for name, own in zip(("one", "two"), scores, strict=True)})
     assert [*found.values()] == pytest.approx(lag, abs=1e-6)
-    pair = (Student(name="one", domain="a"), Student(name="two", domain="b"))
+    pair = (PeerStudent(name="one", domain="a"), PeerStudent(name="two", domain="b"))
     assert [value <= Peers(students=pair).tolerance for value in found.values()] == tutors
 
 
@@ -301,7 +303,7 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> Moments:
     update = Trainer._update
 
     def noting(self: Trainer, number: int) -> dict[str, Any]:
-        tutors = [model.copy for part, model in self.models.items() if isinstance(part, Peer)]
+        tutors = [model.copy for part, model in self.models.items() if isinstance(part, PeerWeights)]
         found[self.run.name, number] = Moment(copied(trained(self.policy)), copied(tutors[0] if tutors else {}))
         return update(self, number)
 
@@ -518,10 +520,10 @@ def test_whatever_of_either_student_is_damaged_a_refusal_leaves_the_whole_folder
     shutil.copytree(run, spare)
     read = [file for file in run.rglob("*.*") if file.is_file() and {"students", "1", "rounds.json"} & {*file.parts}]
     read = [file for file in read if file.name != ".lock"]
-    assert {file.name for file in read} >= {"config.yaml", *LOGS, "state.json", "model.safetensors", "rounds.json"}
+    assert {file.name for file in read} >= {"config.yaml", *LOG_FILES, "state.json", "model.safetensors", "rounds.json"}
     for file in read:
         deeds = [halved if file.name != "config.yaml" else a_number]
-        deeds += [without_its_first_line, Path.unlink] if file.name in LOGS else []
+        deeds += [without_its_first_line, Path.unlink] if file.name in LOG_FILES else []
         deeds += [changed_by_a_space] if file.name == "state.json" else []
         for deed in deeds:
             deed(file)

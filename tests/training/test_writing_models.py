@@ -15,7 +15,16 @@ from dllm_sd.errors import InputError
 from dllm_sd.experience.text_generator import TextGenerator
 from dllm_sd.export.exporting import export_policy
 from dllm_sd.policies.loading import AnyPolicy, build_policy
-from dllm_sd.policies.weights import Base, Checkpoint, Ema, Live, Peer, Snapshot, Teacher, trained
+from dllm_sd.policies.weights import (
+    BaseWeights,
+    CheckpointWeights,
+    EmaWeights,
+    LiveWeights,
+    PeerWeights,
+    SnapshotWeights,
+    TeacherModel,
+    trained,
+)
 from dllm_sd.pretrained.model import Lora, Model
 from dllm_sd.randomness import make_key
 from dllm_sd.teachers.writing import Writing
@@ -38,7 +47,7 @@ def texts(policy: AnyPolicy) -> list[str]:
     return [policy.text(row[:end].tolist()) for row, end in zip(done.tokens, done.length.tolist(), strict=True)]
 
 
-def scribe(models: dict[Any, Teacher], folder: Path, longest: int = 100) -> TextGenerator:
+def scribe(models: dict[Any, TeacherModel], folder: Path, longest: int = 100) -> TextGenerator:
     return TextGenerator([], DECODE, Accelerator(), models, Cache(folder), longest)
 
 
@@ -46,17 +55,22 @@ def scribe(models: dict[Any, Teacher], folder: Path, longest: int = 100) -> Text
 def test_live_weights_write_anew_and_initial_ones_from_the_disk(make_policy, kind, tmp_path, monkeypatch):
     policy = make_policy(**kind)
     before = texts(policy)
-    models: dict[Any, Teacher] = {Base(): Teacher(Base(), policy), Live(): Teacher(Live(), policy)}
+    models: dict[Any, TeacherModel] = {
+        BaseWeights(): TeacherModel(BaseWeights(), policy),
+        LiveWeights(): TeacherModel(LiveWeights(), policy),
+    }
     move(policy, 1)
     after, writer = texts(policy), scribe(models, tmp_path)
     assert after != before
-    for part, expected in ((Base(), before), (Live(), after)):
+    for part, expected in ((BaseWeights(), before), (LiveWeights(), after)):
         first = writer.write(Writing(part, SAMPLING), REQUESTS)
         assert [one.text for one in first] == [text if text.strip() else None for text in expected]
         assert not any(one.cached for one in first)
         again = scribe(models, tmp_path).write(Writing(part, SAMPLING), REQUESTS)
         assert [one.text for one in again] == [one.text for one in first]
-        assert [one.cached for one in again] == [isinstance(part, Base) and one.text is not None for one in first]
+        assert [one.cached for one in again] == [
+            isinstance(part, BaseWeights) and one.text is not None for one in first
+        ]
     assert texts(policy) == after
 
 
@@ -65,8 +79,8 @@ def test_a_peer_writes_with_what_another_run_trained(make_policy, kind, tmp_path
     other, policy = make_policy(**kind), make_policy(**kind)
     move(other, 2)
     save_file({name: value.detach() for name, value in trained(other).items()}, tmp_path / "model.safetensors")
-    peer, before = Peer(str(tmp_path)), texts(policy)
-    written = scribe({peer: Teacher(peer, policy)}, tmp_path / "cache").write(Writing(peer, SAMPLING), REQUESTS)
+    peer, before = PeerWeights(str(tmp_path)), texts(policy)
+    written = scribe({peer: TeacherModel(peer, policy)}, tmp_path / "cache").write(Writing(peer, SAMPLING), REQUESTS)
     assert [one.text for one in written] == [text if text.strip() else None for text in texts(other)]
     assert texts(policy) == before
 
@@ -75,7 +89,7 @@ def test_a_peers_exported_adapter_is_the_same_peer(make_policy, tmp_path):
     other, policy = make_policy(**LORA), make_policy(**LORA)
     move(other, 2)
     other.module.model.save_pretrained(tmp_path)
-    found = Peer(str(tmp_path)).read(policy)
+    found = PeerWeights(str(tmp_path)).read(policy)
     assert found.keys() == trained(policy).keys()
     assert all(torch.equal(value, trained(other)[name]) for name, value in found.items())
     begun = make_policy(lora=Lora(rank=2, alpha=8, start=str(tmp_path)))
@@ -87,14 +101,14 @@ def test_a_peer_of_another_shape_or_none_is_refused_in_one_sentence(make_policy,
     make_policy(lora=Lora(rank=2, alpha=8, targets=("k_proj",))).module.model.save_pretrained(tmp_path)
     for folder, says in ((tmp_path / "none", "there is no usable peer"), (tmp_path, "of the student's shape")):
         with pytest.raises(InputError, match=says) as refusal:
-            Peer(str(folder)).read(policy)
+            PeerWeights(str(folder)).read(policy)
         assert "\n" not in str(refusal.value)
 
 
 def test_a_request_that_is_too_long_is_not_written(make_policy, tmp_path):
     policy = make_policy()
-    models: dict[Any, Teacher] = {Base(): Teacher(Base(), policy)}
-    written = scribe(models, tmp_path, longest=3).write(Writing(Base(), SAMPLING), REQUESTS)
+    models: dict[Any, TeacherModel] = {BaseWeights(): TeacherModel(BaseWeights(), policy)}
+    written = scribe(models, tmp_path, longest=3).write(Writing(BaseWeights(), SAMPLING), REQUESTS)
     assert [one.failure for one in written] == ["long_request", None, "long_request"]
 
 
@@ -104,7 +118,14 @@ def test_a_request_that_is_too_long_is_not_written(make_policy, tmp_path):
 CAUSAL = {"as_": "autoregressive"}
 WRITERS = pytest.mark.parametrize(
     "part",
-    [Live(), Base(), Ema(0.5), Snapshot(2), Checkpoint("other"), Peer("PEER")],
+    [
+        LiveWeights(),
+        BaseWeights(),
+        EmaWeights(0.5),
+        SnapshotWeights(2),
+        CheckpointWeights("other"),
+        PeerWeights("PEER"),
+    ],
     ids=lambda part: type(part).__name__,
 )
 
@@ -114,23 +135,27 @@ def shown(found: Sequence[str]) -> list[str | None]:
     return [text if text.strip() else None for text in found]
 
 
-def cast(make_policy: Any, kind: dict[str, Any], part: Any, folder: Path) -> tuple[AnyPolicy, Any, Teacher, list[Any]]:
+def cast(
+    make_policy: Any, kind: dict[str, Any], part: Any, folder: Path
+) -> tuple[AnyPolicy, Any, TeacherModel, list[Any]]:
     """A student that has moved, its writer, and what the writer's weights say."""
     other, policy = make_policy(**kind, seed=5), make_policy(**kind)
     move(policy, 1)
-    if isinstance(part, Peer):
+    if isinstance(part, PeerWeights):
         other = make_policy(**kind)
         move(other, 2)
         folder.mkdir()
         save_file({name: value.detach() for name, value in trained(other).items()}, folder / "model.safetensors")
-        part = Peer(str(folder))
+        part = PeerWeights(str(folder))
     bare = make_policy(**kind) if kind.get("lora") else policy
-    former = shown(texts(bare if isinstance(part, Base) else policy))
-    model = Teacher(part, policy, other=other if isinstance(part, Checkpoint) else None)
+    former = shown(texts(bare if isinstance(part, BaseWeights) else policy))
+    model = TeacherModel(part, policy, other=other if isinstance(part, CheckpointWeights) else None)
     move(policy, 3)
     now = shown(texts(policy))
-    says = {Live: now, Checkpoint: shown(texts(other)), Peer: shown(texts(other))}.get(type(part), former)
-    assert isinstance(part, Live) or says != now
+    says = {LiveWeights: now, CheckpointWeights: shown(texts(other)), PeerWeights: shown(texts(other))}.get(
+        type(part), former
+    )
+    assert isinstance(part, LiveWeights) or says != now
     return policy, part, model, says
 
 
@@ -166,7 +191,7 @@ def test_a_writer_writes_with_its_own_weights_and_only_one_that_stays_reads_the_
     again = scribe({part: model}, tmp_path / "cache").write(Writing(part, SAMPLING), REQUESTS)
     assert [one.text for one in first] == [one.text for one in again] == says
     assert [one.failure for one in first] == ["no_text" if text is None else None for text in says]
-    stays, blank = isinstance(part, Base | Checkpoint | Peer), says.count(None)
+    stays, blank = isinstance(part, BaseWeights | CheckpointWeights | PeerWeights), says.count(None)
     assert [one.cached for one in again] == [stays and text is not None for text in says]
     assert counts == [3] + ([blank] if stays and blank else []) + ([] if stays else [3])
     counts.clear()
@@ -207,10 +232,10 @@ def test_dealt_over_processes_writers_write_the_same_in_the_same_order(
 
 def test_texts_of_the_initial_weights_stay_known_whatever_adapters_have_learnt(make_policy, tmp_path):
     policy = make_policy(**LORA)
-    model, part = Teacher(Base(), policy), Base()
+    model, part = TeacherModel(BaseWeights(), policy), BaseWeights()
     first = scribe({part: model}, tmp_path).write(Writing(part, SAMPLING), REQUESTS)
     move(policy, 1)
-    Teacher(Snapshot(2), policy)
+    TeacherModel(SnapshotWeights(2), policy)
     again = scribe({part: model}, tmp_path).write(Writing(part, SAMPLING), REQUESTS)
     assert [one.text for one in again] == [one.text for one in first]
     assert [one.cached for one in again] == [one.text is not None for one in first]
@@ -220,12 +245,14 @@ def test_texts_of_the_initial_weights_stay_known_whatever_adapters_have_learnt(m
 @KINDS
 def test_a_peer_that_has_learnt_more_in_the_same_folder_writes_anew(make_policy, kind, tmp_path):
     other, policy = make_policy(**kind), make_policy(**kind)
-    part, said = Peer(str(tmp_path)), []
+    part, said = PeerWeights(str(tmp_path)), []
     for learnt in (True, True, False):
         if learnt:
             move(other, 2 + len(said))
         save_file({name: value.detach() for name, value in trained(other).items()}, tmp_path / "model.safetensors")
-        written = scribe({part: Teacher(part, policy)}, tmp_path / "cache").write(Writing(part, SAMPLING), REQUESTS)
+        written = scribe({part: TeacherModel(part, policy)}, tmp_path / "cache").write(
+            Writing(part, SAMPLING), REQUESTS
+        )
         assert [one.text for one in written] == shown(texts(other))
         said.append([one.cached for one in written])
         move(policy, 7)  # what the student learns is nothing to its peer
@@ -234,10 +261,10 @@ def test_a_peer_that_has_learnt_more_in_the_same_folder_writes_anew(make_policy,
 
 
 def test_other_initial_weights_or_another_temperature_are_not_mistaken_for_these(make_policy, tmp_path):
-    part, found = Base(), []
+    part, found = BaseWeights(), []
     for seed, sampling in ((0, SAMPLING), (1, SAMPLING), (0, replace(SAMPLING, temperature=0.5))):
         policy = make_policy(seed=seed)
-        written = scribe({part: Teacher(part, policy)}, tmp_path).write(Writing(part, sampling), REQUESTS)
+        written = scribe({part: TeacherModel(part, policy)}, tmp_path).write(Writing(part, sampling), REQUESTS)
         assert not any(one.cached for one in written)
         found.append([one.text for one in written])
     assert found[0] != found[1]
@@ -246,8 +273,8 @@ def test_other_initial_weights_or_another_temperature_are_not_mistaken_for_these
 
 def test_requests_with_one_key_are_written_once(make_policy, tmp_path, monkeypatch):
     policy = make_policy()
-    model, counts = Teacher(Base(), policy), counting(policy, monkeypatch)
-    written = scribe({Base(): model}, tmp_path).write(Writing(Base(), SAMPLING), [REQUESTS[0]] * 4)
+    model, counts = TeacherModel(BaseWeights(), policy), counting(policy, monkeypatch)
+    written = scribe({BaseWeights(): model}, tmp_path).write(Writing(BaseWeights(), SAMPLING), [REQUESTS[0]] * 4)
     assert counts == [1]
     assert len({one.text for one in written}) == 1
 
@@ -260,8 +287,8 @@ def test_a_peer_is_read_from_what_the_program_exports(tmp_path):
     other, policy = build_policy(model), build_policy(model)
     move(other, 2)
     export_policy(other, model, "peft", tmp_path / "exported")
-    peer = Peer(str(tmp_path / "exported"))
-    written = scribe({peer: Teacher(peer, policy)}, tmp_path / "cache").write(Writing(peer, SAMPLING), REQUESTS)
+    peer = PeerWeights(str(tmp_path / "exported"))
+    written = scribe({peer: TeacherModel(peer, policy)}, tmp_path / "cache").write(Writing(peer, SAMPLING), REQUESTS)
     assert [one.text for one in written] == shown(texts(other))
     begun = build_policy(replace(model, lora=replace(LORA["lora"], start=peer.path)))
     assert all(torch.equal(value, trained(other)[name]) for name, value in trained(begun).items())
@@ -282,7 +309,7 @@ def test_a_folder_with_other_tensors_is_refused_in_one_sentence(make_policy, tmp
     cases.append((adapted, "there is no usable peer at"))
     for folder, (policy, says) in zip((tmp_path, extra, damaged), cases, strict=True):
         with pytest.raises(InputError, match=says) as refusal:
-            Teacher(Peer(str(folder)), policy)
+            TeacherModel(PeerWeights(str(folder)), policy)
         assert "\n" not in str(refusal.value)
     with pytest.raises(InputError, match="has no tensor"):
         make_policy(lora=Lora(rank=2, alpha=8, start=str(tmp_path)))
@@ -309,7 +336,7 @@ def test_an_adapter_that_would_count_otherwise_than_where_it_was_made_is_refused
         (tmp_path / "config.yaml").write_text(f"model: {{lora: {{rank: {other['rank']}, alpha: {other['alpha']}}}}}")
     for use in (
         lambda: make_policy(lora=Lora(rank=2, alpha=8, start=str(folder))),
-        lambda: Teacher(Peer(str(folder)), make_policy(**LORA)),
+        lambda: TeacherModel(PeerWeights(str(folder)), make_policy(**LORA)),
     ):
         with pytest.raises(InputError) as refusal:
             use()
@@ -331,7 +358,7 @@ def test_an_adapter_whose_settings_leave_open_how_it_counts_is_refused(make_poli
     make_policy(**LORA).module.model.save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text(settings)
     with pytest.raises(InputError, match=says) as refusal:
-        Peer(str(tmp_path)).read(make_policy(**LORA))
+        PeerWeights(str(tmp_path)).read(make_policy(**LORA))
     assert "\n" not in str(refusal.value)
 
 
@@ -340,4 +367,4 @@ def test_a_file_beside_a_checkpoint_that_is_no_config_of_a_run_with_adapters_say
     policy = make_policy(**LORA)
     save_best(tmp_path, trained(policy), State())
     (tmp_path / "config.yaml").write_text(text)
-    assert Peer(str(tmp_path / "checkpoints" / "best")).read(policy).keys() == trained(policy).keys()
+    assert PeerWeights(str(tmp_path / "checkpoints" / "best")).read(policy).keys() == trained(policy).keys()

@@ -1,4 +1,4 @@
-"""A row of the table of methods, and what several rows share."""
+"""An entry of the table of methods, and the parts that several entries share."""
 
 from dataclasses import dataclass, replace
 
@@ -8,13 +8,13 @@ from dllm_sd.losses.targets import Sampled
 from dllm_sd.losses.trust import ImportanceCap
 from dllm_sd.methods.method import Method
 from dllm_sd.network.subspace import Subspace
-from dllm_sd.policies.weights import Checkpoint, Ema
+from dllm_sd.policies.weights import CheckpointWeights, EmaWeights
 from dllm_sd.rollouts.rules import All, PassAtK
 from dllm_sd.teachers import Nothing, Reference, Sibling
 
 
 @dataclass(frozen=True)
-class Row:
+class NamedMethod:
     """A named method: its parts, its source, and a note."""
 
     method: Method
@@ -34,7 +34,7 @@ SDPO = Method(
     rollout=GROUP,
     gate=All(),
     contexts=(Sibling(overflow="cut"),),
-    teacher=(Ema(0.95),),
+    teacher=(EmaWeights(0.95),),
     support=TopK(k=100, of="student", rest="bucket"),
     divergence=GeneralisedJSD(beta=0.5),
     trust=ImportanceCap(),
@@ -43,7 +43,7 @@ OPD = Method(
     rollout=replace(GROUP, problems=64, attempts=4),
     gate=All(),
     contexts=(Nothing(),),
-    teacher=(Checkpoint(),),
+    teacher=(CheckpointWeights(),),
     support=TopK(k=16, of="student", rest="keep"),
     divergence=PolicyGradient(),
 )
