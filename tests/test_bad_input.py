@@ -279,7 +279,7 @@ def test_the_folder_of_another_run_is_refused_until_told_what_to_do(refuse: Refu
     refused = refuse("seed=9", leaves={"run"})
     assert refused == (
         "run folder 'run' holds a run with another seed (0, not 9); give another run=..., "
-        "resume=force to continue it all the same, or resume=fresh to discard it"
+        "resume=force to continue it anyway, or resume=fresh to discard it"
     )
     assert "another method.rollout.problems (4, not 5)" in refuse("method.rollout.problems=5", leaves={"run"})
     assert train("updates=2", "seed=9", "resume=force") == 0

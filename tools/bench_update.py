@@ -6,11 +6,11 @@ One rollout whose steps commit `--sites` tokens each; the teacher reads its late
 KL over the whole vocabulary. ``ours`` is the path of the trainer: `plan_update`, `micro_batches`,
 `grade_micro_batch`, backward. ``published`` keeps the raw logits of student and teacher over whole canvases and gathers
 the sites before the softmax, as d-OPSD's released trainer does; ``naive`` keeps their float32 softmax over whole
-canvases too. ``body`` runs the same forwards and backward without the head: what a form needs beyond it and the head's gradient is due to logits. Each runs
-in a process of its own; ``published`` and ``naive`` on the first canvases only, since all do not fit. Printed: core
-seconds a canvas, peak memory of a micro-batch above weights and gradients (every allocation counted), the part of it
-that is due to logits, the share of time outside of forwards and backwards, and how far loss and gradient norm are from
-ours on the same canvases.
+canvases too. ``body`` runs the same forwards and backward without the head: what a form needs beyond it and the head's
+gradient is due to logits. Each runs in a process of its own; ``published`` and ``naive`` on the first canvases only,
+since all do not fit. Printed: core seconds a canvas, peak memory of a micro-batch above weights and gradients (every
+allocation counted), the part of it that is due to logits, the share of time outside of forwards and backwards, and how
+far loss and gradient norm are from ours on the same canvases.
 """
 
 import argparse

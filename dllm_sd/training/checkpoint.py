@@ -1,7 +1,7 @@
-"""Checkpoints: atomic folders of safetensors and JSON that hold everything a run needs to go on.
+"""Checkpoints: folders of safetensors and JSON, written atomically, that hold everything a run needs to resume.
 
 ``checkpoints/000025/`` holds the trained weights, the optimizer, the teachers' copies, `state.json`, and the rollouts
-if an update still has to use them. ``checkpoints/best/`` holds weights only. No pickle is written or read.
+if a later update still uses them. ``checkpoints/best/`` holds weights only. No pickle is written or read.
 """
 
 import errno
@@ -53,7 +53,7 @@ ADDED = ("best_loss", "loss_sum", "losses")
 
 @dataclass
 class State:
-    """What a run knows besides tensors; all of it is in `state.json`. No number falls below its first value."""
+    """The state of a run beside its tensors, stored in `state.json`. No number falls below its initial value."""
 
     update: int = 0
     """Finished updates."""
@@ -62,7 +62,7 @@ class State:
     cursor: int = 0
     """Position in the stream of training problems."""
     too_long: int = 0
-    """Problems left out for the length of their prompt."""
+    """Problems left out because their prompt is too long."""
     best_update: int = 0
     best_accuracy: float = -1.0
     since_best: int = 0
@@ -74,16 +74,16 @@ class State:
     seconds: float = 0.0
     """Time spent in updates."""
     bank: dict[str, Any] | None = None
-    """The bank of skills, of runs that have one."""
+    """The skill bank, if the run has one."""
     best_loss: float | None = None
-    """Mean training loss that made the best weights, where `eval.best_by` is loss."""
+    """Lowest mean training loss so far, if `eval.best_by` is loss."""
     loss_sum: float | None = None
-    """Sum of the training losses since the last evaluation; None where there was none."""
+    """Sum of the training losses since the last evaluation; None if there was none."""
     losses: int = 0
-    """How many losses that sum holds."""
+    """Number of losses in `loss_sum`."""
 
     def without_best(self, why: str) -> str:
-        """Forget the best weights, which cannot be used; a sentence that says so."""
+        """Forget the best weights, which cannot be used; return a sentence that says so, with the reason ``why``."""
         self.best_update, self.best_accuracy, self.since_best = 0, -1.0, 0
         return f"{why}; the best weights are chosen anew"
 
@@ -91,9 +91,9 @@ class State:
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     """Write ``tensors`` (file name: named tensors) and ``state`` so that ``folder`` appears whole or not at all.
 
-    What stands at the names that it writes to is removed first; a symbolic link there is not followed.
+    Files at the names that it writes to are removed first; a symbolic link there is not followed.
     """
-    folder.parent.mkdir(exist_ok=True)  # in a run folder, which is not made again where it was removed
+    folder.parent.mkdir(exist_ok=True)  # without parents: a run folder that was removed is not made again
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     remove(partial)
     partial.mkdir()
@@ -102,7 +102,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
         _flush(partial / name)
     write_file(partial / STATE, state_text(state, {name: checksum(partial / name) for name in tensors}))
     _flush(partial)
-    if folder.exists() or folder.is_symlink():  # replacing `best`: the old one stays readable until the new one is
+    if folder.exists() or folder.is_symlink():  # `best` is replaced: the old one stays readable until the new one is
         remove(old)
         folder.rename(old)
     partial.rename(folder)
@@ -111,7 +111,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; that the disk is full is an `OSError` here as anywhere."""
+    """Write a safetensors file; a full disk raises `OSError`, as for any other file."""
     try:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
     except SafetensorError as error:
@@ -127,43 +127,43 @@ def _flush(path: Path) -> None:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the most updates, or None.
+    """The checkpoint with the most updates, or None.
 
     Raises:
         InputError: if it is a symbolic link.
     """
-    every = numbered_checkpoints(run)
-    return _own(every[-1]) if every else None
+    checkpoints = numbered_checkpoints(run)
+    return _not_a_link(checkpoints[-1]) if checkpoints else None
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The best weights of a run; an interrupted replacement falls back to the former ones.
+    """The best weights of a run; if their replacement was interrupted, the former ones.
 
     Raises:
         InputError: if they are a symbolic link.
     """
     for name in ("best", ".best.old"):
         if (run / CHECKPOINTS / name / STATE).is_file():
-            return _own(run / CHECKPOINTS / name)
+            return _not_a_link(run / CHECKPOINTS / name)
     return None
 
 
 def chosen_checkpoint(run: Path, last: bool = False) -> Path:
-    """The best weights of a run, or its last ones; these also where none were found to be better.
+    """The best weights of a run, or the last ones; the last ones also if no best ones were chosen.
 
     Raises:
-        InputError: if there are none, or only the best and the last ones are wanted.
+        InputError: if the run has no checkpoint, or ``last`` is asked for and it has the best weights only.
     """
     best, latest = best_checkpoint(run), latest_checkpoint(run)
     if best is None and latest is None:
         raise InputError(f"run {str(run)!r} has no checkpoint yet; train it further")
-    found = latest if last else best or latest
-    if found is None:
+    chosen = latest if last else best or latest
+    if chosen is None:
         raise InputError(f"run {str(run)!r} has no last weights; export --weights best")
-    return found
+    return chosen
 
 
-def _own(folder: Path) -> Path:
+def _not_a_link(folder: Path) -> Path:
     if folder.is_symlink():
         raise InputError(f"checkpoint {folder} is a symbolic link, which is not followed; {remedy(folder)}")
     return folder
@@ -175,11 +175,11 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         for path in (run / CHECKPOINTS).glob(pattern):
             remove(path)
     for path in numbered_checkpoints(run)[:-keep]:
-        remove(path.rename(path.with_name(f".{path.name}.partial")))  # what is removed by half is no checkpoint
+        remove(path.rename(path.with_name(f".{path.name}.partial")))  # hidden while it is removed
 
 
 def state_of(folder: Path) -> State:
-    """What the run knew when a checkpoint was saved.
+    """Read the `State` of a checkpoint.
 
     Raises:
         InputError: if `state.json` is missing or damaged, with the remedy.
@@ -189,15 +189,15 @@ def state_of(folder: Path) -> State:
 
 def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     try:
-        told = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOG_SUMS, "rollouts")}
-        plain = {one.name: one.default for one in fields(State) if one.name in ADDED} | told
-        state: State = build(State, plain)
-        if not all_finite(plain):
+        stored = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOG_SUMS, "rollouts")}
+        values = {entry.name: entry.default for entry in fields(State) if entry.name in ADDED} | stored
+        state: State = build(State, values)
+        if not all_finite(values):
             raise ValueError("it holds a number that is not finite")
-        for one in fields(State):
-            least, value = one.default, getattr(state, one.name)
+        for entry in fields(State):
+            least, value = entry.default, getattr(state, entry.name)
             if isinstance(least, int | float) and value < least:
-                raise ValueError(f"{one.name} must be {least} or more, not {value}")
+                raise ValueError(f"{entry.name} must be {least} or more, not {value}")
         if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and state.update != int(folder.name):
             raise ValueError(f"update must be {int(folder.name)}, as the folder says, not {state.update}")
         if max(state.skipped, state.best_update) > state.update:
@@ -208,7 +208,7 @@ def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
 
 
 def check_checkpoint(folder: Path) -> State:
-    """What the run knew when a checkpoint was saved; all its files are read, as far as that goes without a model.
+    """Read the `State` of a checkpoint and check all its files, as far as that is possible without a model.
 
     Raises:
         InputError: naming the file that is missing or damaged, with the remedy.
@@ -224,17 +224,17 @@ def check_checkpoint(folder: Path) -> State:
 
 
 def check_best(run: Path, state: State) -> None:
-    """Read the best weights of a run that goes on from ``state``: at its end they are tested.
+    """Check the best weights of a run that resumes from ``state``, since it will test them at its end.
 
     Raises:
-        InputError: naming the file that is missing, damaged, or of an earlier update than the best one, with the
-            remedy.
+        InputError: naming the file that is missing, damaged, or of an earlier update than `State.best_update`, with
+            the remedy.
     """
-    if state.best_accuracy < 0:  # none were chosen
+    if state.best_accuracy < 0:  # no best weights were chosen yet
         return
     best = best_checkpoint(run)
     if best is None:
-        raise damaged_checkpoint(run / CHECKPOINTS / "best" / STATE, "there is no such file")
+        raise damaged_checkpoint(run / CHECKPOINTS / "best" / STATE, "the file does not exist")
     if (update := check_checkpoint(best).update) < state.best_update:
         raise damaged_checkpoint(
             best / STATE, f"it is of update {update}, and the best weights are of update {state.best_update}"
@@ -242,7 +242,7 @@ def check_best(run: Path, state: State) -> None:
 
 
 def why_no_best(run: Path, state: State) -> str | None:
-    """Why the best weights of a run cannot be used, None where they can."""
+    """Why the best weights of a run cannot be used; None if they can."""
     try:
         check_best(run, state)
     except InputError as error:
@@ -251,7 +251,7 @@ def why_no_best(run: Path, state: State) -> str | None:
 
 
 def saved_log_sums(folder: Path) -> dict[str, str] | None:
-    """What the logs of the run held when a checkpoint was saved; None where an earlier version saved it.
+    """The checksums of the run's logs when a checkpoint was saved; None if an earlier version saved it.
 
     Raises:
         InputError: if `state.json` is missing or damaged.
@@ -264,40 +264,40 @@ def saved_log_sums(folder: Path) -> dict[str, str] | None:
 
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
-"""By name: what a whole tensor must be."""
+"""Shape and dtype of whole (unsharded) tensors by name."""
 
 
 def shapes_of(values: Mapping[str, Tensor]) -> Shapes:
-    """What tensors are, also where they lie in pieces."""
+    """Shapes and dtypes of tensors; of sharded ones those of the whole tensor."""
     return {name: (shape_of(value), value.dtype) for name, value in values.items()}
 
 
-def check_tensors(found: Mapping[str, Tensor], wanted: Shapes) -> None:
-    """Refuse tensors that are not just the wanted ones, or not finite.
+def check_tensors(loaded: Mapping[str, Tensor], wanted: Shapes) -> None:
+    """Refuse tensors whose names, shapes or dtypes differ from the wanted ones, and tensors that are not finite.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: naming the first such tensor.
     """
-    if lacking := sorted(wanted.keys() - found.keys()):
+    if lacking := sorted(wanted.keys() - loaded.keys()):
         raise ValueError(f"it lacks {lacking[0]}")
-    if more := sorted(found.keys() - wanted.keys()):
+    if more := sorted(loaded.keys() - wanted.keys()):
         raise ValueError(f"it holds {more[0]:.80}, which the run does not have")
     for name, (shape, dtype) in wanted.items():
-        if found[name].shape != shape:
-            raise ValueError(f"{name} has the shape {list(found[name].shape)} and should have {list(shape)}")
-        if found[name].dtype != dtype and not _rounded(found[name].dtype, dtype):
-            raise ValueError(f"{name} is of type {found[name].dtype} and should be of {dtype}")
-    if broken := find_broken(found):
+        if loaded[name].shape != shape:
+            raise ValueError(f"{name} has the shape {list(loaded[name].shape)} and should have {list(shape)}")
+        if loaded[name].dtype != dtype and not _autocast_pair(loaded[name].dtype, dtype):
+            raise ValueError(f"{name} is of type {loaded[name].dtype} and should be of {dtype}")
+    if broken := find_broken(loaded):
         raise ValueError(f"{broken} is not finite")
 
 
-def _rounded(one: torch.dtype, other: torch.dtype) -> bool:
-    """Whether FSDP2, which keeps weights in float32 under autocast, may have saved one and another engine the other."""
-    return torch.float32 in (one, other) and {one, other} <= {torch.float32, torch.bfloat16, torch.float16}
+def _autocast_pair(saved: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether the dtypes may differ because one engine is FSDP2, which keeps weights in float32 under autocast."""
+    return torch.float32 in (saved, wanted) and {saved, wanted} <= {torch.float32, torch.bfloat16, torch.float16}
 
 
 def load_weights(policy: Policy, folder: Path) -> None:
-    """Put the trained weights of a checkpoint into a policy built from the same config, in the policy's own type.
+    """Load the trained weights of a checkpoint into a policy built from the same config, in the policy's own dtype.
 
     Raises:
         InputError: if they are missing or damaged, or belong to another model.
@@ -307,20 +307,20 @@ def load_weights(policy: Policy, folder: Path) -> None:
 
 @torch.no_grad()
 def _fill(policy: Policy, saved: Mapping[str, Tensor], folder: Path) -> None:
-    live = trained(policy)
-    if saved.keys() != live.keys():
-        name = sorted(saved.keys() ^ live.keys())[0]
+    parameters = trained(policy)
+    if saved.keys() != parameters.keys():
+        name = sorted(saved.keys() ^ parameters.keys())[0]
         raise InputError(f"checkpoint {folder} and the model differ in {name!r}; load it with the config of its run")
-    for name, value in live.items():
+    for name, value in parameters.items():
         if shape_of(value) != saved[name].shape:
             raise InputError(f"checkpoint {folder} has another shape for {name!r}; load it with the config of its run")
         if not saved[name].is_floating_point():
             raise damaged_checkpoint(folder / CHECKPOINT_WEIGHTS, f"{name} is of type {saved[name].dtype}")
     if broken := find_broken(saved):
         raise damaged_checkpoint(folder / CHECKPOINT_WEIGHTS, f"{broken} is not finite")
-    for name, value in live.items():
+    for name, value in parameters.items():
         fill(value, saved[name])
-    if broken := find_broken(live):
+    if broken := find_broken(parameters):
         raise InputError(f"checkpoint {folder} overflows in another type ({broken}); load it with its own model.dtype")
 
 
@@ -334,16 +334,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer | ZeroOptimizer, policy: 
 def load_optimizer(
     optimizer: torch.optim.Optimizer | ZeroOptimizer, policy: Policy, saved: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` gave, after the weights.
+    """Restore the result of `optimizer_tensors`; to be called after the weights are loaded.
 
     Raises:
-        InputError: if another kind of optimizer gave it.
-        ValueError: naming an entry that is missing, too much, misshaped or not finite.
+        InputError: if another kind of optimizer saved it.
+        ValueError: naming an entry that is missing, unknown, of a wrong shape or not finite.
     """
     parameters = trained(policy)
-    plain = None if isinstance(optimizer, ZeroOptimizer) else optimizer
+    torch_optimizer = None if isinstance(optimizer, ZeroOptimizer) else optimizer
     if saved:
-        check_tensors(saved, state_shapes(plain, shapes_of(parameters), parameters, saved))
+        check_tensors(saved, state_shapes(torch_optimizer, shapes_of(parameters), parameters, saved))
     if isinstance(optimizer, ZeroOptimizer):
         optimizer.load(parameters, saved)
     else:
@@ -351,14 +351,14 @@ def load_optimizer(
 
 
 def save_best(run: Path, weights: Mapping[str, Tensor], state: State) -> None:
-    """Keep these weights as the best ones."""
+    """Save these weights as the best ones."""
     write_checkpoint(run / CHECKPOINTS / "best", {CHECKPOINT_WEIGHTS: weights}, vars(state))
 
 
 def run_tensors(
     policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[TeacherModel]
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by file; under FSDP2 all processes must call it, and the first gets them whole."""
+    """The tensors of a checkpoint by file; under FSDP2 all processes must call it, and rank 0 gets whole tensors."""
     tensors = {CHECKPOINT_WEIGHTS: trained(policy), OPTIMIZER: optimizer_tensors(optimizer, policy)}
     tensors |= {
         f"teacher{i}.safetensors": teacher.checkpoint_tensors
@@ -376,9 +376,9 @@ def save_run(
     keep: int | None,
     logs: Mapping[str, str] | None = None,
 ) -> None:
-    """Save everything that the next update depends on; ``rollouts`` only if it still uses them.
+    """Save everything that the next update depends on, with ``rollouts`` if it still uses them.
 
-    Of the checkpoints the latest ``keep`` stay, or all where it is None. ``logs`` are what `metrics.log_sums` gives.
+    The latest ``keep`` checkpoints are kept; all if it is None. ``logs`` is the result of `metrics.log_sums`.
     """
     files, tree = dict(tensors), {**vars(state), **({LOG_SUMS: dict(logs)} if logs is not None else {})}
     if rollouts is not None:
@@ -391,7 +391,7 @@ def save_run(
 def restore_run(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | ZeroOptimizer, teachers: Sequence[TeacherModel]
 ) -> tuple[State, Rollouts | None]:
-    """Put a checkpoint back into a freshly built run.
+    """Load a checkpoint into a newly built run.
 
     Raises:
         InputError: naming the file that is missing, damaged or of another run, with the remedy.
@@ -399,12 +399,12 @@ def restore_run(
     tree = read_state(folder)
     state = _build_state(tree, folder)
     verify(folder, tree.get(FILES, {}))
-    moments = _load(folder, OPTIMIZER, tree)
+    optimizer_state = _load(folder, OPTIMIZER, tree)
     _fill(policy, _load(folder, CHECKPOINT_WEIGHTS, tree), folder)
     try:
-        if not moments and state.skipped < state.update:
+        if not optimizer_state and state.skipped < state.update:
             raise ValueError("it is empty, although the run has learnt")
-        load_optimizer(optimizer, policy, moments)
+        load_optimizer(optimizer, policy, optimizer_state)
     except InputError:
         raise
     except ValueError as error:

@@ -1,4 +1,7 @@
-"""The run folder: one configuration each, one process at a time, nothing written outside, nothing lost by a refusal."""
+"""The run folder: it holds one configuration and is locked by one run at a time.
+
+Nothing is written outside of it, and a run that is refused leaves it unchanged.
+"""
 
 import os
 import shutil
@@ -22,26 +25,26 @@ CONTENTS = (
     *("metrics.jsonl", "samples.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb", "eval"),
     *("written", "students", "rounds", "rounds.json", CONFIG),
 )
-"""What a run may hold; the configuration, which makes the folder a run, comes last."""
+"""Names that a run may write; the configuration marks the folder as a run and comes last."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"
-"""Where `resume=fresh` puts the former run until the new one is there, and from then on until it is removed."""
+"""`resume=fresh` moves the former run to the first until the new one exists, then to the second until it is removed."""
 LEFT_OVER = {LOCK, f".{CONFIG}.partial", ".config.partial"}
-"""What a process that was killed before its first configuration stood there may have left."""
+"""Files of a process that was killed before it had written its configuration."""
 FREE = ("run", "resume", "log", "checkpoint", "cache")
 """Keys that may differ between a run and its continuation."""
 
 
 class RunFolder:
-    """The folder of a run, locked from the first check to the last write; to be used by all processes together."""
+    """The folder of a run, locked from the first check to the last write; all processes call its methods together."""
 
     def __init__(self, config: Config) -> None:
-        """Lock the folder and see whether the run may go on there; what it holds stays as it is.
+        """Lock the folder and check that the run may start or resume there, without changing its content.
 
-        A former run that was interrupted while `resume=fresh` replaced it is put in order first.
+        A replacement by `resume=fresh` that was interrupted is completed or undone first.
 
         Raises:
-            InputError: if it is in use, holds another configuration (unless `resume` says otherwise) or somebody
-                else's files, or cannot be written.
+            InputError: if the folder is in use, cannot be written, holds another configuration (unless `resume` allows
+                it) or files of another program.
         """
         self.config, self.run = config, Path(config.run)
         self._lock = FolderLock(self.run, "run folder", "give another run=...")
@@ -53,14 +56,15 @@ class RunFolder:
         on_main(self._lock.acquire)
 
     def release(self) -> None:
-        """Give the folder back to other processes."""
+        """Unlock the folder."""
         self._lock.release()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Inside, the folder has this configuration and, with `resume=fresh`, nothing of a former run.
+        """Context in which the folder has this configuration and, with `resume=fresh`, nothing of a former run.
 
-        What is refused inside leaves the folder as it was; where the run is interrupted or stopped, it has begun.
+        An error inside restores the folder. An interrupt, a `Stopped` or a non-finite loss does not: then the run has
+        begun, and the changes are kept.
         """
         on_main(self._begin)
         try:
@@ -85,7 +89,7 @@ class RunFolder:
                 raise InputError(f"run {str(run)!r} is a file; name a folder")
             self._lock.acquire()
             try:
-                _refuse_strange(run)
+                _refuse_foreign_files(run)
                 _settle(run)
                 self._check()
             except BaseException:
@@ -95,17 +99,17 @@ class RunFolder:
     def _check(self) -> None:
         run, config = self.run, self.config
         former = read_run_config(run) if (run / CONFIG).exists() else {}
-        others = any(path.name not in LEFT_OVER for path in run.iterdir())
-        if others and not {"task", "method"} <= former.keys():
+        in_use = any(path.name not in LEFT_OVER for path in run.iterdir())
+        if in_use and not {"task", "method"} <= former.keys():
             raise InputError(f"run folder {str(run)!r} is not empty and holds no run; give another run=...")
-        lines = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
-        begun = any(file.exists() for file in lines)  # else it was refused before the first, and holds nothing to keep
+        logs = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
+        begun = any(file.exists() for file in logs)  # else the run was refused before it wrote anything worth keeping
         if begun and config.resume == "auto":
             key = _first_difference(former, to_tree(config))
             if key is not None:
                 raise InputError(
                     f"run folder {str(run)!r} holds a run with another {key}; give another run=..., "
-                    "resume=force to continue it all the same, or resume=fresh to discard it"
+                    "resume=force to continue it anyway, or resume=fresh to discard it"
                 )
 
     def _begin(self) -> None:
@@ -124,7 +128,7 @@ class RunFolder:
                 raise
 
     def _undo(self, before: Mapping[str, bytes | None]) -> None:
-        """Put back what `_begin` found; of what was there already, only additions remain."""
+        """Restore what the folder held before `_begin`; files that it held already keep what was appended to them."""
         former = self.run / FORMER
         for name in CONTENTS:
             if name not in before or (former / name).exists():
@@ -144,59 +148,59 @@ def read_run_config(run: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def read_report(run: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a finished run; None where the file holds something else, or the report of an earlier end.
+    """Read the report of a finished run; None where the file is missing, is not a report, or is an outdated one.
 
     Args:
-        run: its folder.
-        facts: what the report must say of the run; ``before`` also shows what the reports of the test split look like.
+        run: the run folder.
+        facts: entries that the report must contain. ``before`` also gives the keys that its test reports must have.
 
     Raises:
-        InputError: naming it, if it is there and cannot be read.
+        InputError: naming the file, if it exists and cannot be read.
     """
     file = run / REPORT
     if not os.path.lexists(file):
         return None
-    content = read_own(file, "make it readable, or remove it to have it written anew")
+    content = read_own(file, "make it readable, or remove it to have it written again")
     try:
         tree = build(dict[str, Any], own_json(content))
-        build(_Said, {name: tree.get(name, missing) for name, missing in vars(_Said((), {})).items()})
+        build(_Notes, {name: tree.get(name, default) for name, default in vars(_Notes((), {})).items()})
     except ValueError:
         return None
     if any(key not in tree or tree[key] != value for key, value in facts.items()):
         return None
-    if not all(_alike(tree.get(name), facts["before"]) for name in ("after", "best")):
+    if not all(_same_layout(tree.get(name), facts["before"]) for name in ("after", "best")):
         return None
     final = tree["best"].get("trained", {})
     return tree if all(tree.get(key) == final[key] for key in FINAL if key in final) else None
 
 
 FINAL = ("n", "accuracy", "ci95", "pass_at_k")
-"""What a report says at its top of the best weights under the run's own decoding."""
+"""Top-level keys of a report: test results of the best weights under the decoding settings of the run."""
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a report says beside its figures; reports of former versions lack it."""
+class _Notes:
+    """Entries of a report beside its figures; reports of earlier versions lack them."""
 
     warnings: tuple[str, ...]
     left_out: Mapping[str, int]
 
 
-def _alike(value: Any, model: Any) -> bool:
+def _same_layout(value: Any, model: Any) -> bool:
     """Whether two JSON values have the same keys, lengths and types."""
     if isinstance(model, Mapping):
         return (
             isinstance(value, Mapping)
             and value.keys() == model.keys()
-            and all(_alike(value[k], model[k]) for k in model)
+            and all(_same_layout(value[k], model[k]) for k in model)
         )
     if isinstance(model, list):
-        return isinstance(value, list) and len(value) == len(model) and all(map(_alike, value, model))
+        return isinstance(value, list) and len(value) == len(model) and all(map(_same_layout, value, model))
     return type(value) is type(model)
 
 
-def _refuse_strange(run: Path) -> None:
-    """Refuse links in the place of what a run writes, for they lead out of its folder, and files in that of folders."""
+def _refuse_foreign_files(run: Path) -> None:
+    """Refuse symbolic links where a run writes, since they lead out of its folder, and files where it needs folders."""
     for name in (*CONTENTS, FORMER, DISCARDED):
         path, is_file = run / name, bool(Path(name).suffix)
         _refuse_link(path)
@@ -206,20 +210,20 @@ def _refuse_strange(run: Path) -> None:
                 f"{str(path)!r} is {kinds[0]} where a run has {kinds[1]}; move it away, or give another run=..."
             )
         for folder, folders, files in os.walk(path):
-            for one in (*folders, *files):
-                _refuse_link(Path(folder, one))
+            for name in (*folders, *files):
+                _refuse_link(Path(folder, name))
 
 
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise InputError(
-            f"{str(path)!r} is a symbolic link, and a run writes inside its folder only; put what it names there, "
-            "or give another run=..."
+            f"{str(path)!r} is a symbolic link, and a run writes inside its folder only; replace the link by what "
+            "it points to, or give another run=..."
         )
 
 
 def _move(run: Path, former: Path) -> None:
-    """Put a run aside, its configuration last."""
+    """Move the files of a run to ``former``, its configuration last."""
     former.mkdir()
     for name in CONTENTS:
         if (run / name).exists():
@@ -227,7 +231,7 @@ def _move(run: Path, former: Path) -> None:
 
 
 def _settle(run: Path) -> None:
-    """End a replacement by `resume=fresh`: the former run is removed if the new one is there, else it comes back."""
+    """Finish a replacement by `resume=fresh`: remove the former run if the new one exists, else move it back."""
     former, discarded = run / FORMER, run / DISCARDED
     if discarded.is_dir():
         shutil.rmtree(discarded)

@@ -1,6 +1,6 @@
-"""What a run leaves out: the table of its names and words, the sums over a run, and what is said of them.
+"""Problems, rollouts and texts that a run leaves out, summed over the run and described in words.
 
-Whatever is not learnt from has a name among the metrics, stands in `report.json` as `left_out`, and is told at the end.
+Each kind has a metric. The sums are in `report.json` under `left_out`, and a run prints them at its end.
 """
 
 from collections import Counter
@@ -20,17 +20,17 @@ LEFT_OUT_WORDS = {
     "bank/too_long": "problems of the first bank longer than max_prompt",
     "eval/too_long": "dev problems longer than max_prompt",
 }
-"""What is left out, by the name of its metric."""
+"""What a metric counts as left out, by the name of the metric."""
 REASONS = {
     "writers/dropped/": "texts that a writer did not give",
     "bank/left_out/": "entries that the bank does not take",
     "bank/skipped/": "answers that the bank can take nothing from",
 }
-"""The same of what is counted by reason: the name goes on with the reason."""
+"""The same for metrics that are counted by reason: the reason follows this prefix in the name."""
 _LATEST = ("rollouts/too_long", "eval/too_long")
-"""Of these the last value counts: they are sums over the run, or the same at every evaluation."""
+"""Metrics whose last value counts, since they are sums over the run or equal at every evaluation."""
 _OF_ROLLOUTS = ("rollouts/", "writers/")
-"""Metrics of rollouts, which all updates show that these serve."""
+"""Metrics of rollouts: all updates that use the same rollouts log the same values."""
 
 
 def is_left_out(name: str) -> bool:
@@ -39,10 +39,10 @@ def is_left_out(name: str) -> bool:
 
 
 def left_out(lines: Iterable[Mapping[str, Any]], passes: int) -> dict[str, int]:
-    """How much a run left out, by name; what it never met has none.
+    """How much a run left out, by the name of the metric; counts of 0 are omitted.
 
     Args:
-        lines: of its metrics.
+        lines: lines of its metrics.jsonl.
         passes: updates that share their rollouts.
     """
     total = Counter[str]()
@@ -57,10 +57,10 @@ def left_out(lines: Iterable[Mapping[str, Any]], passes: int) -> dict[str, int]:
 
 
 def in_words(counts: Mapping[str, int]) -> list[str]:
-    """The counts with what was left out, such as ``12 rollouts rejected by method.gate``."""
-    said: list[str] = []
+    """The counts as phrases such as ``12 rollouts rejected by method.gate``."""
+    phrases: list[str] = []
     for name, count in counts.items():
         start = next((start for start in REASONS if name.startswith(start)), "")
-        words = f"{REASONS[start]} ({name.removeprefix(start)})" if start else LEFT_OUT_WORDS.get(name, name)
-        said += [f"{count} {words}"] if count else []
-    return said
+        what = f"{REASONS[start]} ({name.removeprefix(start)})" if start else LEFT_OUT_WORDS.get(name, name)
+        phrases += [f"{count} {what}"] if count else []
+    return phrases

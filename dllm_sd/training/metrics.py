@@ -19,7 +19,7 @@ from dllm_sd.files.typed_json import own_json
 from dllm_sd.objective.equation import Graded
 from dllm_sd.objective.plan import Plan
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
-from dllm_sd.training.advantage import advantage_picture
+from dllm_sd.training.advantage import GradedPlans, advantage_picture
 from dllm_sd.training.left_out import is_left_out, left_out
 from dllm_sd.trajectory import NEVER
 
@@ -28,13 +28,13 @@ REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
 
 
 class MetricsLog:
-    """Appends one JSON object an update; a resumed run first drops what lies behind its checkpoint."""
+    """Appends one JSON object per update; a resumed run first removes the lines after its checkpoint."""
 
     def __init__(self, run: Path, update: int, tensorboard: bool) -> None:
-        """Continue after ``update`` finished updates (-1 starts anew).
+        """Continue after ``update`` finished updates (-1 starts new files).
 
         Raises:
-            InputError: if a file holds something else; then nothing is changed.
+            InputError: if a file was not written by a run; then nothing is changed.
         """
         self.metrics, self.samples = (run / name for name in LOG_FILES)
         ends = {file: end_of(file, update) for file in (self.metrics, self.samples) if file.exists()}
@@ -52,26 +52,26 @@ class MetricsLog:
             self.board.flush()
 
     def summed_up(self, passes: int) -> tuple[dict[str, int], bool]:
-        """What the run left out (`left_out`), and whether it has done updates of which none changed a weight.
+        """What the run left out (`left_out`), and whether it has made optimizer steps, none of which changed a weight.
 
         Args:
             passes: updates that share their rollouts.
 
         Raises:
-            InputError: naming the file and the line, if one is no line of a run.
+            InputError: naming the file and the line that was not written by a run.
         """
-        steps: list[bool] = []
+        changed: list[bool] = []
 
-        def noted() -> Iterator[dict[str, Any]]:
+        def lines() -> Iterator[dict[str, Any]]:
             for line in read_log(self.metrics):
-                if line["update"] > 0:  # a skipped update changes nothing
-                    steps.append(line.get("loss") is not None and "weights_unchanged" not in line)
+                if line["update"] > 0:  # update 0 is the evaluation before training; a skipped update has no loss
+                    changed.append(line.get("loss") is not None and "weights_unchanged" not in line)
                 yield line
 
-        return left_out(noted(), passes), bool(steps) and not any(steps)
+        return left_out(lines(), passes), bool(changed) and not any(changed)
 
     def write_sample(self, sample: Mapping[str, Any], slot: int) -> None:
-        """Append one rollout with its text; TensorBoard shows it in the row ``slot``."""
+        """Append one rollout with its text; TensorBoard shows it as ``samples/{slot}``."""
         _append(self.samples, sample)
         if self.board is not None:
             text = "\n\n".join(f"**{key}**: {value}" for key, value in sample.items() if key != "update")
@@ -100,7 +100,10 @@ SITE_MEANS = {
 
 
 def site_sums(graded: Sequence[Graded], measured: Sequence[str], device: torch.device) -> Tensor:
-    """Sums to be added over processes, float64: loss, sites, `Graded.clipped`, the fields of `SITE_MEANS`, measures."""
+    """Sums over the sites of this process, float64, to be added over processes.
+
+    In order: loss, number of sites, `Graded.clipped`, the fields of `SITE_MEANS`, the ``measured`` quantities.
+    """
     total = torch.zeros(3 + len(SITE_MEANS) + len(measured), dtype=torch.float64, device=device)
     for part in graded:
         values = [part.clipped, *(getattr(part, name) for name in SITE_MEANS.values())]
@@ -110,33 +113,33 @@ def site_sums(graded: Sequence[Graded], measured: Sequence[str], device: torch.d
 
 
 def site_metrics(sums: Tensor, measured: Sequence[str]) -> dict[str, float]:
-    """Metrics from the added sums; a mean that is not defined (no teacher) is left out."""
+    """Metrics from the sums over all processes; a mean that is not defined (no teacher) is left out."""
     loss, sites, clipped, *rest = sums.tolist()
-    found = dict(zip([*SITE_MEANS, *measured], rest, strict=True))
-    shares = {name: total / sites for name, total in found.items()} | {
-        "clip_share": clipped_share(found["divergence"], clipped)
-    }
-    return {"loss": loss, "sites": int(sites), **{name: v for name, v in shares.items() if not math.isnan(v)}}
+    totals = dict(zip([*SITE_MEANS, *measured], rest, strict=True))
+    means = {name: total / sites for name, total in totals.items()}
+    means["clip_share"] = clipped_share(totals["divergence"], clipped)
+    return {"loss": loss, "sites": int(sites), **{name: mean for name, mean in means.items() if not math.isnan(mean)}}
 
 
 def clipped_share(unclipped: float, clipped: float) -> float:
-    """The share of a divergence that its clip takes, from its sums over all sites before and behind the clip.
+    """The share of the divergence that the clip removes, from the sums over all sites before and after the clip.
 
-    A clip of entries takes positive summands alone: where it makes the sum negative, the share is above 1. The clip of
-    a policy gradient's ratio can raise the surrogate: there the share can be negative. NaN where there is no share.
+    A clip per vocabulary entry lowers positive summands only, so the clipped sum can be negative and the share above 1.
+    The clip of a policy gradient's importance ratio can raise the surrogate, and then the share is negative. NaN if the
+    unclipped sum is 0 and the clipped one is not.
     """
-    taken = unclipped - clipped
-    if not taken:
+    removed = unclipped - clipped
+    if not removed:
         return 0.0
-    return taken / unclipped if unclipped else math.nan
+    return removed / unclipped if unclipped else math.nan
 
 
 WRITING = ("written", "cached", "damaged")
-"""What is counted where hints are written."""
+"""Counts of the texts of hint writers that become metrics."""
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """What the rollouts of an update looked like; shares are over problems."""
+    """Metrics of the rollouts of an update; rates are shares of problems."""
     counts = rollouts.counts
     problems, attempts = max(1.0, counts["problems"]), max(1.0, counts["attempts"])
     return {
@@ -160,12 +163,13 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
 
 
 def _behind_end(rollouts: Rollouts) -> dict[str, float]:
-    """The share of what the kept rollouts revealed that stands behind their end; nothing where none was kept."""
+    """The share of the revealed tokens of kept rollouts that follow the end token; empty if none was kept."""
     if not rollouts.size:
         return {}
     trajectory = rollouts.trajectory
-    known = trajectory.reveal_step != NEVER
-    return {"rollouts/behind_end": float((known & trajectory.is_behind_end).sum() / known.sum().clamp(min=1))}
+    revealed = trajectory.reveal_step != NEVER
+    after_end = revealed & trajectory.is_behind_end
+    return {"rollouts/behind_end": float(after_end.sum() / revealed.sum().clamp(min=1))}
 
 
 def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
@@ -185,12 +189,12 @@ def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
 
 
 def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[str, Any]]:
-    """The sites whose loss is not finite, with the rollout that each belongs to; positions below 0 are the prompt's."""
+    """The sites whose loss is not finite, each with its rollout; positions below 0 are in the prompt."""
     canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
-    found = []
+    sites = []
     for i in (~torch.isfinite(graded.term)).nonzero()[:, 0].tolist():
         rollout = rollouts.kept[int(plan.rows[canvas[i]])]
-        found.append(
+        sites.append(
             {
                 "problem": rollout.problem.id,
                 "occurrence": rollout.occurrence,
@@ -200,44 +204,47 @@ def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[st
                 "loss": str(float(graded.term[i])),
             }
         )
-    return found
+    return sites
 
 
 def _prompt_columns(graded: Graded, rollout: Rollout) -> int:
-    """Columns of the prompt before those of the completion, where the prompt is graded too."""
+    """How many columns of `Graded.sites` belong to the prompt: 0 unless the prompt is graded too."""
     return graded.sites.shape[1] - rollout.trajectory.tokens.shape[1]
 
 
-def divergence_table(parts: Sequence[tuple[Plan, Graded]], rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
-    """`reveal_step` int64 ``[l]`` of the first rollout and its divergence ``[k l]`` (NaN where not graded here)."""
+def divergence_table(parts: GradedPlans, rollouts: Rollouts) -> tuple[Tensor, Tensor] | None:
+    """Of the first rollout: `reveal_step` int64 ``[l]`` and the divergence ``[k l]``.
+
+    The divergence is NaN where this process graded no site. None if it graded none of the rollout.
+    """
     trajectory = rollouts.kept[0].trajectory
     table = torch.full((int(trajectory.num_steps), trajectory.tokens.shape[1]), torch.nan)
     for plan, graded in parts:
         canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
         rows, steps = plan.rows[canvas], plan.steps[canvas]
         position = position - _prompt_columns(graded, rollouts.kept[0])
-        mine = (rows == 0) & (steps >= 0) & (position >= 0)
-        table[steps[mine], position[mine]] = graded.value.float().cpu()[mine]
+        in_first = (rows == 0) & (steps >= 0) & (position >= 0)
+        table[steps[in_first], position[in_first]] = graded.value.float().cpu()[in_first]
     return None if bool(table.isnan().all()) else (trajectory.reveal_step[0], table)
 
 
-def pictures(parts: Sequence[tuple[Plan, Graded]], regions: Tensor | None, rollouts: Rollouts) -> dict[str, Tensor]:
-    """Of the first rollout, by name: its trajectory, and the teacher's advantage where `regions` are known."""
+def pictures(parts: GradedPlans, regions: Tensor | None, rollouts: Rollouts) -> dict[str, Tensor]:
+    """Pictures of the first rollout by name: its trajectory, and the teacher's advantage if ``regions`` are known."""
     table, bars = divergence_table(parts, rollouts), advantage_picture(parts, regions)
     return ({"trajectory": trajectory_picture(*table)} if table else {}) | ({} if bars is None else {"advantage": bars})
 
 
 def end_of(file: Path, update: int) -> int:
-    """The byte behind the last line of ``update`` in a JSON-lines file whose updates never fall.
+    """The byte offset after the last line of ``update`` in a JSON-lines file whose updates never decrease.
 
-    A half-written line at the end does not count. Only the lines behind that byte, and the one before it, are parsed.
+    An incomplete line at the end is ignored. Only the lines after that offset, and the one before it, are parsed.
 
     Raises:
         InputError: if the file was not written by a run.
     """
     content = read_own(file, REMEDY, sys.maxsize) if update >= 0 else b""
-    end = content.rfind(b"\n") + 1  # what follows the last newline was cut off while it was written
-    _refuse_garbage(file, content[:end])
+    end = content.rfind(b"\n") + 1  # what follows the last newline is an incomplete line
+    _refuse_foreign_lines(file, content[:end])
     while end:
         start = content.rfind(b"\n", 0, end - 1) + 1
         if _update_in(file, content, start, end) <= update:
@@ -247,28 +254,29 @@ def end_of(file: Path, update: int) -> int:
 
 
 def log_sums(run: Path, update: int) -> dict[str, str]:
-    """SHA-256 by name of what the logs of a run hold up to ``update``, flushed to disk: a checkpoint remembers it."""
+    """Flush the logs to disk; return the SHA-256 of each up to ``update``, which a checkpoint stores, by file name."""
     return {name: _sum(run / name, update, flush=True) for name in LOG_FILES if (run / name).exists()}
 
 
 def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
-    """Refuse logs that do not hold what they held when the checkpoint of ``update`` was saved.
+    """Refuse logs whose content up to ``update`` has changed since the checkpoint of ``update`` was saved.
 
     Args:
-        run: its folder.
-        update: finished updates.
-        sums: what `log_sums` gave then; None, of an earlier checkpoint or by wish, only reads every line.
+        run: the run folder.
+        update: number of finished updates.
+        sums: the result of `log_sums` at that time. With None (a checkpoint of an earlier version, or resume=force) it
+            is only checked that every line is one of a run.
 
     Raises:
-        InputError: naming the file; nothing is changed.
+        InputError: naming the file. Nothing is changed.
     """
     for name in LOG_FILES if sums is None else ():
         if (run / name).exists():
             for _ in read_log(run / name):
                 pass
-    found = {name: _sum(run / name, update) for name in LOG_FILES if (run / name).exists()}
-    for name, wanted in (sums or {}).items():
-        if found.get(name) != wanted:
+    current = {name: _sum(run / name, update) for name in LOG_FILES if (run / name).exists()}
+    for name, saved in (sums or {}).items():
+        if current.get(name) != saved:
             raise InputError(
                 f"{run / name} does not hold what it held after update {update}, when the checkpoint was saved; put it "
                 "back, use resume=force to go on without what is missing, or resume=fresh to begin again"
@@ -283,19 +291,19 @@ def _sum(file: Path, update: int, flush: bool = False) -> str:
         return hashlib.sha256(handle.read(end)).hexdigest()
 
 
-def _refuse_garbage(file: Path, lines: bytes) -> None:
-    """Refuse lines that are no objects, without a look at each."""
+def _refuse_foreign_lines(file: Path, lines: bytes) -> None:
+    """Refuse lines that do not begin and end as JSON objects, by counting over the whole file."""
     count = lines.count(b"\n")
     if lines and (lines.count(b"}\n") < count or lines.count(b"\n{") < count - 1 or not lines.startswith(b"{")):
         wrong = next(i for i, line in enumerate(lines.split(b"\n"), 1) if line[:1] + line[-1:] != b"{}")
-        raise _strange(file, wrong)
+        raise _foreign_line(file, wrong)
 
 
 def read_log(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log, one after another; a half-written one at the end does not count.
+    """Iterate over the lines of a log; an incomplete one at the end is ignored.
 
     Raises:
-        InputError: naming the file, and the line that was not written by a run.
+        InputError: naming the file and the line that was not written by a run.
     """
     try:
         with open_regular(file) as content:
@@ -307,7 +315,7 @@ def read_log(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """One line of a log: an object with a whole number of an update, and of all that is left out; None for others."""
+    """Parse one line of a log; None unless it is an object whose update and left-out counts are whole numbers."""
     try:
         tree = own_json(line)
     except ValueError:
@@ -324,11 +332,11 @@ def _update_in(file: Path, content: bytes, start: int, end: int) -> int:
 
 
 def _refuse(file: Path, line: int) -> NoReturn:
-    raise _strange(file, line)
+    raise _foreign_line(file, line)
 
 
-def _strange(file: Path, line: int) -> InputError:
-    return InputError(f"{file}:{line}: this is no line of a run; {REMEDY}")
+def _foreign_line(file: Path, line: int) -> InputError:
+    return InputError(f"{file}:{line}: this line was not written by a run; {REMEDY}")
 
 
 def _append(file: Path, values: Mapping[str, Any]) -> None:
@@ -337,7 +345,7 @@ def _append(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def trajectory_picture(reveal_step: Tensor, value: Tensor, cell: int = 8) -> Tensor:
-    """One trajectory as a picture: steps downwards, positions to the right.
+    """Draw one trajectory: decoding steps downwards, positions to the right.
 
     Args:
         reveal_step: int64 ``[l]``.
@@ -345,8 +353,8 @@ def trajectory_picture(reveal_step: Tensor, value: Tensor, cell: int = 8) -> Ten
         cell: pixels of a cell.
 
     Returns:
-        float32 ``[3 k*cell l*cell]`` in [0, 1]: grey where masked, white where revealed, blue where revealed at this
-        very step, and red over both where graded, the stronger the larger the divergence.
+        float32 ``[3 k*cell l*cell]`` in [0, 1]: grey where masked, white where revealed earlier, blue where revealed
+        at this step. Graded sites are drawn over that in red, which is stronger where the divergence is larger.
     """
     steps = torch.arange(value.shape[0])[:, None]
     masked = (reveal_step == NEVER) | (reveal_step > steps)

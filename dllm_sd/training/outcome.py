@@ -1,4 +1,4 @@
-"""What a finished run has to say about itself that its figures do not: in the report, and on stderr at the end."""
+"""Warnings about a run: that it learnt nothing, or that weights or writers which it uses may not be the wanted ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,12 @@ from dllm_sd.training.left_out import in_words
 
 
 def warnings_of(state: State, left_out: Mapping[str, int], unchanged: bool) -> list[str]:
-    """Sentences on a run that learnt nothing, or whose best weights are those that it began with.
+    """Warn about a run that learnt nothing, or whose best weights are its initial ones.
 
     Args:
-        state: of the run at its end.
-        left_out: how much was left out, by name.
-        unchanged: whether no step of the run changed any weight.
+        state: the state of the run at its end.
+        left_out: how much the run left out, by name.
+        unchanged: whether no optimizer step changed any weight.
     """
     if state.update == 0:
         return []
@@ -35,15 +35,15 @@ def warnings_of(state: State, left_out: Mapping[str, int], unchanged: bool) -> l
 
 
 def initial_are_best(update: int) -> str:
-    """A sentence on best weights that are the initial ones, in a run of so many updates."""
+    """The warning that the best weights of a run are the initial ones; ``update`` is its number of updates."""
     return (
         f"the best weights on the dev split are the initial ones: no evaluation up to update {update} was as good; "
-        "eval, sample and export take these, and export --weights last takes the last"
+        "eval, sample and export use these, and export --weights last uses the last"
     )
 
 
 def initial_of(folder: Path) -> str | None:
-    """The same sentence if a folder holds the best weights of a run, and these are the ones that it began with."""
+    """The warning of `initial_are_best` if ``folder`` holds the best weights of a run and they are the initial ones."""
     if folder.parent.name != CHECKPOINTS or not folder.name.lstrip(".").startswith("best"):
         return None
     latest = latest_checkpoint(folder.parent.parent)
@@ -53,12 +53,12 @@ def initial_of(folder: Path) -> str | None:
 
 
 def about_sources(config: Config) -> list[str]:
-    """Sentences on what a run takes from other runs: initial weights, and writers that learnt to answer otherwise."""
-    return [*_initial_sources(config), *asked_otherwise(config)]
+    """Warn about what a run takes from other runs: initial weights, and writers that were trained on another prompt."""
+    return [*_initial_sources(config), *prompt_differences(config)]
 
 
-def asked_otherwise(config: Config) -> list[str]:
-    """Sentences on rubric writers that a run trained on (Stage I of RCSD) and that are asked otherwise here."""
+def prompt_differences(config: Config) -> list[str]:
+    """Warn about rubric writers that another run trained (Stage I of RCSD) with another prompt than is used here."""
     sentences: list[str] = []
     for place, context in enumerate(config.method.contexts):
         writing = context.hint.writing if context.hint is not None else None
@@ -78,28 +78,28 @@ def asked_otherwise(config: Config) -> list[str]:
 
 
 def _differences(run: Path, learnt: Config, prompt: str, thinking: bool | None, key: str) -> list[str]:
-    """How a writer is asked, by ``prompt`` and with or without thinking, that its run did not train it on."""
+    """How the prompt and the thinking mode of a writer differ from those that its run ``learnt`` trained it on."""
     system = to_tree(learnt)["task"].get("system")
-    differs = {
-        ("task.prompt", f"{key}.prompt", "prompt"): _words(learnt.task.rubric_prompt or "") != _words(prompt),
+    has_changed = {
+        ("task.prompt", f"{key}.prompt", "prompt"): _pieces(learnt.task.rubric_prompt or "") != _pieces(prompt),
         ("task.system", f"{key}, whose writer gets none", "system text"): system is not None,
         ("model.thinking", f"{key}.writing.sampling.thinking", "thinking"): learnt.model.thinking != thinking,
     }
     return [
-        f"the writer of {run} learnt to answer with another {what} ({theirs} there) than it is asked with here "
-        f"({ours}); set both to the same"
-        for (theirs, ours, what), other in differs.items()
-        if other
+        f"the writer of {run} was trained with another {what} ({theirs} there) than it is asked with here "
+        f"({ours}); set both to the same value"
+        for (theirs, ours, what), changed in has_changed.items()
+        if changed
     ]
 
 
-def _words(template: str) -> list[tuple[str, bool]]:
-    """A template without the names of its slots, which are the data's in one stage and the context's in the other."""
+def _pieces(template: str) -> list[tuple[str, bool]]:
+    """The text of a template without the names of its fields, which differ between the two stages."""
     return [(literal, name is not None) for literal, name, *_ in Formatter().parse(template)]
 
 
 def _initial_sources(config: Config) -> list[str]:
-    """Sentences on initial weights that a run takes from another one: to start from, to teach or to write with."""
+    """Warn where a run starts from, or is taught by, best weights of another run that are its initial ones."""
     start = config.model.lora.start if config.model.lora else None
-    paths = [start, *(one.source for one in config.method.models() if one.of_another_run)]
+    paths = [start, *(weights.source for weights in config.method.models() if weights.of_another_run)]
     return [sentence for path in dict.fromkeys(filter(None, paths)) if (sentence := initial_of(Path(path)))]

@@ -1,8 +1,9 @@
-"""Two students that teach each other (OPCoD, arXiv 2606.14368, Algorithm 1), by means of the one trainer.
+"""Co-distillation: two students that teach each other (OPCoD, arXiv 2606.14368, Algorithm 1).
 
-A round: both are scored, each is frozen as the other's tutor, and then each learns for as many updates; at the end both
-are scored once more. All that the rounds decide is in `rounds.json`, its scores also in `metrics.jsonl`, all else in
-the students' own run folders; the same command goes on from there.
+In each round both students are scored, a frozen copy of each becomes the tutor of the other, and then each is trained
+by the ordinary `Trainer` for the same number of updates. After the last round both are scored again. The decisions of
+the rounds are stored in `rounds.json`, the scores also in `metrics.jsonl`, everything else in the run folders of the
+students. The same command resumes a stopped run.
 """
 
 import json
@@ -43,37 +44,38 @@ from dllm_sd.training.trainer import Trainer
 
 ROUNDS = "rounds.json"
 Scores = Mapping[str, Mapping[str, float]]
-"""Name of a student: domain: accuracy."""
+"""Accuracy by name of the student and domain."""
 
 
 def train(config: Config) -> dict[Path, dict[str, Any]]:
-    """Train what the config says, one model or two students; their reports by run folder."""
+    """Train the model of the config, or its two students; return the reports by run folder."""
     if config.peers is None:
         return {Path(config.run): Trainer(config).train()}
     report = train_peers(config)
-    return {Path(config.run) / "students" / one.name: report[one.name] for one in config.peers.students}
+    names = [student.name for student in config.peers.students]
+    return {Path(config.run) / "students" / name: report[name] for name in names}
 
 
 def train_peers(config: Config) -> dict[str, Any]:
-    """Train both students and return the report, which has that of each under its name."""
+    """Train both students; return a report that holds the report of each student under its name."""
     peers = config.peers
     assert peers is not None
     with together():
         check_peers(config)
         problems = config.task.problems("train")
         for student in peers.students:
-            own = student_config(config, student, None)
-            check_data(own, problems)
-            check_references(own, check_model(own), problems)
+            own_config = student_config(config, student, None)
+            check_data(own_config, problems)
+            check_references(own_config, check_model(own_config), problems)
     folder = RunFolder(config)
-    if (sentence := alike(peers.students)) is not None:
-        on_main(lambda: print(f"dllm-sd: {sentence}", file=sys.stderr))
+    if (warning := same_start(peers.students)) is not None:
+        on_main(lambda: print(f"dllm-sd: {warning}", file=sys.stderr))
     try:
         if config.resume != "fresh":
             _check_students(config, peers)
-        with ExitStack() as refusable:
-            refusable.enter_context(folder.changing())
-            rounds, reports = _train_rounds(config, peers, refusable.close)
+        with ExitStack() as undo_on_error:
+            undo_on_error.enter_context(folder.changing())
+            rounds, reports = _train_rounds(config, peers, undo_on_error.close)
         report = {"rounds": rounds, **reports, "settings": to_tree(config)}
         on_main(lambda: write_file(folder.run / REPORT, json.dumps(report, indent=1)))
     finally:
@@ -82,19 +84,25 @@ def train_peers(config: Config) -> dict[str, Any]:
 
 
 def _train_rounds(
-    config: Config, peers: Peers, begun: Callable[[], None]
+    config: Config, peers: Peers, accepted: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All rounds, and the students' reports; ``begun`` is called once neither student can be refused any more."""
+    """Train all rounds; return them and the students' reports.
+
+    ``accepted`` is called as soon as both students have passed all checks.
+    """
     run, length, reports = Path(config.run), config.updates // peers.rounds, {}
     rounds = on_main(lambda: _read_rounds(run, peers))
-    met: set[str] = set()
-    ended: dict[str, dict[str, Report]] = {}
+    built: set[str] = set()
+    final_reports: dict[str, dict[str, Report]] = {}
     for number in range(peers.rounds):
         if number == len(rounds):
-            found = {student.name: _begin(config, student, number, length) for student in peers.students}
-            scores = _accuracies(found)
-            too_long = {name: {domain: one.too_long for domain, one in own.items()} for name, own in found.items()}
-            begun()
+            scored = {student.name: _begin(config, student, number, length) for student in peers.students}
+            scores = _accuracies(scored)
+            too_long = {
+                name: {domain: report.too_long for domain, report in domains.items()}
+                for name, domains in scored.items()
+            }
+            accepted()
             lag = lags(scores)
             tutors = {name: may_tutor(scores[name], value, peers.tolerance) for name, value in lag.items()}
             for former in rounds[-1:]:
@@ -102,56 +110,61 @@ def _train_rounds(
             rounds.append({"round": number, "scores": scores, "too_long": too_long, "lag": lag, "tutors": tutors})
             on_main(lambda: _write_rounds(run, rounds, length))
         for student, other in zip(peers.students, reversed(peers.students), strict=True):
-            done = _snapshot(run, number + 1, student) / CHECKPOINT_WEIGHTS
-            if on_main(done.is_file) and number + 1 < peers.rounds:
+            snapshot = _snapshot(run, number + 1, student) / CHECKPOINT_WEIGHTS
+            if on_main(snapshot.is_file) and number + 1 < peers.rounds:
                 continue
-            changed = peers.freeze == "phase" and other is peers.students[0]
-            frozen = _snapshot(run, number + changed, other)
+            has_learnt = peers.freeze == "phase" and other is peers.students[0]  # in this round
+            frozen = _snapshot(run, number + has_learnt, other)
             tutor = PeerWeights(str(frozen)) if rounds[number]["tutors"][other.name] else None
             trainer = Trainer(student_config(config, student, tutor))
-            met.add(student.name)
-            if len(met) == len(peers.students):
-                begun()
+            built.add(student.name)
+            if len(built) == len(peers.students):
+                accepted()
             reports[student.name] = trainer.train((number + 1) * length)
             _keep(trainer, run, number + 1, student)
             if number + 1 == peers.rounds and "after" not in rounds[-1]:
-                load_weights(trainer.policy, _snapshot(run, number + 1, student))  # the report left the best ones there
-                ended[student.name] = _score(trainer, config)
-    if ended:
-        rounds[-1]["after"] = _accuracies(ended)
+                load_weights(trainer.policy, _snapshot(run, number + 1, student))  # the trainer holds the best ones
+                final_reports[student.name] = _score(trainer, config)
+    if final_reports:
+        rounds[-1]["after"] = _accuracies(final_reports)
         on_main(lambda: _write_rounds(run, rounds, length))
     return rounds, reports
 
 
-def _accuracies(found: Mapping[str, Mapping[str, Report]]) -> dict[str, dict[str, float]]:
-    return {name: {domain: one.accuracy for domain, one in own.items()} for name, own in found.items()}
+def _accuracies(reports: Mapping[str, Mapping[str, Report]]) -> dict[str, dict[str, float]]:
+    return {name: {domain: report.accuracy for domain, report in domains.items()} for name, domains in reports.items()}
 
 
 def _write_rounds(run: Path, rounds: Sequence[Mapping[str, Any]], length: int) -> None:
-    """Write down what the rounds have decided, and as metrics the scores at the start of each and at the end of all."""
-    scored = [one["scores"] for one in rounds] + [one["after"] for one in rounds[-1:] if "after" in one]
+    """Write the rounds to `rounds.json`, and their scores (before each round and after the last) as metrics."""
+    all_scores = [entry["scores"] for entry in rounds] + [entry["after"] for entry in rounds[-1:] if "after" in entry]
     lines = [
         {"update": number * length}
-        | {f"eval/accuracy/{name}/{domain}": value for name, own in scores.items() for domain, value in own.items()}
-        for number, scores in enumerate(scored)
+        | {
+            f"eval/accuracy/{name}/{domain}": accuracy
+            for name, domains in scores.items()
+            for domain, accuracy in domains.items()
+        }
+        for number, scores in enumerate(all_scores)
     ]
     write_file(run / LOG_FILES[0], "".join(json.dumps(line) + "\n" for line in lines))
     write_file(run / ROUNDS, json.dumps(rounds, indent=1))
 
 
 def _check_students(config: Config, peers: Peers) -> None:
-    """Read all that both students have on the disk, so that neither changes where the other would be refused.
+    """Check the stored files of both students, so that neither is changed if the other is refused.
 
     Raises:
-        InputError: naming what is missing, damaged or of another run.
+        InputError: naming the file that is missing, damaged or of another run.
     """
     run, length = Path(config.run), config.updates // peers.rounds
     begun = len(on_main(lambda: _read_rounds(run, peers)))
     for student in peers.students:
-        own = student_config(config, student, None)
-        if on_main(Path(own.run).exists):
-            RunFolder(own).release()
-        on_main(lambda own=own: _check_student(Path(own.run), begun, length, config.resume == "force"))
+        own_config = student_config(config, student, None)
+        student_run = Path(own_config.run)
+        if on_main(student_run.exists):
+            RunFolder(own_config).release()
+        on_main(lambda student_run=student_run: _check_student(student_run, begun, length, config.resume == "force"))
         on_main(lambda student=student: _check_snapshots(run, begun, student))
 
 
@@ -175,27 +188,27 @@ def _check_student(run: Path, begun: int, length: int, forced: bool) -> None:
 
 
 def _check_snapshots(run: Path, begun: int, student: PeerStudent) -> None:
-    """The student as it was when rounds began: the last one's is read, and earlier ones show that theirs is done."""
+    """Check the snapshots of a student at the start of each round; only the last ones are read."""
     for number in range(begun + 1):
-        kept = _snapshot(run, number, student)
-        if number < begun - 1 and (kept / CHECKPOINT_WEIGHTS).is_file():
+        snapshot = _snapshot(run, number, student)
+        if number < begun - 1 and (snapshot / CHECKPOINT_WEIGHTS).is_file():
             continue
-        if number < begun or (kept / CHECKPOINT_WEIGHTS).exists():
-            check_checkpoint(kept)
+        if number < begun or (snapshot / CHECKPOINT_WEIGHTS).exists():
+            check_checkpoint(snapshot)
 
 
 def _read_rounds(run: Path, peers: Peers) -> list[dict[str, Any]]:
-    """The rounds that have begun.
+    """Read the rounds that have begun.
 
     Raises:
-        InputError: if the file holds something else.
+        InputError: if the file does not hold the rounds of these students.
     """
     file, remedy = run / ROUNDS, "put back a copy of it, or use resume=fresh to begin the rounds anew"
     if not os.path.lexists(file):
         return []
     rounds, names = read_json(file, tuple[_Round, ...], remedy), {student.name for student in peers.students}
-    for number, one in enumerate(rounds):
-        if one.round != number or not one.tutors.keys() == one.scores.keys() == one.lag.keys() == names:
+    for number, entry in enumerate(rounds):
+        if entry.round != number or not entry.tutors.keys() == entry.scores.keys() == entry.lag.keys() == names:
             raise damaged_file(
                 file, f"entry {number} is not of round {number} of {' and '.join(sorted(names))}", remedy
             )
@@ -204,7 +217,7 @@ def _read_rounds(run: Path, peers: Peers) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Round:
-    """What every version has written of a round."""
+    """The entries of a round that every version has written."""
 
     partial: ClassVar[bool] = True
     round: int
@@ -216,7 +229,7 @@ class _Round:
 def student_config(config: Config, student: PeerStudent, tutor: PeerWeights | None) -> Config:
     """The config of one student; without a ``tutor`` its rollouts get no feedback."""
     lora = replace(config.model.lora, start=student.start) if config.model.lora and student.start else config.model.lora
-    contexts = tuple(_tutored(config, one, student, tutor) for one in config.method.contexts)
+    contexts = tuple(_tutored(config, context, student, tutor) for context in config.method.contexts)
     return replace(
         config,
         run=str(Path(config.run) / "students" / student.name),
@@ -234,73 +247,74 @@ def _tutored(config: Config, context: Context, student: PeerStudent, tutor: Peer
     writing = None if context.hint is None else context.hint.writing
     assert writing is not None
     assert config.peers is not None
-    (other,) = (one for one in config.peers.students if one != student)
-    asked = Writing(tutor, writing.sampling, writing.tolerance) if tutor else None
-    return context.tutored(other.domain, student.domain, asked)
+    (other,) = (candidate for candidate in config.peers.students if candidate != student)
+    tutored = Writing(tutor, writing.sampling, writing.tolerance) if tutor else None
+    return context.tutored(other.domain, student.domain, tutored)
 
 
 def lags(scores: Scores) -> dict[str, float]:
-    """How far each student is behind the better one, relatively and summed over domains (Eq. 2).
+    """The relative lag of each student behind the better one, summed over domains (Eq. 2).
 
-    Rounded, so that a lag of just the tolerance is not above it by the last digit of a float.
+    It is rounded, so that a lag equal to the tolerance does not exceed it by a float error.
     """
-    best = {domain: max(own[domain] for own in scores.values()) for domain in next(iter(scores.values()))}
+    best = {domain: max(accuracy[domain] for accuracy in scores.values()) for domain in next(iter(scores.values()))}
     return {
-        name: round(sum((best[domain] - own[domain]) / best[domain] for domain in best if best[domain] > 0), 9)
-        for name, own in scores.items()
+        name: round(sum((best[domain] - accuracy[domain]) / best[domain] for domain in best if best[domain] > 0), 9)
+        for name, accuracy in scores.items()
     }
 
 
-def may_tutor(own: Mapping[str, float], lag: float, tolerance: float) -> bool:
-    """Whether a student may comment in a round (Eq. 2); one that has solved nothing never may.
+def may_tutor(accuracies: Mapping[str, float], lag: float, tolerance: float) -> bool:
+    """Whether a student may comment on the other's rollouts in a round (Eq. 2).
 
-    Where nobody has solved anything the paper's lag is 0 / 0, and here 0: nobody knows enough to say anything. Two
-    equally good students have no lag, and both may.
+    A student that has solved no problem may not. If neither has solved one, the paper's lag is 0 / 0; it is 0 here. Two
+    equally good students have a lag of 0, so both may.
     """
-    return lag <= tolerance and any(own.values())
+    return lag <= tolerance and any(accuracies.values())
 
 
-def alike(students: Sequence[PeerStudent]) -> str | None:
-    """A sentence on students that begin with the same weights."""
-    first, second = ((one.path, one.start) for one in students)
-    if first != second:
+def same_start(students: Sequence[PeerStudent]) -> str | None:
+    """A warning if both students begin with the same weights, else None."""
+    first_start, second_start = ((student.path, student.start) for student in students)
+    if first_start != second_start:
         return None
     return (
-        f"students {students[0].name} and {students[1].name} begin with the same weights, and a student has nothing to "
-        "learn from its like; give each the adapter or checkpoint of a model that is better in its own domain, in "
+        f"students {students[0].name} and {students[1].name} begin with the same weights, so they have nothing "
+        "to learn from each other; give each the adapter or checkpoint of a model that is better in its own domain, in "
         "peers.students.N.start or .path"
     )
 
 
 def by_domain(problems: Sequence[Problem], field: str, count: int) -> dict[str, list[Problem]]:
     """The first problems of each domain, the same number of each, ``count`` in all."""
-    found: dict[str, list[Problem]] = {}
+    domains: dict[str, list[Problem]] = {}
     for problem in problems:
-        found.setdefault(str(problem.fields[field]), []).append(problem)
-    share = max(1, min(count // len(found), *map(len, found.values())))
-    return {domain: first(some, share) for domain, some in sorted(found.items())}
+        domains.setdefault(str(problem.fields[field]), []).append(problem)
+    share = max(1, min(count // len(domains), *map(len, domains.values())))
+    return {domain: first(members, share) for domain, members in sorted(domains.items())}
 
 
 def _snapshot(run: Path, number: int, student: PeerStudent) -> Path:
-    """Where a student is kept as it was when a round began."""
+    """The folder of a student's weights at the start of a round."""
     return run / "rounds" / str(number) / student.name
 
 
 def _keep(trainer: Trainer, run: Path, number: int, student: PeerStudent) -> None:
-    """Keep a student as it is after the last update that it saved."""
-    saved, kept = trainer.run / "checkpoints" / f"{trainer.state.update:06d}", _snapshot(run, number, student)
+    """Copy the weights of a student's last checkpoint as its snapshot for a round."""
+    saved, snapshot = trainer.run / "checkpoints" / f"{trainer.state.update:06d}", _snapshot(run, number, student)
 
     def copy() -> None:
-        if not (kept / CHECKPOINT_WEIGHTS).is_file():
-            for folder in (kept.parent.parent, kept.parent):
+        if not (snapshot / CHECKPOINT_WEIGHTS).is_file():
+            for folder in (snapshot.parent.parent, snapshot.parent):
                 folder.mkdir(exist_ok=True)
-            write_checkpoint(kept, {CHECKPOINT_WEIGHTS: read_tensors(saved, CHECKPOINT_WEIGHTS)}, vars(trainer.state))
+            weights = {CHECKPOINT_WEIGHTS: read_tensors(saved, CHECKPOINT_WEIGHTS)}
+            write_checkpoint(snapshot, weights, vars(trainer.state))
 
     on_main(copy)
 
 
 def _begin(config: Config, student: PeerStudent, number: int, length: int) -> dict[str, Report]:
-    """Score a student for a round, by domain, and keep it as a tutor."""
+    """Score a student at the start of a round, by domain, and save its snapshot."""
     trainer = Trainer(student_config(config, student, None))
     trainer.train(number * length)
     _keep(trainer, Path(config.run), number, student)
@@ -308,13 +322,13 @@ def _begin(config: Config, student: PeerStudent, number: int, length: int) -> di
 
 
 def _score(trainer: Trainer, config: Config) -> dict[str, Report]:
-    """How good a student is as it stands, by domain."""
+    """Evaluate the current weights of a student, by domain."""
     peers = config.peers
     assert peers is not None
-    asked = by_domain(config.task.problems("dev"), peers.field, peers.problems)
+    problems_by_domain = by_domain(config.task.problems("dev"), peers.field, peers.problems)
     settings = replace(config, eval=replace(config.eval, attempts=peers.attempts, temperature=peers.temperature))
     with gathered(trainer.accelerator, trainer.module):
         return {
             domain: evaluate_run(trainer.policy, settings, problems, trainer.rank, trainer.world)
-            for domain, problems in asked.items()
+            for domain, problems in problems_by_domain.items()
         }

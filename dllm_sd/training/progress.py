@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and how Ctrl-C ends it."""
+"""The progress bar of a run, and how Ctrl-C ends the run."""
 
 import signal
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """A progress bar on stderr; evaluations stay on screen as lines. Silent unless ``shown``."""
+    """A progress bar on stderr, with a line for every evaluation. Prints nothing unless ``shown``."""
 
     def __init__(self, name: str, updates: int, done: int, shown: bool) -> None:
         self.console = Console(stderr=True, quiet=not shown)
@@ -38,22 +38,22 @@ class Progress:
             self.bar.stop()
 
     def phase(self, text: str) -> None:
-        """What is going on."""
+        """Show what the run is doing."""
         self.bar.update(self.task, note=text)
 
     def finished(self, update: int) -> None:
-        """An update is done."""
+        """Advance the bar after an update."""
         self.bar.update(self.task, completed=update)
 
     def line(self, metrics: Mapping[str, Any]) -> None:
-        """Leave the result of an evaluation on the screen."""
-        words = [f"update {metrics['update']:>4}/{self.updates}"]
+        """Print the result of an evaluation as a line that stays on the screen."""
+        fields = [f"update {metrics['update']:>4}/{self.updates}"]
         names = {"eval/accuracy": "dev accuracy", "loss": "loss", "rollouts/pass_rate": "pass rate"}
-        words += [f"{label} {metrics[key]:.4f}" for key, label in names.items() if metrics.get(key) is not None]
-        self.say("  ".join(words))
+        fields += [f"{label} {metrics[key]:.4f}" for key, label in names.items() if metrics.get(key) is not None]
+        self.say("  ".join(fields))
 
     def say(self, text: str) -> None:
-        """One line; where the terminal is gone, this and all that follows is for nobody."""
+        """Print one line; if the terminal is gone, print nothing from now on."""
         try:
             self.console.print(text, highlight=False)
         except OSError:
@@ -61,13 +61,14 @@ class Progress:
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C; what a scheduler sends; what a terminal sends that is closed, often twice."""
+"""Sent by Ctrl-C, by schedulers, and by a terminal that is closed (often twice)."""
 
 
 class Interrupt:
-    """Inside, the first of `SIGNALS` only asks: the update is finished and saved. A second one stops at once.
+    """Context in which the first of `SIGNALS` sets ``asked``, so that the update is finished and saved first.
 
-    SIGHUP never does more than ask, and nothing where it is ignored, as by ``nohup``.
+    A second signal stops at once. A second SIGHUP does not, and SIGHUP is left alone where it is ignored, as by
+    ``nohup``.
     """
 
     def __init__(self, progress: Progress) -> None:

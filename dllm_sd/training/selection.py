@@ -1,26 +1,26 @@
-"""Which weights of a run are its best ones, and when training stops early."""
+"""Chooses the best weights of a run, and stops training early."""
 
 from dllm_sd.settings import Evaluation
 from dllm_sd.training.checkpoint import State
 
 
 def add_loss(state: State, loss: float | None) -> None:
-    """Note the loss of an update, if it had one, for the mean that `eval.best_by` loss compares."""
+    """Add the loss of an update, if it has one, to the mean that `eval.best_by: loss` compares."""
     if loss is not None:
         state.loss_sum = (state.loss_sum or 0.0) + loss
         state.losses += 1
 
 
 def judge(state: State, settings: Evaluation, accuracy: float) -> bool:
-    """Note what an evaluation found, and whether training stops for it.
+    """Record an evaluation in the state of the run: best accuracy, patience, and whether training stops early.
 
     Args:
-        state: of the run; it is changed.
-        settings: of the evaluation.
-        accuracy: on the dev split.
+        state: the state of the run, which is changed.
+        settings: the settings of `eval`.
+        accuracy: accuracy on the dev split.
 
     Returns:
-        Whether these weights are the best ones now. Of equally accurate ones the later are, which have learnt more.
+        Whether these weights are the best ones now. Of equally accurate weights the later ones are the best.
     """
     if settings.best_by == "loss":
         better, best = _judge_loss(state, settings.min_delta)
@@ -29,18 +29,18 @@ def judge(state: State, settings: Evaluation, accuracy: float) -> bool:
     state.since_best = 0 if better else state.since_best + 1
     if best:
         state.best_accuracy, state.best_update = accuracy, state.update
-    what = "lower training loss" if settings.best_by == "loss" else "better dev accuracy"
+    improvement = "lower training loss" if settings.best_by == "loss" else "better dev accuracy"
     if settings.patience and state.since_best >= settings.patience:
-        state.stopped = f"no {what} in {state.since_best} evaluations"
+        state.stopped = f"no {improvement} in {state.since_best} evaluations"
     if settings.collapse and accuracy < state.best_accuracy - settings.collapse:
         state.stopped = f"dev accuracy fell from {state.best_accuracy:.3f} to {accuracy:.3f}"
     return best
 
 
 def _judge_loss(state: State, min_delta: float) -> tuple[bool, bool]:
-    """Whether nothing speaks against these weights, and whether they are the best.
+    """Whether patience starts again, and whether these weights are the best ones by training loss.
 
-    Without an update since the last evaluation there is no loss, and nothing is said either way.
+    Without a loss since the last evaluation, patience starts again and the best weights stay.
     """
     if state.loss_sum is None:
         return True, False

@@ -1,4 +1,4 @@
-"""The loop, top to bottom: roll out, plan, grade, step, log, evaluate, save."""
+"""The training loop from top to bottom: roll out, plan, grade, step, log, evaluate, save."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.tasks.sources import rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_span
-from dllm_sd.training.advantage import region_map, region_metrics, region_sums
+from dllm_sd.training.advantage import GradedPlans, region_map, region_metrics, region_sums
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.checkpoint import (
     State,
@@ -69,16 +69,15 @@ from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.selection import add_loss, judge
 from dllm_sd.training.unknown import Unknown
 
-Parts = list[tuple[Plan, Graded]]
-
 
 class Trainer:
-    """Trains one configuration; one per process."""
+    """Trains one configuration; every process makes one trainer."""
 
     def __init__(self, config: Config) -> None:
-        """Prepare data, folder and model, in this order: what is cheap to refuse is refused first.
+        """Prepare data, folder and model, in this order, so that the cheapest checks come first.
 
-        A refusal leaves the run folder as it was.
+        Raises:
+            InputError: if the config, the data, the model or the run folder is wrong; the run folder is left unchanged.
         """
         self.config, self.method, self.run = config, config.method, Path(config.run)
         self.accelerator = start_accelerator(config)
@@ -94,9 +93,10 @@ class Trainer:
             check_ids(self.dev, self.test)
             check_data(config, problems)
             blueprint = check_model(config)
-            long, words = check_references(config, blueprint, problems), check_words(config, blueprint, problems)
-            self.rows, shared = rows_left_out(config.task)
-        self.told = [*filter(None, (shared, long, *words.values()))]
+            long_references = check_references(config, blueprint, problems)
+            unknown_tokens = check_words(config, blueprint, problems)
+            self.rows_left_out, shared_rows = rows_left_out(config.task)
+        self.notes = [*filter(None, (shared_rows, long_references, *unknown_tokens.values()))]
         self.folder = RunFolder(config)
         try:
             self._build(blueprint)
@@ -106,13 +106,13 @@ class Trainer:
         except BaseException:
             self.folder.release()
             raise
-        self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, words)
+        self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, unknown_tokens)
         if self.main:
-            for sentence in (*self.told, *about_sources(config)):
+            for sentence in (*self.notes, *about_sources(config)):
                 print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
-        """The model that learns, its optimizer and the models that teach."""
+        """Build the student, its optimizer and the teachers."""
         config = self.config
         with together():
             self.policy = build_policy(blueprint, self.accelerator.device)
@@ -126,7 +126,7 @@ class Trainer:
         self.teachers = [self.models[weights] for weights in self.method.weights()]
 
     def _restore(self) -> None:
-        """Go on from the latest checkpoint, unless the run is to begin anew."""
+        """Load the latest checkpoint, unless the config says `resume=fresh`."""
         self.state, self.rollouts = State(), None
         checkpoint = None if self.config.resume == "fresh" else on_main(lambda: latest_checkpoint(self.run))
         self.resumed = checkpoint is not None
@@ -140,34 +140,34 @@ class Trainer:
         self._load(checkpoint)
 
     def _open(self, problems: Sequence[Problem]) -> None:
-        """Where rollouts come from, and the files that the run writes while it goes on."""
+        """Open the rollout pipeline, the progress bar and the log files."""
         config = self.config
         with together():
             self.pipeline = RolloutPipeline(config, problems, self.policy, self.module, self.models, self.accelerator)
-        self.begun = self.rows | self.pipeline.open(self.state.bank)
+        self.first_metrics = self.rows_left_out | self.pipeline.open(self.state.bank)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(parameters_in_words(self.policy.module))
         done = self.state.update if self.resumed else -1
         self.log: MetricsLog | None = None
         with together():
             if self.main:
-                if self.resumed and self.finished:  # else the next save removes what a killed run did not come to
+                if self.resumed and self.finished:  # otherwise the next save prunes what a killed run left
                     prune_checkpoints(self.run, config.checkpoint.keep)
                 self.log = MetricsLog(self.run, done, config.log.tensorboard)
 
     @property
     def finished(self) -> bool:
-        """Whether no update is left to do."""
+        """Whether all updates are done, or the run stopped early."""
         return self.state.update >= self.config.updates or self.state.stopped is not None
 
     def train(self, until: int | None = None) -> dict[str, Any]:
-        """Run to the end and return the report; or up to update ``until``, saved, and return nothing yet.
+        """Train to the end and return the report; or train up to update ``until``, save, and return an empty dict.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, with the last update saved.
             FloatingPointError: at a non-finite loss or gradient, before it is applied, with the last update saved; or
                 at weights that a step made non-finite, with nothing saved since the last checkpoint.
-            Stopped: if it cannot go on, with the last update saved.
+            Stopped: if the run cannot go on, with the last update saved.
         """
         self.folder.hold()
         try:
@@ -182,18 +182,18 @@ class Trainer:
         with self.progress, Interrupt(self.progress) as interrupt:
             if not self.resumed:
                 state.before = self._test("testing the initial weights")
-                self._evaluate({"update": 0, **self.begun})
+                self._evaluate({"update": 0, **self.first_metrics})
                 if until == 0:
                     self._save()
             while not self.finished and state.update < until:
-                started, fed = time.perf_counter(), (state.cursor, state.too_long)
+                started, position = time.perf_counter(), (state.cursor, state.too_long)
                 try:
                     metrics = self._update(state.update + 1)
-                except BrokenStep:  # the step was taken: what was saved before it is what is left
+                except BrokenStep:  # the step was taken, so the weights must not be saved
                     raise
-                except (FloatingPointError, Stopped):  # no step was taken: what was learnt before is worth keeping
-                    state.cursor, state.too_long = fed
-                    self._save(prune=False)  # should it fail again from there, there is an earlier one
+                except (FloatingPointError, Stopped):  # no step was taken, so the weights of the last update are saved
+                    state.cursor, state.too_long = position
+                    self._save(prune=False)  # keeps earlier checkpoints, in case the run fails here again
                     raise
                 state.update += 1
                 state.seconds += time.perf_counter() - started
@@ -212,7 +212,7 @@ class Trainer:
         return report
 
     def _update(self, update: int) -> dict[str, Any]:
-        """One update, from rollouts to metrics; ``update`` counts from 1."""
+        """Make one update and return its metrics; ``update`` counts from 1."""
         batch, part = divmod(update - 1, self.method.rollout.passes)
         start = time.perf_counter()
         if part == 0 or self.rollouts is None:
@@ -255,16 +255,19 @@ class Trainer:
         self.state.too_long += dropped
         return rollouts
 
-    def _learn(self, plan: Plan, rollouts: Rollouts, update: int, lr: float) -> tuple[Parts, float]:
-        """The gradient of the whole update, in micro-batches over all processes, then one optimizer step."""
+    def _learn(self, plan: Plan, rollouts: Rollouts, update: int, lr: float) -> tuple[GradedPlans, float]:
+        """Accumulate the gradient of the update over micro-batches and processes, then take one optimizer step.
+
+        Returns the micro-batches of this process with their losses, and the norm of the gradient.
+        """
         self.module.train()
         torch.manual_seed(make_key(self.config.seed, update, self.rank, "dropout"))
         batches = micro_batches(plan, self.config.optim.tokens_per_batch, self.world)
         student = partial(run_at_sites, self.module)
-        parts: Parts = []
+        parts: list[tuple[Plan, Graded]] = []
         for i, shares in enumerate(batches):
             index = shares[self.rank]
-            idle = len(index) == 0  # nothing left for this process: join the collectives, add nothing
+            idle = len(index) == 0  # this process joins the collectives with a loss of weight 0
             batch = plan.micro_batch(shares[0][:1] if idle else index).to(self.accelerator.device)
             with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
                 graded = grade_micro_batch(self.method, batch, student, self.teachers)
@@ -288,19 +291,20 @@ class Trainer:
             return None
         return torch.stack([answer_span(self.policy, rollout) for rollout in rollouts.kept])
 
-    def _refuse_non_finite(self, update: int, norm: Tensor, parts: Parts, rollouts: Rollouts) -> None:
+    def _refuse_non_finite(self, update: int, norm: Tensor, parts: GradedPlans, rollouts: Rollouts) -> None:
         finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(graded.loss)) for _, graded in parts)
         if not self._any_rank(not finite):
             return
-        broken = [site for plan, graded in parts for site in broken_sites(plan, graded, rollouts)]
-        broken = gather_object(broken) if self.world > 1 else broken
+        sites = [site for plan, graded in parts for site in broken_sites(plan, graded, rollouts)]
+        sites = gather_object(sites) if self.world > 1 else sites
         file = self.run / "nonfinite.json"
         kept = [
-            {"problem": one.problem.id, "occurrence": one.occurrence, "attempt": one.attempt} for one in rollouts.kept
+            {"problem": rollout.problem.id, "occurrence": rollout.occurrence, "attempt": rollout.attempt}
+            for rollout in rollouts.kept
         ]
-        written = json.dumps({"update": update, "sites": broken, "rollouts": kept}, indent=1)
-        on_main(lambda: write_file(file, written))
-        names = sorted({site["problem"] for site in broken} or {rollout.problem.id for rollout in rollouts.kept})
+        content = json.dumps({"update": update, "sites": sites, "rollouts": kept}, indent=1)
+        on_main(lambda: write_file(file, content))
+        names = sorted({site["problem"] for site in sites} or {rollout.problem.id for rollout in rollouts.kept})
         raise FloatingPointError(
             f"the loss or gradient of update {update} is not finite; the step was not taken. Rollouts of problem "
             f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} caused it; details in {file}"
@@ -319,7 +323,7 @@ class Trainer:
         )
 
     def _logs_samples(self, update: int) -> bool:
-        """Whether this update makes rollouts to write down: the first, and one about every `samples_every` updates."""
+        """Whether this update logs samples: the first does, then about one in `log.samples_every` with new rollouts."""
         batch, part = divmod(update - 1, self.method.rollout.passes)
         return part == 0 and batch % max(1, self.config.log.samples_every // self.method.rollout.passes) == 0
 
@@ -329,7 +333,7 @@ class Trainer:
                 for slot, rollout in enumerate(rollouts.chosen[: self.config.log.samples]):
                     self.log.write_sample(sample_entry(update, rollout), slot)
 
-    def _write_pictures(self, update: int, parts: Parts, regions: Tensor | None, rollouts: Rollouts) -> None:
+    def _write_pictures(self, update: int, parts: GradedPlans, regions: Tensor | None, rollouts: Rollouts) -> None:
         with together():
             if self.log is not None:
                 self.log.write_pictures(pictures(parts, regions, rollouts), update)
@@ -337,7 +341,7 @@ class Trainer:
     # Evaluation
 
     def _evaluate(self, metrics: dict[str, Any]) -> None:
-        """Evaluate when due, keep the best weights, decide whether to stop; then write the update's metrics."""
+        """Evaluate if due, save the best weights, decide whether to stop; then write the metrics of the update."""
         settings, state = self.config.eval, self.state
         if settings.every and (state.update % settings.every == 0 or state.update == self.config.updates):
             self.progress.phase("evaluating")
@@ -358,7 +362,7 @@ class Trainer:
             return evaluate_run(self.policy, self.config, problems, self.rank, self.world, schedule)
 
     def _test(self, phase: str) -> dict[str, Any]:
-        """Test reports by decoding schedule; `trained` is the schedule of the run."""
+        """Test reports by decoding schedule; `trained` is the run's own `decode` settings."""
         if not self.test:
             return {}
         self.progress.phase(phase)
@@ -366,7 +370,7 @@ class Trainer:
         return {name or "trained": self._accuracy(self.test, name).tree() for name in schedules}
 
     def _report(self) -> dict[str, Any]:
-        """Compare initial, last and best weights on the test split and write report.json; the best weights stay."""
+        """Test initial, last and best weights, write report.json, and leave the best weights loaded."""
         state, best = self.state, best_checkpoint(self.run) if self.state.best_accuracy >= 0 else None
         after = self._test("testing the last weights")
         chosen = after
@@ -386,7 +390,7 @@ class Trainer:
         return report
 
     def _facts(self) -> dict[str, Any]:
-        """What a report says of the run itself, in values that JSON gives back as they are."""
+        """Entries of the report about the run itself, as JSON values."""
         state = self.state
         facts = {
             "task": to_tree(self.config)["task"]["name"],
@@ -402,26 +406,26 @@ class Trainer:
         return json.loads(json.dumps(facts))
 
     def _outcome(self) -> dict[str, Any]:
-        """What is to be said of the run: how much it left out, by name, and sentences."""
+        """Entries of the report on what the run left out, and its warnings."""
         log, passes = self.log, self.method.rollout.passes
         left_out, unchanged = on_main(lambda: log.summed_up(passes) if log is not None else ({}, False))
         return {"left_out": left_out, "warnings": warnings_of(self.state, left_out, unchanged)}
 
-    # Saving, and acting together
+    # Checkpoints and collectives
 
     def _load(self, checkpoint: Path) -> None:
         self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, [*self.models.values()])
         state = self.state
-        if self.config.resume == "force":  # with another method, it may begin with what the former one did not have
+        if self.config.resume == "force":  # the method may have changed, so some entries may be missing
             on_main(lambda: check_logs(self.run, state.update, None))
-            if (lost := on_main(lambda: why_no_best(self.run, state))) is not None:
-                self.told.append(state.without_best(lost))
+            if (reason := on_main(lambda: why_no_best(self.run, state))) is not None:
+                self.notes.append(state.without_best(reason))
             return
         on_main(lambda: check_best(self.run, state))
-        between = state.update % self.method.rollout.passes != 0
-        lacking = {"rollouts": between and self.rollouts is None}
-        lacking["bank"] = self.method.skill_bank is not None and state.bank is None
-        if names := [name for name, lacks in lacking.items() if lacks]:
+        reuses_rollouts = state.update % self.method.rollout.passes != 0
+        is_missing = {"rollouts": reuses_rollouts and self.rollouts is None}
+        is_missing["bank"] = self.method.skill_bank is not None and state.bank is None
+        if names := [name for name, missing in is_missing.items() if missing]:
             raise damaged_checkpoint(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
         on_main(lambda: check_logs(self.run, state.update, saved_log_sums(checkpoint)))
 
@@ -434,7 +438,7 @@ class Trainer:
         on_main(lambda: self.pipeline.skill_bank.write_down(self.run))
 
     def _any_rank(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether ``flag`` is set on any process."""
         if self.world == 1:
             return flag
         return bool(self._sum(torch.tensor(int(flag), device=self.accelerator.device)) > 0)

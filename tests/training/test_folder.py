@@ -111,7 +111,7 @@ def test_another_config_is_refused_by_the_first_key_that_differs(tmp_path: Path,
     begin(tmp_path)
     refused = refusal(tmp_path, **changes)
     assert refused.startswith(f"run folder {str(tmp_path)!r} holds a run with another {key}")
-    assert refused.endswith("resume=force to continue it all the same, or resume=fresh to discard it")
+    assert refused.endswith("resume=force to continue it anyway, or resume=fresh to discard it")
     assert read_run_config(tmp_path) == to_tree(config(tmp_path))
 
 

@@ -98,7 +98,7 @@ def test_a_line_that_no_run_wrote_is_refused_by_its_number(tmp_path: Path, line:
     with pytest.raises(InputError) as refused:
         MetricsLog(tmp_path, 2, tensorboard=False)
     assert str(refused.value) == (
-        f"{file}:{place + 1}: this is no line of a run; correct it, remove the file, or discard the run with "
+        f"{file}:{place + 1}: this line was not written by a run; correct it, remove the file, or discard the run with "
         "resume=fresh"
     )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -13,7 +13,7 @@ from dllm_sd.cli.main import main
 from dllm_sd.config import Config, build_config, load_config, to_yaml
 from dllm_sd.network.finite import fingerprint
 from dllm_sd.training.checkpoint import State
-from dllm_sd.training.outcome import asked_otherwise, initial_of, warnings_of
+from dllm_sd.training.outcome import initial_of, prompt_differences, warnings_of
 from dllm_sd.training.trainer import Trainer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -170,7 +170,7 @@ def stages(tmp_path: Path):
         (run / "config.yaml").write_text(to_yaml(load_config("qwen3_8b_rcsd_writer", first)))
         writer = f"method.contexts.0.writing.writer={{name: peer, path: {run / 'checkpoints' / '001000'}}}"
         config: Config = load_config("qwen3_8b_rcsd", [writer, *second])
-        return asked_otherwise(config)
+        return prompt_differences(config)
 
     return build
 
@@ -192,7 +192,7 @@ PROMPT = "task.prompt='Mark {question} by a list.'"
         (["task.grader=exact", PROMPT], [], []),  # no writer of rubrics
     ],
 )
-def test_a_writer_that_is_asked_otherwise_than_it_was_trained_is_named_with_both_keys(stages, first, second, keys):
+def test_a_writer_that_is_prompt_differences_than_it_was_trained_is_named_with_both_keys(stages, first, second, keys):
     said = stages(first, second)
     assert len(said) == len(keys)
     for sentence, (theirs, ours) in zip(said, keys, strict=True):
@@ -203,5 +203,5 @@ def test_a_writer_that_is_asked_otherwise_than_it_was_trained_is_named_with_both
 
 def test_a_writer_that_is_no_checkpoint_of_a_run_is_not_looked_at(tmp_path: Path):
     writer = f"method.contexts.0.writing.writer={{name: peer, path: {tmp_path}}}"
-    assert asked_otherwise(load_config("qwen3_8b_rcsd", [writer])) == []
-    assert asked_otherwise(load_config("quickstart")) == []
+    assert prompt_differences(load_config("qwen3_8b_rcsd", [writer])) == []
+    assert prompt_differences(load_config("quickstart")) == []

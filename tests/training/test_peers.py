@@ -27,7 +27,7 @@ from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.training import peers as peers_module
 from dllm_sd.training.checkpoint import load_weights
 from dllm_sd.training.metrics import LOG_FILES
-from dllm_sd.training.peers import alike, by_domain, lags, may_tutor, student_config, train_peers
+from dllm_sd.training.peers import by_domain, lags, may_tutor, same_start, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
 from tools.attacks.contents import contents, differences
 
@@ -117,11 +117,11 @@ def test_students_that_begin_alike_are_told_so():
             "two", "y", **{"start": "a", "path": "p", **second}
         )
 
-    sentence = alike(pair())
+    sentence = same_start(pair())
     assert sentence is not None
     assert "one and two begin with the same weights" in sentence
     assert "peers.students.N.start" in sentence
-    assert alike(pair(start="b")) is alike(pair(path="q")) is None
+    assert same_start(pair(start="b")) is same_start(pair(path="q")) is None
 
 
 def test_the_validation_problems_are_as_many_of_each_domain():

@@ -50,11 +50,11 @@ def test_each_kind_is_said_once_with_an_example(chat: Chat, rollouts: Rollouts, 
     unknown = Unknown(chat, decodes=True, told=["prompts"])
     unknown(rollouts)
     assert capsys.readouterr().err == ""  # another process speaks
-    unknown(rollouts, speak=True)
+    unknown(rollouts, warn=True)
     said = capsys.readouterr().err
     assert said == (
         "66.7% of the tokens of the teachers' prompts are unknown to the tokenizer, such as 'isone' of the hint "
         "'1 is one'; the model cannot read them (rollouts/unknown_hints counts them)\n"
     )
-    unknown(rollouts, speak=True)
+    unknown(rollouts, warn=True)
     assert capsys.readouterr().err == ""
