@@ -2,10 +2,10 @@
 
 import sys
 
-from dllm_sd.cli.main import leave_together, main
+from dllm_sd.cli.main import close_process_group, main
 
 if __name__ == "__main__":
     status = main()
     if status == 0:
-        leave_together()
+        close_process_group()
     sys.exit(status)

@@ -22,7 +22,7 @@ PROMPTS_CHECKED = 100
 """Prompts of which it is found out before a run begins whether the tokenizer knows their words."""
 
 
-def check_outline(config: Config) -> tuple[Blueprint, str | None]:
+def check_model_offline(config: Config) -> tuple[Blueprint, str | None]:
     """As `check_model`, but for a checkpoint that is not at hand from what is known of its shape, if that is.
 
     Returns:
@@ -40,7 +40,7 @@ def check_outline(config: Config) -> tuple[Blueprint, str | None]:
         return check_model(config, known), str(error)
 
 
-def other_outlines(config: Config) -> dict[Weights, Blueprint | None]:
+def other_blueprints(config: Config) -> dict[Weights, Blueprint | None]:
     """What is known of the shapes of other checkpoints that teach or write; None where nothing is."""
     outlines: dict[Weights, Blueprint | None] = {}
     for weights in config.method.models():

@@ -220,8 +220,8 @@ def test_a_disk_that_is_full_ends_a_run_with_1_and_the_same_command_goes_on(
         assert main(command) == 1
     said = capsys.readouterr().err
     assert said == (
-        "dllm-sd: cannot read or write '/full/file': No space left on device; what was saved before is as it was, and "
-        "the same command goes on from there once that is put right\n"
+        "dllm-sd: cannot read or write '/full/file': No space left on device; fix that, and the same "
+        "command goes on from the last saved update\n"
     )
     assert main(command) == 0
     assert [line["update"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]

@@ -13,7 +13,7 @@ import pytest
 
 from dllm_sd.config import load_config, shipped_configs
 from dllm_sd.errors import InputError
-from dllm_sd.pairing import check_model, check_outline
+from dllm_sd.pairing import check_model, check_model_offline
 from dllm_sd.policies.loading import empty_network
 from dllm_sd.pretrained.blueprint import known_blueprint, read_blueprint
 from dllm_sd.pretrained.model import Model
@@ -72,7 +72,7 @@ def test_every_shipped_config_and_every_command_in_the_documents_is_shown_withou
         assert ("not checked" in out) == (model.path in SHAPES or "smoke" in words[0] or unmade), words
         assert not unmade or f"no usable tokenizer at {model.tokenizer!r}" in out
         assert "measured:" not in out
-        assert ("% after" in out) <= ("no forecast for others" in out), words
+        assert ("% after" in out) <= ("predicts nothing about other models" in out), words
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -98,7 +98,7 @@ def test_a_shape_without_its_tokenizer_is_counted_and_shown_and_not_trained(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     config = load_config("tiny_reader_sft", [f"model.tokenizer={place}"])
-    known, said = check_outline(config)
+    known, said = check_model_offline(config)
     assert said is not None
     assert place in said
     assert empty_network(known).get_input_embeddings().weight.shape == (84, 64)
@@ -121,7 +121,7 @@ def test_the_reader_that_is_known_offline_has_a_row_for_each_token(tmp_path: Pat
 def test_an_unknown_checkpoint_that_is_not_there_is_refused(tmp_path: Path):
     config = load_config("quickstart", [f"model.path={tmp_path}"])
     with pytest.raises(InputError, match=r"^there is no config\.json at"):
-        check_outline(config)
+        check_model_offline(config)
 
 
 def test_what_a_known_shape_cannot_do_is_refused_before_anything_is_downloaded():

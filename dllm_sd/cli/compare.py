@@ -1,4 +1,4 @@
-"""``dllm-sd eval --compare A B``: two evaluations on the same problems."""
+"""``dllm-sd eval --compare A B``: compares two evaluations on the same problems."""
 
 import argparse
 from collections.abc import Mapping
@@ -14,29 +14,28 @@ from dllm_sd.evaluation.comparison import Comparison, compare_files
 
 def run(options: argparse.Namespace) -> int:
     """Compare two evaluations; print a table and write nothing."""
-    rest = [
-        value for name, value in vars(options).items() if name not in ("compare", "command") and value
-    ]  # also of options to come
-    if rest:
-        words = "eval --compare A B reads two finished evaluations and takes nothing else"
-        raise InputError(f"{words}; leave out {rest[0]!r}")
+    others = [value for name, value in vars(options).items() if name not in ("compare", "command") and value]
+    if others:
+        raise InputError(
+            f"eval --compare A B reads two finished evaluations and takes nothing else; leave out {others[0]!r}"
+        )
     a, b = options.compare
-    found = compare_files(Path(a), Path(b))
+    comparisons = compare_files(Path(a), Path(b))
     console = Console()
-    console.print(_comparisons(found))
+    console.print(_table(comparisons))
     console.print(f"A: {a}\nB: {b}", highlight=False, markup=False, soft_wrap=True)
-    console.print("95 % interval: bootstrap of the problems, which both were asked; p: McNemar's exact test, two-sided")
-    if any(result.counts is None for result in found.values()):
+    console.print("95 % interval: bootstrap over the problems of both; p: McNemar's exact test, two-sided")
+    if any(result.counts is None for result in comparisons.values()):
         console.print("a problem with several attempts counts by their mean, and McNemar's test is left out")
     return 0
 
 
-def _comparisons(found: Mapping[str, Comparison]) -> Table:
+def _table(comparisons: Mapping[str, Comparison]) -> Table:
     table = Table(title="B against A")
     table.add_column("decoding")
-    for name in found:
+    for name in comparisons:
         table.add_column(escape(name), justify="right")
-    rows = [_cells(result) for result in found.values()]
+    rows = [_cells(result) for result in comparisons.values()]
     for label in rows[0]:
         table.add_row(label, *(cells[label] for cells in rows))
     return table

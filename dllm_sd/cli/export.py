@@ -1,4 +1,4 @@
-"""``dllm-sd export``: a run's weights for other programs."""
+"""``dllm-sd export``: writes the weights of a run in a format of other programs."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from dllm_sd.training.checkpoint import chosen_checkpoint
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the weights of a run in the format that was asked for."""
+    """Write the weights of a run in the chosen format."""
     quiet_libraries()
     run, folder = Path(options.run), Path(options.folder)
     if not is_run(options.run):
@@ -27,9 +27,9 @@ def run(options: argparse.Namespace) -> int:
         try:
             validate_repo_id(options.push)
         except ValueError as error:
-            raise InputError(f"--push {options.push!r} is no name of a repository: {error}") from error
+            raise InputError(f"--push {options.push!r} is not the name of a repository: {error}") from error
     last = options.weights == "last"
-    read_results(run)  # a damaged report is refused before the weights are read
+    read_results(run)  # refuse a damaged report before the weights are read
     config, policy, _ = load(options.run, options.overrides, last=last)
     trained = Trained(run, chosen_checkpoint(run, last))
     export_policy(policy, config.model, options.to, folder, trained, options.push)

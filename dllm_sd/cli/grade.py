@@ -1,4 +1,4 @@
-"""``dllm-sd grade``: grade generations that were made elsewhere."""
+"""``dllm-sd grade``: grades generations of other programs."""
 
 import argparse
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from dllm_sd.tasks import TASKS
 
 def run(options: argparse.Namespace) -> int:
     """Grade a file of generations; print a table, write ``report.json`` and ``graded.jsonl``."""
-    if strange := [word for word in options.overrides if not word.startswith("task.")]:
-        raise InputError(f"grade takes settings of the task only, as in task.key=value; leave out {strange[0]!r}")
+    if others := [override for override in options.overrides if not override.startswith("task.")]:
+        raise InputError(f"grade takes settings of the task only, as in task.key=value; leave out {others[0]!r}")
     task = {"name": options.task}
     part = TASKS.get(options.task)
     has_modes = part is not None and "mode" in {field.name for field in fields(part)}  # pyright: ignore[reportArgumentType]
@@ -49,10 +49,10 @@ def _print_grades(report: Mapping[str, Any], file: str) -> None:
     low, high = report["ci95"]
     table.add_row("problems", str(report["n"]))
     table.add_row("accuracy", f"{100 * report['accuracy']:.2f} % ({100 * low:.1f} to {100 * high:.1f})")
-    for name, words in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
-        for k, share in report.get(name, {}).items():
+    for key, label in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
+        for k, share in report.get(key, {}).items():
             if k != "1":
-                table.add_row(f"{words}@{k}", f"{100 * share:.2f} %")
+                table.add_row(f"{label}@{k}", f"{100 * share:.2f} %")
     known = {"task", "mode", "n", "accuracy", "ci95", "generations"}
     for name, value in report.items():
         if name not in known and isinstance(value, int | float):
@@ -60,5 +60,5 @@ def _print_grades(report: Mapping[str, Any], file: str) -> None:
     console = Console()
     console.print(table)
     if "schedules" in report:
-        others = ", ".join(f"{name} {100 * tree['accuracy']:.2f} %" for name, tree in report["schedules"].items())
-        console.print(f"schedule {report['schedule']}; accuracies of all: {others}", highlight=False, markup=False)
+        accuracies = ", ".join(f"{name} {100 * tree['accuracy']:.2f} %" for name, tree in report["schedules"].items())
+        console.print(f"schedule {report['schedule']}; accuracies of all: {accuracies}", highlight=False, markup=False)

@@ -20,14 +20,14 @@ from dllm_sd.ranges import Size, check
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
+    options, arguments_left = parser.parse_known_args(arguments)
+    if unknown := [argument for argument in arguments_left if argument.startswith("-") or "=" not in argument]:
         parser.error(f"unrecognized arguments: {shortened(' '.join(unknown))}")
-    options.overrides += rest  # key=value pairs that stand behind an option
-    _warn_of_lone_process()
+    options.overrides += arguments_left  # key=value pairs that follow an option
+    _warn_of_single_process()
     try:
-        with _threads_that_fail_quietly():
-            command = import_module(f"dllm_sd.cli.{options.command}")  # so that others need not wait for its libraries
+        with _quiet_thread_failures():
+            command = import_module(f"dllm_sd.cli.{options.command}")  # imported here, since its libraries take seconds
             return command.run(options)
     except InputError as error:
         return _end(str(error), 2)
@@ -35,29 +35,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end("interrupted; the same command goes on from the last saved update", 130)
     except (FloatingPointError, Stopped) as error:
         return _end(str(error), 1)
-    except BrokenPipeError:  # whoever read what is printed has read enough
+    except BrokenPipeError:  # the reader of the output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = "" if error.filename is None else f" {str(error.filename)!r:.200}"
         reason = error.strerror or on_one_line(error)[:200] or type(error).__name__
         return _end(
-            f"cannot read or write{where}: {reason}; what was saved before is as it was, and the same command goes on "
-            "from there once that is put right",
+            f"cannot read or write{where}: {reason}; fix that, and the same command goes on from the last saved update",
             1,
         )
 
 
 def _end(sentence: str, status: int) -> int:
-    """Say the last sentence, to a terminal that may be gone, and return the exit status."""
+    """Print the last message, to a terminal that may be gone, and return the exit status."""
     with suppress(OSError):
         print(f"dllm-sd: {sentence}", file=sys.stderr)
     return status
 
 
 @contextmanager
-def _threads_that_fail_quietly() -> Iterator[None]:
-    """Inside, a thread that cannot write prints no traceback: TensorBoard's tells the main thread, which says it."""
+def _quiet_thread_failures() -> Iterator[None]:
+    """Context in which threads print no traceback of an `OSError`; TensorBoard's thread passes it to the main one."""
     former = threading.excepthook
 
     def report(failure: threading.ExceptHookArgs) -> None:
@@ -71,8 +70,8 @@ def _threads_that_fail_quietly() -> Iterator[None]:
         threading.excepthook = former
 
 
-def leave_together() -> None:
-    """End what joined the processes; a process that exits with its threads running is aborted, now and then."""
+def close_process_group() -> None:
+    """Close the process group; a process that exits while its threads run is sometimes aborted."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -80,8 +79,8 @@ def leave_together() -> None:
         distributed.destroy_process_group()
 
 
-def _warn_of_lone_process() -> None:
-    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing; so this does."""
+def _warn_of_single_process() -> None:
+    """Warn about `accelerate launch --cpu --num_processes N`, which starts a single process without a warning."""
     if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
         print(
             "dllm-sd: accelerate launch --cpu started a single process; for several on the CPU use "
@@ -91,7 +90,7 @@ def _warn_of_lone_process() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong with a command."""
+    """Reports a wrong command in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         print(f"dllm-sd: {in_short(message)}; see {self.prog} --help", file=sys.stderr)
@@ -99,7 +98,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _size(text: str) -> int:
-    """A count on the command line."""
+    """Parse a count."""
     try:
         check(Size, int(text), "it")
     except ValueError as error:
@@ -109,7 +108,7 @@ def _size(text: str) -> int:
 
 
 def _place(text: str) -> str:
-    """A path on the command line."""
+    """Parse a path."""
     try:
         if not text:
             raise InputError("a path is empty; name a file or a folder")

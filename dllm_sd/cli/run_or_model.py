@@ -1,4 +1,4 @@
-"""What several commands do: load a run or a model, and say on stderr what the figures do not."""
+"""Shared by several commands: loading a run or a model, and warnings on stderr."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,12 +20,12 @@ from dllm_sd.training.outcome import initial_of
 
 
 def warn(sentence: str) -> None:
-    """Say on stderr what the figures do not."""
+    """Print a warning on stderr."""
     print(f"dllm-sd: {sentence}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:
-    """Transformers says nothing: what is wrong with a checkpoint is said once, by an `InputError`."""
+    """Silence transformers, since problems with a checkpoint are reported by an `InputError`."""
     disable_progress_bar()
     set_verbosity_error()
 
@@ -38,9 +38,18 @@ def load(
     last: bool = False,
     refuse: Callable[[Any], object] = lambda config: None,
 ) -> tuple[Any, Any, str]:
-    """Config and policy of a run (its best or last weights) or of a model, in the precision that the run trained in.
+    """Load a run (its best or last weights) or a model, in the precision that the run trained in.
 
-    Also says which weights these are. ``refuse`` looks at the config before any weights are read.
+    Args:
+        name: a run folder, or a model folder or hub name.
+        overrides: ``key=value`` overrides of the config.
+        task: name of the task; by default that of the run or recipe.
+        adapter: a PEFT adapter to load on the model.
+        last: load the last weights of a run instead of the best ones.
+        refuse: called with the config before any weights are read; raises if the command cannot use it.
+
+    Returns:
+        The config, the policy, and a description of the weights.
     """
     run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
     if is_run(name):
@@ -51,8 +60,8 @@ def load(
         tree = {"task": {"name": task}, "model": {"path": name}}
     else:
         raise InputError(f"{name!r} is neither a run nor a model with a recipe; name a task with --task")
-    own = tree.get("task")
-    if task is not None and task != (own.get("name") if isinstance(own, dict) else own):
+    own_task = tree.get("task")
+    if task is not None and task != (own_task.get("name") if isinstance(own_task, dict) else own_task):
         tree["task"] = {"name": task}
     config = build_config(apply_overrides(tree, overrides))
     accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
@@ -69,17 +78,17 @@ def load(
         folder = chosen_checkpoint(run, last)
         load_weights(policy, folder)
         weights = f"{folder.name}, update {state_of(folder).update}"
-        if (sentence := initial_of(folder)) and accelerator.is_main_process:
-            warn(sentence)
+        if (warning := initial_of(folder)) and accelerator.is_main_process:
+            warn(warning)
     return config, policy, weights
 
 
 def is_run(name: str) -> bool:
-    """Whether a folder is one that ``dllm-sd train`` wrote."""
+    """Whether ``name`` is a folder that ``dllm-sd train`` wrote."""
     return names_file(str(Path(name) / "config.yaml")) and (Path(name) / "checkpoints").is_dir()
 
 
-def say_lost(policy: Any, conversations: Iterable[Sequence[Mapping[str, str]]], what: str) -> None:
-    """A line about what the tokenizer does not know of some prompts, if there is anything."""
-    if policy.chat is not None and (words := policy.chat.warn_of_lost(map(policy.chat.render, conversations), what)):
-        print(words, file=sys.stderr)
+def warn_unknown_text(policy: Any, conversations: Iterable[Sequence[Mapping[str, str]]], what: str) -> None:
+    """Print a warning if the tokenizer does not know some characters of the prompts, which ``what`` names."""
+    if policy.chat is not None and (line := policy.chat.warn_of_lost(map(policy.chat.render, conversations), what)):
+        print(line, file=sys.stderr)

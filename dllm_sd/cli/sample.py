@@ -1,4 +1,4 @@
-"""``dllm-sd sample``: watch a prompt being decoded."""
+"""``dllm-sd sample``: shows the decoding of a prompt step by step."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dllm_sd.cli.run_or_model import load, quiet_libraries, say_lost
+from dllm_sd.cli.run_or_model import load, quiet_libraries, warn_unknown_text
 from dllm_sd.randomness import make_key
 
 
 def run(options: argparse.Namespace) -> int:
-    """Decode one prompt, and show every canvas of it."""
+    """Decode one prompt and show the canvas after each step."""
     quiet_libraries()
     config, policy, _ = load(options.model, options.overrides, options.task)
     console = Console()
     frames: list[list[int]] = []
     settings = replace(config.held_out(), temperature=config.eval.temperature)
-    asked = [{"role": "user", "content": options.prompt}]
-    prompt = policy.encode(asked, config.eval.thinking)
-    say_lost(policy, [asked], "the prompt")
+    messages = [{"role": "user", "content": options.prompt}]
+    prompt = policy.encode(messages, config.eval.thinking)
+    warn_unknown_text(policy, [messages], "the prompt")
     with Live(console=console, refresh_per_second=30, transient=True) as live:
 
         def watch(canvas: Any) -> None:
@@ -38,12 +38,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _frame(policy: Any, frames: Sequence[Sequence[int]]) -> Any:
-    """The last canvas: masks as dots, tokens committed since the one before it in colour."""
-    last, before = frames[-1], frames[-2] if len(frames) > 1 else frames[-1]
+    """Render the last canvas: masks as dots, tokens committed since the previous canvas in colour."""
+    current, previous = frames[-1], frames[-2] if len(frames) > 1 else frames[-1]
     text = Text()
-    for now, then in zip(last, before, strict=True):
-        if now == policy.mask_id:
+    for token, previous_token in zip(current, previous, strict=True):
+        if token == policy.mask_id:
             text.append("\u00b7", style="dim")
         else:
-            text.append(policy.text([now]) or "\u25a1", style="bold green" if now != then else "")
+            text.append(policy.text([token]) or "\u25a1", style="bold green" if token != previous_token else "")
     return text

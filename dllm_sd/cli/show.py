@@ -1,4 +1,4 @@
-"""``dllm-sd show``: the resolved config, its method, the memory that it needs, a prompt."""
+"""``dllm-sd show``: prints the resolved config, its method, the memory estimate and a prompt."""
 
 import argparse
 from typing import Any
@@ -14,7 +14,7 @@ from dllm_sd.config import load_config, to_tree, to_yaml
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import first
 from dllm_sd.methods import METHODS
-from dllm_sd.pairing import check_outline, other_outlines
+from dllm_sd.pairing import check_model_offline, other_blueprints
 from dllm_sd.policies.loading import empty_network
 from dllm_sd.reports.memory import estimate
 from dllm_sd.reports.method_page import closest, measured, measured_line
@@ -22,7 +22,7 @@ from dllm_sd.reports.tables import describe_part, memory_table
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what a run of the config would be."""
+    """Print the config, the method, the memory estimate and a prompt of a run."""
     quiet_libraries()
     config = load_config(options.config, options.overrides)
     console = Console()
@@ -34,16 +34,16 @@ def run(options: argparse.Namespace) -> int:
         parts = part if isinstance(part, list) else [part]
         method.add_row(slot, "\n".join(describe_part(item) for item in parts) or "none")
     console.print(method)
-    _say_source(console, config.method)
-    blueprint, absent = check_outline(config)
+    _print_source(console, config.method)
+    blueprint, absent = check_model_offline(config)
     if absent is not None:
-        console.print(f"not checked, and memory from the shape that is known: {absent}", highlight=False, markup=False)
+        console.print(f"not checked; memory is estimated from the known shape: {absent}", highlight=False, markup=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = other_outlines(config)
-    others = {weights: empty_network(other) for weights, other in known.items() if other is not None}
-    counted: dict[str, Any] = {"processes": options.processes, "sharded": options.sharded, "device": device}
-    console.print(memory_table(estimate(empty_network(blueprint), config, **counted, others=others)))
-    if missing := [weights.source for weights in known if weights not in others]:
+    blueprints = other_blueprints(config)
+    others = {weights: empty_network(other) for weights, other in blueprints.items() if other is not None}
+    launch: dict[str, Any] = {"processes": options.processes, "sharded": options.sharded, "device": device}
+    console.print(memory_table(estimate(empty_network(blueprint), config, **launch, others=others)))
+    if missing := [weights.source for weights in blueprints if weights not in others]:
         console.print(f"not counted, since its shape is not known: the checkpoint {missing[0]}", highlight=False)
     try:
         problem = first(config.task.problems("train"), 1) or first(config.task.problems("test"), 1)
@@ -57,18 +57,20 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _say_source(console: Console, method: Any) -> None:
-    """Where a method comes from, what to know of it, and what was measured here."""
-    if (found := closest(method)) is None:
+def _print_source(console: Console, method: Any) -> None:
+    """Print the source, the note and the measurements of the named method that a method equals or resembles."""
+    if (named := closest(method)) is None:
         console.print("these parts make no named method", highlight=False)
         return
-    name, exact = found
-    console.print(f"{name}{'' if exact else ', with settings of its own'}: {METHODS[name].source}", highlight=False)
+    name, is_equal = named
+    console.print(f"{name}{'' if is_equal else ', with settings of its own'}: {METHODS[name].source}", highlight=False)
     console.print(METHODS[name].note, highlight=False, markup=False)
     if records := measured(name):
-        words = (
-            "measured on 4x4 Sudoku with the shipped tiny models, at one rate for all methods; no forecast for others:"
+        console.print(
+            "measured on 4x4 Sudoku with the shipped tiny models, at one learning rate for all methods; this predicts "
+            "nothing about other models:",
+            highlight=False,
+            markup=False,
         )
-        console.print(words, highlight=False, markup=False)
     for record in records:
         console.print(f"- {measured_line(record)}", highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""``dllm-sd train``: a run from a config, or the rest of a stopped one."""
+"""``dllm-sd train``: starts a run from a config, or resumes a stopped one."""
 
 import argparse
 
@@ -11,12 +11,12 @@ from dllm_sd.training.peers import train
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, and print the table of the run, or of both runs of peers."""
+    """Train, and print the results of the run, or of both runs of peers."""
     quiet_libraries()
     config = load_config(options.config, options.overrides)
-    for run, report in train(config).items():
+    for folder, report in train(config).items():
         if PartialState().is_main_process:
-            print_training(report, run)
-            for sentence in report.get("warnings", []):  # reports of former versions have none
-                warn(sentence)
+            print_training(report, folder)
+            for warning in report.get("warnings", []):  # reports of earlier versions have none
+                warn(warning)
     return 0

@@ -1,4 +1,4 @@
-"""The model card of an exported policy: what it is, how to use it, how it was trained, what was measured."""
+"""The model card of an exported policy: base model, usage, training and results."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ExportFormat = Literal["peft", "merged", "original"]
 
 @dataclass(frozen=True)
 class Trained:
-    """Where the weights come from."""
+    """The run and the checkpoint that the weights come from."""
 
     run: Path
     checkpoint: Path
@@ -74,18 +74,18 @@ def model_card(
 
     Args:
         policy: the policy.
-        blueprint: what it was built from.
-        to: the format that was written.
-        name: what the reader calls the model: its name on the hub, or a folder.
-        trained: the run; None for weights that were not trained here.
-        stored: floating types of the files where the run computed in another one.
-        grown: rows of the embedding where the base has fewer.
+        blueprint: the description of the model that the policy was built from.
+        to: the format of the export.
+        name: the name of the model in the examples: its name on the hub, or a folder.
+        trained: the run; None for weights that dllm-sd has not trained.
+        stored: dtypes of the files, if the run computed in another one.
+        grown: number of rows of the embedding, if the base model has fewer.
     """
     model, path = blueprint.model, blueprint.model.path
     on_hub = path is not None and not Path(model_folder(path)).is_dir()
     front = {"library_name": "peft" if to == "peft" else "transformers", "pipeline_tag": "text-generation"}
-    front |= {"base_model": path} if on_hub else {}  # a folder of this machine would mean nothing, or another model
-    front |= {"license": found} if (found := _license(path)) else {}
+    front |= {"base_model": path} if on_hub else {}  # a local folder means nothing, or another model, elsewhere
+    front |= {"license": name_of_license} if (name_of_license := _license(path)) else {}
     kind = [] if policy.causal else ["diffusion-language-model"]
     tags = ["dllm-sd", *kind, "self-distillation", *(["lora"] if to == "peft" else [])]
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()] + [f"tags: [{', '.join(tags)}]"]
@@ -114,13 +114,13 @@ def model_card(
 
 def settings_of(run: Path) -> str:
     """The resolved config of a run as YAML, without its folder."""
-    read_run_config(run)  # refuses what is no config
+    read_run_config(run)  # raises if the file is not a config
     text = read_own(run / "config.yaml", "give another folder").decode("utf-8")
     return re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
 
 
 def _license(path: str | None) -> str | None:
-    """The license that the base model's card names, if it lies on this machine."""
+    """The license in the model card of the base model, if the card is on this machine."""
     if path is None:
         return None
     folder = Path(model_folder(path))
@@ -133,7 +133,7 @@ def _license(path: str | None) -> str | None:
 
 def _use(policy: AnyPolicy, model: Model, to: ExportFormat, name: str, trained: Trained | None) -> str:
     options: dict[str, Any] = {}
-    if to != "merged":  # what the base does not say itself
+    if to != "merged":  # settings that are not in the files of the base model
         for key in ("as_", "mask_token", "end_tokens", "chat_template", "thinking", "tokenizer"):
             if getattr(model, key) is not None and (to, key) != ("original", "tokenizer"):
                 options[key] = getattr(model, key)
@@ -146,12 +146,12 @@ def _use(policy: AnyPolicy, model: Model, to: ExportFormat, name: str, trained: 
             f"policy = {python}\n"
             f"policy.module.model = PeftModel.from_pretrained(policy.module.model, {json.dumps(name)})\n```"
         )
-    tree = _resolved(trained) if trained else {}
-    words = [f"--task {tree['task']['name']}" if tree else "--task NAME"]
-    words += [f"decode.{key}={tree['decode'][key]}" for key in ("length", "block_length") if tree]
-    words += [f"model.{key}={value}" for key, value in options.items() if isinstance(value, int)]
+    tree = _settings(trained) if trained else {}
+    arguments = [f"--task {tree['task']['name']}" if tree else "--task NAME"]
+    arguments += [f"decode.{key}={tree['decode'][key]}" for key in ("length", "block_length") if tree]
+    arguments += [f"model.{key}={value}" for key, value in options.items() if isinstance(value, int)]
     return (
-        f'```bash\ndllm-sd sample {name} "your prompt" {" ".join(words)}\n```\n\n'
+        f'```bash\ndllm-sd sample {name} "your prompt" {" ".join(arguments)}\n```\n\n'
         f"```python\nfrom dllm_sd import load_policy\n\npolicy = {python}\n```"
     )
 
@@ -159,7 +159,7 @@ def _use(policy: AnyPolicy, model: Model, to: ExportFormat, name: str, trained: 
 def _training(trained: Trained | None) -> str:
     if trained is None:
         return "These weights were not trained by dllm-sd; only their format was changed."
-    tree, method = _resolved(trained), build_config(read_run_config(trained.run)).method
+    tree, method = _settings(trained), build_config(read_run_config(trained.run)).method
     update = state_of(trained.checkpoint).update
     kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
     kind += ", the initial ones, which no training has changed" if update == 0 else ""
@@ -171,29 +171,31 @@ def _training(trained: Trained | None) -> str:
     )
 
 
-def _resolved(trained: Trained) -> dict[str, Any]:
-    """The settings of a run with all their keys, however little its file says."""
+def _settings(trained: Trained) -> dict[str, Any]:
+    """The settings of a run with defaults for the keys that its file lacks."""
     return to_tree(build_config(read_run_config(trained.run)))
 
 
 def _parts(method: Method) -> str:
-    """The slots of a method and the names in them; a slot of one kind only has none."""
+    """The names of the parts of a method by slot; slots without names are omitted."""
     slots = {slot: part if isinstance(part, list) else [part] for slot, part in to_tree(method).items()}
-    words = {
+    names = {
         slot: "+".join(part["name"] for part in group if isinstance(part, dict) and "name" in part)
         for slot, group in slots.items()
     }
-    return ", ".join(f"{slot} {word}" for slot, word in words.items() if word)
+    return ", ".join(f"{slot} {name}" for slot, name in names.items() if name)
 
 
 def _method_name(method: Method) -> str:
-    found = closest(method)
-    return f"`{found[0]}` {'' if found[1] else 'with settings of its own '}" if found else ""
+    if (named := closest(method)) is None:
+        return ""
+    name, is_equal = named
+    return f"`{name}` " if is_equal else f"`{name}` with settings of its own "
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a card says of a decoding schedule."""
+    """The results of a decoding schedule that a model card shows."""
 
     partial: ClassVar[bool] = True
     n: int
@@ -203,7 +205,7 @@ class _Measured:
 
 @dataclass(frozen=True)
 class Results:
-    """What a card says of the report of a run."""
+    """The entries of a report that a model card shows."""
 
     partial: ClassVar[bool] = True
     task: str
@@ -216,45 +218,45 @@ class Results:
 
 
 def read_results(run: Path) -> Results | None:
-    """What a finished run has measured; None where it has no report yet.
+    """Read the results of a finished run; None if it has no report yet.
 
     Raises:
         InputError: naming the report, if it is damaged.
     """
-    file, remedy = run / "report.json", "run the same dllm-sd train again to have it written anew, or remove it"
+    file, remedy = run / "report.json", "run the same dllm-sd train again to write it again, or remove it"
     if not os.path.lexists(file):
         return None
-    found: Results = read_json(file, Results, remedy)
-    every = [found.before, found.after, found.best]
+    results: Results = read_json(file, Results, remedy)
+    tests = [results.before, results.after, results.best]
     try:
-        settings = to_tree(build_config(found.settings))
+        settings = to_tree(build_config(results.settings))
     except InputError as error:
         raise damaged_file(file, error, remedy) from error
-    if any(one.keys() != found.best.keys() for one in every):
+    if any(test.keys() != results.best.keys() for test in tests):
         raise damaged_file(file, "before, after and best are not of the same schedules", remedy)
-    if any(len(one.ci95) != 2 for some in every for one in some.values()):
+    if any(len(schedule.ci95) != 2 for test in tests for schedule in test.values()):
         raise damaged_file(file, "ci95 must have two ends", remedy)
-    return replace(found, settings=settings)
+    return replace(results, settings=settings)
 
 
 def _results(trained: Trained | None) -> str:
-    found = read_results(trained.run) if trained else None
-    if found is None or not found.best:
-        if found is None or found.best_dev_accuracy < 0:
+    results = read_results(trained.run) if trained else None
+    if results is None or not results.best:
+        if results is None or results.best_dev_accuracy < 0:
             return "No results were measured."
-        best, n = f"{100 * found.best_dev_accuracy:.1f} %", found.settings["eval"]["problems"]
-        words = f"after update {found.best_update}; no test problems were decoded."
-        return f"Best accuracy on up to {n} dev problems: {best}, {words}"
-    settings = found.settings
+        best, n = f"{100 * results.best_dev_accuracy:.1f} %", results.settings["eval"]["problems"]
+        update = f"after update {results.best_update}; no test problems were decoded."
+        return f"Best accuracy on up to {n} dev problems: {best}, {update}"
+    settings = results.settings
     rows = ["| decoding | weights | n | accuracy | 95 % interval |", "|---|---|---|---|---|"]
-    for schedule in found.best:
+    for schedule in results.best:
         changed = settings["decode"] | settings["eval"]["decode"] | settings["eval"]["schedules"].get(schedule, {})
         keys = ("length", "block_length", "tokens_per_step", "steps", "threshold", "order")
         decoding = ", ".join(f"{key} {changed[key]}" for key in keys if changed.get(key) is not None)
         for weights in ("before", "after", "best"):
-            one: _Measured = getattr(found, weights)[schedule]
-            low, high = (f"{100 * end:.1f}" for end in one.ci95)
-            cells = (f"{schedule} ({decoding})", weights, one.n, f"{100 * one.accuracy:.1f} %")
+            measured: _Measured = getattr(results, weights)[schedule]
+            low, high = (f"{100 * end:.1f}" for end in measured.ci95)
+            cells = (f"{schedule} ({decoding})", weights, measured.n, f"{100 * measured.accuracy:.1f} %")
             rows.append(f"| {' | '.join(map(str, cells))} | {low} to {high} |")
-    words = f"Accuracy on test problems of `{found.task}` at temperature {settings['eval']['temperature']}."
-    return f"{words} Before: initial weights; after: last; best: best on the dev split.\n\n" + "\n".join(rows)
+    caption = f"Accuracy on test problems of `{results.task}` at temperature {settings['eval']['temperature']}."
+    return f"{caption} Before: initial weights; after: last; best: best on the dev split.\n\n" + "\n".join(rows)

@@ -1,1 +1,1 @@
-"""What people look at."""
+"""Tables and pages for people: memory estimates, methods, results."""

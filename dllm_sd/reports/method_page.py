@@ -1,4 +1,4 @@
-"""Methods as a page for people: their parts, where they come from, what to know, what was measured here."""
+"""The page docs/methods.md: parts, source and notes of each method, and the measurements on the tiny models."""
 
 import json
 from collections.abc import Mapping
@@ -14,93 +14,96 @@ from dllm_sd.parts import name_of
 
 HEAD = """# Methods
 
-Each method is one part for every slot; [concepts](concepts.md) says what the slots ask. `dllm-sd train CONFIG
-method=NAME` takes any of them on any model, masked diffusion or autoregressive, or says in one sentence why that pair
-has no meaning. `dllm-sd show CONFIG` prints the same for one run. This page is made from the table in
-`dllm_sd/methods/` by `python tools/make_methods_page.py`. The pages in [methods/](methods/) say of each published
-method how to run it, what was measured, what its paper claims, and where paper, code and this program part.
+A method is one part for every slot; [concepts](concepts.md) explains the slots. `dllm-sd train CONFIG method=NAME`
+trains any of them on any model, masked diffusion or autoregressive; an invalid combination raises an error that says
+why. `dllm-sd show CONFIG` prints the method of a run. This page is generated from the table in `dllm_sd/methods/` by
+`python tools/make_methods_page.py`. The pages in [methods/](methods/) describe how to run each published method, what
+was measured, what its paper claims, and where paper, released code and this program differ.
 """
 MEASURED = """## Measured
 
 Greedy accuracy in percent on 1,024 test puzzles (4x4 Sudoku) of the shipped tiny models, `tiny` and `tiny_ar`, by
-`tools/measure_methods.py`: the same updates, learning rate and schedule for all methods of a backbone, nothing tuned
-for one. Best: the best weights on 512 dev puzzles. A row with more words than a name has those overrides. A star: what
-the method lives on is missing there, as said below the table, so that the row is no test of the method.
-Seconds are those of rollouts and updates with one thread; tokens were generated in rollouts. The autoregressive reader
-(`tools/make_tiny_reader.py`) writes its solution in tagged steps and has learnt to read rubrics, critiques and skills;
-rows of two students are those of each.
+`tools/measure_methods.py`, with the same updates, learning rate and schedule for all methods of a backbone; nothing was
+tuned for a single method. Best: the best weights on 512 dev puzzles. Words after the name of a method are overrides. A
+star marks rows that are no test of the method, since the model lacks what the method needs, as explained below the
+table. Seconds are those of rollouts and updates with one thread; tokens are those generated in rollouts. The
+autoregressive reader (`tools/make_tiny_reader.py`) writes its solution in tagged steps and was trained to read rubrics,
+critiques and skills. A row of two students shows the values of both.
 
 """
 _COLUMNS = ("method", "seeds", "before", "last", "best", "updates (skipped)", "tokens", "seconds", "length", "entropy")
 
 
 def methods_page() -> str:
-    """All of docs/methods.md."""
-    sections = [f"## `{name}`\n\n{section(row)}" for name, row in METHODS.items()]
+    """The text of docs/methods.md."""
+    sections = [f"## `{name}`\n\n{section(method)}" for name, method in METHODS.items()]
     return "\n".join([HEAD, *sections, MEASURED + _measured_tables()])
 
 
-def section(row: NamedMethod) -> str:
+def section(named: NamedMethod) -> str:
     """One method, in Markdown."""
-    method = row.method
-    made = "; ".join(f"{slot} {', '.join(map(_code, words)) or 'none'}" for slot, words in parts(method).items())
-    where = "masked diffusion only" if any(context.reveals for context in method.contexts) else "both backbones"
-    source = f"Source: {row.source}. Defined on {where}."
-    return (
-        "\n\n".join(fill(words, 118, break_on_hyphens=False) for words in (row.note, source, f"Parts: {made}.")) + "\n"
-    )
+    method = named.method
+    slots = "; ".join(f"{slot} {', '.join(map(_code, names)) or 'none'}" for slot, names in parts(method).items())
+    backbones = "masked diffusion only" if any(context.reveals for context in method.contexts) else "both backbones"
+    source = f"Source: {named.source}. Defined on {backbones}."
+    paragraphs = (named.note, source, f"Parts: {slots}.")
+    return "\n\n".join(fill(text, 118, break_on_hyphens=False) for text in paragraphs) + "\n"
 
 
 def parts(method: Method) -> dict[str, list[str]]:
-    """The parts of each slot, with those of their fields that are not the part's defaults."""
-    found: dict[str, list[str]] = {}
+    """The names of the parts of each slot, with the fields that differ from the part's defaults."""
+    slots: dict[str, list[str]] = {}
     for f in fields(method):
         value, table = getattr(method, f.name), f.metadata.get("parts")
         group = value if isinstance(value, tuple) else (value,)
-        found[f.name] = [_words(part, table) if table else str(part) for part in group]
-    return found
+        slots[f.name] = [_describe(part, table) if table else str(part) for part in group]
+    return slots
 
 
 def closest(method: Method) -> tuple[str, bool] | None:
-    """The row that is made of the same parts and has most settings in common, and whether it is this very method."""
+    """The named method with the same parts and most settings in common, and whether it equals ``method``."""
 
     def kinds(other: Method) -> list[Any]:
         parts = [part for slot in vars(other).values() for part in (slot if isinstance(slot, tuple) else (slot,))]
         return [(type(part), type(getattr(part, "prompt", None))) for part in parts]
 
-    alike = {name: row.method for name, row in METHODS.items() if kinds(row.method) == kinds(method)}
-    if not alike:
+    same_parts = {name: named.method for name, named in METHODS.items() if kinds(named.method) == kinds(method)}
+    if not same_parts:
         return None
-    name = max(alike, key=lambda name: sum(vars(alike[name])[slot] == part for slot, part in vars(method).items()))
-    return name, alike[name] == method
+
+    def settings_in_common(name: str) -> int:
+        return sum(vars(same_parts[name])[slot] == part for slot, part in vars(method).items())
+
+    name = max(same_parts, key=settings_in_common)
+    return name, same_parts[name] == method
 
 
 def measured(name: str) -> list[Mapping[str, Any]]:
-    """What was measured of a method and its variants on the tiny models and still stands; empty if nothing does."""
-    return [record for record in _standing() if record["method"].split()[0] == name]
+    """The valid measurements of a method and its variants on the tiny models."""
+    return [record for record in _valid_records() if record["method"].split()[0] == name]
 
 
 def measured_line(record: Mapping[str, Any]) -> str:
-    """One record in words."""
+    """A measurement as a sentence."""
     after = ", ".join(map(str, record["after"]))
     remark = _remark(record, "premise")
-    doubt = f"; no test of the method, since {remark['reason']}" if remark else ""
-    other = _remark(record, "setting")
-    doubt += f"; with another setting: {other['reason']}" if other else ""
+    caveat = f"; no test of the method, since {remark['reason']}" if remark else ""
+    setting = _remark(record, "setting")
+    caveat += f"; with another setting: {setting['reason']}" if setting else ""
     return (
         f"{record['method']} on the tiny {record['backbone']} model: {record['before'][0]} -> {after} % after "
-        f"{record['updates']} updates ({record['seeds']} seeds){doubt}"
+        f"{record['updates']} updates ({record['seeds']} seeds){caveat}"
     )
 
 
 def _records() -> list[dict[str, Any]]:
-    """What `tools/measure_methods.py` collected."""
+    """The measurements that `tools/measure_methods.py` collected."""
     return _read("measured.json")
 
 
 def _remarks() -> list[dict[str, Any]]:
-    """What was found out of records later: `kind` is `withdrawn` (measured wrongly, no result), `premise` (measured
-    rightly on a model where the method has nothing to work with), or `setting` (measured before the row changed)."""
+    """Later remarks on measurements, by `kind`: `withdrawn` (the measurement was wrong), `premise` (the model lacks what the
+    method needs), or `setting` (the settings of the method have changed since)."""
     return _read("remarks.json")
 
 
@@ -109,18 +112,18 @@ def _read(name: str) -> list[dict[str, Any]]:
 
 
 def _remark(record: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
-    fits = (r for r in _remarks() if r["backbone"] == record["backbone"] and record["method"] in r["methods"])
-    return next((remark for remark in fits if remark["kind"] == kind), None)
+    remarks = (r for r in _remarks() if r["backbone"] == record["backbone"] and record["method"] in r["methods"])
+    return next((remark for remark in remarks if remark["kind"] == kind), None)
 
 
-def _standing() -> list[dict[str, Any]]:
+def _valid_records() -> list[dict[str, Any]]:
     return [record for record in _records() if _remark(record, "withdrawn") is None]
 
 
 def _measured_tables() -> str:
     text = ""
     for backbone in dict.fromkeys(record["backbone"] for record in _records()):
-        records = [record for record in _standing() if record["backbone"] == backbone]
+        records = [record for record in _valid_records() if record["backbone"] == backbone]
         text += f"### {backbone}\n\n"
         text += f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}\n"
         text += "".join(f"| {' | '.join(_cells(record))} |\n" for record in records) + "\n"
@@ -154,7 +157,7 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _words(part: Any, table: Mapping[str, type]) -> str:
+def _describe(part: Any, table: Mapping[str, type]) -> str:
     name = name_of(table, part)
     changed = []
     for f in fields(part):
@@ -168,6 +171,6 @@ def _words(part: Any, table: Mapping[str, type]) -> str:
     return f"{name} ({', '.join(changed)})" if changed else name
 
 
-def _code(words: str) -> str:
-    name, bracket, rest = words.partition(" ")
+def _code(description: str) -> str:
+    name, bracket, rest = description.partition(" ")
     return f"`{name}`{bracket}{rest}"

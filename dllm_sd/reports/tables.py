@@ -1,4 +1,4 @@
-"""Reports as tables for people."""
+"""Prints reports as tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +15,11 @@ EVALUATION_COUNTS = {
     "cut": ("texts without an end", "graded as they are"),
     "unread": ("texts without an answer", "wrong"),
 }
-"""What an evaluation could not ask, or could not read to the end: field of its report, in words, what became of it."""
+"""Fields of an evaluation report that count problems, each with what it counts and how these problems are treated."""
 
 
 def print_training(report: Mapping[str, Any], run: Path) -> None:
-    """Before and after training, and where the run lies."""
+    """Print the accuracies before and after training, and the folder of the run."""
     console = Console()
     if report["best"]:
         table = Table(title=f"{report['task']}: accuracy on {report['n']} test problems")
@@ -30,16 +30,16 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
             cells = [f"{100 * report[name][schedule]['accuracy']:.1f} %" for name in ("before", "after")]
             low, high = best["ci95"]
             table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
-            for name, (words, kept) in EVALUATION_COUNTS.items():
-                if name in best:  # reports of former versions lack some
+            for name, (what, treatment) in EVALUATION_COUNTS.items():
+                if name in best:  # reports of earlier versions lack some
                     counts = (str(report[which][schedule][name]) for which in ("before", "after", "best"))
-                    table.add_row(f"  {words} ({kept})", *counts)
+                    table.add_row(f"  {what} ({treatment})", *counts)
         console.print(table)
         console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
-    words = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
+    summary = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
     best_dev = f"; best dev accuracy {100 * report['best_dev_accuracy']:.1f} % at update {report['best_update']}"
-    console.print(words + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
-    if left_out := in_words(report.get("left_out", {})):  # reports of former versions have none
+    console.print(summary + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
+    if left_out := in_words(report.get("left_out", {})):  # reports of earlier versions have none
         console.print(f"left out: {', '.join(left_out)}", highlight=False)
     if report["stopped"]:
         console.print(f"stopped early: {report['stopped']}")
@@ -48,7 +48,7 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
 
 
 def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
-    """A column for each decoding schedule."""
+    """Print an evaluation, with a column for each decoding schedule."""
     table = Table(title=title)
     table.add_column("decoding")
     rows: dict[str, list[str]] = {}
@@ -57,11 +57,11 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
         low, high = tree["ci95"]
         cells = {"problems": str(tree["n"]), "accuracy": f"{100 * tree['accuracy']:.2f} %"}
         cells["95 % interval"] = f"{100 * low:.1f} to {100 * high:.1f}"
-        for key, words in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
-            cells |= {f"{words}@{k}": f"{100 * share:.2f} %" for k, share in tree[key].items() if k != "1"}
+        for key, name in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
+            cells |= {f"{name}@{k}": f"{100 * share:.2f} %" for k, share in tree[key].items() if k != "1"}
         cells |= {"tokens": f"{tree['length']:.1f}", "tokens per forward": f"{tree['tokens_per_step']:.2f}"}
         cells |= {"tokens per second": f"{tree['time/tokens_per_second']:.0f}"}
-        cells |= {f"{words} ({kept})": str(tree[name]) for name, (words, kept) in EVALUATION_COUNTS.items()}
+        cells |= {f"{what} ({treatment})": str(tree[name]) for name, (what, treatment) in EVALUATION_COUNTS.items()}
         cells |= {"slots busy": f"{tree['occupancy']:.0%}"}
         known = {"n", "accuracy", "score", "length", "tokens_per_step", "occupancy"}
         extra = {key: value for key, value in tree.items() if isinstance(value, float) and key not in known}
@@ -74,13 +74,13 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
 
 
 def memory_table(memory: MemoryEstimate) -> Table:
-    """An estimate of `memory.estimate`."""
-    shown = Table(title="memory of one process (estimate)")
-    shown.add_column("what")
-    shown.add_column("size", justify="right")
-    shown.add_row("parameters", f"{memory.parameters:,}")
-    shown.add_row("trainable parameters", f"{memory.trainable:,}")
-    shown.add_row("tokens, sites of a micro-batch", f"{memory.tokens:,}, {memory.sites:,}", end_section=True)
+    """The table of a memory estimate."""
+    table = Table(title="memory of one process (estimate)")
+    table.add_column("what")
+    table.add_column("size", justify="right")
+    table.add_row("parameters", f"{memory.parameters:,}")
+    table.add_row("trainable parameters", f"{memory.trainable:,}")
+    table.add_row("tokens, sites of a micro-batch", f"{memory.tokens:,}, {memory.sites:,}", end_section=True)
     decoding = {"held": "held weights, cache", "rollouts": "rollouts", "rollout_logits": "their logits, after that"}
     groups = {
         "always": (memory.resident, {"weights": "weights", "optimizer": "optimizer state", "copies": "teacher copies"}),
@@ -99,11 +99,11 @@ def memory_table(memory: MemoryEstimate) -> Table:
         "decoding, at most": (memory.decoding, decoding),
     }
     for name, (total, rows) in groups.items():
-        for field, words in rows.items():
-            shown.add_row(f"  {words}", _gigabytes(getattr(memory, field)))
-        shown.add_row(name, _gigabytes(total), end_section=True)
-    shown.add_row("peak: always + the larger of learning and decoding", _gigabytes(memory.peak), style="bold")
-    return shown
+        for field, label in rows.items():
+            table.add_row(f"  {label}", _gigabytes(getattr(memory, field)))
+        table.add_row(name, _gigabytes(total), end_section=True)
+    table.add_row("peak: always + the larger of learning and decoding", _gigabytes(memory.peak), style="bold")
+    return table
 
 
 def _gigabytes(size: int) -> str:
@@ -111,10 +111,10 @@ def _gigabytes(size: int) -> str:
 
 
 def describe_part(part: Any) -> str:
-    """A part and its fields in one line."""
+    """The name and the fields of a part in one line."""
     if not isinstance(part, dict):
         return str(part)
     fields = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
-    if "name" not in part:  # a part of one kind only, such as a bank of skills
+    if "name" not in part:  # a slot with one kind of part has no names, such as the skill bank
         return fields
     return f"{part['name']} ({fields})" if fields else part["name"]

@@ -322,7 +322,7 @@ def test_a_fold_in_bfloat16_is_rounded_once(tmp_path: Path):
 
 @pytest.mark.fixture
 def test_a_large_model_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(exporting, "SHARD", "60KB")
+    monkeypatch.setattr(exporting, "MAX_SHARD_SIZE", "60KB")
     policy, model, view, expected = adapted("llada2")
     to: ExportFormat
     for to in ("merged", "original"):
@@ -384,7 +384,7 @@ def test_the_row_of_an_added_mask_token_is_exported(grown: Model, tmp_path: Path
     plain = PeftModel.from_pretrained(native, str(tmp_path / "peft"))
     assert_close(raw_logits(plain, policy, view), plain_logits(policy, view))
     message = refusal(lambda: export_policy(policy, grown, "original", tmp_path / "original"))
-    assert message.endswith("is autoregressive and would forget model.as; use --to merged")
+    assert message.endswith("is autoregressive and cannot hold model.as; use --to merged")
 
 
 def test_four_bit_weights_are_not_folded(grown: Model, tmp_path: Path):
@@ -477,7 +477,7 @@ def test_what_cannot_be_exported_ends_with_one_sentence(
     assert "exists and is not an empty folder" in words(str(run), "--to", "merged", str(tmp_path / "file"))
     assert "cannot write to" in words(str(run), "--to", "merged", str(tmp_path / "file" / "out"))
     assert "is not a run" in words("tiny", "--to", "merged", str(tmp_path / "out"))
-    assert "is no name of a repository" in words(str(run), "--to", "peft", str(tmp_path / "out"), "--push", "a/b/c")
+    assert "not the name of a repository" in words(str(run), "--to", "peft", str(tmp_path / "out"), "--push", "a/b/c")
     random = ["model.random_init=true", "model.path=null", "model.tokenizer=tiny", "model.shape.intermediate_size=170"]
     for to in ("peft", "original"):
         assert "use --to merged" in words(str(run), "--to", to, str(tmp_path / "out"), *random)

@@ -18,7 +18,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import FSDPModule
 
-from dllm_sd.cli.main import leave_together, main
+from dllm_sd.cli.main import close_process_group, main
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import evaluate_into
@@ -79,7 +79,7 @@ def work(folder: Path) -> None:
     trainer = Trainer(config_at("fsdp", folder / "two" / "fsdp"))
     assert any(isinstance(part, FSDPModule) for part in trainer.module.modules())
     trainer.train()
-    leave_together()
+    close_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_sd.cli.main import leave_together, main
+from dllm_sd.cli.main import close_process_group, main
 from dllm_sd.errors import InputError
 from dllm_sd.parallel.zero import ZeroOptimizer, read_stage
 from dllm_sd.training import trainer as trainer_module
@@ -103,7 +103,7 @@ def work(folder: Path, stage: int) -> None:
         Trainer(config_of(case, folder / f"one_then_two{stage}" / case)).train()
         stop_after(config_of(case, folder / f"two_then_one{stage}" / case), 2)
     check_refusal(folder / f"refused{stage}")
-    leave_together()
+    close_process_group()
 
 
 def launch(stage: int, *arguments: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from dllm_sd.cli.main import leave_together, main
+from dllm_sd.cli.main import close_process_group, main
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation import evaluate as evaluation
 from dllm_sd.evaluation.recording import Record
@@ -98,4 +98,4 @@ def commands(folder: Path) -> Iterator[tuple[str, tuple[int, str]]]:
 if __name__ == "__main__":
     results = {"mechanism": mechanism(), **dict(commands(Path(sys.argv[1])))}
     (Path(sys.argv[1]) / f"{processes().process_index}.json").write_text(json.dumps(results))
-    leave_together()
+    close_process_group()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm_sd.config import Optim
 from dllm_sd.errors import InputError
-from dllm_sd.reports.memory import EIGHT_BITS
+from dllm_sd.reports.memory import EIGHT_BIT_STATES
 from dllm_sd.training import optim
 from dllm_sd.training.optim import build_optimizer, check_optimizer, learning_rate, load_state, state_tensors
 
@@ -129,7 +129,7 @@ def test_a_state_by_name_goes_on_bit_for_bit(name: str, tmp_path: Path):
     held = {key: value for key, value in state_tensors(optimizer, parameters).items() if key[:2] == "w0"}
     assert any(value.dtype == torch.uint8 for value in held.values()) == (name == "adamw_8bit")
     size = sum(value.nbytes for key, value in held.items() if not key.endswith("step"))
-    assert size == values[0].numel() * (EIGHT_BITS if name == "adamw_8bit" else 8)
+    assert size == values[0].numel() * (EIGHT_BIT_STATES if name == "adamw_8bit" else 8)
 
 
 def test_a_state_of_another_kind_is_refused():

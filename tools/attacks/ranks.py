@@ -70,7 +70,7 @@ def _launch(work: Path, environment: Mapping[str, str]) -> int | None:
 
 def main() -> int:
     """One of the two processes."""
-    from dllm_sd.cli.main import leave_together
+    from dllm_sd.cli.main import close_process_group
     from tools.attacks import child
 
     rank, pids, number = os.environ["RANK"], Path(os.environ[PIDS]), int(os.environ.get(NUMBER, -1))
@@ -86,7 +86,7 @@ def main() -> int:
         Watch(Path.cwd(), stop)
     status = child.command(sys.argv[1:])()
     if status == 0:
-        leave_together()
+        close_process_group()
     return status
 
 
