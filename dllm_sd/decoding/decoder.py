@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_sd.decoding.queue import Job, Listed, Queue
 from dllm_sd.decoding.settings import Decoding, Meter
-from dllm_sd.trajectory import Reach, Trajectory
+from dllm_sd.trajectory import StopAfter, Trajectory
 
 Watch = Callable[[Sequence[Job | None], Tensor], None]
 """Called before each step with the job of each row, and the completion sides int64 ``[r l]``."""
@@ -17,7 +17,7 @@ class Decoder(Protocol):
     """Chooses tokens, whichever model computes their probabilities; scoring is the `Policy`'s."""
 
     def complete(
-        self, queue: Queue, settings: Decoding, *, meter: Meter | None = None, reach: Reach | None = None
+        self, queue: Queue, settings: Decoding, *, meter: Meter | None = None, stop_after: StopAfter | None = None
     ) -> None:
         """Complete the jobs of a queue.
 
@@ -39,7 +39,7 @@ class LocalDecoder(Decoder, Protocol):
         settings: Decoding,
         *,
         meter: Meter | None = None,
-        reach: Reach | None = None,
+        stop_after: StopAfter | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Complete the jobs of a queue; ``watch`` sees every step."""
@@ -54,7 +54,7 @@ def decode(
     *,
     finished: Callable[[Tensor, Trajectory], None] | None = None,
     meter: Meter | None = None,
-    reach: Reach | None = None,
+    stop_after: StopAfter | None = None,
 ) -> Trajectory:
     """Complete tokenised prompts; ``keys[b]`` seed each row, so that no batch can change a result.
 
@@ -62,5 +62,5 @@ def decode(
     the CPU, in the order of the prompts.
     """
     queue = Listed(prompts, keys, finished)
-    decoder.complete(queue, settings, meter=meter, reach=reach)
+    decoder.complete(queue, settings, meter=meter, stop_after=stop_after)
     return queue.collected()

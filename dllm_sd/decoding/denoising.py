@@ -17,27 +17,27 @@ from dllm_sd.decoding.decoder import Watch
 from dllm_sd.decoding.queue import Job, Queue
 from dllm_sd.decoding.sampling import banned_ids, draw
 from dllm_sd.decoding.settings import Decoding, Meter
-from dllm_sd.decoding.slots import Group, Layout, Slots
+from dllm_sd.decoding.slots import CanvasLayout, Group, Slots
 from dllm_sd.errors import InputError
 from dllm_sd.losses.sites import rank_descending
 from dllm_sd.network.merging import inference
 from dllm_sd.network.prefix_cache import PrefixCache
 from dllm_sd.network.site_head import Head, SiteHead
 from dllm_sd.randomness import fold, make_key, uniform_at
-from dllm_sd.trajectory import NEVER, Reach
+from dllm_sd.trajectory import NEVER, StopAfter
 
-LOOK = 4
+CHECK_INTERVAL = 4
 """Steps between two checks for finished rows, where the check makes the host wait for the device."""
-CHUNK = {"cpu": 2**23}
+DECODE_CHUNK_LOGITS = {"cpu": 2**23}
 """Logits (numbers) computed at once, by kind of device: chunks that fit into the cache of a CPU are faster."""
-CHUNK_ELSEWHERE = 2**27
+DECODE_CHUNK_LOGITS_ELSEWHERE = 2**27
 
 
 class Denoiser:
     """The decoder of a masked-diffusion model in this process."""
 
     def __init__(
-        self, module: SiteHead, layout: Layout, *, suppress: tuple[int, ...] = (), merge: bool = False
+        self, module: SiteHead, layout: CanvasLayout, *, suppress: tuple[int, ...] = (), merge: bool = False
     ) -> None:
         """Decode with ``module``, in eval mode.
 
@@ -55,7 +55,7 @@ class Denoiser:
         settings: Decoding,
         *,
         meter: Meter | None = None,
-        reach: Reach | None = None,
+        stop_after: StopAfter | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Denoise the jobs of a queue, `settings.batch_size` at a time (see `denoise`)."""
@@ -74,7 +74,7 @@ class Denoiser:
                 meter=meter,
                 use_kv_cache=use_kv_cache,  # with a shift, a block's first logits stand in the block before it
                 static_shapes=settings.compile is not None,
-                reach=reach,
+                stop_after=stop_after,
             )
 
 
@@ -118,7 +118,7 @@ def denoise(
     module: SiteHead | Callable[..., Any],
     queue: Queue,
     settings: Decoding,
-    layout: Layout,
+    layout: CanvasLayout,
     *,
     vocabulary: int,
     device: torch.device | str = "cpu",
@@ -126,7 +126,7 @@ def denoise(
     meter: Meter | None = None,
     use_kv_cache: bool = False,
     static_shapes: bool = False,
-    reach: Reach | None = None,
+    stop_after: StopAfter | None = None,
 ) -> None:
     """Denoise the jobs of the queue, at most `settings.batch_size` rows at a time; free slots are refilled at once.
 
@@ -144,10 +144,10 @@ def denoise(
         reach: stop each row there; None completes it.
     """
     device = torch.device(device)
-    slots = Slots(min(settings.batch_size, queue.most), queue.longest, settings, layout, device, reach)
+    slots = Slots(min(settings.batch_size, queue.most), queue.longest, settings, layout, device, stop_after)
     stepper = _Stepper(module, slots, vocabulary, use_kv_cache, static_shapes or device.type != "cpu")
     steps = most = 0
-    patience = queue.patience or (1 if device.type == "cpu" else LOOK)
+    patience = queue.patience or (1 if device.type == "cpu" else CHECK_INTERVAL)
     while (jobs := queue.take(len(slots.vacant))) is not None:
         if unwanted := [slot for slot, job in enumerate(slots.jobs) if job is not None and not queue.wanted(job)]:
             slots.free(unwanted)
@@ -185,7 +185,7 @@ class _Stepper:
         """Whether logits are computed for whole active blocks (a size that the host knows) or for masked sites only."""
         self.banned = banned_ids(self.settings, (slots.layout.mask_id,), slots.device, vocabulary)
         self.place = torch.arange(self.settings.block_length, device=slots.device)
-        self.rows = max(1, CHUNK.get(slots.device.type, CHUNK_ELSEWHERE) // vocabulary)
+        self.rows = max(1, DECODE_CHUNK_LOGITS.get(slots.device.type, DECODE_CHUNK_LOGITS_ELSEWHERE) // vocabulary)
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Put jobs into free slots."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dllm_sd.decoding.continuous import TurnChoice, check_continuous, generate_in_turns
+from dllm_sd.decoding.continuous import ContinuousSampler, check_continuous, generate_continuously
 from dllm_sd.decoding.decoder import Watch
 from dllm_sd.decoding.queue import Job, Queue
 from dllm_sd.decoding.sampling import banned_ids, force
@@ -17,7 +17,7 @@ from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.network.merging import inference
 from dllm_sd.network.site_head import SiteHead
 from dllm_sd.randomness import fold, key_tensor, uniform
-from dllm_sd.trajectory import NO_MASK, Reach, Trajectory, left_pad, left_to_right
+from dllm_sd.trajectory import NO_MASK, StopAfter, Trajectory, left_pad, left_to_right
 
 
 class Generator:
@@ -42,7 +42,7 @@ class Generator:
         settings: Decoding,
         *,
         meter: Meter | None = None,
-        reach: Reach | None = None,
+        stop_after: StopAfter | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Complete the jobs of a queue, `settings.batch_size` at a time; all together with continuous batching."""
@@ -51,9 +51,9 @@ class Generator:
         with inference(self.module, self.merge):
             while (jobs := queue.take(queue.most if settings.continuous else settings.batch_size)) is not None:
                 if jobs and settings.continuous:
-                    self._in_turns(queue, jobs, settings, meter, reach)
+                    self._in_turns(queue, jobs, settings, meter, stop_after)
                 elif jobs:
-                    self._generate(queue, jobs, settings, meter, reach, watch)
+                    self._generate(queue, jobs, settings, meter, stop_after, watch)
 
     def _generate(
         self,
@@ -61,7 +61,7 @@ class Generator:
         jobs: Sequence[Job],
         settings: Decoding,
         meter: Meter | None,
-        reach: Reach | None,
+        stop_after: StopAfter | None,
         watch: Watch | None,
     ) -> None:
         """Complete one batch with `generate` of transformers; `KeyedChoice` draws each token."""
@@ -70,7 +70,7 @@ class Generator:
         keys = key_tensor([job.key for job in jobs], self.module.device)
         seen = None if watch is None else partial(watch, jobs)
         chooser = KeyedChoice(settings, keys, self.suppress, prompt_ids.shape[1], seen, self.module.vocabulary)
-        wanted = self._wanted(settings, reach)
+        wanted = self._wanted(settings, stop_after)
         with _generating_as(network, wanted):
             sequences = network.generate(
                 input_ids=prompt_ids.to(self.module.device),
@@ -88,14 +88,14 @@ class Generator:
         queue.ended(jobs, trajectory)
 
     def _in_turns(
-        self, queue: Queue, jobs: Sequence[Job], settings: Decoding, meter: Meter | None, reach: Reach | None
+        self, queue: Queue, jobs: Sequence[Job], settings: Decoding, meter: Meter | None, stop_after: StopAfter | None
     ) -> None:
         """Complete all jobs with continuous batching of transformers."""
-        wanted = self._wanted(settings, reach)
+        wanted = self._wanted(settings, stop_after)
         prompts = [job.prompt for job in jobs]
         keys = key_tensor([job.key for job in jobs], self.module.device)
         steps = wanted.max_new_tokens or 0
-        choice = TurnChoice(settings, keys, self.suppress, prompts, steps, self.module.vocabulary)
+        choice = ContinuousSampler(settings, keys, self.suppress, prompts, steps, self.module.vocabulary)
         row_steps = 0
 
         def ended(row: int, tokens: list[int]) -> None:
@@ -112,7 +112,7 @@ class Generator:
             row_steps += int(trajectory.num_steps.sum())
             queue.ended([jobs[row]], trajectory)
 
-        generate_in_turns(self.module.network, prompts, choice, wanted, ended)
+        generate_continuously(self.module.network, prompts, choice, wanted, ended)
         if meter is not None:
             meter.forwards, meter.slots = meter.forwards + choice.passes, meter.slots + choice.passes * choice.slots
             meter.read += choice.passes * choice.slots
@@ -123,9 +123,9 @@ class Generator:
     ) -> Trajectory:
         return left_to_right(prompt, tokens, settings.length, end_ids=self.end_ids, pad_id=self.pad_id, logp=logp)
 
-    def _wanted(self, settings: Decoding, reach: Reach | None) -> GenerationConfig:
+    def _wanted(self, settings: Decoding, stop_after: StopAfter | None) -> GenerationConfig:
         """Return the generation config; it is greedy, since a logits processor draws each token."""
-        steps = settings.length if reach is None else min(reach.count, settings.length)
+        steps = settings.length if stop_after is None else min(stop_after.count, settings.length)
         return GenerationConfig(
             max_new_tokens=steps, do_sample=False, eos_token_id=list(self.end_ids), pad_token_id=self.pad_id
         )

@@ -19,13 +19,13 @@ from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import wilson_interval
 from dllm_sd.evaluation.generations import measures, summarise
-from dllm_sd.evaluation.recording import GENERATIONS, SETTINGS, Line, Record, begin, digest, finish
+from dllm_sd.evaluation.recording import GENERATIONS, SETTINGS, GradedAttempt, Record, begin, digest, finish
 from dllm_sd.files.locking import FolderLock
 from dllm_sd.files.writing import writable, write_file
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.rules import prompt_tokens
+from dllm_sd.rollouts.rules import encode_problem
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.trajectory import Trajectory
 
@@ -33,7 +33,7 @@ REPORT = "report.json"
 
 
 @dataclass(frozen=True)
-class Item:
+class ProblemResult:
     """The attempts at one problem, in order."""
 
     problem: str
@@ -103,7 +103,7 @@ def evaluate(
     world: int = 1,
     record: Record | None = None,
     decoder: Decoder | None = None,
-) -> tuple[Report, list[Item]]:
+) -> tuple[Report, list[ProblemResult]]:
     """Decode and grade every problem; ``decoder`` decodes instead of the policy's own.
 
     Randomness is keyed by (seed, problem, attempt) and the model's mode is restored, so that an evaluation does not
@@ -116,7 +116,7 @@ def evaluate(
     start = time.perf_counter()
     with together():
         check_ids(problems)
-        prompted = [prompt_tokens(policy, task, problem, max_prompt, thinking) for problem in problems[rank::world]]
+        prompted = [encode_problem(policy, task, problem, max_prompt, thinking) for problem in problems[rank::world]]
     mine = [item for item in prompted if item is not None]
     lines = dict(record.lines) if record else {}
     jobs = [(item, i) for item in mine for i in range(attempts) if (item.problem.id, i) not in lines]
@@ -131,7 +131,7 @@ def evaluate(
             grade = task.grade(item.problem, text)
             verdict = (grade.correct, grade.score, grade.parsed)
             ends = (lengths[place], steps[place], ended[place])
-            line = Line(item.problem.id, digest(item.problem), attempt, text, *verdict, *ends)
+            line = GradedAttempt(item.problem.id, digest(item.problem), attempt, text, *verdict, *ends)
             lines[line.id, attempt], fresh = line, fresh + lengths[place]
             if record is not None:
                 record.append(line)
@@ -212,7 +212,7 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
     with together():
         wanted = test_problems(config)
         longest, thinking = config.max_prompt, config.eval.thinking
-        if all(prompt_tokens(policy, config.task, problem, longest, thinking) is None for problem in wanted):
+        if all(encode_problem(policy, config.task, problem, longest, thinking) is None for problem in wanted):
             raise _none_left(len(wanted), config.max_prompt)
     lock = FolderLock(folder, "evaluation folder", "give another --out")
     asked = hashlib.sha256("".join(f"{problem.id} {digest(problem)}\n" for problem in wanted).encode()).hexdigest()
@@ -297,13 +297,17 @@ def _none_left(dropped: int, max_prompt: int) -> InputError:
     return InputError(f"no problem is left to evaluate ({dropped} prompts exceed max_prompt {max_prompt}); raise it")
 
 
-def _item(group: Sequence[Line]) -> Item:
+def _item(group: Sequence[GradedAttempt]) -> ProblemResult:
     names = ("generation", "correct", "score", "parsed", "length", "steps")
-    return Item(group[0].id, *(tuple(getattr(line, name) for line in group) for name in names))
+    return ProblemResult(group[0].id, *(tuple(getattr(line, name) for line in group) for name in names))
 
 
 def _report(
-    groups: Sequence[Sequence[Line]], dropped: int, counts: Sequence[int], seconds: float, extra: Mapping[str, float]
+    groups: Sequence[Sequence[GradedAttempt]],
+    dropped: int,
+    counts: Sequence[int],
+    seconds: float,
+    extra: Mapping[str, float],
 ) -> Report:
     figures = summarise([[line.grade for line in group] for group in groups])
     lines = [line for group in groups for line in group]

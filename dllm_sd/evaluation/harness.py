@@ -25,7 +25,7 @@ from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.likelihood import batches, log_likelihoods, written_greedily
-from dllm_sd.policies.loading import DTYPES, AnyPolicy, load_policy, put_on
+from dllm_sd.policies.loading import DTYPES, AnyPolicy, load_adapter, load_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.randomness import make_key
@@ -38,7 +38,7 @@ if find_spec("lm_eval") is not None:
     _LM = import_module("lm_eval.api.model").LM
 
 
-def cut(text: str, until: Sequence[str]) -> str:
+def cut_at_stop(text: str, until: Sequence[str]) -> str:
     """The text before the first of the stop strings."""
     return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
 
@@ -106,7 +106,7 @@ class HarnessModel(_LM):
         self.policy = policy or _denoiser(load_policy(pretrained, device=chosen, **options))
         self.name = str(pretrained or "policy")
         if adapter is not None:
-            put_on(self.policy, adapter)
+            load_adapter(self.policy, adapter)
         decode.setdefault("block_length", self.policy.block_length or Decoding.block_length)
         self.decode, self.batch_size, self.mc_samples = decode, int(batch_size), mc_samples
         self.check_greedy, self.add_bos_token, self.seed = check_greedy, add_bos_token, seed
@@ -230,7 +230,7 @@ class HarnessModel(_LM):
         tokenizer = self._chat.tokenizer
         special = [tokenizer.convert_tokens_to_ids(stop) for stop in until if stop in tokenizer.all_special_tokens]
         ends = [place for place, token in enumerate(tokens) if token in special]
-        return cut(self.policy.text(tokens[: ends[0] if ends else None]), until)
+        return cut_at_stop(self.policy.text(tokens[: ends[0] if ends else None]), until)
 
     def _prompt(self, text: str, room: int) -> list[int]:
         """Encode a prompt; cut its beginning if it and ``room`` more tokens do not fit into the model."""

@@ -15,7 +15,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.network.site_head import SiteHead
 from dllm_sd.network.view import View
 from dllm_sd.pretrained.chat import Chat
-from dllm_sd.trajectory import NEVER, Reach, Trajectory
+from dllm_sd.trajectory import NEVER, StopAfter, Trajectory
 
 
 class LanguageModel:
@@ -73,7 +73,7 @@ class LanguageModel:
         watch: Callable[[Tensor], None] | None = None,
         finished: Callable[[Tensor, Trajectory], None] | None = None,
         meter: Meter | None = None,
-        reach: Reach | None = None,
+        stop_after: StopAfter | None = None,
     ) -> Trajectory:
         """Complete any number of prompts with the network of this policy (see `decoder.decode`).
 
@@ -81,7 +81,7 @@ class LanguageModel:
         without a token; rows that have ended keep their last canvas.
         """
         if watch is None:
-            return decode(self.decoder, prompts, settings, keys, finished=finished, meter=meter, reach=reach)
+            return decode(self.decoder, prompts, settings, keys, finished=finished, meter=meter, stop_after=stop_after)
         canvases = torch.full((len(prompts), settings.length), self.mask_id)
 
         def ended(rows: Tensor, trajectory: Trajectory) -> None:
@@ -96,7 +96,7 @@ class LanguageModel:
             watch(canvases.clone())
 
         queue = Listed(prompts, keys, ended)
-        self.decoder.complete(queue, settings, meter=meter, reach=reach, watch=seen)
+        self.decoder.complete(queue, settings, meter=meter, stop_after=stop_after, watch=seen)
         watch(canvases)
         return queue.collected()
 

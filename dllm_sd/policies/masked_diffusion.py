@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dllm_sd.decoding.denoising import Denoiser
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.decoding.slots import Layout
+from dllm_sd.decoding.slots import CanvasLayout
 from dllm_sd.policies.language_model import LanguageModel
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.trajectory import NEVER, Trajectory, Unit, left_pad
@@ -50,7 +50,7 @@ class MaskedDiffusion(LanguageModel):
     @property
     def decoder(self) -> Denoiser:
         """Denoises with the network of this policy."""
-        layout = Layout(self.mask_id, self.end_ids, self.pad_id, self.block_length is not None)
+        layout = CanvasLayout(self.mask_id, self.end_ids, self.pad_id, self.block_length is not None)
         return Denoiser(self.module, layout, suppress=self.suppress, merge=self.merge_rollouts)
 
     def demonstration(self, prompt: Sequence[int], tokens: Sequence[int], settings: Decoding) -> Trajectory:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dllm_sd.decoding.decoder import LocalDecoder
 from dllm_sd.network.view import View
-from dllm_sd.trajectory import Reach, Trajectory, Unit
+from dllm_sd.trajectory import StopAfter, Trajectory, Unit
 
 
 class Policy(Protocol):
@@ -39,7 +39,7 @@ class Policy(Protocol):
         *,
         finished: Callable[[Tensor, Trajectory], None] | None = None,
         meter: Any = None,
-        reach: Reach | None = None,
+        stop_after: StopAfter | None = None,
     ) -> Trajectory:
         """Complete tokenised prompts with the network of this policy (see `decoder.decode`)."""
         ...
@@ -74,7 +74,7 @@ class Policy(Protocol):
         ...
 
     @property
-    def silent_ids(self) -> frozenset[int]:
+    def non_text_ids(self) -> frozenset[int]:
         """Ids that `text` leaves out."""
         ...
 
@@ -96,7 +96,7 @@ def offsets(policy: Policy, tokens: Sequence[int]) -> list[int]:
     tokens are decoded: tokens more than `OVERLAP` before a place no longer change the text after it. The exception is a
     run of byte tokens, which is decoded whole, since one invalid byte turns all of it into replacement characters.
     """
-    visible = [token for token in tokens if token not in policy.silent_ids]
+    visible = [token for token in tokens if token not in policy.non_text_ids]
     ends, start, before = [0], 0, 0
     for stop in range(1, len(visible) + 1):
         text = policy.text(visible[start:stop])
@@ -109,5 +109,5 @@ def offsets(policy: Policy, tokens: Sequence[int]) -> list[int]:
         rest = policy.text(visible[first:stop])
         if text.endswith(rest[len(rest) // 2 :]):  # else the first tokens still change the text
             start, before = first, ends[-1] - len(rest)
-    visible_before = accumulate((token not in policy.silent_ids for token in tokens), initial=0)
+    visible_before = accumulate((token not in policy.non_text_ids for token in tokens), initial=0)
     return [ends[count] for count in visible_before]

@@ -15,17 +15,17 @@ from dllm_sd.network.subspace import Subspace
 from dllm_sd.parts import Part
 from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.teacher_weights import RolloutPolicy, Weights
-from dllm_sd.policies.weights import Base, Live
+from dllm_sd.policies.weights import BaseWeights, LiveWeights
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, PositiveShare, Ranged, Share, Size, Temperature
 from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
 from dllm_sd.rollouts.horizons import HORIZONS, Complete, Horizon
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem, Task
-from dllm_sd.trajectory import Reach, Trajectory
+from dllm_sd.trajectory import StopAfter, Trajectory
 
 
-def prompt_tokens(
+def encode_problem(
     policy: Policy, task: Task, problem: Problem, longest: int, thinking: bool | None = None
 ) -> Prompted | None:
     """The problem with its prompt, or None where that is longer than ``longest`` tokens (never cut).
@@ -106,7 +106,7 @@ class RolloutRule(Part, Protocol):
         """
         ...
 
-    def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
+    def stop_after(self, policy: Policy, decode: Decoding, batch: int) -> StopAfter | None:
         """How far the rollouts of a batch are decoded; None decodes to the end."""
         ...
 
@@ -115,7 +115,7 @@ class RolloutRule(Part, Protocol):
         ...
 
 
-ROLLING: dict[str, type] = {"live": Live, "base": Base, "subspace": Subspace}
+ROLLING: dict[str, type] = {"live": LiveWeights, "base": BaseWeights, "subspace": Subspace}
 """The weights that may decode rollouts."""
 
 
@@ -139,7 +139,7 @@ class PassAtK(Ranged, key="method.rollout"):
     top_k: Natural = 0
     """As in `decode`, which is for evaluations."""
     top_p: PositiveShare = 1.0
-    policy: RolloutPolicy = field(default_factory=Live, metadata={"parts": ROLLING})
+    policy: RolloutPolicy = field(default_factory=LiveWeights, metadata={"parts": ROLLING})
     """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
     horizon: Horizon = field(default_factory=Complete, metadata={"parts": HORIZONS})
     """How much of a completion is generated."""
@@ -191,17 +191,17 @@ class PassAtK(Ranged, key="method.rollout"):
             ahead=self.ahead,
             workers=workers,
         )
-        (decoder or policy.decoder).complete(queue, decode, reach=self.reach(policy, decode, update))
+        (decoder or policy.decoder).complete(queue, decode, stop_after=self.stop_after(policy, decode, update))
         return queue.collected()
 
-    def reach(self, policy: Policy, decode: Decoding, batch: int) -> Reach | None:
+    def stop_after(self, policy: Policy, decode: Decoding, batch: int) -> StopAfter | None:
         """The horizon of the first update that this batch serves."""
         return self.horizon(policy, decode, batch * self.passes)
 
     @property
     def rolling(self) -> Weights | None:
         """The weights that decode instead of the student's; `RolloutWeights` projects them onto the subspace."""
-        return None if self.policy.is_student else self.policy.weights or Base()
+        return None if self.policy.is_student else self.policy.weights or BaseWeights()
 
     @property
     def filters(self) -> bool:
@@ -261,7 +261,7 @@ class Demonstrations(Ranged, key="method.rollout"):
     ) -> list[list[Rollout]]:
         return [self._demonstration(policy, task, item, decode) for item in prompted]
 
-    def reach(self, policy: Policy, decode: Decoding, batch: int) -> None:
+    def stop_after(self, policy: Policy, decode: Decoding, batch: int) -> None:
         """None: demonstrations are complete."""
         return None
 

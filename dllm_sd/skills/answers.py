@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dllm_sd.skills.bank import Item, Mistake, Skill, text_names
+from dllm_sd.skills.bank import EntryT, Mistake, Skill, text_names
 from dllm_sd.texts.thinking import without_thinking
 
-MAX_TEXT = 100_000  # characters of an answer that are read
+MAX_ANSWER_TEXT = 100_000  # characters of an answer that are read
 MAX_STARTS = 32  # most positions of an answer at which JSON is decoded
 
 _START = re.compile(r"\[(?=\s{0,32}\{)|\{(?=\s{0,32}\")")
@@ -21,8 +21,8 @@ _ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/n]|[rt](?![a-z]))?')
 
 
 def parse_items(
-    answer: str | None, kind: type[Item], longest: int, counts: Counter[str], alone: bool = True
-) -> tuple[tuple[Item, ...], str | None]:
+    answer: str | None, kind: type[EntryT], longest: int, counts: Counter[str], alone: bool = True
+) -> tuple[tuple[EntryT, ...], str | None]:
     """Return the usable entries of an answer, without ids; or none, and the reason in one word.
 
     They come from the first list of objects, or the first object that contains such a list, that decodes as JSON after
@@ -31,9 +31,9 @@ def parse_items(
     """
     if answer is None:
         return (), "no_answer"
-    items: list[Item] = []
+    items: list[EntryT] = []
     reason = "no_json"
-    for value in _decoded(without_thinking(answer)[:MAX_TEXT]):
+    for value in _decoded(without_thinking(answer)[:MAX_ANSWER_TEXT]):
         rows, reason = _rows(value, kind, alone), "no_entry"
         for row in rows:
             texts = [_squeezed(row.get(name)) for name in text_names(kind)]

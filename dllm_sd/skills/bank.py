@@ -40,7 +40,7 @@ class Mistake:
     prefix: ClassVar[str] = "err"
 
 
-Item = TypeVar("Item", Skill, Mistake)
+EntryT = TypeVar("EntryT", Skill, Mistake)
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,19 @@ def is_dynamic(item: Skill | Mistake) -> bool:
     return item.id.startswith(f"{DYNAMIC}_")
 
 
-def distinct(items: Iterable[Item]) -> tuple[Item, ...]:
+def distinct(items: Iterable[EntryT]) -> tuple[EntryT, ...]:
     """Return the entries without duplicates; the first of each stays.
 
     Two entries are equal if their three texts are, in lower case and with every run of white space as one space.
     Source: released code, `dedupe_exact_items`.
     """
-    first: dict[tuple[str, ...], Item] = {}
+    first: dict[tuple[str, ...], EntryT] = {}
     for item in items:
         first.setdefault(tuple(" ".join(text.split()).lower() for text in texts(item)), item)
     return tuple(first.values())
 
 
-def numbered(items: Iterable[Item], prefix: str | None = None) -> tuple[Item, ...]:
+def numbered(items: Iterable[EntryT], prefix: str | None = None) -> tuple[EntryT, ...]:
     """Return the entries with new consecutive ids such as gen_001; the default ``prefix`` is that of their kind."""
     return tuple(replace(item, id=f"{prefix or item.prefix}_{number:03d}") for number, item in enumerate(items, 1))
 
@@ -154,8 +154,8 @@ def _listed(tree: Mapping[str, Any], key: str, where: str) -> Sequence[Any]:
     return tree[key]
 
 
-def _entries(rows: Sequence[Any], kind: type[Item], id_key: str, where: str) -> tuple[Item, ...]:
-    items: dict[str, Item] = {}
+def _entries(rows: Sequence[Any], kind: type[EntryT], id_key: str, where: str) -> tuple[EntryT, ...]:
+    items: dict[str, EntryT] = {}
     for number, row in enumerate(rows, 1):
         entry_name = f"{where}, entry {number}"
         if not isinstance(row, Mapping):

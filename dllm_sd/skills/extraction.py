@@ -17,14 +17,14 @@ from typing import Annotated
 
 from dllm_sd.errors import InputError
 from dllm_sd.ranges import Count, Natural, Range, Ranged, Share
-from dllm_sd.skills.answers import MAX_TEXT, parse_items
-from dllm_sd.skills.bank import DYNAMIC, Bank, Item, Mistake, Skill, distinct, is_dynamic, numbered, text_names, texts
+from dllm_sd.skills.answers import MAX_ANSWER_TEXT, parse_items
+from dllm_sd.skills.bank import DYNAMIC, Bank, EntryT, Mistake, Skill, distinct, is_dynamic, numbered, text_names, texts
 from dllm_sd.tasks.datafile import chat, render
 from dllm_sd.texts.thinking import without_thinking
 
-Write = Callable[[list[list[dict[str, str]]]], Sequence[str | None]]
+WriteChats = Callable[[list[list[dict[str, str]]]], Sequence[str | None]]
 """``write(chats)`` returns one answer for each chat, in order; None for a missing answer."""
-Counts = dict[str, int]
+ExtractionCounts = dict[str, int]
 """Numbers of events, by the names of the metrics."""
 
 SUCCESS = """\
@@ -85,7 +85,7 @@ _NUMBERED = re.compile(r"(?:[0-9]{1,3}[.)]|[-*])\s|(?i:step) [0-9]")
 
 
 @dataclass(frozen=True)
-class Memory:
+class Attempt:
     """One graded attempt at one problem."""
 
     problem: str
@@ -145,7 +145,7 @@ class Extraction(Ranged, key="extraction"):
                 )
 
 
-def cold_start(memories: Sequence[Memory], write: Write, settings: Extraction) -> tuple[Bank, Counts]:
+def cold_start(memories: Sequence[Attempt], write: WriteChats, settings: Extraction) -> tuple[Bank, ExtractionCounts]:
     """Build a bank from attempts: skills from correct ones and mistakes from wrong ones, extracted, then merged.
 
     Either list may be empty if no usable entry was written; the counts give the reasons.
@@ -161,8 +161,8 @@ def cold_start(memories: Sequence[Memory], write: Write, settings: Extraction) -
 
 
 def update(
-    bank: Bank, memories: Sequence[Memory], success_rate: float, write: Write, settings: Extraction
-) -> tuple[Bank, Counts]:
+    bank: Bank, memories: Sequence[Attempt], success_rate: float, write: WriteChats, settings: Extraction
+) -> tuple[Bank, ExtractionCounts]:
     """Return the bank with the entries of recent attempts, or the same bank if enough attempts succeed.
 
     New entries are merged with each other, then with those of earlier updates (ids ``dyn_###``). All remaining entries
@@ -184,7 +184,7 @@ def update(
 def steps_of(text: str, most: int, length: int) -> list[str]:
     """Return the first steps of a solution (paragraphs, list items, numbered steps), each cut to ``length``."""
     steps: list[list[str]] = [[]]
-    for line in without_thinking(text)[:MAX_TEXT].splitlines():
+    for line in without_thinking(text)[:MAX_ANSWER_TEXT].splitlines():
         if not line.strip() or _NUMBERED.match(line.lstrip()):
             steps.append([])
         steps[-1].append(line)
@@ -203,7 +203,7 @@ def excerpt_of(text: str, length: int) -> str:
 
 
 def _extract(
-    memories: Sequence[Memory], write: Write, settings: Extraction, counts: Counter[str]
+    memories: Sequence[Attempt], write: WriteChats, settings: Extraction, counts: Counter[str]
 ) -> tuple[list[Skill], list[Mistake]]:
     chats = [_request(memory, settings) for memory in memories]
     skills: list[Skill] = []
@@ -223,14 +223,14 @@ def _extract(
     return skills, mistakes
 
 
-def _limited(items: Sequence[Item], most: int, reason: str, counts: Counter[str]) -> Sequence[Item]:
+def _limited(items: Sequence[EntryT], most: int, reason: str, counts: Counter[str]) -> Sequence[EntryT]:
     """Return the first ``most`` entries and count those that are left out."""
     if len(items) > most:
         counts[f"left_out/{reason}"] += len(items) - most
     return items[:most]
 
 
-def _without_duplicates(items: Sequence[Item], counts: Counter[str]) -> tuple[Item, ...]:
+def _without_duplicates(items: Sequence[EntryT], counts: Counter[str]) -> tuple[EntryT, ...]:
     """Return the entries without duplicates and count the duplicates."""
     unique = distinct(items)
     if len(unique) < len(items):
@@ -238,14 +238,14 @@ def _without_duplicates(items: Sequence[Item], counts: Counter[str]) -> tuple[It
     return unique
 
 
-def _answers(write: Write, chats: list[list[dict[str, str]]]) -> Sequence[str | None]:
+def _answers(write: WriteChats, chats: list[list[dict[str, str]]]) -> Sequence[str | None]:
     answers = write(chats) if chats else []
     if len(answers) != len(chats):
         raise ValueError(f"the writer gave {len(answers)} answers to {len(chats)} chats")
     return answers
 
 
-def _request(memory: Memory, settings: Extraction) -> list[dict[str, str]]:
+def _request(memory: Attempt, settings: Extraction) -> list[dict[str, str]]:
     steps = steps_of(memory.text, settings.steps, settings.step_length)
     fields = {
         "problem": memory.problem,
@@ -259,8 +259,8 @@ def _request(memory: Memory, settings: Extraction) -> list[dict[str, str]]:
 
 
 def _merge(
-    items: Sequence[Item], kind: type[Item], write: Write, settings: Extraction, counts: Counter[str]
-) -> tuple[Item, ...]:
+    items: Sequence[EntryT], kind: type[EntryT], write: WriteChats, settings: Extraction, counts: Counter[str]
+) -> tuple[EntryT, ...]:
     """Merge in layers, group by group, until a single group is left or several layers in a row do not shorten it.
 
     A group stays unchanged if the answer cannot be used or has more entries than the group, so no layer grows and the
@@ -273,7 +273,7 @@ def _merge(
         groups = [items[start : start + settings.group] for start in range(0, len(items), settings.group)]
         chats = [_merge_request(group, template, name) for group in groups if len(group) > 1]
         answers = iter(_answers(write, chats))
-        merged: list[Item] = []
+        merged: list[EntryT] = []
         for group in groups:
             if len(group) == 1:
                 merged += group
@@ -289,20 +289,20 @@ def _merge(
     return _without_duplicates(items, counts)
 
 
-def _merge_request(group: Sequence[Item], template: str, name: str) -> list[dict[str, str]]:
+def _merge_request(group: Sequence[EntryT], template: str, name: str) -> list[dict[str, str]]:
     rows = [dict(zip(text_names(type(item)), texts(item), strict=True)) for item in group]
     listing = json.dumps(rows, ensure_ascii=False, indent=1)
     return chat(None, render(template, {"items": listing}, f"extraction.merge_{name}"))
 
 
 def _updated(
-    items: tuple[Item, ...],
-    extracted: Sequence[Item],
-    kind: type[Item],
-    write: Write,
+    items: tuple[EntryT, ...],
+    extracted: Sequence[EntryT],
+    kind: type[EntryT],
+    write: WriteChats,
     settings: Extraction,
     counts: Counter[str],
-) -> tuple[Item, ...]:
+) -> tuple[EntryT, ...]:
     new = _merge(extracted, kind, write, settings, counts)
     if not new:
         return items

@@ -33,7 +33,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
-class Pair:
+class SkillPair:
     """The privileged context of one teacher: a skill and a mistake of the same rank."""
 
     skill: Skill
@@ -127,7 +127,7 @@ class Index:
         self._rank_skills = retriever([". ".join(texts(entry)) for entry in bank.skills]) if bank.skills else None
         self._rank_mistakes = retriever([". ".join(texts(entry)) for entry in bank.mistakes]) if bank.mistakes else None
 
-    def retrieve(self, query: str, count: int = 8, key: int = 0) -> tuple[Pair, ...]:
+    def retrieve(self, query: str, count: int = 8, key: int = 0) -> tuple[SkillPair, ...]:
         """Return at most ``count`` pairs for a problem, best first: the k-th skill with the k-th mistake.
 
         ``query`` is the text of the problem. The number of pairs is the minimum of the number of skills, the number of
@@ -145,7 +145,7 @@ class Index:
             for (_, skill_score), (_, mistake_score) in matched
         ]
         return tuple(
-            Pair(self._bank.skills[skill], self._bank.mistakes[mistake], score, weight)
+            SkillPair(self._bank.skills[skill], self._bank.mistakes[mistake], score, weight)
             for ((skill, _), (mistake, _)), score, weight in zip(matched, scores, pair_weights(scores), strict=True)
         )
 
@@ -168,7 +168,7 @@ def retrieve(
     count: int = 8,
     key: int = 0,
     retriever: Retriever = Lexical(),
-) -> tuple[Pair, ...]:
+) -> tuple[SkillPair, ...]:
     """Call `Index.retrieve` on the cached index of a bank and retriever."""
     return index(bank, retriever).retrieve(query, count, key)
 
@@ -179,7 +179,7 @@ def index(bank: Bank, retriever: Retriever) -> Index:
     return Index(bank, retriever)
 
 
-def format_pair(pair: Pair, template: str = PAIR) -> str:
+def format_pair(pair: SkillPair, template: str = PAIR) -> str:
     """Render a pair for the teacher's hint; a ``template`` may use any text of the two, by the name of its field.
 
     As in the released code (`format_for_prompt`), why the mistake happens serves retrieval and is not shown.

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from dllm_sd.tasks.latex import (
-    MAX_DEPTH,
+    MAX_LATEX_DEPTH,
     OPERATORS,
     Nodes,
     Unreadable,
@@ -22,7 +22,7 @@ from dllm_sd.tasks.latex import (
     parse,
     spell,
     spell_number,
-    split,
+    split_nodes,
     unsigned,
 )
 from dllm_sd.tasks.number_words import number_of_words
@@ -167,14 +167,14 @@ def _all_equal(a: Several, b: Several, leaf: Leaf) -> bool:
 
 def _answer(nodes: Nodes, depth: int) -> Answer:
     nodes = nodes[:-1] if nodes and nodes[-1] in (".", ",") and nodes[-2:-1] != nodes[-1:] else nodes
-    if not nodes or depth > MAX_DEPTH:
+    if not nodes or depth > MAX_LATEX_DEPTH:
         raise Unreadable
     nodes = _merged_matrix(nodes)
     for mark, kind in ((r"\cup", "union"), (",", "list")):
-        if len(parts := [part for part in split(nodes, mark) if part]) > 1:
+        if len(parts := [part for part in split_nodes(nodes, mark) if part]) > 1:
             return Answer(Several(kind, _answers(parts, depth)))
     if enclosed(nodes):
-        inner = split(nodes[1:-1], ",")
+        inner = split_nodes(nodes[1:-1], ",")
         if nodes[0] == r"\{":
             return Answer(Several("set", _answers([part for part in inner if part], depth)))
         if len(inner) > 1:
@@ -225,10 +225,10 @@ def _merged_matrix(nodes: Nodes) -> Nodes:
 
 def _paired_equations(nodes: Nodes) -> list[Nodes] | None:
     """Return the equations that ``(x, y) = (1, 2)`` abbreviates; None for anything else."""
-    sides = split(nodes, "=")
+    sides = split_nodes(nodes, "=")
     if len(sides) != 2 or not all(side[:1] == ["("] and enclosed(side) for side in sides):
         return None
-    names, values = (split(side[1:-1], ",") for side in sides)
+    names, values = (split_nodes(side[1:-1], ",") for side in sides)
     are_names = [name and isinstance(name[0], str) and bool(_NAME.fullmatch(name[0])) for name in names]
     are_single = all(len(name) == 1 or (len(name) == 2 and name[1][0] == "_") for name in names)
     if (
@@ -304,7 +304,7 @@ def _without_unit(nodes: Nodes) -> tuple[Nodes, str | None]:
 
 def _checked_equation(nodes: Nodes) -> Fraction | None:
     """Return the value of an equation that holds, such as ``12 \\cdot 6 = 72``; None for any other equation."""
-    sides = split(nodes, "=")
+    sides = split_nodes(nodes, "=")
     if len(sides) < 2 or all(literal(side) is None for side in sides):
         return None
     values = {worked(side) for side in sides}

@@ -10,7 +10,7 @@ from dllm_sd.files.writing import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Range, Seed, SplitSize
 from dllm_sd.tasks.datafile import Entry, Row, needed, split_of
-from dllm_sd.tasks.grading import evaluate, marked_expression
+from dllm_sd.tasks.grading import evaluate_expression, marked_expression
 from dllm_sd.tasks.published import countdown_expression, python_value, reaches, uses
 from dllm_sd.tasks.sources import Draws, GeneratedTask
 from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
@@ -19,8 +19,8 @@ _ATTEMPTS = 20_000  # most draws for a generated problem
 _ENUMERABLE = 4  # most numbers for which all random expressions are enumerated
 
 Numbers = Annotated[int, Range(least=2, most=6)]
-Number = Annotated[int, Range(least=1, most=10_000)]
-Target = Annotated[int, Range(least=1, most=1_000_000)]
+Operand = Annotated[int, Range(least=1, most=10_000)]
+TargetNumber = Annotated[int, Range(least=1, most=1_000_000)]
 _PROMPT = """\
 Numbers: {numbers}
 Target: {target}
@@ -45,10 +45,10 @@ class Countdown(GeneratedTask):
 
     numbers_min: Numbers = 3
     numbers_max: Numbers = 4
-    number_min: Number = 1
-    number_max: Number = 99
-    target_min: Target = 10
-    target_max: Target = 100
+    number_min: Operand = 1
+    number_max: Operand = 99
+    target_min: TargetNumber = 10
+    target_max: TargetNumber = 100
     size_train: SplitSize = 1_000_000
     size_dev: Natural = 1024
     size_test: Natural = 1024
@@ -78,7 +78,7 @@ class Countdown(GeneratedTask):
             return _grade_published(problem.fields, completion)
         numbers, target = _instance(problem.fields, "The problem")
         expression = marked_expression(completion)
-        evaluated = None if expression is None else evaluate(expression)
+        evaluated = None if expression is None else evaluate_expression(expression)
         correct = evaluated is not None and evaluated[0] == target and sorted(evaluated[1]) == sorted(numbers)
         return Grade(correct, float(correct), expression)
 

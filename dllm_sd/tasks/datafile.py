@@ -236,7 +236,7 @@ def divide(task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: i
     )
 
 
-def choose(splits: Splits, split: Split) -> Sequence[Problem]:
+def chosen_split(splits: Splits, split: Split) -> Sequence[Problem]:
     """Return a split, or raise an InputError that says why it is empty and which key to change."""
     if splits[split]:
         return splits[split]

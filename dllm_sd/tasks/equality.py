@@ -11,8 +11,8 @@ from dllm_sd.tasks.grading import MAX_DIGITS, MAX_TEXT, filled_mark
 
 MAX_SYMBOLIC = 300  # characters of an answer that math-verify may parse
 MAX_GROWTH = 1000  # bound on the product of all exponents in such an answer
-SECONDS = 1.0  # of processor time for one comparison by math-verify
-MEMORY = 2**28  # bytes that math-verify may allocate
+ALGEBRA_SECONDS = 1.0  # of processor time for one comparison by math-verify
+ALGEBRA_MEMORY = 2**28  # bytes that math-verify may allocate
 
 _ROOT = re.compile(r"\\sqrt(?!\{)(.)", re.DOTALL)
 _UNBRACED = re.compile(r"\\boxed +([^\s${}][^$\n]{0,200})")
@@ -76,7 +76,7 @@ def same_value(a: str, b: str) -> bool:
     if not (_is_tame(a) and _is_tame(b)):
         return False
     try:
-        with limited(SECONDS, MEMORY):
+        with limited(ALGEBRA_SECONDS, ALGEBRA_MEMORY):
             parsed_a, parsed_b = (algebra.parse(f"${text}$", parsing_timeout=None) for text in (a, b))
             return bool(algebra.verify(parsed_a, parsed_b, timeout_seconds=None))
     except TooLong:

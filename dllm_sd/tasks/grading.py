@@ -14,7 +14,7 @@ from dllm_sd.tasks.units import changes_value
 MAX_TEXT = 100_000  # characters at the end of a completion that are read
 MAX_DIGITS = 40  # digits of the longest number that is converted
 MAX_EXPRESSION = 200  # characters of an arithmetic expression
-MAX_DEPTH = 20  # nested parentheses and signs of an arithmetic expression
+MAX_EXPRESSION_DEPTH = 20  # nested parentheses and signs of an arithmetic expression
 
 DASHES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
 """Characters that stand for a minus sign."""
@@ -190,7 +190,7 @@ def only_number(text: str) -> Fraction | None:
     if not left_sides:
         return number
     if number is None:
-        number, evaluated = _number_of(left_sides[-1]), evaluate(_arithmetic(right_side))
+        number, evaluated = _number_of(left_sides[-1]), evaluate_expression(_arithmetic(right_side))
         return number if evaluated is not None and evaluated[0] == number else None
     return (
         number
@@ -202,7 +202,7 @@ def only_number(text: str) -> Fraction | None:
 def _worked(text: str) -> Fraction | None:
     """Return the value of a side of an equation that is a number or arithmetic."""
     value = _literal(text)
-    evaluated = evaluate(_arithmetic(text)) if value is None else None
+    evaluated = evaluate_expression(_arithmetic(text)) if value is None else None
     return value if evaluated is None else evaluated[0]
 
 
@@ -293,7 +293,7 @@ def marked_expression(text: str) -> str | None:
     sides = [_arithmetic(side) for side in content.removesuffix(".").split("=")]
     if len(sides) > 1:
         sides = sides[1:] if sides[0].isalpha() and len(sides[0]) == 1 else sides
-        values = [evaluate(side) for side in sides]
+        values = [evaluate_expression(side) for side in sides]
         if None in values or len({value for value, _ in filter(None, values)}) > 1:
             return None
     expression = next((side for side in sides if not side.isdigit()), sides[0])
@@ -340,7 +340,9 @@ def _before_operand(text: str, end: int) -> str:
 def _arithmetic(text: str) -> str:
     """Convert mathematics into an arithmetic expression, as far as possible."""
     text = text.translate(_SIGNS)
-    for _ in range(MAX_DEPTH if len(text) <= 4 * MAX_EXPRESSION else 1):  # nested fractions, from the innermost
+    for _ in range(
+        MAX_EXPRESSION_DEPTH if len(text) <= 4 * MAX_EXPRESSION else 1
+    ):  # nested fractions, from the innermost
         replaced = _LATEX_FRACTION.sub(lambda match: "(({})/({}))".format(*filter(None, match.groups())), text)
         if replaced == text:
             break
@@ -351,11 +353,11 @@ def _arithmetic(text: str) -> str:
     return _multiplied(text) if len(text) <= 4 * MAX_EXPRESSION else text
 
 
-def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
+def evaluate_expression(expression: str) -> tuple[Fraction, list[int]] | None:
     """Return the exact value of an arithmetic expression and the numbers that occur in it, in order.
 
     The grammar has whole numbers, ``+ - * /``, unary minus and parentheses. None for anything else, for a division by
-    zero, and beyond ``MAX_EXPRESSION`` characters, ``MAX_DEPTH`` levels or ``MAX_DIGITS`` digits.
+    zero, and beyond ``MAX_EXPRESSION`` characters, ``MAX_EXPRESSION_DEPTH`` levels or ``MAX_DIGITS`` digits.
     """
     if len(expression) > MAX_EXPRESSION:
         return None
@@ -395,7 +397,7 @@ class _Parser:
 
     def factor(self, depth: int) -> Fraction:
         token = self.rest[-1]
-        if depth > MAX_DEPTH or not token:
+        if depth > MAX_EXPRESSION_DEPTH or not token:
             raise _NotArithmetic
         self.rest.pop()
         if token == "-":

@@ -11,7 +11,14 @@ from dllm_sd.ranges import Natural
 from dllm_sd.tasks.choice import check_options, gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.conversations import is_conversation, read_conversation
 from dllm_sd.tasks.datafile import Entry, Row, chat, fields_of, needed, render
-from dllm_sd.tasks.grading import MAX_TEXT, evaluate, final_number, gold_number, last_answer, marked_expression
+from dllm_sd.tasks.grading import (
+    MAX_TEXT,
+    evaluate_expression,
+    final_number,
+    gold_number,
+    last_answer,
+    marked_expression,
+)
 from dllm_sd.tasks.math import gold_answer, grade_answer
 from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Problem
@@ -149,11 +156,11 @@ class Jsonl(DatasetTask):
             parsed = None if number is None else str(number)
             correct = number == gold_number(gold, "The problem")
         else:
-            expected = evaluate(_answer(gold, "The problem"))
+            expected = evaluate_expression(_answer(gold, "The problem"))
             if expected is None:
                 raise InputError(f"The problem: answer {gold!r:.60} is not an arithmetic expression; correct it.")
             parsed = marked_expression(completion)
-            evaluated = None if parsed is None else evaluate(parsed)
+            evaluated = None if parsed is None else evaluate_expression(parsed)
             correct = evaluated is not None and evaluated[0] == expected[0]
         return Grade(correct, float(correct), parsed)
 
@@ -174,7 +181,7 @@ class Jsonl(DatasetTask):
                 options = row.fields.get("options")
                 check_options(options if isinstance(options, list) else [], row.where)
                 gold_letter(row.value(self.answer_field), letters_of(row.fields), options, row.where)
-            elif self.grader == "expression" and evaluate(answer) is None:
+            elif self.grader == "expression" and evaluate_expression(answer) is None:
                 raise InputError(f"{row.where}: answer {answer!r:.60} is not an arithmetic expression; correct it.")
             if self.reference_field is not None:
                 value = row.value(self.reference_field)

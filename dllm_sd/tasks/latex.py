@@ -7,7 +7,7 @@ from typing import Any
 from dllm_sd.tasks.grading import DASHES, FULL_WIDTH, MAX_DIGITS, SINGLE_FRACTIONS
 from dllm_sd.tasks.units import MEASURE
 
-MAX_DEPTH = 20  # nested groups
+MAX_LATEX_DEPTH = 20  # nested groups
 
 Node = str | tuple[Any, ...]  # a token; or a command with its arguments: ("frac", over, under), ("words", text), ...
 Nodes = list[Node]
@@ -93,7 +93,7 @@ class _Parser:
 
     def nodes(self, depth: int, end: str | None) -> Nodes:
         """Parse all nodes up to the token ``end``."""
-        if depth > MAX_DEPTH:
+        if depth > MAX_LATEX_DEPTH:
             raise Unreadable
         nodes: Nodes = []
         while self.tokens:
@@ -131,7 +131,7 @@ class _Parser:
 
     def _argument(self, depth: int) -> Nodes:
         """Parse an argument: a group, a command with its arguments, or one character."""
-        if not self.tokens or depth > MAX_DEPTH:
+        if not self.tokens or depth > MAX_LATEX_DEPTH:
             raise Unreadable
         token = self.tokens.pop()
         if isinstance(token, str) and _NUMBER.fullmatch(token) and len(token) > 1:
@@ -156,7 +156,7 @@ class _Parser:
         content = [node for node in self.nodes(depth + 1, r"\end") if node != r"\hline"]
         if self._name() != name:
             raise Unreadable
-        rows = [split(row, "&") for row in split(content, r"\\")]
+        rows = [split_nodes(row, "&") for row in split_nodes(content, r"\\")]
         kind = "p" if name in ("pmatrix", "bmatrix") else "" if name in ("array", "matrix", "smallmatrix") else name
         return ("matrix", kind, [row for row in rows if row != [[]]])
 
@@ -184,7 +184,7 @@ def _from_words(text: str) -> Nodes:
     return nodes
 
 
-def split(nodes: Nodes, mark: str) -> list[Nodes]:
+def split_nodes(nodes: Nodes, mark: str) -> list[Nodes]:
     """Split nodes at marks outside brackets."""
     parts: list[Nodes] = [[]]
     depth = 0

@@ -12,12 +12,12 @@ from typing import Any
 
 from dllm_sd.tasks.grading import MAX_TEXT
 
-MAX_BITS = 1 << 16  # bits of the largest whole number that arithmetic may produce
+MAX_INTEGER_BITS = 1 << 16  # bits of the largest whole number that arithmetic may produce
 MAX_NESTING = 200  # open parentheses, the limit of Python
 MAX_SIGNS = 1500  # unary signs before one operand
 _MAX_FLOAT_TEXT = 4000  # characters of the longest text that is parsed as a number
 
-Number = int | float | complex
+PythonNumber = int | float | complex
 
 _LOOSE_NUMBER = re.compile(r"-?\d+\.?\d*")
 _GOLD = re.compile(r"####\s*\$?([\d,]+(?:\.\d+)?)")
@@ -125,10 +125,10 @@ def uses(expression: str, numbers: Sequence[int]) -> bool:
     return sorted(map(int, runs)) == sorted(numbers)
 
 
-def python_value(expression: str) -> Number | None:
+def python_value(expression: str) -> PythonNumber | None:
     """Return the value of an arithmetic expression in Python (``+ - * / // **``, floats), or None.
 
-    None also if a whole number would need more than ``MAX_BITS`` bits.
+    None also if a whole number would need more than ``MAX_INTEGER_BITS`` bits.
     """
     if not _ALLOWED.fullmatch(expression):
         return None
@@ -138,7 +138,7 @@ def python_value(expression: str) -> Number | None:
         return None
 
 
-def reaches(value: Number, target: float) -> bool:
+def reaches(value: PythonNumber, target: float) -> bool:
     """Return whether ``value`` is within 1e-5 of ``target``."""
     try:
         return abs(value - target) < 1e-5
@@ -234,23 +234,23 @@ class _NoValue(Exception):
     """Python would reject the expression, or it exceeds the limits."""
 
 
-def _size(value: Number) -> int:
+def _size(value: PythonNumber) -> int:
     return value.bit_length() if isinstance(value, int) else 0
 
 
-def _multiply(a: Number, b: Number) -> Number:
-    if _size(a) + _size(b) > MAX_BITS:
+def _multiply(a: PythonNumber, b: PythonNumber) -> PythonNumber:
+    if _size(a) + _size(b) > MAX_INTEGER_BITS:
         raise _NoValue
     return a * b
 
 
-def _power(a: Number, b: Number) -> Number:
-    if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and b * _size(a) > MAX_BITS:
+def _power(a: PythonNumber, b: PythonNumber) -> PythonNumber:
+    if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and b * _size(a) > MAX_INTEGER_BITS:
         raise _NoValue
     return a**b
 
 
-_BINARY: dict[str, tuple[int, Callable[[Any, Any], Number]]] = {
+_BINARY: dict[str, tuple[int, Callable[[Any, Any], PythonNumber]]] = {
     "+": (1, operator.add),
     "-": (1, operator.sub),
     "*": (2, _multiply),
@@ -265,13 +265,13 @@ class _Arithmetic:
     """Evaluates with two stacks, of values and of pending operators, so that depth needs no recursion."""
 
     def __init__(self) -> None:
-        self.values: list[Number] = []
+        self.values: list[PythonNumber] = []
         self.pending: list[str] = []
         self.open = 0
         self.signs = 0  # unary signs since the last operand
         self.after_operand = False
 
-    def run(self, text: str) -> Number:
+    def run(self, text: str) -> PythonNumber:
         """Return the value of ``text``; raise ``_NoValue`` or an arithmetic error."""
         position = 0
         while position < len(text):

@@ -15,7 +15,7 @@ from dllm_sd.tasks.datafile import (
     Row,
     Splits,
     chat,
-    choose,
+    chosen_split,
     divide,
     fields_of,
     hub_rows,
@@ -105,7 +105,7 @@ class GeneratedTask(TemplateTask):
         if not size:
             raise InputError(f"task.size_{split} is 0, so the {split} split holds no problems; raise it.")
         if self.data is not None or self.data_test is not None:
-            return choose(self._files, split)[:size]
+            return chosen_split(self._files, split)[:size]
         return Generated(range(size), partial(self.generate, split))
 
     def splits(self) -> Splits | None:
@@ -137,7 +137,7 @@ class DatasetTask(TemplateTask):
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """Return the problems of a split; the first call reads the data."""
-        return choose(self._splits, split)
+        return chosen_split(self._splits, split)
 
     def splits(self) -> Splits | None:
         """Return the splits of the data."""

@@ -4,9 +4,9 @@ from fractions import Fraction
 from math import comb, factorial, isqrt
 from typing import Any
 
-from dllm_sd.tasks.latex import MAX_DEPTH, Node, Nodes, literal
+from dllm_sd.tasks.latex import MAX_LATEX_DEPTH, Node, Nodes, literal
 
-MAX_BITS = 400  # of numerator and denominator of a value
+MAX_FRACTION_BITS = 400  # of numerator and denominator of a value
 MAX_POWER = 64
 MAX_FACTORIAL = 60
 
@@ -35,7 +35,7 @@ class _Evaluator:
     """Recursive descent over nodes: sum -> product -> power -> atom."""
 
     def __init__(self, nodes: Nodes, depth: int) -> None:
-        if depth > MAX_DEPTH or not nodes:
+        if depth > MAX_LATEX_DEPTH or not nodes:
             raise _Unsupported
         self.rest, self.depth = list(reversed(nodes)), depth
 
@@ -71,7 +71,7 @@ class _Evaluator:
             exponent = self._inner(self.rest.pop()[1])
             if exponent.denominator != 1 or abs(exponent) > MAX_POWER or (value == 0 and exponent <= 0):
                 raise _Unsupported
-            if abs(exponent) * max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+            if abs(exponent) * max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_FRACTION_BITS:
                 raise _Unsupported
             value = value ** int(exponent)
         if self.rest and (self.rest[-1] == "!" or self.rest[-1][0] == "^"):
@@ -84,7 +84,7 @@ class _Evaluator:
         node = self.rest.pop()
         if node == "(":
             self.depth += 1
-            if self.depth > MAX_DEPTH:
+            if self.depth > MAX_LATEX_DEPTH:
                 raise _Unsupported
             value = self.sum()
             if not self._takes(")"):
@@ -133,6 +133,6 @@ def _root(value: Fraction) -> Fraction:
 
 
 def _bounded(value: Fraction) -> Fraction:
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_FRACTION_BITS:
         raise _Unsupported
     return value

@@ -16,7 +16,7 @@ from dllm_sd.texts.thinking import behind_thinking
 Region = Literal["prefix", "error", "after"]
 """The position of a character of a trace: before the first wrong step, in that step, or after it."""
 Form = Literal["verbatim_prefix", "full_quote", "no_trace"]
-Reason = Literal["no_steps", "bad_order", "no_answer"]
+StepsRejection = Literal["no_steps", "bad_order", "no_answer"]
 
 _TAG = re.compile(r"<(/?)(?:step_([0-9]{1,4})|answer)>", re.IGNORECASE)
 _SAME_WORD = re.compile(r"[^\W_]{2}|[0-9]\.[0-9]")  # the two characters belong to the same word or number
@@ -71,14 +71,14 @@ wrong or missing has been put right:
 Now give the solution, in the same steps."""
 """The teacher's prompt. It does not ask for a paraphrase, since the critique copies the student's words."""
 
-WRONG = "That was wrong. The right step:"
+WRONG_STEP = "That was wrong. The right step:"
 """The text between the student's wrong step and its correction in `full_quote`."""
-RIGHT = "Step {number} is correct."
+RIGHT_STEP = "Step {number} is correct."
 """The text that replaces a correct step of the student in `no_trace`."""
 
 
 @dataclass(frozen=True)
-class Part:
+class SolutionPart:
     """One step, or the answer. Positions count characters of the text from which it was parsed."""
 
     text: str
@@ -97,11 +97,11 @@ class Part:
 class Steps:
     """A parsed solution: steps 1, 2, ... in order, and the answer, which is None without a closed answer tag."""
 
-    steps: tuple[Part, ...]
-    answer: Part | None
+    steps: tuple[SolutionPart, ...]
+    answer: SolutionPart | None
 
 
-def parse_steps(text: str, needs_answer: bool = False) -> Steps | Reason:
+def parse_steps(text: str, needs_answer: bool = False) -> Steps | StepsRejection:
     """Parse a tagged solution, or return the reason why this is not possible.
 
     Other text may stand between the parts, and the last part may be truncated. Thinking before them is ignored.
@@ -111,8 +111,8 @@ def parse_steps(text: str, needs_answer: bool = False) -> Steps | Reason:
         or if a closing tag has no matching step; ``no_answer`` if ``needs_answer`` is true and there is no closed,
         non-empty answer. The last of several answers counts, as in the graders.
     """
-    steps: list[Part] = []
-    answer: Part | None = None
+    steps: list[SolutionPart] = []
+    answer: SolutionPart | None = None
     opened: re.Match[str] | None = None
     answering = False  # an answer tag was opened
     for tag in _TAG.finditer(text, *behind_thinking(text)):
@@ -146,14 +146,14 @@ def parse_steps(text: str, needs_answer: bool = False) -> Steps | Reason:
 def first_change(trace: Steps, critique: Steps) -> int | None:
     """Return the index of the first step of the trace that the critique changes or omits.
 
-    White space is ignored, and `RIGHT` stands for the step with its number. None if the critique contains all steps of
-    the trace, whatever follows them.
+    White space is ignored, and `RIGHT_STEP` stands for the step with its number. None if the critique contains all steps
+    of the trace, whatever follows them.
     """
     for index, step in enumerate(trace.steps):
         if index >= len(critique.steps):
             return index
         corrected = _spaced(critique.steps[index].text)
-        if corrected not in (_spaced(step.text), RIGHT.format(number=index + 1)):
+        if corrected not in (_spaced(step.text), RIGHT_STEP.format(number=index + 1)):
             return index
     return None
 
@@ -220,7 +220,7 @@ def full_quote(trace: str, critique: str) -> str:
         position = corrected.steps[changed].inside[0]
     else:
         position = corrected.answer.start if corrected.answer else len(critique)
-    return f"{critique[:position]}{error.text}\n{WRONG}\n{critique[position:]}"
+    return f"{critique[:position]}{error.text}\n{WRONG_STEP}\n{critique[position:]}"
 
 
 def no_trace(trace: str, critique: str) -> str:
@@ -232,7 +232,7 @@ def no_trace(trace: str, critique: str) -> str:
     count = len(student.steps) if changed is None else changed
     pieces, position = [], 0
     for number, step in enumerate(corrected.steps[:count], 1):
-        pieces += [critique[position : step.inside[0]], RIGHT.format(number=number)]
+        pieces += [critique[position : step.inside[0]], RIGHT_STEP.format(number=number)]
         position = step.inside[1]
     return "".join([*pieces, critique[position:]])
 
@@ -245,14 +245,14 @@ FORMS: dict[Form, Callable[[str, str], str]] = {
 """The three forms of a critique that the paper compares, as functions of trace and critique."""
 
 
-def _part(text: str, opening: re.Match[str], stop: int, end: int, closed: bool) -> Part:
+def _part(text: str, opening: re.Match[str], stop: int, end: int, closed: bool) -> SolutionPart:
     raw = text[opening.end() : stop]
     inner = raw.strip()
     start = opening.end() + len(raw) - len(raw.lstrip()) if inner else opening.end()
-    return Part(inner, opening.start(), end, (start, start + len(inner)), closed)
+    return SolutionPart(inner, opening.start(), end, (start, start + len(inner)), closed)
 
 
-def _error(trace: Steps, critique: Steps) -> Part | None:
+def _error(trace: Steps, critique: Steps) -> SolutionPart | None:
     """Return the first changed step, or else an answer that is changed."""
     index = first_change(trace, critique)
     if index is not None:

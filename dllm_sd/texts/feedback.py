@@ -40,7 +40,7 @@ which while who whose why will with would you your
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """English stop words, which do not anchor the feedback in a problem; single letters count as stop words too."""
 
-LONGEST = 20_000
+MAX_FEEDBACK_TEXT = 20_000
 """Characters of feedback, after its thinking, that are read; a reply of 1024 tokens is far shorter."""
 LONGEST_BOX = 400
 """Longest content of a box, in characters, that may be a letter and the option's text."""
@@ -108,7 +108,7 @@ def sanitise(text: str, problem: str, answer: str | None = None) -> tuple[str | 
         the tag has no word; ``all_generic`` all words are in `GENERIC` or `FUNCTION_WORDS`; ``no_match`` none of the
         remaining words occurs in the problem.
     """
-    text = without_thinking(text)[:LONGEST]
+    text = without_thinking(text)[:MAX_FEEDBACK_TEXT]
     if not text:
         return None, "fb_none"
     text = without_answer(text, answer)

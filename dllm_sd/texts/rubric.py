@@ -16,7 +16,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key, permutation
 from dllm_sd.texts.thinking import breaks_off, without_thinking
 
-LONGEST = 100_000
+MAX_RUBRIC_TEXT = 100_000
 """Characters after the thinking that are read."""
 TRIES = 200
 """Most opening brackets that are tried as the start of the list."""
@@ -24,10 +24,10 @@ LARGEST_WEIGHT = 1_000
 
 Category = Literal["essential", "important", "optional", "pitfall", "negative"]
 """The four categories of the paper, and `negative`, which trained generators write for a pitfall."""
-Reason = Literal["no_list", "empty", "bad_item"]
+RubricRejection = Literal["no_list", "empty", "bad_item"]
 """Why a text is not a rubric: it has no JSON list, the list is empty, or an item is not a criterion."""
 
-WEIGHTS: dict[Category | None, int] = {
+CATEGORY_WEIGHTS: dict[Category | None, int] = {
     "essential": 5,
     "important": 3,
     "optional": 1,
@@ -56,7 +56,7 @@ class Criterion:
 
 
 @dataclass(frozen=True)
-class Rubric:
+class Criteria:
     """The criteria for one question, in order."""
 
     criteria: tuple[Criterion, ...]
@@ -129,12 +129,12 @@ stands on its own. Leave the reference and the list unmentioned."""
 """The same prompt with the reference answer, as in the released code: ``{question}``, ``{hint}``, ``{reference}``."""
 
 
-def parse_rubric(source: object) -> Rubric | Reason:
+def parse_rubric(source: object) -> Criteria | RubricRejection:
     """Parse the rubric in a model's text, or in a field of the data (a list, or JSON text).
 
     The first JSON list of a text counts, whatever it contains; a truncated list, and everything in it, is not a rubric.
     An item is a sentence or an object with a description. The title may be missing. The weight may be missing (see
-    `WEIGHTS`), text or a fraction. Returns the reason if the source is not a rubric.
+    `CATEGORY_WEIGHTS`), text or a fraction. Returns the reason if the source is not a rubric.
     """
     items = _written_list(source) if isinstance(source, str) else source
     if isinstance(items, str) or not isinstance(items, list | tuple):
@@ -143,7 +143,7 @@ def parse_rubric(source: object) -> Rubric | Reason:
         return "empty"
     criteria = [_criterion(item) for item in items]
     parsed = tuple(criterion for criterion in criteria if criterion is not None)
-    return Rubric(parsed) if len(parsed) == len(criteria) else "bad_item"
+    return Criteria(parsed) if len(parsed) == len(criteria) else "bad_item"
 
 
 def is_unfinished(text: str) -> bool:
@@ -151,7 +151,7 @@ def is_unfinished(text: str) -> bool:
     return _written_list(text) == "unfinished"
 
 
-def render_rubric(rubric: Rubric) -> str:
+def render_rubric(rubric: Criteria) -> str:
     """Write the rubric as a JSON list, one item per line; `parse_rubric` reads it back."""
     lines = []
     for criterion in rubric.criteria:
@@ -161,7 +161,7 @@ def render_rubric(rubric: Rubric) -> str:
     return "[" + ",\n".join(lines) + "]"
 
 
-def generic() -> Rubric:
+def generic() -> Criteria:
     """Return one rubric for all questions (the variant Generic of Table 6)."""
     items = (
         ("Understand", "Says in its own words what is asked, and asks nothing else."),
@@ -171,16 +171,16 @@ def generic() -> Rubric:
         ("Check", "Tests the result against the question, by another way or by its size."),
         ("Answer", "Ends with one clear answer in the form that is asked for."),
     )
-    return Rubric(tuple(Criterion(title, description, 1) for title, description in items))
+    return Criteria(tuple(Criterion(title, description, 1) for title, description in items))
 
 
-def reduced(rubric: Rubric, key: int) -> Rubric:
+def reduced(rubric: Criteria, key: int) -> Criteria:
     """Return half of the items, rounded up, in their order (the variant Reduced)."""
     count = len(rubric.criteria)
-    return Rubric(_subset(rubric, (count + 1) // 2, make_key(key, "reduced")))
+    return Criteria(_subset(rubric, (count + 1) // 2, make_key(key, "reduced")))
 
 
-def noisy(rubric: Rubric, others: Sequence[Rubric], key: int) -> Rubric:
+def noisy(rubric: Criteria, others: Sequence[Criteria], key: int) -> Criteria:
     """Return half of the items, shuffled with as many items of another question's rubric as are missing (Noisy).
 
     ``others`` are rubrics of other questions, one of which is drawn; it contributes at least one item.
@@ -191,10 +191,10 @@ def noisy(rubric: Rubric, others: Sequence[Rubric], key: int) -> Rubric:
     count = len(rubric.criteria)
     kept = _subset(rubric, (count + 1) // 2, make_key(key, "own"))
     mixed = kept + _subset(foreign, max(count // 2, 1), make_key(key, "foreign"))
-    return Rubric(tuple(mixed[index] for index in permutation(make_key(key, "mixed"), len(mixed))))
+    return Criteria(tuple(mixed[index] for index in permutation(make_key(key, "mixed"), len(mixed))))
 
 
-def _subset(rubric: Rubric, count: int, key: int) -> tuple[Criterion, ...]:
+def _subset(rubric: Criteria, count: int, key: int) -> tuple[Criterion, ...]:
     chosen = sorted(permutation(key, len(rubric.criteria))[:count])
     return tuple(rubric.criteria[index] for index in chosen)
 
@@ -203,7 +203,7 @@ def _written_list(text: str) -> list[object] | Literal["unfinished"] | None:
     """Return the first JSON list after the thinking; ``unfinished`` if the list or the thinking is truncated."""
     if breaks_off(text):
         return "unfinished"
-    return _first_list(without_thinking(text)[:LONGEST])
+    return _first_list(without_thinking(text)[:MAX_RUBRIC_TEXT])
 
 
 def _first_list(text: str) -> list[object] | Literal["unfinished"] | None:
@@ -233,7 +233,7 @@ def _criterion(item: object) -> Criterion | None:
     description, title = item.get("description"), item.get("title")
     if not isinstance(description, str) or not description.strip() or not isinstance(title, str | None):
         return None
-    weight = _weight(item.get("weight"), WEIGHTS[_category(description)])
+    weight = _weight(item.get("weight"), CATEGORY_WEIGHTS[_category(description)])
     return None if weight is None else Criterion((title or "").strip(), description.strip(), weight)
 
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from dllm_sd.texts.rubric import Category, Criterion, Rubric
+from dllm_sd.texts.rubric import Category, Criteria, Criterion
 
 FEWEST, MOST, WORDS = 5, 15, 40
 """Fewest and most criteria of a rubric, and most words of a description (App. B.1)."""
@@ -28,12 +28,12 @@ _LONGEST_IGNORED = 3
 _CATEGORY_WORDS = {"criteria", "criterion", *RANGES}
 
 
-def rubric_score(written: Rubric, reference: Rubric) -> float:
+def rubric_score(written: Criteria, reference: Criteria) -> float:
     """Return `form` times `coverage`, from 0 to 1."""
     return form(written) * coverage(written, reference)
 
 
-def form(rubric: Rubric) -> float:
+def form(rubric: Criteria) -> float:
     """Return the mean of three values: 5 to 15 criteria; at least one pitfall; the share of sound criteria.
 
     A criterion is sound if it names its category, has a weight of that category, and is described in up to 40 words.
@@ -43,7 +43,7 @@ def form(rubric: Rubric) -> float:
     return ((FEWEST <= len(criteria) <= MOST) + pitfall + sum(map(_sound, criteria)) / len(criteria)) / 3
 
 
-def coverage(written: Rubric, reference: Rubric) -> float:
+def coverage(written: Criteria, reference: Criteria) -> float:
     """Return the share of the reference's criteria that a written criterion covers, with half of the specific words.
 
     Only words of four letters or more count. Words in more than half of the reference's criteria are not specific.

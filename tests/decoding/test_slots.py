@@ -13,11 +13,11 @@ from dllm_sd.decoding import denoising, slots
 from dllm_sd.decoding.denoising import denoise
 from dllm_sd.decoding.queue import Job, Listed
 from dllm_sd.decoding.settings import Decoding, Meter
-from dllm_sd.decoding.slots import Layout, split
+from dllm_sd.decoding.slots import CanvasLayout, split_by_budget
 from dllm_sd.errors import InputError
 from dllm_sd.network.merging import inference
 from dllm_sd.randomness import make_key
-from dllm_sd.trajectory import Reach, Trajectory
+from dllm_sd.trajectory import StopAfter, Trajectory
 
 PROMPTS = [[4 + (i + j) % 20 for j in range(n)] for i, n in enumerate([4, 1, 7, 3, 2, 30, 11, 5, 1, 17])]
 KEYS = [make_key("slots", i) for i in range(len(PROMPTS))]
@@ -33,7 +33,7 @@ def assert_same(ours: Trajectory, theirs: Trajectory, but: str = "") -> None:
 def fixed(policy: Any, settings: Decoding, prompts: Sequence[Sequence[int]] = PROMPTS, **options: Any) -> Trajectory:
     """Decoded in fixed shapes, as for a compiled module."""
     queue = Listed(prompts, KEYS[: len(prompts)])
-    layout = Layout(policy.mask_id, policy.end_ids, policy.pad_id, policy.block_length is not None)
+    layout = CanvasLayout(policy.mask_id, policy.end_ids, policy.pad_id, policy.block_length is not None)
     with inference(policy.module):
         settings = replace(settings, suppress=policy.suppress)
         denoise(policy.module, queue, settings, layout, vocabulary=30, static_shapes=True, **options)
@@ -116,8 +116,8 @@ def test_the_cut_into_forwards_changes_nothing(
     policy: Any, settings: Decoding, budget: int, monkeypatch: pytest.MonkeyPatch
 ):
     expected = policy.decode(PROMPTS, settings, KEYS)
-    monkeypatch.setitem(slots.READ, "cpu", budget)
-    monkeypatch.setitem(denoising.CHUNK, "cpu", 70)
+    monkeypatch.setitem(slots.POSITIONS_PER_FORWARD, "cpu", budget)
+    monkeypatch.setitem(denoising.DECODE_CHUNK_LOGITS, "cpu", 70)
     passes: list[Tensor] = []
     hook = policy.module.register_forward_pre_hook(lambda module, args: passes.append(args[0]))
     meter = Meter()
@@ -133,13 +133,13 @@ def test_the_cut_into_forwards_changes_nothing(
 
 
 def test_rows_are_cut_into_parts_of_like_width():
-    assert split([5, 5, 5, 5], 10) == [(0, 2), (2, 4)]
-    assert split([9, 3, 3, 3, 3], 9) == [(0, 1), (1, 4), (4, 5)]
-    assert split([7], 3) == [(0, 1)]
-    assert split([], 3) == []
+    assert split_by_budget([5, 5, 5, 5], 10) == [(0, 2), (2, 4)]
+    assert split_by_budget([9, 3, 3, 3, 3], 9) == [(0, 1), (1, 4), (4, 5)]
+    assert split_by_budget([7], 3) == [(0, 1)]
+    assert split_by_budget([], 3) == []
     for seed in range(50):
         widths = sorted(torch.randint(1, 90, (seed + 1,), generator=torch.Generator().manual_seed(seed)).tolist())[::-1]
-        cut = split(widths, 200)
+        cut = split_by_budget(widths, 200)
         assert [i for a, b in cut for i in range(a, b)] == list(range(len(widths)))
         assert all((b - a) * widths[a] <= 200 for a, b in cut)
         assert all((b + 1 - a) * widths[a] > 200 for a, b in cut[:-1])
@@ -166,7 +166,7 @@ class Growing:
         return job.name[0] not in self.dropped
 
     def ended(self, jobs: Sequence[Job], trajectory: Trajectory) -> None:
-        for job, one in zip(jobs, trajectory.singly(), strict=True):
+        for job, one in zip(jobs, trajectory.unstack(), strict=True):
             self.done[job.name[0]] = one
             self.open.discard(job.name[0])
             if job.name[0] + 4 < 10:
@@ -189,8 +189,10 @@ def test_a_queue_may_grow_and_drop_what_it_no_longer_wants(policy: Any, batch_si
 
 
 def test_the_reach_holds_in_fixed_shapes(policy: Any):
-    for reach in (Reach("steps", 4), Reach("blocks", 2)):
-        assert_same(fixed(policy, SHORT, reach=reach), policy.decode(PROMPTS, SHORT, KEYS, reach=reach))
+    for stop_after in (StopAfter("steps", 4), StopAfter("blocks", 2)):
+        assert_same(
+            fixed(policy, SHORT, stop_after=stop_after), policy.decode(PROMPTS, SHORT, KEYS, stop_after=stop_after)
+        )
 
 
 def test_nothing_to_decode_is_nothing(policy: Any):

@@ -22,7 +22,7 @@ from dllm_sd.policies.loading import AnyPolicy, build_policy, load_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.model import Lora, Model, Shape
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
-from dllm_sd.trajectory import NEVER, NO_MASK, Reach, Trajectory, left_pad
+from dllm_sd.trajectory import NEVER, NO_MASK, StopAfter, Trajectory, left_pad
 from tests.oracles.sampling import inverse, kept
 
 TINY = Path(dllm_sd.__file__).parent / "assets" / "tiny"
@@ -303,8 +303,8 @@ def test_a_horizon_is_the_start_of_the_whole_and_the_rest_is_never_generated(cau
     whole = causal.decode(PROMPTS, WARM, KEYS)
     meter = Meter()
     with counted(causal) as passes:
-        cut = causal.decode(PROMPTS, WARM, KEYS, meter=meter, reach=Reach(unit, count))
-    same(cut, whole.within(Reach(unit, count)))
+        cut = causal.decode(PROMPTS, WARM, KEYS, meter=meter, stop_after=StopAfter(unit, count))
+    same(cut, whole.within(StopAfter(unit, count)))
     assert len(passes) == meter.forwards == min(count, int(whole.num_steps.max()))
     assert cut.written.tolist() == [min(count, n) for n in whole.written.tolist()]
     assert set(cut.length[~cut.ended].tolist()) <= {14}

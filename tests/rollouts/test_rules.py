@@ -10,9 +10,9 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import key_tensor, make_key, uniform
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
-from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Score, gather, prompt_tokens
+from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Score, encode_problem, gather
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.trajectory import Reach, Trajectory, left_pad
+from dllm_sd.trajectory import StopAfter, Trajectory, left_pad
 
 SEED, UPDATE = 3, 7
 
@@ -28,9 +28,11 @@ class StubPolicy:
         prompts: Sequence[Sequence[int]],
         settings: Decoding,
         keys: Sequence[int],
-        reach: Reach | None = None,
+        stop_after: StopAfter | None = None,
     ) -> Trajectory:
-        self.calls.append({"prompts": list(prompts), "settings": settings, "keys": list(keys), "reach": reach})
+        self.calls.append(
+            {"prompts": list(prompts), "settings": settings, "keys": list(keys), "stop_after": stop_after}
+        )
         written = [self.number(key) for key in keys]
         prompt_ids, prompt_mask = left_pad(prompts, 0)
         return Trajectory(
@@ -49,11 +51,13 @@ class StubPolicy:
     def decoder(self) -> "StubPolicy":
         return self
 
-    def complete(self, queue: Queue, settings: Decoding, *, meter: Any = None, reach: Reach | None = None) -> None:
+    def complete(
+        self, queue: Queue, settings: Decoding, *, meter: Any = None, stop_after: StopAfter | None = None
+    ) -> None:
         while (jobs := queue.take(settings.batch_size)) is not None:
             if jobs:
                 keys = [job.key for job in jobs]
-                queue.ended(jobs, self.decode([job.prompt for job in jobs], settings, keys, reach=reach))
+                queue.ended(jobs, self.decode([job.prompt for job in jobs], settings, keys, stop_after=stop_after))
 
     @staticmethod
     def number(key: int) -> int:
@@ -274,8 +278,8 @@ def test_the_outcome_of_real_decoding_does_not_depend_on_the_batch(policy):
 
 def test_prompts_that_are_too_long_are_left_out_and_never_cut():
     problem = Problem("1+2=", {})
-    assert prompt_tokens(StubPolicy(), StubTask(), problem, 4) == Prompted(problem, (49, 43, 50, 61))  # pyright: ignore[reportArgumentType]
-    assert prompt_tokens(StubPolicy(), StubTask(), problem, 3) is None  # pyright: ignore[reportArgumentType]
+    assert encode_problem(StubPolicy(), StubTask(), problem, 4) == Prompted(problem, (49, 43, 50, 61))  # pyright: ignore[reportArgumentType]
+    assert encode_problem(StubPolicy(), StubTask(), problem, 3) is None  # pyright: ignore[reportArgumentType]
 
 
 def test_demonstrations_are_the_references_of_the_task(policy):
