@@ -25,7 +25,7 @@ class Decoder(Protocol):
             queue: gives the jobs and takes their trajectories.
             settings: the keys of `decode`.
             meter: counts the cost.
-            reach: how far each completion is decoded; None decodes it to its end.
+            stop_after: how far each completion is decoded; None decodes it to its end.
         """
         ...
 

@@ -141,7 +141,7 @@ def denoise(
         meter: counts forward passes, rows and positions.
         use_kv_cache: reuse the keys and values of finished blocks (block-causal models).
         static_shapes: use few shapes, for compiled modules: whole active blocks, rows in powers of two, one width.
-        reach: stop each row there; None completes it.
+        stop_after: stop each row there; None completes it.
     """
     device = torch.device(device)
     slots = Slots(min(settings.batch_size, queue.most), queue.longest, settings, layout, device, stop_after)

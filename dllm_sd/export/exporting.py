@@ -114,8 +114,8 @@ def _check_format(policy: AnyPolicy, model: Model, to: ExportFormat) -> None:
         raise InputError("the run began with random weights (model.random_init), not a checkpoint; use --to merged")
     if to != "peft" and model.quantization:
         raise InputError(
-            "the adapter was trained on a 4-bit base (model.quantization) and cannot be merged into it; use --to peft, or "
-            "add model.quantization=null to merge it into the full-precision base, which is less exact"
+            "the adapter was trained on a 4-bit base (model.quantization) and cannot be merged into it; use --to peft, "
+            "or add model.quantization=null to merge it into the full-precision base, which is less exact"
         )
     if to == "original" and model.as_ == "diffusion":
         raise InputError(

@@ -102,8 +102,8 @@ def _records() -> list[dict[str, Any]]:
 
 
 def _remarks() -> list[dict[str, Any]]:
-    """Later remarks on measurements, by `kind`: `withdrawn` (the measurement was wrong), `premise` (the model lacks what
-    the method needs), or `setting` (the settings of the method have changed since)."""
+    """Later remarks on measurements; their `kind`: `withdrawn` (the measurement was wrong), `premise` (the model lacks
+    what the method needs), or `setting` (the settings of the method have changed since)."""
     return _read("remarks.json")
 
 

@@ -146,8 +146,8 @@ def parse_steps(text: str, needs_answer: bool = False) -> Steps | StepsRejection
 def first_change(trace: Steps, critique: Steps) -> int | None:
     """Return the index of the first step of the trace that the critique changes or omits.
 
-    White space is ignored, and `RIGHT_STEP` stands for the step with its number. None if the critique contains all steps
-    of the trace, whatever follows them.
+    White space is ignored, and `RIGHT_STEP` stands for the step with its number. None if the critique contains all
+    steps of the trace, whatever follows them.
     """
     for index, step in enumerate(trace.steps):
         if index >= len(critique.steps):

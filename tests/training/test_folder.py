@@ -321,8 +321,8 @@ def test_links_out_of_the_folder_are_refused_and_not_followed(tmp_path: Path, na
     path.symlink_to(tmp_path / "elsewhere" / ("file" if path.suffix else ""))
     before = tree(tmp_path)
     assert refusal(tmp_path / "run", resume=resume) == (
-        f"{str(path)!r} is a symbolic link, and a run writes inside its folder only; put what it names there, or give "
-        "another run=..."
+        f"{str(path)!r} is a symbolic link, and a run writes inside its folder only; replace the link by "
+        "what it points to, or give another run=..."
     )
     assert tree(tmp_path) == before
 
