@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.files.typed_json import build
-from dllm_sd.trajectory import NEVER, NO_MASK, Reach, Trajectory, completion_length, left_pad
+from dllm_sd.trajectory import NEVER, NO_MASK, StopAfter, Trajectory, completion_length, left_pad
 
 SETTINGS = (
     *("length", "block_length", "tokens_per_step", "steps", "temperature", "top_k", "top_p", "order", "threshold"),
@@ -31,12 +31,12 @@ def settings_to_json(settings: Decoding) -> dict[str, Any]:
     return {**tree, "suppress": list(settings.suppress)}
 
 
-def reach_to_json(reach: Reach | None) -> dict[str, Any] | None:
+def reach_to_json(reach: StopAfter | None) -> dict[str, Any] | None:
     """Return how far a completion is decoded, None for its end."""
     return None if reach is None else {"unit": reach.unit, "count": reach.count}
 
 
-def reach_from_json(tree: Any) -> Reach | None:
+def reach_from_json(tree: Any) -> StopAfter | None:
     """Return what `reach_to_json` wrote.
 
     Raises:
@@ -51,7 +51,7 @@ def reach_from_json(tree: Any) -> Reach | None:
     count = build(int, tree["count"], "reach.count")
     if not 1 <= count <= LATEST_STEP:
         raise ValueError(f"reach.count must be from 1 to {LATEST_STEP}, not {count}")
-    return Reach(tree["unit"], count)
+    return StopAfter(tree["unit"], count)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _check_order(trajectory: Trajectory) -> None:
 
 
 def request_to_json(
-    prompt: Sequence[int], key: int, settings: Decoding, reach: Reach | None, model: str | None = None
+    prompt: Sequence[int], key: int, settings: Decoding, reach: StopAfter | None, model: str | None = None
 ) -> dict[str, Any]:
     """Return the body of ``POST /generate``.
 

@@ -19,7 +19,7 @@ from dllm_sd.decoding.wire import (
     trajectory_from_json,
     trajectory_to_json,
 )
-from dllm_sd.trajectory import Reach, Trajectory, left_pad, left_to_right
+from dllm_sd.trajectory import StopAfter, Trajectory, left_pad, left_to_right
 
 VOCABULARY = 12
 Noise = Callable[..., Trajectory]
@@ -34,12 +34,12 @@ def written(noise: Noise) -> list[Trajectory]:
         noise(seed=3, steps=27, early_end=False),
         noise(seed=4, length=8, block_length=8, threshold=0.05, order="confidence"),
     ]
-    cut = [x.within(Reach(unit, count)) for x in whole for unit in ("blocks", "steps") for count in (1, 2)]
+    cut = [x.within(StopAfter(unit, count)) for x in whole for unit in ("blocks", "steps") for count in (1, 2)]
     tokens = torch.tensor([[3, 4, 10, 9], [3, 4, 5, 6], [10, 3, 3, 3]])
     logp = torch.tensor([[-0.1, -1e-30, -3.0, torch.nan]] * 3).log_softmax(1).nan_to_num(-1 / 3)
     prompt = left_pad([[1], [2, 3, 4], [5, 6]], 9)
     causal = left_to_right(prompt, tokens, 7, end_ids=(10, 8), pad_id=9, logp=logp)
-    every = [*whole, *cut, causal, replace(causal, logp=None), causal.within(Reach("steps", 2))]
+    every = [*whole, *cut, causal, replace(causal, logp=None), causal.within(StopAfter("steps", 2))]
     return [one for trajectory in every for one in trajectory.singly()]
 
 
@@ -102,7 +102,7 @@ def change(tree: dict[str, Any], name: str, place: int, value: Any) -> dict[str,
 
 
 def test_each_position_must_make_sense(noise: Noise):
-    trajectory = noise(seed=1, early_end=False).within(Reach("blocks", 2)).singly()[0]  # positions from 16 are open
+    trajectory = noise(seed=1, early_end=False).within(StopAfter("blocks", 2)).singly()[0]  # positions from 16 are open
     tree, steps = trajectory_to_json(trajectory), trajectory.reveal_step[0].tolist()
     changes = {
         "holds a token": change(tree, "tokens", 20, 3),
@@ -156,8 +156,8 @@ def test_settings_that_decide_what_is_decoded_go_over_the_wire():
     assert Decoding(**{**tree, "suppress": (3, 4)}, batch_size=5) == config.decode
 
 
-@pytest.mark.parametrize("reach", [None, Reach("blocks", 3), Reach("steps", 1)])
-def test_a_reach_comes_back(reach: Reach | None):
+@pytest.mark.parametrize("reach", [None, StopAfter("blocks", 3), StopAfter("steps", 1)])
+def test_a_reach_comes_back(reach: StopAfter | None):
     assert reach_from_json(json.loads(json.dumps(reach_to_json(reach)))) == reach
     assert request_to_json([1], 5, Decoding(), reach)["reach"] == reach_to_json(reach)
 
