@@ -40,7 +40,7 @@ def written(noise: Noise) -> list[Trajectory]:
     prompt = left_pad([[1], [2, 3, 4], [5, 6]], 9)
     causal = left_to_right(prompt, tokens, 7, end_ids=(10, 8), pad_id=9, logp=logp)
     every = [*whole, *cut, causal, replace(causal, logp=None), causal.within(StopAfter("steps", 2))]
-    return [one for trajectory in every for one in trajectory.singly()]
+    return [one for trajectory in every for one in trajectory.unstack()]
 
 
 def read(trajectory: Trajectory, tree: Any) -> Trajectory:
@@ -72,7 +72,7 @@ WRONG = (None, "x", True, 1.5, [], {}, -2, 10**30, [1], ["x"], [None] * 24, [0] 
 
 def test_an_answer_is_refused_in_a_short_sentence_or_means_what_it_says(noise: Noise):
     refused = 0
-    for trajectory in (noise().singly()[0], noise(seed=2, blocks_of_prompt=True).singly()[1]):
+    for trajectory in (noise().unstack()[0], noise(seed=2, blocks_of_prompt=True).singly()[1]):
         tree = trajectory_to_json(trajectory)
         for name in tree:
             with pytest.raises(ValueError, match=name):
@@ -94,7 +94,7 @@ def test_an_answer_is_refused_in_a_short_sentence_or_means_what_it_says(noise: N
 @pytest.mark.parametrize("tree", [None, [], "x", 3, {}])
 def test_what_is_no_answer_is_refused(noise: Noise, tree: Any):
     with pytest.raises(ValueError, match="the answer"):
-        read(noise().singly()[0], tree)
+        read(noise().unstack()[0], tree)
 
 
 def change(tree: dict[str, Any], name: str, place: int, value: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def change(tree: dict[str, Any], name: str, place: int, value: Any) -> dict[str,
 
 
 def test_each_position_must_make_sense(noise: Noise):
-    trajectory = noise(seed=1, early_end=False).within(StopAfter("blocks", 2)).singly()[0]  # positions from 16 are open
+    trajectory = noise(seed=1, early_end=False).within(StopAfter("blocks", 2)).unstack()[0]  # positions from 16 are open
     tree, steps = trajectory_to_json(trajectory), trajectory.reveal_step[0].tolist()
     changes = {
         "holds a token": change(tree, "tokens", 20, 3),
@@ -142,7 +142,7 @@ def test_an_autoregressive_answer_is_one_token_after_the_other():
 def test_one_completion_is_written_at_a_time_and_no_infinite_number(noise: Noise):
     with pytest.raises(ValueError, match="not 6"):
         trajectory_to_json(noise())
-    trajectory = noise().singly()[0]
+    trajectory = noise().unstack()[0]
     assert trajectory.logp is not None
     with pytest.raises(ValueError, match="infinite"):
         trajectory_to_json(replace(trajectory, logp=trajectory.logp - torch.inf))
