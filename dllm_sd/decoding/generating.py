@@ -64,12 +64,12 @@ class Generator:
         stop_after: StopAfter | None,
         watch: Watch | None,
     ) -> None:
-        """Complete one batch with `generate` of transformers; `KeyedChoice` draws each token."""
+        """Complete one batch with `generate` of transformers; `KeyedSampler` draws each token."""
         prompt_ids, prompt_mask = left_pad([job.prompt for job in jobs], self.pad_id)
         network: Any = self.module.network
         keys = key_tensor([job.key for job in jobs], self.module.device)
         seen = None if watch is None else partial(watch, jobs)
-        chooser = KeyedChoice(settings, keys, self.suppress, prompt_ids.shape[1], seen, self.module.vocabulary)
+        chooser = KeyedSampler(settings, keys, self.suppress, prompt_ids.shape[1], seen, self.module.vocabulary)
         wanted = self._wanted(settings, stop_after)
         with _generating_as(network, wanted):
             sequences = network.generate(
@@ -141,7 +141,7 @@ def _generating_as(network: Any, wanted: GenerationConfig) -> Iterator[None]:
         network.generation_config = former
 
 
-class KeyedChoice(LogitsProcessor):
+class KeyedSampler(LogitsProcessor):
     """Logits processor that draws each row's next token by the row's key, and masks all other tokens."""
 
     def __init__(

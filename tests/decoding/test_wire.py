@@ -72,7 +72,7 @@ WRONG = (None, "x", True, 1.5, [], {}, -2, 10**30, [1], ["x"], [None] * 24, [0] 
 
 def test_an_answer_is_refused_in_a_short_sentence_or_means_what_it_says(noise: Noise):
     refused = 0
-    for trajectory in (noise().unstack()[0], noise(seed=2, blocks_of_prompt=True).singly()[1]):
+    for trajectory in (noise().unstack()[0], noise(seed=2, blocks_of_prompt=True).unstack()[1]):
         tree = trajectory_to_json(trajectory)
         for name in tree:
             with pytest.raises(ValueError, match=name):
@@ -102,7 +102,7 @@ def change(tree: dict[str, Any], name: str, place: int, value: Any) -> dict[str,
 
 
 def test_each_position_must_make_sense(noise: Noise):
-    trajectory = noise(seed=1, early_end=False).within(StopAfter("blocks", 2)).unstack()[0]  # positions from 16 are open
+    trajectory = noise(seed=1, early_end=False).within(StopAfter("blocks", 2)).unstack()[0]  # open from 16 on
     tree, steps = trajectory_to_json(trajectory), trajectory.reveal_step[0].tolist()
     changes = {
         "holds a token": change(tree, "tokens", 20, 3),
