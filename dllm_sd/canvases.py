@@ -1,4 +1,4 @@
-"""Which states of a rollout the student reads: the decoder's own canvases, random masks, or everything masked."""
+"""Rules for the canvases that the student reads: those of the decoder, random masks, or everything masked."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,8 +19,8 @@ from dllm_sd.trajectory import NEVER, Trajectory, is_any_of
 class Canvases:
     """``n`` canvases that the student reads.
 
-    `rows` and `steps` name the origin of each canvas (``steps`` is -1 for a canvas that no decoder saw), `weight`
-    multiplies the loss of its sites (a random mask: ``1 / (t * answer positions)``, else 1).
+    `rows` and `steps` give the origin of each canvas; ``steps`` is -1 for a canvas that no decoder saw. `weight`
+    multiplies the loss of its sites: ``1 / (t * answer positions)`` for a random mask, else 1.
     """
 
     rows: Tensor
@@ -36,17 +36,16 @@ class Canvases:
     active: Tensor
     """bool ``[n l]``, the masked positions of the active block."""
     revealed: Tensor
-    """bool ``[n l]``, positions that the student commits at this step; all masked ones if no decoder saw the
-    canvas."""
+    """bool ``[n l]``, positions that the decoder commits at this step; all masked ones if no decoder saw the canvas."""
     gradable: Tensor
-    """bool ``[n l]``: positions that may be sites: their token is known, and end padding is left out unless the rule
+    """bool ``[n l]``: positions that may be sites: their token is known, and they are not end padding, unless the rule
     grades it."""
     tokens: Tensor
     """int64 ``[n l]``, the final completion."""
     weight: Tensor
     """float32 ``[n]``."""
     old_logp: Tensor
-    """float ``[n l]``: `Trajectory.logp`, NaN where it is unknown or the decoder saw another canvas."""
+    """float ``[n l]``: `Trajectory.logp`; NaN where it is unknown, or the decoder saw another canvas."""
 
     @property
     def size(self) -> int:
@@ -56,14 +55,14 @@ class Canvases:
 
 @dataclass(frozen=True)
 class Places:
-    """The origin of ``n`` canvases, without their content; an update holds no more than this until it reads them."""
+    """The origins of ``n`` canvases, from which they are built per micro-batch."""
 
     rows: Tensor
     """int64 ``[n]``, index of the rollout."""
     steps: Tensor
     """int64 ``[n]``, decoding step, or -1."""
     draws: Tensor
-    """int64 ``[n]``: which of a rollout's random masks it is, 0 where there are none."""
+    """int64 ``[n]``: index of the random mask among those of its rollout; 0 for other canvases."""
 
     @property
     def size(self) -> int:
@@ -76,24 +75,24 @@ class Places:
 
 
 def one_each(trajectory: Trajectory, step: int) -> Places:
-    """One place for every rollout, at the same step."""
+    """The places of one canvas per rollout, all at ``step``."""
     rows = torch.arange(trajectory.size, device=trajectory.tokens.device)
     return Places(rows, torch.full_like(rows, step), torch.zeros_like(rows))
 
 
 class CanvasRule(Part, Protocol):
-    """Which canvases one pass over a batch of rollouts reads; `CanvasDefaults` implements all but `places` and `build`.
+    """Chooses and builds the canvases of one pass over a batch of rollouts.
 
-    Every rule makes the same canvas of an autoregressive rollout: the whole sequence, in which each position attends to
-    what it attended to in decoding. So its likelihood is exact, and nothing is masked (`whole_sequences`).
+    `CanvasDefaults` implements all members but `places` and `build`. An autoregressive rollout has the same canvas
+    under every rule, the whole sequence (`whole_sequences`): nothing is masked, and its likelihood is exact.
     """
 
     def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
-        """Which canvases pass ``part`` out of ``parts`` over the same rollouts reads."""
+        """The places of the canvases of pass ``part`` out of ``parts`` over the same rollouts."""
         ...
 
     def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
-        """The canvases at ``places``; ``keys [b]`` seed each rollout's draws. Canvases do not depend on each other."""
+        """The canvases at ``places``; ``keys [b]`` seed the draws of each rollout. Canvases are independent."""
         ...
 
     def __call__(self, trajectory: Trajectory, keys: Sequence[int], part: int, parts: int) -> Canvases:
@@ -102,26 +101,26 @@ class CanvasRule(Part, Protocol):
 
     @property
     def subset(self) -> int | None:
-        """Number of a rollout's canvases that are drawn at random to represent all (`drawn_share`); None takes all."""
+        """Number of canvases per rollout that are drawn at random to represent all (`drawn_share`); None takes all."""
         ...
 
     @property
     def decoded(self) -> bool:
-        """Whether they are the canvases of decoding steps."""
+        """Whether the canvases are those of decoding steps."""
         ...
 
     @property
     def hides_everything(self) -> bool:
-        """Whether they mask blocks that the decoder has always finished."""
+        """Whether the canvases mask blocks that are always finished when a block-causal decoder reads later ones."""
         ...
 
     def masked_share(self, canvases: int) -> float:
-        """Largest share of the completion positions of ``canvases`` canvases together that is masked."""
+        """The largest masked share of the completion positions of ``canvases`` canvases together."""
         ...
 
 
 class CanvasDefaults(ABC):
-    """Defaults of canvases that no decoder saw, and that are all graded."""
+    """Defaults for rules whose canvases no decoder saw, and that grade all of them."""
 
     subset: int | None = None
     decoded: bool = False
@@ -140,16 +139,16 @@ class CanvasDefaults(ABC):
         return self.build(trajectory, keys, part, self.places(trajectory, part, parts))
 
     def masked_share(self, canvases: int) -> float:
-        """1: all of it."""
+        """Return 1."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class DecoderSteps(Ranged, CanvasDefaults, key="method.canvases"):
-    """The canvases that the decoder really saw, one per decoding step (d-OPSD, arXiv 2606.18195, Eq. 7).
+    """The canvases that the decoder saw, one per decoding step (d-OPSD, arXiv 2606.18195, Eq. 7).
 
-    With the defaults every step up to the one that fixes the end token is used. The other fields are quirks of
-    the published code. Where rollouts serve several passes, each pass takes its own consecutive chunk of steps.
+    With the defaults every step up to the one that commits the end token is used. The first four fields are options of
+    the published code. If rollouts serve several passes, each pass takes its own consecutive chunk of steps.
     """
 
     last_block: bool = True
@@ -161,15 +160,14 @@ class DecoderSteps(Ranged, CanvasDefaults, key="method.canvases"):
     prompt_ends: bool = False
     """True takes an end token inside the prompt for the end of the completion, so that nothing is left to train on."""
     end_padding: bool = False
-    """Grade positions behind the end token too, where the decoder filled them before it; the released d-OPSD code
-    does."""
+    """Grade positions after the end token too, if the decoder filled them before it; the released d-OPSD code does."""
     subset: Count | None = None
-    """Grade so many steps of each rollout and pass, drawn at random and weighted so that the expected loss and gradient
-    are those of all steps, whatever the average; null grades all."""
+    """Number of graded steps of each rollout and pass. They are drawn at random and weighted so that the expected loss
+    and gradient are those of all steps, under every `method.average`; null grades all."""
     decoded = True
 
     def usable(self, trajectory: Trajectory) -> Tensor:
-        """bool ``[b k]``: the steps whose canvases count, before chunking."""
+        """bool ``[b k]``: the steps whose canvases may be used, before they are divided into chunks."""
         reveal_step = trajectory.reveal_step
         position = torch.arange(reveal_step.shape[1], device=reveal_step.device)
         needed = reveal_step.masked_fill(position >= trajectory.length[:, None], NEVER).amax(1)
@@ -190,7 +188,7 @@ class DecoderSteps(Ranged, CanvasDefaults, key="method.canvases"):
         return usable
 
     def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
-        """The steps of this pass, rollout by rollout."""
+        """The places of the steps of this pass, sorted by rollout."""
         if trajectory.causal:
             return one_each(trajectory, 0)
         usable = self.usable(trajectory)
@@ -231,17 +229,17 @@ class DecoderSteps(Ranged, CanvasDefaults, key="method.canvases"):
 class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
     """Random masks with ``1/t`` weights: the masked-diffusion likelihood bound (LLaDA, arXiv 2502.09992, Eq. 5).
 
-    A canvas weighs ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer token.
-    Answer positions are those that were written, and the end padding if it is asked for. Positions beyond a horizon
-    stay masked and ungraded.
+    A canvas has the weight ``1 / (t * answer positions)``, so that the mean over canvases is LLaDA's loss per answer
+    token. Answer positions are the generated ones and, with `end_padding`, those after the end token. Positions beyond
+    a horizon stay masked and ungraded.
 
     Each draw masks every answer position independently with probability ``t``; the ``t`` of one
     rollout's draws are spread evenly over ``[t_min, 1]`` with one random offset (low-variance sampling, as in MDLM,
     arXiv 2406.07524).
 
-    A block-causal model never reads masks in earlier blocks: each draw then masks positions of one block, drawn
-    uniformly, and its weight is multiplied by the number of blocks (BD3-LM's bound, arXiv 2503.09573, Eq. 8, one of its
-    terms at a time).
+    A block-causal model never reads masks in earlier blocks. Each draw then masks positions of one block, drawn
+    uniformly, and its weight is multiplied by the number of blocks (one term of BD3-LM's bound, arXiv 2503.09573,
+    Eq. 8).
     """
 
     draws: Size = 1
@@ -249,14 +247,14 @@ class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
     t_min: Annotated[float, Range(above=0, below=1)] = 0.001
     """Smallest masking probability; the weight ``1/t`` is bounded by its inverse."""
     end_padding: bool = True
-    """Train on the padding behind the end token too, as LLaDA does; False leaves it masked and ungraded."""
+    """Train on the padding after the end token too, as LLaDA does; False leaves it masked and ungraded."""
 
     def masked_share(self, canvases: int) -> float:
-        """The share of a canvas is uniform on (0, 1): the mean of ``canvases`` of them plus two standard deviations."""
+        """The mean of ``canvases`` shares, each uniform on (0, 1), plus two standard deviations."""
         return min(1, 0.5 + 2 / math.sqrt(12 * canvases))
 
     def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
-        """`draws` masks for every rollout."""
+        """The places of `draws` masks per rollout."""
         if trajectory.causal:
             return one_each(trajectory, 0)
         rows = torch.arange(trajectory.size).repeat_interleave(self.draws)
@@ -291,8 +289,8 @@ class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
 class AllMaskedCanvas(Ranged, CanvasDefaults, key="method.canvases"):
     """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
-    Each pass over the same rollouts draws another prompt mask. Tokens that were written are graded; padding behind the
-    end never is.
+    Each pass over the same rollouts draws another prompt mask. Generated tokens are graded, padding after the end token
+    is not.
     """
 
     prompt_mask_ratio: ShareBelowOne = 0.15
@@ -300,7 +298,7 @@ class AllMaskedCanvas(Ranged, CanvasDefaults, key="method.canvases"):
     hides_everything = True
 
     def places(self, trajectory: Trajectory, part: int, parts: int) -> Places:
-        """One for every rollout."""
+        """The places of one canvas per rollout."""
         return one_each(trajectory, 0 if trajectory.causal else -1)
 
     def build(self, trajectory: Trajectory, keys: Sequence[int], part: int, places: Places) -> Canvases:
@@ -326,18 +324,18 @@ CANVASES: dict[str, type] = {"decoder_steps": DecoderSteps, "random_masks": Rand
 def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], part: int) -> Tensor:
     """Weight of each canvas if ``subset`` canvases of each rollout represent all of them.
 
-    They are drawn uniformly without replacement, and each is weighted by the number of canvases per drawn one (Horvitz
-    and Thompson, 1952): sums over canvases keep their expectation.
+    Canvases are drawn uniformly without replacement. The weight of a drawn one is the number of canvases divided by the
+    number of drawn ones (Horvitz and Thompson, 1952), so that sums over canvases keep their expectation.
 
     Args:
         rows: int64 ``[n]``, index of the rollout.
         steps: int64 ``[n]``.
-        subset: how many are drawn of each rollout, or all if there are fewer.
-        keys: one key a rollout, ``[b]``.
+        subset: number of canvases drawn per rollout; all if there are fewer.
+        keys: one key per rollout, ``[b]``.
         part: index of the pass over these rollouts.
 
     Returns:
-        float64 ``[n]``, 0 for those that are not drawn.
+        float64 ``[n]``, 0 for canvases that are not drawn.
     """
     base = torch.tensor([make_key(key, "subset", part) for key in keys], dtype=torch.int64)
     noise = uniform(fold(base[rows], steps), 1)[:, 0]
@@ -352,7 +350,7 @@ def drawn_share(rows: Tensor, steps: Tensor, subset: int, keys: Sequence[int], p
 
 
 def whole_sequences(trajectory: Trajectory, places: Places) -> Canvases:
-    """One canvas for each autoregressive rollout: its tokens, all of them graded."""
+    """The canvases of autoregressive rollouts: the whole sequence, with all generated tokens graded."""
     rows = places.rows
     written = trajectory.is_written[rows]
     return Canvases(
@@ -371,9 +369,9 @@ def whole_sequences(trajectory: Trajectory, places: Places) -> Canvases:
 
 
 def with_prompt(canvases: Canvases, trajectory: Trajectory) -> Canvases:
-    """Canvases of autoregressive rollouts on which the prompt is to be graded too.
+    """Extend canvases of autoregressive rollouts so that the prompt is graded too.
 
-    The axis ``l`` becomes ``p - 1 + l``: all of the sequence but its first column. The first token of each prompt is
+    The axis ``l`` becomes ``p - 1 + l``, the whole sequence without its first column. The first token of each prompt is
     not graded, since no token precedes it.
     """
     prompt, mask = trajectory.prompt_ids[canvases.rows, 1:], trajectory.prompt_mask[canvases.rows]
@@ -403,7 +401,7 @@ def attention_mask(trajectory: Trajectory, rows: Tensor) -> Tensor:
 
 
 def _synthetic(trajectory: Trajectory, rows: Tensor, answer: Tensor, hidden: Tensor, weight: Tensor) -> Canvases:
-    """Canvases that no decoder saw: positions ``hidden [n l]`` and all outside the ``answer [b l]`` are masked."""
+    """Canvases that no decoder saw, masked at ``hidden [n l]`` and everywhere outside of ``answer [b l]``."""
     answer, tokens = answer[rows], trajectory.tokens[rows]
     masked = hidden & answer
     canvas = tokens.masked_fill(masked | ~answer, trajectory.mask_id)

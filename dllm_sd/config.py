@@ -1,7 +1,7 @@
-"""The configuration: a dataclass schema, YAML in, overrides by dotted keys, every mistake named before anything loads.
+"""The configuration: a schema of dataclasses, read from YAML with dotted overrides and checked before anything loads.
 
-Parts (of a method, a task) are chosen by `name` from the tables beside them; their fields are the keys. Anything left
-out of a method keeps the value of the named method's row.
+Parts of a method, and tasks, are chosen by `name` from tables; their fields are config keys. A method keeps
+the values of the named method for keys that are left out.
 """
 
 import difflib
@@ -47,27 +47,28 @@ class Config(Ranged, key=""):
     max_prompt: Size = 512
     """Longest prompt in tokens; problems with longer prompts are left out and counted, never cut."""
     cache: Place | None = None
-    """Folder of what writers wrote, by content, to be found by other runs too; None is `written` in the run folder."""
+    """Folder in which texts of writers are cached, also for other runs; None is `written` in the run folder."""
     resume: Literal["auto", "force", "fresh"] = "auto"
-    """`auto` continues a run of the same configuration and refuses another's folder, `force` continues in spite of
-    changed settings, `fresh` discards what the folder holds of a former run."""
+    """`auto` continues a run of the same configuration and refuses the folder of another one, `force` continues with
+    changed settings, `fresh` discards the former run in the folder."""
 
     def held_out(self, schedule: str | None = None) -> Decoding:
-        """How held-out problems are answered: `decode` with the overrides of `eval.decode`, and of a schedule."""
+        """Decoding settings for held-out problems: `decode` with the overrides of `eval.decode` and of a schedule."""
         return replace(self.decode, **{**self.eval.decode, **(self.eval.schedules[schedule] if schedule else {})})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.run:
             raise InputError("run is empty; name the folder of the run")
-        begun = [i for i, one in enumerate(self.peers.students) if one.start] if self.peers else []
-        if begun and self.model.lora is None:
+        students = self.peers.students if self.peers else ()
+        starts = [i for i, student in enumerate(students) if student.start]
+        if starts and self.model.lora is None:
             raise InputError(
-                f"peers.students.{begun[0]}.start is an adapter, but model.lora is null; set model.lora, or name whole "
-                f"weights in peers.students.{begun[0]}.path"
+                f"peers.students.{starts[0]}.start is an adapter, but model.lora is null; set model.lora, or name "
+                f"whole weights in peers.students.{starts[0]}.path"
             )
         if self.peers and self.updates % self.peers.rounds:
-            raise InputError("updates must be a multiple of peers.rounds, so that all rounds are of one length")
+            raise InputError("updates must be a multiple of peers.rounds, so that all rounds have the same length")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -84,7 +85,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def find_config(name: str) -> Path:
-    """A config's path: the argument itself, or a shipped config of that name."""
+    """The path of a config: ``name`` if it is a file, else the shipped config of that name."""
     shipped = shipped_configs()
     if names_file(name):
         return Path(name)
@@ -95,75 +96,77 @@ def find_config(name: str) -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """Configs that come with the program, by name."""
-    here = Path(__file__).resolve().parent
-    folders = [here / "configs", here.parent / "configs"]  # installed, or a source checkout
+    package = Path(__file__).resolve().parent
+    folders = [package / "configs", package.parent / "configs"]  # installed, or a source checkout
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of a plain tree with ``key=value`` pairs applied; a replaced `method` starts from its defaults.
+    """Return a copy of a plain tree with ``key=value`` overrides applied; another `method` starts from its defaults.
 
-    Keys are dotted, with the number of an entry where a list stands (``method.contexts.0.ratio``); values are YAML. The
-    name of another part drops the former part's keys, but those that an override gave; of `method`, whose rows share
-    theirs, none.
+    Keys are dotted, with indices into lists (``method.contexts.0.ratio``); values are YAML. An override that names
+    another part removes the keys of the former part, but not those that were overridden before it. The keys of
+    `method` stay, since all methods have the same.
     """
     changed = deepcopy(dict(tree))
-    given: list[str] = []
+    overridden: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         steps = key.split(".")
         if not equals or not all(steps):
             raise InputError(f"override {shown(override)} is not of the form key=value")
         if len(steps) > MAX_YAML_DEPTH:
-            raise InputError(f"override {shown(override)} has a key of {len(steps)} parts; no key has as many")
+            raise InputError(f"override {shown(override)} has a key of {len(steps)} parts; no key has that many")
         value = parse_yaml(text, f"override {shown(override)}") if text else ""
         if steps[-1] == "name" and key != "method.name":
-            _drop_former(changed, steps[:-1], value, given)
+            _remove_former_keys(changed, steps[:-1], value, overridden)
         _put(changed, steps, value)
-        given.append(f"{key}.")
+        overridden.append(f"{key}.")
     return changed
 
 
-def _drop_former(tree: dict[str, Any], steps: Sequence[str], name: Any, given: Sequence[str]) -> None:
-    """Empty the mapping at the end of ``steps`` of a part that has another name, but for the keys of overrides."""
-    place: Any = tree
+def _remove_former_keys(tree: dict[str, Any], steps: Sequence[str], name: Any, overridden: Sequence[str]) -> None:
+    """If the part at ``steps`` has another name, remove its keys that no override has set."""
+    part: Any = tree
     for step in steps:
-        number = int(step) if isinstance(place, list) and step.isdecimal() and int(step) < len(place) else step
-        place = place[number] if isinstance(number, int) else place.get(step) if isinstance(place, dict) else None
-    if isinstance(place, dict) and place.get("name", name) != name:
+        index = int(step) if isinstance(part, list) and step.isdecimal() and int(step) < len(part) else step
+        part = part[index] if isinstance(index, int) else part.get(step) if isinstance(part, dict) else None
+    if isinstance(part, dict) and part.get("name", name) != name:
         path = ".".join(steps)
-        for key in [key for key in place if not any(one.startswith(f"{path}.{key}.") for one in given)]:
-            del place[key]
+        for key in [key for key in part if not any(other.startswith(f"{path}.{key}.") for other in overridden)]:
+            del part[key]
 
 
 def _put(tree: dict[str, Any], steps: Sequence[str], value: Any) -> None:
-    """Set the value at the end of ``steps``, making the mappings on the way; a name on the way becomes a mapping."""
-    place: Any = tree
+    """Set the value at ``steps``, creating mappings where they are missing; a part given by name becomes a mapping."""
+    node: Any = tree
     for i, step in enumerate(steps):
-        index: Any = _entry(place, step, ".".join(steps[:i])) if isinstance(place, list) else step
+        index: Any = _list_index(node, step, ".".join(steps[:i])) if isinstance(node, list) else step
         if i == len(steps) - 1:
-            place[index] = value
+            node[index] = value
             return
-        inner = place[index] if isinstance(place, list) else place.get(index)
+        inner = node[index] if isinstance(node, list) else node.get(index)
         if isinstance(inner, str):  # `method: name`
             inner = {"name": inner}
         elif not isinstance(inner, dict | list):
             inner = {}
-        place[index] = place = inner
+        node[index] = node = inner
 
 
-def _entry(entries: list[Any], step: str, path: str) -> int:
-    """The place of a list's entry that an override names; one behind the last entry is made."""
-    number = _number(step, path)
-    if number > len(entries):
-        raise InputError(f"{path}.{number} is no entry of a list of {len(entries)}; number them from 0 without gaps")
-    if number == len(entries):
+def _list_index(entries: list[Any], step: str, path: str) -> int:
+    """The index of a list entry that an override names; the index after the last one appends an entry."""
+    index = _parse_index(step, path)
+    if index > len(entries):
+        raise InputError(
+            f"{path}.{index} does not exist in a list of {len(entries)} entries; number them from 0 without gaps"
+        )
+    if index == len(entries):
         entries.append(None)
-    return number
+    return index
 
 
-def _number(key: Any, path: str) -> int:
-    """The number of a list's entry that a key says."""
+def _parse_index(key: Any, path: str) -> int:
+    """Parse a key as the index of a list entry."""
     if str(key).isascii() and str(key).isdigit() and len(str(key)) < 10 and str(int(key)) == str(key):
         return int(key)
     raise InputError(f"{path} is a list; number its entries from 0, as in {path}.0, instead of {shown(key)}")
@@ -172,18 +175,18 @@ def _number(key: Any, path: str) -> int:
 def build_config(tree: Mapping[str, Any]) -> Config:
     """Validate a plain tree and build the config."""
     config = _build(Config, tree, "", None)
-    own = config.eval.decode
-    held_out = _build(Decoding, own, "eval.decode", config.decode)
+    overridden = config.eval.decode
+    held_out = _build(Decoding, overridden, "eval.decode", config.decode)
     schedules: dict[str, dict[str, Any]] = {}
     for name, overrides in config.eval.schedules.items():
         decode = _build(Decoding, overrides, f"eval.schedules.{name}", held_out)
         schedules[str(name)] = {key: getattr(decode, key) for key in overrides}
-    own = {key: getattr(held_out, key) for key in own}
-    return replace(config, eval=replace(config.eval, decode=own, schedules=schedules))
+    resolved = {key: getattr(held_out, key) for key in overridden}
+    return replace(config, eval=replace(config.eval, decode=resolved, schedules=schedules))
 
 
 def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
-    """The plain tree of a config or part; building it again gives an equal object."""
+    """The plain tree of a config or part; `build_config` turns it back into an equal object."""
     if is_dataclass(value) and not isinstance(value, type):
         tree = {_key(f): to_tree(getattr(value, f.name), f.metadata.get("parts")) for f in fields(value)}
         if table is not None:
@@ -202,12 +205,12 @@ def to_yaml(config: Config) -> str:
 
 
 def _key(f: Field[Any]) -> str:
-    """The config key of a field; they differ where the key is a word of Python."""
+    """The config key of a field; it differs from the field's name where that is a Python keyword."""
     return f.metadata.get("key", f.name)
 
 
 def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
-    """A ``cls`` from ``tree``; what the tree leaves out comes from ``base``, else from the defaults."""
+    """Build a ``cls`` from ``tree``; keys that the tree leaves out come from ``base``, else from the defaults."""
     if cls is Method:
         tree = {"name": tree} if isinstance(tree, str) else tree
         if isinstance(tree, Mapping) and "name" in tree:
@@ -228,17 +231,18 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
     hints = hints_of(cls)
     values: dict[str, Any] = {}
     for key, f in known.items():
-        here, hint = _join(path, key), hints[f.name]
+        key_path, hint = _join(path, key), hints[f.name]
         former = getattr(base, f.name) if base is not None else None
         if key in tree:
             parts = f.metadata.get("parts")
-            read = _parts(hint, tree[key], here, former, parts) if parts else _value(hint, tree[key], here, former)
-            check(hint, read, here)
-            values[f.name] = read
+            given = tree[key]
+            value = _parts(hint, given, key_path, former, parts) if parts else _value(hint, given, key_path, former)
+            check(hint, value, key_path)
+            values[f.name] = value
         elif base is not None:
             values[f.name] = former
     if cls is Config and "task" not in values:
-        raise InputError(f"the config names no task; set task.name to one of {', '.join(TASKS)}")
+        raise InputError(f"the config has no task; set task.name to one of {', '.join(TASKS)}")
     missing = [key for key, f in known.items() if f.name not in values and f.default is f.default_factory is MISSING]
     if missing:
         raise InputError(f"{_join(path, missing[0])} is missing; set it")
@@ -246,14 +250,14 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
 
 
 def _parts(hint: Any, tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
-    """A part of ``table``, or a tuple of parts where the field holds several."""
+    """Build a part of ``table``, or a tuple of parts if the field holds several."""
     if tree is None and type(None) in get_args(hint):
         return None
     if get_origin(hint) is not tuple:
         return _part(tree, path, base, table)
     former = list(base or ())
     if isinstance(tree, Mapping) and tree and "name" not in tree:  # contexts.0.ratio=0.5
-        given = {_number(key, path): value for key, value in tree.items()}
+        given = {_parse_index(key, path): value for key, value in tree.items()}
         size = max(len(former), max(given) + 1)
         if (missing := next((i for i in range(len(former), size) if i not in given), None)) is not None:
             raise InputError(f"{path}.{missing} is missing; list entries are numbered from 0 without gaps")
@@ -281,7 +285,11 @@ def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
 
 
 def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
-    """``value`` as the type ``hint``, or one sentence why not; what a mapping leaves out comes from ``base``."""
+    """Convert ``value`` to the type ``hint``; keys that a mapping leaves out come from ``base``.
+
+    Raises:
+        InputError: if the value does not have this type.
+    """
     if PLACE in get_args(hint) and isinstance(value, str):
         return at_home(value, path)
     hint = _plain(hint)
@@ -326,12 +334,12 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
 
 
 def _plain(hint: Any) -> Any:
-    """A type without what is annotated to it."""
+    """The type inside of ``Annotated``."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _hint(name: Any, known: Iterable[str], otherwise: str) -> str:
-    """The remedy for an unknown name: the known one that it is close to, or all of them."""
+    """The remedy for an unknown name: a known name that is similar, or all known names."""
     names = list(known)
     close = difflib.get_close_matches(shortened(str(name)), names, 1)
     return f"did you mean {close[0]!r}?" if close else f"{otherwise} {', '.join(names) or 'none'}"

@@ -1,11 +1,11 @@
-"""Two exceptions that say all in one sentence: the user's input was wrong; the run cannot go on."""
+"""Exceptions whose message is one sentence for the user: wrong input, and runs that cannot go on."""
 
 import re
 from reprlib import Repr
 from typing import Any
 
 MOST_QUOTED = 200
-"""Characters of the user's input that a message repeats at most."""
+"""The most characters of the user's input that a message repeats."""
 _LONGEST = 2000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _QUOTED = re.compile(rf"(?P<quote>['\"])(?P<text>(?:(?!(?P=quote)).){{{MOST_QUOTED + 1},}})(?P=quote)")
@@ -13,60 +13,59 @@ _WORD = re.compile(rf"\S{{{MOST_QUOTED + 1},}}")
 
 
 class InputError(ValueError):
-    """Bad input: a config key, a data line, a checkpoint, a prompt.
+    """Wrong input, such as a config key, a data line, a checkpoint or a prompt.
 
-    The message is one sentence that names the key or the line and the remedy.
-    The command line prints it without a traceback and exits with status 2.
-    Whatever of the input it repeats is kept to one line and cut short.
+    The message is one sentence that names the key or the line and the remedy. The command line prints it without a
+    traceback and exits with status 2. Input that the message repeats is shortened and kept on one line.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(in_short(message))
 
 
-class NotAtHand(InputError):
-    """What the input names is right in itself, as far as one can see, but not here: a checkpoint, a package, a file."""
+class Unavailable(InputError):
+    """The input seems right, but names a checkpoint, a package or a file that is not on this machine."""
 
 
 class Stopped(RuntimeError):
-    """A run that cannot go on through no mistake in its input, such as a writer that fails too often.
+    """The run cannot go on although its input is right, for example because a writer fails too often.
 
-    The message is one sentence with the cause and the remedy. What was learnt before is saved; exit status 1.
+    The message is one sentence with the cause and the remedy. The last update is saved; the exit status is 1.
     """
 
 
 def on_one_line(error: BaseException) -> str:
-    """What an exception says, its line breaks folded, to stand inside an `InputError`'s sentence."""
+    """The message of an exception without line breaks, to be quoted in an `InputError`."""
     return " ".join(str(error).split())
 
 
 def os_reason(error: OSError) -> str:
-    """What the system says of an error, without the name of the file."""
+    """The system's description of an error, without the name of the file."""
     return error.strerror or type(error).__name__
 
 
 def in_short(message: str) -> str:
-    """``message`` on one line, with long quotations, long words and an endless middle cut out."""
+    """``message`` on one line, with long quotations and words shortened, and the middle of a long message removed."""
     message = _CONTROL.sub(" ", message)
-    message = _QUOTED.sub(lambda found: f"{found['quote']}{shortened(found['text'])}{found['quote']}", message)
-    message = _WORD.sub(lambda found: shortened(found[0]), message)
+    message = _QUOTED.sub(lambda match: f"{match['quote']}{shortened(match['text'])}{match['quote']}", message)
+    message = _WORD.sub(lambda match: shortened(match[0]), message)
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 4 :]}"
     return message
 
 
 def shortened(text: str, most: int = MOST_QUOTED) -> str:
-    """``text``, or its start and its end with dots between them."""
+    """``text`` if it has at most ``most`` characters, else its start and its end with dots between them."""
     return text if len(text) <= most else f"{text[: most - 53]}...{text[-50:]}"
 
 
 def shown(value: Any) -> str:
-    """A value as a message repeats it: one line of few characters, however large it is."""
+    """The representation of a value in messages: one line of at most 120 characters."""
     return shortened(_SHORT.repr(value), 120)
 
 
 class _Short(Repr):
-    """Large containers by their first entries, whole numbers beyond all use by their number of digits."""
+    """Shows the first entries of large containers, and the number of digits of huge whole numbers."""
 
     def __init__(self) -> None:
         super().__init__()

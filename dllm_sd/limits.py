@@ -1,4 +1,4 @@
-"""Bounds on the time and the memory of work that somebody else wrote, such as a chat template."""
+"""Bounds the time and the memory of foreign code, such as a chat template."""
 
 import os
 import resource
@@ -13,27 +13,27 @@ _STATM = Path("/proc/self/statm")
 
 
 class TooLong(BaseException):
-    """The work took more processor time than it was given; no ``except Exception`` inside it catches this."""
+    """The code took more processor time than allowed; it is a BaseException, so that the code does not catch it."""
 
 
 @contextmanager
 def limited(seconds: float, memory: int) -> Iterator[None]:
-    """Inside, `TooLong` is raised after ``seconds`` of this process's time, MemoryError after ``memory`` bytes more.
+    """Context that is limited to ``seconds`` of processor time and ``memory`` additional bytes.
 
-    The time counts on the main thread only, which alone can be interrupted; the memory counts on Linux only, and is
-    that of all threads together.
+    The time is limited on the main thread only, since no other thread can be interrupted. The memory is limited on
+    Linux only, for all threads together.
 
     Raises:
-        TooLong: if the time is over; numbers of millions of digits are interrupted too.
-        MemoryError: from whatever asks for too much.
+        TooLong: if the time is over, even during arithmetic with millions of digits.
+        MemoryError: if the code requests too much memory.
     """
-    with _less_memory(memory):
+    with _limited_memory(memory):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         former = signal.signal(signal.SIGVTALRM, _too_long)
         try:
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds / 4)  # again, should somebody swallow the first
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds / 4)  # repeated, in case the first is caught
             yield
         finally:
             try:
@@ -44,13 +44,13 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
 
 
 @contextmanager
-def _less_memory(more: int) -> Iterator[None]:
+def _limited_memory(additional: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if not _STATM.exists():
         yield
         return
-    wanted = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + more
-    bounds = [bound for bound in (soft, hard, wanted) if bound != resource.RLIM_INFINITY]
+    limit = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + additional
+    bounds = [bound for bound in (soft, hard, limit) if bound != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
     try:
         yield

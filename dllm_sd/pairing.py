@@ -1,4 +1,4 @@
-"""Whether a method and a model belong together, decided before any weight is read."""
+"""Checks before any weight is read that method, model, data and tokenizer fit together."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -8,7 +8,7 @@ from dllm_sd.canvases import CANVASES
 from dllm_sd.config import Config
 from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.errors import InputError, NotAtHand
+from dllm_sd.errors import InputError, Unavailable
 from dllm_sd.parts import name_of
 from dllm_sd.policies.teacher_weights import Weights
 from dllm_sd.pretrained.blueprint import Blueprint, known_blueprint, read_blueprint
@@ -17,23 +17,23 @@ from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, HINTS, Hint
 
 REFERENCES_CHECKED = 1000
-"""References that are read before a run begins."""
+"""Number of references whose length is checked before a run begins."""
 PROMPTS_CHECKED = 100
-"""Prompts of which it is found out before a run begins whether the tokenizer knows their words."""
+"""Number of prompts that are searched for unknown tokens before a run begins."""
 
 
 def check_model_offline(config: Config) -> tuple[Blueprint, str | None]:
-    """As `check_model`, but for a checkpoint that is not at hand from what is known of its shape, if that is.
+    """Check as `check_model` does; for a checkpoint that is not on this machine use its known shape, if there is one.
 
     Returns:
-        The blueprint, and a sentence on what is not at hand, so that something was not checked; None if all was.
+        The blueprint, and a sentence on the missing files, without which not all could be checked; None if all was.
 
     Raises:
         InputError: naming the key, and the remedy.
     """
     try:
         return check_model(config), None
-    except NotAtHand as error:
+    except Unavailable as error:
         known = known_blueprint(config.model)
         if known is None:
             raise
@@ -41,24 +41,24 @@ def check_model_offline(config: Config) -> tuple[Blueprint, str | None]:
 
 
 def other_blueprints(config: Config) -> dict[Weights, Blueprint | None]:
-    """What is known of the shapes of other checkpoints that teach or write; None where nothing is."""
-    outlines: dict[Weights, Blueprint | None] = {}
+    """Descriptions of other checkpoints that teach or write hints; None for those whose shape is not known."""
+    blueprints: dict[Weights, Blueprint | None] = {}
     for weights in config.method.models():
         if (model := weights.other_model(config.model)) is None:
             continue
         try:
-            outlines[weights] = None if model.path is None else read_blueprint(model)
-        except NotAtHand:
-            outlines[weights] = known_blueprint(model)
-    return outlines
+            blueprints[weights] = None if model.path is None else read_blueprint(model)
+        except Unavailable:
+            blueprints[weights] = known_blueprint(model)
+    return blueprints
 
 
 def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
-    """Read what the checkpoint says without its weights, and refuse what this model cannot do.
+    """Read the small files of the checkpoint, and refuse settings that do not fit this model.
 
     Args:
-        config: the run.
-        known: an outline to judge by, instead of reading the files of the model and those of other teachers.
+        config: the config of the run.
+        known: the known shape of the model, which is then used instead of its files and those of other teachers.
 
     Raises:
         InputError: naming the key, and the remedy.
@@ -95,11 +95,11 @@ def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
 
 
 def _check_precision(config: Config) -> None:
-    """Refuse weights whose type loses what an update adds to them, on any number of processes and however sharded.
+    """Refuse trained weights in a dtype in which updates are lost in rounding.
 
-    In float16 small gradients are zero, adapters' too, and no loss scaling prevents it. A bfloat16 number has 8 bits:
-    a step of less than 1/512 of a weight rounds to nothing, which is nearly every step at the rates of fine-tuning.
-    Adapters are float32 in any case (PEFT), so that only weights trained whole are meant.
+    In float16 small gradients become zero, also those of adapters, since there is no loss scaling. A bfloat16 number
+    has 8 significant bits: a step of less than 1/512 of a weight is lost, which is nearly every step at the learning
+    rates of fine-tuning. Adapters are always float32 (PEFT), so this concerns weights that are trained whole.
     """
     model, lora = config.model, config.model.lora
     remedy = "set model.dtype to float32 and optim.autocast to bfloat16"
@@ -111,15 +111,15 @@ def _check_precision(config: Config) -> None:
     if model.dtype != "bfloat16" or config.optim.pure_bfloat16 or (lora and not lora.modules_to_save):
         return
     what = f"the weights of {lora.modules_to_save[0]:.60} (model.lora.modules_to_save)" if lora else "all weights"
-    other = "leave out model.lora.modules_to_save" if lora else "set model.lora"
+    alternative = "leave out model.lora.modules_to_save" if lora else "set model.lora"
     raise InputError(
         f"model.dtype bfloat16 would train {what} without float32 master weights, where most steps of an update round "
-        f"to nothing; {remedy}, or {other}, or set optim.pure_bfloat16 to true if you want that"
+        f"to nothing; {remedy}, or {alternative}, or set optim.pure_bfloat16 to true if you want that"
     )
 
 
 def check_decodings(config: Config, blueprint: Blueprint) -> None:
-    """Refuse ways to decode, the run's own and other schedules, that this model does not have.
+    """Refuse decoding settings, also of evaluation schedules, that this model does not support.
 
     Raises:
         InputError: naming the key, and the remedy.
@@ -135,7 +135,7 @@ def check_decodings(config: Config, blueprint: Blueprint) -> None:
 
 
 def check_data(config: Config, problems: Sequence[Problem]) -> None:
-    """Refuse a method that needs what the task's data does not have, judged by its first problem.
+    """Refuse a method that needs references or fields which the first problem of the data does not have.
 
     Raises:
         InputError: naming the key, and the remedy.
@@ -153,8 +153,8 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
         hint = context.hint
         needed = None if hint is None else hint.needs_reference
         if needed is not None:
-            found = task.reference(problem) if needed == "solution" else task.final_answer(problem)
-            if found is None:
+            reference = task.reference(problem) if needed == "solution" else task.final_answer(problem)
+            if reference is None:
                 raise InputError(
                     f"method.contexts {name_of(CONTEXTS | HINTS, hint)} needs the {needed} of each problem, but the "
                     "task's data has none; name other data, or another source"
@@ -162,13 +162,13 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
 
 
 def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> str | None:
-    """Read the references that demonstrations imitate, or the first `REFERENCES_CHECKED`, with the tokenizer alone.
+    """Check the lengths of the first `REFERENCES_CHECKED` references, if the method imitates them.
 
     Returns:
-        A sentence on those that are longer than `decode.length`, None if there are none.
+        A sentence on references that are longer than `decode.length`; None if there are none.
 
     Raises:
-        InputError: if none fits, or a problem has none.
+        InputError: if all are too long, or a problem has no reference.
     """
     chat = blueprint.chat
     if config.method.rollout.decodes or chat is None or not len(problems):
@@ -182,28 +182,30 @@ def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Pr
                 "leave it out of the data"
             )
         lengths.append(needed_length(chat.encode_completion(reference)))
-    seen, limit = len(lengths), config.decode.length
-    of = f"the {seen:,} references" if seen == len(problems) else f"the first {seen:,} of {len(problems):,} references"
+    count, limit = len(lengths), config.decode.length
+    checked = f"the {count:,} references"
+    if count < len(problems):
+        checked = f"the first {count:,} of {len(problems):,} references"
     long = sum(length > limit for length in lengths)
-    if long == seen:
+    if long == count:
         raise InputError(
-            f"none of {of} of the training split fits decode.length {limit}; the longest needs {max(lengths)}: set "
-            "decode.length to that or more"
+            f"none of {checked} of the training split fits decode.length {limit}; the longest needs {max(lengths)}: "
+            "set decode.length to that or more"
         )
     return (
-        f"{long:,} of {of} of the training split are longer than decode.length {limit} and are left out "
+        f"{long:,} of {checked} of the training split are longer than decode.length {limit} and are left out "
         f"(rollouts/long_reference counts them); the longest needs {max(lengths)}"
         if long
         else None
     )
 
 
-def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> dict[str, str]:
-    """Sentences on what the tokenizer does not know: of the first prompts and references, and of what hints add.
+def check_tokenizer(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> dict[str, str]:
+    """Search the first prompts and references, and the templates of hints, for text that the tokenizer does not know.
 
     Returns:
-        Those that there are, of the prompts, the completions that demonstrations imitate, and the hints; and of
-        special tokens that prompts and references spell.
+        Warnings by kind of text: `prompts`, `completions` (references that are imitated), `hints`, and `special` for
+        special tokens that prompts and references contain.
 
     Raises:
         InputError: if the chat template leaves out the system message of a prompt.
@@ -211,28 +213,28 @@ def check_words(config: Config, blueprint: Blueprint, problems: Sequence[Problem
     chat, task = blueprint.chat, config.task
     if chat is None:
         return {}
-    some = [problems[i] for i in range(min(PROMPTS_CHECKED, len(problems)))]
-    conversations = [task.messages(problem) for problem in some]
+    first_problems = [problems[i] for i in range(min(PROMPTS_CHECKED, len(problems)))]
+    conversations = [task.messages(problem) for problem in first_problems]
     if any(message["role"] == "system" for messages in conversations for message in messages):
         chat.check_template(system=True)
     hints = [context.hint for context in config.method.contexts if context.hint is not None]
-    shown = any(hint.needs_reference for hint in hints)
-    references = [text for problem in some if (text := task.reference(problem)) is not None]
-    hinted = [text for hint in hints for text in _words(hint)] + (references if shown else [])
-    told = {
+    shows_references = any(hint.needs_reference for hint in hints)
+    references = [text for problem in first_problems if (text := task.reference(problem)) is not None]
+    hint_texts = [text for hint in hints for text in _literal_texts(hint)] + (references if shows_references else [])
+    warnings = {
         "prompts": chat.warn_of_lost(map(chat.render, conversations), "the prompts"),
         "completions": chat.warn_of_lost([] if config.method.rollout.decodes else references, "the references"),
-        "hints": chat.warn_of_lost(hinted, "the hints and the words around them (method.contexts)"),
+        "hints": chat.warn_of_lost(hint_texts, "the hints and the words around them (method.contexts)"),
         "special": chat.warn_of_control(
             [*(message["content"] for messages in conversations for message in messages), *references],
             "the first messages and references",
         ),
     }
-    return {kind: sentence for kind, sentence in told.items() if sentence is not None}
+    return {kind: warning for kind, warning in warnings.items() if warning is not None}
 
 
-def _words(hint: Hint) -> list[str]:
-    """What a hint's templates say around their slots, and what it asks a teacher to reason about."""
+def _literal_texts(hint: Hint) -> list[str]:
+    """The text of a hint's templates around their fields, and its instructions for an analysis by the teacher."""
     texts = [value for f in fields(hint) if isinstance(value := getattr(hint, f.name), str) and "{" in value]
     texts = ["".join(literal for literal, *_ in Formatter().parse(text)) for text in texts]
     return [*texts, *([hint.reasoning.instruction, hint.reasoning.transition] if hint.reasoning else [])]
@@ -253,7 +255,7 @@ def check_peers(config: Config) -> None:
         raise InputError(
             "peers comment on each other's rollouts; set method to op_co_distill, or a context to feedback"
         )
-    models = [replace(config.model, path=one.path or config.model.path) for one in peers.students]
+    models = [replace(config.model, path=student.path or config.model.path) for student in peers.students]
     if config.model.lora and models[0].path != models[1].path:
         raise InputError("two adapters need one base; leave out the students' paths, or set model.lora to null")
     first, second = (read_blueprint(model) for model in models)
@@ -262,7 +264,7 @@ def check_peers(config: Config) -> None:
     assert first.chat is not None
     assert second.chat is not None
     if first.chat.tokenizer.get_vocab() != second.chat.tokenizer.get_vocab():
-        raise InputError("peers.students have different tokenizers; choose two checkpoints with the same")
+        raise InputError("peers.students have different tokenizers; choose two checkpoints with the same one")
     if config.task.problems("dev") and len({*map(str, _domains(config))}) < 2:
         raise InputError(f"all dev problems are of one domain (peers.field {peers.field!r}); give task data of two")
 
@@ -276,38 +278,38 @@ def _domains(config: Config) -> list[str]:
 
 
 def _decodings(config: Config) -> dict[str, Decoding]:
-    """How the run decodes: its own settings and the other schedules, each by its key."""
-    own = {"eval.decode": config.held_out()} if config.eval.decode else {}
+    """All decoding settings of the run by config key."""
+    evaluation = {"eval.decode": config.held_out()} if config.eval.decode else {}
     schedules = {f"eval.schedules.{name}": config.held_out(name) for name in config.eval.schedules}
-    return {"decode": config.decode} | own | schedules
+    return {"decode": config.decode} | evaluation | schedules
 
 
 def _check_causal_decoding(config: Config, settings: Decoding, key: str) -> None:
-    """Refuse a way to decode that an autoregressive model does not have."""
+    """Refuse decoding settings that an autoregressive model does not support."""
     for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
         if getattr(settings, name):
             raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
     if settings.compile is not None:
-        raise InputError(f"{key}.compile is for denoising and this model is autoregressive; leave it out")
+        raise InputError(f"{key}.compile is for masked diffusion, and this model is autoregressive; leave it out")
     if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
-        other = f"model.dtype to {config.optim.autocast}, or " if config.model.lora else ""
+        dtype = f"model.dtype to {config.optim.autocast}, or " if config.model.lora else ""
         raise InputError(
-            f"{key}.continuous under optim.autocast needs weights of that type; set {other}{key}.continuous to false"
+            f"{key}.continuous under optim.autocast needs weights of that type; set {dtype}{key}.continuous to false"
         )
 
 
 def _check_causal(config: Config) -> None:
-    """Refuse teachers that show what an autoregressive model never reads."""
+    """Refuse contexts that reveal tokens which an autoregressive model cannot attend to."""
     for context in config.method.contexts:
         if context.reveals:
             raise InputError(
-                f"method.contexts {name_of(CONTEXTS, context)} reveals what stands behind the graded token, where an "
-                "autoregressive model never looks; hint in the prompt instead (reference, sibling)"
+                f"method.contexts {name_of(CONTEXTS, context)} reveals tokens after the graded position, which an "
+                "autoregressive model cannot attend to; put a hint into the prompt instead (reference, sibling)"
             )
 
 
 def _check_teachers(config: Config, blueprint: Blueprint) -> None:
-    """Refuse teachers that cannot read what the student reads, and hints that cannot be written."""
+    """Refuse teachers of another kind or tokenizer than the student's, and writers with unsupported settings."""
     for context in config.method.contexts:
         hint = context.hint
         if hint is not None and hint.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
@@ -324,27 +326,27 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
         if not blueprint.causal:
             text = replace(config.decode, length=writing.sampling.length)
             check_denoising(blueprint.block_length, text, "the text of a context's writer with decode")
-    for name, how in (config.method.skill_bank.texts() if config.method.skill_bank else {}).items():
-        if how.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
+    for name, sampling in (config.method.skill_bank.texts() if config.method.skill_bank else {}).items():
+        if sampling.thinking is not None and blueprint.chat and not blueprint.chat.has_switch:
             raise InputError(
                 f"method.skill_bank.{name} sets thinking, but the chat template has no thinking switch; leave it out"
             )
         if not blueprint.causal:
-            text = replace(config.decode, length=how.length)
+            text = replace(config.decode, length=sampling.length)
             check_denoising(blueprint.block_length, text, f"the texts of method.skill_bank.{name} with decode")
     for weights in config.method.models():
         if weights.of_another_run and weights.source is None and config.peers is None:
-            raise InputError("a context's writer peer has no path; name a checkpoint or adapter of another run")
+            raise InputError("the writer peer of a context has no path; name a checkpoint or adapter of another run")
         model = weights.other_model(config.model)
         if model is None:
             continue
         if model.path is None:
-            raise NotAtHand("method.teacher.0.path is missing; name the checkpoint that teaches")
+            raise Unavailable("method.teacher.0.path is missing; name the checkpoint that teaches")
         other = read_blueprint(model)
         if other.causal != blueprint.causal or other.block_length != blueprint.block_length:
             raise InputError(
-                f"the teacher at {weights.source!r} does not read what the student reads (autoregressive, denoising or "
-                "in blocks); choose one of the student's kind"
+                f"the teacher at {weights.source!r} is not of the student's kind (autoregressive, masked diffusion or "
+                "block-causal); choose one of the student's kind"
             )
         assert other.chat is not None
         assert blueprint.chat is not None

@@ -1,4 +1,4 @@
-"""Tables of parts: the table of a slot is the only registry of the parts that may stand in it."""
+"""Tables of parts: the table of a slot is the only registry of its parts."""
 
 from collections.abc import Mapping
 from dataclasses import Field
@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 
 class Part(Protocol):
-    """A frozen dataclass whose fields are its config keys; the protocol of a slot says what else it must have."""
+    """A frozen dataclass whose fields are config keys; the protocol of its slot adds further members."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 

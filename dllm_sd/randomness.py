@@ -1,8 +1,8 @@
-"""Keyed randomness: every random number is a pure function of what it is for.
+"""Keyed randomness: every random number is a pure function of a key that says what the number is used for.
 
 A key is a 63-bit integer made from (seed, update, problem, attempt, purpose). Numbers are drawn by hashing
-(key, counter), so they depend neither on rank, batch position, device nor on how many were drawn before:
-a run that is resumed, re-sharded or re-batched is the same run.
+(key, counter). They do not depend on rank, batch position, device or the number of earlier draws, so that a run that is
+resumed, re-sharded or re-batched is the same run.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def random_order(key: int, size: int) -> Tensor:
 
 
 def permutation(key: int, size: int) -> list[int]:
-    """`random_order` as a list, for orders that are short or soon forgotten."""
+    """`random_order` as a list, for short orders."""
     return random_order(key, size).tolist()
 
 

@@ -1,7 +1,7 @@
-"""Which numbers a field may hold: declared in its type, checked wherever an object is built.
+"""Ranges of numeric fields, declared in their types and checked whenever an object is built.
 
-``cap: Annotated[float, Range(above=0)] = 2.0``, or one of the names below. A number without a range is still finite and
-at most 2^53 in size.
+A field is declared as ``cap: Annotated[float, Range(above=0)] = 2.0``, or with one of the names below. A number without
+a range must be finite and at most 2^53 in absolute value.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 from dllm_sd.errors import InputError, shown
 
 LIMIT = 2**53
-"""No number is larger, in either direction: up to here floats of 64 bits hold every whole number."""
+"""Largest absolute value of a number; 64-bit floats represent all whole numbers up to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,14 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: Any) -> bool:
-        """Whether ``value`` is one of them."""
+        """Whether ``value`` is in the range."""
         return self.least <= value <= self.most and self.above < value < self.below
 
-    def words(self, value: Any) -> str:
-        """What follows "a number" where ``value`` was refused; the limit of all numbers is named if it was reached."""
+    def description(self, value: Any) -> str:
+        """The range as it follows "a number" in the message that refuses ``value``.
+
+        `LIMIT` is mentioned only if ``value`` exceeds it.
+        """
         low = f"above {_plain(self.above)}" if self.above >= self.least else ""
         if not low and (self.least > -LIMIT or value < -LIMIT):
             low = f"of at least {_plain(self.least)}"
@@ -42,17 +45,17 @@ class Range:
             return f"from {_plain(self.least)} to {_plain(self.most)}"
         if not low and high.startswith("at most"):
             return f"of {high}"
-        return " and ".join(word for word in (low, high) if word) or "that is finite"
+        return " and ".join(bound for bound in (low, high) if bound) or "that is finite"
 
 
 Natural = Annotated[int, Range(least=0)]
 """A count that may be 0."""
 Count = Annotated[int, Range(least=1)]
-"""A count of at least 1 that costs nothing by itself, such as an interval."""
+"""A count of at least 1 that does not determine time or memory, such as an interval."""
 Size = Annotated[int, Range(least=1, most=2**20)]
-"""A count that time and memory grow with: of positions, rows, problems, draws."""
+"""A count with which time and memory grow: of positions, rows, problems or draws."""
 SplitSize = Annotated[int, Range(least=0, most=2**28)]
-"""Training problems: their order takes 8 bytes each, 2 GiB at most."""
+"""Number of training problems; their order takes 8 bytes each, at most 2 GiB."""
 Seed = Annotated[int, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
@@ -60,14 +63,14 @@ Share = Annotated[float, Range(least=0, most=1)]
 ShareBelowOne = Annotated[float, Range(least=0, below=1)]
 PositiveShare = Annotated[float, Range(above=0, most=1)]
 Temperature = Annotated[float, Range(least=0, most=1000)]
-"""A temperature of sampling; 0 is greedy."""
+"""A sampling temperature; 0 is greedy."""
 
 
 class Ranged:
-    """A dataclass whose numbers are checked when it is built. A ``__post_init__`` of its own calls this one first.
+    """A dataclass whose numbers are checked when it is built; a subclass's ``__post_init__`` must call this one first.
 
-    ``class Decoding(Ranged, key="decode")`` says where its fields stand in a config, for messages; without a ``key``
-    they have the name of the class.
+    ``class Decoding(Ranged, key="decode")`` gives the config key that messages put before the names of its fields;
+    without a ``key`` they use the name of the class.
     """
 
     _key: ClassVar[str | None] = None
@@ -84,21 +87,21 @@ class Ranged:
 
 
 def check(hint: Any, value: Any, key: str, optional: bool = False) -> None:
-    """Refuse a ``value`` that holds a number outside the range that ``hint`` declares for it.
+    """Refuse a ``value`` with a number outside the range that ``hint`` declares.
 
     Args:
-        hint: type of a field, with its annotations: a number, or an optional one, or a tuple of them. All other types
-            are not looked at.
-        value: what the field shall hold.
-        key: names the field.
-        optional: whether the field may hold None as well, which a refusal then mentions.
+        hint: the annotated type of a field: a number, an optional number, or a tuple of numbers. Other types are not
+            checked.
+        value: the value of the field.
+        key: the config key of the field.
+        optional: whether None is allowed too, which the message then mentions.
 
     Raises:
         InputError: naming the key, or that of a tuple's entry, such as ``optim.betas.1``.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated and arguments[0] in (int, float):
-        declared = next((one for one in arguments[1:] if isinstance(one, Range)), Range())
+        declared = next((extra for extra in arguments[1:] if isinstance(extra, Range)), Range())
         _check_number(arguments[0], declared, value, key, optional)
     elif origin is Annotated:
         check(arguments[0], value, key, optional)
@@ -118,8 +121,8 @@ def _check_number(number: type, declared: Range, value: Any, key: str, optional:
     if isinstance(value, bool) or not isinstance(value, kind):
         raise InputError(f"{key} must be {noun}{' or null' if optional else ''}, not {shown(value)}")
     if not declared.holds(value):
-        words, written = declared.words(value), _plain(value)
-        raise InputError(f"{key} is {written}; give {noun} {words}{', or null' if optional else ''}")
+        description = declared.description(value)
+        raise InputError(f"{key} is {_plain(value)}; give {noun} {description}{', or null' if optional else ''}")
 
 
 def _plain(value: Any) -> str:
@@ -128,5 +131,5 @@ def _plain(value: Any) -> str:
 
 @cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, with what is annotated to them."""
+    """The types of a dataclass's fields, with their annotations."""
     return get_type_hints(cls, include_extras=True)

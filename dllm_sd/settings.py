@@ -1,4 +1,4 @@
-"""Settings of a run that are no parts: optimizer, evaluation, checkpoints, log."""
+"""Settings of a run beside its method: optimizer, evaluation, checkpoints, log, peers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from dllm_sd.ranges import Count, Natural, NonNegative, Positive, Range, Ranged,
 
 @dataclass(frozen=True)
 class Optim(Ranged, key="optim"):
-    """AdamW, its schedule, and how an update is cut into micro-batches."""
+    """AdamW, its learning-rate schedule, and the size of micro-batches."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """PyTorch's AdamW, fused on CPUs and CUDA; or that of bitsandbytes (extra `quant`), with states in 8 bits."""
+    """PyTorch's AdamW, fused on CPUs and CUDA, or 8-bit AdamW of bitsandbytes (extra `quant`)."""
     lr: Annotated[float, Range(above=0, most=1000)] = 5e-6
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.99)
     eps: Annotated[float, Range(least=0, most=1)] = 1e-8
@@ -22,16 +22,16 @@ class Optim(Ranged, key="optim"):
     warmup: Natural = 0
     """Updates of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up, down to `final_lr` of the peak at the last update."""
+    """Schedule after the warm-up; it falls to `final_lr` times the peak at the last update."""
     final_lr: Share = 0.0
     max_grad_norm: Positive | None = 0.2
     tokens_per_batch: Count = 16384
-    """Padded canvas tokens in one forward; memory only, it cannot change the update."""
+    """Padded tokens of a micro-batch; it affects memory and speed, not the update."""
     autocast: Literal["bfloat16"] | None = None
-    """Compute type of all forwards (student, teachers, decoding, evaluation); weights keep `model.dtype`."""
+    """Autocast dtype of all forward passes (student, teachers, decoding, evaluation); weights keep `model.dtype`."""
     pure_bfloat16: bool = False
-    """Train weights that are kept in bfloat16 without float32 master weights, which is refused else: a step smaller
-    than 1/512 of a weight rounds to nothing."""
+    """Allow training of bfloat16 weights without float32 master weights, in which a step smaller than 1/512 of a weight
+    is lost in rounding."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,28 @@ class Evaluation(Ranged, key="eval"):
     """Held-out accuracy during and after training."""
 
     every: Natural = 25
-    """Updates between evaluations on the dev split; 0 evaluates never."""
+    """Updates between evaluations on the dev split; 0 never evaluates."""
     problems: Size = 256
     """Dev problems of each evaluation."""
     final_problems: Natural = 0
-    """Test problems on which the initial and the best weights are compared at the end; 0 skips it."""
+    """Test problems on which initial, last and best weights are compared at the end; 0 skips the comparison."""
     attempts: Size = 1
     temperature: Temperature = 0.0
     decode: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of `decode` for held-out problems, such as a greater length than that of rollouts."""
+    """Overrides of `decode` for held-out problems, such as a larger length than that of rollouts."""
     thinking: bool | None = None
     """The thinking switch of the chat template for held-out problems; None takes `model.thinking`."""
     schedules: Mapping[str, Any] = field(default_factory=dict)
-    """Other decoding settings (name: overrides of `decode` and `eval.decode`) under which the end is compared too."""
+    """Further decoding settings for the comparison at the end, by name, as overrides of `decode` and `eval.decode`."""
     best_by: Literal["accuracy", "loss"] = "accuracy"
-    """What makes the best weights: dev accuracy, or the mean training loss of the updates since the evaluation before
-    (with `every` an epoch's updates the loss of the epoch, as SPD stops by, arXiv 2605.22675)."""
+    """Criterion of the best weights: dev accuracy, or the mean training loss since the previous evaluation. SPD (arXiv
+    2605.22675) stops by the loss of an epoch, which is this loss if `every` is the number of updates of an epoch."""
     min_delta: NonNegative = 0.0
-    """How far that loss must fall to be a new best; accuracies are compared as they are."""
+    """How far the loss must fall to be a new best; it does not apply to accuracies."""
     patience: Natural = 0
-    """Stop after this many evaluations in a row without a new best; 0 never stops for that."""
+    """Stop after this many evaluations in a row without a new best; 0 disables it."""
     collapse: Share = 0.0
-    """Stop when accuracy falls this far below the best, such as 0.1; 0 never stops for that."""
+    """Stop when accuracy falls this far below the best, such as 0.1; 0 disables it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,17 +72,17 @@ class Evaluation(Ranged, key="eval"):
 
 @dataclass(frozen=True)
 class Checkpoints(Ranged, key="checkpoint"):
-    """What is saved while training."""
+    """When checkpoints are saved, and how many are kept."""
 
     every: Count = 25
     """Updates between checkpoints; one is also saved at the end and on Ctrl-C."""
     keep: Count = 2
-    """Latest checkpoints that stay on disk, beside the best weights."""
+    """Number of latest checkpoints that are kept, beside the best weights."""
 
 
 @dataclass(frozen=True)
 class Log(Ranged, key="log"):
-    """What is shown and written."""
+    """Progress bar, TensorBoard and samples."""
 
     tensorboard: bool = True
     progress: bool = True
@@ -98,33 +98,33 @@ class PeerStudent:
     name: str
     """Its folder under `students` in the run folder."""
     domain: str
-    """What it is better at, as the data names it."""
+    """The domain that it is better at, as named in the data."""
     path: Place | None = None
     """Its own checkpoint; None takes `model.path`."""
     start: Place | None = None
-    """The adapter to begin with (`model.lora.start`)."""
+    """The adapter to start from (`model.lora.start`)."""
 
 
 @dataclass(frozen=True)
 class Peers(Ranged, key="peers"):
     """Co-distillation of two students (OPCoD, arXiv 2606.14368, Algorithm 1): rounds of two phases, one for each.
 
-    In a phase one student learns while the other, frozen, comments on its rollouts, if it knows enough to.
+    In a phase one student is trained while the other one is frozen and comments on its rollouts (see `tolerance`).
     """
 
     students: tuple[PeerStudent, ...]
     rounds: Size = 2
-    """Rounds in `updates`, which count for each student."""
+    """Number of rounds; each student makes `updates` updates in all of them together."""
     tolerance: NonNegative = 0.2
-    """How far a tutor may be behind the better student, relatively and summed over domains (Eq. 2)."""
+    """Largest relative lag of a tutor behind the better student, summed over domains (Eq. 2)."""
     field: str = "domain"
-    """The field of a problem that names its domain."""
+    """The field of a problem that holds its domain."""
     problems: Size = 60
-    """Dev problems for that comparison, the same number of each domain."""
+    """Dev problems on which students are scored before each round, the same number of each domain."""
     attempts: Size = 16
     temperature: Temperature = 1.0
     freeze: Literal["round", "phase"] = "round"
-    """Tutors stay as they were when the round began (Algorithm 1), or when the phase did (App. D.2)."""
+    """Whether tutors have the weights of the start of the round (Algorithm 1) or of the phase (App. D.2)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

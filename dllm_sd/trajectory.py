@@ -1,8 +1,8 @@
 """Trajectory = tokens + the order in which they were revealed.
 
-Unmasking is monotone, so `tokens` and `reveal_step` hold a whole decoding without loss: the canvas before any
-step, the tokens that the step committed, its active block, a shorter horizon. No tensor has the shape ``[k l]``.
-An autoregressive sequence is the case ``reveal_step = 0, 1, 2, ...``.
+Unmasking is monotone, so `tokens` and `reveal_step` describe a decoding completely: the canvas before any step, the
+tokens that a step committed, its active block, and every shorter horizon follow from them. No tensor has the shape
+``[k l]``. An autoregressive sequence is the case ``reveal_step = 0, 1, 2, ...``.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm_sd.errors import InputError
 
 NEVER = -1
-"""`reveal_step` of a position that the decoder did not reveal: it stopped early, or the horizon cut it off."""
+"""`reveal_step` of a position that the decoder did not reveal, since it stopped early or at the horizon."""
 
 NO_MASK = -1
 """`mask_id` of an autoregressive trajectory; the embedding has no row for it."""
@@ -25,7 +25,7 @@ Unit = Literal["blocks", "steps"]
 
 @dataclass(frozen=True)
 class StopAfter:
-    """How far a completion is decoded: its first ``count`` blocks or steps (both are tokens if autoregressive)."""
+    """Decoding stops after the first ``count`` blocks or steps; both are tokens if the model is autoregressive."""
 
     unit: Unit
     count: int
@@ -35,9 +35,9 @@ class StopAfter:
 class Trajectory:
     """``b`` completions of ``l`` positions with the step at which each position was committed.
 
-    Length and padding rules: `length` counts tokens up to and including the first end token, or is ``l`` where
-    there is none. A position that was never revealed has `reveal_step` `NEVER` and holds `pad_id`; if it stands
-    behind the end token it is end padding, and every canvas shows it masked.
+    Length and padding: `length` counts tokens up to and including the first end token, and is ``l`` if there is none. A
+    position that was never revealed has `reveal_step` `NEVER` and holds `pad_id`. After the end token it is end
+    padding, which every canvas shows masked.
     """
 
     prompt_ids: Tensor
@@ -47,7 +47,7 @@ class Trajectory:
     tokens: Tensor
     """int64 ``[b l]``, the final completion."""
     reveal_step: Tensor
-    """int64 ``[b l]``: step ``k`` committed this position, that is, the canvas before step ``k`` shows it masked."""
+    """int64 ``[b l]``: the step that committed each position; the canvas before that step shows it masked."""
     length: Tensor
     """int64 ``[b]``, tokens up to and including the first end token."""
     block_length: int
@@ -55,14 +55,14 @@ class Trajectory:
     end_ids: tuple[int, ...]
     pad_id: int
     blocks_of_prompt: bool = False
-    """Whether blocks are counted from the first prompt token (block-causal models: the first block of the completion
-    may hold the end of the prompt too), else from the first completion position."""
+    """Whether blocks are counted from the first prompt token, as in block-causal models, where the first block of the
+    completion may begin with the end of the prompt; else they are counted from the first completion position."""
     causal: bool = False
-    """Whether every token depends on earlier ones only (autoregressive): then one forward pass over the sequence gives
-    the logits of every step, and there is no mask token."""
+    """Whether the model is autoregressive: one forward pass over the sequence then gives the logits of every step, and
+    there is no mask token."""
     logp: Tensor | None = None
-    """float ``[b l]``: log-probability that the decoder gave each token, at the sampling temperature (1 if greedy) and
-    before top-k and top-p; NaN where it gave none, None where they were not recorded."""
+    """float ``[b l]``: log-probability of each token under the decoder, at the sampling temperature (1 if greedy) and
+    before top-k and top-p; NaN at positions without one, None if they were not recorded."""
 
     @property
     def size(self) -> int:
@@ -76,7 +76,7 @@ class Trajectory:
 
     @property
     def written(self) -> Tensor:
-        """int64 ``[b]``: tokens that were revealed, up to the end token; less than `length` where a horizon cut."""
+        """int64 ``[b]``: revealed tokens up to the end token; fewer than `length` if decoding stopped at a horizon."""
         return self.is_written.sum(1)
 
     @property
@@ -100,7 +100,7 @@ class Trajectory:
 
     @property
     def block(self) -> Tensor:
-        """int64 ``[b l]``: the block of each position; the one in which the completion begins is 0."""
+        """int64 ``[b l]``: the block of each position; the completion begins in block 0."""
         return block_index(self.prompt_mask, self.tokens.shape[1], self.block_length, self.blocks_of_prompt)
 
     def masked(self, rows: Tensor, steps: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Trajectory:
         return (reveal_step == NEVER) | (reveal_step >= steps[:, None])
 
     def canvas(self, rows: Tensor, steps: Tensor) -> Tensor:
-        """int64 ``[n l]``: what the decoder saw on the completion side before step ``steps[n]``."""
+        """int64 ``[n l]``: the completion side of the decoder's canvas before step ``steps[n]``."""
         return self.tokens[rows].masked_fill(self.masked(rows, steps), self.mask_id)
 
     def revealed(self, rows: Tensor, steps: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Trajectory:
         return self.block[rows].gather(1, first[:, None])[:, 0]
 
     def within(self, stop_after: StopAfter) -> "Trajectory":
-        """The trajectory of a decoder that stops at ``stop_after``: positions beyond it were never revealed."""
+        """The trajectory of a decoder that stops after ``stop_after``: later positions are not revealed."""
         unit_index = self.reveal_step if stop_after.unit == "steps" else self.block
         keep = (self.reveal_step >= 0) & (unit_index < stop_after.count)
         tokens = self.tokens.masked_fill(~keep, self.pad_id)
@@ -136,12 +136,12 @@ class Trajectory:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def select(self, rows: Tensor) -> "Trajectory":
-        """The completions ``rows`` (indices or bool ``[b]``), prompts trimmed to the longest that is left."""
-        picked = {name: value[rows] for name, value in self.tensors().items()}
-        width = int(picked["prompt_mask"].sum(1).max()) if len(picked["tokens"]) else 0
+        """The completions ``rows`` (indices or bool ``[b]``), with prompt padding trimmed to the longest prompt."""
+        selected = {name: value[rows] for name, value in self.tensors().items()}
+        width = int(selected["prompt_mask"].sum(1).max()) if len(selected["tokens"]) else 0
         start = self.prompt_ids.shape[1] - width
-        picked |= {name: picked[name][:, start:] for name in ("prompt_ids", "prompt_mask")}
-        return replace(self, **picked)
+        selected |= {name: selected[name][:, start:] for name in ("prompt_ids", "prompt_mask")}
+        return replace(self, **selected)
 
     def unstack(self) -> list["Trajectory"]:
         """Each completion as a batch of one."""
@@ -153,7 +153,7 @@ class Trajectory:
 
 
 def block_index(prompt_mask: Tensor, length: int, block_length: int, blocks_of_prompt: bool) -> Tensor:
-    """int64 ``[b l]``: `Trajectory.block` of ``length`` completion positions behind prompts ``prompt_mask [b p]``."""
+    """int64 ``[b l]``: `Trajectory.block` of ``length`` completion positions after prompts ``prompt_mask [b p]``."""
     position = torch.arange(length, device=prompt_mask.device).expand(len(prompt_mask), -1)
     if blocks_of_prompt:
         position = position + prompt_mask.sum(1, keepdim=True) % block_length
@@ -199,10 +199,10 @@ def left_to_right(
 
     Args:
         prompt: ids and mask of the prompts (`left_pad`).
-        written: int64 ``[b w]``, the tokens; those behind the first end token are not read.
+        written: int64 ``[b w]``, the tokens; those after the first end token are ignored.
         length: ``l``, at least ``w``.
         end_ids: stop ids.
-        pad_id: fills the positions behind the tokens.
+        pad_id: fills the positions after the tokens.
         logp: float ``[b w]``, `Trajectory.logp`.
     """
     step = torch.arange(length).expand(len(written), -1)
@@ -228,10 +228,10 @@ def left_to_right(
 
 
 def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
-    """Stack trajectories of one policy and one canvas layout; prompts are padded to the longest.
+    """Stack trajectories of the same policy and canvas layout; prompts are padded to the longest.
 
     Raises:
-        ValueError: if there is nothing to stack or the layouts (``l``, blocks, token ids) differ.
+        ValueError: if there are no trajectories, or their layouts (``l``, blocks, token ids) differ.
     """
     if not parts:
         raise ValueError("nothing to concatenate")
@@ -256,18 +256,18 @@ def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
 
 
 def reveal_steps(canvases: Tensor, mask_id: int) -> Tensor:
-    """Recover `reveal_step` from the canvases of another decoder.
+    """Compute `reveal_step` from the canvases of another decoder.
 
     Args:
-        canvases: int64 ``[k+1 b l]``, the completion side before each step, then the final one.
+        canvases: int64 ``[k+1 b l]``, the completion side before each step, and at the end.
         mask_id: id of the mask token.
 
     Returns:
         int64 ``[b l]``.
 
     Raises:
-        InputError: if a revealed position was masked again or changed, or a position was known from the start: such a
-            decoder has no trajectory.
+        InputError: if the decoder masked or changed a revealed position, or a position was revealed from the start,
+            since a trajectory cannot represent that.
     """
     masked = canvases == mask_id
     if not bool(masked[0].all()):

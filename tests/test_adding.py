@@ -247,7 +247,7 @@ def test_a_teacher_context_is_one_file_and_one_line(add: Callable[[str], ModuleT
     says = refusal({"method": {"contexts": ["tail"], "canvases": "random_masks"}})
     assert says == "method.contexts needs canvases that the decoder saw; set method.canvases to decoder_steps"
     assert refusal({"method": {"contexts": ["tail"]}, "model": {"path": "tiny_ar"}}).startswith(
-        "method.contexts tail reveals what stands behind the graded token"
+        "method.contexts tail reveals tokens after the graded position"
     )
     whole = {"contexts": [{"name": "tail", "count": 16}], "sites": "teacher_top"}
     assert refusal({"method": whole}).startswith("method.contexts reveals the whole active block")

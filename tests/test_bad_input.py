@@ -228,7 +228,7 @@ def test_a_model_that_writes_from_left_to_right_trains_as_what_it_is_and_as_a_di
     config: Any = LlamaConfig(vocab_size=14, bos_token_id=None, eos_token_id=None, **SHAPE)
     LlamaForCausalLM(config).save_pretrained(folder)
     refused = refuse("method=d_opsd", model={"path": folder})
-    assert refused.startswith("method.contexts suffix reveals what stands behind the graded token")
+    assert refused.startswith("method.contexts suffix reveals tokens after the graded position")
     refused = refuse("decode.block_length=5", model={"path": folder, "as": "diffusion"})
     assert refused.startswith("decode.block_length 5 does not divide decode.length 16")
     assert train("run=causal", "decode.block_length=5", model={"path": folder}) == 0  # which has no blocks

@@ -316,7 +316,7 @@ def test_what_has_no_meaning_is_refused_by_the_part_itself(override: str, words:
 
 
 def test_a_config_without_a_task_is_refused():
-    with pytest.raises(InputError, match=r"^the config names no task; set task\.name to one of sudoku, "):
+    with pytest.raises(InputError, match=r"^the config has no task; set task\.name to one of sudoku, "):
         build_config({"seed": 1})
 
 

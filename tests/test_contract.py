@@ -849,7 +849,7 @@ def test_the_first_tier_has_every_part_on_every_backbone() -> None:
 
 # What is not defined.
 
-REVEALS = "reveals what stands behind the graded token, where an autoregressive model never looks"
+REVEALS = "reveals tokens after the graded position, which an autoregressive model cannot attend to"
 
 
 def test_a_method_is_refused_where_it_is_not_defined_and_nowhere_else(teachers: Path, tmp_path: Path) -> None:
@@ -875,7 +875,7 @@ def test_what_is_not_defined_is_refused_in_one_sentence_before_anything_is_writt
         context = "later_step" if name == "later_step" else "suffix"
         assert out == ""
         assert error == (
-            f"dllm-sd: method.contexts {context} {REVEALS}; hint in the prompt instead (reference, sibling)\n"
+            f"dllm-sd: method.contexts {context} {REVEALS}; put a hint into the prompt instead (reference, sibling)\n"
         )
         assert not (tmp_path / "run").exists()
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from dllm_sd.config import apply_overrides, build_config, load_config
 from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
-from dllm_sd.pairing import REFERENCES_CHECKED, check_data, check_model, check_references, check_words
+from dllm_sd.pairing import REFERENCES_CHECKED, check_data, check_model, check_references, check_tokenizer
 from dllm_sd.policies import loading
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.blueprint import Blueprint
@@ -90,8 +90,8 @@ def test_every_method_whose_teacher_reveals_nothing_belongs_to_an_autoregressive
 def test_a_teacher_that_sees_what_stands_behind_is_refused_for_an_autoregressive_model(name):
     found = refusal("causal", method=name)
     part = "later_step" if name == "later_step" else "suffix"
-    assert found.startswith(f"method.contexts {part} reveals what stands behind the graded token")
-    assert "hint in the prompt instead (reference, sibling)" in found
+    assert found.startswith(f"method.contexts {part} reveals tokens after the graded position")
+    assert "put a hint into the prompt instead (reference, sibling)" in found
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_teacher_of_the_same_kind_and_tokenizer_is_taken(tmp_path, saved, mode
 def test_a_teacher_that_reads_in_another_way_is_refused(tmp_path, saved, model, teacher):
     if model != teacher:
         found = refusal(model, method=taught_by(saved[teacher]))
-        assert found.startswith(f"the teacher at {saved[teacher]!r} does not read what the student reads")
+        assert found.startswith(f"the teacher at {saved[teacher]!r} is not of the student's kind")
         assert found.endswith("choose one of the student's kind")
 
 
@@ -410,7 +410,7 @@ def test_a_folder_is_read_without_its_weights(tmp_path, saved):
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_ar"])
 def test_the_quickstarts_use_words_that_their_models_know(name: str):
     config = load_config(name)
-    assert check_words(config, check_model(config), config.task.problems("train")) == {}
+    assert check_tokenizer(config, check_model(config), config.task.problems("train")) == {}
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_the_quickstarts_use_words_that_their_models_know(name: str):
 def test_words_that_the_tokenizer_does_not_know_are_said_before_a_run(method: Any, prompt: str, kinds: list[str]):
     tree = {"task": {"name": "sudoku", "prompt": prompt, "answer": "{solution}"}, "model": MODELS["denoiser"]}
     config = build_config({**tree, "decode": {"length": 16, "block_length": 4}, "method": method})
-    told = check_words(config, check_model(config), config.task.problems("train"))
+    told = check_tokenizer(config, check_model(config), config.task.problems("train"))
     assert list(told) == kinds
     for kind in kinds:
         assert ("the prompts, such as 'Solve' of 'Solve " in told[kind]) == (kind == "prompts")
@@ -451,7 +451,7 @@ def test_references_that_the_tokenizer_does_not_know_are_said_of_where_they_are_
         config = build_config(
             {"task": task, "model": RANDOM, "method": method, "decode": {"length": 16, "block_length": 4}}
         )
-        told = check_words(config, check_model(config), config.task.problems("train"))
+        told = check_tokenizer(config, check_model(config), config.task.problems("train"))
         assert list(told) == kinds
         assert all("such as 'apples' of '2 apples'" in sentence for sentence in told.values())
 

@@ -207,8 +207,8 @@ def test_numbers_of_other_peoples_parts_are_finite_and_bounded(monkeypatch: pyte
 
 
 def test_a_range_holds_what_its_words_say():
-    assert Range(least=1, most=2).words(0) == "from 1 to 2"
-    assert Range(above=0).words(math.inf) == "above 0 and at most 9007199254740992"
+    assert Range(least=1, most=2).description(0) == "from 1 to 2"
+    assert Range(above=0).description(math.inf) == "above 0 and at most 9007199254740992"
     check(Count | None, None, "it")
     with pytest.raises(InputError, match=r"^it is 0; give a whole number of at least 1, or null$"):
         check(Count | None, 0, "it")

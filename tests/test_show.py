@@ -127,7 +127,7 @@ def test_an_unknown_checkpoint_that_is_not_there_is_refused(tmp_path: Path):
 def test_what_a_known_shape_cannot_do_is_refused_before_anything_is_downloaded():
     for name, override, words in (
         ("sdar_4b_gsm8k", "method.contexts=[suffix]", "reveals later blocks"),
-        ("qwen3_4b_opsd", "method=d_opsd", "suffix reveals what stands behind"),
+        ("qwen3_4b_opsd", "method=d_opsd", "suffix reveals tokens after the graded"),
     ):
         config = load_config(name, [override])
         known = known_blueprint(config.model)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from dllm_sd.errors import InputError, NotAtHand, shortened, shown
+from dllm_sd.errors import InputError, Unavailable, shortened, shown
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.families import CAUSAL, MARK, Family, recognise
 from dllm_sd.pretrained.model import Model, Shape
@@ -76,7 +76,7 @@ def read_blueprint(model: Model, text: bool = True) -> Blueprint:
     needs["model.attention"] = ("flash_attn", model.attention == "flash_attention_2")
     for key, (package, used) in needs.items():
         if used and find_spec(package) is None:
-            raise NotAtHand(
+            raise Unavailable(
                 f"{key} needs the package {package}, which is not installed; install it, or leave {key} out"
             )
     where = repr(model.path) if model.path else "model.shape"
@@ -161,7 +161,7 @@ def _read_config(path: str) -> dict[str, Any]:
     file = find_file(path, "config.json")
     if file is None:
         away = "" if Path(model_folder(path)).is_dir() else ", or the hub cannot be reached"
-        raise NotAtHand(
+        raise Unavailable(
             f"there is no config.json at {path!r} (model.path){away}; give a checkpoint folder or a hub name"
         )
     if find_file(path, "adapter_config.json") is not None:  # transformers would load the model named in it
@@ -183,11 +183,11 @@ def _read_generation(path: str) -> dict[str, Any]:
 def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | None:
     source = model.tokenizer or model.path
     if source is None:
-        raise NotAtHand("model.tokenizer is missing; name the folder or hub name of a tokenizer")
+        raise Unavailable("model.tokenizer is missing; name the folder or hub name of a tokenizer")
     if not _has_tokenizer(source):
         if not needed:
             return None
-        raise NotAtHand(
+        raise Unavailable(
             f"no usable tokenizer at {source!r} (model.tokenizer): there is none, or the hub cannot be reached; make "
             "it, or name another"
         )

@@ -23,7 +23,7 @@ from dllm_sd.network.finite import MAX_WEIGHT, find_broken, fingerprint
 from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.objective.equation import Graded, grade_micro_batch
 from dllm_sd.objective.plan import Plan, plan_update
-from dllm_sd.pairing import check_data, check_model, check_references, check_words
+from dllm_sd.pairing import check_data, check_model, check_references, check_tokenizer
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
 from dllm_sd.parallel.zero import parameters_in_words
@@ -94,7 +94,7 @@ class Trainer:
             check_data(config, problems)
             blueprint = check_model(config)
             long_references = check_references(config, blueprint, problems)
-            unknown_tokens = check_words(config, blueprint, problems)
+            unknown_tokens = check_tokenizer(config, blueprint, problems)
             self.rows_left_out, shared_rows = rows_left_out(config.task)
         self.notes = [*filter(None, (shared_rows, long_references, *unknown_tokens.values()))]
         self.folder = RunFolder(config)

@@ -203,7 +203,7 @@ def test_an_override_reaches_into_a_list_and_may_lengthen_it():
         apply_overrides(LISTED, ["method.contexts.1.ratio=0.5", "method.contexts.2=suffix", "method.target=each"])
     ).method.contexts
     assert contexts == (Suffix(), Suffix(ratio=0.5), Suffix())
-    with pytest.raises(InputError, match=r"^method\.contexts\.5 is no entry of a list of 2; number them from 0"):
+    with pytest.raises(InputError, match=r"^method\.contexts\.5 does not exist in a list of 2 entries"):
         apply_overrides(LISTED, ["method.contexts.5.ratio=0.5"])
     with pytest.raises(InputError, match=r"^method\.contexts is a list; number its entries from 0, as in method"):
         apply_overrides(LISTED, ["method.contexts.ratio=0.5"])
