@@ -1,13 +1,15 @@
 """Checks before any weight is read that method, model, data and tokenizer fit together."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from string import Formatter
+from typing import Any
 
 from dllm_sd.canvases import CANVASES
 from dllm_sd.config import Config
 from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.settings import Decoding
+from dllm_sd.engines import ENGINES
 from dllm_sd.errors import InputError, Unavailable
 from dllm_sd.parts import name_of
 from dllm_sd.policies.teacher_weights import Weights
@@ -65,6 +67,7 @@ def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
     """
     _check_precision(config)
     blueprint = known or read_blueprint(config.model)
+    _check_engine(config, blueprint.causal)
     if known is None:
         _check_teachers(config, blueprint)
     check_decodings(config, blueprint)
@@ -116,6 +119,30 @@ def _check_precision(config: Config) -> None:
         f"model.dtype bfloat16 would train {what} without float32 master weights, where most steps of an update round "
         f"to nothing; {remedy}, or {alternative}, or set optim.pure_bfloat16 to true if you want that"
     )
+
+
+def _check_engine(config: Config, causal: bool) -> None:
+    """Refuse an engine that cannot decode this model, or not with the weights that make the rollouts."""
+    engine: Any = config.decode.engine
+    name = f"decode.engine {name_of(ENGINES, engine)}"
+    if not engine.remote:
+        return
+    if not causal and not engine.denoises:
+        raise InputError(f"{name} decodes autoregressive models only; use dllm_sd or local for one that denoises")
+    if config.model.lora is None and not engine.takes_all_weights:
+        raise InputError(
+            f"{name} takes new weights as LoRA adapters only, without a path between GPUs; set model.lora, or "
+            "decode.engine to local"
+        )
+    if config.model.lora and config.model.lora.modules_to_save:
+        raise InputError(f"{name} takes no modules that are trained whole; leave out model.lora.modules_to_save")
+    if config.peers or (config.method.rollout.policy and not config.method.rollout.policy.is_student):
+        what = "peers" if config.peers else "method.rollout.policy"
+        raise InputError(f"{name} decodes with the student's weights alone, not those of {what}; use local")
+    rollouts = config.method.rollout.settings(config.decode)
+    held_out = replace(config.held_out(), temperature=config.eval.temperature)
+    for key, settings in (("method.rollout", rollouts), ("eval.decode", held_out)):
+        engine.check(asdict(settings), key)
 
 
 def check_decodings(config: Config, blueprint: Blueprint) -> None:

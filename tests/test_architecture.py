@@ -20,8 +20,10 @@ LAYERS = [
     "randomness",
     "limits",
     "files",
+    "http_client",
     "losses",
     "trajectory",
+    "trajectory_json",
     "canvases",
     "texts",
     "tasks",
@@ -29,6 +31,7 @@ LAYERS = [
     "writers",
     "pretrained",
     "network",
+    "engines",
     "decoding",
     "policies",
     "rollouts",
@@ -170,6 +173,8 @@ MAY_WRITE = {
     "evaluation.recording": {"open ab"},
     "training.checkpoint": {"save_file"},
     "export.exporting": {"save_file", "save_pretrained"},
+    "policies.saving": {"save_file", "save_pretrained"},
+    "rollouts.journal": {"open ab"},
     "cli.main": {"os.open"},
 }
 """Who writes in another way than by `files`: logs that only grow, tensors in folders that appear whole, devices."""

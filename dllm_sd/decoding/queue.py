@@ -44,6 +44,10 @@ class Queue(Protocol):
         """Receive finished jobs and their trajectory, one row per job."""
         ...
 
+    def abandon(self, error: BaseException) -> None:
+        """Learn that this decoder cannot go on, so that other processes that share the queue do not wait for it."""
+        ...
+
 
 class Listed:
     """A queue of jobs that are all known beforehand, longest prompts first, so that neighbours have similar lengths."""
@@ -83,6 +87,9 @@ class Listed:
         self.open -= len(rows)
         if self.finished is not None:
             self.finished(torch.tensor(rows), trajectory)
+
+    def abandon(self, error: BaseException) -> None:
+        """No other process has a share in the list."""
 
     def collected(self) -> Trajectory:
         """Return the trajectory of all rows, in the order of the prompts."""

@@ -1,8 +1,9 @@
 """How completions are decoded: the keys of `decode`, and what a decoding costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from dllm_sd.engines import ENGINES, Engine, Local
 from dllm_sd.errors import InputError
 from dllm_sd.ranges import Natural, PositiveShare, Range, Ranged, Size, Temperature
 
@@ -55,6 +56,8 @@ class Decoding(Ranged, key="decode"):
     continuous: bool = False
     """Let a waiting row begin as soon as another one ends, by transformers' continuous batching (autoregressive models;
     meant for GPUs). Results are the same up to the rounding of attention kernels."""
+    engine: Engine = field(default_factory=Local, metadata={"parts": ENGINES})
+    """Which machine decodes rollouts and the evaluations of a training run: the trainer's own (`local`), or servers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

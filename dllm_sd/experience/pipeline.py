@@ -11,6 +11,7 @@ from torch import nn
 
 from dllm_sd.config import Config
 from dllm_sd.experience.feed import Feed
+from dllm_sd.experience.rollout_engine import RolloutEngine
 from dllm_sd.experience.rollout_weights import RolloutWeights
 from dllm_sd.experience.skill_bank import SkillBankState
 from dllm_sd.experience.text_generator import TextGenerator
@@ -46,13 +47,19 @@ class RolloutPipeline:
         teachers = [models[weights] for weights in self.method.weights()]
         cache = Cache(config.cache or Path(config.run) / "written") if self.method.writings else None
         self.text_generator = TextGenerator(teachers, config.decode, accelerator, models, cache)
+        self.engine = RolloutEngine(config, policy, module, accelerator)
+        self.engine_metrics: dict[str, float] = {}
+        """Of the last batch (`RolloutEngine.check`)."""
         self.skill_bank = SkillBankState(self.method.skill_bank, config.task, self.text_generator.write, config.seed)
 
-    def open(self, bank: Mapping[str, Any] | None) -> dict[str, int]:
-        """Prepare the subspace and the skill bank once, from the initial weights or a checkpoint; returns counts."""
-        return self.rollout_weights.calibrate(self.config.task, self.feed.problems) | self.skill_bank.open(
-            bank, self._attempt
-        )
+    def open(self, bank: Mapping[str, Any] | None, update: int = 0) -> dict[str, int]:
+        """Prepare the subspace and the skill bank once, from the initial weights or a checkpoint; returns counts.
+
+        ``update`` counts the updates that the weights have had.
+        """
+        self.engine.use(str(update))
+        calibrated = self.rollout_weights.calibrate(self.config.task, self.feed.problems)
+        return calibrated | self.skill_bank.open(bank, self._attempt)
 
     def take(self, batch: int, cursor: int) -> tuple[Rollouts, int, int]:
         """The rollouts of a batch, the next position in the stream of problems, and how many prompts were too long.
@@ -60,8 +67,11 @@ class RolloutPipeline:
         Every process gets all rollouts, in the order of the problems.
         """
         config, rule = self.config, self.method.rollout
+        self.engine.use(str(batch * rule.passes))
         prompted, cursor, dropped = self.feed.take(cursor, rule.problems)
-        rollouts = gather(rule, self.method.gate, self._attempts(rule, prompted, config.seed, batch))
+        tried = self._attempts(rule, prompted, config.seed, batch)
+        self.engine_metrics = self.engine.check(tried, rule.settings(config.decode))
+        rollouts = gather(rule, self.method.gate, tried)
         sources = Sources(self.feed.problems, self.text_generator.write, self.skill_bank.pairs)
         informed = build_teacher_prompts(
             *(
@@ -81,7 +91,8 @@ class RolloutPipeline:
     def _attempts(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
         """The attempts at each problem, by all processes together."""
         with self.rollout_weights.applied(self.module):
-            return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.workers)
+            decoder = self.engine.decoder
+            return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.workers, decoder)
 
     def _attempt(self, count: int) -> tuple[list[Rollout], int]:
         """One attempt of the current model at each of the first problems, for a bank; and how many were too long."""

@@ -18,8 +18,8 @@ from dllm_sd.teachers.context import Reasoning
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.writers import Cache, Request, Sampling, Written, ask_once
 
-_FREE = ("length", "temperature", "top_p", "top_k", "batch_size", "continuous")
-"""Keys of `decode` that do not change a writer's text: `Sampling` replaces them, or they affect memory only."""
+_FREE = ("length", "temperature", "top_p", "top_k", "batch_size", "continuous", "engine")
+"""Keys of `decode` that do not change a writer's text: `Sampling` replaces them, or they affect memory or rollouts."""
 
 
 class TextGenerator:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, split_torch_state_dict_into_shards
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from dllm_sd.files.writing import write_file
 from dllm_sd.losses.numerics import at_least_float32
 from dllm_sd.network.finite import find_broken
 from dllm_sd.policies.loading import AnyPolicy
+from dllm_sd.policies.saving import native_class, write_adapter
 from dllm_sd.pretrained.blueprint import Blueprint, brief, find_file, read_blueprint
 from dllm_sd.pretrained.families import MARK
 from dllm_sd.pretrained.model import Model
@@ -204,7 +205,7 @@ def _write_merged(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> None
     tied = _aliases(state)
     config = deepcopy(_network(policy.module.model).config)
     config.tie_word_embeddings = bool(tied)
-    config.architectures = [_native_class(policy).__name__]
+    config.architectures = [native_class(policy).__name__]
     config.dtype = blueprint.model.dtype
     if not policy.causal:  # transformers takes the model for an autoregressive one
         config.is_causal, config.mask_token_id = False, policy.mask_id
@@ -216,20 +217,8 @@ def _write_merged(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> None
 
 
 def _write_adapter(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> None:
-    model = policy.module.model
-    assert isinstance(model, PeftModel)
-    adapter = model.active_adapters[0]
-    settings: Any = copy(model.peft_config[adapter])
-    base = Path(blueprint.folder)
-    settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else blueprint.folder
-    settings.inference_mode = True
-    native = _native_class(policy)
-    names = {"base_model_class": native.__name__, "parent_library": native.__module__}
-    settings.save_pretrained(str(folder), auto_mapping_dict=names)
-    grown = blueprint.config.vocab_size < _rows(policy)  # no checkpoint has the row of an added mask token
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=grown)
-    state = {name: value.detach().cpu().clone() for name, value in state.items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    grown = blueprint.config.vocab_size < _rows(policy)  # the row of an added mask token is in no checkpoint
+    write_adapter(policy, blueprint.folder, folder, with_embeddings=grown)
 
 
 def _write_original(policy: AnyPolicy, blueprint: Blueprint, folder: Path) -> str | None:
@@ -283,13 +272,6 @@ def _copy_named_templates(blueprint: Blueprint, folder: Path) -> None:
 
 def _network(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _native_class(policy: AnyPolicy) -> type:
-    """The transformers class of the network; a family's own subclass only adds a conversion of tensor names."""
-    return next(
-        kind for kind in type(_network(policy.module.model)).__mro__ if kind.__module__.startswith("transformers.")
-    )
 
 
 def _rows(policy: AnyPolicy) -> int:

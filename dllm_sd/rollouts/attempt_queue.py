@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dllm_sd.decoding.queue import Job
+from dllm_sd.errors import Stopped, on_one_line
 from dllm_sd.rollouts.rollout import Prompted, Rollout
 from dllm_sd.tasks.task import Grade
 from dllm_sd.trajectory import Trajectory
@@ -73,12 +74,20 @@ class AttemptQueue:
         self.over: set[tuple[int, int]] = set()
         """Attempts that have ended, as (problem, number)."""
         self._unreported: list[tuple[int, int, bool]] = []
+        self._abandoned = False
         self._ended: list[tuple[int, Rollout]] = []
 
     def take(self, room: int) -> list[Job] | None:
-        """The attempts that this process is to begin now."""
+        """The attempts that this process is to begin now.
+
+        Raises:
+            Stopped: if the decoder of another process cannot go on.
+        """
         free_slots = [0] * self.workers.size
-        for rank, free, ended in self.workers.gather([(self.workers.rank, room, self._unreported)]):
+        for rank, free, ended, failure in self.workers.gather([(self.workers.rank, room, self._unreported, None)]):
+            if failure is not None:
+                self._abandoned = True
+                raise Stopped(failure)
             free_slots[rank] = free
             for problem, number, correct in ended:
                 self._settle(problem, number, correct)
@@ -98,6 +107,12 @@ class AttemptQueue:
             rollout = Rollout(item.problem, number, text, grade, single, occurrence=item.occurrence)
             self._ended.append((problem, rollout))
             self._unreported.append((problem, number, grade.correct))
+
+    def abandon(self, error: BaseException) -> None:
+        """Let the other processes stop at the exchange for which they wait, with the sentence of ``error``."""
+        if self.workers.size > 1 and not self._abandoned:
+            self._abandoned = True
+            self.workers.gather([(self.workers.rank, 0, [], on_one_line(error) or type(error).__name__)])
 
     def collected(self) -> list[list[Rollout]]:
         """Each problem's attempts that have ended, in order, on every process (`counted`: see `Rollout`)."""

@@ -110,6 +110,10 @@ class RolloutRule(Part, Protocol):
         """How far the rollouts of a batch are decoded; None decodes to the end."""
         ...
 
+    def settings(self, decode: Decoding) -> Decoding:
+        """How attempts are decoded, in a run whose own settings are ``decode``."""
+        ...
+
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         """What is kept of one problem's counted attempts."""
         ...
@@ -171,7 +175,7 @@ class PassAtK(Ranged, key="method.rollout"):
         workers: Workers | None = None,
         decoder: Decoder | None = None,
     ) -> list[list[Rollout]]:
-        decode = replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        decode = self.settings(decode)
 
         def key(i: int, attempt: int) -> int:
             if self.draw == "fixed":
@@ -197,6 +201,10 @@ class PassAtK(Ranged, key="method.rollout"):
     def stop_after(self, policy: Policy, decode: Decoding, batch: int) -> StopAfter | None:
         """The horizon of the first update that this batch serves."""
         return self.horizon(policy, decode, batch * self.passes)
+
+    def settings(self, decode: Decoding) -> Decoding:
+        """The run's own with the temperature and filters of the rule."""
+        return replace(decode, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     @property
     def rolling(self) -> Weights | None:
@@ -260,6 +268,10 @@ class Demonstrations(Ranged, key="method.rollout"):
         decoder: Decoder | None = None,
     ) -> list[list[Rollout]]:
         return [self._demonstration(policy, task, item, decode) for item in prompted]
+
+    def settings(self, decode: Decoding) -> Decoding:
+        """The run's own: nothing is decoded."""
+        return decode
 
     def stop_after(self, policy: Policy, decode: Decoding, batch: int) -> None:
         """None: demonstrations are complete."""

@@ -1,5 +1,6 @@
 """Suffix-conditioned self-teachers: part of the rollout's final tokens is revealed on the teacher's canvas."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +13,7 @@ from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.ranges import Natural, Ranged, Share
 from dllm_sd.rollouts.rollout import Rollout
-from dllm_sd.teachers.context import ContextDefaults, ContextInputs, Hint, TeacherInputs, show
+from dllm_sd.teachers.context import Context, ContextDefaults, ContextInputs, Hint, TeacherInputs, show
 from dllm_sd.teachers.table import HINTS
 from dllm_sd.trajectory import NEVER
 
@@ -149,6 +150,13 @@ class LaterStep(Ranged, ContextDefaults):
         later = trajectory.num_steps[canvases.rows] if self.ahead is None else canvases.steps + self.ahead
         shown = canvases.masked & ~trajectory.masked(canvases.rows, later) & ~inputs.protected
         return show(inputs, shown)
+
+
+def answer_spans(policy: Policy, contexts: Sequence[Context], rollouts: Sequence[Rollout]) -> Tensor | None:
+    """bool ``[b l]``: the `answer_span` of each rollout; None if there is no rollout or no context needs it."""
+    if not rollouts or not any(context.needs_answer_span for context in contexts):
+        return None
+    return torch.stack([answer_span(policy, rollout) for rollout in rollouts])
 
 
 def answer_span(policy: Policy, rollout: Rollout) -> Tensor:

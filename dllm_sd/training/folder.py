@@ -23,14 +23,17 @@ from dllm_sd.parallel.processes import on_main
 CONFIG, REPORT = "config.yaml", "report.json"
 CONTENTS = (
     *("metrics.jsonl", "samples.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb", "eval"),
-    *("written", "students", "rounds", "rounds.json", CONFIG),
+    *("written", "engine", "students", "rounds", "rounds.json", CONFIG),
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"
 """`resume=fresh` moves the former run to the first until the new one exists, then to the second until it is removed."""
 LEFT_OVER = {LOCK, f".{CONFIG}.partial", ".config.partial"}
 """Files of a process that was killed before it had written its configuration."""
-FREE = ("run", "resume", "log", "checkpoint", "cache")
+FREE = (
+    *("run", "resume", "log", "checkpoint", "cache"),
+    *(f"decode.engine.{key}" for key in ("url", "key_variable", "timeout", "retries", "backoff", "concurrency")),
+)
 """Keys that may differ between a run and its continuation."""
 
 
@@ -252,7 +255,7 @@ def _move_back(run: Path, former: Path) -> None:
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str | None:
     for key in [*new, *(key for key in old if key not in new)]:
-        if not path and key in FREE:
+        if f"{path}{key}" in FREE:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

@@ -16,6 +16,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from dllm_sd.errors import InputError
 from dllm_sd.files.reading import damaged_file, open_regular, read_own
 from dllm_sd.files.typed_json import own_json
+from dllm_sd.files.writing import write_file
 from dllm_sd.objective.equation import Graded
 from dllm_sd.objective.plan import Plan
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
@@ -205,6 +206,18 @@ def broken_sites(plan: Plan, graded: Graded, rollouts: Rollouts) -> list[dict[st
             }
         )
     return sites
+
+
+def write_broken_sites(file: Path, update: int, sites: Sequence[Mapping[str, Any]], rollouts: Rollouts) -> None:
+    """Write the `broken_sites` of all processes, and all rollouts of the update, as JSON."""
+    kept = [{"problem": one.problem.id, "occurrence": one.occurrence, "attempt": one.attempt} for one in rollouts.kept]
+    write_file(file, json.dumps({"update": update, "sites": sites, "rollouts": kept}, indent=1))
+
+
+def problems_of(sites: Sequence[Mapping[str, Any]], rollouts: Rollouts) -> str:
+    """The first problems of broken sites, or of all rollouts if there are none, as words."""
+    names = sorted({site["problem"] for site in sites} or {rollout.problem.id for rollout in rollouts.kept})
+    return f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
 
 
 def _prompt_columns(graded: Graded, rollout: Rollout) -> int:

@@ -17,6 +17,7 @@ from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, first
 from dllm_sd.experience.pipeline import RolloutPipeline
+from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
 from dllm_sd.files.writing import write_file
 from dllm_sd.network.finite import MAX_WEIGHT, find_broken, fingerprint
@@ -34,7 +35,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.tasks.sources import rows_left_out
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers.suffix import answer_span
+from dllm_sd.teachers.suffix import answer_spans
 from dllm_sd.training.advantage import GradedPlans, region_map, region_metrics, region_sums
 from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.checkpoint import (
@@ -58,10 +59,12 @@ from dllm_sd.training.metrics import (
     check_logs,
     log_sums,
     pictures,
+    problems_of,
     rollout_metrics,
     sample_entry,
     site_metrics,
     site_sums,
+    write_broken_sites,
 )
 from dllm_sd.training.optim import BrokenStep, build_optimizer, check_optimizer, learning_rate
 from dllm_sd.training.outcome import about_sources, warnings_of
@@ -96,6 +99,7 @@ class Trainer:
             long_references = check_references(config, blueprint, problems)
             unknown_tokens = check_tokenizer(config, blueprint, problems)
             self.rows_left_out, shared_rows = rows_left_out(config.task)
+            check_servers(config)
         self.notes = [*filter(None, (shared_rows, long_references, *unknown_tokens.values()))]
         self.folder = RunFolder(config)
         try:
@@ -144,7 +148,7 @@ class Trainer:
         config = self.config
         with together():
             self.pipeline = RolloutPipeline(config, problems, self.policy, self.module, self.models, self.accelerator)
-        self.first_metrics = self.rows_left_out | self.pipeline.open(self.state.bank)
+        self.first_metrics = self.rows_left_out | self.pipeline.open(self.state.bank, self.state.update)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(parameters_in_words(self.policy.module))
         done = self.state.update if self.resumed else -1
@@ -223,8 +227,8 @@ class Trainer:
         rolled = time.perf_counter()
         self.progress.phase("learning")
         keys = self.rollouts.keys(self.config.seed, batch)
-        answers, formatting = self._answers(self.rollouts), self.policy.formatting
-        plan = plan_update(self.method, self.rollouts, keys, part, answers, formatting)
+        answers = answer_spans(self.policy, self.method.contexts, self.rollouts.kept)
+        plan = plan_update(self.method, self.rollouts, keys, part, answers, self.policy.formatting)
         lr = self.lr(update)
         metrics: dict[str, Any] = {"update": update, "loss": None, "sites": 0, "lr": lr}
         if plan is None:
@@ -247,6 +251,7 @@ class Trainer:
         metrics |= self.pipeline.skill_bank.after_update(update, self.rollouts.chosen)
         stop_after = self.method.rollout.stop_after(self.policy, self.config.decode, batch)
         metrics |= {} if stop_after is None else {"rollouts/horizon": stop_after.count}
+        metrics |= self.pipeline.engine_metrics if part == 0 else {}
         metrics |= {"rollouts/too_long": self.state.too_long, "updates_skipped": self.state.skipped}
         return metrics | {"time/rollouts": rolled - start, "time/learning": time.perf_counter() - rolled}
 
@@ -286,11 +291,6 @@ class Trainer:
         self._refuse_broken_step(update)
         return parts, float(norm)
 
-    def _answers(self, rollouts: Rollouts) -> Tensor | None:
-        if not rollouts.size or not any(context.needs_answer_span for context in self.method.contexts):
-            return None
-        return torch.stack([answer_span(self.policy, rollout) for rollout in rollouts.kept])
-
     def _refuse_non_finite(self, update: int, norm: Tensor, parts: GradedPlans, rollouts: Rollouts) -> None:
         finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(graded.loss)) for _, graded in parts)
         if not self._any_rank(not finite):
@@ -298,16 +298,10 @@ class Trainer:
         sites = [site for plan, graded in parts for site in broken_sites(plan, graded, rollouts)]
         sites = gather_object(sites) if self.world > 1 else sites
         file = self.run / "nonfinite.json"
-        kept = [
-            {"problem": rollout.problem.id, "occurrence": rollout.occurrence, "attempt": rollout.attempt}
-            for rollout in rollouts.kept
-        ]
-        content = json.dumps({"update": update, "sites": sites, "rollouts": kept}, indent=1)
-        on_main(lambda: write_file(file, content))
-        names = sorted({site["problem"] for site in sites} or {rollout.problem.id for rollout in rollouts.kept})
+        on_main(lambda: write_broken_sites(file, update, sites, rollouts))
         raise FloatingPointError(
             f"the loss or gradient of update {update} is not finite; the step was not taken. Rollouts of problem "
-            f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} caused it; details in {file}"
+            f"{problems_of(sites, rollouts)} caused it; details in {file}"
         )
 
     def _refuse_broken_step(self, update: int) -> None:
@@ -357,17 +351,21 @@ class Trainer:
             if self.log is not None:
                 self.log.write(metrics)
 
-    def _accuracy(self, problems: Sequence[Problem], schedule: str | None) -> Report:
+    def _accuracy(self, problems: Sequence[Problem], schedule: str | None, weights: str | None = None) -> Report:
+        """Evaluate the current ``weights``, whose name is the number of updates unless it is given."""
+        engine = self.pipeline.engine
+        engine.use(weights or str(self.state.update))
         with gathered(self.accelerator, self.module):
-            return evaluate_run(self.policy, self.config, problems, self.rank, self.world, schedule)
+            share = (self.rank, self.world)
+            return evaluate_run(self.policy, self.config, problems, *share, schedule, decoder=engine.decoder)
 
-    def _test(self, phase: str) -> dict[str, Any]:
+    def _test(self, phase: str, weights: str | None = None) -> dict[str, Any]:
         """Test reports by decoding schedule; `trained` is the run's own `decode` settings."""
         if not self.test:
             return {}
         self.progress.phase(phase)
         schedules = (None, *self.config.eval.schedules)
-        return {name or "trained": self._accuracy(self.test, name).tree() for name in schedules}
+        return {name or "trained": self._accuracy(self.test, name, weights).tree() for name in schedules}
 
     def _report(self) -> dict[str, Any]:
         """Test initial, last and best weights, write report.json, and leave the best weights loaded."""
@@ -376,7 +374,7 @@ class Trainer:
         chosen = after
         if best is not None and state.best_update != state.update:
             load_weights(self.policy, best)
-            chosen = self._test("testing the best weights")
+            chosen = self._test("testing the best weights", f"best-{state.best_update}")
         final = chosen.get("trained", {})
         report = {
             **self._facts(),
@@ -436,6 +434,8 @@ class Trainer:
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
         on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep, log_sums(self.run, self.state.update)))
         on_main(lambda: self.pipeline.skill_bank.write_down(self.run))
+        if prune:  # a run that stopped in the middle of an update goes on from the completions it had
+            self.pipeline.engine.saved()
 
     def _any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process."""

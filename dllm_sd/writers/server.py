@@ -7,39 +7,30 @@ cannot fix. The API key is read from its environment variable on every call, and
 import json
 import os
 import re
-import ssl
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
-from io import BufferedReader, RawIOBase
 from itertools import count
-from socket import socket
 from threading import Event, Lock
-from time import monotonic
-from typing import Annotated, Any, Self, cast
-from urllib.error import URLError
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
-from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler
-from urllib.request import Request as Post
 
 from dllm_sd.errors import InputError
+from dllm_sd.http_client import (
+    LONGEST_TRY,
+    LONGEST_WAIT,
+    HttpClient,
+    check_key_variable,
+    check_url,
+    is_temporary,
+    json_headers,
+)
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Range, Ranged
 from dllm_sd.writers.cache import Cache, ask_once
 from dllm_sd.writers.request import Request, Sampling, Written
 
-LARGEST_ANSWER = 4 * 2**20
-"""Most bytes of a response, including its headers."""
-LONGEST_WAIT = 60.0
-"""Most seconds between two attempts, whatever the server asks for."""
-LONGEST_CONNECT = 20.0
-"""Most seconds until a connection is established, and again until the request is sent."""
-LONGEST_TRY = 86400.0
-"""Largest `timeout` of an attempt, in seconds."""
 DOWN_AFTER = 5
 """After so many texts in a row for which all attempts failed, the server counts as down, and the rest is not sent."""
 
@@ -73,10 +64,7 @@ class Server(Ranged):
         _check_url(self.url)
         if not self.model:
             raise InputError("a writer's model is empty; give the name under which the server knows it")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
-            raise InputError(
-                "a writer's key_variable is not the name of an environment variable; put the secret into one"
-            )
+        check_key_variable(self.key_variable, "a writer's key_variable")
 
     @property
     def remote(self) -> Self:
@@ -106,7 +94,7 @@ class Server(Ranged):
         return min(max(retry_after, self.backoff * 2.0 ** min(tries, 10) * jitter), LONGEST_WAIT)
 
     def _ask(self, sampling: Sampling, requests: Sequence[Request]) -> Generator[tuple[int, Written]]:
-        session = _Session(_opener(urlsplit(self.url).scheme == "https"), self._headers())
+        session = _Session(json_headers(self.key_variable, "a writer's key_variable"))
         with ThreadPoolExecutor(min(self.concurrency, len(requests)), "writer") as pool:
             indices = {
                 pool.submit(self._retry, request, sampling, session): index for index, request in enumerate(requests)
@@ -123,7 +111,7 @@ class Server(Ranged):
         body = json.dumps(self._body(request, sampling)).encode()
         for tries in count():
             written, pause = self._try(body, session)
-            if written.failure is None or not _is_temporary(written.failure) or tries == self.retries:
+            if written.failure is None or not is_temporary(written.failure) or tries == self.retries:
                 session.ended(written.failure)
                 return written
             if session.stop.wait(self.pause(request.key, tries, pause)):
@@ -132,22 +120,14 @@ class Server(Ranged):
 
     def _try(self, body: bytes, session: "_Session") -> tuple[Written, float]:
         """Return the result of one attempt, and the seconds that the server asks to wait."""
-        post = _Post(f"{self.url.rstrip('/')}/chat/completions", body, session.headers)
-        post.bounds = _Bounds(monotonic() + self.timeout, session.stop)
-        if session.stop.is_set():
-            return Written(None, "server_down"), 0.0
-        try:
-            with session.opener.open(post, timeout=min(self.timeout, LONGEST_CONNECT)) as response:
-                status, pause = response.status, _retry_after(response.headers.get("Retry-After", ""))
-                if 200 <= status < 300:
-                    content = response.read(LARGEST_ANSWER + 1)
-                    return Written(None, "dropped") if response.length else _parse_response(content), 0.0
-        except (OSError, HTTPException, ValueError) as error:
-            return Written(None, "server_down" if session.stop.is_set() else _failure_of(error)), 0.0
-        if status in (401, 403, 404):
+        client = HttpClient(session.headers, self.timeout, session.stop)
+        reply = client.send(f"{self.url.rstrip('/')}/chat/completions", body)
+        if reply.failure in ("http_401", "http_403", "http_404"):
             session.stop.set()
-            raise InputError(self._refusal(status))
-        return Written(None, f"http_{status}"), pause
+            raise InputError(self._refusal(int(reply.failure[5:])))
+        if reply.failure is None:
+            return _parse_response(reply.content), 0.0
+        return Written(None, "server_down" if reply.failure == "cancelled" else reply.failure), reply.retry_after
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -164,15 +144,6 @@ class Server(Ranged):
             body["chat_template_kwargs"] = {"enable_thinking": sampling.thinking}
         return body
 
-    def _headers(self) -> dict[str, str]:
-        secret = os.environ.get(self.key_variable, "").strip()
-        if not (secret.isascii() and secret.isprintable()):
-            raise InputError(
-                f"the environment variable {self.key_variable} (a writer's key_variable) holds characters that cannot "
-                "be sent in a header; set it to the secret alone, in ASCII"
-            )
-        return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
-
     def _refusal(self, status: int) -> str:
         if status == 404:
             return (
@@ -188,26 +159,8 @@ class Server(Ranged):
 
 def _check_url(url: str) -> None:
     """Refuse an invalid base URL; the message does not repeat it, since it may contain a secret."""
-    if not url:
-        raise InputError("a writer's url is empty; give the base URL, such as http://host:8000/v1")
-    if "@" in url:
-        raise InputError(
-            "a writer's url holds an @; leave out name and password, and put the secret into the environment "
-            "variable that key_variable names"
-        )
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port  # an invalid port raises
-        host.encode("idna")
-    except ValueError:
-        host, parts = "", urlsplit("")
-    plain = url.isascii() and url.isprintable() and not re.search(r"[\s?#]", url)
-    if parts.scheme not in ("http", "https") or not host or not plain:
-        raise InputError(
-            "a writer's url must be an http or https address in ASCII without query and fragment; give the base URL, "
-            "such as http://host:8000/v1"
-        )
-    if parts.path.rstrip("/").endswith("/chat/completions"):
+    check_url(url, "a writer's url", "http://host:8000/v1")
+    if urlsplit(url).path.rstrip("/").endswith("/chat/completions"):
         raise InputError("a writer's url is the base URL; leave out /chat/completions, which is added")
 
 
@@ -227,43 +180,10 @@ def _parse_response(content: bytes) -> Written:
     return Written(text, None)
 
 
-def _is_temporary(failure: str) -> bool:
-    """Return whether a retry may succeed."""
-    return failure in ("http_408", "http_409", "http_429") or not re.fullmatch("http_[1-4]..", failure)
-
-
-def _failure_of(error: Exception) -> str:
-    """Return the name of a failure of a connection."""
-    cause = error.reason if isinstance(error, URLError) else error
-    if isinstance(cause, TimeoutError):
-        return "timeout"
-    if isinstance(cause, ssl.SSLError):
-        return "tls"
-    if isinstance(cause, _TooLarge):
-        return "too_large"
-    if isinstance(cause, IncompleteRead) or (
-        isinstance(cause, ConnectionError) and not isinstance(cause, ConnectionRefusedError)
-    ):
-        return "dropped"
-    return "refused" if isinstance(cause, OSError) else "bad_http"
-
-
-def _retry_after(text: str) -> float:
-    """Return the seconds of a Retry-After header; 0 if it is missing or invalid."""
-    if text.isascii() and text.strip().isdecimal():
-        return float(text)
-    try:
-        moment = parsedate_to_datetime(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-
-
 @dataclass
 class _Session:
     """The state that all attempts of one call share."""
 
-    opener: OpenerDirector
     headers: dict[str, str] = field(repr=False)
     stop: Event = field(default_factory=Event)
     """Cancels attempts in flight, pauses and queued requests."""
@@ -278,81 +198,3 @@ class _Session:
             self.lost = self.lost + 1 if outage else 0
             if self.lost == DOWN_AFTER:
                 self.stop.set()
-
-
-@dataclass(frozen=True)
-class _Bounds:
-    """The end of an attempt: a time of the monotonic clock, or the cancellation of all attempts."""
-
-    deadline: float
-    stop: Event
-
-
-class _Post(Post):
-    bounds: _Bounds
-
-
-class _TooLarge(HTTPException):
-    """The response exceeds the size limit."""
-
-
-class _BoundedReader(RawIOBase):
-    """A socket's bytes up to a deadline, cancellation or a size; a socket's own timeout restarts with every read."""
-
-    def __init__(self, sock: socket, file: Any, bounds: _Bounds) -> None:
-        self.sock, self.file, self.bounds, self.taken = sock, file, bounds, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        while (left := self.bounds.deadline - monotonic()) > 0 and not self.bounds.stop.is_set():
-            self.sock.settimeout(min(left, 0.2))
-            try:
-                size = self.sock.recv_into(buffer)
-            except TimeoutError:
-                continue
-            self.taken += size
-            if self.taken > LARGEST_ANSWER:
-                raise _TooLarge
-            return size
-        raise TimeoutError
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-class _BoundedResponse(HTTPResponse):
-    def __init__(self, sock: socket, *args: Any, bounds: _Bounds, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        self.fp = BufferedReader(_BoundedReader(sock, self.fp, bounds))
-
-
-class _BoundedHandler(AbstractHTTPHandler):
-    """Opens connections with bounded responses; redirects, which could send the API key elsewhere, are not followed."""
-
-    def __init__(self, secure: bool) -> None:
-        super().__init__(debuglevel=0)
-        self.context = ssl.create_default_context() if secure else None
-
-    http_request = https_request = AbstractHTTPHandler.do_request_
-
-    def http_open(self, req: Post) -> HTTPResponse:
-        return self.do_open(partial(self._connect, HTTPConnection, req), req)
-
-    def https_open(self, req: Post) -> HTTPResponse:
-        return self.do_open(partial(self._connect, HTTPSConnection, req), req, context=self.context)
-
-    def _connect(self, kind: type[HTTPConnection], req: Post, host: str, **options: Any) -> HTTPConnection:
-        connection = kind(host, **options)
-        cast(Any, connection).response_class = partial(_BoundedResponse, bounds=cast(_Post, req).bounds)
-        return connection
-
-
-def _opener(secure: bool) -> OpenerDirector:
-    """Return an opener that uses the proxies of the environment and returns responses of any status."""
-    opener = OpenerDirector()
-    opener.add_handler(ProxyHandler())
-    opener.add_handler(_BoundedHandler(secure))
-    return opener

@@ -16,10 +16,9 @@ from dllm_sd.decoding.wire import (
     reach_to_json,
     request_to_json,
     settings_to_json,
-    trajectory_from_json,
-    trajectory_to_json,
 )
 from dllm_sd.trajectory import StopAfter, Trajectory, left_pad, left_to_right
+from dllm_sd.trajectory_json import trajectory_from_json, trajectory_to_json
 
 VOCABULARY = 12
 Noise = Callable[..., Trajectory]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dllm_sd.decoding.settings import Decoding, Meter
+from dllm_sd.errors import Stopped
 from dllm_sd.network.merging import inference
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.attempt_queue import STEPS_PER_EXCHANGE, AttemptQueue, Workers
@@ -157,3 +158,18 @@ def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahea
         assert outcome == alone
         assert own > rows / size / 4
     assert AttemptQueue(PROMPTED, key, grade, limit=1, workers=Workers(0, 2)).patience == STEPS_PER_EXCHANGE
+
+
+def test_a_decoder_that_fails_on_one_process_stops_the_others_with_its_sentence():
+    def work(workers: Workers) -> str:
+        queue = AttemptQueue(PROMPTED, key, Grader(), limit=2, workers=workers)
+        try:
+            while queue.take(1) is not None:
+                if workers.rank == 1:
+                    raise Stopped("the server is gone")
+        except Stopped as error:
+            queue.abandon(error)
+            return str(error)
+        return "went on"
+
+    assert together(2, work) == ["the server is gone"] * 2

@@ -1,0 +1,110 @@
+"""The decoder of engines on servers: many requests in flight, each finished completion handed back at once."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from dllm_sd.decoding.queue import Job, Queue
+from dllm_sd.decoding.settings import Decoding, Meter
+from dllm_sd.decoding.wire import reach_to_json, settings_to_json
+from dllm_sd.engines.engine import CompletionRequest
+from dllm_sd.engines.servers import Servers
+from dllm_sd.trajectory import StopAfter, Trajectory
+
+EXCHANGE = 0.2
+"""Most seconds between two exchanges of several processes, while no completion ends."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The special token ids of a policy."""
+
+    end_ids: tuple[int, ...]
+    pad_id: int
+    suppress: tuple[int, ...]
+    """Ids that are never sampled."""
+    vocabulary: int
+    """``v``, rows of the output head."""
+
+
+class Journal(Protocol):
+    """Completions on disk, so that none is made twice."""
+
+    def get(self, request: CompletionRequest) -> Trajectory | None:
+        """The completion of an equal request, if it is there."""
+        ...
+
+    def put(self, request: CompletionRequest, trajectory: Trajectory) -> None:
+        """Keep a completion."""
+        ...
+
+
+class RemoteDecoder:
+    """Completes queues on servers."""
+
+    def __init__(self, servers: Servers, ids: TokenIds, weights: Callable[[], str], journal: Journal) -> None:
+        """Make a decoder.
+
+        Args:
+            servers: where completions are made.
+            ids: the policy's special tokens.
+            weights: the name of the weights that are to decode now.
+            journal: completions that were made before, such as by a run that was killed.
+        """
+        self.servers, self.ids, self.weights, self.journal = servers, ids, weights, journal
+
+    def complete(
+        self, queue: Queue, settings: Decoding, *, meter: Meter | None = None, stop_after: StopAfter | None = None
+    ) -> None:
+        """Complete the jobs of a queue; ``meter`` counts tokens as rows, since the servers' forwards are not known.
+
+        Raises:
+            Stopped: if the servers fail, or answer what must not be trained on. What ended before is in the journal.
+        """
+        engine = self.servers.engine
+        most = engine.concurrency * len(engine.url)
+        running: dict[Future[Trajectory], Job] = {}
+        pool = ThreadPoolExecutor(max(1, min(most, queue.most)), "engine")
+        try:
+            while (jobs := queue.take(most - len(running))) is not None:
+                for job in jobs:
+                    running[pool.submit(self._complete, self._request(job, settings, stop_after))] = job
+                done, _ = wait(running, EXCHANGE if queue.patience else None, FIRST_COMPLETED) if running else ([], [])
+                self._hand_back(queue, [(running.pop(future), future.result()) for future in done], meter)
+        except BaseException as error:
+            self.servers.cancel()
+            queue.abandon(error)
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _complete(self, request: CompletionRequest) -> Trajectory:
+        kept = self.journal.get(request)
+        if kept is not None:
+            return kept
+        trajectory = self.servers.complete(request)
+        self.journal.put(request, trajectory)
+        return trajectory
+
+    def _request(self, job: Job, settings: Decoding, stop_after: StopAfter | None) -> CompletionRequest:
+        return CompletionRequest(
+            prompt=tuple(job.prompt),
+            key=job.key,
+            model=self.weights(),
+            decode=settings_to_json(settings),
+            steps=settings.length if stop_after is None else min(stop_after.count, settings.length),
+            reach=reach_to_json(stop_after),
+            end_ids=self.ids.end_ids,
+            pad_id=self.ids.pad_id,
+            banned=tuple(sorted({*settings.suppress, *self.ids.suppress})),
+            vocabulary=self.ids.vocabulary,
+        )
+
+    def _hand_back(self, queue: Queue, ended: Sequence[tuple[Job, Trajectory]], meter: Meter | None) -> None:
+        for job, trajectory in sorted(ended, key=lambda pair: pair[0].name):
+            if meter is not None:
+                steps = int(trajectory.num_steps.sum())
+                meter.rows, meter.slots, meter.read = meter.rows + steps, meter.slots + steps, meter.read + steps
+            if queue.wanted(job):
+                queue.ended([job], trajectory)

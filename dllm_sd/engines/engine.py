@@ -1,0 +1,166 @@
+"""The protocol of an engine, the local one, and the keys that all engines on servers share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol
+
+from dllm_sd.errors import InputError
+from dllm_sd.http_client import LONGEST_TRY, LONGEST_WAIT, check_key_variable, check_url
+from dllm_sd.parts import Part
+from dllm_sd.ranges import Natural, NonNegative, Range, Ranged
+from dllm_sd.trajectory import Trajectory
+
+KEY = "decode.engine"
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """One completion that a server is asked for."""
+
+    prompt: tuple[int, ...]
+    """Token ids; never text, which the server would tokenise in its own way."""
+    key: int
+    """Seeds its random numbers."""
+    model: str
+    """Name of the weights on the server."""
+    decode: Mapping[str, Any]
+    """The keys of `decode` but the engine."""
+    steps: int
+    """Most tokens of an autoregressive completion."""
+    reach: Mapping[str, Any] | None
+    """``unit`` and ``count`` of a horizon, or None."""
+    end_ids: tuple[int, ...]
+    pad_id: int
+    banned: tuple[int, ...]
+    """Ids that are never sampled."""
+    vocabulary: int
+    """``v``; no id reaches it."""
+
+
+class Engine(Part, Protocol):
+    """Which machine decodes, and how it is asked."""
+
+    remote: ClassVar[bool]
+    """Whether a server decodes; the other capabilities and methods are those of `RemoteEngine`."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """The network of the trainer decodes."""
+
+    remote: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class RemoteEngine(Ranged, key=KEY):
+    """One or several servers decode; they share the completions that are to be made.
+
+    Every request holds token ids and gets token ids back. At every update some rollouts are scored again by the
+    trainer, and a run whose servers decode with other weights than the student's is stopped.
+    """
+
+    url: tuple[str, ...] = ()
+    """Base URLs, such as ``http://host:8000``."""
+    model: str = ""
+    """Name under which the servers know the model at `model.path`."""
+    key_variable: str = "DLLM_SD_ENGINE_KEY"
+    """Environment variable with the API key; if it is not set, no key is sent."""
+    timeout: Annotated[float, Range(above=0, most=LONGEST_TRY)] = 600.0
+    """Most seconds for one attempt at a request, from the connection to the last byte."""
+    retries: Natural = 4
+    """Number of retries of a request after a temporary failure, on any server that is left."""
+    backoff: Annotated[float, Range(least=0, most=LONGEST_WAIT)] = 1.0
+    """Most seconds until the first retry; they double with every retry."""
+    concurrency: Annotated[int, Range(least=1, most=4096)] = 64
+    """Requests in flight at each server."""
+    checked: Natural = 4
+    """Rollouts of every batch that the trainer scores again (`engine/logp_gap`)."""
+    tolerance: NonNegative = 0.05
+    """Largest mean difference, in nats a token, between the log-probabilities of engine and trainer. Weights of the
+    same type differ by less than 0.001 in float32 and by about 0.01 in bfloat16."""
+    remote: ClassVar[bool] = True
+    denoises: ClassVar[bool] = False
+    """Whether it decodes masked-diffusion models."""
+    takes_all_weights: ClassVar[bool] = False
+    """Whether it takes the weights of full fine-tuning, not only LoRA adapters."""
+    repeatable: ClassVar[bool] = False
+    """Whether equal keys give equal completions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.url:
+            raise InputError(f"{KEY}.url is empty; list the base URLs of the servers, such as [http://host:8000]")
+        for i, url in enumerate(self.url):
+            check_url(url, f"{KEY}.url.{i}", "http://host:8000")
+        if len({url.rstrip("/") for url in self.url}) < len(self.url):
+            raise InputError(f"{KEY}.url names a server twice; name each once")
+        check_key_variable(self.key_variable, f"{KEY}.key_variable")
+        if not self.model:
+            raise InputError(f"{KEY}.model is empty; give the name under which the servers know the model")
+
+    def path(self, url: str, route: str) -> str:
+        """The address of a route; a base URL may end with ``/v1``."""
+        return f"{url.rstrip('/').removesuffix('/v1')}{route}"
+
+
+class Answer(Protocol):
+    """What an engine on servers does beside its keys."""
+
+    def check(self, decode: Mapping[str, Any], key: str) -> None:
+        """Refuse settings that stand at ``key`` and that the engine does not have.
+
+        Raises:
+            InputError: naming the key, and the remedy.
+        """
+        ...
+
+    def ask(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        """Route and JSON body of a request."""
+        ...
+
+    def read(self, answer: Any, request: CompletionRequest) -> Trajectory:
+        """The completion in the JSON of an answer, as a batch of one.
+
+        Raises:
+            ValueError: saying what is wrong with the answer.
+        """
+        ...
+
+    def load(self, name: str, folder: str, adapter: bool) -> tuple[str, dict[str, Any]]:
+        """Route and JSON body that loads weights from a folder under a name."""
+        ...
+
+    def unload(self, name: str, adapter: bool) -> tuple[str, dict[str, Any]] | None:
+        """Route and JSON body that forgets weights; None where loading others has done so."""
+        ...
+
+
+class ServerEngine(RemoteEngine, Answer):
+    """An engine on servers, for type hints."""
+
+
+def integers(value: Any, name: str, least: int = 0) -> list[int]:
+    """Check a list of integers of an answer.
+
+    Raises:
+        ValueError: if it is something else, or holds a number below ``least``.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is not a list of token ids, but {type(value).__name__}")
+    if wrong := [x for x in value if type(x) is not int or x < least]:
+        raise ValueError(f"{name} holds {wrong[0]!r:.40}, which is not a token id")
+    return value
+
+
+def same_prompt(sent: Sequence[int], returned: Any) -> None:
+    """Check that the server read the prompt as it was sent.
+
+    Raises:
+        ValueError: if it did not say so, or read another.
+    """
+    tokens = integers(returned, "the returned prompt")
+    if tokens != list(sent):
+        raise ValueError(
+            f"the prompt came back with other tokens ({len(sent)} were sent, {len(tokens)} came back); the server "
+            "tokenises it again"
+        )

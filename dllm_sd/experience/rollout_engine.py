@@ -1,0 +1,168 @@
+"""The engine of a run: which decoder makes its rollouts, with which weights, and whether they can be trained on."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dllm_sd.config import Config
+from dllm_sd.decoding.decoder import Decoder
+from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
+from dllm_sd.decoding.settings import Decoding
+from dllm_sd.engines.servers import Servers
+from dllm_sd.errors import Stopped
+from dllm_sd.files.writing import remove
+from dllm_sd.parallel.processes import on_main, together
+from dllm_sd.parallel.sharding import gathered
+from dllm_sd.policies.loading import AnyPolicy
+from dllm_sd.policies.saving import write_adapter
+from dllm_sd.rollouts.journal import RolloutJournal
+from dllm_sd.rollouts.rescoring import rescore
+from dllm_sd.rollouts.rollout import Rollout
+
+FOLDER = "engine"
+"""Folder in the run folder, with the weights that servers load and the completions since the last checkpoint."""
+IMPROBABLE = math.log(1e-9)
+"""Log-probability of equal attempts, by chance, below which the servers are taken to ignore seeds or temperature."""
+
+
+def check_servers(config: Config) -> None:
+    """Refuse servers that do not answer or do not have the model, before weights are read.
+
+    Raises:
+        InputError: naming the server, and the remedy.
+    """
+    if (engine := config.decode.engine).remote:
+        lengths = [config.decode.length, config.held_out().length]
+        Servers(engine).check(config.max_prompt + max(lengths))  # pyright: ignore[reportArgumentType]
+
+
+class RolloutEngine:
+    """Gives the decoder of rollouts and evaluations; to be used by all processes together."""
+
+    def __init__(self, config: Config, policy: AnyPolicy, module: nn.Module, accelerator: Accelerator) -> None:
+        """For a run whose policy is wrapped in ``module``.
+
+        Raises:
+            InputError: if the completions of a killed run are damaged.
+        """
+        self.config, self.policy, self.module, self.accelerator = config, policy, module, accelerator
+        self.engine: Any = config.decode.engine
+        self.folder = Path(config.run).resolve() / FOLDER
+        self.decoder: Decoder = policy.decoder
+        self.version = ""
+        if self.engine.remote:
+            with together():
+                self.servers = Servers(self.engine)
+                self.journal = RolloutJournal(self.folder, accelerator.process_index)
+            ids = TokenIds(policy.end_ids, policy.pad_id, tuple(policy.suppress), policy.vocabulary)
+            self.decoder = RemoteDecoder(self.servers, ids, lambda: self.version, self.journal)
+
+    @property
+    def found(self) -> int:
+        """Completions that a killed run has left, and that are not made again."""
+        return self.journal.found if self.engine.remote else 0
+
+    def use(self, version: str) -> None:
+        """Let the servers decode with the student's weights of now, which are called ``version``.
+
+        Raises:
+            Stopped: if no server takes them.
+        """
+        name = f"dllm-sd-{sha256(str(self.folder).encode()).hexdigest()[:8]}-{version}"
+        if not self.engine.remote or name == self.version:
+            return
+        folder, adapter = self.folder / name, self.config.model.lora is not None
+        with gathered(self.accelerator, self.module):
+            on_main(lambda: self._write(folder))
+        on_main(lambda: self.servers.load(name, str(folder), adapter))
+        if not self.accelerator.is_main_process:
+            self.servers.note(name, str(folder), adapter)
+        former, self.version = self.version, name
+        if former:
+            on_main(lambda: remove(self.folder / former))
+
+    def check(self, tried: Sequence[Sequence[Rollout]], decode: Decoding) -> dict[str, float]:
+        """Compare the log-probabilities of servers and trainer on some rollouts of a batch.
+
+        Args:
+            tried: the attempts at each problem.
+            decode: how they were decoded.
+
+        Returns:
+            Metrics; none where the trainer's own network decodes.
+
+        Raises:
+            Stopped: if they differ by more than `tolerance` nats a token in the mean, or if attempts at a problem are
+                equal that should not be.
+        """
+        if not self.engine.remote:
+            return {}
+        rollouts = [rollout for attempts in tried for rollout in attempts]
+        _refuse_equal(tried, decode.temperature)
+        gaps = torch.cat([torch.zeros(0), *(self._gap(rollout, decode) for rollout in self._sample(rollouts))])
+        metrics = {"engine/retried": float(self.servers.retried), "engine/found": float(self.journal.used)}
+        if not len(gaps):
+            return metrics
+        mean, largest = float(gaps.mean()), float(gaps.max())
+        if not mean <= self.engine.tolerance:
+            raise Stopped(
+                f"the servers of decode.engine do not decode with the student's weights of {self.version}: their "
+                f"log-probabilities differ from the trainer's by {mean:.3g} nats a token in the mean, more than "
+                f"decode.engine.tolerance {self.engine.tolerance:g}; look whether the adapter is active, the model and "
+                "its type are the same, and log-probabilities are those of the sampling temperature"
+            )
+        return {**metrics, "engine/logp_gap": mean, "engine/logp_gap_max": largest}
+
+    def saved(self) -> None:
+        """Forget the completions that a checkpoint has replaced."""
+        if self.engine.remote:
+            with together():
+                self.journal.forget()
+
+    def _sample(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Some rollouts of a batch, evenly spread."""
+        count = min(self.engine.checked, len(rollouts))
+        return [rollouts[i * len(rollouts) // count] for i in range(count)]
+
+    def _gap(self, rollout: Rollout, decode: Decoding) -> torch.Tensor:
+        """Differences between the log-probabilities of engine and trainer, in nats, for the tokens that have both."""
+        theirs = rollout.trajectory.logp
+        with gathered(self.accelerator, self.module):
+            ours = rescore(self.policy.module, rollout.trajectory, decode.temperature)
+        if theirs is None:
+            return torch.zeros(0)
+        gap = (ours - theirs).abs()
+        return gap[~(ours.isnan() | theirs.isnan())]
+
+    def _write(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_adapter(self.policy, str(self.config.model.path), folder)
+
+
+def _refuse_equal(tried: Sequence[Sequence[Rollout]], temperature: float) -> None:
+    """Refuse attempts at one problem that are equal although another completion was far more probable."""
+    if not temperature:
+        return
+    chance, pairs = 0.0, 0
+    for attempts in tried:
+        seen: set[tuple[int, ...]] = set()
+        for rollout in attempts:
+            logp = rollout.trajectory.logp
+            tokens = tuple(rollout.trajectory.tokens[0].tolist())
+            if tokens in seen and logp is not None:
+                chance, pairs = chance + float(logp.nansum()), pairs + 1
+            seen.add(tokens)
+    if chance < IMPROBABLE:
+        raise Stopped(
+            f"{pairs} attempts of a batch are equal to earlier ones at the same problem, which has a probability of "
+            f"e^{chance:.0f} at temperature {temperature:g}; the servers of decode.engine ignore the seed or the "
+            "temperature"
+        )

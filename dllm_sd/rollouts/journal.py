@@ -1,0 +1,110 @@
+"""Completions that servers made, on disk as soon as they end, so that a run that was killed goes on from them.
+
+A server's draws cannot be repeated. With the completions of the updates since the last checkpoint a run that is started
+again makes the same updates.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+
+from dllm_sd.engines import CompletionRequest
+from dllm_sd.errors import InputError, on_one_line
+from dllm_sd.files.reading import read_own
+from dllm_sd.files.typed_json import own_json
+from dllm_sd.trajectory import Trajectory
+from dllm_sd.trajectory_json import trajectory_from_json, trajectory_to_json
+
+LARGEST = 2**33
+"""Bytes of a journal."""
+
+
+class RolloutJournal:
+    """The journal of one process; those of all are read. Safe to use from several threads."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        """Read what a former process has left in ``folder``; nothing is written before `put`.
+
+        Raises:
+            InputError: naming the file and the line that holds no completion.
+        """
+        self.folder, self._file, self._lock = folder, folder / f"rollouts.{rank}.jsonl", Lock()
+        self._stored = {name: tree for file in sorted(folder.glob("rollouts.*.jsonl")) for name, tree in _read(file)}
+        self.found = len(self._stored)
+        """Completions that were there at the start."""
+        self.used = 0
+        """Completions that were not asked for again."""
+
+    def get(self, request: CompletionRequest) -> Trajectory | None:
+        """The completion of an equal request, if it is there.
+
+        Raises:
+            InputError: if what is there is no completion of it.
+        """
+        tree = self._stored.get(digest(request))
+        if tree is None:
+            return None
+        try:
+            trajectory = trajectory_from_json(tree, request.prompt, request.decode["length"])
+        except ValueError as error:
+            raise InputError(
+                f"{self.folder} holds a completion that is damaged ({on_one_line(error):.200}); remove the folder, and "
+                "the completions are made again"
+            ) from error
+        with self._lock:
+            self.used += 1
+        return trajectory
+
+    def put(self, request: CompletionRequest, trajectory: Trajectory) -> None:
+        """Append a completion to the file of this process."""
+        line = json.dumps({"request": digest(request), **trajectory_to_json(trajectory)}) + "\n"
+        with self._lock:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _cut_half_line(self._file)
+            with self._file.open("ab") as file:
+                file.write(line.encode())
+
+    def forget(self) -> None:
+        """Remove the file of this process, and what was read at the start: a checkpoint has replaced them."""
+        with self._lock:
+            self._stored = {}
+            self._file.unlink(missing_ok=True)
+
+
+def digest(request: CompletionRequest) -> str:
+    """A hash of everything that decides a completion, the version of the weights too."""
+    return sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path) -> list[tuple[str, dict[str, object]]]:
+    *lines, _ = read_own(file, "remove it, and its completions are made again", LARGEST).split(b"\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            tree = own_json(line)
+            entries.append((str(tree.pop("request")), tree))
+        except (ValueError, LookupError, AttributeError) as error:
+            raise InputError(
+                f"{file} line {number} holds no completion ({on_one_line(error):.200}); remove the file, and its "
+                "completions are made again"
+            ) from error
+    return entries
+
+
+def _cut_half_line(file: Path) -> None:
+    """Remove a last line that a killed process did not finish."""
+    if not file.exists():
+        return
+    with file.open("rb") as content:
+        size = content.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        content.seek(size - 1)
+        if content.read(1) == b"\n":
+            return
+        content.seek(0)
+        whole = content.read().rfind(b"\n") + 1
+    os.truncate(file, whole)

@@ -1,0 +1,253 @@
+"""Training through a double of vLLM: equal rollouts, every fault, and nothing trained on what is wrong."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines.double import MODEL, Double, Handler
+
+from dllm_sd.config import build_config
+from dllm_sd.errors import InputError, Stopped
+from dllm_sd.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Double]:
+    double = Double()
+    yield double
+    double.stop()
+
+
+@pytest.fixture
+def double(shared: Double) -> Iterator[Double]:
+    shared.seen.clear()
+    yield shared
+    shared.faults.clear()
+    shared.stale = shared.deaf = False
+    shared.longest = 4096
+    shared.edit = lambda answer: answer
+
+
+def tree(run: Path, *urls: str, **engine: Any) -> dict[str, Any]:
+    return {
+        "run": str(run),
+        "seed": 1,
+        "updates": 2,
+        "model": {"path": "tiny_ar", "lora": {"rank": 4}},
+        "task": {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{steps}\n{solution}", "size_train": 64},
+        "decode": {
+            "length": 12,
+            "engine": {
+                **{"name": "vllm", "url": list(urls), "model": MODEL, "backoff": 0.01, "concurrency": 4},
+                **engine,
+            },
+        },
+        "method": {
+            "name": "opsd",
+            "rollout": {"problems": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            "contexts": [{"name": "reference", "template": "({hint}){question}"}],
+            "divergence": {"name": "jsd", "beta": 0.5},
+            "temperature": 1.0,
+        },
+        "optim": {"lr": 0.05, "warmup": 0, "schedule": "constant"},
+        "eval": {"every": 2, "problems": 2, "final_problems": 0},
+        "checkpoint": {"every": 1},
+        "log": {"progress": False, "tensorboard": False},
+    }
+
+
+def train(run: Path, *urls: str, until: int | None = None, **engine: Any) -> list[dict[str, Any]]:
+    Trainer(build_config(tree(run, *urls, **engine))).train(until)
+    return metrics(run)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_a_run_through_a_server_scores_its_rollouts_as_the_trainer_does(double: Double, tmp_path: Path):
+    lines = train(tmp_path / "run", double.url)
+    gaps = [line["engine/logp_gap"] for line in lines[1:]]
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-4
+    names = [body["lora_name"] for path, body in double.seen if path == "/v1/load_lora_adapter"]
+    assert [name.rsplit("-", 1)[1] for name in names] == ["0", "1", "2"]
+    assert list(double.adapters) == names[-1:]  # former versions are forgotten
+    assert max(float(value.abs().max()) for value in double.adapters[names[-1]].values()) > 0.01
+
+
+def test_every_attempt_has_a_seed_of_its_own(double: Double, tmp_path: Path):
+    train(tmp_path / "run", double.url)
+    rollouts = [body for body in double.completions if body["temperature"] == 1]
+    assert len({body["seed"] for body in rollouts}) == len(rollouts) == 8
+    assert all(body["prompt"] and body["max_tokens"] == 12 and body["return_token_ids"] for body in rollouts)
+
+
+def refuse(status: int) -> Any:
+    return lambda handler, body: handler.raw(b"{}", status) or True
+
+
+def half(handler: Handler, body: Any) -> bool:
+    handler.raw(b'{"choices": [', length=13)
+    return True
+
+
+def drop(handler: Handler, body: Any) -> bool:
+    handler.raw(b"{", length=400)
+    handler.close_connection = True
+    return True
+
+
+@pytest.mark.parametrize("fault", [refuse(500), refuse(429), drop], ids=["500", "429", "dropped"])
+def test_a_passing_fault_changes_nothing(double: Double, tmp_path: Path, fault: Any):
+    plain = train(tmp_path / "plain", double.url)
+    double.faults = [fault] * 3
+    faulty = train(tmp_path / "faulty", double.url)
+    assert sum(line.get("engine/retried", 0) for line in faulty) > 0
+    ignored = ("engine/retried", "engine/logp_gap", "engine/logp_gap_max")
+    assert [{k: v for k, v in line.items() if k not in ignored} for line in faulty] == [
+        {k: v for k, v in line.items() if k not in ignored} for line in plain
+    ]
+
+
+def choice(change: Any) -> Any:
+    def edit(answer: dict[str, Any]) -> dict[str, Any]:
+        change(answer["choices"][0])
+        return answer
+
+    return edit
+
+
+WRONG = {
+    "text only": (choice(lambda c: c.pop("token_ids")), "text without token ids"),
+    "prompt": (choice(lambda c: c.update(prompt_token_ids=[1, *c["prompt_token_ids"]])), "prompt came back with other"),
+    "no prompt": (choice(lambda c: c.pop("prompt_token_ids")), "returned prompt is not a list"),
+    "ids": (choice(lambda c: c.update(token_ids=["a"] * len(c["token_ids"]))), "not a token id"),
+    "beyond": (choice(lambda c: c.update(token_ids=[10**6, *c["token_ids"][1:]])), "1000000"),
+    "short": (choice(lambda c: c.update(token_ids=c["token_ids"][:-1])), "without a stop id|log-probability of each"),
+    "version": (lambda answer: {**answer, "model": "another"}, "is of 'another'"),
+    "no logprobs": (choice(lambda c: c.pop("logprobs")), "lacks the log-probability"),
+    "nan": (choice(lambda c: c["logprobs"].update(token_logprobs=[float("nan")] * len(c["token_ids"]))), "not finite"),
+    "no choice": (lambda answer: {**answer, "choices": []}, "one choice"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_answer_stops_the_run_and_nothing_is_trained_on_it(double: Double, tmp_path: Path, name: str):
+    double.edit, words = WRONG[name]
+    trainer = Trainer(build_config(tree(tmp_path / "run", double.url) | {"eval": {"every": 0, "final_problems": 0}}))
+    with pytest.raises(Stopped, match=words):
+        trainer.train()
+    assert not [line for line in metrics(tmp_path / "run") if line.get("update", 0) > 0]
+
+
+def test_half_an_answer_stops_the_run(double: Double, tmp_path: Path):
+    double.faults = [half]
+    with pytest.raises(Stopped, match="must not be trained on"):
+        train(tmp_path / "run", double.url)
+
+
+def test_an_adapter_that_is_not_active_stops_the_run(double: Double, tmp_path: Path):
+    double.stale = True
+    with pytest.raises(Stopped, match=r"do not decode with the student's weights .* nats a token"):
+        train(tmp_path / "run", double.url)
+    assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]  # the adapter of update 0 changes nothing
+
+
+def test_equal_attempts_at_a_temperature_stop_the_run(double: Double, tmp_path: Path):
+    double.deaf = True
+    settings = tree(tmp_path / "run", double.url)
+    settings["method"]["rollout"] |= {"attempts": 4, "until_solved": False, "keep": "all", "temperature": 3.0}
+    settings["decode"]["engine"]["tolerance"] = 100.0
+    with pytest.raises(Stopped, match="attempts of a batch are equal"):
+        Trainer(build_config(settings)).train()
+
+
+def test_one_of_two_servers_is_gone(double: Double, tmp_path: Path):
+    gone = Double()
+    plain = train(tmp_path / "plain", double.url)
+    url = gone.url
+    gone.stop()
+    with pytest.raises(InputError, match=r"decode\.engine\.url\.1 .* does not answer"):
+        train(tmp_path / "refused", double.url, url)
+    assert len(plain) == 3
+
+
+def test_a_server_that_goes_away_in_the_middle_loses_no_attempt(double: Double, tmp_path: Path):
+    other = Double()
+    urls = (double.url, other.url)
+    count = 0
+
+    def leave(answer: dict[str, Any]) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        if count == 3:
+            other.stop()
+        return answer
+
+    other.edit = leave
+    lines = train(tmp_path / "run", *urls, retries=6)
+    assert [line["rollouts/attempts"] for line in lines[1:]] == [4, 4]
+    assert lines[-1]["engine/retried"] > 0
+
+
+def test_servers_gone_for_good_stop_the_run_and_nothing_is_made_twice(double: Double, tmp_path: Path):
+    whole = train(tmp_path / "whole", double.url)
+    made: list[Any] = []
+
+    def note(answer: dict[str, Any]) -> dict[str, Any]:
+        made.append((answer["model"], tuple(answer["choices"][0]["prompt_token_ids"])))
+        if len(made) == 5:  # two of the first evaluation, three of the first batch
+            double.faults = [refuse(500)] * 1000
+        return answer
+
+    double.edit = note
+    with pytest.raises(Stopped, match="finished rollouts are kept"):
+        train(tmp_path / "run", double.url, retries=1, concurrency=1)
+    double.faults = []
+    lines = train(tmp_path / "run", double.url, retries=1, concurrency=1)
+    ignored = ("engine/retried", "engine/found")
+    assert [{k: v for k, v in line.items() if k not in ignored} for line in lines] == [
+        {k: v for k, v in line.items() if k not in ignored} for line in whole
+    ]
+    assert lines[1]["engine/found"] == 3
+    assert len(made) == len(set(made)) == 2 + 4 + 4 + 2  # two evaluations, two batches
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"path": "tiny_ar"}}, r"decode\.engine vllm takes new weights as LoRA adapters only"),
+        ({"model": {"path": "tiny", "lora": {"rank": 4}}}, r"decode\.engine vllm decodes autoregressive models only"),
+        ({"method": {"name": "spd"}}, r"not those of method\.rollout\.policy"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(double: Double, tmp_path: Path, change: Any, words: str):
+    with pytest.raises(InputError, match=words):
+        Trainer(build_config({**tree(tmp_path / "run", double.url), **change}))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"url": []}, r"decode\.engine\.url is empty"),
+        ({"url": ["ftp://x"]}, r"decode\.engine\.url\.0 must be an http"),
+        ({"model": ""}, r"decode\.engine\.model is empty"),
+        ({"model": "other"}, r"decode\.engine\.model 'other' is not served"),
+        ({"key_variable": "sk-1"}, r"decode\.engine\.key_variable is not the name"),
+        ({"tolerance": -1.0}, r"decode\.engine\.tolerance"),
+    ],
+)
+def test_wrong_keys_are_refused(double: Double, tmp_path: Path, engine: Any, words: str):
+    with pytest.raises(InputError, match=words):
+        Trainer(build_config(tree(tmp_path / "run", double.url, **engine)))
+
+
+def test_a_server_that_reads_too_few_tokens_is_refused(double: Double, tmp_path: Path):
+    double.longest = 100
+    with pytest.raises(InputError, match=r"reads 100 tokens, but max_prompt and decode\.length are 524 together"):
+        Trainer(build_config(tree(tmp_path / "run", double.url)))
