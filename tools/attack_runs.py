@@ -1,15 +1,16 @@
-"""Attack runs of the program and count how they stand it: `python -m tools.attack_runs KIND ...`.
+"""Fault injection: interrupts and damages small runs, and counts the outcomes: `python -m tools.attack_runs KIND ...`.
 
 kills    a command is killed before each file operation and in the middle of each write, then run again
 writes   a file operation fails (disk full, read-only, denied, broken), then the command is run again
-damage   files of a run folder, and values in them, are damaged; then it is continued, evaluated and exported
-races    the same command twice at the same time
+damage   files of a run folder, and values in them, are damaged; then the run is continued, evaluated and exported
+races    the same command runs twice at the same time
 configs  hostile configs, overrides and command lines
 ranks    one of two processes is killed, then both are started again (half a minute each)
 
-Small random models, in forked children of one process: about a second an attack. A row of the table counts ok (as if
-nothing had happened), sentence (refused in one sentence, nothing lost) and FAULT (a traceback, a difference, a hang,
-silence). Faults are printed, and every finding is appended to `--out` at once. Exit status 1 if there is a fault.
+Runs use small random models in forked children of one process and take about a second each. A row of the table counts
+the outcomes of a case: ok (the result is as without the fault), sentence (refused in one sentence, and nothing is lost)
+and FAULT (a traceback, a difference, a hang, or damage without a message). Faults are printed, and every finding is
+appended to `--out` at once. The exit status is 1 if there is a fault.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from tools.attacks.findings import Finding, append, report
 
 KINDS = ("kills", "writes", "damage", "races", "configs", "ranks")
 LARGE = ("peers", "tensorboard")
-"""Cases with many operations, of which as many as `MOST` are attacked unless `--points` says otherwise."""
-MOST = 40
+"""Cases with many operations; `LARGE_POINTS` of them are attacked unless `--points` is given."""
+LARGE_POINTS = 40
 
 
 def attacks(kind: str, names: Sequence[str], points: int | None, folder: Path, url: str) -> Iterator[Finding]:
-    """The findings of a kind, one after the other."""
+    """Yield the findings of one kind of attack."""
     if kind == "configs":
         yield from configs.attack(folder, points)
     elif kind == "ranks":
@@ -41,14 +42,14 @@ def attacks(kind: str, names: Sequence[str], points: int | None, folder: Path, u
             if not names or victim.name in names:
                 yield from damage.attack(victim, points)
     elif kind == "races":
-        for i, (name, more) in enumerate(races.RACES):
+        for i, (name, overrides) in enumerate(races.RACES):
             if not names or name in names:
-                yield from races.attack(kills.follow(CASES[name], folder / str(i), url), more, points or 12)
+                yield from races.attack(kills.follow(CASES[name], folder / str(i), url), overrides, points or 12)
     else:
-        act = {"kills": kills.attack, "writes": writes.attack}[kind]
+        attack = {"kills": kills.attack, "writes": writes.attack}[kind]
         for name in names or CASES:
             course = kills.follow(CASES[name], folder / name, url)
-            yield from act(course, points or (MOST if name in LARGE else None))
+            yield from attack(course, points or (LARGE_POINTS if name in LARGE else None))
             shutil.rmtree(course.folder)
 
 
@@ -64,28 +65,28 @@ def quick(folder: Path, url: str) -> Iterator[Finding]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the attacks that were asked for."""
+    """Run the chosen attacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND", help="default: all but ranks")
-    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="of runs; default: all")
-    parser.add_argument("--points", type=int, metavar="N", help="so many attacks of each case, evenly spread")
+    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="cases to attack; default: all")
+    parser.add_argument("--points", type=int, metavar="N", help="number of attacks of each case, evenly spread")
     parser.add_argument("--quick", action="store_true", help="a small sample of all kinds but ranks, in 20 s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="all findings, a JSON object a line")
     options = parser.parse_args(arguments)
     add_task()
-    folder, found, started = Path(mkdtemp(prefix="attacks")), list[Finding](), time.perf_counter()
+    folder, findings, started = Path(mkdtemp(prefix="attacks")), list[Finding](), time.perf_counter()
     try:
         with writer() as url:
             for finding in quick(folder, url) if options.quick else _all(options, folder, url):
-                found.append(finding)
+                findings.append(finding)
                 if options.out:
                     append(finding, options.out)
                 if finding.outcome == "FAULT":
                     print(f"FAULT {finding.kind}: {finding.case}: {finding.attack}\n      {finding.words}", flush=True)
     finally:
         shutil.rmtree(folder)
-        print("\n".join(report(found)), f"\n{time.perf_counter() - started:.0f} s", sep="")  # also when stopped
-    return int(any(finding.outcome == "FAULT" for finding in found))
+        print("\n".join(report(findings)), f"\n{time.perf_counter() - started:.0f} s", sep="")  # also when stopped
+    return int(any(finding.outcome == "FAULT" for finding in findings))
 
 
 def _all(options: argparse.Namespace, folder: Path, url: str) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Decoding side by side with the published procedure: pass@k on prompts of unequal length, retries until solved.
+"""Compares decoding with the published procedure: pass@k on prompts of unequal length, with retries until solved.
 
     python -m tools.bench_decode [--body tiny|100m] [--problems 64] [--naive-problems 8] [--attempts 8] [--early-end]
     python -m tools.bench_decode --problems 4 --length 32 --greedy 2              # seconds
@@ -6,10 +6,10 @@
     python -m tools.bench_decode --features [--hidden 256 --layers 4 --vocab 32000 --rank 64 --prompts 8]
 
 Ours is PassAtK as the trainer runs it. The naive side (tools/naive.py) decodes one canvas at a time with logits of all
-positions at every step. Both meet the same verdicts, so they need the same attempts. Printed: seconds, rollouts (that
+positions at every step. Both get the same grades, so they need the same attempts. Printed: seconds, rollouts (that
 a serial loop would have made) per second, ratios, whether greedy tokens are equal, idle slots, and the share of the
 matrix-multiply rate measured in the same run that is exact work: the layers on real positions, the head on the masked
-positions of the active block, of counted attempts only. ``--features`` compares adapters apart and folded in, and the
+positions of the active block, of counted attempts only. ``--features`` compares separate and merged adapters, and the
 prefix cache of a block-causal model on and off. Times on shared machines are noisy: compare the ratios.
 """
 
@@ -46,24 +46,24 @@ SWEEPS = {
 
 @dataclass(frozen=True)
 class Side:
-    """What one procedure did."""
+    """The measurements of one procedure."""
 
     seconds: float
     rollouts: int
     """Attempts that a serial loop would have made."""
     decoded: int
     cpu: float
-    """Seconds of this process on all its cores: what other programs on the machine do not change."""
+    """Processor seconds of this process on all cores, which do not depend on other programs."""
     flops: float = 0.0
-    """Exact work of the counted attempts."""
+    """Necessary FLOPs of the counted attempts."""
     idle: float = 0.0
-    """Share of the slots that held no open row: towards the end nothing is left to fill them."""
+    """Share of slots without an active row; at the end no rows are left to fill them."""
     wasted: float = 0.0
-    """Share of the rows that the network read which were not open: an empty slot is not read."""
+    """Share of the rows in forward passes that were not active; empty slots are not in them."""
     padding: float = 0.0
-    """Share of the positions that the network read which were padding."""
+    """Share of the positions in forward passes that were padding."""
     early: float = 0.0
-    """Share of the steps of open rows that a serial loop would not have made."""
+    """Share of the steps of active rows that a serial loop would not have made."""
 
     @property
     def rate(self) -> float:
@@ -72,7 +72,7 @@ class Side:
 
 
 def ours(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Side:
-    """PassAtK on the first ``count`` problems."""
+    """Run PassAtK on the first ``count`` problems."""
     task, meter, settings = naive.StandIn(count, options.rate), Meter(), naive.decoding(options)
     items = [encode_problem(policy, task, problem, options.length + 10**6) for problem in task.problems()]
     rule = PassAtK(problems=count, attempts=options.attempts, temperature=options.temperature, ahead=options.ahead)
@@ -87,13 +87,13 @@ def ours(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Si
     every = [rollout.trajectory for attempts in tried for rollout in attempts]
     real = sum(int(x.num_steps) * (int(x.prompt_mask.sum()) + x.tokens.shape[1]) for x in every)
     needed = sum(int(rollout.trajectory.num_steps) for rollout in counted)
-    padding = 1 - real / meter.positions if needed == meter.rows else math.nan  # of rows that were dropped is not known
+    padding = 1 - real / meter.positions if needed == meter.rows else math.nan  # unknown for rows that were dropped
     shares = (1 - meter.occupancy, 1 - meter.rows / meter.read, padding, 1 - needed / meter.rows)
     return Side(seconds, len(counted), len(every), busy, flops, *shares)
 
 
 def exact_flops(policy: MaskedDiffusion, rollout: Rollout) -> float:
-    """What decoding one rollout cannot do without."""
+    """FLOPs that are necessary to decode one rollout."""
     network, trajectory = policy.module.network, rollout.trajectory
     head = network.get_output_embeddings()
     layers = [part for part in network.modules() if isinstance(part, nn.Linear) and part is not head]
@@ -210,7 +210,7 @@ def timed(policy: AnyPolicy, settings: Decoding, prompts: int) -> tuple[float, T
 
 
 def features(options: argparse.Namespace) -> None:
-    """Adapters as they are and folded in; the prefix cache on and off."""
+    """Compare separate and merged adapters, and the prefix cache on and off."""
     heads, mlp = options.hidden // 64, 3 * options.hidden
     shape = Shape("llama", options.hidden, options.layers, heads, mlp, options.vocab)
     model = Model(random_init=True, tokenizer="tiny", shape=shape, dtype=options.dtype)
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--ahead", type=int, default=0, help="as method.rollout.ahead")
     parser.add_argument("--sweep", choices=tuple(SWEEPS))
-    parser.add_argument("--features", action="store_true", help="adapters folded in, and the prefix cache, instead")
+    parser.add_argument("--features", action="store_true", help="compare merged adapters and the prefix cache instead")
     for name, default in (("hidden", 256), ("layers", 4), ("vocab", 32000), ("rank", 64), ("prompts", 8)):
         parser.add_argument(f"--{name}", type=int, default=default, help="of --features")
     options = parser.parse_args()

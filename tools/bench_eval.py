@@ -1,4 +1,4 @@
-"""Tokens per second of `evaluate`, beside decoding alone and beside the published procedure one problem at a time.
+"""Measures tokens per second of `evaluate`, of decoding alone, and of the published procedure.
 
     python -m tools.bench_eval [--body tiny|100m] [--problems 64] [--naive-problems 8] [--attempts 1] [--record]
     python -m tools.bench_eval --problems 4 --length 32 --naive-problems 2        # seconds
@@ -65,9 +65,9 @@ def main() -> None:
     if count:
         start, same, written = naive.clock(policy), 0, 0
         for i in range(count):
-            place, length = i * options.attempts, int(trajectory.length[i * options.attempts])
-            found = naive.generate(policy, prompts[place], settings).cpu()
-            same += int((found[:length] == trajectory.tokens[place, :length]).sum())
+            row, length = i * options.attempts, int(trajectory.length[i * options.attempts])
+            tokens_of_naive = naive.generate(policy, prompts[row], settings).cpu()
+            same += int((tokens_of_naive[:length] == trajectory.tokens[row, :length]).sum())
             written += length
         seconds = naive.clock(policy) - start
         print(f"{'naive':>12} {written:>8} {seconds:>9.3f} {written / seconds:>9.1f}")

@@ -257,7 +257,7 @@ def measure(form: Callable[[Case], Tensor], options: argparse.Namespace) -> dict
 
 
 def run(form: str) -> dict[str, Any] | None:
-    """Measure one form in a process of its own; None where its package is missing or fails."""
+    """Measure one form in a process of its own; None if its package is missing or the form fails."""
     package = PACKAGES.get(form)
     if package and importlib.util.find_spec(package) is None:
         print(f"{form:>6}: not installed", flush=True)
@@ -284,7 +284,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--only", choices=tuple(FORMS), nargs="+", help="these forms, the first of which is compared")
+    parser.add_argument(
+        "--only", choices=tuple(FORMS), nargs="+", help="run these forms, and compare them with the first"
+    )
     parser.add_argument("--form", choices=tuple(FORMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.form:
@@ -296,15 +298,15 @@ def main() -> None:
     print(f"{'':>7} {'seconds':>8} {'MiB':>9} {'time x':>7} {'memory x':>8} {'loss diff':>9} {'gradient diff':>13}")
     first = None
     for form in options.only or FORMS:
-        if (found := run(form)) is None:
+        if (result := run(form)) is None:
             continue
-        first = first or found
+        first = first or result
         scale = max(map(abs, first["probe"]))
-        gap = max(abs(a - b) for a, b in zip(found["probe"], first["probe"], strict=True)) / scale
+        gap = max(abs(a - b) for a, b in zip(result["probe"], first["probe"], strict=True)) / scale
         print(
-            f"{form:>6}: {found['seconds']:>8.3f} {found['bytes'] / 2**20:>9.1f} "
-            f"{found['seconds'] / first['seconds']:>7.2f} {found['bytes'] / max(1, first['bytes']):>8.2f} "
-            f"{abs(found['loss'] / first['loss'] - 1):>9.1e} {gap:>13.1e}",
+            f"{form:>6}: {result['seconds']:>8.3f} {result['bytes'] / 2**20:>9.1f} "
+            f"{result['seconds'] / first['seconds']:>7.2f} {result['bytes'] / max(1, first['bytes']):>8.2f} "
+            f"{abs(result['loss'] / first['loss'] - 1):>9.1e} {gap:>13.1e}",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step: fused, foreach and single-tensor AdamW, and 8 bits where bitsandbytes is installed.
+"""Measures the seconds of an optimizer step: fused, foreach, single-tensor and (if installed) 8-bit AdamW.
 
     python tools/bench_optim.py [--millions 100] [--device cpu] [--repeats 5]
 

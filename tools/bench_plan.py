@@ -1,6 +1,7 @@
-"""What the plan of an update costs: numbers held between micro-batches, peak memory, and processor seconds.
+"""Measures the plan of an update: bytes held between micro-batches, peak memory, and processor seconds.
 
-``python -m tools.bench_plan`` lays out rollouts of random tokens by d-OPSD, and builds micro-batches. No model runs.
+``python -m tools.bench_plan`` plans an update of d-OPSD over rollouts of random tokens, and builds micro-batches. No
+model runs.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dllm_sd.trajectory import Trajectory
 
 
 def make_rollouts(count: int, steps: int, length: int, prompt: int) -> Rollouts:
-    """Rollouts of random tokens, all right, revealed from left to right in equal steps."""
+    """Correct rollouts of random tokens, revealed from left to right in equal steps."""
     generator = torch.Generator().manual_seed(0)
     position = torch.arange(length)
     trajectory = Trajectory(
@@ -35,7 +36,8 @@ def make_rollouts(count: int, steps: int, length: int, prompt: int) -> Rollouts:
         pad_id=3,
     )
     kept = [
-        Rollout(Problem(str(i), {}), 0, "", Grade(True, 1.0, None), one) for i, one in enumerate(trajectory.unstack())
+        Rollout(Problem(str(i), {}), 0, "", Grade(True, 1.0, None), single)
+        for i, single in enumerate(trajectory.unstack())
     ]
     return Rollouts(tuple(kept), {"rejected": 0.0})
 

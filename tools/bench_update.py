@@ -122,8 +122,8 @@ def whole(gathered: bool, policy: MaskedDiffusion, method: Method, plan: Plan, b
         student, teacher = views(piece)
         with torch.no_grad():
             target = logp(teacher)
-        found = logp(student)
-        value = (found.exp() * (found - target)).sum(-1)
+        student_logp = logp(student)
+        value = (student_logp.exp() * (student_logp - target)).sum(-1)
         value = value if gathered else value[student.sites]
         loss = (value * piece.coefficient.repeat_interleave(piece.quota).float()).sum()
         loss.backward()
@@ -199,31 +199,31 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {options}")
     print(f"{'':>20} {'canvases':>8} {'s/canvas':>9} {'MiB':>8} {'outside':>8} {'loss':>12} {'gradient norm':>14}")
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for form in options.only or FORMS:
         command = [sys.executable, "-m", "tools.bench_update", *sys.argv[1:], "--form", form]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        x = found[form] = json.loads(done.stdout.splitlines()[-1])
+        x = results[form] = json.loads(done.stdout.splitlines()[-1])
         outside = "" if x["outside"] is None else f"{x['outside']:.2%}"
         print(
             f"{form:>20} {x['canvases']:>8} {x['seconds']:>9.3f} {x['mib']:>8.0f} {outside:>8} {x['loss']:>12.5e} "
             f"{x['gradient_norm']:>14.6e}",
             flush=True,
         )
-    if not {SAME, "body"} <= found.keys():
+    if not {SAME, "body"} <= results.keys():
         return
-    mine, plain = found[SAME], found["body"]
-    head, least = (rows * options.vocabulary * 4 / 2**20 for rows in (BODIES[options.body].hidden_size, mine["sites"]))
-    own = max(least, mine["mib"] - plain["mib"] - head)
-    for name in OTHERS.keys() & found.keys():
-        other = found[name]
-        due = other["mib"] - plain["mib"] - head
-        gaps = [abs(other[key] / mine[key] - 1) for key in ("loss", "gradient_norm")]
+    ours, body_only = results[SAME], results["body"]
+    head, least = (rows * options.vocabulary * 4 / 2**20 for rows in (BODIES[options.body].hidden_size, ours["sites"]))
+    our_logits = max(least, ours["mib"] - body_only["mib"] - head)
+    for name in OTHERS.keys() & results.keys():
+        other = results[name]
+        logits = other["mib"] - body_only["mib"] - head
+        gaps = [abs(other[key] / ours[key] - 1) for key in ("loss", "gradient_norm")]
         print(
-            f"{name}: time {other['seconds'] / mine['seconds']:.2f} x, memory {other['mib'] / mine['mib']:.2f} x; ",
+            f"{name}: time {other['seconds'] / ours['seconds']:.2f} x, memory {other['mib'] / ours['mib']:.2f} x; ",
             end="",
         )
-        print(f"due to logits: {due:.0f} MiB, of ours at most {own:.0f}; ", end="")
+        print(f"due to logits: {logits:.0f} MiB, of ours at most {our_logits:.0f}; ", end="")
         print(f"differences: loss {gaps[0]:.1e}, norm {gaps[1]:.1e}")
 
 

@@ -1,11 +1,11 @@
-"""Measured peaks beside the estimate of `dllm_sd.reports.memory`, on randomly initialised models.
+"""Compares the memory estimate of `dllm_sd.reports.memory` with measured peaks on randomly initialised models.
 
     python tools/check_memory.py [--device cpu] [--only WORDS]
 
-Every case runs the first two micro-batches of one update with its optimizer step (the second meets the gradient of the
-first, as in a real run), and the first step of a decoding batch, the one with the most active positions. On the CPU
-every allocation is counted (torch.profiler), on CUDA by the allocator. Each row compares the bytes above the weights,
-optimizer state and teacher copies (the hard part), and the whole.
+Every case runs two micro-batches of one update with its optimizer step (gradients exist during the second, as in a real
+run), and the first step of a decoding batch, which has the most active positions. Allocations are counted by
+torch.profiler on the CPU and by the allocator on CUDA. The rows of a case compare the permanent bytes (weights,
+optimizer state, teacher copies), those of learning and of decoding above them, and the peak.
 """
 
 import argparse
@@ -129,7 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def configuration(case: dict[str, Any], folder: Path) -> Config:
-    """The config of a case; what it leaves out is small enough for a CPU. Native configs are written to ``folder``."""
+    """The config of a case, with defaults small enough for a CPU. Native model configs are written to ``folder``."""
     tree = {
         "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
         "decode": {"length": 64, "block_length": 16, "batch_size": 8},
@@ -145,7 +145,7 @@ def configuration(case: dict[str, Any], folder: Path) -> Config:
 
 
 def rollouts(config: Config, rows: int) -> Rollouts:
-    """Rollouts of a denoiser that knows nothing; every other prompt is one token short of the longest."""
+    """Rollouts of a denoiser with uniform logits; every other prompt is one token shorter than the longest."""
     prompts = [[5] * (config.max_prompt - row % 2) for row in range(rows)]
     settings = Decoding(
         length=config.decode.length,
@@ -165,8 +165,8 @@ def rollouts(config: Config, rows: int) -> Rollouts:
     kept = []
     for row in range(rows):
         score = float(row % 2)
-        one = trajectory.select(torch.tensor([row]))
-        kept.append(Rollout(Problem(f"p{row // 2}", {}), row, "", Grade(bool(score), score, None), one))
+        grade = Grade(bool(score), score, None)
+        kept.append(Rollout(Problem(f"p{row // 2}", {}), row, "", grade, trajectory.select(torch.tensor([row]))))
     return Rollouts(tuple(kept), {"rejected": 0.0})
 
 
@@ -176,7 +176,7 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def peak(run: Callable[[], object], device: str) -> int:
-    """Bytes by which allocations rise above their level at the start."""
+    """Peak of the allocated bytes above their level at the start."""
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -196,12 +196,12 @@ def peak(run: Callable[[], object], device: str) -> int:
 
 
 class Measured:
-    """One configuration as the trainer would run it, and the bytes that it takes."""
+    """Runs one configuration as the trainer does, and measures its bytes."""
 
     def __init__(self, config: Config, device: str) -> None:
         self.config, self.device = config, device
         self.policy = build_policy(config.model, device)
-        self.policy.suppress = ()  # a tokenizer that belongs to the head knows nearly all of its rows
+        self.policy.suppress = ()  # the tiny tokenizer lacks most rows of the head, which would be banned
         shared = {weights: TeacherModel(weights, self.policy) for weights in config.method.weights()}
         self.teachers = [shared[weights] for weights in config.method.weights()]
         self.parameters = list(trained(self.policy).values())
@@ -209,7 +209,7 @@ class Measured:
         self.module = self.policy.module
         if config.optim.autocast:
             self.module = Accelerator(mixed_precision="bf16", cpu=device == "cpu").prepare_model(self.module)
-        for parameter in self.parameters:  # the optimizer makes its state at its first step
+        for parameter in self.parameters:  # the optimizer creates its state at its first step
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +219,7 @@ class Measured:
         self.copies = unique_bytes(x for teacher in shared.values() for x in teacher.copy.values())
 
     def update(self) -> None:
-        """Two micro-batches and a step, as `Trainer._learn` does it."""
+        """Measure two micro-batches and an optimizer step, as in `Trainer._learn`."""
         config = self.config
         kept = rollouts(config, 2 * config.optim.tokens_per_batch // (config.max_prompt + config.decode.length))
         plan = plan_update(config.method, kept, kept.keys(0, 0))
@@ -242,7 +242,7 @@ class Measured:
         self.optimizer.zero_grad(set_to_none=True)
 
     def decode(self) -> None:
-        """The first step of a full batch."""
+        """Measure the first step of a full decoding batch."""
         decode = self.config.decode
         prompts = [[5] * (self.config.max_prompt - row % 2) for row in range(decode.batch_size)]
         keys = [make_key("memory", row) for row in range(decode.batch_size)]
@@ -254,12 +254,12 @@ class _Stop(Exception):
 
 
 def first_step(policy: AnyPolicy, prompts: list[list[int]], config: Config, keys: list[int]) -> None:
-    """Decode until the second canvas is there."""
-    seen = []
+    """Decode until the second canvas."""
+    canvases = []
 
     def watch(canvas: Tensor) -> None:
-        seen.append(canvas)
-        if len(seen) == 2:
+        canvases.append(canvas)
+        if len(canvases) == 2:
             raise _Stop
 
     temperature = getattr(config.method.rollout, "temperature", 0.0)
@@ -276,7 +276,7 @@ def estimated(measured: Measured) -> MemoryEstimate:
 
 
 def rows_of(name: str, case: dict[str, Any], device: str, folder: Path) -> list[tuple[str, str, int, int]]:
-    """Case, what, estimated and measured bytes."""
+    """The rows of a case: name, quantity, estimated and measured bytes."""
     measured = Measured(configuration(case, folder), device)
     memory = estimated(measured)
     measured.update()
@@ -291,10 +291,10 @@ def rows_of(name: str, case: dict[str, Any], device: str, folder: Path) -> list[
 
 
 def main() -> int:
-    """Print the table; the exit status is 1 where an estimate is off by more than 20 %."""
+    """Print the table; the exit status is 1 if an estimate is off by more than 20 %."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="cases whose name holds these words")
+    parser.add_argument("--only", default="", help="only cases whose name contains these words")
     options = parser.parse_args()
     table = Table(title=f"memory on {options.device}, MB")
     for column in ("case", "what", "estimated", "measured", "ratio"):

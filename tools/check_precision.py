@@ -1,9 +1,9 @@
-"""How many weights four updates change, in float32 with bfloat16 forwards and in bfloat16 alone.
+"""Measures how many weights four updates change, in float32 with bfloat16 autocast and in pure bfloat16.
 
     python tools/check_precision.py [CONFIG ...]
 
-Takes optimizer, rate and warm-up of the shipped configs that train all weights (or of those that are named) and a small
-random model of the same family, with weights of the usual size (deviation 0.02), imitating random tokens.
+It takes the optimizer, learning rate and warm-up of the shipped configs that train all weights, or of the given ones,
+and trains a small random model of the same family (standard deviation of weights 0.02) on random tokens.
 """
 
 import sys
@@ -27,7 +27,7 @@ UPDATES = 4
 
 
 def trains_all_weights(config: Config) -> bool:
-    """Whether a config fine-tunes all weights of a checkpoint of others."""
+    """Whether a config fine-tunes all weights of a published checkpoint."""
     model = config.model
     return model.lora is None and not model.random_init and model.path is not None and "/" in model.path
 
@@ -36,9 +36,9 @@ def changed_share(config: Config, dtype: str, autocast: str | None) -> float:
     """Share of the trained weights that differ after `UPDATES` updates with the config's optimizer.
 
     Args:
-        config: whose optimizer, and which family of models.
-        dtype: of the weights.
-        autocast: of the forwards.
+        config: gives the optimizer and the model family.
+        dtype: dtype of the weights.
+        autocast: autocast dtype of the forward passes; None for none.
     """
     with tempfile.TemporaryDirectory() as folder:
         kind: Any = Qwen3Config if "qwen3" in str(config.model.path).lower() else Qwen2Config
@@ -65,7 +65,7 @@ def changed_share(config: Config, dtype: str, autocast: str | None) -> float:
 
 
 def main(names: list[str]) -> None:
-    """Print a table."""
+    """Print one line per config."""
     configs = {name: load_config(name) for name in names or shipped_configs()}
     for name, config in configs.items():
         if names or trains_all_weights(config):

@@ -1,10 +1,10 @@
-"""What an update costs: FLOPs, bytes and seconds of rollouts, learning, communication and evaluation; and its check.
+"""Models the cost of an update: FLOPs, bytes and seconds of rollouts, learning, communication and evaluation.
 
     python tools/cost_model.py [--gpu H100] [--task gsm8k] [--problems 16] [--share 0.4]
     python tools/cost_model.py --check
 
-Pure arithmetic; no model is loaded and no GPU was measured. ``--check`` compares the FLOPs with PyTorch's counter on a
-tiny model, and the seconds of a decoding step and of an update with those measured on this CPU.
+The model is pure arithmetic: no network is loaded, and no GPU was measured. ``--check`` compares the FLOPs with
+PyTorch's counter on a tiny network, and the seconds of a decoding step and of an update with measurements on this CPU.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True)
 class Shape:
-    """A model; weights of norms are left out."""
+    """The sizes of a model; weights of norms are not counted."""
 
     hidden: int
     layers: int
@@ -36,7 +36,7 @@ class Shape:
     dense: int = 0
     """Layers without experts, if there are any experts."""
     block: int = 0
-    """Positions of an attention block; 0 sees the whole canvas, and then nothing can be remembered while decoding."""
+    """Positions of an attention block; 0 for bidirectional attention over the canvas, which allows no KV cache."""
 
     @property
     def attention(self) -> int:
@@ -44,7 +44,7 @@ class Shape:
         return 2 * self.hidden**2 + 2 * self.hidden * (self.hidden // self.heads) * self.kv_heads
 
     def body(self, experts: int) -> int:
-        """Weights of all layers with so many experts each."""
+        """Weights of all layers if each has ``experts`` experts."""
         expert, dense = 3 * self.hidden * self.expert_mlp, self.dense if self.experts else self.layers
         mlps = dense * 3 * self.hidden * self.mlp + (self.layers - dense) * experts * expert
         return self.layers * self.attention + mlps
@@ -56,16 +56,16 @@ class Shape:
 
     @property
     def active(self) -> int:
-        """Weights that a token meets in the layers."""
+        """Weights of the layers that are used for a token."""
         return self.body(self.chosen)
 
     def forward(self, tokens: int, seen: int, heads: int) -> float:
-        """FLOPs of ``tokens`` that look at ``seen`` positions, ``heads`` of them through the output head."""
+        """FLOPs of ``tokens`` that attend to ``seen`` positions; ``heads`` of them pass the output head."""
         layers = tokens * (2 * self.active + 4 * seen * self.hidden * self.layers)
         return layers + 2 * heads * self.vocabulary * self.hidden
 
     def touched(self, tokens: int) -> float:
-        """Weights that a forward of ``tokens`` reads; each token draws its experts as if by chance."""
+        """Weights that a forward pass of ``tokens`` reads, if each token chooses its experts at random."""
         if not self.experts:
             return self.total - self.vocabulary * self.hidden
         share = 1 - (1 - self.chosen / (self.experts + 1)) ** tokens
@@ -184,19 +184,19 @@ class Cost:
 
 
 def step_flops(row: Setting) -> float:
-    """One forward of one attempt while decoding; with blocks the finished ones are remembered."""
+    """FLOPs of a forward pass of one attempt while decoding; with attention blocks, a KV cache holds finished ones."""
     block = row.shape.block
     tokens = block or row.canvas
     return row.shape.forward(tokens, row.canvas, block or 32)
 
 
 def cost(row: Setting, gpu: Gpu) -> Cost:
-    """The sums, each a line of `docs/scaling.md`."""
+    """Compute the costs as described in `docs/scaling.md`."""
     shape, n, rate = row.shape, row.processes, gpu.peak * gpu.share
     chances = attempts(*PASSES[row.task])
     mean, solved = sum(j * p for j, p in enumerate(chances, start=1)), PASSES[row.task][1]
     step, tokens = step_flops(row), shape.block or row.canvas
-    chain = longest(chances, row.problems)  # attempts at one problem follow each other, on whichever process is free
+    chain = longest(chances, row.problems)  # attempts at one problem are made one after another, on any process
     most = max(row.problems * mean / n, chain)
     read = 2 * shape.touched(tokens * ceil(row.problems / n))
 
@@ -205,16 +205,16 @@ def cost(row: Setting, gpu: Gpu) -> Cost:
 
     canvases = solved * row.problems * row.steps
     forward = shape.forward(row.canvas, row.canvas, row.per_step)
-    passes = 4 if row.lora else 5  # teacher, student, student again (checkpointing), backward to inputs, and to weights
+    passes = 4 if row.lora else 5  # teacher, student, recomputation, backward to inputs, and (without LoRA) to weights
     learning = ceil(canvases / n) * passes * forward / rate
     micro = max(1, ceil(ceil(canvases / n) * row.canvas / row.batch))
     trained = shape.adapters(row.lora) if row.lora else shape.total
     link, ring = gpu.link(n), (n - 1) / n
     weights = 2 * shape.total + 4 * shape.adapters(row.lora) * bool(row.lora)
     gathers = (3 * micro + 1) * 2 * shape.total * ring / link if row.sharded else 0.0
-    reduce = 4 * trained * ring * (micro if row.sharded else 2) / link  # in pieces after every micro-batch
+    reduce = 4 * trained * ring * (micro if row.sharded else 2) / link  # FSDP2 reduces after every micro-batch
     state = weights + 12 * trained if row.lora else 16 * shape.total  # float32 weights, gradient and two states
-    held = state / n + weights if row.sharded else state  # whole weights while decoding
+    held = state / n + weights if row.sharded else state  # gathered weights while decoding
     saved = 2 * row.batch * shape.hidden * (shape.layers + 40)
     return Cost(
         flops=row.problems * mean * row.steps * step + canvases * passes * forward,
@@ -233,7 +233,7 @@ COLUMNS = "model, trained, engine", "GPUs", "PFLOP", "rollouts", "idle", "learni
 
 
 def short(x: float) -> str:
-    """Two or three digits that count."""
+    """Format a number with two or three significant digits."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.2g}"
 
 
@@ -257,7 +257,7 @@ def table(gpu: Gpu, task: str, problems: int) -> list[str]:
     return lines
 
 
-# The check
+# Check
 
 
 def network(shape: Shape) -> LlamaForCausalLM:
@@ -290,7 +290,7 @@ def counted(shape: Shape, rows: int, tokens: int) -> tuple[int, int]:
 
 
 def seconds(action: Callable[[], object], repeats: int = 4) -> float:
-    """The fastest of some runs."""
+    """Seconds of the fastest run."""
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -300,7 +300,7 @@ def seconds(action: Callable[[], object], repeats: int = 4) -> float:
 
 
 def check(shape: Shape, rows: int, tokens: int) -> None:
-    """Print predicted beside counted and measured."""
+    """Print predicted, counted and measured costs."""
     forward, both = counted(shape, rows, tokens)
     mine = rows * shape.forward(tokens, tokens, tokens)
     print(f"{shape.total / 1e6:.0f} M weights, {rows} x {tokens} tokens, float32, {torch.get_num_threads()} threads")

@@ -1,9 +1,9 @@
 """Make the shipped tiny models: `tiny` denoises, `tiny_ar` writes from left to right and reads hints in its prompt.
 
-python tools/make_tiny_asset.py tokenizer               # one token a character, and the special tokens; both have it
+python tools/make_tiny_asset.py tokenizer               # one token per character, and special tokens; for both models
 dllm-sd train configs/tiny_sft.yaml                     # about two minutes on two cores
 python tools/make_tiny_asset.py model runs/tiny_sft     # the best weights of that run, with its recipe
-python tools/make_tiny_asset.py data runs/tiny_ar_data  # what the autoregressive one imitates
+python tools/make_tiny_asset.py data runs/tiny_ar_data  # training data of `tiny_ar`
 dllm-sd train configs/tiny_ar_sft.yaml                  # about five minutes on two cores
 python tools/make_tiny_asset.py model runs/tiny_ar_sft tiny_ar
 """
@@ -24,11 +24,11 @@ CHARACTERS = "0123456789+-*/()=,: \n"
 ROWS = 100_000
 TINY_AR_TASK = {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{steps}\n{solution}"}
 KINDS = {"plain": 620, "worked": 150, "answer": 100, "worked_alone": 80, "answer_alone": 50}
-"""Rows in a thousand by what the prompt holds: the puzzle; a reference and the puzzle; that reference alone."""
+"""Rows per thousand by the content of the prompt: the puzzle; a reference and the puzzle; the reference alone."""
 
 
 def word_tokenizer(words: Sequence[str], pattern: str) -> PreTrainedTokenizerFast:
-    """A token for each of the special ones and of the ``words``, which are what ``pattern`` finds in a text."""
+    """A tokenizer with special tokens and ``words``; ``pattern`` splits a text into words."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words])}
     tokenizer: Any = Tokenizer(WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")

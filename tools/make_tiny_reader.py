@@ -1,10 +1,10 @@
-"""Make the tiny reader, by which methods are measured whose teacher reads what somebody wrote, and their data.
+"""Make the data and the tokenizer of the tiny reader, on which methods with written hints are measured.
 
-python tools/make_tiny_reader.py runs/reader            # the tokenizer, what the reader imitates, data, a bank
-dllm-sd train configs/tiny_reader_sft.yaml              # an autoregressive one; about eight minutes on one core
+python tools/make_tiny_reader.py runs/reader            # tokenizer, training data, data of the methods, skill bank
+dllm-sd train configs/tiny_reader_sft.yaml              # the autoregressive model; about eight minutes on one core
 
-4x4 Sudoku once more, with a space between rows: the solution comes in tagged steps, and a hint in brackets before the
-question may be a rubric (some of the cells, a line each), a critique in any of its three forms, or a skill.
+The task is 4x4 Sudoku with a space between rows. The solution is written in tagged steps. A hint in brackets before the
+question may be a rubric (some of the cells, one per line), a critique in any of its three forms, or a skill.
 """
 
 import json
@@ -32,7 +32,7 @@ KINDS = {
     **{"plain": 540, "worked": 100, "rubric": 90, "skill": 70, "ask_rubric": 50, "gold_rubric": 30},
     **dict.fromkeys(FORMS, 40),
 }
-"""Rows in a thousand by what the prompt holds beside the puzzle."""
+"""Rows per thousand by the hint in the prompt."""
 MOST_STEPS = 10
 STEP = re.compile(r"<step_\d+>([1-4])([1-4])=([1-4])</step_\d+>")
 
@@ -49,9 +49,9 @@ def trace(steps: Sequence[str], grid: str) -> str:
 
 
 def corrected(puzzle: str, solution: str, text: str) -> str:
-    """What a critic without fault makes of a trace: its right steps, and the forced ones from the first wrong one on.
+    """A perfect critic's correction of a trace: its right steps, then forced steps from the first wrong one on.
 
-    A step is right if it fills an empty cell as the solution does. ``puzzle`` and ``solution`` are 16 digits.
+    A step is right if it fills an empty cell as in the solution. ``puzzle`` and ``solution`` are 16 digits.
     """
     cells, kept = list(puzzle), []
     for row, column, digit in STEP.findall(text):
@@ -65,7 +65,7 @@ def corrected(puzzle: str, solution: str, text: str) -> str:
 
 
 def flawed(puzzle: str, solution: str, draws: Draws) -> str:
-    """A student's trace: two steps may have changed places, and a wrong digit leads to more of them."""
+    """A trace with errors: two steps may be swapped, and a wrong digit may be followed by more of them."""
     steps = worked_steps(puzzle, solution).split("\n")
     place = draws.below(len(steps) - 1)
     if draws.below(2):
@@ -80,7 +80,7 @@ def flawed(puzzle: str, solution: str, draws: Draws) -> str:
 
 
 def bank() -> Bank:
-    """How a row with one empty cell is filled, and how it is not."""
+    """A bank of skills that fill a row with one empty cell, and of mistakes in filling it."""
     skills, mistakes = [], []
     for digits in permutations("1234"):
         for hole in range(4):
@@ -93,7 +93,7 @@ def bank() -> Bank:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """One token for a character, a tag, and a word of the prompts that surround a hint."""
+    """Write a tokenizer with one token per character, tag, and word of the prompts around a hint."""
     tags = [f"<{slash}step_{number}>" for number in range(1, MOST_STEPS + 7) for slash in ("", "/")]
     words = sorted(set(re.findall(r" ?[A-Za-z]+", " ".join([re.sub(r"\{\w+\}", "", PAIR), RIGHT_STEP, WRONG_STEP]))))
     vocabulary = [*CHARACTERS, ".", "?", *tags, "<answer>", "</answer>", *words]
@@ -102,7 +102,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def imitated(puzzle: str, solution: str, kind: str, skills: Bank, draws: Draws) -> tuple[str, str]:
-    """A prompt and what follows it."""
+    """A prompt and its completion."""
     question = f"{in_rows(puzzle)}:"
     steps = worked_steps(puzzle, solution).split("\n")
     worked, rubric = trace(steps, solution), "\n".join(criteria(steps))
@@ -125,12 +125,12 @@ def imitated(puzzle: str, solution: str, kind: str, skills: Bank, draws: Draws) 
 
 
 def criteria(steps: Sequence[str]) -> list[str]:
-    """The rubric of a puzzle: what its last four steps fill, which depend on the others."""
+    """The rubric of a puzzle: its last four steps, which depend on the others."""
     return list(steps[-4:])
 
 
 def make_data(folder: Path) -> None:
-    """Write imitated.jsonl, what the methods train and are tested on, and the bank."""
+    """Write imitated.jsonl, the training and test data of the methods, and the skill bank."""
     task = build_config({"task": {"name": "sudoku"}, "model": {"path": "tiny"}}).task
     kinds = [kind for kind, share in KINDS.items() for _ in range(share)]
     skills = bank()
@@ -162,8 +162,8 @@ def make_data(folder: Path) -> None:
                 file.write(json.dumps(row) + "\n")
     for domain in ("few", "many"):
         lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        own = [line for line in lines if json.loads(line)["domain"] == domain]
-        (folder / f"{domain}.jsonl").write_text("".join(own), encoding="utf-8")
+        in_domain = [line for line in lines if json.loads(line)["domain"] == domain]
+        (folder / f"{domain}.jsonl").write_text("".join(in_domain), encoding="utf-8")
 
 
 if __name__ == "__main__":

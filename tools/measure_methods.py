@@ -1,10 +1,10 @@
-"""Measure the named methods on the tiny models, and write what `docs/methods.md` and `dllm-sd show` say of them.
+"""Measures the named methods on the tiny models, for `docs/methods.md` and `dllm-sd show`.
 
 python tools/measure_methods.py run FOLDER [NAME ...]   # methods or backbones; an hour; goes on where it stopped
 python tools/measure_methods.py collect FOLDER          # -> dllm_sd/assets/measured.json
 
-Runs of a backbone share the number of updates and of completions in each of them (a rule that tries
-again until solved makes more), learning rate and schedule. Nothing is tuned for a method.
+All runs of a backbone have the same number of updates, completions per update (more with retries until solved),
+learning rate and schedule. Nothing is tuned for a single method.
 """
 
 import json
@@ -37,7 +37,7 @@ _HINT = "({hint}){question}"
 
 
 def _hints(*places: int) -> list[str]:
-    """The tiny models read a hint in brackets before the question."""
+    """Templates for the contexts ``places``: the tiny models read a hint in brackets before the question."""
     return [f"method.contexts.{place}.template={_HINT}" for place in places]
 
 
@@ -234,34 +234,34 @@ def teach(backbone: str, folder: Path) -> None:
 
 
 def make_reader(folder: Path) -> None:
-    """The tiny model that reads what somebody wrote, its data, and two that have seen easy or hard puzzles last."""
+    """Make the tiny reader and its data, and two copies that were trained further on easy or on hard puzzles."""
     reader = folder / "reader"
     if not (reader / "bank.json").is_file():
         _tool("make_tiny_reader.py", str(reader))
-    where = [f"model.tokenizer={reader / 'tokenizer'}", f"task.data={reader / 'imitated.jsonl'}"]
-    _make(["configs/tiny_reader_sft.yaml", *where], reader / "ar_run", reader / "ar")
-    taught = ["method=sft", *_RETRY, "updates=100", "eval.final_problems=0", *_RATE["autoregressive"]]
-    own = [text.replace("READER", str(reader)) for text in _OWN["autoregressive reader"]]
+    sources = [f"model.tokenizer={reader / 'tokenizer'}", f"task.data={reader / 'imitated.jsonl'}"]
+    _make(["configs/tiny_reader_sft.yaml", *sources], reader / "ar_run", reader / "ar")
+    imitation = ["method=sft", *_RETRY, "updates=100", "eval.final_problems=0", *_RATE["autoregressive"]]
+    settings = [text.replace("READER", str(reader)) for text in _OWN["autoregressive reader"]]
     for domain in ("few", "many"):
         data = [f"task.data={reader / domain}.jsonl", "task.data_test=null"]
-        _make(["quickstart_ar", *own, *data, *taught], reader / f"{domain}_run", reader / domain)
+        _make(["quickstart_ar", *settings, *data, *imitation], reader / f"{domain}_run", reader / domain)
 
 
 def learn_to_write(folder: Path, seed: int) -> None:
-    """Stage I of RCSD, longer than a row of the table and at quickstart_ar's rate: the writer of "rcsd learned"."""
-    words = command("autoregressive reader", "rcsd_writer", seed, folder, "")[1:-1]
+    """Train the writer of "rcsd learned" (Stage I of RCSD), longer and at the learning rate of quickstart_ar."""
+    overrides = command("autoregressive reader", "rcsd_writer", seed, folder, "")[1:-1]
     longer = ["updates=240", "eval.every=40", "checkpoint.every=40", "optim.lr=1e-3"]
-    _make([*words, *longer], folder / f"writer_{seed}_run", folder / f"writer_{seed}")
+    _make([*overrides, *longer], folder / f"writer_{seed}_run", folder / f"writer_{seed}")
 
 
 def critic(question: str) -> str:
-    """To ``puzzle:|solution|trace`` the trace, put right."""
+    """Answer ``puzzle:|solution|trace`` with the corrected trace."""
     puzzle, solution, trace = question.split("|", 2)
     return corrected(puzzle.rstrip(":").replace(" ", ""), solution.replace(" ", ""), trace)
 
 
 def _make(settings: list[str], made: Path, target: Path) -> None:
-    """Train once, and export the best weights."""
+    """Train and export the best weights, unless ``target`` exists."""
     if not target.is_dir():
         print(_call(["train", *settings, "log.progress=false", "log.tensorboard=false", f"run={made}"]), flush=True)
         print(_call(["export", str(made), "--to", "merged", str(target)]), flush=True)
@@ -278,24 +278,24 @@ def _call(arguments: list[str]) -> str:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    said = (done.stderr or done.stdout).strip().splitlines() or [""]
-    return f"{arguments[-1]}: {'done' if done.returncode == 0 else said[-1]}"
+    output = (done.stderr or done.stdout).strip().splitlines() or [""]
+    return f"{arguments[-1]}: {'done' if done.returncode == 0 else output[-1]}"
 
 
 def collect(folder: Path) -> None:
-    """Means over seeds of every run that ended, and each seed's gain."""
+    """Summarise every finished run over its seeds, and write the records."""
     records = []
     for backbone, runs in RUNS.items():
         for name in runs:
-            of = folder / backbone.replace(" ", "_") / name.replace(" ", "_")
-            for variant, found in _reports(of).items():
-                records.append({"method": f"{name}{variant}", "backbone": backbone, **_summary(found)})
+            method_folder = folder / backbone.replace(" ", "_") / name.replace(" ", "_")
+            for variant, finished in _reports(method_folder).items():
+                records.append({"method": f"{name}{variant}", "backbone": backbone, **_summary(finished)})
     MEASURED.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     print(f"{len(records)} rows written to {MEASURED}")
 
 
 def _reports(folder: Path) -> dict[str, list[Path]]:
-    """The runs of all seeds; of two students those of each."""
+    """The runs of all seeds; those of two students under the name of each."""
     students = sorted({path.parent.name for path in folder.glob("*/students/*/report.json")})
     if students:
         return {
@@ -313,13 +313,16 @@ def _summary(runs: list[Path]) -> dict[str, Any]:
     def accuracies(which: str) -> list[float]:
         return [round(100 * report[which]["trained"]["accuracy"], 1) for report in reports]
 
+    def values_of(key: str) -> list[list[float]]:
+        return [[line[key] for line in log if line.get(key) is not None] for log in lines]
+
     def last(key: str) -> float | None:
-        found = [[line[key] for line in log if line.get(key) is not None] for log in lines]
-        return round(mean(mean(values[-5:]) for values in found), 3) if all(found) else None
+        logged = values_of(key)
+        return round(mean(mean(values[-5:]) for values in logged), 3) if all(logged) else None
 
     def first(key: str) -> float | None:
-        found = [[line[key] for line in log if line.get(key) is not None] for log in lines]
-        return round(mean(mean(values[:3]) for values in found), 3) if all(found) else None
+        logged = values_of(key)
+        return round(mean(mean(values[:3]) for values in logged), 3) if all(logged) else None
 
     def total(key: str) -> float:
         return mean(sum(line.get(key) or 0 for line in log) for log in lines)

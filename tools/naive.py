@@ -1,4 +1,4 @@
-"""What the decoding benchmarks share: random bodies, a stand-in task, and the published procedure as it is written.
+"""Shared by the decoding benchmarks: random models, a stand-in task, and the published decoding procedure.
 
 The oracle follows LLaDA's and d-OPSD's released samplers: one prompt at a time, logits of the whole canvas at every
 step, Gumbel noise and softmax over all of them, a Python loop over rows, and retries one after another.
@@ -29,22 +29,22 @@ BODIES = {
 
 
 class Numbers(Chat):
-    """Token ids as text, so that every row of a random model's head has a text."""
+    """Encodes token ids as text, so that every row of a random model's head has a text."""
 
     def encode(self, messages: Any, thinking: bool | None = None) -> list[int]:
-        """The ids in the last message."""
+        """The token ids in the last message."""
         return [int(word) for word in messages[-1]["content"].split()]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The ids, separated by blanks."""
+        """The token ids, separated by spaces."""
         return " ".join(map(str, tokens))
 
 
 @dataclass(frozen=True)
 class StandIn(NoChanceLevel):
-    """Prompts of unequal length, and a grader that accepts by a hash of the problem and the number of the attempt.
+    """A task with prompts of unequal length, whose grade is a hash of the problem and the number of the attempt.
 
-    It counts the attempts itself, so that two procedures with other random numbers meet the same verdicts.
+    The task counts the attempts itself, so that procedures with different random numbers get the same grades.
     """
 
     count: int
@@ -54,13 +54,13 @@ class StandIn(NoChanceLevel):
     seen: dict[str, int] = field(default_factory=dict)
 
     def problems(self, split: Split = "test") -> list[Problem]:
-        """As many as were asked for, of random ids that are no special tokens."""
+        """``count`` problems of random ids without special tokens."""
         draw = random.Random(0)
         sizes = [draw.randrange(self.shortest, self.longest + 1) for _ in range(self.count)]
         return [Problem(str(i), {"ids": [draw.randrange(5, 25) for _ in range(n)]}) for i, n in enumerate(sizes)]
 
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
-        """The ids."""
+        """The prompt: the ids as text."""
         return [{"role": "user", "content": " ".join(map(str, problem.fields["ids"]))}]
 
     def reference(self, problem: Problem) -> None:
@@ -70,7 +70,7 @@ class StandIn(NoChanceLevel):
         """None."""
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """The verdict on the next attempt at the problem."""
+        """The grade of the next attempt at the problem."""
         attempt = self.seen.get(problem.id, 0)
         self.seen[problem.id] = attempt + 1
         correct = make_key("stand-in", problem.id, attempt) < self.rate * 2**63
@@ -78,7 +78,7 @@ class StandIn(NoChanceLevel):
 
 
 def body(options: argparse.Namespace, vocabulary: int | None = None) -> MaskedDiffusion:
-    """The randomly initialised body that ``options.body`` names."""
+    """The randomly initialised model that ``options.body`` names."""
     shape = BODIES[options.body]
     if vocabulary is not None:
         shape = replace(shape, vocab_size=vocabulary)
@@ -123,7 +123,7 @@ def _noisy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def equal_greedy(policy: MaskedDiffusion, prompts: Sequence[Sequence[int]], settings: Decoding) -> tuple[int, int]:
-    """How many tokens of greedy completions, up to their ends, both procedures agree on, and of how many."""
+    """Number of tokens of greedy completions that both procedures agree on, and number of compared tokens."""
     keys = [make_key("greedy", i) for i in range(len(prompts))]
     ours = policy.decode(prompts, settings, keys)
     same = total = 0
@@ -141,30 +141,32 @@ def sync(device: torch.device) -> None:
 
 
 def clock(policy: MaskedDiffusion) -> float:
-    """Seconds, once everything that was asked of the device is done."""
+    """Seconds, after waiting for the device."""
     sync(policy.device)
     return time.perf_counter()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The sizes that both benchmarks of decoding take."""
+    """Add the options of the decoding benchmarks."""
     parser.add_argument("--body", choices=tuple(BODIES), default="tiny")
-    parser.add_argument("--vocabulary", type=int, help="rows of the head, where they are not to be the body's own")
+    parser.add_argument("--vocabulary", type=int, help="rows of the head; default: those of the body")
     parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--naive-problems", type=int, help="the naive procedure runs on so many of them; 0 skips it")
+    parser.add_argument("--naive-problems", type=int, help="number of problems for the naive procedure; 0 skips it")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--tokens-per-step", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.3, help="share of attempts that the stand-in grader accepts")
-    parser.add_argument("--early-end", action="store_true", help="ours stops behind an end token; the naive never does")
+    parser.add_argument(
+        "--early-end", action="store_true", help="ours stops after an end token; the naive procedure never does"
+    )
     parser.add_argument("--greedy", type=int, default=4, help="problems on which greedy tokens are compared")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
 
 
 def decoding(options: argparse.Namespace) -> Decoding:
-    """The settings that the options ask for, greedy."""
+    """The greedy decoding settings of the options."""
     return Decoding(
         length=options.length,
         block_length=options.block,

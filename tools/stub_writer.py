@@ -1,4 +1,4 @@
-"""A writer on this machine: a server with an OpenAI-compatible interface whose text is a function of the question."""
+"""A local stand-in for a writer: an OpenAI-compatible server whose answers are a function of the question."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ TITLES = ("title", "principle", "when_to_apply", "description", "why_it_happens"
 
 
 def completion(text: Any) -> bytes:
-    """The body of an answer."""
+    """The body of a response with ``text``."""
     return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
 
 
@@ -24,7 +24,7 @@ def steps(question: str) -> str:
 
 
 def steps_or_entries(question: str) -> str:
-    """Entries where the question asks for those of a bank, else steps."""
+    """Entries of a skill bank if the question asks for them, else steps."""
     if '"title"' not in question and '"description"' not in question:
         return steps(question)
     digits = make_key(question)
@@ -42,16 +42,16 @@ class StubWriter(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What a config calls it."""
+        """The URL for a config."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def reply(self, question: str) -> str:
         """The text for a question."""
         return self._answer(question)
 
-    def respond(self, handler: "Handler", asked: Mapping[str, Any]) -> None:
-        """Answer one request, whose body is ``asked``."""
-        handler.answer(completion(self.reply(asked["messages"][-1]["content"])))
+    def respond(self, handler: "Handler", body: Mapping[str, Any]) -> None:
+        """Answer one request with this body."""
+        handler.answer(completion(self.reply(body["messages"][-1]["content"])))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
     server: StubWriter  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_POST(self) -> None:
-        """Read it, and let the server respond."""
+        """Read the request, and let the server respond."""
         self.server.respond(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def answer(self, content: bytes, status: int = 200, **headers: str) -> None:
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is said of a request."""
+        """Do not log requests."""
 
 
 S = TypeVar("S", bound=StubWriter)
@@ -80,7 +80,7 @@ S = TypeVar("S", bound=StubWriter)
 
 @contextmanager
 def running(server: S) -> Iterator[S]:
-    """The server, answering in a thread."""
+    """Run the server in a thread."""
     thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

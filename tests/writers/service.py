@@ -34,13 +34,13 @@ class Service(StubWriter):
         """How often it was asked for one text."""
         return sum(one == text for one, _, _ in self.seen)
 
-    def respond(self, handler: Handler, asked: Any) -> None:
+    def respond(self, handler: Handler, body: Any) -> None:
         """Note the request, and answer it unless something goes wrong."""
-        text = asked["messages"][-1]["content"]
+        text = body["messages"][-1]["content"]
         with self.lock:
             assert handler.path == "/v1/chat/completions"
-            self.seen.append((text, asked, dict(handler.headers)))
-            fault = self.fault(text, asked)
+            self.seen.append((text, body, dict(handler.headers)))
+            fault = self.fault(text, body)
             self.now += 1
             self.most = max(self.most, self.now)
         self.meet()
@@ -49,7 +49,7 @@ class Service(StubWriter):
         if fault:
             fault(handler)
         else:
-            super().respond(handler, asked)
+            super().respond(handler, body)
 
     def shutdown(self) -> None:
         """Stop, and let go whoever is kept waiting."""

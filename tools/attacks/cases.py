@@ -1,4 +1,4 @@
-"""Small runs with every kind of state: what is attacked. Each takes about a second in a forked child."""
+"""Small runs with every kind of state, which are attacked. Each takes about a second in a forked child."""
 
 import json
 import os
@@ -22,29 +22,29 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Coin(Sudoku):
-    """Sudoku of which random models solve about half: what counts is whether the sum of the characters is even."""
+    """Sudoku whose grade is random: a completion is correct if the sum of its character codes is even."""
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """A function of the text alone."""
+        """Grade by the text alone."""
         correct = sum(map(ord, completion)) % 2 == 0
         return Grade(correct, 1.0 if correct else 0.25 * (len(completion) % 3), completion[-2:] or None)
 
 
 def add_task() -> None:
-    """Make the task known to this program."""
+    """Register the task."""
     TASKS["coin"] = Coin
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command, what its folder holds before, and thereby what state it keeps."""
+    """A command and the files that its folder holds before it."""
 
     name: str
     tree: Mapping[str, Any]
-    """Of `config.yaml` in the working folder."""
+    """The content of `config.yaml` in the working folder."""
     command: Words = ("train", CONFIG, "run=run")
     before: tuple[Words, ...] = ()
-    """Commands that run undisturbed before it."""
+    """Commands that are run undisturbed before it."""
     files: Mapping[str, str] = field(default_factory=dict)
 
     def prepare(self, folder: Path, url: str) -> None:
@@ -96,13 +96,13 @@ SECTIONS = ("task", "eval", "log", "checkpoint")
 
 
 def tree(**changes: Any) -> dict[str, Any]:
-    """The base with other sections; of `SECTIONS` only the keys that are given are replaced."""
+    """The base config with other sections; in `SECTIONS` only the given keys are replaced."""
     merged = {key: {**BASE[key], **value} if key in SECTIONS else value for key, value in changes.items()}
     return {**BASE, **merged}
 
 
 def method(name: str = "d_opsd", **changes: Any) -> dict[str, Any]:
-    """A method whose every rollout counts."""
+    """A method that keeps every rollout."""
     return {"name": name, "gate": "all", "rollout": {"problems": 3, "attempts": 1}, **changes}
 
 
@@ -161,12 +161,12 @@ EVERYTHING = Case(
         checkpoint={"keep": 2},
     ),
 )
-"""A run with a moving teacher, a bank, and rollouts between passes."""
+"""A run with an EMA teacher, a skill bank, and rollouts that serve two passes."""
 
 
 @contextmanager
 def writer() -> Iterator[str]:
-    """A server on this machine, in a process of its own since this one forks; its address."""
+    """Start a local server in a process of its own, since this process forks; yield its URL."""
     server = StubWriter(steps_or_entries)
     pid = os.fork()
     if pid == 0:

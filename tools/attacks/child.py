@@ -1,4 +1,4 @@
-"""Commands in forked children: bounded in time and memory, with their output, and without the seconds of imports."""
+"""Runs commands in forked children, bounded in time and memory, without importing the libraries each time."""
 
 import os
 import resource
@@ -26,8 +26,8 @@ from dllm_sd.cli.main import main
 
 torch.set_num_threads(1)
 
-ROOM = 4 * 2**30
-"""Address space in bytes that a child may take beyond what it begins with: it protects the machine."""
+EXTRA_MEMORY = 4 * 2**30
+"""Bytes of address space that a child may take in addition to what it starts with."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ended:
     """How a child ended."""
 
     status: int | None
-    """Exit status; negative for a signal, None if it had to be killed for its time."""
+    """Exit status; negative for a signal, None if the child was killed after its time limit."""
     out: str
     err: str
     seconds: float
@@ -44,7 +44,7 @@ class Ended:
 
     @property
     def sentence(self) -> str | None:
-        """The one sentence that it ended with, or None if it ended in another way."""
+        """The message that the command ended with; None if it ended in another way."""
         lines = [line for line in self.err.splitlines() if line.strip()]
         if self.status not in (1, 2) or not lines or "Traceback" in self.err or not lines[-1].startswith("dllm-sd: "):
             return None
@@ -57,7 +57,7 @@ class Ended:
 
 
 def die_with_parent() -> None:
-    """Let the system kill this process when the one that forked it ends, however it ends (Linux)."""
+    """Let the system kill this process when its parent ends for any reason (Linux)."""
     CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -65,7 +65,7 @@ class Child:
     """A function in a fork of this process; its result is the exit status."""
 
     def __init__(self, act: Callable[[], int], folder: Path) -> None:
-        """Start it in ``folder``."""
+        """Fork, and start the function in ``folder``."""
         self.started = time.perf_counter()
         pipes = [os.pipe() for _ in range(2)]
         sys.stdout.flush()
@@ -81,15 +81,15 @@ class Child:
         self.ends = [end for end, _ in pipes]
 
     def wait(self, seconds: float = 60) -> Ended:
-        """Read what it says until it ends; it is killed after ``seconds``."""
-        said, deadline = dict.fromkeys(self.ends, b""), time.perf_counter() + seconds
+        """Read the output until the child ends; it is killed after ``seconds``."""
+        output, deadline = dict.fromkeys(self.ends, b""), time.perf_counter() + seconds
         with selectors.DefaultSelector() as ready:
             for end in self.ends:
                 ready.register(end, selectors.EVENT_READ)
             while ready.get_map() and (left := deadline - time.perf_counter()) > 0:
                 for key, _ in ready.select(left):
                     piece = os.read(key.fd, 2**16)
-                    said[key.fd] += piece
+                    output[key.fd] += piece
                     if not piece:
                         ready.unregister(key.fd)
             hung = bool(ready.get_map())
@@ -98,7 +98,7 @@ class Child:
         _, code, usage = os.wait4(self.pid, 0)
         for end in self.ends:
             os.close(end)
-        out, err = (said[end].decode(errors="replace") for end in self.ends)
+        out, err = (output[end].decode(errors="replace") for end in self.ends)
         status = None if hung else os.waitstatus_to_exitcode(code)
         return Ended(status, out, err, time.perf_counter() - self.started, usage.ru_maxrss * 1024)
 
@@ -123,7 +123,7 @@ def command(arguments: Sequence[str], before: Callable[[], object] = lambda: Non
 def _run(act: Callable[[], int], folder: Path) -> int:
     try:
         os.chdir(folder)
-        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ROOM
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + EXTRA_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         status = act()
     except SystemExit as leaving:

@@ -1,7 +1,7 @@
-"""What a user may write, by mistake or in malice, in a config, an override or on the command line.
+"""Hostile configs, overrides and command lines.
 
-Outcomes: sentence, status 2 (or 1 where noted) and one short sentence, within 30 s and 2 GB, and no
-file is written outside; ok, where it may as well be accepted. All else is a fault.
+Outcomes: sentence, the command ends with status 2 and one short sentence, within 30 s and 2 GB, and writes no file
+outside; ok, the input may be accepted and is. Everything else is a fault.
 """
 
 import json
@@ -15,8 +15,8 @@ from tools.attacks import child
 from tools.attacks.cases import CONFIG, SUMS, Case, Words, tree
 from tools.attacks.findings import Finding, spread
 
-SECONDS, MEMORY, LONGEST, WORD = 30, 2 * 2**30, 1000, 250
-"""Bounds of a refusal, in seconds, bytes and characters, and of what it may repeat of the input."""
+MAX_SECONDS, MAX_MEMORY, MAX_MESSAGE, MAX_WORD = 30, 2 * 2**30, 1000, 250
+"""Bounds of a refusal: seconds, bytes, and characters of its message and of each word in it."""
 LONG = "x" * 5000
 DIGITS = "9" * 5000
 LOOP = "{% for a in range(10**9) %}x{% endfor %}"
@@ -30,7 +30,7 @@ class Hostile:
     command: Words
     files: dict[str, bytes] = field(default_factory=dict)
     may_work: bool = False
-    """Whether it may be accepted, if it then ends in time."""
+    """Whether the command may accept the input, if it then ends in time."""
 
 
 REFUSED = r"""
@@ -111,7 +111,7 @@ resume:  maybe | []
 peers:  {students: []} | {students: [{name: a, domain: b}]} | 5
 optim.nope:  1
 """
-"""Values of keys that are to be refused."""
+"""Values that must be refused."""
 
 WORKING = r"""
 cache:  "a\0b" | /proc/nothing
@@ -134,11 +134,11 @@ decode.top_k:  1000000000
 max_prompt:  1000000000
 model.seed:  99999999999
 """
-"""Values that may be accepted, if the command then ends as any other."""
+"""Values that may be accepted, if the command then ends normally."""
 
 WORDS = ("=x", "x", "..=1", "a..b=1", ".seed=1", "seed.=1", "a[0]=1", "seed[0]=1", "nope=1", "--seed=4", "-x")
 WORDS += ("method.contexts.5.ratio=0.1", f"{'a.' * 1000}b=1", f"{LONG}=1")
-"""What is no override at all, or one of no key."""
+"""Arguments that are not overrides, or not of a key."""
 
 
 def _text(**changes: object) -> str:
@@ -188,7 +188,7 @@ CONFIGS: dict[str, bytes] = {
     "many megabytes": b"# " + b"x" * 30_000_000 + b"\ntask: nope\n",
     "a million keys": b"task: {" + b",".join(b"k%d: 1" % i for i in range(60_000)) + b"}\n",
 }
-"""Contents of a config, all to be refused."""
+"""Contents of a config that must be refused."""
 
 SMALL = ("eval.final_problems=2", "decode.length=8")
 ODD_SCHEDULE = "eval.schedules={a: {suppress: [9999999]}}"
@@ -244,29 +244,29 @@ COMMANDS: dict[str, Words] = {
 def all_hostile() -> list[Hostile]:
     """Every hostile command: overrides for `train`, and for `show` where a number is large."""
     refused, working = [*_overrides(REFUSED), *WORDS], [*_overrides(WORKING), "optim[lr]=1"]
-    found = []
+    hostile = []
     for text in (*refused, *working):
         may_work, large = text in working, "000000" in text or "1e9" in text
-        found.append(Hostile(f"train {text:.50}", ("train", CONFIG, "run=run", text), may_work=may_work))
+        hostile.append(Hostile(f"train {text:.50}", ("train", CONFIG, "run=run", text), may_work=may_work))
         if large:
-            found.append(Hostile(f"show {text:.50}", ("show", CONFIG, text), may_work=True))
+            hostile.append(Hostile(f"show {text:.50}", ("show", CONFIG, text), may_work=True))
     for name, content in CONFIGS.items():
         run = () if " run" in name else ("run=run",)
-        found += [
+        hostile += [
             Hostile(f"{word}: {name}", (word, "hostile.yaml", *run), {"hostile.yaml": content})
             for word in ("train", "show")
         ]
-    return found + [Hostile(name, words) for name, words in COMMANDS.items()]
+    return hostile + [Hostile(name, words) for name, words in COMMANDS.items()]
 
 
 def _overrides(table: str) -> list[str]:
     lines = (line.partition(":  ") for line in table.strip().splitlines())
-    found = [f"{key}={value}" for key, _, values in lines for value in values.split(" | ")]
-    return [text.replace("LONG", LONG).replace("DIGITS", DIGITS).replace("OPEN", "[" * 3000) for text in found]
+    overrides = [f"{key}={value}" for key, _, values in lines for value in values.split(" | ")]
+    return [text.replace("LONG", LONG).replace("DIGITS", DIGITS).replace("OPEN", "[" * 3000) for text in overrides]
 
 
 def prepare(folder: Path) -> None:
-    """The files that the commands name."""
+    """Write the files that the commands name."""
     Case("hostile", tree(eval={"problems": 2})).prepare(folder, "")
     (folder / "file").write_text("a file\n")
     (folder / "foreign").mkdir()
@@ -283,19 +283,19 @@ def prepare(folder: Path) -> None:
 
 def attack(folder: Path, points: int | None = None) -> Iterator[Finding]:
     """Run every hostile command, or ``points`` of them, each in a new folder."""
-    every = all_hostile()
-    for number in spread(len(every), points):
-        yield judge(every[number], folder)
+    commands = all_hostile()
+    for number in spread(len(commands), points):
+        yield judge(commands[number], folder)
 
 
 def judge(hostile: Hostile, folder: Path) -> Finding:
-    """Run one of them."""
+    """Run one hostile command in a new folder."""
     work = folder / "hostile"
     prepare(work)
     try:
         for name, content in hostile.files.items():
             (work / name).write_bytes(content)
-        ended = child.run(hostile.command, work, seconds=SECONDS)
+        ended = child.run(hostile.command, work, seconds=MAX_SECONDS)
         left = {path.name for path in work.iterdir()}
     finally:
         shutil.rmtree(work)
@@ -306,21 +306,21 @@ def judge(hostile: Hostile, folder: Path) -> Finding:
 
 
 def _wrong(hostile: Hostile, ended: child.Ended, left: set[str]) -> str | None:
-    """What is wrong with how it ended."""
+    """What is wrong with the end of a hostile command; None if nothing is."""
     usage = ended.status == 2 and ended.err.startswith("usage: ")
-    said = ended.err.splitlines()[-1] if usage else ended.sentence
+    message = ended.err.splitlines()[-1] if usage else ended.sentence
     if ended.status is None:
-        return f"not done in {SECONDS} s"
-    if ended.memory > MEMORY:
+        return f"not done in {MAX_SECONDS} s"
+    if ended.memory > MAX_MEMORY:
         return f"took {ended.memory / 2**30:.1f} GB"
     if "owned" in left:
         return "it ran what was written"
     if hostile.may_work:
-        return None if ended.status == 0 or said else "no sentence"
+        return None if ended.status == 0 or message else "no sentence"
     if ended.status == 0:
         return "accepted"
-    if said is None or ended.status != 2:
+    if message is None or ended.status != 2:
         return "no sentence, or not status 2"
-    if len(said) > LONGEST or max(map(len, said.split())) > WORD:
-        return f"{len(said)} characters, which repeat the input"
+    if len(message) > MAX_MESSAGE or max(map(len, message.split())) > MAX_WORD:
+        return f"{len(message)} characters, which repeat the input"
     return None

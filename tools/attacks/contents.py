@@ -1,4 +1,4 @@
-"""What a folder holds, without what may differ between equal runs, and the first things in which two folders differ."""
+"""The contents of a folder without values that differ between equal runs, and the differences of two folders."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,23 +7,23 @@ from typing import Any
 
 import yaml
 
-PASSING = ("time/", "seconds", "writers/cached", "writers/damaged", "occupancy", "files", "logs")
-"""Keys that may differ: how long it took, what was on the disk already or damaged there, and checksums of files that
-hold such keys."""
-UNSEEN = ("tb", ".lock")
-"""Names that are not compared: pictures for people, and locks. Nor are texts that were being kept: several runs may
-share them, so that none removes what another may be writing."""
+VOLATILE = ("time/", "seconds", "writers/cached", "writers/damaged", "occupancy", "files", "logs")
+"""Keys that may differ: durations, counts of cached and damaged texts, and checksums of files with such keys."""
+NOT_COMPARED = ("tb", ".lock")
+"""Names that are not compared: TensorBoard files and locks. Partial files of cached texts are not compared either: runs
+share the cache, so that no run removes what another one may be writing.
+"""
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Relative path: bytes, or the JSON without the keys that may differ; links and folders are told apart."""
+    """By relative path: the bytes of a file, or its JSON without `VOLATILE` keys; links and folders as text."""
     return dict(_contents(folder, folder))
 
 
 def _contents(root: Path, folder: Path) -> Iterator[tuple[str, Any]]:
     for path in sorted(folder.iterdir()):
         name = str(path.relative_to(root))
-        if path.name in UNSEEN or ("written" in path.parts and path.name.startswith(".")):
+        if path.name in NOT_COMPARED or ("written" in path.parts and path.name.startswith(".")):
             continue
         if path.is_symlink():
             yield name, f"link to {path.readlink()}"
@@ -38,42 +38,42 @@ def _read(path: Path) -> Any:
     data = path.read_bytes()
     try:
         if path.name == "config.yaml":
-            return _lasting(yaml.safe_load(data))
+            return _without_volatile(yaml.safe_load(data))
         if path.suffix == ".json":
-            return _lasting(json.loads(data))
+            return _without_volatile(json.loads(data))
         if path.suffix == ".jsonl" and data.endswith(b"\n"):
-            return [_lasting(json.loads(line)) for line in data.splitlines()]
+            return [_without_volatile(json.loads(line)) for line in data.splitlines()]
     except (ValueError, RecursionError, yaml.YAMLError):
         pass
     return data
 
 
-def _lasting(value: Any) -> Any:
+def _without_volatile(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _lasting(inner) for key, inner in value.items() if not key.startswith(PASSING)}
-    return [_lasting(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without_volatile(inner) for key, inner in value.items() if not key.startswith(VOLATILE)}
+    return [_without_volatile(inner) for inner in value] if isinstance(value, list) else value
 
 
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What is missing, left over or different, a phrase each; equal folders give none."""
-    words = [f"missing {name}" for name in wanted if name not in found]
-    words += [f"left over {name}" for name in found if name not in wanted]
+def differences(wanted: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
+    """A phrase for each file that is missing, left over or different; empty for equal folders."""
+    phrases = [f"missing {name}" for name in wanted if name not in actual]
+    phrases += [f"left over {name}" for name in actual if name not in wanted]
     for name in wanted:
-        if name in found and wanted[name] != found[name]:
-            words.append(f"{name} differs{_where(wanted[name], found[name])}")
-    return words
+        if name in actual and wanted[name] != actual[name]:
+            phrases.append(f"{name} differs{_first_difference(wanted[name], actual[name])}")
+    return phrases
 
 
-def _where(wanted: Any, found: Any, path: str = "") -> str:
-    """The first place in two JSON values in which they differ."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        for key in {**wanted, **found}:
-            if wanted.get(key) != found.get(key):
-                return _where(wanted.get(key), found.get(key), f"{path}.{key}")
-    if isinstance(wanted, list) and isinstance(found, list):
-        if len(wanted) != len(found):
-            return f" at {path or 'the top'}: {len(found)} entries, not {len(wanted)}"
-        for i, (one, other) in enumerate(zip(wanted, found, strict=True)):
-            if one != other:
-                return _where(one, other, f"{path}.{i}")
-    return f" at {path}: {found!r:.60}, not {wanted!r:.60}" if path else ""
+def _first_difference(wanted: Any, actual: Any, path: str = "") -> str:
+    """Describe the first difference of two JSON values."""
+    if isinstance(wanted, dict) and isinstance(actual, dict):
+        for key in {**wanted, **actual}:
+            if wanted.get(key) != actual.get(key):
+                return _first_difference(wanted.get(key), actual.get(key), f"{path}.{key}")
+    if isinstance(wanted, list) and isinstance(actual, list):
+        if len(wanted) != len(actual):
+            return f" at {path or 'the top'}: {len(actual)} entries, not {len(wanted)}"
+        for i, (wanted_item, item) in enumerate(zip(wanted, actual, strict=True)):
+            if wanted_item != item:
+                return _first_difference(wanted_item, item, f"{path}.{i}")
+    return f" at {path}: {actual!r:.60}, not {wanted!r:.60}" if path else ""

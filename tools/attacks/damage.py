@@ -1,7 +1,8 @@
-"""A file of a run folder is damaged, or a value in its JSON; then the run is continued, evaluated and exported.
+"""Damages a file of a run folder, or a value in its JSON; then the run is continued, evaluated and exported.
 
-Outcomes: ok, everything is as without the damage; sentence, one sentence that names the file or its folder, and nothing
-in the folder has changed. A traceback, a difference that nobody speaks of, and a write through a link are faults.
+Outcomes: ok, the result is as without the damage; sentence, the command ends with one sentence that names the file or
+its folder, and nothing in the folder has changed. A traceback, a difference without a message, and a write through a
+link are faults.
 """
 
 import json
@@ -23,8 +24,8 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 def _flipped(data: bytes, share: float) -> bytes:
-    place = min(len(data) - 1, int(len(data) * share))
-    return data[:place] + bytes([data[place] ^ 0x41]) + data[place + 1 :] if data else b"\x41"
+    position = min(len(data) - 1, int(len(data) * share))
+    return data[:position] + bytes([data[position] ^ 0x41]) + data[position + 1 :] if data else b"\x41"
 
 
 BYTES: dict[str, Callable[[bytes], bytes]] = {
@@ -55,7 +56,7 @@ VALUES: dict[str, Any] = {
 
 
 def damages(run: Path, others: list[Path]) -> Iterator[tuple[str, Path, Callable[[Path], None]]]:
-    """What can be done to each file below a folder: a name, the file, and the deed, which gets the file's path."""
+    """Yield all damages of the files below a folder: name, file, and a function that gets the path of the file."""
     files = sorted(path for path in run.rglob("*") if path.is_file() and "tb" not in path.parts)
     for file in (path for path in files if not path.name.endswith("lock")):
         changes = BYTES if file.suffix == ".safetensors" else BYTES | TEXTS
@@ -124,7 +125,7 @@ class Victim:
 
 
 def victims(folder: Path, url: str) -> Iterator[Victim]:
-    """Runs stopped in the middle, a finished one, an evaluation in the middle, students, and kept texts."""
+    """Interrupted runs, a finished run, evaluations, two students, and cached texts."""
     exporting: Words = ("export", "run", "--to", "merged", "model", "--weights", "last")
     course = follow(EVERYTHING, folder / "everything", url)
     yield stopped(course, "000003", commands=(TRAIN, EVALUATE, exporting))
@@ -141,36 +142,36 @@ def victims(folder: Path, url: str) -> Iterator[Victim]:
 
 
 def stopped(course: Course, checkpoint: str, target: str = "run", commands: tuple[Words, ...] = (TRAIN,)) -> Victim:
-    """A run as it is just before a checkpoint is begun."""
+    """A run as it is just before it writes a checkpoint."""
     number = next(i for i, line in enumerate(course.operations) if checkpoint in line)
     return Victim(f"{course.case.name} before {checkpoint}", course.state(number), target, commands)
 
 
 def attack(victim: Victim, points: int | None = None) -> Iterator[Finding]:
-    """Do all damages, or ``points`` of them, and run every command on each."""
+    """Apply all damages, or ``points`` of them, and run every command on each."""
     work = victim.root.parent / "damaged"
     wanted: dict[Words, Mapping[str, Any]] = {}
     for words in victim.commands:
         ended, wanted[words] = _effect(victim, words, work, lambda path: None, Path())
         done(ended)
-    others = [*victim.root.rglob("*.safetensors")]
-    every = [*damages(victim.root / victim.target, others)]
-    for number in spread(len(every), points):
-        name, file, deed = every[number]
+    tensor_files = [*victim.root.rglob("*.safetensors")]
+    all_damages = [*damages(victim.root / victim.target, tensor_files)]
+    for number in spread(len(all_damages), points):
+        name, file, damage = all_damages[number]
         inside = file.relative_to(victim.root)
         for words in victim.commands:
-            ended, found = _effect(victim, words, work, deed, inside)
-            yield _judge(victim, f"{words[0]} with {inside}: {name}", inside, ended, found, wanted[words])
+            ended, actual = _effect(victim, words, work, damage, inside)
+            yield _judge(victim, f"{words[0]} with {inside}: {name}", inside, ended, actual, wanted[words])
 
 
 Effect = tuple[child.Ended, Mapping[str, Any]]
 
 
-def _effect(victim: Victim, words: Words, work: Path, deed: Callable[[Path], None], inside: Path) -> Effect:
-    """Damage, run, and see what is there; the contents before the command under an empty name."""
+def _effect(victim: Victim, words: Words, work: Path, damage: Callable[[Path], None], inside: Path) -> Effect:
+    """Damage a copy and run a command; return its end and the contents, with those before it under an empty name."""
     shutil.copytree(victim.root, work, symlinks=True)
     try:
-        deed(work / inside)
+        damage(work / inside)
         before = contents(work)
         ended = child.run(words, work)
         return ended, {**contents(work), "": before}
@@ -179,19 +180,18 @@ def _effect(victim: Victim, words: Words, work: Path, deed: Callable[[Path], Non
 
 
 def _judge(
-    victim: Victim, name: str, inside: Path, ended: child.Ended, found: Mapping[str, Any], wanted: Mapping[str, Any]
+    victim: Victim, name: str, inside: Path, ended: child.Ended, actual: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Finding:
     def finding(outcome: Any, words: str) -> Finding:
         return Finding("damage", victim.name, name, outcome, words)
 
-    now = {key: value for key, value in found.items() if key}
+    before, after = actual[""], {key: value for key, value in actual.items() if key}
     if ended.status == 0:
-        lasting = {key: value for key, value in wanted.items() if key}
-        wrong = differences(lasting, now)
-        if found[""].get(str(inside)) == now.get(str(inside)):  # where it is not read, it stays as it is
-            wrong = [words for words in wrong if str(inside) not in words]
-        wrong = [words for words in wrong if words != f"left over {OUTSIDE}"]
-        if OUTSIDE in now and now[OUTSIDE] != found[""][OUTSIDE]:
+        wrong = differences({key: value for key, value in wanted.items() if key}, after)
+        if before.get(str(inside)) == after.get(str(inside)):  # a file that is not read may stay damaged
+            wrong = [phrase for phrase in wrong if str(inside) not in phrase]
+        wrong = [phrase for phrase in wrong if phrase != f"left over {OUTSIDE}"]
+        if OUTSIDE in after and after[OUTSIDE] != before[OUTSIDE]:
             wrong.insert(0, "written through the link")
         return finding("FAULT" if wrong else "ok", f"said nothing: {'; '.join(wrong[:3])}" if wrong else "")
     if ended.sentence is None:
@@ -199,7 +199,7 @@ def _judge(
     if not any(part in ended.sentence for part in (inside.name, str(inside.parent))):
         return finding("FAULT", f"does not name the file: {ended.sentence}")
     later = {"written", "best"} & {*inside.parts}  # read in the middle of a run, or at its end
-    sites_per_chunk = name.startswith("train") and not later
-    if sites_per_chunk and (changed := differences(found[""], now)):
+    refused_first = name.startswith("train") and not later
+    if refused_first and (changed := differences(before, after)):
         return finding("FAULT", f"changed the folder ({changed[0]}): {ended.sentence}")
     return finding("sentence", ended.sentence)

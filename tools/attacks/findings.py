@@ -1,4 +1,4 @@
-"""What came of each attack, and the table of it."""
+"""The outcomes of attacks, and their table."""
 
 import json
 from collections import Counter

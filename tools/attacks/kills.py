@@ -1,8 +1,8 @@
-"""A command is killed before each of its file operations, and in the middle of each write; then it is run again.
+"""Kills a command before each of its file operations and in the middle of each write, then runs it again.
 
-One run is enough for all points: before every operation the whole working folder is copied, which is what a kill would
-leave there. A file that grew from one operation to the next is also left half-written. Outcomes: ok, the command run
-again ends like the undisturbed one, bit for bit; sentence, it says that all is there already; else a fault.
+One run serves all points: before every operation the working folder is copied, which is what a kill would leave. For a
+file that grew between two operations there is also a copy with half of the addition. Outcomes: ok, the repeated command
+ends like the undisturbed one, bit for bit; sentence, it says that its result exists already; anything else is a fault.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ class Course:
     operations: tuple[str, ...]
 
     def state(self, number: int) -> Path:
-        """The working folder before an operation; the last is that behind all."""
+        """The working folder before an operation; the last one is that after all operations."""
         return self.folder / (f"{number:04d}" if number < len(self.operations) else "after")
 
 
 def follow(case: Case, folder: Path, url: str) -> Course:
-    """Run a case undisturbed and keep every state that it passes through."""
+    """Run a case undisturbed and copy the working folder before each operation."""
     before, after, log = folder / "before", folder / "after", folder / "operations"
     case.prepare(before, url)
     for words in case.before:
@@ -64,19 +64,19 @@ def done(ended: child.Ended) -> None:
 
 
 def states(course: Course) -> Iterator[tuple[str, Path]]:
-    """What a kill may leave, each once: before every operation, and with every written file half-written."""
+    """Yield the distinct folders that a kill may leave: before every operation, and with each write half done."""
     seen: set[str] = set()
     for number in range(len(course.operations) + 1):
-        here = course.state(number)
+        state = course.state(number)
         if number:
-            for name in _grown(course.state(number - 1), here):
+            for name in _grown(course.state(number - 1), state):
                 half = course.folder / "half" / f"{number:04d} {name.replace('/', ' ')}"
-                shutil.copytree(here, half, symlinks=True)
+                shutil.copytree(state, half, symlinks=True)
                 _halve(half / name, course.state(number - 1) / name)
                 yield f"in the middle of {name}, before {_label(course, number)}", half
-        if (key := _digest(here)) not in seen:
+        if (key := _digest(state)) not in seen:
             seen.add(key)
-            yield f"before {_label(course, number)}", here
+            yield f"before {_label(course, number)}", state
 
 
 def _label(course: Course, number: int) -> str:
@@ -84,7 +84,7 @@ def _label(course: Course, number: int) -> str:
 
 
 def _grown(old: Path, new: Path) -> list[str]:
-    """Files that hold something that no file held before."""
+    """Files whose content no file had before."""
     files = [path for path in new.rglob("*") if path.is_file() and "tb" not in path.parts]
     known = {path.read_bytes() for path in old.rglob("*") if path.is_file()}
     return sorted(str(path.relative_to(new)) for path in files if path.read_bytes() not in known)
@@ -107,9 +107,9 @@ def _digest(folder: Path) -> str:
 
 def attack(course: Course, points: int | None = None) -> Iterator[Finding]:
     """Run the command again from every state, or from ``points`` of them."""
-    wanted, every = contents(course.state(len(course.operations))), list(states(course))
-    for number in spread(len(every), points):
-        name, folder = every[number]
+    wanted, points_of_kill = contents(course.state(len(course.operations))), list(states(course))
+    for number in spread(len(points_of_kill), points):
+        name, folder = points_of_kill[number]
         work = course.folder / "work"
         shutil.copytree(folder, work, symlinks=True)
         yield again(course.case, work, wanted, "kills", name)
@@ -117,10 +117,10 @@ def attack(course: Course, points: int | None = None) -> Iterator[Finding]:
 
 
 def again(case: Case, work: Path, wanted: dict[str, object], kind: str, name: str) -> Finding:
-    """Run the command of a case in a folder in which it was stopped, and compare what comes of it."""
+    """Run the command of a case in a folder where it was stopped, and compare the result with the wanted contents."""
     ended = child.run(case.command, work)
     wrong = differences(wanted, contents(work))
-    if ended.sentence and not wrong:  # such as an export that is there already
+    if ended.sentence and not wrong:  # such as an export that exists already
         return Finding(kind, case.name, name, "sentence", ended.sentence)
     if ended.status != 0:
         return Finding(kind, case.name, name, "FAULT", f"run again: {ended}")
@@ -128,7 +128,7 @@ def again(case: Case, work: Path, wanted: dict[str, object], kind: str, name: st
 
 
 def check(course: Course, points: int) -> Iterator[Finding]:
-    """Kill the command itself at a few operations: what it leaves must be the state that was copied."""
+    """Really kill the command before a few operations, and check that it leaves the state that was copied."""
     for number in spread(len(course.operations), points):
         work = course.folder / "work"
         shutil.copytree(course.folder / "before", work, symlinks=True)

@@ -1,7 +1,7 @@
-"""One of two processes is killed before a file operation of the first, then both are started again.
+"""Kills one of two processes before a file operation of the first, then starts both again.
 
-Outcomes: ok, the run ends like the undisturbed one of two processes, bit for bit. Also the program that each of the two
-runs: `python -m tools.attacks.ranks ARGUMENTS`.
+Outcome ok: the run ends like an undisturbed one of two processes, bit for bit. This module is also the program that
+each of the two processes runs: `python -m tools.attacks.ranks ARGUMENTS`.
 """
 
 import os

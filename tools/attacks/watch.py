@@ -1,4 +1,4 @@
-"""File operations of this process, seen just before they happen: audit events, and the writes of safetensors."""
+"""Observes the file operations of this process before they happen, by audit events and a wrapper of safetensors."""
 
 import os
 import sys
@@ -12,17 +12,23 @@ from safetensors import torch as safetensors
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 SAVE = "attacks.save_file"
-"""Safetensors writes in Rust, which raises no audit event; this one is raised for it."""
-PLACES = {"os.rename": (1, 3), "os.remove": (0, 1), "os.rmdir": (0, 1), "os.mkdir": (0, 2), "os.truncate": (0, None)}
-PLACES |= {"os.link": (1, 3), "os.symlink": (1, 2), "os.chmod": (0, 2), "open": (0, None), SAVE: (0, None)}
-"""Event: where its arguments hold the path that it changes, and the folder's descriptor that the path starts from."""
-MAKING = ("open", "os.mkdir", "os.rename", "os.link", "os.symlink", SAVE)
-"""What needs room on the disk."""
+"""Audit event for writes of safetensors, which are made in Rust and raise none."""
+PATH_ARGUMENTS = {
+    "os.rename": (1, 3),
+    "os.remove": (0, 1),
+    "os.rmdir": (0, 1),
+    "os.mkdir": (0, 2),
+    "os.truncate": (0, None),
+}
+PATH_ARGUMENTS |= {"os.link": (1, 3), "os.symlink": (1, 2), "os.chmod": (0, 2), "open": (0, None), SAVE: (0, None)}
+"""By event: the indices of the changed path and of its folder descriptor among the arguments."""
+CREATING = ("open", "os.mkdir", "os.rename", "os.link", "os.symlink", SAVE)
+"""Events that need free space on the disk."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A change of a file that is about to happen."""
+    """A file operation that is about to happen."""
 
     number: int
     """From 0, in the order of this process."""
@@ -43,13 +49,13 @@ class Watch:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in PLACES or self.inside:
+        if event not in PATH_ARGUMENTS or self.inside:
             return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITING):
             return
-        self.inside = True  # what is done here is not watched
+        self.inside = True  # operations of `act` are not observed
         try:
-            place, start = PLACES[event]
+            place, start = PATH_ARGUMENTS[event]
             path = self._relative(arguments[place], arguments[start] if start is not None else -1)
             if path is not None:
                 operation, self.count = Operation(self.count, event, path), self.count + 1
