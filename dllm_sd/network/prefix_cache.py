@@ -92,7 +92,7 @@ class PrefixCache:
         real = (position < stop[:, None]) & (column < rows.ids.shape[1])
         inside = column.clamp(max=rows.ids.shape[1] - 1)
         place = position.masked_fill(~real, self.width)
-        window = Window(self, slots, position, place, start, writes=read is None)
+        window = Window(self, slots, position, place, start, rows.ids.shape[1], writes=read is None)
         if read is None:
             sites = torch.zeros_like(real)
         else:
@@ -120,15 +120,25 @@ class Window:
     """Some blocks of some rows, with the interface that the attention layers of transformers expect of a KV cache."""
 
     def __init__(
-        self, cache: PrefixCache, slots: Tensor, position: Tensor, place: Tensor, start: Tensor, writes: bool
+        self,
+        cache: PrefixCache,
+        slots: Tensor,
+        position: Tensor,
+        place: Tensor,
+        start: Tensor,
+        width: int,
+        writes: bool,
     ) -> None:
-        """Arguments as in `PrefixCache`; ``position`` and ``place`` are int64 ``[r w]``, the rest int64 ``[r]``."""
-        self.cache, self.slots = cache, slots
+        """Arguments as in `PrefixCache`; ``position`` and ``place`` are int64 ``[r w]``, the rest int64 ``[r]``.
+
+        Only the first ``width`` cached positions are read, so that no result depends on how wide the cache is.
+        """
+        self.cache, self.slots, self.width = cache, slots, width
         self.position, self.place, self.start, self.writes = position, place, start, writes
 
     def attention(self, real: Tensor) -> Tensor:
         """Attention mask bool ``[r 1 w s+w]``: all cached positions, then `block_causal` inside the window."""
-        before = torch.arange(self.cache.width, device=real.device) < self.start[:, None]
+        before = torch.arange(self.width, device=real.device) < self.start[:, None]
         within = block_causal(self.position, real, self.cache.block_length)
         return torch.cat([before[:, None, None].expand(-1, 1, real.shape[1], -1), within], -1)
 
@@ -140,7 +150,7 @@ class Window:
         if layer not in store:
             rows, heads, _, width = len(self.cache.stored), *new.shape[1:]
             store[layer] = new.new_zeros(rows, self.cache.width + 1, heads, width)
-        before = store[layer][self.slots, :-1].transpose(1, 2)
+        before = store[layer][self.slots, : self.width].transpose(1, 2)
         if self.writes:
             store[layer][self.slots[:, None], self.place] = new.transpose(1, 2)
         return torch.cat([before, new], 2)
