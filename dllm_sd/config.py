@@ -185,6 +185,11 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     return replace(config, eval=replace(config.eval, decode=resolved, schedules=schedules))
 
 
+def build_decoding(tree: Mapping[str, Any], base: Decoding, key: str) -> Decoding:
+    """The keys of `decode` that somebody gives under ``key``; what is left out stays as in ``base``."""
+    return _build(Decoding, tree, key, base)
+
+
 def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
     """The plain tree of a config or part; `build_config` turns it back into an equal object."""
     if is_dataclass(value) and not isinstance(value, type):

@@ -8,6 +8,7 @@ from typing import Any
 from dllm_sd.canvases import CANVASES
 from dllm_sd.config import Config
 from dllm_sd.decoding.denoising import check_denoising
+from dllm_sd.decoding.generating import check_generating
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.engines import ENGINES
 from dllm_sd.errors import InputError, Unavailable
@@ -313,11 +314,7 @@ def _decodings(config: Config) -> dict[str, Decoding]:
 
 def _check_causal_decoding(config: Config, settings: Decoding, key: str) -> None:
     """Refuse decoding settings that an autoregressive model does not support."""
-    for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
-        if getattr(settings, name):
-            raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
-    if settings.compile is not None:
-        raise InputError(f"{key}.compile is for masked diffusion, and this model is autoregressive; leave it out")
+    check_generating(settings, key)
     if settings.continuous and config.optim.autocast not in (None, config.model.dtype):
         dtype = f"model.dtype to {config.optim.autocast}, or " if config.model.lora else ""
         raise InputError(

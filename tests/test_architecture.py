@@ -47,6 +47,7 @@ LAYERS = [
     "training",
     "reports",
     "export",
+    "serving",
     "",
     "cli",
     "__main__",
@@ -227,5 +228,5 @@ def test_a_call_that_writes_is_seen(call: str, way: str | None):
 def test_the_module_can_be_run():
     done = subprocess.run([sys.executable, "-m", "dllm_sd", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "eval", "grade", "sample", "show", "export"):
+    for command in ("train", "eval", "grade", "sample", "serve", "show", "export"):
         assert command in done.stdout

@@ -34,7 +34,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
 ]
-COMMANDS = ("train", "eval", "grade", "sample", "show", "export")
+COMMANDS = ("train", "eval", "grade", "sample", "serve", "show", "export")
 SECTIONS = ["How to run it", "What was measured here", "What the paper claims", "Where they part"]
 """Of a page about methods, below what they do."""
 SETTING = "The paper's setting"

@@ -1,4 +1,4 @@
-"""The command line: ``dllm-sd train | eval | grade | sample | show | export``.
+"""The command line: ``dllm-sd train | eval | grade | sample | serve | show | export``.
 
 Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted after saving; 1 anything else.
 """
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from dllm_sd.errors import InputError, Stopped, in_short, on_one_line, shortened, shown
 from dllm_sd.files.writing import at_home
@@ -107,6 +107,13 @@ def _size(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    """A port on the command line."""
+    if not text.isascii() or not text.isdigit() or int(text[:6]) > 65535:
+        raise argparse.ArgumentTypeError(f"give a whole number from 0 to 65535, not {shown(text)}")
+    return int(text)
+
+
 def _place(text: str) -> str:
     """Parse a path."""
     try:
@@ -163,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("overrides", nargs="*", metavar="key=value")
     sample.set_defaults(command="sample")
 
+    _add_serve(commands)
     show = commands.add_parser("show", help="the resolved config, its method, the memory it needs, a prompt")
     show.add_argument("config", type=_place)
     show.add_argument("overrides", nargs="*", metavar="key=value")
@@ -181,3 +189,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("overrides", nargs="*", metavar="key=value")
     export.set_defaults(command="export")
     return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="a run or a model behind HTTP, for trainers and chat clients")
+    serve.add_argument("model", type=_place, metavar="RUN_OR_MODEL")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    serve.add_argument("--port", type=_port, default=8000, help="default 8000; 0 takes a free one")
+    serve.add_argument("--task", help="name of the task, for a model without a recipe")
+    serve.add_argument("--adapter", type=_place, metavar="DIR", help="a PEFT adapter to put on the model")
+    serve.add_argument("--name", help="what clients call the model; default: RUN_OR_MODEL")
+    serve.add_argument("--api-key-variable", metavar="NAME", help="environment variable with the key clients must send")
+    serve.add_argument(
+        "--allow-loading", action="store_true", help="let clients load adapters and weights from folders that they name"
+    )
+    serve.add_argument("--max-completion", type=_size, metavar="N", help="most positions of a completion; default 4096")
+    serve.add_argument("--max-waiting", type=_size, metavar="N", help="most requests that wait; default 1024")
+    serve.add_argument("--max-body", type=_size, metavar="KIB", help="most KiB of a request; default 4096")
+    serve.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_prompt=4096 decode.temperature=1")
+    serve.set_defaults(command="serve")

@@ -14,6 +14,7 @@ from dllm_sd.decoding.decoder import Watch
 from dllm_sd.decoding.queue import Job, Queue
 from dllm_sd.decoding.sampling import banned_ids, force
 from dllm_sd.decoding.settings import Decoding, Meter
+from dllm_sd.errors import InputError
 from dllm_sd.network.merging import inference
 from dllm_sd.network.site_head import SiteHead
 from dllm_sd.randomness import fold, key_tensor, uniform
@@ -129,6 +130,19 @@ class Generator:
         return GenerationConfig(
             max_new_tokens=steps, do_sample=False, eos_token_id=list(self.end_ids), pad_token_id=self.pad_id
         )
+
+
+def check_generating(settings: Decoding, key: str = "decode") -> None:
+    """Refuse decoding settings that an autoregressive model does not support.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for name, meaning in (("threshold", "commits several tokens a step"), ("guidance", "masks the prompt")):
+        if getattr(settings, name):
+            raise InputError(f"{key}.{name} {meaning}, which an autoregressive model cannot; leave it out")
+    if settings.compile is not None:
+        raise InputError(f"{key}.compile is for masked diffusion, and this model is autoregressive; leave it out")
 
 
 @contextmanager
