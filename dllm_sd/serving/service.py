@@ -11,7 +11,7 @@ from dllm_sd.config import build_decoding
 from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.generating import check_generating
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.decoding.wire import SETTINGS, reach_from_json, trajectory_to_json
+from dllm_sd.decoding.wire import SETTINGS, reach_from_json
 from dllm_sd.errors import InputError, shown
 from dllm_sd.files.typed_json import build
 from dllm_sd.policies.loading import AnyPolicy
@@ -21,6 +21,7 @@ from dllm_sd.serving.refusal import Refusal
 from dllm_sd.serving.scheduler import Completion, Errand, Kind, Scheduler
 from dllm_sd.serving.weights import ServedWeights
 from dllm_sd.trajectory import Trajectory
+from dllm_sd.trajectory_json import trajectory_to_json
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.decoding.wire import request_to_json, trajectory_from_json
+from dllm_sd.decoding.wire import request_to_json
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.randomness import make_key
 from dllm_sd.serving.scheduler import Errand
 from dllm_sd.trajectory import StopAfter, Trajectory
+from dllm_sd.trajectory_json import trajectory_from_json
 from tests.serving.conftest import DECODE, LIMITS, service_of
 
 served = pytest.importorskip("tests.serving.served", exc_type=ImportError)
