@@ -7,7 +7,7 @@ from typing import Protocol
 
 from dllm_sd.decoding.queue import Job, Queue
 from dllm_sd.decoding.settings import Decoding, Meter
-from dllm_sd.decoding.wire import reach_to_json, settings_to_json
+from dllm_sd.decoding.wire import settings_to_json, stop_after_to_json
 from dllm_sd.engines.engine import CompletionRequest
 from dllm_sd.engines.servers import Servers
 from dllm_sd.trajectory import StopAfter, Trajectory
@@ -94,7 +94,7 @@ class RemoteDecoder:
             model=self.weights(),
             decode=settings_to_json(settings),
             steps=settings.length if stop_after is None else min(stop_after.count, settings.length),
-            reach=reach_to_json(stop_after),
+            stop_after=stop_after_to_json(stop_after),
             end_ids=self.ids.end_ids,
             pad_id=self.ids.pad_id,
             banned=tuple(sorted({*settings.suppress, *self.ids.suppress})),

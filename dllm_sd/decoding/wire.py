@@ -21,13 +21,13 @@ def settings_to_json(settings: Decoding) -> dict[str, Any]:
     return {**tree, "suppress": list(settings.suppress)}
 
 
-def reach_to_json(reach: StopAfter | None) -> dict[str, Any] | None:
+def stop_after_to_json(stop_after: StopAfter | None) -> dict[str, Any] | None:
     """Return how far a completion is decoded, None for its end."""
-    return None if reach is None else {"unit": reach.unit, "count": reach.count}
+    return None if stop_after is None else {"unit": stop_after.unit, "count": stop_after.count}
 
 
-def reach_from_json(tree: Any) -> StopAfter | None:
-    """Return what `reach_to_json` wrote.
+def stop_after_from_json(tree: Any) -> StopAfter | None:
+    """Return what `stop_after_to_json` wrote.
 
     Raises:
         ValueError: saying what is wrong.
@@ -35,17 +35,17 @@ def reach_from_json(tree: Any) -> StopAfter | None:
     if tree is None:
         return None
     if not isinstance(tree, dict) or tree.keys() != {"unit", "count"}:
-        raise ValueError(f"reach must be null or an object of unit and count, not {tree!r:.60}")
+        raise ValueError(f"stop_after must be null or an object of unit and count, not {tree!r:.60}")
     if tree["unit"] not in ("blocks", "steps"):
-        raise ValueError(f"reach.unit must be blocks or steps, not {tree['unit']!r:.60}")
-    count = build(int, tree["count"], "reach.count")
+        raise ValueError(f"stop_after.unit must be blocks or steps, not {tree['unit']!r:.60}")
+    count = build(int, tree["count"], "stop_after.count")
     if not 1 <= count <= LATEST_STEP:
-        raise ValueError(f"reach.count must be from 1 to {LATEST_STEP}, not {count}")
+        raise ValueError(f"stop_after.count must be from 1 to {LATEST_STEP}, not {count}")
     return StopAfter(tree["unit"], count)
 
 
 def request_to_json(
-    prompt: Sequence[int], key: int, settings: Decoding, reach: StopAfter | None, model: str | None = None
+    prompt: Sequence[int], key: int, settings: Decoding, stop_after: StopAfter | None, model: str | None = None
 ) -> dict[str, Any]:
     """Return the body of ``POST /generate``.
 
@@ -53,13 +53,13 @@ def request_to_json(
         prompt: token ids.
         key: seeds the random numbers of the completion.
         settings: the keys of `decode`.
-        reach: how far it is decoded.
+        stop_after: how far it is decoded.
         model: name of the weights; None for those that the server was started with.
     """
     return {
         "prompt_ids": list(prompt),
         "key": key,
         "settings": settings_to_json(settings),
-        "reach": reach_to_json(reach),
+        "stop_after": stop_after_to_json(stop_after),
         "model": model,
     }

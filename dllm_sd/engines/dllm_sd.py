@@ -28,7 +28,7 @@ class DllmSd(RemoteEngine):
             "prompt_ids": list(request.prompt),
             "key": request.key,
             "settings": settings,
-            "reach": request.reach,
+            "stop_after": request.stop_after,
         }
 
     def read(self, answer: Any, request: CompletionRequest) -> Trajectory:

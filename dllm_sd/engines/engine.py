@@ -27,7 +27,7 @@ class CompletionRequest:
     """The keys of `decode` but the engine."""
     steps: int
     """Most tokens of an autoregressive completion."""
-    reach: Mapping[str, Any] | None
+    stop_after: Mapping[str, Any] | None
     """``unit`` and ``count`` of a horizon, or None."""
     end_ids: tuple[int, ...]
     pad_id: int

@@ -14,6 +14,8 @@ from dllm_sd.trajectory import Trajectory
 
 DOWN_AFTER = 3
 """After so many failed attempts in a row a server counts as down, and others get its requests."""
+PREFIX = "dllm-sd-"
+"""How the names of trained weights begin; a server that took all weights knows its model by such a name."""
 
 
 class WrongAnswer(Stopped):
@@ -63,12 +65,13 @@ class Servers:
                     "give the base URL of one that runs"
                 )
             models = _models(reply.content)
-            if self.engine.model not in models:
+            names = [name for name in models if name == self.engine.model or name.startswith(PREFIX)]
+            if not names:
                 raise InputError(
                     f"{KEY}.model {self.engine.model!r} is not served at {server.url}, which has "
                     f"{shortened(', '.join(models)) or 'none'}; name one of these"
                 )
-            most = models[self.engine.model]
+            most = models[names[0]]
             if most is not None and most < longest:
                 raise InputError(
                     f"the server at {server.url} reads {most} tokens, but max_prompt and decode.length are {longest} "

@@ -15,13 +15,14 @@ from dllm_sd.config import Config
 from dllm_sd.decoding.decoder import Decoder
 from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.engines.servers import Servers
+from dllm_sd.engines.servers import PREFIX, Servers
 from dllm_sd.errors import Stopped
 from dllm_sd.files.writing import remove
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.saving import write_adapter
+from dllm_sd.policies.saving import write_adapter, write_weights
+from dllm_sd.policies.weights import trained
 from dllm_sd.rollouts.journal import RolloutJournal
 from dllm_sd.rollouts.rescoring import rescore
 from dllm_sd.rollouts.rollout import Rollout
@@ -75,7 +76,7 @@ class RolloutEngine:
         Raises:
             Stopped: if no server takes them.
         """
-        name = f"dllm-sd-{sha256(str(self.folder).encode()).hexdigest()[:8]}-{version}"
+        name = f"{PREFIX}{sha256(str(self.folder).encode()).hexdigest()[:8]}-{version}"
         if not self.engine.remote or name == self.version:
             return
         folder, adapter = self.folder / name, self.config.model.lora is not None
@@ -144,7 +145,10 @@ class RolloutEngine:
     def _write(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_adapter(self.policy, str(self.config.model.path), folder)
+        if self.config.model.lora is None:
+            write_weights(trained(self.policy), folder)
+        else:
+            write_adapter(self.policy, str(self.config.model.path), folder)
 
 
 def _refuse_equal(tried: Sequence[Sequence[Rollout]], temperature: float) -> None:

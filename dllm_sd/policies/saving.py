@@ -1,12 +1,16 @@
-"""The adapter of a policy in PEFT's own files, which other programs load."""
+"""Weights of a policy for servers: an adapter in PEFT's own files, or all trained weights."""
 
+from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
 
+from dllm_sd.files.checkpoint_files import CHECKPOINT_WEIGHTS, STATE, checksum, state_text
+from dllm_sd.files.writing import write_file
 from dllm_sd.policies.policy import Policy
 
 
@@ -37,3 +41,10 @@ def write_adapter(policy: Policy, base: str, folder: Path, *, with_embeddings: b
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=with_embeddings)
     state = {name: value.detach().cpu().clone() for name, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write all trained weights as a checkpoint of a run holds them, for ``dllm-sd serve``; under FSDP2 gathered."""
+    file = folder / CHECKPOINT_WEIGHTS
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, file)
+    write_file(folder / STATE, state_text({}, {file.name: checksum(file)}))

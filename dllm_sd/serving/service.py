@@ -11,7 +11,7 @@ from dllm_sd.config import build_decoding
 from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.generating import check_generating
 from dllm_sd.decoding.settings import Decoding
-from dllm_sd.decoding.wire import SETTINGS, reach_from_json
+from dllm_sd.decoding.wire import SETTINGS, stop_after_from_json
 from dllm_sd.errors import InputError, shown
 from dllm_sd.files.typed_json import build
 from dllm_sd.policies.loading import AnyPolicy
@@ -80,14 +80,14 @@ class Service:
         Raises:
             Refusal: if it is not what the model can do.
         """
-        known = ("prompt_ids", "key", "settings", "reach", "model")
+        known = ("prompt_ids", "key", "settings", "stop_after", "model")
         if unknown := [name for name in tree if name not in known]:
             raise Refusal(422, f"unknown key {shown(unknown[0])}; known keys: {', '.join(known)}")
         with refusing():
             prompt = build(tuple[int, ...], tree.get("prompt_ids"), "prompt_ids")
             key = build(int, tree.get("key"), "key")
             settings = build(dict[str, Any] | None, tree.get("settings"), "settings") or {}
-            stop_after = reach_from_json(tree.get("reach"))
+            stop_after = stop_after_from_json(tree.get("stop_after"))
             model = build(str | None, tree.get("model"), "model")
         if key < 0:
             raise Refusal(422, f"key must be from 0 to 2^63 - 1, not {key}")

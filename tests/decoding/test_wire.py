@@ -12,10 +12,10 @@ from dllm_sd.config import build_config, to_tree
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.decoding.wire import (
     SETTINGS,
-    reach_from_json,
-    reach_to_json,
     request_to_json,
     settings_to_json,
+    stop_after_from_json,
+    stop_after_to_json,
 )
 from dllm_sd.trajectory import StopAfter, Trajectory, left_pad, left_to_right
 from dllm_sd.trajectory_json import trajectory_from_json, trajectory_to_json
@@ -155,10 +155,10 @@ def test_settings_that_decide_what_is_decoded_go_over_the_wire():
     assert Decoding(**{**tree, "suppress": (3, 4)}, batch_size=5) == config.decode
 
 
-@pytest.mark.parametrize("reach", [None, StopAfter("blocks", 3), StopAfter("steps", 1)])
-def test_a_reach_comes_back(reach: StopAfter | None):
-    assert reach_from_json(json.loads(json.dumps(reach_to_json(reach)))) == reach
-    assert request_to_json([1], 5, Decoding(), reach)["reach"] == reach_to_json(reach)
+@pytest.mark.parametrize("stop_after", [None, StopAfter("blocks", 3), StopAfter("steps", 1)])
+def test_where_decoding_stops_comes_back(stop_after: StopAfter | None):
+    assert stop_after_from_json(json.loads(json.dumps(stop_after_to_json(stop_after)))) == stop_after
+    assert request_to_json([1], 5, Decoding(), stop_after)["stop_after"] == stop_after_to_json(stop_after)
 
 
 def test_what_is_no_reach_is_refused():
@@ -166,5 +166,5 @@ def test_what_is_no_reach_is_refused():
     counts = (0, -1, True, 1.0, "1", 2**40, None)
     pairs = [*((unit, 1) for unit in units), *(("steps", count) for count in counts)]
     for tree in [3, "steps", {}, {"unit": "steps"}, *({"unit": unit, "count": count} for unit, count in pairs)]:
-        with pytest.raises(ValueError, match="reach"):
-            reach_from_json(tree)
+        with pytest.raises(ValueError, match="stop_after"):
+            stop_after_from_json(tree)

@@ -102,7 +102,7 @@ def test_many_clients_at_once_get_what_each_would_get_alone(make_policy: Callabl
         torch.testing.assert_close(here.logp, there.logp, atol=1e-5, rtol=0, equal_nan=True)
 
 
-GOOD = {"prompt_ids": [5, 6], "key": 3, "settings": {"temperature": 1}, "reach": None, "model": None}
+GOOD = {"prompt_ids": [5, 6], "key": 3, "settings": {"temperature": 1}, "stop_after": None, "model": None}
 WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt_ids": None}, 422, "prompt_ids"),
     ({"prompt_ids": "text"}, 422, "prompt_ids"),
@@ -124,7 +124,7 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"settings": {"suppress": [10**9]}}, 422, r"settings\.suppress"),
     ({"settings": {"batch_size": 4}}, 422, "not a client's to choose"),
     ({"settings": {"compile": "default"}}, 422, "not a client's to choose"),
-    ({"reach": {"unit": "days", "count": 1}}, 422, "reach"),
+    ({"stop_after": {"unit": "days", "count": 1}}, 422, "stop_after"),
     ({"model": "other"}, 404, "no weights are loaded under the name 'other'"),
     ({"model": 3}, 422, "model"),
     ({"modle": "tiny"}, 422, "unknown key 'modle'"),

@@ -1,0 +1,64 @@
+"""Training through ``dllm-sd serve``: the run is the one that decodes by itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving.conftest import service_of
+
+from dllm_sd.config import build_config
+from dllm_sd.policies.loading import build_policy
+from dllm_sd.pretrained.model import Model
+from dllm_sd.training.trainer import Trainer
+
+served = pytest.importorskip("serving.served", exc_type=ImportError)
+
+DIFFUSION = {
+    "model": {"path": "tiny"},
+    "decode": {"length": 12, "block_length": 6, "tokens_per_step": 1},
+    "method": {"name": "d_opsd", "rollout": {"problems": 6, "attempts": 2}, "gate": "all"},
+}
+CAUSAL = {
+    "model": {"path": "tiny_ar", "lora": {"rank": 4}},
+    "decode": {"length": 12, "batch_size": 1},
+    "method": {
+        "name": "opsd",
+        "rollout": {"problems": 4},
+        "contexts": [{"name": "reference", "template": "({hint}){question}"}],
+    },
+}
+
+
+def tree(run: Path, case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "run": str(run),
+        "seed": 1,
+        "updates": 2,
+        "task": {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{steps}\n{solution}", "size_train": 64},
+        "optim": {"lr": 0.01, "warmup": 0, "schedule": "constant"},
+        "eval": {"every": 2, "problems": 4, "final_problems": 0},
+        "checkpoint": {"every": 1},
+        "log": {"progress": False, "tensorboard": False},
+        **case,
+    }
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if not key.startswith(("time/", "engine/"))} for line in lines]
+
+
+@pytest.mark.parametrize("case", [DIFFUSION, CAUSAL], ids=["diffusion, all weights", "autoregressive, LoRA"])
+def test_a_run_through_a_server_is_the_local_run(tmp_path: Path, case: dict[str, Any]):
+    Trainer(build_config(tree(tmp_path / "local", case))).train()
+    model = Model(path=case["model"]["path"])
+    service = service_of(build_policy(model), model, name="served")
+    with served.serving(service, allow_loading=True) as server:
+        engine = {"name": "dllm_sd", "url": [f"http://127.0.0.1:{server.port}"], "model": "served", "concurrency": 1}
+        remote = {**case, "decode": {**case["decode"], "engine": engine}}
+        Trainer(build_config(tree(tmp_path / "remote", remote))).train()
+        assert server.service.weights.names[-1].endswith("-2")
+    assert metrics(tmp_path / "remote") == metrics(tmp_path / "local")
+    lines = [json.loads(line) for line in (tmp_path / "remote" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["engine/logp_gap_max"] for line in lines[1:]) < 1e-4
