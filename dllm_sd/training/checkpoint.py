@@ -85,7 +85,7 @@ class State:
     def without_best(self, why: str) -> str:
         """Forget the best weights, which cannot be used; return a sentence that says so, with the reason ``why``."""
         self.best_update, self.best_accuracy, self.since_best = 0, -1.0, 0
-        return f"{why}; the best weights are chosen anew"
+        return f"{why}; the best weights are chosen again"
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:

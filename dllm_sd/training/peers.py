@@ -183,7 +183,7 @@ def _check_student(run: Path, begun: int, length: int, forced: bool) -> None:
     if not forced and not least <= update <= most:
         raise InputError(
             f"{checkpoint} is of update {update}, but {run.parents[1] / ROUNDS} says that it is from {least} to "
-            f"{most}; put back what is missing, or use resume=fresh to begin anew"
+            f"{most}; put back what is missing, or use resume=fresh to start again"
         )
 
 
@@ -203,7 +203,7 @@ def _read_rounds(run: Path, peers: Peers) -> list[dict[str, Any]]:
     Raises:
         InputError: if the file does not hold the rounds of these students.
     """
-    file, remedy = run / ROUNDS, "put back a copy of it, or use resume=fresh to begin the rounds anew"
+    file, remedy = run / ROUNDS, "put back a copy of it, or use resume=fresh to start the rounds again"
     if not os.path.lexists(file):
         return []
     rounds, names = read_json(file, tuple[_Round, ...], remedy), {student.name for student in peers.students}

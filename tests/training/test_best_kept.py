@@ -73,7 +73,7 @@ def test_damaged_best_weights_are_refused_when_a_run_goes_on_and_force_chooses_a
     assert "\n" not in said
     assert stamps(run) == before
     report = Trainer(config(run, resume="force")).train()
-    assert "; the best weights are chosen anew" not in said
+    assert "; the best weights are chosen again" not in said
     assert capsys.readouterr().err.count("is missing or damaged") == 1
     assert report["best_update"] == 3
     assert report["best"].keys() == {"trained"}
