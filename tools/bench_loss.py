@@ -1,4 +1,4 @@
-"""Time and peak memory of the loss at autoregressive sites, beside the naive form, TRL's and Liger's chunked ones.
+"""Compares time and peak memory of the loss at autoregressive sites: ours, naive, TRL's and Liger's chunked losses.
 
     python -m tools.bench_loss [--vocabulary 151936] [--rows 2] [--prompt 128] [--tokens 128] [--width 128]
     python -m tools.bench_loss --loss jsd|reverse_kl|grpo
@@ -54,7 +54,7 @@ from tools.check_memory import peak
 
 @dataclass(frozen=True)
 class Case:
-    """Hidden states ``[n p+l h]`` and heads ``[v h]`` of both; position ``i`` speaks about token ``i``."""
+    """Hidden states ``[n p+l h]`` and heads ``[v h]`` of student and teacher; position ``i`` predicts token ``i``."""
 
     student: Tensor
     head: Parameter
@@ -67,7 +67,7 @@ class Case:
     method: Method
     batch: MicroBatch
     beta: float | None
-    """Of the divergence; None for GRPO."""
+    """``beta`` of the JSD, 1 for reverse KL; None for GRPO."""
 
     @property
     def advantage(self) -> Tensor:
@@ -100,7 +100,7 @@ METHODS = {
 
 
 def case(options: argparse.Namespace) -> Case:
-    """Rollouts of a random autoregressive model, all positions of which are graded."""
+    """Random rollouts, hidden states and heads of an autoregressive model; all completion positions are graded."""
     torch.manual_seed(0)
     n, p, length, h, v = options.rows, options.prompt, options.tokens, options.width, options.vocabulary
     device, dtype = options.device, getattr(torch, options.dtype)
@@ -144,7 +144,7 @@ def case(options: argparse.Namespace) -> Case:
 
 
 def ours(x: Case) -> Tensor:
-    """The equation of the package."""
+    """The loss of the package."""
 
     def student(view: View, read: SiteReader) -> Any:
         return read(x.student[view.sites], Head(lambda hidden: linear(hidden, x.head), (x.head,)))
@@ -156,7 +156,7 @@ def ours(x: Case) -> Tensor:
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Mean over sites of JSD, or of the reverse KL, in float32, from logits ``[m v]``."""
+    """JSD or reverse KL at each site, ``[m]``, in float32, from logits ``[m v]``."""
     log_s, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     if beta == 1:
         return (log_s.exp() * (log_s - log_t)).sum(-1)
@@ -166,17 +166,17 @@ def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def surrogate(logp: Tensor, advantage: Tensor) -> Tensor:
-    """Mean of GRPO's over the tokens, on-policy, so that no clip acts."""
+    """GRPO's surrogate, averaged over tokens; on-policy, so that the clip has no effect."""
     return -((logp - logp.detach()).exp() * advantage).mean()
 
 
 def likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """``[... v], [...] -> [...]``, in float32."""
+    """Log-probabilities of tokens, ``[... v], [...] -> [...]``, in float32."""
     return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def bare(x: Case) -> Tensor:
-    """The formula at the sites, and nothing beside it."""
+    """The formula at the sites, without any logging."""
     if x.beta is None:
         return surrogate(likelihood(linear(x.student[x.sites], x.head), x.tokens.flatten()), x.advantage)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def bare(x: Case) -> Tensor:
 
 
 def naive(x: Case) -> Tensor:
-    """Whole sequences in float32, prompt included, then the sites."""
+    """The formula on float32 logits of whole sequences, prompt included; then the sites are selected."""
     if x.beta is None:
         whole = torch.zeros_like(x.sites, dtype=torch.int64).masked_scatter(x.sites, x.tokens)
         return surrogate(likelihood(linear(x.student, x.head), whole)[x.sites], x.advantage)
@@ -195,7 +195,7 @@ def naive(x: Case) -> Tensor:
 
 
 def trl(x: Case) -> Tensor:
-    """TRL's chunked divergence, or likelihood."""
+    """TRL's chunked divergence, or its chunked log-probabilities for GRPO."""
     if x.beta is None:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as SIZE  # pyright: ignore[reportMissingImports]
@@ -221,7 +221,7 @@ def liger(x: Case) -> Tensor:
 
 
 def now() -> float:
-    """Seconds of this process's cores, which other processes do not lengthen; on a GPU those of the clock."""
+    """Processor seconds of this process, which do not depend on other programs; with a GPU wall-clock seconds."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
@@ -230,11 +230,11 @@ PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
 
 
 def measure(form: Callable[[Case], Tensor], options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak bytes of forward and backward, above what the case and its gradient hold."""
+    """Seconds of forward and backward, and their peak bytes above the case and its gradient."""
     x, cuda = case(options), options.device == "cuda"
     leaves = (x.student, x.head)
     for leaf in leaves:
-        leaf.grad = torch.zeros_like(leaf).zero_()  # touched, so that it is in memory before the peak is read
+        leaf.grad = torch.zeros_like(leaf).zero_()  # written, so that its pages are allocated before the measurement
     seconds, loss = [], torch.zeros(())
     for _ in range(options.repeats):
         for leaf in leaves:

@@ -1,4 +1,4 @@
-"""Time and peak memory of one update of d-OPSD's loss, beside two forms that keep logits of whole canvases.
+"""Compares time and peak memory of an update of d-OPSD's loss with two forms that keep logits of whole canvases.
 
     python -m tools.bench_update [--canvases 108] [--tokens 456] [--body 100m] [--batch 2048] [--naive-canvases 4]
 
@@ -43,26 +43,26 @@ from tools.naive import BODIES, body
 
 
 def now() -> float:
-    """Seconds of this process's cores, which other processes do not lengthen; on a GPU those of the clock."""
+    """Processor seconds of this process, which do not depend on other programs; with a GPU wall-clock seconds."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 class Clock:
-    """Seconds inside forwards and backwards."""
+    """Counts the seconds inside forward and backward passes."""
 
     def __init__(self) -> None:
         self.inside = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count this."""
+        """Count the time inside this context."""
         start = now()
         yield
         self.inside += now() - start
 
 
 def rollout(options: argparse.Namespace, policy: MaskedDiffusion) -> Rollouts:
-    """A rollout of as many steps as there are canvases, from left to right within its blocks."""
+    """A rollout with one step per canvas, decoded from left to right within its blocks."""
     length = options.canvases * options.sites
     prompt = options.tokens - length
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,7 @@ def rollout(options: argparse.Namespace, policy: MaskedDiffusion) -> Rollouts:
 
 
 def ours(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
-    """Micro-batches through the equation."""
+    """Run the micro-batches as the trainer does."""
     loss, teacher, student = torch.zeros(()), TeacherModel(LiveWeights(), policy), partial(run_at_sites, policy.module)
     policy.module.train()
 
@@ -101,7 +101,7 @@ def ours(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock:
 
 
 def views(batch: MicroBatch) -> tuple[View, View]:
-    """What student and teacher read."""
+    """The views of student and teacher."""
     prompt = torch.zeros_like(batch.canvases.ids[:, : -batch.candidates.shape[1]], dtype=torch.bool)
     sites = torch.cat([prompt, batch.candidates], 1)
     seen = batch.teacher_inputs[0]
@@ -109,7 +109,7 @@ def views(batch: MicroBatch) -> tuple[View, View]:
 
 
 def whole(gathered: bool, policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
-    """Logits of whole canvases; the sites are gathered before the softmax, or after it."""
+    """Compute logits of whole canvases; the sites are gathered before the softmax (``gathered``) or after it."""
     network, total = policy.module.network, torch.zeros(())
 
     def logp(view: View) -> Tensor:
@@ -132,7 +132,7 @@ def whole(gathered: bool, policy: MaskedDiffusion, method: Method, plan: Plan, b
 
 
 def bare(policy: MaskedDiffusion, method: Method, plan: Plan, batch: int, clock: Clock) -> Tensor:
-    """The forwards and the backward of the body alone."""
+    """Run forward and backward passes without the output head."""
     for (index,) in micro_batches(plan, batch):
         student, teacher = views(plan.micro_batch(index))
         with torch.no_grad():
@@ -147,7 +147,7 @@ FORMS = {"ours": ours, SAME: ours, **OTHERS, "body": bare}
 
 
 def measure(form: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak bytes of an update up to its gradient."""
+    """Measure seconds and peak bytes of an update up to its gradient."""
     policy = body(options, options.vocabulary)
     parameters = list(policy.module.parameters())
     for parameter in parameters:

@@ -72,7 +72,7 @@ class Shape:
         return self.body(0) + share * (self.body(self.experts + 1) - self.body(0)) + self.vocabulary * self.hidden
 
     def adapters(self, rank: int) -> int:
-        """Weights of LoRA on attention and on dense MLPs; experts have none."""
+        """Weights of LoRA adapters on attention and dense MLPs; experts have none."""
         key = self.hidden // self.heads * self.kv_heads
         attention = rank * (4 * self.hidden + 2 * (self.hidden + key))
         dense = self.dense if self.experts else self.layers
@@ -81,14 +81,14 @@ class Shape:
 
 LLADA = Shape(4096, 32, 12_288, 126_464, 32, 32)
 LARGE = Shape(4096, 32, 9216, 157_184, 32, 4, experts=256, chosen=9, expert_mlp=1024, dense=1, block=32)
-"""Assumed for LLaDA2-flash: what its published sums, 100 B weights of which 6.1 B active, come to."""
+"""Assumed sizes of LLaDA2-flash, chosen to match its published 100 B weights, 6.1 B of them active."""
 PASSES = {"gsm8k": (0.813, 0.955), "math": (0.368, 0.536), "countdown": (0.182, 0.592)}
 """pass@1 and pass@8 of LLaDA-8B on training questions (d-OPSD, Table 3)."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet rates, in FLOP/s and bytes; the network is that of one GPU."""
+    """Data-sheet rates in FLOP/s and bytes; ``network`` is the share of one GPU."""
 
     peak: float = 989e12
     memory: float = 80e9
@@ -96,9 +96,9 @@ class Gpu:
     nvlink: float = 450e9
     network: float = 50e9
     share: float = 0.4
-    """Of the peak that is reached: assumed, not measured."""
+    """Share of the peak that is reached; assumed, not measured."""
     wire: float = 0.8
-    """Of the links' rate that is reached: assumed, not measured."""
+    """Share of the rate of the links that is reached; assumed, not measured."""
 
     def link(self, processes: int) -> float:
         """Bytes a second of a ring over all processes, eight to a node."""
@@ -109,9 +109,9 @@ GPUS = {"H100": Gpu(), "H200": Gpu(memory=141e9, hbm=4.8e12)}
 
 
 def attempts(first: float, eight: float) -> list[float]:
-    """P(a problem needs 1, ..., 8 attempts at most eight), for success rates that are Beta-distributed.
+    """Probabilities that a problem takes 1, ..., 8 attempts (at most eight), for Beta-distributed success rates.
 
-    The two parameters are those that give pass@1 and pass@8.
+    The parameters of the Beta distribution are those that give pass@1 ``first`` and pass@8 ``eight``.
     """
 
     def missed(alpha: float, count: int) -> float:
@@ -129,7 +129,7 @@ def attempts(first: float, eight: float) -> list[float]:
 
 
 def longest(chances: Sequence[float], problems: int) -> float:
-    """Expected attempts at the one of some problems that needs most."""
+    """Expected largest number of attempts among ``problems`` problems."""
     expected, below = 0.0, 0.0
     for chance in chances:
         expected += 1 - below**problems
@@ -139,11 +139,11 @@ def longest(chances: Sequence[float], problems: int) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: who trains what where."""
+    """One row of the table: model, method of training, and processes."""
 
     shape: Shape
     lora: int
-    """Rank, 0 trains all weights."""
+    """Rank; 0 trains all weights."""
     sharded: bool
     processes: int
     task: str = "gsm8k"
@@ -157,7 +157,7 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """Forwards of one attempt; also its canvases."""
+        """Forward passes of one attempt, and its number of canvases."""
         return self.length // self.per_step
 
     @property
@@ -168,12 +168,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one update on every process; seconds, bytes and FLOPs."""
+    """The cost of one update on every process, in seconds, bytes and FLOPs."""
 
     flops: float
     rollouts: float
     idle: float
-    """Share of the processes' time in rollouts that waits for the problem with most attempts."""
+    """Share of the time in rollouts that processes wait for the problem with most attempts."""
     learning: float
     gathers: float
     reduce: float

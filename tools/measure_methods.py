@@ -66,18 +66,18 @@ _RUBRIC = "name: rubric, lines: true, " + _TEXT
 
 
 def _read(context: str) -> list[str]:
-    """One attempt at each of 64 problems, and a teacher that reads this."""
+    """Overrides for one attempt at each of 64 problems, with this context."""
     return [*_ONE, *_AT_ONE, f"method.contexts=[{{{context}}}]"]
 
 
 def _written_by(writer: str) -> list[str]:
-    """A rubric that somebody writes of the question alone."""
+    """Overrides for rubrics that a writer writes from the question alone."""
     sampling = "{length: 24, temperature: 0.7, top_p: 0.95}"
     return _read(f"{_RUBRIC}, prompt: '?{{question}}', writing: {{writer: {writer}, sampling: {sampling}}}")
 
 
 def _critique(form: str) -> list[str]:
-    """A critic without fault, behind a server, corrects every rollout."""
+    """Overrides for critiques by a server that corrects every rollout perfectly."""
     writing = "{writer: {name: server, url: CRITIC, model: critic}}"
     prompt = "prompt: '{question}|{truth}|{trace}'"
     return _read(f"name: critique, form: {form}, {prompt}, {_TEXT}, writing: {writing}")
@@ -102,7 +102,7 @@ _SPD = {name: ["method.rollout.problems=64"] for name in ("spd", "self_distillat
 
 
 def _grown(first: float, step: float, every: int) -> list[str]:
-    """A horizon in shares of the completion."""
+    """Overrides for a progressive horizon, in shares of the completion."""
     return [f"method.rollout.horizon={{initial_ratio: {first}, ratio_step: {step}, every: {every}}}"]
 
 
@@ -153,7 +153,7 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "opsd_paper": [*_ONE, *_AT_ONE, *_hints(0)],
     },
 }
-"""Backbone: what is measured (a method, and what tells a variant of it): overrides beside the method's own row."""
+"""By backbone and measurement (a method, and words that name its variant): the overrides of the named method."""
 
 # With 64 completions an update most methods collapse at the learning rate of quickstart_ar (docs/log.md).
 _RATE = {"autoregressive": ["optim.lr=3e-4"], "diffusion": []}
@@ -176,29 +176,29 @@ _TEACHER = {
     ],
     "diffusion": ["quickstart", "seed=100", "eval.schedules={}"],
 }
-"""The autoregressive teacher is a wider body that imitated the same text, the diffusion one the quickstart's result."""
+"""The autoregressive teacher is a wider model trained on the same text, the diffusion one the quickstart's result."""
 _COMMON = ["eval.every=10", "eval.problems=512", "eval.final_problems=1024", "eval.schedules={}", "eval.collapse=0"]
 _COMMON += [f"updates={UPDATES}", "log.progress=false", "log.tensorboard=false", "checkpoint.every=30"]
 
 
 def command(backbone: str, name: str, seed: int, folder: Path, critic: str) -> list[str]:
-    """One run."""
+    """The command line of one run."""
     method, kind = name.split()[0], backbone.split()[0]
-    made = {
+    paths = {
         "TEACHER": folder / f"teacher_{backbone}",
         "READER": folder / "reader",
         "WRITER": folder / f"writer_{seed}",
         "CRITIC": critic,
     }
-    where = f"run={folder / backbone.replace(' ', '_') / name.replace(' ', '_') / str(seed)}"
-    words = [_BASE[kind], *_OWN[backbone], f"method={method}", *RUNS[backbone][name], *_COMMON, *_RATE[kind]]
-    for word, value in made.items():
-        words = [text.replace(word, str(value)) for text in words]
-    return ["train", *words, f"seed={seed}", where]
+    run_folder = f"run={folder / backbone.replace(' ', '_') / name.replace(' ', '_') / str(seed)}"
+    overrides = [_BASE[kind], *_OWN[backbone], f"method={method}", *RUNS[backbone][name], *_COMMON, *_RATE[kind]]
+    for placeholder, value in paths.items():
+        overrides = [text.replace(placeholder, str(value)) for text in overrides]
+    return ["train", *overrides, f"seed={seed}", run_folder]
 
 
 def run(folder: Path, names: list[str]) -> None:
-    """Train what others learn from, then everything, `JOBS` runs at a time with one thread each."""
+    """Train teachers and readers first, then everything else, `JOBS` runs at a time with one thread each."""
     wanted = [
         (backbone, name)
         for backbone, runs in RUNS.items()
@@ -206,7 +206,7 @@ def run(folder: Path, names: list[str]) -> None:
         if not names or name in names or name.split()[0] in names or backbone in names
     ]
     for backbone in dict.fromkeys(backbone for backbone, _ in wanted):
-        needed = " ".join(text for other, name in wanted if other == backbone for text in RUNS[backbone][name])
+        needed = " ".join(text for owner, name in wanted if owner == backbone for text in RUNS[backbone][name])
         if "TEACHER" in needed:
             teach(backbone, folder)
         if "READER" in needed or _OWN[backbone]:
@@ -215,12 +215,12 @@ def run(folder: Path, names: list[str]) -> None:
         if any(name == "rcsd learned" for _, name in wanted):
             list(pool.map(lambda seed: learn_to_write(folder, seed), SEEDS))
         jobs = [command(backbone, name, seed, folder, server.url) for seed in SEEDS for backbone, name in wanted]
-        for number, said in enumerate(pool.map(_call, jobs), 1):
-            print(f"{number} of {len(jobs)}: {said}", flush=True)
+        for number, outcome in enumerate(pool.map(_call, jobs), 1):
+            print(f"{number} of {len(jobs)}: {outcome}", flush=True)
 
 
 def teach(backbone: str, folder: Path) -> None:
-    """The better model that on-policy distillation learns from (`_TEACHER`)."""
+    """Train the larger or longer-trained teacher of on-policy distillation (`_TEACHER`)."""
     teacher, made = folder / f"teacher_{backbone}", folder / f"teacher_{backbone}_run"
     if teacher.is_dir():
         return
