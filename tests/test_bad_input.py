@@ -22,7 +22,7 @@ TREE: dict[str, Any] = {
     "run": "run",
     "updates": 1,
     "model": {"random_init": True, "tokenizer": "tiny", "shape": SHAPE},
-    "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
+    "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}", "size_train": 64},
     "decode": {"length": 16, "block_length": 4, "tokens_per_step": 4},
     "method": {"name": "sft", "rollout": {"problems": 4}},
     "eval": {"every": 0},

@@ -2,8 +2,8 @@
 
 What holds for all: the student learns, teachers keep to their own rule, no hint is in what the student reads, and
 neither micro-batches nor processes nor a crash change a run. The first tier asks everything of a few pairs that
-together have every part on every backbone (`FIRST`); `-m slow` asks it of all the others. Run as a script this file is
-one of several processes.
+together have every part on every backbone (`FIRST`; `FEW` for what takes a run of its own); `-m slow` asks it of all
+the others. Run as a script this file is one of several processes.
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
@@ -250,13 +250,19 @@ def traits(pair: Pair) -> set[Pair]:
     return {(name, kind) for name in found}
 
 
-def covering(pairs: Sequence[Pair]) -> set[Pair]:
+def on_any_backbone(pair: Pair) -> set[Any]:
+    """What a pair tries, its backbone apart."""
+    return {pair[1], *(name for name, _ in traits(pair))}
+
+
+def covering(pairs: Iterable[Pair], traits: Callable[[Pair], set[Any]]) -> set[Pair]:
     """Few pairs that have all that any pair has: always the next with most that is not yet there."""
-    left, chosen = {trait for pair in pairs for trait in traits(pair)}, set[Pair]()
+    tries = {pair: traits(pair) for pair in pairs}
+    left, chosen = set().union(*tries.values()), set[Pair]()
     while left:
-        best = max(pairs, key=lambda pair: len(traits(pair) & left))
+        best = max(tries, key=lambda pair: len(tries[pair] & left))
         chosen.add(best)
-        left -= traits(best)
+        left -= tries[best]
     return chosen
 
 
@@ -265,12 +271,17 @@ def updates_of(case: str) -> int:
     return 3 if CASES[case]["rollout"].get("passes", 1) > 1 else 2
 
 
-FIRST = covering(PAIRS)
+FIRST = covering(PAIRS, traits)
+FEW = covering([pair for pair in PAIRS if pair in FIRST], on_any_backbone)
+"""For questions that take a run of their own: every part on some backbone."""
 
 
-def in_tiers(pairs: Iterable[Pair]) -> list[Any]:
-    """Pairs as parameters of a test: those of `FIRST` in the first tier, the others in the second."""
-    return [pytest.param(pair, marks=() if pair in FIRST else pytest.mark.slow) for pair in pairs]
+def in_tiers(pairs: Iterable[Pair], first: Container[Pair] = FIRST) -> list[Any]:
+    """Pairs as parameters of a test: those of ``first`` in the first tier, the others in the second."""
+    return [pytest.param(pair, marks=() if pair in first else pytest.mark.slow) for pair in pairs]
+
+
+RUNS = pytest.mark.parametrize("pair", in_tiers(PAIRS, FEW), indirect=True, ids=" on ".join)
 
 
 SHARED = {*METHODS, "opsd reasoned", "opsd reasoned lora", "opsd reasoned by another checkpoint", "opsd progressive"}
@@ -741,6 +752,7 @@ def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teac
             assert prompts_of(rollout) == ((*prompt, *opening),)
 
 
+@RUNS
 def test_an_update_is_the_same_in_one_piece_and_in_many(
     pair: Pair, whole: Seen, teachers: Path, tmp_path: Path
 ) -> None:
@@ -771,6 +783,7 @@ def assert_same(one: Path, other: Path, update: int) -> None:
         assert (x[name] - y[name]).abs().max() <= 1e-9 * x[name].abs().max(), name
 
 
+@RUNS
 def test_a_run_that_crashed_after_its_first_update_ends_as_if_nothing_had_happened(
     pair: Pair, whole: Seen, teachers: Path, tmp_path: Path
 ) -> None:
@@ -838,6 +851,7 @@ def work(folder: Path, teachers: Path) -> None:
 def test_the_first_tier_has_every_part_on_every_backbone() -> None:
     wanted = {trait for pair in PAIRS for trait in traits(pair)}
     assert wanted == {trait for pair in FIRST for trait in traits(pair)}
+    assert {name for name, _ in wanted} | {*BACKBONES} == {name for pair in FEW for name in on_any_backbone(pair)}
     assert {
         ("passatk", "diffusion"),
         ("ema", "autoregressive"),

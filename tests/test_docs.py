@@ -153,7 +153,7 @@ def one_update(run: Path, method: Mapping[str, Any], lr: float = 5e-6, **model: 
             "run": str(run),
             "updates": 1,
             "model": model,
-            "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
+            "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}", "size_train": 64},
             "decode": {"length": 16, "block_length": 4, "tokens_per_step": 2},
             "method": method,
             "optim": {"lr": lr},

@@ -53,15 +53,15 @@ def attacks(kind: str, names: Sequence[str], points: int | None, folder: Path, u
             shutil.rmtree(course.folder)
 
 
-def quick(folder: Path, url: str) -> Iterator[Finding]:
+def quick(folder: Path, url: str, points: int) -> Iterator[Finding]:
     """A small sample of all kinds but ranks, on one run."""
     course = kills.follow(CASES["ema"], folder / "ema", url)
-    yield from kills.attack(course, 4)
+    yield from kills.attack(course, points)
     yield from kills.check(course, 1)
-    yield from writes.attack(course, 3)
-    yield from races.attack(course, points=2, times=0)
-    yield from damage.attack(damage.stopped(course, "000002"), 4)
-    yield from configs.attack(folder, 5)
+    yield from writes.attack(course, max(points - 1, 1))
+    yield from races.attack(course, points=min(points, 2), times=0)
+    yield from damage.attack(damage.stopped(course, "000002"), points)
+    yield from configs.attack(folder, points + 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,14 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND", help="default: all but ranks")
     parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="cases to attack; default: all")
     parser.add_argument("--points", type=int, metavar="N", help="number of attacks of each case, evenly spread")
-    parser.add_argument("--quick", action="store_true", help="a small sample of all kinds but ranks, in 20 s")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small sample of all kinds but ranks, by default in 20 s"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="all findings, a JSON object a line")
     options = parser.parse_args(arguments)
     add_task()
     folder, findings, started = Path(mkdtemp(prefix="attacks")), list[Finding](), time.perf_counter()
     try:
         with writer() as url:
-            for finding in quick(folder, url) if options.quick else _all(options, folder, url):
+            for finding in quick(folder, url, options.points or 4) if options.quick else _all(options, folder, url):
                 findings.append(finding)
                 if options.out:
                     append(finding, options.out)

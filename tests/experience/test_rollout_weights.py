@@ -23,6 +23,7 @@ from dllm_sd.rollouts.rollout import Prompted
 from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.training.trainer import Trainer
+from tests.tiers import later
 
 DECODE = Decoding(length=16, block_length=4, tokens_per_step=1)
 PROMPTS, KEYS = [[4, 5, 6], [7, 8]], [11, 12]
@@ -161,8 +162,14 @@ def config_at(tmp_path: Path, run: str, policy: Any, kind: dict[str, Any], updat
     )
 
 
-@pytest.mark.parametrize("kind", [{}, {"lora": {"rank": 2, "alpha": 8}}, {"as": "autoregressive"}], ids=str)
-@pytest.mark.parametrize("part", ["base", {"name": "subspace", "rank": 3, "calibration": 4}], ids=["base", "subspace"])
+BASIS = {"name": "subspace", "rank": 3, "calibration": 4}
+ADAPTED, CAUSAL = {"lora": {"rank": 2, "alpha": 8}}, {"as": "autoregressive"}
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [("base", {}), (BASIS, ADAPTED), ("base", CAUSAL), *later(("base", ADAPTED), (BASIS, {}), (BASIS, CAUSAL))],
+)
 def test_a_run_rolls_out_with_the_initial_weights_to_its_end_and_after_a_stop(tmp_path, kind, part):
     whole = Trainer(config_at(tmp_path, "whole", part, kind))
     initial = {name: value.clone() for name, value in trained(whole.policy).items()}

@@ -240,7 +240,7 @@ def test_fully_trained_weights_are_exported_bit_by_bit(name: str, tmp_path: Path
 
 @pytest.mark.fixture
 @pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize("modules", [("embed_tokens",), ("lm_head", "norm")], ids=" ".join)
+@pytest.mark.parametrize("modules", [("embed_tokens",), pytest.param(("lm_head", "norm"), marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True` and the tied_target_modules")
 def test_modules_trained_whole_are_exported_in_their_place(name: str, modules: tuple[str, ...], tmp_path: Path):

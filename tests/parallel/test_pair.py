@@ -1,13 +1,15 @@
 """Two processes in brief, without the launcher: they learn, evaluate, share weights and refuse as one process does.
 
 The same at length, as `accelerate launch` starts them, is in the second tier (`-m slow`): test_fsdp, test_nodes,
-test_refusing, test_zero, test_contract. Run as a script this file is one of the two.
+test_refusing, test_zero, test_contract. Run as a script this file is both.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -88,28 +90,25 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
+    pair = subprocess.Popen(
+        [sys.executable, str(Path(__file__)), str(folder)],
+        env={**os.environ, **shared},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
     try:
         for case in CASES:
             Trainer(config_at(case, folder / "one" / case)).train()
         evaluated(config_at("ddp", folder), folder / "one" / "eval")
-        for process in pair:
-            said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, said
+        said, _ = pair.communicate(timeout=300)
+        assert pair.returncode == 0, said
     finally:
-        for process in pair:
-            process.kill()
-            process.communicate()
+        with suppress(ProcessLookupError):
+            os.killpg(pair.pid, signal.SIGKILL)
+        pair.communicate()
     return folder
 
 
@@ -131,5 +130,17 @@ def test_what_one_process_refuses_both_refuse(both: Path) -> None:
     assert not (both / "refused").exists()
 
 
+def fork_both(folder: Path) -> int:
+    """Let two forks of this process work together, so that libraries are imported once; the worse exit status."""
+    children = []
+    for rank in ("0", "1"):
+        if (child := os.fork()) == 0:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank)
+            work(folder)
+            os._exit(0)
+        children.append(child)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    sys.exit(fork_both(Path(sys.argv[1])))

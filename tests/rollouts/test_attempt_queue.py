@@ -16,6 +16,7 @@ from dllm_sd.rollouts.attempt_queue import STEPS_PER_EXCHANGE, AttemptQueue, Wor
 from dllm_sd.rollouts.rollout import Prompted
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import Trajectory
+from tests.tiers import later
 
 N, LIMIT = 12, 6
 PROMPTED = [Prompted(Problem(f"p{i}", {}), (4,) * (1 + i % 5)) for i in range(N)]
@@ -137,8 +138,7 @@ def test_the_least_tried_problems_come_first_and_of_them_the_longest():
     assert queue.longest == 4
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize(("size", "ahead"), [(3, 3), *later((2, 0), (2, 3), (3, 0))])
 def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahead: int):
     def grade(problem: int, one: Trajectory) -> tuple[str, Grade]:
         return "", Grade(int(one.tokens[0, 0]) % 4 == 0, 0.0, None)

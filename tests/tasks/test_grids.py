@@ -79,12 +79,12 @@ def test_steps_are_written_in_the_order_of_logic(puzzle: str, solution: str, ste
 
 @pytest.mark.parametrize(("low", "high"), [(6, 10), (11, 12)])
 def test_small_puzzles_are_worked_out_by_singles(low: int, high: int):
-    problems = Sudoku(empties_min=low, empties_max=high).problems("train")[:200]
+    problems = Sudoku(empties_min=low, empties_max=high).problems("train")[:60]
     rules = sum((walk(problem.fields["puzzle"], problem.fields["solution"]) for problem in problems), Counter())
     assert rules == {"naked": sum(problem.fields["puzzle"].count("0") for problem in problems)}
 
 
-@pytest.mark.parametrize(("empties", "count", "known"), [(6, 4, {"naked"}), (50, 6, {"naked", "hidden", "neither"})])
+@pytest.mark.parametrize(("empties", "count", "known"), [(6, 2, {"naked"}), (50, 2, {"naked", "hidden", "neither"})])
 def test_large_puzzles_are_worked_out_by_all_rules(empties: int, count: int, known: set[str]):
     problems = Sudoku(size=9, empties_min=empties, empties_max=empties).problems("train")[:count]
     rules = sum((walk(problem.fields["puzzle"], problem.fields["solution"]) for problem in problems), Counter())

@@ -31,7 +31,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 KINDS = ("diffusion", "autoregressive")
 Pair = tuple[str, str]
-PAIRS = pytest.mark.parametrize("pair", [(name, kind) for name in METHODS for kind in KINDS], ids=" on ".join)
+QUICK = [*zip(METHODS, ("autoregressive", *KINDS), strict=True)]
+"""Each method once and each backbone, for the first tier."""
+PAIRS = pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param((name, kind), marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name} on {kind}")
+        for name in METHODS
+        for kind in KINDS
+    ],
+)
 USELESS = {"rcsd": "empty", "step_align": "no_steps", "op_co_distill": "empty"}
 """The reason for which an answer that is nothing but thought is dropped."""
 
@@ -181,7 +190,7 @@ def lasting(key: int, place: int, tries: int) -> str | None:
     return [*BREAKS][place // 2] if place % 2 else None
 
 
-@pytest.mark.parametrize("pair", [*zip(METHODS, ("autoregressive", *KINDS), strict=True)], ids=" on ".join)
+@pytest.mark.parametrize("pair", QUICK, ids=" on ".join)
 def test_every_text_is_kept_or_dropped_and_counted_by_its_reason(pair: Pair, folder: Path, tmp_path: Path) -> None:
     with running(Script(lasting)) as server:
         run = train(tree_of(pair, tmp_path / "run", folder, server, tolerance=0.5, timeout=1.0, retries=1))

@@ -42,13 +42,12 @@ def lag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers_module, "may_tutor", lambda own, lag, tolerance: lag <= tolerance)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Callable[..., Config]:
-    """A run of two rounds with two updates of each student, over sums of two domains that a random model answers."""
+def builder(folder: Path) -> Callable[..., Config]:
+    """Of runs of two rounds with two updates of each student, over sums of two domains that a random model answers."""
     rows = [
         {"question": f"{i}+{i}=", "answer": str(i % 3), "domain": "small" if i % 2 else "large"} for i in range(1, 41)
     ]
-    data = tmp_path / "data.jsonl"
+    data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def build(run: str = "run", **changes: Any) -> Config:
@@ -62,7 +61,7 @@ def config(tmp_path: Path) -> Callable[..., Config]:
         }
         students = [{"name": "one", "domain": "small"}, {"name": "two", "domain": "large"}]
         tree = {
-            "run": str(tmp_path / run),
+            "run": str(folder / run),
             "seed": 3,
             "updates": 4,
             "model": {**model, "shape": shape, "lora": {"rank": 2, "alpha": 8}},
@@ -78,6 +77,11 @@ def config(tmp_path: Path) -> Callable[..., Config]:
         return build_config({**tree, **changes})
 
     return build
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Config]:
+    return builder(tmp_path)
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -191,9 +195,8 @@ def test_a_student_whose_tutor_knows_too_little_learns_as_without_a_peer(config,
     assert any("writers/written" in line for line in metrics(students / "two"))
 
 
-def test_a_run_stopped_in_the_middle_of_a_phase_ends_as_if_nothing_had_happened(config, monkeypatch):
-    whole, broken = config("whole"), config("broken")
-    train_peers(whole)
+def test_a_run_stopped_in_the_middle_of_a_phase_ends_as_if_nothing_had_happened(learnt, moments, monkeypatch):
+    whole, broken = learnt.config(), learnt.config("broken")
     update = Trainer._update
 
     def failing(self: Trainer, number: int) -> dict[str, Any]:
@@ -298,6 +301,10 @@ def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) ->
 
 @pytest.fixture
 def moments(monkeypatch: pytest.MonkeyPatch) -> Moments:
+    return noted(monkeypatch)
+
+
+def noted(patch: pytest.MonkeyPatch) -> Moments:
     """Both students before each of their updates; one rollout in two is right, whatever it says."""
     found: Moments = {}
     update = Trainer._update
@@ -311,9 +318,43 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> Moments:
         correct = sum(map(ord, completion)) % 2 == 0
         return Grade(correct, float(correct), completion)
 
-    monkeypatch.setattr(Trainer, "_update", noting)
-    monkeypatch.setattr(Jsonl, "grade", parity)
+    patch.setattr(Trainer, "_update", noting)
+    patch.setattr(Jsonl, "grade", parity)
     return found
+
+
+@dataclass
+class Learnt:
+    """A run, its report, and whether the students' weights were whole whenever they were scored."""
+
+    config: Callable[..., Config]
+    report: Any
+    whole: list[bool]
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
+    """A run that nothing disturbed, with the grades of `moments`."""
+    config, inside, evaluate = builder(tmp_path_factory.mktemp("learnt")), [False], peers_module.evaluate_run
+    seen: list[bool] = []
+
+    @contextmanager
+    def gathered(accelerator: Any, module: Any) -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def evaluating(*arguments: Any) -> Any:
+        seen.append(inside[0])
+        return evaluate(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        noted(patch)
+        patch.setattr(peers_module, "may_tutor", lambda own, lag, tolerance: lag <= tolerance)
+        patch.setattr(peers_module, "gathered", gathered)
+        patch.setattr(peers_module, "evaluate_run", evaluating)
+        report = train_peers(config())
+    return Learnt(config, report, seen)
 
 
 def changed(settings: Config, **changes: Any) -> Config:
@@ -537,18 +578,15 @@ def test_whatever_of_either_student_is_damaged_a_refusal_leaves_the_whole_folder
             shutil.copytree(spare, run)
 
 
-def test_a_finished_run_is_not_run_again_and_keeps_its_report(config, moments):
-    settings = config()
-    first = train_peers(settings)
-    moments.clear()
-    assert train_peers(settings) == first
+def test_a_finished_run_is_not_run_again_and_keeps_its_report(learnt, moments):
+    settings = learnt.config()
+    assert train_peers(settings) == learnt.report
     assert not moments
-    assert json.loads((Path(settings.run) / "report.json").read_text()) == first
+    assert json.loads((Path(settings.run) / "report.json").read_text()) == learnt.report
 
 
-def test_a_run_of_another_config_is_not_continued(config, moments):
-    settings = config()
-    train_peers(settings)
+def test_a_run_of_another_config_is_not_continued(learnt):
+    settings = learnt.config()
     other = replace(settings, optim=replace(settings.optim, lr=0.5))
     with pytest.raises(InputError, match=r"holds a run with another optim.lr \(0.02, not 0.5\)"):
         train_peers(other)
@@ -556,26 +594,8 @@ def test_a_run_of_another_config_is_not_continued(config, moments):
         train_peers(changed(settings, tolerance=0.1))
 
 
-def test_students_are_scored_with_whole_weights(config, moments, monkeypatch):
-    inside: list[bool] = []
-    state = {"whole": False}
-
-    @contextmanager
-    def noting(accelerator: Any, module: Any) -> Iterator[None]:
-        state["whole"] = True
-        yield
-        state["whole"] = False
-
-    evaluate = peers_module.evaluate_run
-
-    def evaluating(*arguments: Any) -> Any:
-        inside.append(state["whole"])
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(peers_module, "gathered", noting)
-    monkeypatch.setattr(peers_module, "evaluate_run", evaluating)
-    train_peers(config())
-    assert inside == [True] * 12  # before, between and after two rounds, two students, two domains
+def test_students_are_scored_with_whole_weights(learnt):
+    assert learnt.whole == [True] * 12  # before, between and after two rounds, two students, two domains
 
 
 # Refusals.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import State, save_best
 from dllm_sd.writers import Cache, Request, Sampling
+from tests.tiers import later
 from tests.training.several import Processes, gathering, move
 
 DECODE = Decoding(length=8, block_length=4, tokens_per_step=1)
@@ -116,18 +118,11 @@ def test_a_request_that_is_too_long_is_not_written(make_policy, tmp_path):
 
 
 CAUSAL = {"as_": "autoregressive"}
-WRITERS = pytest.mark.parametrize(
-    "part",
-    [
-        LiveWeights(),
-        BaseWeights(),
-        EmaWeights(0.5),
-        SnapshotWeights(2),
-        CheckpointWeights("other"),
-        PeerWeights("PEER"),
-    ],
-    ids=lambda part: type(part).__name__,
+WRITERS = (
+    *(LiveWeights(), BaseWeights(), EmaWeights(0.5)),
+    *(SnapshotWeights(2), CheckpointWeights("other"), PeerWeights("PEER")),
 )
+FULL: dict[str, Any] = {}
 
 
 def shown(found: Sequence[str]) -> list[str | None]:
@@ -172,16 +167,14 @@ def counting(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@WRITERS
-@pytest.mark.parametrize(
-    ("backbone", "kind"),
-    [
-        pytest.param({}, {}, id="denoiser, full"),
-        pytest.param(CAUSAL, LORA, id="autoregressive, lora"),
-        pytest.param({}, LORA, id="denoiser, lora", marks=pytest.mark.slow),
-        pytest.param(CAUSAL, {}, id="autoregressive, full", marks=pytest.mark.slow),
-    ],
-)
+FIRST = [
+    *[(FULL, FULL, part) for part in (WRITERS[0], WRITERS[2], WRITERS[4])],
+    *[(CAUSAL, LORA, part) for part in (WRITERS[1], WRITERS[3], WRITERS[5])],
+]
+REST = [case for case in product((FULL, CAUSAL), (FULL, LORA), WRITERS) if case not in FIRST]
+
+
+@pytest.mark.parametrize(("backbone", "kind", "part"), [*FIRST, *later(*REST)])
 def test_a_writer_writes_with_its_own_weights_and_only_one_that_stays_reads_the_disk(
     make_policy, backbone, kind, part, tmp_path, monkeypatch
 ):
@@ -208,10 +201,12 @@ class Watched(TextGenerator):
         return super()._decode(model, prompts, settings, keys)
 
 
-@WRITERS
 @pytest.mark.parametrize(
-    ("kind", "world"),
-    [pytest.param(LORA, 2, id="lora, two"), pytest.param({}, 5, id="full, five", marks=pytest.mark.slow)],
+    ("kind", "world", "part"),
+    [
+        *[(LORA, 2, part) for part in WRITERS[::2]],
+        *later(*[(LORA, 2, part) for part in WRITERS[1::2]], *[(FULL, 5, part) for part in WRITERS]),
+    ],
 )
 def test_dealt_over_processes_writers_write_the_same_in_the_same_order(
     make_policy, kind, world, part, tmp_path, monkeypatch
