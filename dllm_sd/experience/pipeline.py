@@ -15,6 +15,7 @@ from dllm_sd.experience.rollout_engine import RolloutEngine
 from dllm_sd.experience.rollout_weights import RolloutWeights
 from dllm_sd.experience.skill_bank import SkillBankState
 from dllm_sd.experience.text_generator import TextGenerator
+from dllm_sd.parallel.processes import on_main
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.weights import TeacherModel, Weights
 from dllm_sd.randomness import make_key
@@ -59,7 +60,10 @@ class RolloutPipeline:
         """
         self.engine.use(str(update))
         calibrated = self.rollout_weights.calibrate(self.config.task, self.feed.problems)
-        return calibrated | self.skill_bank.open(bank, self._attempt)
+        counts = calibrated | self.skill_bank.open(bank, self._attempt)
+        if bank is not None:  # a run that was killed between the checkpoint and this file
+            on_main(lambda: self.skill_bank.write_down(Path(self.config.run)))
+        return counts
 
     def take(self, batch: int, cursor: int) -> tuple[Rollouts, int, int]:
         """The rollouts of a batch, the next position in the stream of problems, and how many prompts were too long.

@@ -241,6 +241,9 @@ def test_a_run_renews_its_bank_every_few_updates_and_writes_it_down_for_people(r
         assert lines_of(run)[line]["bank/mistakes"] == size
     assert all(bank.skills[:2] == BANK.skills and bank.mistakes[:2] == BANK.mistakes for bank in banks.values())
     assert read_bank(run / "bank.json") == banks["000005"]
+    (run / "bank.json").unlink()  # killed between the checkpoint and this file
+    Trainer(config)
+    assert read_bank(run / "bank.json") == banks["000005"]
     assert json.loads((run / "bank.json").read_text()).keys() == {"skills", "mistakes", "metadata"}
 
 
