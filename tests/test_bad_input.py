@@ -303,7 +303,9 @@ def test_a_run_folder_that_holds_something_else_is_refused_and_left_alone(refuse
     Path("folder/checkpoints").mkdir(parents=True)
     Path("folder/config.yaml").write_text("site_name: mine")
     for resume in ("auto", "force", "fresh"):
-        assert refuse("run=folder", f"resume={resume}").startswith("run folder 'folder' is not empty and holds no run")
+        assert refuse("run=folder", f"resume={resume}").startswith(
+            "run folder 'folder' is not empty and does not hold a run"
+        )
     assert Path("folder/config.yaml").read_text() == "site_name: mine"
     assert Path("folder/checkpoints").is_dir()
 

@@ -150,7 +150,7 @@ def find_generations(path: Path) -> Path:
     """Return the file of graded generations: ``path`` itself, or the one in the folder or in its ``eval/TASK``.
 
     Raises:
-        InputError: if there is no such file, or more than one.
+        InputError: if the file does not exist, or there are several.
     """
     if not path.is_dir():
         if path.exists():

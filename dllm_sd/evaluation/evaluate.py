@@ -289,7 +289,7 @@ def _refuse_others(folder: Path) -> None:
             raise InputError(f"{str(path)!r} is a symbolic link, which is not followed; give another --out")
         if path.exists() and not path.is_file():
             raise InputError(
-                f"{str(path)!r} is no file, as an evaluation has there; move it away, or give another --out"
+                f"{str(path)!r} is not a file, and an evaluation writes one there; move it away, or give another --out"
             )
 
 

@@ -70,7 +70,7 @@ def _verify_state(content: bytes, tree: Mapping[str, Any], sums: Mapping[str, st
     if tree.get(FORMAT) != VERSION:
         raise ValueError(f"its format is {tree.get(FORMAT)!r:.60}, and this version of the program reads {VERSION}")
     if odd := [name for name in sums if not name or Path(name).name != name or name.startswith(".")]:
-        raise ValueError(f"{odd[0]!r:.60} is no name of a file in the folder")
+        raise ValueError(f"{odd[0]!r:.60} is not the name of a file in the folder")
 
 
 def verify(folder: Path, sums: Mapping[str, str]) -> None:
@@ -120,7 +120,7 @@ def _plain(file: Path) -> Path:
     if file.is_symlink():
         raise ValueError("it is a symbolic link")
     if not file.is_file():
-        raise ValueError("it is no file" if file.exists() else "there is no such file")
+        raise ValueError("it is not a file" if file.exists() else "the file does not exist")
     return file
 
 

@@ -153,7 +153,7 @@ class _Copy:
                 f"{self.name} refers to itself, or is too large with a copy for each of its aliases; write them out"
             )
         if isinstance(value, str) and (half := lone_surrogate(value)) is not None:
-            raise InputError(f"{self.name} holds {half}, which is no character: take it out")
+            raise InputError(f"{self.name} holds {half}, which is not a character: take it out")
         if isinstance(value, dict):
             return {self.of(key, depth): self.of(item, depth + 1) for key, item in value.items()}
         return [self.of(item, depth + 1) for item in value] if isinstance(value, list) else value

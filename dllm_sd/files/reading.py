@@ -242,7 +242,7 @@ def _whole(digits: str) -> int:
 
 def _refuse_halves(tree: Any) -> None:
     if isinstance(tree, str) and (half := lone_surrogate(tree)) is not None:
-        raise _Wrong(f"{half}, which is no character: take it out")
+        raise _Wrong(f"{half}, which is not a character: take it out")
     if isinstance(tree, dict | list):
         for part in [*tree.keys(), *tree.values()] if isinstance(tree, dict) else tree:
             _refuse_halves(part)

@@ -91,10 +91,10 @@ def choose_template(own: Any, asked: str | None) -> str | None:
         return asked
     if asked in named:
         return named[asked]
-    theirs = f"templates of this tokenizer: {names}" if named else "this tokenizer has no templates with names"
+    available = f"templates of this tokenizer: {names}" if named else "this tokenizer has no templates with names"
     raise InputError(
-        f"{TEMPLATE_KEY} is {shown(asked)}, which is no template (there is no {{{{ or {{% in it), no file and no "
-        f"template's name; {theirs}"
+        f"{TEMPLATE_KEY} is {shown(asked)}, which is not a template (it has no {{{{ or {{%), not a file and not the "
+        f"name of a template; {available}"
     )
 
 

@@ -93,7 +93,7 @@ def _trajectories(tensors: Mapping[str, Tensor], layouts: Sequence[Mapping[str, 
 
 def _at(items: Sequence[Any], place: Any) -> Any:
     if type(place) is not int or not 0 <= place < len(items):
-        raise ValueError(f"{place!r:.60} is no place in a list of {len(items)}")
+        raise ValueError(f"{place!r:.60} is not an index of a list of {len(items)}")
     return items[place]
 
 

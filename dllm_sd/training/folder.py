@@ -104,7 +104,7 @@ class RunFolder:
         former = read_run_config(run) if (run / CONFIG).exists() else {}
         in_use = any(path.name not in LEFT_OVER for path in run.iterdir())
         if in_use and not {"task", "method"} <= former.keys():
-            raise InputError(f"run folder {str(run)!r} is not empty and holds no run; give another run=...")
+            raise InputError(f"run folder {str(run)!r} is not empty and does not hold a run; give another run=...")
         logs = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
         begun = any(file.exists() for file in logs)  # else the run was refused before it wrote anything worth keeping
         if begun and config.resume == "auto":

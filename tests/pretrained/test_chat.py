@@ -467,7 +467,7 @@ def test_a_template_is_read_from_the_file_that_the_key_names(tmp_path: Path):
         ("config.json", "{", "is not valid JSON"),
         ("bytes.jinja", "\xff", "is not UTF-8 text"),
         (" ", None, "is empty"),
-        ("Answer {question}.", None, "is no template"),
+        ("Answer {question}.", None, "is not a template"),
         ("default", None, "this tokenizer has no templates with names"),
     ],
 )

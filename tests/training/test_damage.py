@@ -316,7 +316,7 @@ def test_a_state_cannot_name_files_elsewhere(saved: Saved):
         blank = json.dumps({**tree, "files": {**tree["files"], "state.json": "0" * 64}}, indent=1)
         own = hashlib.sha256(blank.encode()).hexdigest()
         (saved.last / "state.json").write_text(blank.replace("0" * 64, own, 1))
-        assert "is no name of a file in the folder" in saved.refusal("state.json")
+        assert "is not the name of a file in the folder" in saved.refusal("state.json")
 
 
 def test_the_first_checkpoint_cannot_be_gone_back_from(saved: Saved, tmp_path: Path):

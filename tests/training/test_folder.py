@@ -156,7 +156,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path, resume: str, files: dict
     (tmp_path / "checkpoints").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert "is not empty and holds no run; give another run=..." in refusal(tmp_path, resume=resume)
+    assert "is not empty and does not hold a run; give another run=..." in refusal(tmp_path, resume=resume)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", *files}
     assert all((tmp_path / name).read_text() == text for name, text in files.items())
 
