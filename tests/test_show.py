@@ -1,16 +1,15 @@
 """`dllm-sd show` needs no network: shapes of the checkpoints that shipped configs name come with the program."""
 
 import importlib
-import json
-import os
 import re
-import subprocess
-import sys
+import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dllm_sd.cli.main import main
 from dllm_sd.config import load_config, shipped_configs
 from dllm_sd.errors import InputError
 from dllm_sd.pairing import check_model, check_model_offline
@@ -21,17 +20,6 @@ from dllm_sd.pretrained.shapes import SHAPES
 from tests.test_docs import DOCUMENTS, commands
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = """
-import contextlib, io, json, sys
-from dllm_sd.cli.main import main
-said = []
-for words in json.load(sys.stdin):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(["show", *words])
-    said.append([status, out.getvalue(), err.getvalue()])
-json.dump(said, sys.stdout)
-"""
 PARAMETERS = {
     **{"GSAI-ML/LLaDA-8B-Instruct": 8_015_581_184, "Dream-org/Dream-v0-Instruct-7B": 7_615_616_512},
     **{"Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B": 1_720_574_976, "Qwen/Qwen3-4B": 4_022_468_096},
@@ -41,28 +29,30 @@ PARAMETERS = {
 """As published."""
 
 
-def shown(commands_: list[list[str]], home: Path) -> list[tuple[int, str, str]]:
-    """What `dllm-sd show` answers, without network and without a cache."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps(commands_),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=home,
-        env={**os.environ, **offline},
-    )
-    return [(status, out, err) for status, out, err in json.loads(done.stdout)]
+def test_every_shipped_config_and_every_command_in_the_documents_is_shown_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """No connection is even tried, and what an earlier download may have left is not looked at."""
 
+    tried: list[Any] = []
 
-def test_every_shipped_config_and_every_command_in_the_documents_is_shown_without_network(tmp_path: Path):
-    asked = [[name] for name in shipped_configs()]
+    def connect(_: socket.socket, address: Any) -> None:
+        tried.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    asked: list[tuple[str, ...]] = [(name,) for name in shipped_configs()]
     for document in DOCUMENTS:
         found = [words for command, *words in commands(document) if command == "show" and words]
-        asked += [words for words in found if not words[0].isupper()]
-    assert ["quickstart_ar", "method=sgsd"] in asked
-    for words, (status, out, err) in zip(asked, shown(asked, tmp_path), strict=True):
+        asked += [tuple(words) for words in found if not words[0].isupper()]
+    assert ("quickstart_ar", "method=sgsd") in asked
+    for words in dict.fromkeys(asked):
+        status = main(["show", *words])
+        out, err = capsys.readouterr()
         assert status == 0, (words, err)
         assert err == "", words
         assert re.search(r"parameters +│ +[\d,]+ │", out), words
@@ -73,6 +63,7 @@ def test_every_shipped_config_and_every_command_in_the_documents_is_shown_withou
         assert not unmade or f"no usable tokenizer at {model.tokenizer!r}" in out
         assert "measured:" not in out
         assert ("% after" in out) <= ("predicts nothing about other models" in out), words
+    assert tried == []
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

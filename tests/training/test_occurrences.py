@@ -5,6 +5,7 @@ And whatever is lost on the way from the data to what is learnt from, is counted
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -75,7 +76,29 @@ def rolled(method: Method, policy: AnyPolicy) -> Rollouts:
     """A batch of two problems, three times each, all attempts made and kept at temperature 1."""
     changes = {"problems": COUNT, "attempts": ATTEMPTS, "keep": "all", "until_solved": False, "temperature": 1.0}
     rule = replace(method.rollout, **changes, top_k=0, top_p=1.0, horizon=Complete())
-    return gather(rule, All(), rule(policy, TASK, dealt(policy), DECODE, SEED, BATCH))
+    return gather(rule, All(), dealt_and_tried(rule, policy))
+
+
+@lru_cache(maxsize=16)  # many methods roll out alike
+def dealt_and_tried(rule: Any, policy: AnyPolicy) -> list[list[Rollout]]:
+    return rule(policy, TASK, dealt(policy), DECODE, SEED, BATCH)
+
+
+ANSWERS = ("1", "12345678901234567890", "345")
+SEVEN = [Problem(f"p{i}", {"question": "1" * (1 + 9 * (i % 3)), "answer": ANSWERS[i % 3]}) for i in range(7)]
+"""Some questions and some answers are too long."""
+
+
+@lru_cache(maxsize=64)
+def taken_and_tried(rule: Any, policy: AnyPolicy, batch: int) -> tuple[list[Prompted], list[list[Rollout]]]:
+    """Five of the seven problems again and again: those of a batch and their attempts."""
+    feed, cursor, before = Feed(SEVEN, policy, TASK, SEED, 20), 0, 0
+    taken, too_long = list[Prompted](), 0
+    for _ in range(batch + 1):
+        before = cursor
+        taken, cursor, too_long = feed.take(cursor, 5)
+    assert cursor - before == len(taken) + too_long
+    return taken, rule(policy, TASK, taken, DECODE, SEED, batch)
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -115,18 +138,13 @@ def test_every_rollout_of_a_batch_has_its_own_keys_group_and_hints(name: str, ba
 def test_every_attempt_is_kept_or_lost_under_a_name(name: str, policy: AnyPolicy):
     """Problems without rubric or answer, hints that are too long, references too long, writers that fail."""
     method = METHODS[name].method
-    answers = ["1", "12345678901234567890", "345"]
-    problems = [Problem(f"p{i}", {"question": "1" * (1 + 9 * (i % 3)), "answer": answers[i % 3]}) for i in range(7)]
     decodes = isinstance(method.rollout, PassAtK)
     rule: Any = replace(method.rollout, problems=5, **({"attempts": 2} if decodes else {}))
     contexts = tuple(map(in_digits, method.contexts))
-    feed, cursor = Feed(problems, policy, TASK, SEED, 20), 0
     for batch in range(3):
-        before = cursor
-        taken, cursor, too_long = feed.take(cursor, 5)
-        assert cursor - before == len(taken) + too_long
-        rollouts = gather(rule, method.gate, rule(policy, TASK, taken, DECODE, SEED, batch))
-        failing = Sources(problems, lambda _, requests: [Written(None, "silent")] * len(requests))
+        taken, tried = taken_and_tried(rule, policy, batch)
+        rollouts = gather(rule, method.gate, tried)
+        failing = Sources(SEVEN, lambda _, requests: [Written(None, "silent")] * len(requests))
         found = build_teacher_prompts(rollouts, contexts, TASK, policy, lambda *_: ["1"] * 99, (SEED, batch), failing)
         counts = found.counts
         lost = counts["rejected"] + counts["no_hint"] + counts["long_hint"]
