@@ -139,8 +139,8 @@ class Scheduler:
         for one in refused:
             _fail(one, Refusal(503, CLOSING, retry_after=5))
 
-    def stop(self, seconds: float = 30.0) -> None:
-        """Close, end what runs after the step that is being computed, and wait for the thread."""
+    def stop(self, seconds: float) -> None:
+        """Close, end what runs after the step that is being computed, and wait some seconds for the thread."""
         self.close()
         with self.changed:
             self.stopping = True

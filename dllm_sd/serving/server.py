@@ -14,6 +14,8 @@ from dllm_sd.serving.service import Service
 
 GRACE = 10
 """Seconds that running requests have to end after a signal."""
+IMPATIENT = 1
+"""Seconds that a step of the decoder has to end after a second signal."""
 KEEP_ALIVE = 75
 """Seconds that a connection stays open between two requests."""
 
@@ -66,7 +68,7 @@ class HttpServer(uvicorn.Server):
         try:
             super().run(sockets)
         finally:
-            self.service.stop()
+            self.service.stop(IMPATIENT if self.force_exit else GRACE)
 
     def end(self) -> None:
         """Begin to shut down."""

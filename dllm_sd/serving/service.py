@@ -164,9 +164,9 @@ class Service:
         """Refuse what is not decoded yet."""
         self.scheduler.close()
 
-    def stop(self) -> None:
-        """End the decoding thread."""
-        self.scheduler.stop()
+    def stop(self, seconds: float) -> None:
+        """End the decoding thread; wait some seconds for the step that it computes."""
+        self.scheduler.stop(seconds)
 
 
 @contextlib.contextmanager

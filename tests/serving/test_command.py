@@ -117,10 +117,10 @@ def start(*words: str, **environment: str) -> tuple[subprocess.Popen[str], int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("times", [1, 2])
 def test_any_signal_ends_an_idle_or_a_busy_server_with_status_0(number: signal.Signals, times: int):
-    process, port = start("--max-completion", "16384")
+    process, port = start()
     try:
         with socket.create_connection(("127.0.0.1", port)) as line:
-            body = json.dumps({"prompt_ids": [5], "key": 1, "settings": {"length": 16384, "early_end": False}})
+            body = json.dumps({"prompt_ids": [5], "key": 1, "settings": {"length": 2048, "early_end": False}})
             line.sendall(f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             time.sleep(1)
             for _ in range(times):
