@@ -46,5 +46,6 @@ class DllmSd(RemoteEngine):
             return "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder, "load_inplace": True}
         return "/v1/load_weights", {"name": name, "path": folder}
 
-    def unload(self, name: str, adapter: bool) -> None:
-        """Nothing: the next weights take their place."""
+    def unload(self, name: str, adapter: bool) -> tuple[str, dict[str, Any]] | None:
+        """Forget an adapter; weights of a whole model are replaced by the next ones."""
+        return ("/v1/unload_lora_adapter", {"lora_name": name}) if adapter else None

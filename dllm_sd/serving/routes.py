@@ -3,6 +3,8 @@
 import asyncio
 import hmac
 import json
+import sys
+import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -229,6 +231,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:
+    traceback.print_exception(error, file=sys.stderr)
     return _refused(Refusal(500, "the server failed; whoever runs it finds the reason where it was started"))
 
 

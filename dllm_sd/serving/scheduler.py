@@ -6,6 +6,7 @@ no stream of equal requests can starve it. What is no decoding (loading weights,
 has its turn in the same order, while nothing is decoded.
 """
 
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from threading import Condition, Event, Thread
+from time import monotonic
 from typing import Any
 
 from torch import Tensor
@@ -90,7 +92,7 @@ class Scheduler:
         self.changed = Condition()
         self.waiting: list[Completion | Errand] = []
         self.running: dict[tuple[int, ...], Completion] = {}
-        self.closing = self.stopping = False
+        self.closing, self._end = False, math.inf
         self.pauses: list[tuple[Future[None], Event]] = []
         self.count = 0
         self.thread = Thread(target=self._work, name="decoding", daemon=True)
@@ -130,10 +132,10 @@ class Scheduler:
         finally:
             resume.set()
 
-    def close(self) -> None:
-        """Refuse new requests, and those that wait; what runs goes on."""
+    def close(self, seconds: float) -> None:
+        """Refuse new requests, and those that wait; what runs goes on, and is refused if it takes more ``seconds``."""
         with self.changed:
-            self.closing = True
+            self.closing, self._end = True, min(self._end, monotonic() + seconds)
             refused, self.waiting = self.waiting, []
             self.changed.notify_all()
         for one in refused:
@@ -141,11 +143,13 @@ class Scheduler:
 
     def stop(self, seconds: float) -> None:
         """Close, end what runs after the step that is being computed, and wait some seconds for the thread."""
-        self.close()
-        with self.changed:
-            self.stopping = True
-            self.changed.notify_all()
+        self.close(0)
         self.thread.join(seconds)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing goes on."""
+        return monotonic() >= self._end
 
     def _dropped(self, result: "Future[Any]") -> None:
         if result.cancelled():
@@ -271,6 +275,9 @@ class _Run:
             if request is not None:
                 with suppress(InvalidStateError):  # it hung up
                     request.result.set_result(single)
+
+    def abandon(self, error: BaseException) -> None:
+        """No other process has a share in the queue; `fail` tells the clients."""
 
     def watch(self, jobs: Sequence[Job | None], tokens: Tensor) -> None:
         """Show clients how their canvases grow; stop when nobody waits for any of them."""

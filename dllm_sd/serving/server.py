@@ -1,5 +1,6 @@
 """The HTTP server: its socket, its signals, and how it ends."""
 
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from dllm_sd.serving.service import Service
 
 GRACE = 10
 """Seconds that running requests have to end after a signal."""
+LAST = 5
+"""Seconds that their refusals, and answers, have to be sent."""
 IMPATIENT = 1
 """Seconds that a step of the decoder has to end after a second signal."""
 KEEP_ALIVE = 75
@@ -58,10 +61,11 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=GRACE,
+                timeout_graceful_shutdown=GRACE + LAST,
             )
         )
         self.service = service
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what went wrong is printed by the routes
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal, or until `end` is called on another thread."""
@@ -72,7 +76,7 @@ class HttpServer(uvicorn.Server):
 
     def end(self) -> None:
         """Begin to shut down."""
-        self.service.close()
+        self.service.close(0 if self.force_exit else GRACE)
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -160,9 +160,9 @@ class Service:
             await asyncio.wrap_future(still)
             yield
 
-    def close(self) -> None:
-        """Refuse what is not decoded yet."""
-        self.scheduler.close()
+    def close(self, seconds: float) -> None:
+        """Refuse what is not decoded yet, and after some seconds what is not decoded to its end."""
+        self.scheduler.close(seconds)
 
     def stop(self, seconds: float) -> None:
         """End the decoding thread; wait some seconds for the step that it computes."""

@@ -27,6 +27,7 @@ from dllm_sd.serving.refusal import Refusal
 from dllm_sd.training.checkpoint import load_weights
 
 MOST_ADAPTERS = 16
+"""Adapters that are held at the same time."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -78,15 +79,15 @@ class ServedWeights:
     def load_adapter(self, name: str, folder: str, in_place: bool) -> str:
         """Load a PEFT adapter, under a new name or in the place of the one that has it; return what was done.
 
+        Beyond `MOST_ADAPTERS` the one that was loaded first makes room: whoever asks for it again has to load it again.
+
         Raises:
             InputError: if the folder holds no usable adapter, or one of another shape than those that are there.
-            Refusal: if the name is taken, or there are too many.
+            Refusal: if the name is taken.
         """
         if name == self.base or (name in self._adapters and not in_place):
             remedy = "load it under another one" if name == self.base else "set load_inplace to replace it"
             raise Refusal(400, f"the name {shown(name)} is taken; {remedy}")
-        if name not in self._adapters and len(self._adapters) >= MOST_ADAPTERS:
-            raise Refusal(400, f"{MOST_ADAPTERS} adapters are loaded, and no more fit; unload one first")
         tensors = _read_adapter(Path(folder))
         network = self.policy.module.model
         settings = self._settings(Path(folder))
@@ -107,6 +108,8 @@ class ServedWeights:
                 raise
         self.policy.module.model.eval()
         self._adapters[name] = inner
+        for former in list(self._adapters)[:-MOST_ADAPTERS]:
+            self.unload_adapter(former)
         return f"adapter {shown(name)} was loaded"
 
     def unload_adapter(self, name: str) -> str:

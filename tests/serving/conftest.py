@@ -10,7 +10,7 @@ from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.pretrained.model import Model
 from dllm_sd.serving.service import Limits, Service
 
-DECODE = Decoding(length=16, block_length=4, tokens_per_step=1, temperature=1.0, batch_size=8)
+DECODE = Decoding(length=16, block_length=4, tokens_per_step=2, temperature=1.0, batch_size=8)
 LIMITS = Limits(prompt=64, completion=512, waiting=64, body=2**16)
 
 

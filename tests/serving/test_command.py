@@ -64,7 +64,7 @@ def test_a_signal_ends_the_server_when_what_runs_has_ended(
 
     def client() -> list[tuple[int, Any]]:
         port, found = ports.get(timeout=60), []
-        slow = {"prompt_ids": [5], "key": 1, "settings": {"length": 256, "early_end": False}}
+        slow = {"prompt_ids": [5], "key": 1, "settings": {"length": 48, "early_end": False}}
         with ThreadPoolExecutor(1) as pool:
             found.append(ask(port, "POST", "/generate", {"prompt_ids": [5] * 33, "key": 1}))
             running = pool.submit(ask, port, "POST", "/generate", slow)
@@ -78,7 +78,7 @@ def test_a_signal_ends_the_server_when_what_runs_has_ended(
         assert main(["serve", "tiny", "--port", "0", "--api-key-variable", "KEY", "max_prompt=32"]) == 0
         (refused, long), (done, tree) = answers.result()
     assert (refused, "has 33 tokens" in long["error"]["message"]) == (413, True)
-    assert (done, len(tree["tokens"])) == (200, 256)
+    assert (done, len(tree["tokens"])) == (200, 48)
     lines = [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
     assert len(lines) == 1
     assert lines[0].startswith("serving tiny at http://127.0.0.1:")

@@ -34,7 +34,7 @@ SETTINGS = {
 DIFFUSION = {
     "random": replace(DECODE, order="random"),
     "threshold": replace(DECODE, threshold=0.7),
-    "guidance": replace(DECODE, guidance=1.0, tokens_per_step=2),
+    "guidance": replace(DECODE, guidance=1.0, tokens_per_step=4),
     "idle steps": replace(DECODE, steps=27),
 }
 STOPS = [None, StopAfter("blocks", 2), StopAfter("steps", 3)]
@@ -90,7 +90,7 @@ def test_many_clients_at_once_get_what_each_would_get_alone(make_policy: Callabl
             rng.choice(kinds),
             rng.choice(STOPS),
         )
-        for i in range(30)
+        for i in range(20)
     ]
     with served.serving(service_of(policy, model)) as server, ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda one: ask(server, *one), asked))
@@ -206,3 +206,16 @@ def test_a_server_that_closes_ends_what_runs_and_refuses_what_waits(make_policy:
             served.until(lambda: len(service.scheduler.waiting) == 1)
         assert running.result()[0] == 200
         assert waiting.result()[0] == 503
+
+
+def test_a_failure_that_nobody_expected_is_told_to_whoever_runs_the_server(
+    diffusion: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the secret of the house")
+
+    monkeypatch.setattr(diffusion.service, "settings", broken)
+    status, tree = diffusion.post("/generate", GOOD)
+    assert (status, tree["error"]["type"]) == (500, "server_error")
+    assert "secret" not in tree["error"]["message"]
+    assert capfd.readouterr().err.count("RuntimeError: the secret of the house") == 1

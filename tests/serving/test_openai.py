@@ -72,7 +72,7 @@ def test_max_tokens_cuts_what_a_whole_block_holds(diffusion: Any):
 
 def test_more_positions_take_more_steps_and_keys_of_decode_may_be_given(diffusion: Any):
     prompt = diffusion.service.policy.encode_completion(PUZZLE, ended=False)
-    for extra in ({"tokens_per_step": 2}, {"order": "random", "top_k": 3}, {"block_length": 8, "threshold": 0.4}):
+    for extra in ({"tokens_per_step": 4}, {"order": "random", "top_k": 3}, {"block_length": 8, "threshold": 0.4}):
         body = {"prompt": prompt, "max_tokens": 24, "seed": 7, **extra}
         _, tree = diffusion.post("/v1/completions", body)
         assert tree["choices"][0]["text"] == local(diffusion, prompt, length=24, **extra)[1]

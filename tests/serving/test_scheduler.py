@@ -233,7 +233,7 @@ def test_closing_refuses_what_waits_and_lets_end_what_runs(made: Made):
     scheduler.submit(running)
     until(lambda: len(scheduler.running) == 3)
     scheduler.submit(waiting)
-    scheduler.close()
+    scheduler.close(60)
     assert [type(request.result.exception(20)) for request in waiting] == [Refusal] * 2
     with pytest.raises(Refusal, match="shutting down"):
         scheduler.submit(asked(ONE, [1]))
@@ -242,13 +242,15 @@ def test_closing_refuses_what_waits_and_lets_end_what_runs(made: Made):
     until(lambda: not scheduler.thread.is_alive())
 
 
-def test_stopping_ends_what_runs_after_a_step(made: Made):
+@pytest.mark.parametrize("end", [lambda scheduler: scheduler.stop(20), lambda scheduler: scheduler.close(0.05)])
+def test_stopping_ends_what_runs_after_a_step(made: Made, end: Callable[[Scheduler], None]):
     stepwise, scheduler = made
     requests = asked(ONE, [10**9] * 3)
     scheduler.submit(requests)
     until(lambda: len(scheduler.running) == 3)
     stepwise.allow(5)
-    scheduler.stop(20)
+    end(scheduler)
+    stepwise.allow()
     assert all(isinstance(request.result.exception(20), Refusal) for request in requests)
 
 

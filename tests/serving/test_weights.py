@@ -174,9 +174,10 @@ def test_names_are_taken_once_and_adapters_are_few(plain: Any, adapters: list[Pa
     assert load(plain, "tiny", adapters[0])[0] == 400
     for wrong in ("", "x" * 201, 5, None):
         assert load(plain, wrong, adapters[0])[0] == 422  # pyright: ignore[reportArgumentType]
-    for number in range(2):
-        assert load(plain, f"p{number}", adapters[0])[0] == 200
-    assert load(plain, "one more", adapters[0])[0] == 400
+    for number in range(4):
+        assert load(plain, f"p{number}", adapters[number % 2])[0] == 200
+    assert plain.service.weights.names == ["tiny", "p2", "p3"]  # the oldest made room
+    assert [logp(plain, name) for name in ("p2", "p3")] == [with_adapter(folder) for folder in adapters[:2]]
 
 
 def test_paths_are_read_only_where_that_was_allowed(diffusion: Any, adapters: list[Path]):
