@@ -315,7 +315,7 @@ def test_a_report_folder_that_is_a_file_is_refused(
 ):
     monkeypatch.chdir(tmp_path)
     Path("out").write_text("mine")
-    assert main(["eval", "tiny", "--task", "sudoku", "--out", "out"]) == 2
+    assert main(["eval", "tiny", "--task", "sudoku", "--out", "out", "eval.final_problems=2"]) == 2
     assert capsys.readouterr().err == "dllm-sd: cannot write to 'out': File exists; give another --out\n"
 
 
