@@ -393,7 +393,7 @@ class Seen:
 def watched(pieces: list[Piece]) -> Iterator[None]:
     """Write down what student and teachers read in the loss, from the ids that enter the network's module."""
     now: list[Any] = []  # the update, the rollouts, and the teacher that is asked
-    learn, grade, ask = Trainer._learn, trainer_module.grade, TeacherModel.__call__
+    learn, grade, ask = Trainer._learn, trainer_module.grade_micro_batch, TeacherModel.__call__
 
     def learning(self: Trainer, plan: Any, rollouts: Rollouts, update: int, lr: float) -> Any:
         now[:] = [update, rollouts, None]
@@ -436,7 +436,7 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiteHead, "forward", reading)
         patch.setattr(Trainer, "_learn", learning)
-        patch.setattr(trainer_module, "grade", grading)
+        patch.setattr(trainer_module, "grade_micro_batch", grading)
         patch.setattr(TeacherModel, "__call__", asking)
         yield
 

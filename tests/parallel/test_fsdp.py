@@ -111,7 +111,7 @@ def check_pieces(trainer: Trainer) -> None:
 
 def check_refusal(run: Path) -> None:
     """A non-finite loss on one process stops both before the step."""
-    trainer, grade = Trainer(config_of("lora", run)), trainer_module.grade
+    trainer, grade = Trainer(config_of("lora", run)), trainer_module.grade_micro_batch
 
     def poisoned(*arguments: Any) -> Any:
         graded = grade(*arguments)
@@ -119,7 +119,7 @@ def check_refusal(run: Path) -> None:
 
     before = {name: value.full_tensor() for name, value in trainer.policy.module.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "grade", poisoned)
+        patch.setattr(trainer_module, "grade_micro_batch", poisoned)
         with pytest.raises(FloatingPointError, match="update 1"):
             trainer.train()
     assert all(torch.equal(v.full_tensor(), before[name]) for name, v in trainer.policy.module.state_dict().items())

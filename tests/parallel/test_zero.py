@@ -75,14 +75,14 @@ def check_pieces(trainer: Trainer, stage: int) -> None:
 
 def check_refusal(run: Path) -> None:
     """A non-finite loss on one process stops both before the step."""
-    trainer, grade = Trainer(config_of("lora", run)), trainer_module.grade
+    trainer, grade = Trainer(config_of("lora", run)), trainer_module.grade_micro_batch
 
     def poisoned(*arguments: Any) -> Any:
         graded = grade(*arguments)
         return type(graded)(**{**vars(graded), "loss": graded.loss * (torch.nan if trainer.main else 1.0)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "grade", poisoned)
+        patch.setattr(trainer_module, "grade_micro_batch", poisoned)
         with pytest.raises(FloatingPointError, match="update 1"):
             trainer.train()
 

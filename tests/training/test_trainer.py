@@ -203,14 +203,14 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(config_at(tmp_path / "run", eval__every=0))
-    grade = trainer_module.grade
+    grade = trainer_module.grade_micro_batch
 
     def poisoned(*arguments: Any) -> Any:
         graded = grade(*arguments)
         graded.term[0] = torch.nan
         return type(graded)(**{**vars(graded), "loss": graded.loss * torch.nan})
 
-    monkeypatch.setattr(trainer_module, "grade", poisoned)
+    monkeypatch.setattr(trainer_module, "grade_micro_batch", poisoned)
     before = {name: value.clone() for name, value in trainer.policy.module.state_dict().items()}
     with pytest.raises(FloatingPointError, match=r"update 1 .*sudoku/train/\d+"):
         trainer.train()
