@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dllm_sd.policies.policy import Policy
+from dllm_sd.policies.policy import Policy, offsets
 from dllm_sd.trajectory import Trajectory
 
 MASKED = "\u2591"
@@ -27,7 +27,7 @@ class Final:
 
     text: str
     tokens: tuple[int, ...]
-    """All that were counted: up to the end token, or as many as were asked for."""
+    """All that were counted: up to the end token or the stop text, or as many as were asked for."""
     logp: tuple[float, ...]
     reason: str
     """``stop``: an end token or a stop text; ``length``: neither came."""
@@ -77,7 +77,7 @@ class Growth:
         text = self.policy.text(settled)
         if not any(stop in text for stop in self.stops):
             return None
-        return Final(self._cut(text), tuple(settled), (), "stop")
+        return Final(self._cut(text), tuple(settled[: self._count(settled, text)]), (), "stop")
 
     def final(self, trajectory: Trajectory) -> Final:
         """Return the end of a completion."""
@@ -87,7 +87,8 @@ class Growth:
         whole = self.policy.text(tokens)
         text = self._cut(whole)
         ended = text != whole or (bool(trajectory.ended) and count == int(trajectory.length))
-        return Final(text, tuple(tokens), logp, "stop" if ended else "length")
+        count = count if text == whole else self._count(tokens, whole)
+        return Final(text, tuple(tokens[:count]), logp[:count], "stop" if ended else "length")
 
     def rest(self, final: Final) -> Piece:
         """Return what the end adds to the pieces before."""
@@ -110,6 +111,11 @@ class Growth:
 
     def _cut(self, text: str) -> str:
         return text[: min((text.index(stop) for stop in self.stops if stop in text), default=len(text))]
+
+    def _count(self, tokens: Sequence[int], text: str) -> int:
+        """Return how many tokens it took until their text held the first stop text."""
+        end = min(text.index(stop) + len(stop) for stop in self.stops if stop in text)
+        return next(count for count, start in enumerate(offsets(self.policy, tokens)) if start >= end)
 
     def _held(self, text: str) -> int:
         """Return how many characters are certain to come before any stop text."""

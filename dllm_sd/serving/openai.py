@@ -57,8 +57,8 @@ class Asked:
 
     @property
     def growing(self) -> bool:
-        """Whether the text is looked at while it grows."""
-        return self.stream or bool(self.stops)
+        """Whether the text is looked at while it grows: to send it, or to end where a stop text stands."""
+        return self.stream or (bool(self.stops) and self.logprobs is None)
 
 
 async def read_asked(service: Service, tree: Mapping[str, Any], chat: bool) -> Asked:
@@ -93,6 +93,8 @@ async def read_asked(service: Service, tree: Mapping[str, Any], chat: bool) -> A
     settings = {name: body.pop(name) for name in LOCAL if body.get(name) is not None}
     if unknown := sorted(body.keys() - IGNORED - set(LOCAL)):
         raise Refusal(422, f"unknown key {shown(unknown[0])}; leave it out")
+    if stream and (echo or logprobs is not None):
+        raise Refusal(422, "echo and logprobs are not streamed; leave them out, or set stream to false")
     stops = (stop,) if isinstance(stop, str) else stop
     _check_numbers(service, most, n, len(prompts), stops, logprobs, echo)
     kind = Kind(service.weights.check(model), _settings(service, settings, max(1, most)))

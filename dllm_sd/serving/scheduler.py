@@ -105,8 +105,7 @@ class Scheduler:
             Refusal: if too many wait, or the server is shutting down.
         """
         with self.changed:
-            if self.closing or not self.thread.is_alive():
-                raise Refusal(503, CLOSING, retry_after=5)
+            self._check_open()
             self.waiting = [one for one in self.waiting if not one.result.cancelled()]
             if len(self.waiting) + len(asked) > self.most_waiting:
                 raise Refusal(
@@ -122,15 +121,24 @@ class Scheduler:
 
     @contextmanager
     def pause(self) -> Iterator["Future[None]"]:
-        """Let the decoding thread stand still between two steps, as soon as the future that is yielded is done."""
+        """Let the decoding thread stand still between two steps, as soon as the future that is yielded is done.
+
+        Raises:
+            Refusal: if the server is shutting down.
+        """
         still, resume = Future[None](), Event()
         with self.changed:
+            self._check_open()
             self.pauses.append((still, resume))
             self.changed.notify_all()
         try:
             yield still
         finally:
             resume.set()
+
+    def _check_open(self) -> None:
+        if self.closing or not self.thread.is_alive():
+            raise Refusal(503, CLOSING, retry_after=5)
 
     def close(self, seconds: float) -> None:
         """Refuse new requests, and those that wait; what runs goes on, and is refused if it takes more ``seconds``."""
@@ -164,6 +172,7 @@ class Scheduler:
                     self._do(first)
                 else:
                     self._decode(first)
+            self.stand_still()  # for who asked before the scheduler closed
 
     def _next(self) -> Completion | Errand | None:
         """Wait for the request whose turn it is, and take it; None when the server stops."""

@@ -87,6 +87,7 @@ def test_a_stop_text_ends_the_text_before_it(server: Any):
         _, tree = server.post("/v1/chat/completions", body)
         choice = tree["choices"][0]
         assert choice["message"]["content"] == text[: text.index(stop)]
+        assert tree["usage"]["completion_tokens"] == text.index(stop) + 2  # a token is a letter here
         assert choice["finish_reason"] == "stop"
         streamed = server.events("/v1/chat/completions", body)
         assert "".join(event["choices"][0]["delta"]["content"] for event in streamed) == text[: text.index(stop)]
@@ -184,8 +185,10 @@ OF_TEXTS = [
     ({"prompt": [5, 10**6]}, 422, "token ids"),
     ({"prompt": "1" * 100}, 413, "at most 64"),
     ({"prompt": "1" * 20000}, 413, "characters"),
-    ({"prompt": "\ud800"}, 400, "no character"),
-    ({"logprobs": 100}, 422, "logprobs is 100"),
+    ({"prompt": "\ud800"}, 400, "surrogate"),
+    ({"logprobs": 100, "stream": False}, 422, "logprobs is 100"),
+    ({"logprobs": 1, "stream": True}, 422, "not streamed"),
+    ({"echo": True, "stream": True}, 422, "not streamed"),
 ]
 OF_CHATS = [
     ({"messages": None}, 422, "messages"),
@@ -249,6 +252,7 @@ class Letters:
     """A policy whose tokens are the letters of a text; -1 stands for a masked position."""
 
     causal, mask_id = False, -1
+    non_text_ids = byte_ids = frozenset[int]()
 
     def text(self, tokens: list[int]) -> str:
         return bytes(tokens).decode(errors="replace")
@@ -279,6 +283,22 @@ def test_half_a_character_and_half_a_stop_text_are_held_back():
         elif (piece := one.piece([*canvas])) is not None:
             sent.append(piece.text)
     assert [*filter(None, sent)] == ["ab", "é", "EN"]
+
+
+def test_a_stop_text_is_counted_alike_while_and_after_it_grows(server: Any):
+    """A completion with log-probabilities is decoded to its end, and cut then."""
+    body = {"prompt": PUZZLE, "seed": 7}
+    _, whole = server.post("/v1/completions", body)
+    stop = whole["choices"][0]["text"][6:8]
+    (_, early), (_, late) = (
+        server.post("/v1/completions", {**body, "stop": stop, **more}) for more in ({}, {"logprobs": 1})
+    )
+    assert early["usage"] == late["usage"]
+    assert early["choices"][0]["text"] == late["choices"][0]["text"]
+    found = late["choices"][0]["logprobs"]
+    assert len(found["token_logprobs"]) == late["usage"]["completion_tokens"]
+    assert None not in found["token_logprobs"]
+    assert "".join(found["tokens"]) == early["choices"][0]["text"] + stop
 
 
 def test_the_end_of_a_completion_is_counted_and_cut():

@@ -237,6 +237,8 @@ def test_closing_refuses_what_waits_and_lets_end_what_runs(made: Made):
     assert [type(request.result.exception(20)) for request in waiting] == [Refusal] * 2
     with pytest.raises(Refusal, match="shutting down"):
         scheduler.submit(asked(ONE, [1]))
+    with pytest.raises(Refusal, match="shutting down"), scheduler.pause():
+        pass
     stepwise.allow()
     assert all(request.result.result(20).size == 1 for request in running)
     until(lambda: not scheduler.thread.is_alive())
