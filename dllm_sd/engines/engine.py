@@ -1,5 +1,6 @@
 """The protocol of an engine, the local one, and the keys that all engines on servers share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol
@@ -41,7 +42,7 @@ class Engine(Part, Protocol):
     """Which machine decodes, and how it is asked."""
 
     remote: ClassVar[bool]
-    """Whether a server decodes; the other capabilities and methods are those of `RemoteEngine`."""
+    """Whether servers decode; then the engine is a `RemoteEngine`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class RemoteEngine(Ranged, key=KEY):
+class RemoteEngine(Ranged, ABC, key=KEY):
     """One or several servers decode; they share the completions that are to be made.
 
     Every request holds token ids and gets token ids back. At every update some rollouts are scored again by the
@@ -102,41 +103,33 @@ class RemoteEngine(Ranged, key=KEY):
         """The address of a route; a base URL may end with ``/v1``."""
         return f"{url.rstrip('/').removesuffix('/v1')}{route}"
 
-
-class Answer(Protocol):
-    """What an engine on servers does beside its keys."""
-
+    @abstractmethod
     def check(self, decode: Mapping[str, Any], key: str) -> None:
-        """Refuse settings that stand at ``key`` and that the engine does not have.
+        """Refuse settings of `decode` that stand at ``key`` and that the engine does not have.
 
         Raises:
             InputError: naming the key, and the remedy.
         """
-        ...
 
+    @abstractmethod
     def ask(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        """Route and JSON body of a request."""
-        ...
+        """Return the route and the JSON body of a request."""
 
+    @abstractmethod
     def read(self, answer: Any, request: CompletionRequest) -> Trajectory:
-        """The completion in the JSON of an answer, as a batch of one.
+        """Return the completion in the JSON of an answer, as a batch of one.
 
         Raises:
             ValueError: saying what is wrong with the answer.
         """
-        ...
 
+    @abstractmethod
     def load(self, name: str, folder: str, adapter: bool) -> tuple[str, dict[str, Any]]:
-        """Route and JSON body that loads weights from a folder under a name."""
-        ...
+        """Return the route and the JSON body that load weights from a folder under a name."""
 
+    @abstractmethod
     def unload(self, name: str, adapter: bool) -> tuple[str, dict[str, Any]] | None:
-        """Route and JSON body that forgets weights; None where loading others has done so."""
-        ...
-
-
-class ServerEngine(RemoteEngine, Answer):
-    """An engine on servers, for type hints."""
+        """Return the route and the JSON body that remove weights; None if loading others has removed them."""
 
 
 def integers(value: Any, name: str, least: int = 0) -> list[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Any
 
-from dllm_sd.engines.engine import KEY, CompletionRequest, ServerEngine
+from dllm_sd.engines.engine import KEY, CompletionRequest, RemoteEngine
 from dllm_sd.errors import InputError, Stopped, shortened
 from dllm_sd.http_client import LONGEST_WAIT, HttpClient, Reply, json_headers
 from dllm_sd.randomness import make_key
@@ -36,7 +36,7 @@ class _Server:
 class Servers:
     """The servers of one engine; safe to use from several threads."""
 
-    def __init__(self, engine: ServerEngine) -> None:
+    def __init__(self, engine: RemoteEngine) -> None:
         """Prepare the client; nothing is sent yet.
 
         Raises:

@@ -15,6 +15,7 @@ from dllm_sd.config import Config
 from dllm_sd.decoding.decoder import Decoder
 from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
 from dllm_sd.decoding.settings import Decoding
+from dllm_sd.engines import RemoteEngine
 from dllm_sd.engines.servers import PREFIX, Servers
 from dllm_sd.errors import Stopped
 from dllm_sd.files.writing import remove
@@ -39,9 +40,9 @@ def check_servers(config: Config) -> None:
     Raises:
         InputError: naming the server, and the remedy.
     """
-    if (engine := config.decode.engine).remote:
+    if isinstance(engine := config.decode.engine, RemoteEngine):
         lengths = [config.decode.length, config.held_out().length]
-        Servers(engine).check(config.max_prompt + max(lengths))  # pyright: ignore[reportArgumentType]
+        Servers(engine).check(config.max_prompt + max(lengths))
 
 
 class RolloutEngine:
@@ -59,6 +60,8 @@ class RolloutEngine:
         self.decoder: Decoder = policy.decoder
         self.version = ""
         if self.engine.remote:
+            if config.resume == "force":  # its weights may be others under the same name
+                on_main(lambda: remove(self.folder))
             with together():
                 self.servers = Servers(self.engine)
                 self.journal = RolloutJournal(self.folder, accelerator.process_index)
@@ -66,9 +69,13 @@ class RolloutEngine:
             self.decoder = RemoteDecoder(self.servers, ids, lambda: self.version, self.journal)
 
     @property
-    def found(self) -> int:
-        """Completions that a killed run has left, and that are not made again."""
-        return self.journal.found if self.engine.remote else 0
+    def notes(self) -> list[str]:
+        """What is to be said before the run begins."""
+        if not self.engine.remote or not self.journal.found:
+            return []
+        return [
+            f"{self.journal.found} completions since the last checkpoint are kept, and not made again (engine/found)"
+        ]
 
     def use(self, version: str) -> None:
         """Let the servers decode with the student's weights of now, which are called ``version``.

@@ -112,7 +112,7 @@ class Trainer:
             raise
         self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, unknown_tokens)
         if self.main:
-            for sentence in (*self.notes, *about_sources(config)):
+            for sentence in (*self.notes, *self.pipeline.engine.notes, *about_sources(config)):
                 print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
