@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from threading import Event, Lock
 from typing import Any
 
@@ -109,7 +110,7 @@ class Servers:
         """
         route, tree = self.engine.ask(request)
         body = json.dumps(tree).encode()
-        for attempt in range(self.engine.retries + 1):
+        for attempt in count():
             server = self._choose()
             if server.weights != request.model != self.engine.model:
                 self._give_weights(server)
@@ -125,15 +126,14 @@ class Servers:
                     f"the server at {server.url} ({KEY}) refuses a completion ({reply.failure}: {_said(reply)}); "
                     "change its settings or those of decode, and run the same command again"
                 )
-            if attempt < self.engine.retries:
-                self.retried += 1
-                if self._stop.wait(self._pause(request.key, attempt, reply.retry_after)):
-                    break
-        raise Stopped(
-            f"no server of {KEY}.url made a completion in {self.engine.retries + 1} attempts (the last at "
-            f"{server.url}: {reply.failure}); finished rollouts are kept: start the servers, and run the same "
-            "command again"
-        )
+            pause = self._pause(request.key, attempt, reply.retry_after)
+            if attempt == self.engine.retries or self._stop.wait(pause):
+                raise Stopped(
+                    f"no server of {KEY}.url made a completion in {attempt + 1} attempts (the last at {server.url}: "
+                    f"{reply.failure}); finished rollouts are kept: start the servers, and run the same command again"
+                )
+            self.retried += 1
+        raise AssertionError("count() has no end")
 
     def cancel(self) -> None:
         """Cancel all requests in flight; no request can be made afterwards."""
