@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,4 +60,6 @@ def _limited_memory(additional: int) -> Iterator[None]:
 
 
 def _too_long(signum: int, frame: FrameType | None) -> None:
-    raise TooLong
+    """Interrupt the code, but not the handling of a former interrupt, which would leave contexts open."""
+    if not isinstance(sys.exc_info()[1], TooLong):
+        raise TooLong
