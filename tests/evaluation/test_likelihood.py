@@ -9,6 +9,7 @@ from dllm_sd.evaluation.likelihood import draw_masks, log_likelihoods, spans, wr
 from dllm_sd.network.view import View
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.randomness import make_key
+from tests.tiers import later
 
 PROMPT, ANSWER = [5, 9, 14, 6, 20], [7, 12, 4]
 PAIRS = [
@@ -89,8 +90,7 @@ def test_the_estimate_of_a_block_causal_model_is_unbiased_and_exact_where_masks_
     assert abs(float(found.mean()) - right) < 4 * float(found.std()) / math.sqrt(len(found))
 
 
-@pytest.mark.parametrize("samples", [2, 100])
-@pytest.mark.parametrize("block_length", [None, 4])
+@pytest.mark.parametrize(("samples", "block_length"), [(2, None), (2, 4), *later((100, None), (100, 4))])
 def test_neither_batch_nor_company_changes_a_likelihood(make_policy, samples, block_length):
     policy = make_policy(block_length=block_length)
     whole = log_likelihoods(policy, PAIRS, KEYS, samples=samples, batch_size=50)

@@ -98,7 +98,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, config: Any, update: int) -> Non
             trainer.train()
 
 
-@pytest.mark.parametrize("tokens", [96, *(pytest.param(tokens, marks=LONG) for tokens in (32, 10**6))])
+@pytest.mark.parametrize("tokens", [320, *(pytest.param(tokens, marks=LONG) for tokens in (32, 96, 10**6))])
 def test_micro_batches_do_not_change_an_update(whole: Path, tmp_path: Path, tokens: int) -> None:
     Trainer(config_at(tmp_path / "run", optim__tokens_per_batch=tokens)).train()
     assert_same_run(whole, tmp_path / "run", 1e-9)
