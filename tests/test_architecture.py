@@ -230,3 +230,8 @@ def test_the_module_can_be_run():
     assert done.returncode == 0, done.stderr
     for command in ("train", "eval", "grade", "sample", "serve", "show", "export"):
         assert command in done.stdout
+
+
+def test_no_two_files_of_tests_have_one_name():
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert [name for name in set(names) if names.count(name) > 1] == []  # pytest imports them by it

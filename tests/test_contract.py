@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dllm_sd.canvases import AllMaskedCanvas
 from dllm_sd.cli.main import main
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
@@ -633,7 +634,7 @@ def test_no_hint_is_in_what_the_student_reads(pair: Pair, whole: Seen) -> None:
 
 def assert_prompt(whole: Seen, found: Sequence[int], prompt: Sequence[int]) -> None:
     """The task's own prompt; some tokens are masked where that is the rule of the canvases."""
-    if type(whole.config.method.canvases).__name__ == "AllMasked" and whole.config.model.as_ == "diffusion":
+    if isinstance(whole.config.method.canvases, AllMaskedCanvas) and whole.config.model.as_ == "diffusion":
         mask = whole.trainer.policy.mask_id
         found = [token if token != mask else asked for token, asked in zip(found, prompt, strict=True)]
     assert list(found) == list(prompt)
