@@ -11,6 +11,7 @@ from dllm_sd.files.typed_json import build
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.trajectory import NEVER, Trajectory
+from dllm_sd.trajectory_json import LATEST_STEP
 
 INT_TENSORS = {"prompt_ids": "p", "tokens": "l", "reveal_step": "l", "length": ""}
 """The int64 tensors of a trajectory, and the axis of each after the batch axis of size 1."""
@@ -112,7 +113,9 @@ def _trajectory(values: Mapping[str, Any], place: int) -> Trajectory:
         if kinds.get(name) != (value.dtype, tuple(value.shape)):
             raise TensorError(f"{name} of trajectory {place} is of the wrong type or shape")
     length, reveal_step = trajectory.tokens.shape[1], trajectory.reveal_step
-    if not (1 <= int(trajectory.length) <= length and bool(((reveal_step >= NEVER) & (reveal_step < length)).all())):
+    if not (
+        1 <= int(trajectory.length) <= length and bool(((reveal_step >= NEVER) & (reveal_step < LATEST_STEP)).all())
+    ):
         raise TensorError(f"trajectory {place} has a length or steps out of range")
     return trajectory
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+import torch
 
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.experience.feed import Feed
@@ -210,3 +211,11 @@ def test_occurrences_are_in_checkpoints_and_samples(policy: AnyPolicy):
     assert [one.occurrence for one in again.kept] == [one.occurrence for one in rollouts.kept]
     assert again.keys(1, 2) == rollouts.keys(1, 2)
     assert [sample_entry(1, one)["occurrence"] for one in rollouts.kept] == [one.occurrence for one in rollouts.kept]
+
+
+def test_rollouts_whose_steps_were_partly_idle_come_back(policy: AnyPolicy):
+    settings = replace(DECODE, steps=4 * DECODE.length)
+    (rollouts,) = PassAtK(problems=1, attempts=1)(policy, TASK, dealt(policy)[:1], settings, SEED, BATCH)
+    assert int(rollouts[0].trajectory.num_steps) > DECODE.length
+    again = load_rollouts(*rollout_tensors(Rollouts(tuple(rollouts), dict.fromkeys(COUNTS, 1.0))))
+    assert torch.equal(again.kept[0].trajectory.reveal_step, rollouts[0].trajectory.reveal_step)
