@@ -111,7 +111,7 @@ def _float32(values: Sequence[float | None]) -> Tensor:
 
 
 def _check_ids(row: _Row, vocabulary: int | None) -> None:
-    """Refuse ids that are no tokens, and an end, pad or mask token that no model has."""
+    """Refuse ids that are not tokens, and an end, pad or mask token that no model has."""
     ids = {"tokens": row.tokens, "end_ids": row.end_ids, "pad_id": (row.pad_id,)}
     if row.causal and row.mask_id != NO_MASK:
         raise ValueError(f"mask_id is {row.mask_id}, but an autoregressive model has none ({NO_MASK})")
@@ -120,7 +120,7 @@ def _check_ids(row: _Row, vocabulary: int | None) -> None:
     for name, values in ids.items():
         if wrong := [token for token in values if token < 0 or (vocabulary is not None and token >= vocabulary)]:
             known = "" if vocabulary is None else f" of a vocabulary of {vocabulary}"
-            raise ValueError(f"{name} holds {wrong[0]}, which is no token{known}")
+            raise ValueError(f"{name} holds {wrong[0]}, which is not a token{known}")
     if not row.end_ids:
         raise ValueError("end_ids is empty")
 
@@ -130,13 +130,13 @@ def _check_positions(row: _Row) -> None:
     logp: Sequence[float | None] = row.logp or [-1.0 if step != NEVER else None for step in row.reveal_step]
     for place, (token, step, value) in enumerate(zip(row.tokens, row.reveal_step, logp, strict=True)):
         if not NEVER <= step < LATEST_STEP:
-            raise ValueError(f"reveal_step[{place}] is {step}, which is no step")
+            raise ValueError(f"reveal_step[{place}] is {step}, which is not a step")
         if step == NEVER and (token != row.pad_id or value is not None):
             raise ValueError(f"position {place} was never revealed, but holds a token or a log-probability")
         if step != NEVER and not row.causal and token == row.mask_id:
             raise ValueError(f"position {place} was revealed, but holds the mask token")
         if step != NEVER and (value is None or not LOWEST <= value <= ROUNDING):
-            raise ValueError(f"logp[{place}] is {value}, which is no log-probability in float32")
+            raise ValueError(f"logp[{place}] is {value}, which is not a log-probability in float32")
 
 
 def _check_order(trajectory: Trajectory) -> None:

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     listener = server.bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
     if key is None and not ip_address(host).is_loopback:
-        warn(f"whoever reaches {host} can use this model; set --api-key-variable to ask for a key")
+        warn(f"everybody who reaches {host} can use this model; set --api-key-variable to ask for a key")
     config, policy, weights = load(options.model, options.overrides, options.task, options.adapter)
     limits = {"completion": max(Limits.completion, config.decode.length)}
     body = options.max_body and 1024 * options.max_body

@@ -13,9 +13,9 @@ from dllm_sd.http_client import LONGEST_WAIT, HttpClient, Reply, json_headers
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 
-DOWN_AFTER = 3
+FAILURES_UNTIL_DOWN = 3
 """After so many failed attempts in a row a server counts as down, and others get its requests."""
-PREFIX = "dllm-sd-"
+WEIGHTS_PREFIX = "dllm-sd-"
 """How the names of trained weights begin; a server that took all weights knows its model by such a name."""
 
 
@@ -66,7 +66,7 @@ class Servers:
                     "give the base URL of one that runs"
                 )
             models = _models(reply.content)
-            names = [name for name in models if name == self.engine.model or name.startswith(PREFIX)]
+            names = [name for name in models if name == self.engine.model or name.startswith(WEIGHTS_PREFIX)]
             if not names:
                 raise InputError(
                     f"{KEY}.model {self.engine.model!r} is not served at {server.url}, which has "
@@ -119,7 +119,7 @@ class Servers:
             self._refuse(server, reply)
             if reply.failure is None:
                 return self._read(server, reply, request)
-            if reply.failure == "http_404":  # a server that was started anew lacks the weights
+            if reply.failure == "http_404":  # a server that was restarted lacks the weights
                 server.weights = None
             elif not reply.is_temporary:
                 raise Stopped(
@@ -150,7 +150,7 @@ class Servers:
     def _choose(self) -> _Server:
         """Return the server with the fewest requests in flight, of those that are up if one is."""
         with self._lock:
-            up = [server for server in self._servers if server.failed < DOWN_AFTER] or self._servers
+            up = [server for server in self._servers if server.failed < FAILURES_UNTIL_DOWN] or self._servers
             server = min(up, key=lambda server: server.running)
             server.running += 1
             return server

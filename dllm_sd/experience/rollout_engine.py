@@ -16,7 +16,7 @@ from dllm_sd.decoding.decoder import Decoder
 from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.engines import RemoteEngine
-from dllm_sd.engines.servers import PREFIX, Servers
+from dllm_sd.engines.servers import WEIGHTS_PREFIX, Servers
 from dllm_sd.errors import Stopped
 from dllm_sd.files.writing import remove
 from dllm_sd.parallel.processes import on_main, together
@@ -83,7 +83,7 @@ class RolloutEngine:
         Raises:
             Stopped: if no server takes them.
         """
-        name = f"{PREFIX}{sha256(str(self.folder).encode()).hexdigest()[:8]}-{version}"
+        name = f"{WEIGHTS_PREFIX}{sha256(str(self.folder).encode()).hexdigest()[:8]}-{version}"
         if not self.engine.remote or name == self.version:
             return
         folder, adapter = self.folder / name, self.config.model.lora is not None

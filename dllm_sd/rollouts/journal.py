@@ -42,9 +42,9 @@ class RolloutJournal:
         """The completion of an equal request, if it is there.
 
         Raises:
-            InputError: if what is there is no completion of it.
+            InputError: if what is there is not a completion of it.
         """
-        tree = self._stored.get(digest(request))
+        tree = self._stored.get(request_digest(request))
         if tree is None:
             return None
         try:
@@ -60,7 +60,7 @@ class RolloutJournal:
 
     def put(self, request: CompletionRequest, trajectory: Trajectory) -> None:
         """Append a completion to the file of this process."""
-        line = json.dumps({"request": digest(request), **trajectory_to_json(trajectory)}) + "\n"
+        line = json.dumps({"request": request_digest(request), **trajectory_to_json(trajectory)}) + "\n"
         with self._lock:
             self.folder.mkdir(parents=True, exist_ok=True)
             _cut_half_line(self._file)
@@ -74,7 +74,7 @@ class RolloutJournal:
             self._file.unlink(missing_ok=True)
 
 
-def digest(request: CompletionRequest) -> str:
+def request_digest(request: CompletionRequest) -> str:
     """A hash of everything that decides a completion, the version of the weights too."""
     return sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()
 

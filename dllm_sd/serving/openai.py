@@ -16,8 +16,8 @@ from dllm_sd.policies.policy import offsets
 from dllm_sd.randomness import make_key
 from dllm_sd.serving.growth import Canvas, Final, Growth, Piece
 from dllm_sd.serving.refusal import Refusal
-from dllm_sd.serving.scheduler import Completion, Kind
-from dllm_sd.serving.scoring import Scores, score
+from dllm_sd.serving.scheduler import Completion, RequestKind
+from dllm_sd.serving.scoring import TokenScores, score
 from dllm_sd.serving.service import Service, refusing
 from dllm_sd.tasks.conversations import read_conversation
 
@@ -42,7 +42,7 @@ class Asked:
     """A request, read and checked."""
 
     prompts: tuple[tuple[int, ...], ...]
-    kind: Kind
+    kind: RequestKind
     most: int
     """Tokens of a completion (`max_tokens`); the canvas may have more positions, to fill its last block."""
     n: int
@@ -97,7 +97,7 @@ async def read_asked(service: Service, tree: Mapping[str, Any], chat: bool) -> A
         raise Refusal(422, "echo and logprobs are not streamed; leave them out, or set stream to false")
     stops = (stop,) if isinstance(stop, str) else stop
     _check_numbers(service, most, n, len(prompts), stops, logprobs, echo)
-    kind = Kind(service.weights.check(model), _settings(service, settings, max(1, most)))
+    kind = RequestKind(service.weights.check(model), _settings(service, settings, max(1, most)))
     counts = bool(options.get("include_usage"))
     return Asked(prompts, kind, most, n, seed, stops, stream, counts, logprobs, echo, chat)
 
@@ -177,7 +177,7 @@ def _check_size(service: Service, characters: int) -> None:
 
 
 @dataclass
-class Choice:
+class ApiChoice:
     """One completion of a request."""
 
     index: int
@@ -217,7 +217,7 @@ async def _changed(canvas: Canvas, result: "asyncio.Future[Any]") -> bool:
     return not result.done()
 
 
-class Answer:
+class ApiResponse:
     """The answer to a request, as a whole or as a stream."""
 
     def __init__(self, service: Service, asked: Asked) -> None:
@@ -233,13 +233,13 @@ class Answer:
         self.choices = [self._choice(index, *kind) for index, kind in enumerate(kinds)]
         service.scheduler.submit([one.completion for one in self.choices if one.completion is not None])
 
-    def _choice(self, index: int, prompt: tuple[int, ...], number: int) -> Choice:
+    def _choice(self, index: int, prompt: tuple[int, ...], number: int) -> ApiChoice:
         asked, policy = self.asked, self.service.policy
         canvas = Canvas() if asked.growing and not asked.kind.settings.continuous else None
         completion = None
         if asked.most:
             completion = Completion(prompt, make_key("completion", asked.seed, number), asked.kind, canvas)
-        return Choice(index, prompt, completion, Growth(policy, policy.end_ids, asked.most, asked.stops), canvas)
+        return ApiChoice(index, prompt, completion, Growth(policy, policy.end_ids, asked.most, asked.stops), canvas)
 
     async def whole(self) -> dict[str, Any]:
         """Return the answer once all completions have ended."""
@@ -279,23 +279,23 @@ class Answer:
 
     async def _ended(
         self, tell: Callable[[int, Piece], Awaitable[None]]
-    ) -> tuple[list[Final], dict[tuple[int, ...], Scores]]:
+    ) -> tuple[list[Final], dict[tuple[int, ...], TokenScores]]:
         follow = [choice.follow(tell) for choice in self.choices]
         *finals, scores = await all_of([*follow, self._scores()])
         return finals, scores
 
-    async def _scores(self) -> dict[tuple[int, ...], Scores]:
+    async def _scores(self) -> dict[tuple[int, ...], TokenScores]:
         """Score the prompts where their log-probabilities are asked for."""
         asked, service = self.asked, self.service
         if not asked.echo or asked.logprobs is None:
             return {}
         prompts = [*dict.fromkeys(asked.prompts)]
 
-        def work() -> list[Scores]:
+        def work() -> list[TokenScores]:
             with service.weights.applied(asked.kind.weights):
                 return score(service.policy, prompts, asked.logprobs or 1)
 
-        return dict(zip(prompts, await service.errand(work), strict=True))
+        return dict(zip(prompts, await service.run_exclusively(work), strict=True))
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.asked.kind.weights}
@@ -304,7 +304,7 @@ class Answer:
         prompt, written = sum(map(len, self.asked.prompts)), sum(len(final.tokens) for final in finals)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    def _shown(self, choice: Choice, final: Final, scores: Scores | None) -> dict[str, Any]:
+    def _shown(self, choice: ApiChoice, final: Final, scores: TokenScores | None) -> dict[str, Any]:
         """Return a choice of a whole answer."""
         if self.asked.chat:
             message = {"role": "assistant", "content": final.text}
@@ -313,7 +313,7 @@ class Answer:
         logprobs = None if self.asked.logprobs is None else self._logprobs(choice, final, scores)
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": final.reason}
 
-    def _logprobs(self, choice: Choice, final: Final, scores: Scores | None) -> dict[str, Any]:
+    def _logprobs(self, choice: ApiChoice, final: Final, scores: TokenScores | None) -> dict[str, Any]:
         """Return log-probabilities token by token: of the prompt if echoed, and of what was drawn."""
         tokens = [*(choice.prompt if self.asked.echo else ()), *final.tokens]
         logp: list[float | None] = [None, *scores.logp] if scores is not None else []

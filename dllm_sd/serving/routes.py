@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllm_sd.files.reading import json_value
 from dllm_sd.files.typed_json import build
-from dllm_sd.serving.openai import Answer, read_asked
+from dllm_sd.serving.openai import ApiResponse, read_asked
 from dllm_sd.serving.refusal import Refusal
 from dllm_sd.serving.service import Service, refusing
 
@@ -97,7 +97,7 @@ class Routes:
         return await self._do(lambda: self.service.weights.load_all(body["name"], body["path"]))
 
     async def _do(self, work: Callable[[], str]) -> Response:
-        return JSONResponse({"status": await self.service.errand(work)})
+        return JSONResponse({"status": await self.service.run_exclusively(work)})
 
     async def _loading(self, request: Request, *names: str) -> dict[str, Any]:
         """Read a request that names weights to load."""
@@ -113,7 +113,7 @@ class Routes:
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         asked = await read_asked(self.service, await self._body(request), chat)
-        answer = Answer(self.service, asked)
+        answer = ApiResponse(self.service, asked)
         if asked.stream:
             return EventStream(answer)
         return JSONResponse(await unless_gone(request, answer.whole()))
@@ -165,7 +165,7 @@ async def _hung_up(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events of an answer; a client that hangs up ends it."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: ApiResponse) -> None:
         super().__init__(status_code=200, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self.answer = answer
@@ -232,7 +232,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 async def _on_failure(request: Request, error: Exception) -> Response:
     traceback.print_exception(error, file=sys.stderr)
-    return _refused(Refusal(500, "the server failed; whoever runs it finds the reason where it was started"))
+    return _refused(Refusal(500, "the server failed; its operator finds the reason in its output"))
 
 
 def application(service: Service, key: str | None = None, allow_loading: bool = False) -> ASGIApp:

@@ -2,8 +2,8 @@
 
 Requests with equal weights and settings share a run of the decoder. Those that arrive later are let in as slots
 become free, until a request of another kind waits: then the run is closed to requests that came after that one, so that
-no stream of equal requests can starve it. What is no decoding (loading weights, scoring given text) is an `Errand`: it
-has its turn in the same order, while nothing is decoded.
+no stream of equal requests can starve it. What does not decode, such as loading weights and scoring given text, is
+`ExclusiveWork`: it has its turn in the same order, while nothing is decoded.
 """
 
 import math
@@ -30,7 +30,7 @@ CLOSING = "the server is shutting down; ask another one, or this one when it run
 
 
 @dataclass(frozen=True)
-class Kind:
+class RequestKind:
     """What requests of one run of the decoder have in common."""
 
     weights: str
@@ -44,7 +44,7 @@ class Completion:
 
     prompt: Sequence[int]
     key: int
-    kind: Kind
+    kind: RequestKind
     grown: Callable[[list[int]], None] | None = None
     """Called on the decoding thread before every step, with the completion side of the canvas ``[l]``."""
     result: "Future[Trajectory]" = field(default_factory=Future)
@@ -53,8 +53,8 @@ class Completion:
 
 
 @dataclass(eq=False)
-class Errand:
-    """Work that needs the weights and is no decoding."""
+class ExclusiveWork:
+    """Work that needs the weights but does not decode."""
 
     work: Callable[[], Any]
     result: "Future[Any]" = field(default_factory=Future)
@@ -90,7 +90,7 @@ class Scheduler:
         self.policy, self.applied, self.longest, self.most_waiting = policy, applied, longest, most_waiting
         self.around = around
         self.changed = Condition()
-        self.waiting: list[Completion | Errand] = []
+        self.waiting: list[Completion | ExclusiveWork] = []
         self.running: dict[tuple[int, ...], Completion] = {}
         self.closing, self._end = False, math.inf
         self.pauses: list[tuple[Future[None], Event]] = []
@@ -98,7 +98,7 @@ class Scheduler:
         self.thread = Thread(target=self._work, name="decoding", daemon=True)
         self.thread.start()
 
-    def submit(self, asked: Sequence[Completion | Errand]) -> None:
+    def submit(self, asked: Sequence[Completion | ExclusiveWork]) -> None:
         """Let all of some requests wait for their turn, or none.
 
         Raises:
@@ -168,13 +168,13 @@ class Scheduler:
     def _work(self) -> None:
         with self.around():
             while (first := self._next()) is not None:
-                if isinstance(first, Errand):
+                if isinstance(first, ExclusiveWork):
                     self._do(first)
                 else:
                     self._decode(first)
             self.stand_still()  # for who asked before the scheduler closed
 
-    def _next(self) -> Completion | Errand | None:
+    def _next(self) -> Completion | ExclusiveWork | None:
         """Wait for the request whose turn it is, and take it; None when the server stops."""
         while True:
             self.stand_still()
@@ -186,16 +186,16 @@ class Scheduler:
                 if not self.pauses:
                     self.changed.wait()
 
-    def _do(self, errand: Errand) -> None:
-        if errand.result.cancelled():
+    def _do(self, item: ExclusiveWork) -> None:
+        if item.result.cancelled():
             return
         try:
-            done = errand.work()
+            done = item.work()
         except Exception as error:
-            _fail(errand, _as_refusal(error))
+            _fail(item, _as_refusal(error))
         else:
             with suppress(InvalidStateError):  # nobody waits any more
-                errand.result.set_result(done)
+                item.result.set_result(done)
 
     def _decode(self, first: Completion) -> None:
         """Run the decoder for a request, and for all of its kind that come along."""
@@ -212,7 +212,7 @@ class Scheduler:
         run.fail(Refusal(503, CLOSING, retry_after=5))
 
     def stand_still(self) -> None:
-        """Wait until whoever asked for a pause is done; called between steps, without the lock."""
+        """Wait until the thread that asked for a pause is done; called between steps, without the lock."""
         while self.pauses:
             still, resume = self.pauses.pop(0)
             with suppress(InvalidStateError):
@@ -300,7 +300,7 @@ class _Run:
                 request.grown(tokens[row].tolist())
 
     def fail(self, reason: Refusal) -> None:
-        """Refuse whoever still waits for this run."""
+        """Refuse the requests that still wait for this run."""
         with self.scheduler.changed:
             left = [*self.first, *self.scheduler.running.values()]
             self.first, self.scheduler.running = [], {}
@@ -308,16 +308,16 @@ class _Run:
             _fail(request, reason)
 
 
-def _fail(asked: Completion | Errand, reason: Refusal) -> None:
+def _fail(asked: Completion | ExclusiveWork, reason: Refusal) -> None:
     with suppress(InvalidStateError):
         asked.result.set_exception(reason)
 
 
 def _as_refusal(error: Exception) -> Refusal:
-    """Say what a client may know of an error; what nobody expected is printed for whoever runs the server."""
+    """Say what a client may know of an error; an unexpected one is printed for the operator of the server."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, InputError):
         return Refusal(422, str(error))
     traceback.print_exception(error, file=sys.stderr)
-    return Refusal(500, "the model failed; whoever runs the server finds the reason where it was started")
+    return Refusal(500, "the model failed; the operator of the server finds the reason in its output")

@@ -18,7 +18,7 @@ ROWS = 64
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """Of one text; the first token has no log-probability, since nothing stands before it."""
 
     logp: list[float]
@@ -28,9 +28,9 @@ class Scores:
 
 
 @torch.no_grad()
-def score(policy: AnyPolicy, texts: Sequence[Sequence[int]], top: int) -> list[Scores]:
+def score(policy: AnyPolicy, texts: Sequence[Sequence[int]], top: int) -> list[TokenScores]:
     """Return how probable the tokens of some texts are, at temperature 1, with the ``top`` most probable ones."""
-    scores: list[Scores] = []
+    scores: list[TokenScores] = []
     for batch in _batches(texts):
         ids, mask = (x.to(policy.device) for x in left_pad(batch, policy.pad_id))
         first = mask & (mask.cumsum(1) == 1)
@@ -48,7 +48,7 @@ def score(policy: AnyPolicy, texts: Sequence[Sequence[int]], top: int) -> list[S
             return own, values, indices
 
         if not bool(sites.any()):
-            scores += [Scores([], []) for _ in batch]
+            scores += [TokenScores([], []) for _ in batch]
             continue
         with evaluating(policy.module):
             own, values, indices = run_at_sites(policy.module, View(ids, mask, sites), read)
@@ -56,7 +56,7 @@ def score(policy: AnyPolicy, texts: Sequence[Sequence[int]], top: int) -> list[S
         every = [(x, dict(zip(place, best, strict=True))) for x, best, place in rows]
         for text in batch:
             mine, every = every[: len(text) - 1], every[len(text) - 1 :]
-            scores.append(Scores([x for x, _ in mine], [best for _, best in mine]))
+            scores.append(TokenScores([x for x, _ in mine], [best for _, best in mine]))
     return scores
 
 

@@ -32,7 +32,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise InputError(f"--host {host!r} is no address ({os_reason(error)}); give one of this machine's") from error
+        raise InputError(
+            f"--host {host!r} is not an address ({os_reason(error)}); give one of this machine's"
+        ) from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -18,7 +18,7 @@ from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.pretrained.model import Model
 from dllm_sd.ranges import Count, Ranged, Size
 from dllm_sd.serving.refusal import Refusal
-from dllm_sd.serving.scheduler import Completion, Errand, Kind, Scheduler
+from dllm_sd.serving.scheduler import Completion, ExclusiveWork, RequestKind, Scheduler
 from dllm_sd.serving.weights import ServedWeights
 from dllm_sd.trajectory import Trajectory
 from dllm_sd.trajectory_json import trajectory_to_json
@@ -91,27 +91,27 @@ class Service:
             model = build(str | None, tree.get("model"), "model")
         if key < 0:
             raise Refusal(422, f"key must be from 0 to 2^63 - 1, not {key}")
-        kind = Kind(self.weights.check(model), self.settings(settings), stop_after)
+        kind = RequestKind(self.weights.check(model), self.settings(settings), stop_after)
         completion = Completion(self.check_prompt(prompt), key, kind)
         self.scheduler.submit([completion])
         trajectory = await self.result(completion)
         return {**trajectory_to_json(trajectory), "model": kind.weights}
 
     async def result(self, completion: Completion) -> Trajectory:
-        """Wait for a completion; its slot is freed if whoever waits is cancelled."""
+        """Wait for a completion; its slot is freed if the caller is cancelled."""
         try:
             return await asyncio.wrap_future(completion.result)
         finally:
             completion.result.cancel()
 
-    async def errand(self, work: Callable[[], Any]) -> Any:
+    async def run_exclusively(self, work: Callable[[], Any]) -> Any:
         """Let the decoding thread do something while it decodes nothing, and wait for what it returns."""
-        errand = Errand(work)
-        self.scheduler.submit([errand])
+        item = ExclusiveWork(work)
+        self.scheduler.submit([item])
         try:
-            return await asyncio.wrap_future(errand.result)
+            return await asyncio.wrap_future(item.result)
         finally:
-            errand.result.cancel()
+            item.result.cancel()
 
     def settings(self, tree: Mapping[str, Any], key: str = "settings") -> Decoding:
         """Return the server's own settings with what a request changes, after checking that the model has them.
@@ -136,7 +136,7 @@ class Service:
         """Return a prompt that the model can read.
 
         Raises:
-            Refusal: if it is too long, or holds what is no token.
+            Refusal: if it is too long, or holds something other than token ids.
         """
         if len(prompt) > self.limits.prompt:
             raise Refusal(413, f"the prompt has {len(prompt)} tokens; give at most {self.limits.prompt} (max_prompt)")

@@ -1,4 +1,4 @@
-"""Whose weights decode: those that the server was started with, adapters that were loaded, or all weights anew."""
+"""Whose weights decode: those that the server was started with, adapters that were loaded, or all weights replaced."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -79,7 +79,7 @@ class ServedWeights:
     def load_adapter(self, name: str, folder: str, in_place: bool) -> str:
         """Load a PEFT adapter, under a new name or in the place of the one that has it; return what was done.
 
-        Beyond `MOST_ADAPTERS` the one that was loaded first makes room: whoever asks for it again has to load it again.
+        Beyond `MOST_ADAPTERS` the one that was loaded first makes room, and has to be loaded again to be used.
 
         Raises:
             InputError: if the folder holds no usable adapter, or one of another shape than those that are there.

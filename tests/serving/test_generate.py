@@ -16,7 +16,7 @@ from dllm_sd.decoding.wire import request_to_json
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.randomness import make_key
-from dllm_sd.serving.scheduler import Errand
+from dllm_sd.serving.scheduler import ExclusiveWork
 from dllm_sd.trajectory import StopAfter, Trajectory
 from dllm_sd.trajectory_json import trajectory_from_json
 from tests.serving.conftest import DECODE, LIMITS, service_of
@@ -184,7 +184,7 @@ def test_a_full_server_asks_to_come_back_later(make_policy: Callable[..., Any]):
     model, gate = Model(random_init=True, tokenizer="tiny"), threading.Event()
     service = service_of(make_policy(), model, limits=replace(LIMITS, waiting=1))
     with served.serving(service) as server, ThreadPoolExecutor(1) as pool:
-        service.scheduler.submit([Errand(gate.wait)])
+        service.scheduler.submit([ExclusiveWork(gate.wait)])
         served.until(lambda: not service.scheduler.waiting)
         first = pool.submit(server.post, "/generate", GOOD)
         served.until(lambda: len(service.scheduler.waiting) == 1)

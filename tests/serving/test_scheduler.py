@@ -12,10 +12,10 @@ from dllm_sd.decoding.queue import Job, Queue
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.serving.refusal import Refusal
-from dllm_sd.serving.scheduler import Completion, Errand, Kind, Scheduler
+from dllm_sd.serving.scheduler import Completion, ExclusiveWork, RequestKind, Scheduler
 from dllm_sd.trajectory import left_pad, left_to_right
 
-ONE, OTHER = (Kind("weights", Decoding(length=length, batch_size=3)) for length in (32, 64))
+ONE, OTHER = (RequestKind("weights", Decoding(length=length, batch_size=3)) for length in (32, 64))
 
 
 class Stepwise:
@@ -85,7 +85,7 @@ def until(holds: Callable[[], bool]) -> None:
     raise AssertionError("it never came to that")
 
 
-def asked(kind: Kind, keys: Sequence[int]) -> list[Completion]:
+def asked(kind: RequestKind, keys: Sequence[int]) -> list[Completion]:
     return [Completion((5, key), key, kind) for key in keys]
 
 
@@ -122,20 +122,20 @@ def test_a_stream_of_equal_requests_starves_nobody(made: Made):
     scheduler.submit([other])
     later = asked(ONE, [1] * 9)
     scheduler.submit(later)
-    errand = Errand(lambda: len(stepwise.runs))
-    scheduler.submit([errand])
+    item = ExclusiveWork(lambda: len(stepwise.runs))
+    scheduler.submit([item])
     stepwise.allow()
     for request in (other, *later):
         request.result.result(20)
     assert stepwise.runs == [[2, 2, 2], [1], [1] * 9]
-    assert errand.result.result(20) == 3  # in its turn, when nothing is decoded
+    assert item.result.result(20) == 3  # in its turn, when nothing is decoded
 
 
 def test_equal_requests_that_wait_together_share_a_run_whoever_stands_between(made: Made):
     stepwise, scheduler = made
     mixed = [one for pair in zip(asked(ONE, [1] * 8), asked(OTHER, [2] * 8), strict=True) for one in pair]
     blocker = threading.Event()
-    scheduler.submit([Errand(blocker.wait)])
+    scheduler.submit([ExclusiveWork(blocker.wait)])
     scheduler.submit(mixed)
     blocker.set()
     stepwise.allow()
