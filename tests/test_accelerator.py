@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from dllm_sd.config import build_config
 from dllm_sd.decoding import denoising
@@ -132,7 +133,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "hint teacher of a denoiser": {
         "method": {"name": "d_opsd", "gate": "all", "rollout": FEW, "contexts": [{"name": "reference"}]}
     },
-    "policy gradient": {"method": {"name": "diffu_grpo", "rollout": {"problems": 1, "group": 2}}},
+    "policy gradient": {"method": {"name": "diffu_grpo", "rollout": {"problems": 1, "attempts": 2}}},
 }
 
 
@@ -147,6 +148,13 @@ def run_to(folder: Path, name: str, until: int | None = None) -> list[dict[str, 
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
+def assert_like(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [line["update"] for line in found] == [0, 1, 2]
+    assert any(line["loss"] is not None for line in found[1:])
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", [*EVERY_CHANGE, *later(*(name for name in RUNS if name not in EVERY_CHANGE))])
 def test_a_run_on_an_accelerator_is_that_on_the_cpu(name: str, tmp_path: Path):
     expected = run_to(tmp_path / "host", name)
@@ -155,7 +163,17 @@ def test_a_run_on_an_accelerator_is_that_on_the_cpu(name: str, tmp_path: Path):
         run_to(tmp_path / "device", name, until=1)
         assert accelerator.operations > 1000
         found = run_to(tmp_path / "device", name)  # goes on from the checkpoint
-    assert [line["update"] for line in found] == [0, 1, 2]
-    assert any(line["loss"] is not None for line in found[1:])
-    for line, other in zip(found, expected, strict=True):
-        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    assert_like(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_on_a_gpu_is_that_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = []
+    for device in ("cpu", "cuda"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", device)
+        run_to(tmp_path / device, name, until=1)
+        runs.append(run_to(tmp_path / device, name))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert_like(runs[1], runs[0])

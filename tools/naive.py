@@ -25,6 +25,7 @@ from dllm_sd.tasks.task import Grade, NoChanceLevel, Problem, Split
 BODIES = {
     "tiny": Shape(),  # 64 wide, 4 layers, the tokenizer's own vocabulary
     "100m": Shape("llama", 320, 16, 5, 960, 126_464),  # 21M of 102M are layers
+    "8b": Shape("llama", 4096, 32, 32, 12_288, 126_464),  # the sizes of LLaDA-8B
 }
 
 
