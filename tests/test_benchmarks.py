@@ -6,7 +6,7 @@ import torch
 
 from dllm_sd.methods import METHODS
 from dllm_sd.objective.plan import plan_update
-from tools import bench_loss, bench_update
+from tools import bench_decode, bench_loss, bench_update
 from tools.naive import body
 
 
@@ -40,3 +40,13 @@ def test_the_forms_of_an_update_that_are_timed_have_one_loss_and_gradient():
     for loss, head in found[1:]:
         torch.testing.assert_close(loss, found[0][0], atol=1e-7, rtol=1e-3)
         torch.testing.assert_close(head, found[0][1], atol=1e-6, rtol=1e-3)
+
+
+def test_both_sides_of_the_decoding_benchmark_make_the_same_attempts():
+    options = Namespace(body="tiny", vocabulary=30, dtype="float32", device="cpu", problems=3, attempts=3, rate=0.3)
+    vars(options).update(length=8, block=4, tokens_per_step=2, batch=4, early_end=False, temperature=0.9, ahead=0)
+    policy = body(options, options.vocabulary)
+    mine, theirs = (form(policy, options, 3) for form in (bench_decode.ours, bench_decode.published))
+    assert mine.rollouts == theirs.rollouts > 3
+    assert mine.flops > 0
+    assert 0 <= mine.idle < 1

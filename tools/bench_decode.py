@@ -76,12 +76,11 @@ def ours(policy: MaskedDiffusion, options: argparse.Namespace, count: int) -> Si
     task, meter, settings = naive.StandIn(count, options.rate), Meter(), naive.decoding(options)
     items = [encode_problem(policy, task, problem, options.length + 10**6) for problem in task.problems()]
     rule = PassAtK(problems=count, attempts=options.attempts, temperature=options.temperature, ahead=options.ahead)
-    own: Any = policy
-    own.complete = partial(type(policy).complete, policy, meter=meter)
+    decoder: Any = policy.decoder
+    decoder.complete = partial(decoder.complete, meter=meter)
     start, busy = naive.clock(policy), time.process_time()
-    tried = rule(policy, task, [item for item in items if item is not None], settings, 0, 0)
+    tried = rule(policy, task, [item for item in items if item is not None], settings, 0, 0, decoder=decoder)
     seconds, busy = naive.clock(policy) - start, time.process_time() - busy
-    del own.complete
     counted = [rollout for attempts in tried for rollout in attempts if rollout.counted]
     flops = sum(exact_flops(policy, rollout) for rollout in counted)
     every = [rollout.trajectory for attempts in tried for rollout in attempts]
