@@ -41,9 +41,9 @@ fi
 step matmul 30 python -m tools.accelerator_steps matmul "${big[@]}"
 step decode 75 python -m tools.bench_decode "${big[@]}" "${decode[@]}"
 step update 90 python -m tools.bench_update "${big[@]}" "${update[@]}" --only ours "ours, same canvases" published body
-step tests 60 python -m pytest -q -n 0 -m "$marker" -k "$chosen" tests/test_accelerator.py
+step tests 50 python -m pytest -q -n 0 -m "$marker" -k "$chosen" tests/test_accelerator.py
 step forwards 60 python -m tools.accelerator_steps forwards "${big[@]}" "${sweep[@]}"
-step graphs 75 python -m tools.accelerator_steps graphs "${big[@]}" "${sweep[@]}"
+step graphs 70 python -m tools.accelerator_steps graphs "${big[@]}" "${sweep[@]}"
 step loss 30 python -m tools.accelerator_steps loss "${big[@]}" "${loss[@]}"
 step optimizer 20 python -m tools.bench_optim --device "$device" --millions "$numbers" --repeats 3
 step 4bit 20 python -m tools.accelerator_steps 4bit "${big[@]}"
