@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     body = options.max_body and 1024 * options.max_body
     given = {"completion": options.max_completion, "waiting": options.max_waiting, "body": body}
     limits |= {name: value for name, value in given.items() if value is not None}
+    accelerator = Accelerator()
     service = Service(
         policy,
         config.model,
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         name=options.name or options.model,
         limits=Limits(prompt=config.max_prompt, **limits),
         thinking=config.eval.thinking,
-        around=Accelerator().autocast,
+        around=lambda: accelerator.autocast(),
     )
     app = routes.application(service, key, options.allow_loading)
     print(f"serving {weights} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
