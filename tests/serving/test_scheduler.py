@@ -244,14 +244,15 @@ def test_closing_refuses_what_waits_and_lets_end_what_runs(made: Made):
     until(lambda: not scheduler.thread.is_alive())
 
 
-@pytest.mark.parametrize("end", [lambda scheduler: scheduler.stop(20), lambda scheduler: scheduler.close(0.05)])
-def test_stopping_ends_what_runs_after_a_step(made: Made, end: Callable[[Scheduler], None]):
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_closing_ends_what_runs_after_a_step(made: Made, seconds: float):
     stepwise, scheduler = made
     requests = asked(ONE, [10**9] * 3)
     scheduler.submit(requests)
     until(lambda: len(scheduler.running) == 3)
     stepwise.allow(5)
-    end(scheduler)
+    scheduler.close(seconds)
+    until(lambda: scheduler.stopping)
     stepwise.allow()
     assert all(isinstance(request.result.exception(20), Refusal) for request in requests)
 
