@@ -237,6 +237,7 @@ READ_DIRECTLY = {
     "training.trainer": "values as JSON gives them back",
     "writers.cache": "damaged texts are counted and asked for again",
     "writers.server": "what a server answered",
+    "engines.servers": "what a server answered",
 }
 """Modules that read files or JSON past `reading` and `typed_json`, and why they may."""
 

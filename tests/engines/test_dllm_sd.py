@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.conftest import service_of
 
 from dllm_sd.config import build_config
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model
 from dllm_sd.training.trainer import Trainer
+from tests.serving.conftest import service_of
+from tests.tiers import later
 
-served = pytest.importorskip("serving.served", exc_type=ImportError)
+served = pytest.importorskip("tests.serving.served", exc_type=ImportError)
 
 DIFFUSION = {
     "model": {"path": "tiny"},
@@ -49,7 +50,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: x for key, x in line.items() if not key.startswith(("time/", "engine/"))} for line in lines]
 
 
-@pytest.mark.parametrize("case", [DIFFUSION, CAUSAL], ids=["diffusion, all weights", "autoregressive, LoRA"])
+@pytest.mark.parametrize("case", [DIFFUSION, *later(CAUSAL)], ids=["diffusion, all weights", "autoregressive, LoRA"])
 def test_a_run_through_a_server_is_the_local_run(tmp_path: Path, case: dict[str, Any]):
     Trainer(build_config(tree(tmp_path / "local", case))).train()
     model = Model(path=case["model"]["path"])

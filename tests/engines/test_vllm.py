@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines.double import MODEL, Double, Handler
 
 from dllm_sd.config import build_config
+from dllm_sd.engines import CompletionRequest, Vllm
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.training.trainer import Trainer
+from tests.engines.double import MODEL, Double, Handler
+from tests.tiers import later
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def drop(handler: Handler, body: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize("fault", [refuse(500), refuse(429), drop], ids=["500", "429", "dropped"])
+@pytest.mark.parametrize("fault", [refuse(500), *later(refuse(429), drop)], ids=["500", "429", "dropped"])
 def test_a_passing_fault_changes_nothing(double: Double, tmp_path: Path, fault: Any):
     plain = train(tmp_path / "plain", double.url)
     double.faults = [fault] * 3
@@ -126,6 +128,8 @@ WRONG = {
     "prompt": (choice(lambda c: c.update(prompt_token_ids=[1, *c["prompt_token_ids"]])), "prompt came back with other"),
     "no prompt": (choice(lambda c: c.pop("prompt_token_ids")), "returned prompt is not a list"),
     "ids": (choice(lambda c: c.update(token_ids=["a"] * len(c["token_ids"]))), "not a token id"),
+    "banned": (choice(lambda c: c.update(token_ids=[3, *c["token_ids"][1:]])), "holds token 3"),
+    "past the end": (choice(lambda c: c.update(token_ids=[9, *c["token_ids"][1:]])), "first stop id at"),
     "beyond": (choice(lambda c: c.update(token_ids=[10**6, *c["token_ids"][1:]])), "1000000"),
     "short": (choice(lambda c: c.update(token_ids=c["token_ids"][:-1])), "without a stop id|log-probability of each"),
     "version": (lambda answer: {**answer, "model": "another"}, "is of 'another'"),
@@ -135,9 +139,45 @@ WRONG = {
 }
 
 
+REQUEST = CompletionRequest(
+    prompt=(5, 6),
+    key=1,
+    model="m",
+    decode={"length": 4},
+    steps=4,
+    stop_after=None,
+    end_ids=(9,),
+    pad_id=0,
+    banned=(3,),
+    vocabulary=20,
+)
+
+
+def answered(tokens: list[int]) -> dict[str, Any]:
+    one = {"token_ids": tokens, "prompt_token_ids": [5, 6], "logprobs": {"token_logprobs": [-0.5] * len(tokens)}}
+    return {"model": "m", "choices": [{"text": "", **one}]}
+
+
+def test_an_answer_is_the_trajectory_of_its_tokens():
+    engine = Vllm(url=("http://localhost",), model="m")
+    done = engine.read(answered([4, 7, 9]), REQUEST)
+    assert done.tokens.tolist() == [[4, 7, 9, 0]]
+    assert done.reveal_step.tolist() == [[0, 1, 2, -1]]
+    assert (done.prompt_ids.tolist(), done.length.tolist(), done.ended.tolist()) == ([[5, 6]], [3], [True])
+    assert done.logp is not None
+    assert done.logp[0, :3].tolist() == [-0.5] * 3
+    assert engine.read(answered([4, 7, 4, 4]), REQUEST).ended.tolist() == [False]
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_answer_stops_the_run_and_nothing_is_trained_on_it(double: Double, tmp_path: Path, name: str):
-    double.edit, words = WRONG[name]
+def test_a_wrong_answer_is_no_trajectory(name: str):
+    edit, words = WRONG[name]
+    with pytest.raises(ValueError, match=words):
+        Vllm(url=("http://localhost",), model="m").read(edit(answered([4, 7, 9])), REQUEST)
+
+
+def test_a_wrong_answer_stops_the_run_and_nothing_is_trained_on_it(double: Double, tmp_path: Path):
+    double.edit, words = WRONG["prompt"]
     trainer = Trainer(build_config(tree(tmp_path / "run", double.url) | {"eval": {"every": 0, "final_problems": 0}}))
     with pytest.raises(Stopped, match=words):
         trainer.train()
@@ -157,6 +197,7 @@ def test_an_adapter_that_is_not_active_stops_the_run(double: Double, tmp_path: P
     assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]  # the adapter of update 0 changes nothing
 
 
+@pytest.mark.slow
 def test_equal_attempts_at_a_temperature_stop_the_run(double: Double, tmp_path: Path):
     double.deaf = True
     settings = tree(tmp_path / "run", double.url)
@@ -166,6 +207,7 @@ def test_equal_attempts_at_a_temperature_stop_the_run(double: Double, tmp_path: 
         Trainer(build_config(settings)).train()
 
 
+@pytest.mark.slow
 def test_one_of_two_servers_is_gone(double: Double, tmp_path: Path):
     gone = Double()
     plain = train(tmp_path / "plain", double.url)
@@ -176,6 +218,7 @@ def test_one_of_two_servers_is_gone(double: Double, tmp_path: Path):
     assert len(plain) == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_in_the_middle_loses_no_attempt(double: Double, tmp_path: Path):
     other = Double()
     urls = (double.url, other.url)
