@@ -181,6 +181,9 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     for name, overrides in config.eval.schedules.items():
         decode = _build(Decoding, overrides, f"eval.schedules.{name}", held_out)
         schedules[str(name)] = {key: getattr(decode, key) for key in overrides}
+    for key, changes in {"eval.decode": overridden, **{f"eval.schedules.{k}": v for k, v in schedules.items()}}.items():
+        if "engine" in changes:
+            raise InputError(f"{key}.engine would be another than decode.engine; leave it out")
     resolved = {key: getattr(held_out, key) for key in overridden}
     return replace(config, eval=replace(config.eval, decode=resolved, schedules=schedules))
 

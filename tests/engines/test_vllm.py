@@ -290,6 +290,15 @@ def test_wrong_keys_are_refused(double: Double, tmp_path: Path, engine: Any, wor
         Trainer(build_config(tree(tmp_path / "run", double.url, **engine)))
 
 
+@pytest.mark.parametrize("key", ["decode", "schedules"])
+def test_an_evaluation_has_the_engine_of_the_run(tmp_path: Path, key: str):
+    settings = tree(tmp_path, "http://localhost:1")
+    other = {"engine": "local"}
+    settings["eval"][key] = other if key == "decode" else {"slow": other}
+    with pytest.raises(InputError, match=rf"^eval\.{key}(\.slow)?\.engine would be another than decode\.engine"):
+        build_config(settings)
+
+
 def test_a_server_that_reads_too_few_tokens_is_refused(double: Double, tmp_path: Path):
     double.longest = 100
     with pytest.raises(InputError, match=r"reads 100 tokens, but max_prompt and decode\.length are 524 together"):
