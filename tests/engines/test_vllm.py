@@ -1,6 +1,9 @@
 """Training through a double of vLLM: equal rollouts, every fault, and nothing trained on what is wrong."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,6 +261,36 @@ def test_servers_gone_for_good_stop_the_run_and_nothing_is_made_twice(double: Do
     ]
     assert lines[1]["engine/found"] == 3
     assert len(made) == len(set(made)) == 2 + 4 + 4 + 2  # two evaluations, two batches
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_the_completions_that_it_had(double: Double, tmp_path: Path):
+    whole = train(tmp_path / "whole", double.url)
+    made: list[Any] = []
+
+    def note(answer: dict[str, Any]) -> dict[str, Any]:
+        made.append((answer["model"], tuple(answer["choices"][0]["prompt_token_ids"])))
+        return answer
+
+    double.edit = note
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tree(tmp_path / "run", double.url, concurrency=1) | {"checkpoint": {"every": 2}}))
+    command = [sys.executable, "-m", "dllm_sd", "train", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while len(made) < 2 + 4 + 2:  # the first evaluation, the first batch, half of the second
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        process.kill()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "completions since the last checkpoint" in done.stderr
+    ignored = ("engine/retried", "engine/found")
+    assert [{k: v for k, v in line.items() if k not in ignored} for line in metrics(tmp_path / "run")] == [
+        {k: v for k, v in line.items() if k not in ignored} for line in whole
+    ]
+    assert len(made) - len(set(made)) <= 1  # the one in flight when the run was killed
 
 
 @pytest.mark.parametrize(
