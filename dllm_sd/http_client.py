@@ -6,7 +6,7 @@ import ssl
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import cached_property, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from io import BufferedReader, RawIOBase
 from socket import socket
@@ -60,6 +60,15 @@ class HttpClient:
     stop: Event = field(default_factory=Event)
     """Cancels attempts in flight."""
 
+    @cached_property
+    def _plain(self) -> OpenerDirector:
+        return _opener(secure=False)
+
+    @cached_property
+    def _secure(self) -> OpenerDirector:
+        """Made once: the certificates are read from disk."""
+        return _opener(secure=True)
+
     def send(self, url: str, body: bytes | None = None) -> Reply:
         """Make one attempt: POST with a ``body``, else GET."""
         post = _Post(url, body, self.headers)
@@ -67,7 +76,7 @@ class HttpClient:
         if self.stop.is_set():
             return Reply(failure="cancelled")
         try:
-            with _opener(urlsplit(url).scheme == "https").open(
+            with (self._secure if urlsplit(url).scheme == "https" else self._plain).open(
                 post, timeout=min(self.timeout, LONGEST_CONNECT)
             ) as response:
                 pause = _retry_after(response.headers.get("Retry-After", ""))

@@ -102,14 +102,7 @@ class Generator:
         def ended(row: int, tokens: list[int]) -> None:
             nonlocal row_steps
             prompt, logp = left_pad([prompts[row]], self.pad_id), choice.logp_of(row, len(tokens))
-            trajectory = left_to_right(
-                prompt,
-                torch.tensor([tokens]),
-                settings.length,
-                end_ids=self.end_ids,
-                pad_id=self.pad_id,
-                logp=logp[None],
-            )
+            trajectory = self._trajectory(prompt, torch.tensor([tokens]), settings, logp[None])
             row_steps += int(trajectory.num_steps.sum())
             queue.ended([jobs[row]], trajectory)
 

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
 from dllm_sd.engines.engine import KEY, CompletionRequest, RemoteEngine
@@ -45,8 +45,8 @@ class Servers:
         """
         self.engine = engine
         self._servers = [_Server(url) for url in engine.url]
-        self._headers = json_headers(engine.key_variable, f"{KEY}.key_variable")
-        self._stop, self._lock = Event(), Lock()
+        self._client = HttpClient(json_headers(engine.key_variable, f"{KEY}.key_variable"), engine.timeout)
+        self._stop, self._lock = self._client.stop, Lock()
         self._load: tuple[str, str, bool] | None = None
         self.retried = 0
         """Attempts at completions that failed and were repeated."""
@@ -57,8 +57,9 @@ class Servers:
         Raises:
             InputError: naming the server, and the remedy.
         """
+        client = replace(self._client, timeout=min(self.engine.timeout, 60.0))
         for i, server in enumerate(self._servers):
-            reply = self._client(min(self.engine.timeout, 60.0)).send(self.engine.path(server.url, "/v1/models"))
+            reply = client.send(self.engine.path(server.url, "/v1/models"))
             self._refuse(server, reply)
             if reply.failure is not None:
                 raise InputError(
@@ -114,7 +115,7 @@ class Servers:
             server = self._choose()
             if server.weights != request.model != self.engine.model:
                 self._give_weights(server)
-            reply = self._client(self.engine.timeout).send(self.engine.path(server.url, route), body)
+            reply = self._client.send(self.engine.path(server.url, route), body)
             self._returned(server, reply)
             self._refuse(server, reply)
             if reply.failure is None:
@@ -174,12 +175,9 @@ class Servers:
         return reply
 
     def _post(self, server: _Server, route: str, tree: Mapping[str, Any]) -> Reply:
-        reply = self._client(self.engine.timeout).send(self.engine.path(server.url, route), json.dumps(tree).encode())
+        reply = self._client.send(self.engine.path(server.url, route), json.dumps(tree).encode())
         self._refuse(server, reply)
         return reply
-
-    def _client(self, timeout: float) -> HttpClient:
-        return HttpClient(self._headers, timeout, self._stop)
 
     def _refuse(self, server: _Server, reply: Reply) -> None:
         """Refuse to go on with a server that wants another API key."""

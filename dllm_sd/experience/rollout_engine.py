@@ -1,7 +1,6 @@
 """The engine of a run: which decoder makes its rollouts, with which weights, and whether they can be trained on."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -114,7 +113,8 @@ class RolloutEngine:
             return {}
         rollouts = [rollout for attempts in tried for rollout in attempts]
         _refuse_equal(tried, decode.temperature)
-        gaps = torch.cat([torch.zeros(0), *(self._gap(rollout, decode) for rollout in self._sample(rollouts))])
+        with gathered(self.accelerator, self.module):  # once for all of them
+            gaps = torch.cat([torch.zeros(0), *(self._gap(rollout, decode) for rollout in self._sample(rollouts))])
         metrics = {"engine/retried": float(self.servers.retried), "engine/found": float(self.journal.used)}
         if not len(gaps):
             return metrics
@@ -142,15 +142,14 @@ class RolloutEngine:
     def _gap(self, rollout: Rollout, decode: Decoding) -> torch.Tensor:
         """Differences between the log-probabilities of engine and trainer, in nats, for the tokens that have both."""
         theirs = rollout.trajectory.logp
-        with gathered(self.accelerator, self.module):
-            ours = rescore(self.policy.module, rollout.trajectory, decode.temperature)
         if theirs is None:
             return torch.zeros(0)
+        ours = rescore(self.policy.module, rollout.trajectory, decode.temperature)
         gap = (ours - theirs).abs()
         return gap[~(ours.isnan() | theirs.isnan())]
 
     def _write(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir(parents=True)
         if self.config.model.lora is None:
             write_weights(trained(self.policy), folder)

@@ -94,7 +94,7 @@ class Server(Ranged):
         return min(max(retry_after, self.backoff * 2.0 ** min(tries, 10) * jitter), LONGEST_WAIT)
 
     def _ask(self, sampling: Sampling, requests: Sequence[Request]) -> Generator[tuple[int, Written]]:
-        session = _Session(json_headers(self.key_variable, "a writer's key_variable"))
+        session = _Session(HttpClient(json_headers(self.key_variable, "a writer's key_variable"), self.timeout))
         with ThreadPoolExecutor(min(self.concurrency, len(requests)), "writer") as pool:
             indices = {
                 pool.submit(self._retry, request, sampling, session): index for index, request in enumerate(requests)
@@ -120,8 +120,7 @@ class Server(Ranged):
 
     def _try(self, body: bytes, session: "_Session") -> tuple[Written, float]:
         """Return the result of one attempt, and the seconds that the server asks to wait."""
-        client = HttpClient(session.headers, self.timeout, session.stop)
-        reply = client.send(f"{self.url.rstrip('/')}/chat/completions", body)
+        reply = session.client.send(f"{self.url.rstrip('/')}/chat/completions", body)
         if reply.failure in ("http_401", "http_403", "http_404"):
             session.stop.set()
             raise InputError(self._refusal(int(reply.failure[5:])))
@@ -184,12 +183,15 @@ def _parse_response(content: bytes) -> Written:
 class _Session:
     """The state that all attempts of one call share."""
 
-    headers: dict[str, str] = field(repr=False)
-    stop: Event = field(default_factory=Event)
-    """Cancels attempts in flight, pauses and queued requests."""
+    client: HttpClient
     lost: int = 0
     """Number of texts in a row that failed by an outage."""
     lock: Lock = field(default_factory=Lock)
+
+    @property
+    def stop(self) -> Event:
+        """Cancels attempts in flight, pauses and queued requests."""
+        return self.client.stop
 
     def ended(self, failure: str | None) -> None:
         """Record the outcome of a text's last attempt; any response, even without text, shows that the server is up."""
