@@ -61,7 +61,8 @@ from dllm_sd.teachers import (
     Skills,
     Suffix,
 )
-from dllm_sd.training import trainer as trainer_module
+from dllm_sd.training import learner as learner_module
+from dllm_sd.training.learner import Learner
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.trajectory import NEVER
 from tests import exact  # noqa: F401
@@ -394,9 +395,9 @@ class Seen:
 def watched(pieces: list[Piece]) -> Iterator[None]:
     """Write down what student and teachers read in the loss, from the ids that enter the network's module."""
     now: list[Any] = []  # the update, the rollouts, and the teacher that is asked
-    learn, grade, ask = Trainer._learn, trainer_module.grade_micro_batch, TeacherModel.__call__
+    learn, grade, ask = Learner.step, learner_module.grade_micro_batch, TeacherModel.__call__
 
-    def learning(self: Trainer, plan: Any, rollouts: Rollouts, update: int, lr: float) -> Any:
+    def learning(self: Learner, plan: Any, rollouts: Rollouts, update: int, lr: float) -> Any:
         now[:] = [update, rollouts, None]
         try:
             return learn(self, plan, rollouts, update, lr)
@@ -436,8 +437,8 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
     forward = SiteHead.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiteHead, "forward", reading)
-        patch.setattr(Trainer, "_learn", learning)
-        patch.setattr(trainer_module, "grade_micro_batch", grading)
+        patch.setattr(Learner, "step", learning)
+        patch.setattr(learner_module, "grade_micro_batch", grading)
         patch.setattr(TeacherModel, "__call__", asking)
         yield
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from accelerate import PartialState
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from torch import Tensor
 
 from dllm_sd.errors import InputError, Stopped, on_one_line
 
@@ -57,6 +59,20 @@ def together() -> Iterator[None]:
         raise error
     if told is not None:
         raise told
+
+
+def sum_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The sum of ``value`` over all processes, on every process."""
+    total = accelerator.reduce(value, "sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether ``flag`` is set on any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(sum_over_processes(accelerator, torch.tensor(int(flag), device=accelerator.device)) > 0)
 
 
 def _sendable(error: Exception) -> Exception:

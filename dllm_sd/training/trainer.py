@@ -4,13 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from dllm_sd.config import Config, to_tree
@@ -20,24 +17,20 @@ from dllm_sd.experience.pipeline import RolloutPipeline
 from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
 from dllm_sd.files.writing import write_file
-from dllm_sd.network.finite import MAX_WEIGHT, find_broken, fingerprint
-from dllm_sd.network.site_head import run_at_sites
-from dllm_sd.objective.equation import Graded, grade_micro_batch
-from dllm_sd.objective.plan import Plan, plan_update
+from dllm_sd.network.finite import fingerprint
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.pairing import check_data, check_model, check_references, check_tokenizer
-from dllm_sd.parallel.processes import on_main, together
-from dllm_sd.parallel.sharding import gather_tensors, gathered, prepare, start_accelerator, stepped_tensors, whole
+from dllm_sd.parallel.processes import any_process, on_main, sum_over_processes, together
+from dllm_sd.parallel.sharding import gather_tensors, gathered, prepare, start_accelerator
 from dllm_sd.parallel.zero import parameters_in_words
 from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.pretrained.blueprint import Blueprint
-from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.tasks.sources import rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_spans
 from dllm_sd.training.advantage import GradedPlans, region_map, region_metrics, region_sums
-from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.checkpoint import (
     State,
     best_checkpoint,
@@ -53,18 +46,16 @@ from dllm_sd.training.checkpoint import (
     why_no_best,
 )
 from dllm_sd.training.folder import FINAL, REPORT, RunFolder, read_report
+from dllm_sd.training.learner import Learner
 from dllm_sd.training.metrics import (
     MetricsLog,
-    broken_sites,
     check_logs,
     log_sums,
     pictures,
-    problems_of,
     rollout_metrics,
     sample_entry,
     site_metrics,
     site_sums,
-    write_broken_sites,
 )
 from dllm_sd.training.optim import BrokenStep, build_optimizer, check_optimizer, learning_rate
 from dllm_sd.training.outcome import about_sources, warnings_of
@@ -127,7 +118,8 @@ class Trainer:
         self.models = {
             weights: make_teacher(weights, self.policy, adapter, config.model) for weights, adapter in adapters.items()
         }
-        self.teachers = [self.models[weights] for weights in self.method.weights()]
+        teachers = [self.models[weights] for weights in self.method.weights()]
+        self.learner = Learner(config, self.accelerator, self.policy, self.module, self.optimizer, teachers)
 
     def _restore(self) -> None:
         """Load the latest checkpoint, unless the config says `resume=fresh`."""
@@ -204,7 +196,7 @@ class Trainer:
                 add_loss(state, metrics["loss"])
                 self._evaluate(metrics)
                 self.progress.finished(state.update)
-                interrupted = self._any_rank(interrupt.asked)
+                interrupted = any_process(self.accelerator, interrupt.asked)
                 if interrupted or self.finished or state.update in (until, state.update // every * every):
                     self._save()
                 if interrupted and not self.finished:
@@ -235,14 +227,15 @@ class Trainer:
             self.state.skipped += 1
         else:
             before = fingerprint(trained(self.policy).values())
-            parts, norm = self._learn(plan, self.rollouts, update, lr)
-            if not self._any_rank(fingerprint(trained(self.policy).values()) != before):
+            parts, norm = self.learner.step(plan, self.rollouts, update, lr)
+            if not any_process(self.accelerator, fingerprint(trained(self.policy).values()) != before):
                 metrics["weights_unchanged"] = 1
             names = self.method.measured
-            sums = self._sum(site_sums([graded for _, graded in parts], names, self.accelerator.device))
+            total = partial(sum_over_processes, self.accelerator)
+            sums = total(site_sums([graded for _, graded in parts], names, self.accelerator.device))
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
             regions = region_map(self.policy, self.method.contexts, self.rollouts)
-            metrics |= region_metrics(self._sum(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
+            metrics |= region_metrics(total(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
             if self._logs_samples(update):
                 self._write_pictures(update, parts, regions, self.rollouts)
         for model in self.models.values():
@@ -259,62 +252,6 @@ class Trainer:
         rollouts, self.state.cursor, dropped = self.pipeline.take(batch, self.state.cursor)
         self.state.too_long += dropped
         return rollouts
-
-    def _learn(self, plan: Plan, rollouts: Rollouts, update: int, lr: float) -> tuple[GradedPlans, float]:
-        """Accumulate the gradient of the update over micro-batches and processes, then take one optimizer step.
-
-        Returns the micro-batches of this process with their losses, and the norm of the gradient.
-        """
-        self.module.train()
-        torch.manual_seed(make_key(self.config.seed, update, self.rank, "dropout"))
-        batches = micro_batches(plan, self.config.optim.tokens_per_batch, self.world)
-        student = partial(run_at_sites, self.module)
-        parts: list[tuple[Plan, Graded]] = []
-        for i, shares in enumerate(batches):
-            index = shares[self.rank]
-            idle = len(index) == 0  # this process joins the collectives with a loss of weight 0
-            batch = plan.micro_batch(shares[0][:1] if idle else index).to(self.accelerator.device)
-            with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
-                graded = grade_micro_batch(self.method, batch, student, self.teachers)
-                self.accelerator.backward(graded.loss * (0 if idle else self.world))  # averaged over processes
-            if not idle:
-                parts.append((plan.select(index), graded))
-        limit = self.config.optim.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
-        assert norm is not None
-        norm = whole(norm)
-        self._refuse_non_finite(update, norm, parts, rollouts)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._refuse_broken_step(update)
-        return parts, float(norm)
-
-    def _refuse_non_finite(self, update: int, norm: Tensor, parts: GradedPlans, rollouts: Rollouts) -> None:
-        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(graded.loss)) for _, graded in parts)
-        if not self._any_rank(not finite):
-            return
-        sites = [site for plan, graded in parts for site in broken_sites(plan, graded, rollouts)]
-        sites = gather_object(sites) if self.world > 1 else sites
-        file = self.run / "nonfinite.json"
-        on_main(lambda: write_broken_sites(file, update, sites, rollouts))
-        raise FloatingPointError(
-            f"the loss or gradient of update {update} is not finite; the step was not taken. Rollouts of problem "
-            f"{problems_of(sites, rollouts)} caused it; details in {file}"
-        )
-
-    def _refuse_broken_step(self, update: int) -> None:
-        changed = stepped_tensors(self.optimizer, trained(self.policy))
-        broken = find_broken(changed, MAX_WEIGHT)
-        if not self._any_rank(broken is not None):
-            return
-        last = latest_checkpoint(self.run)
-        on = f"goes on from update {int(last.name)}" if last else "begins again"
-        raise BrokenStep(
-            f"the step of update {update} made weights not finite, or as good as that ({broken or 'on another process'}"
-            f"); nothing of it was saved: lower optim.lr or optim.max_grad_norm, and resume=force {on}"
-        )
 
     def _logs_samples(self, update: int) -> bool:
         """Whether this update logs samples: the first does, then about one in `log.samples_every` with new rollouts."""
@@ -436,15 +373,3 @@ class Trainer:
         on_main(lambda: self.pipeline.skill_bank.write_down(self.run))
         if prune:  # a run that stopped in the middle of an update goes on from the completions it had
             self.pipeline.engine.saved()
-
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on any process."""
-        if self.world == 1:
-            return flag
-        return bool(self._sum(torch.tensor(int(flag), device=self.accelerator.device)) > 0)
-
-    def _sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes."""
-        total = self.accelerator.reduce(value, "sum")
-        assert isinstance(total, Tensor)
-        return total

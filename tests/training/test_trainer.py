@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from dllm_sd.config import build_config
 from dllm_sd.policies.weights import trained
+from dllm_sd.training import learner as learner_module
 from dllm_sd.training import trainer as trainer_module
+from dllm_sd.training.learner import Learner
 from dllm_sd.training.trainer import Trainer
 
 TREE: dict[str, Any] = {
@@ -203,14 +205,14 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(config_at(tmp_path / "run", eval__every=0))
-    grade = trainer_module.grade_micro_batch
+    grade = learner_module.grade_micro_batch
 
     def poisoned(*arguments: Any) -> Any:
         graded = grade(*arguments)
         graded.term[0] = torch.nan
         return type(graded)(**{**vars(graded), "loss": graded.loss * torch.nan})
 
-    monkeypatch.setattr(trainer_module, "grade_micro_batch", poisoned)
+    monkeypatch.setattr(learner_module, "grade_micro_batch", poisoned)
     before = {name: value.clone() for name, value in trainer.policy.module.state_dict().items()}
     with pytest.raises(FloatingPointError, match=r"update 1 .*sudoku/train/\d+"):
         trainer.train()
@@ -229,16 +231,16 @@ def test_what_was_learnt_before_a_non_finite_loss_is_kept(
     if method != TREE["method"]:
         whole = tmp_path / "whole"
         Trainer(config_at(whole, method=method)).train()
-    learn = Trainer._learn
+    learn = Learner.step
 
-    def broken(self: Trainer, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
+    def broken(self: Learner, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
         if update == 4:
             raise FloatingPointError("not finite")
         return learn(self, plan, rollouts, update, lr)
 
     config = config_at(tmp_path / "run", method=method, checkpoint__every=100)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_learn", broken)
+        patch.setattr(Learner, "step", broken)
         trainer = Trainer(config)
         with pytest.raises(FloatingPointError):
             trainer.train()
@@ -308,14 +310,14 @@ def test_nothing_is_saved_of_a_step_that_made_weights_useless(
 def test_a_run_that_stops_at_a_non_finite_loss_removes_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learn = Trainer._learn
+    learn = Learner.step
 
-    def broken(self: Trainer, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
+    def broken(self: Learner, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
         if update == 4:
             raise FloatingPointError("not finite")
         return learn(self, plan, rollouts, update, lr)
 
-    monkeypatch.setattr(Trainer, "_learn", broken)
+    monkeypatch.setattr(Learner, "step", broken)
     config = config_at(tmp_path / "run", eval__every=0, checkpoint={"every": 2, "keep": 1})
     for _ in range(2):
         with pytest.raises(FloatingPointError):
