@@ -497,7 +497,7 @@ def seen(pair: Pair, teachers: Path) -> Seen:
     initial = copied(trained(trainer.policy))
     others = {
         i: copied(dict(teacher.policy.module.named_parameters()))
-        for i, teacher in enumerate(trainer.teachers)
+        for i, teacher in enumerate(trainer.learner.teachers)
         if isinstance(teacher.weights, CheckpointWeights)
     }
     pieces: list[Piece] = []
