@@ -540,7 +540,7 @@ def test_the_student_learns_and_its_metrics_are_finite(pair: Pair, whole: Seen) 
 
 def test_teachers_move_by_their_own_rule_only(pair: Pair, whole: Seen) -> None:
     last = updates_of(pair[0])
-    for i, teacher in enumerate(whole.trainer.teachers):
+    for i, teacher in enumerate(whole.trainer.learner.teachers):
         for name, value in teacher.policy.module.named_parameters():
             student = teacher.policy is whole.trainer.policy
             assert value.requires_grad == (student and name in whole.initial), name
@@ -580,7 +580,7 @@ def test_student_and_teachers_answer_with_the_weights_that_they_must_have(
         assert len(piece.teachers) == len(whole.config.method.contexts)
         assert_close(piece.student.logits, logits(piece.student, whole.weights(update - 1)))
         for i, (teacher, read) in enumerate(piece.teachers):
-            assert teacher is whole.trainer.teachers[i]
+            assert teacher is whole.trainer.learner.teachers[i]
             if isinstance(teacher.weights, CheckpointWeights):
                 other = build_policy(replace(whole.config.model, seed=2))
                 with torch.no_grad():
@@ -732,7 +732,7 @@ def test_nothing_behind_the_horizon_is_written_or_graded(pair: Pair, teachers: P
 @pytest.mark.parametrize("pair", in_tiers(pair for pair in PAIRS if "reasoned" in pair[0]), ids=" on ".join)
 def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teachers: Path) -> None:
     whole = seen(pair, teachers)
-    config, (teacher,) = whole.config, whole.trainer.teachers
+    config, (teacher,) = whole.config, whole.trainer.learner.teachers
     (context,), passes = config.method.contexts, config.method.rollout.passes
     assert context.hint is not None
     assert context.hint.reasoning is not None

@@ -73,7 +73,7 @@ def check_teacher(trainer: Trainer) -> None:
     """The base of a run that begins with an adapter is that adapter, whatever the student has become."""
     if (lora := trainer.config.model.lora) is None or lora.start is None:
         return
-    (teacher,) = trainer.teachers
+    (teacher,) = trainer.learner.teachers
     expected, found = load_file(start_of(trainer.run) / "model.safetensors"), gather_tensors(teacher.copy)
     assert not trainer.main or found.keys() == expected.keys()
     assert all(torch.equal(value.cpu(), expected[name]) for name, value in found.items())
@@ -101,7 +101,7 @@ def check_pieces(trainer: Trainer) -> None:
     assert all(isinstance(value, DTensor) for value in parameters.values())
     held = sum(value.to_local().numel() for value in parameters.values() if isinstance(value, DTensor))
     assert held < 0.6 * sum(value.numel() for value in parameters.values())
-    assert all(isinstance(value, DTensor) for teacher in trainer.teachers for value in teacher.copy.values())
+    assert all(isinstance(value, DTensor) for teacher in trainer.learner.teachers for value in teacher.copy.values())
     parts = [part for part in trainer.module.modules() if isinstance(part, FSDPModule)]
     assert len(parts) > 2
     with trainer.accelerator.no_sync(trainer.module):  # no gradient is ever kept whole
