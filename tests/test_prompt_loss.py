@@ -18,7 +18,8 @@ from dllm_sd.objective.plan import plan_update
 from dllm_sd.pairing import check_model
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.metrics import broken_sites, divergence_table
+from dllm_sd.training.broken_sites import broken_sites
+from dllm_sd.training.pictures import divergence_table
 
 TEXTS = (("12:", "3+4"), ("4321+1:", "2"), ("1", "44"))
 

@@ -21,7 +21,7 @@ from dllm_sd.settings import Peers, PeerStudent
 from dllm_sd.skills import Bank, Mistake, Skill, read_bank, write_bank
 from dllm_sd.training.checkpoint import check_best, check_checkpoint, saved_log_sums, state_of
 from dllm_sd.training.folder import read_report, read_run_config
-from dllm_sd.training.metrics import MetricsLog, check_logs
+from dllm_sd.training.log_files import MetricsLog, check_logs
 from dllm_sd.training.peers import _read_rounds
 from dllm_sd.training.trainer import Trainer
 

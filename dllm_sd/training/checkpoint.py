@@ -46,7 +46,7 @@ from dllm_sd.training.optim import load_state, state_shapes, state_tensors
 
 OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollouts.safetensors"
 LOG_SUMS = "logs"
-"""Key of `state.json`: checksums of the logs as they were when it was saved (`metrics.log_sums`)."""
+"""Key of `state.json`: checksums of the logs as they were when it was saved (`log_files.log_sums`)."""
 ADDED = ("best_loss", "loss_sum", "losses")
 """Keys that checkpoints of version 0.1 do not have."""
 
@@ -378,7 +378,7 @@ def save_run(
 ) -> None:
     """Save everything that the next update depends on, with ``rollouts`` if it still uses them.
 
-    The latest ``keep`` checkpoints are kept; all if it is None. ``logs`` is the result of `metrics.log_sums`.
+    The latest ``keep`` checkpoints are kept; all if it is None. ``logs`` is the result of `log_files.log_sums`.
     """
     files, tree = dict(tensors), {**vars(state), **({LOG_SUMS: dict(logs)} if logs is not None else {})}
     if rollouts is not None:

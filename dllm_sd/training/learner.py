@@ -24,8 +24,8 @@ from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.training.advantage import GradedPlans
 from dllm_sd.training.batching import micro_batches
+from dllm_sd.training.broken_sites import broken_sites, problems_of, write_broken_sites
 from dllm_sd.training.checkpoint import latest_checkpoint
-from dllm_sd.training.metrics import broken_sites, problems_of, write_broken_sites
 from dllm_sd.training.optim import BrokenStep
 
 

@@ -39,7 +39,7 @@ from dllm_sd.training.checkpoint import (
     write_checkpoint,
 )
 from dllm_sd.training.folder import REPORT, RunFolder
-from dllm_sd.training.metrics import LOG_FILES, check_logs
+from dllm_sd.training.log_files import LOG_FILES, check_logs
 from dllm_sd.training.trainer import Trainer
 
 ROUNDS = "rounds.json"

@@ -47,18 +47,11 @@ from dllm_sd.training.checkpoint import (
 )
 from dllm_sd.training.folder import FINAL, REPORT, RunFolder, read_report
 from dllm_sd.training.learner import Learner
-from dllm_sd.training.metrics import (
-    MetricsLog,
-    check_logs,
-    log_sums,
-    pictures,
-    rollout_metrics,
-    sample_entry,
-    site_metrics,
-    site_sums,
-)
+from dllm_sd.training.log_files import MetricsLog, check_logs, log_sums
+from dllm_sd.training.metrics import rollout_metrics, sample_entry, site_metrics, site_sums
 from dllm_sd.training.optim import BrokenStep, build_optimizer, check_optimizer, learning_rate
 from dllm_sd.training.outcome import about_sources, warnings_of
+from dllm_sd.training.pictures import pictures
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.selection import add_loss, judge
 from dllm_sd.training.unknown import Unknown

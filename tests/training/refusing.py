@@ -17,7 +17,7 @@ from dllm_sd.evaluation import evaluate as evaluation
 from dllm_sd.evaluation.recording import Record
 from dllm_sd.parallel.processes import on_main, processes, together
 from dllm_sd.training import trainer
-from dllm_sd.training.metrics import MetricsLog
+from dllm_sd.training.log_files import MetricsLog
 
 FULL = OSError(28, "No space left on device", "/full/file")
 FAILURES = {"input": InputError("wrong"), "stopped": Stopped("no more"), "full": FULL, "bug": KeyError("x")}

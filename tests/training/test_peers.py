@@ -26,7 +26,7 @@ from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Feedback, Sibling
 from dllm_sd.training import peers as peers_module
 from dllm_sd.training.checkpoint import load_weights
-from dllm_sd.training.metrics import LOG_FILES
+from dllm_sd.training.log_files import LOG_FILES
 from dllm_sd.training.peers import by_domain, lags, may_tutor, same_start, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
 from tools.attacks.contents import contents, differences

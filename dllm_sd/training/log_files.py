@@ -1,0 +1,192 @@
+"""The log files of a run, metrics.jsonl and samples.jsonl: written, cut where a run goes on, read and checked."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from dllm_sd.errors import InputError
+from dllm_sd.files.reading import damaged_file, open_regular, read_own
+from dllm_sd.files.typed_json import own_json
+from dllm_sd.training.left_out import is_left_out, left_out
+
+LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
+
+
+class MetricsLog:
+    """Appends one JSON object per update; a resumed run first removes the lines after its checkpoint."""
+
+    def __init__(self, run: Path, update: int, tensorboard: bool) -> None:
+        """Continue after ``update`` finished updates (-1 starts new files).
+
+        Raises:
+            InputError: if a file was not written by a run; then nothing is changed.
+        """
+        self.metrics, self.samples = (run / name for name in LOG_FILES)
+        ends = {file: end_of(file, update) for file in (self.metrics, self.samples) if file.exists()}
+        self.board = SummaryWriter(str(run / "tb"), purge_step=update + 1) if tensorboard else None
+        for file, end in ends.items():
+            os.truncate(file, end)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append the metrics of an update; numbers also go to TensorBoard."""
+        _append(self.metrics, values)
+        if self.board is not None:
+            for name, value in values.items():
+                if name != "update" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, values["update"])
+            self.board.flush()
+
+    def summed_up(self, passes: int) -> tuple[dict[str, int], bool]:
+        """What the run left out (`left_out`), and whether it has made optimizer steps, none of which changed a weight.
+
+        Args:
+            passes: updates that share their rollouts.
+
+        Raises:
+            InputError: naming the file and the line that was not written by a run.
+        """
+        changed: list[bool] = []
+
+        def lines() -> Iterator[dict[str, Any]]:
+            for line in read_log(self.metrics):
+                if line["update"] > 0:  # update 0 is the evaluation before training; a skipped update has no loss
+                    changed.append(line.get("loss") is not None and "weights_unchanged" not in line)
+                yield line
+
+        return left_out(lines(), passes), bool(changed) and not any(changed)
+
+    def write_sample(self, sample: Mapping[str, Any], slot: int) -> None:
+        """Append one rollout with its text; TensorBoard shows it as ``samples/{slot}``."""
+        _append(self.samples, sample)
+        if self.board is not None:
+            text = "\n\n".join(f"**{key}**: {value}" for key, value in sample.items() if key != "update")
+            self.board.add_text(f"samples/{slot}", text, sample["update"])
+
+    def write_pictures(self, pictures: Mapping[str, Tensor], update: int) -> None:
+        """Show RGB pictures ``[3 h w]`` in TensorBoard."""
+        if self.board is not None:
+            for name, picture in pictures.items():
+                self.board.add_image(name, picture, update)
+
+    def close(self) -> None:
+        """Flush and close TensorBoard."""
+        if self.board is not None:
+            self.board.close()
+
+
+def end_of(file: Path, update: int) -> int:
+    """The byte offset after the last line of ``update`` in a JSON-lines file whose updates never decrease.
+
+    An incomplete line at the end is ignored. Only the lines after that offset, and the one before it, are parsed.
+
+    Raises:
+        InputError: if the file was not written by a run.
+    """
+    content = read_own(file, REMEDY, sys.maxsize) if update >= 0 else b""
+    end = content.rfind(b"\n") + 1  # what follows the last newline is an incomplete line
+    _refuse_foreign_lines(file, content[:end])
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        if _update_in(file, content, start, end) <= update:
+            break
+        end = start
+    return end
+
+
+def log_sums(run: Path, update: int) -> dict[str, str]:
+    """Flush the logs to disk; return the SHA-256 of each up to ``update``, which a checkpoint stores, by file name."""
+    return {name: _sum(run / name, update, flush=True) for name in LOG_FILES if (run / name).exists()}
+
+
+def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
+    """Refuse logs whose content up to ``update`` has changed since the checkpoint of ``update`` was saved.
+
+    Args:
+        run: the run folder.
+        update: number of finished updates.
+        sums: the result of `log_sums` at that time. With None (a checkpoint of an earlier version, or resume=force) it
+            is only checked that every line is one of a run.
+
+    Raises:
+        InputError: naming the file. Nothing is changed.
+    """
+    for name in LOG_FILES if sums is None else ():
+        if (run / name).exists():
+            for _ in read_log(run / name):
+                pass
+    current = {name: _sum(run / name, update) for name in LOG_FILES if (run / name).exists()}
+    for name, saved in (sums or {}).items():
+        if current.get(name) != saved:
+            raise InputError(
+                f"{run / name} does not hold what it held after update {update}, when the checkpoint was saved; put it "
+                "back, use resume=force to go on without what is missing, or resume=fresh to begin again"
+            )
+
+
+def _sum(file: Path, update: int, flush: bool = False) -> str:
+    end = end_of(file, update)
+    with file.open("r+b" if flush else "rb") as handle:
+        if flush:
+            os.fsync(handle.fileno())
+        return hashlib.sha256(handle.read(end)).hexdigest()
+
+
+def _refuse_foreign_lines(file: Path, lines: bytes) -> None:
+    """Refuse lines that do not begin and end as JSON objects, by counting over the whole file."""
+    count = lines.count(b"\n")
+    if lines and (lines.count(b"}\n") < count or lines.count(b"\n{") < count - 1 or not lines.startswith(b"{")):
+        wrong = next(i for i, line in enumerate(lines.split(b"\n"), 1) if line[:1] + line[-1:] != b"{}")
+        raise _foreign_line(file, wrong)
+
+
+def read_log(file: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over the lines of a log; an incomplete one at the end is ignored.
+
+    Raises:
+        InputError: naming the file and the line that was not written by a run.
+    """
+    try:
+        with open_regular(file) as content:
+            for number, line in enumerate(content, 1):
+                if line.endswith(b"\n"):
+                    yield _parsed(line) or _refuse(file, number)
+    except OSError as error:
+        raise damaged_file(file, error, REMEDY) from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Parse one line of a log; None unless it is an object whose update and left-out counts are whole numbers."""
+    try:
+        tree = own_json(line)
+    except ValueError:
+        return None
+    if not isinstance(tree, dict) or type(tree.get("update")) is not int:
+        return None
+    counts = [tree[name] for name in filter(is_left_out, tree)]
+    return tree if all(type(count) is int and count >= 0 for count in counts) else None
+
+
+def _update_in(file: Path, content: bytes, start: int, end: int) -> int:
+    line = _parsed(content[start:end]) or _refuse(file, content.count(b"\n", 0, start) + 1)
+    return line["update"]
+
+
+def _refuse(file: Path, line: int) -> NoReturn:
+    raise _foreign_line(file, line)
+
+
+def _foreign_line(file: Path, line: int) -> InputError:
+    return InputError(f"{file}:{line}: this line was not written by a run; {REMEDY}")
+
+
+def _append(file: Path, values: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(values, ensure_ascii=False) + "\n")
