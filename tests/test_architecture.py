@@ -49,6 +49,7 @@ LAYERS = [
     "export",
     "serving",
     "",
+    "arguments",
     "cli",
     "__main__",
 ]

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,8 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from dllm_sd.cli.main import main
+from dllm_sd.arguments import COMMANDS
+from dllm_sd.cli.main import main, parser
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.export.model_card import _parts
 from dllm_sd.files import locking
@@ -273,3 +276,35 @@ def test_bad_input_ends_a_process_with_2_and_one_line(tmp_path: Path):
     assert done.stderr.startswith("dllm-sd: updates must be a whole number")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+LIGHT = [["--help"], ["--version"], ["train"], ["trian", "quickstart"], *([name, "--help"] for name in COMMANDS)]
+
+
+def test_help_and_usage_errors_load_no_library_of_models():
+    program = """
+import sys
+from dllm_sd.arguments import COMMANDS
+from dllm_sd.cli.main import main, parser
+for words in {words}:
+    try:
+        main(words)
+    except SystemExit:
+        pass
+print([name for name in ("torch", "transformers", "yaml", "rich") if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("{words}", repr(LIGHT))], capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    commands = [line.split(" -m ")[-1] for line in examples.splitlines() if re.search("dllm[-_]sd ", line)]
+    words = [shlex.split(re.sub(r"^.*?dllm[-_]sd ", "", line), comments=True) for line in commands]
+    assert words
+    assert all(parser().parse_known_args(each)[0].command == COMMANDS[name] for each in words)

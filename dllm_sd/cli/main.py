@@ -1,4 +1,4 @@
-"""The command line: ``dllm-sd train | eval | grade | sample | serve | show | export``.
+"""The command line; `arguments/` holds the arguments of each command.
 
 Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted after saving; 1 anything else.
 """
@@ -10,20 +10,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any, NoReturn, get_args
+from textwrap import indent
+from typing import NoReturn
 
-from dllm_sd.errors import InputError, Stopped, in_short, on_one_line, shortened, shown
-from dllm_sd.files.writing import at_home
-from dllm_sd.ranges import Size, check
+from dllm_sd import __version__
+from dllm_sd.arguments import COMMANDS
+from dllm_sd.errors import InputError, Stopped, in_short, on_one_line, shortened
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
-    parser = _parser()
-    options, arguments_left = parser.parse_known_args(arguments)
+    commands = parser()
+    options, arguments_left = commands.parse_known_args(arguments)
     if unknown := [argument for argument in arguments_left if argument.startswith("-") or "=" not in argument]:
-        parser.error(f"unrecognized arguments: {shortened(' '.join(unknown))}")
-    options.overrides += arguments_left  # key=value pairs that follow an option
+        commands.error(f"unrecognized arguments: {shortened(' '.join(unknown))}")
+    options.overrides = [*options.overrides, *arguments_left]  # key=value pairs that follow an option
     _warn_of_single_process()
     try:
         with _quiet_thread_failures():
@@ -97,114 +98,24 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _size(text: str) -> int:
-    """Parse a count."""
-    try:
-        check(Size, int(text), "it")
-    except ValueError as error:
-        most = get_args(Size)[1].most
-        raise argparse.ArgumentTypeError(f"give a whole number from 1 to {most}, not {shown(text)}") from error
-    return int(text)
-
-
-def _port(text: str) -> int:
-    """A port on the command line."""
-    if not text.isascii() or not text.isdigit() or int(text[:6]) > 65535:
-        raise argparse.ArgumentTypeError(f"give a whole number from 0 to 65535, not {shown(text)}")
-    return int(text)
-
-
-def _place(text: str) -> str:
-    """Parse a path."""
-    try:
-        if not text:
-            raise InputError("a path is empty; name a file or a folder")
-        return at_home(text, "the path")
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dllm-sd", description=__doc__.splitlines()[0] if __doc__ else None)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    train = commands.add_parser("train", help="train a config (a path or a shipped name); continues a stopped run")
-    train.add_argument("config", type=_place)
-    train.add_argument("overrides", nargs="*", metavar="key=value")
-    train.set_defaults(command="train")
-
-    evaluate = commands.add_parser("eval", help="accuracy of a run or a model on a task")
-    evaluate.add_argument("model", nargs="?", type=_place, metavar="RUN_OR_MODEL")
-    evaluate.add_argument(
-        "--compare",
-        nargs=2,
-        type=_place,
-        metavar=("A", "B"),
-        help="instead: compare two evaluations",
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    program = _Parser(
+        prog="dllm-sd",
+        description="On-policy self-distillation of masked-diffusion and autoregressive language models.",
+        epilog="dllm-sd COMMAND --help shows the arguments of a command, and examples.",
     )
-    evaluate.add_argument("--task", help="name of the task; default: the run's own")
-    evaluate.add_argument("--adapter", type=_place, metavar="DIR", help="a PEFT adapter to put on the model")
-    evaluate.add_argument("--attempts", type=_size, metavar="K", help="attempts at each problem, for pass@k and maj@k")
-    evaluate.add_argument(
-        "--out", type=_place, help="folder for report.json; default: eval/TASK, in the run folder if it is a run"
-    )
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
-    evaluate.set_defaults(command="evaluate")
-
-    grade = commands.add_parser("grade", help="grade generations made elsewhere")
-    grade.add_argument(
-        "file", type=_place, metavar="FILE", help=".jsonl or .jsonl.gz; a line: generation, the task's fields"
-    )
-    grade.add_argument("--task", required=True, help="name of the task")
-    grade.add_argument("--mode", help="default, or compatible: the verdicts of the published parsers, quirks included")
-    grade.add_argument(
-        "--out", type=_place, metavar="DIR", help="for report.json and graded.jsonl; default: FILE_graded beside it"
-    )
-    grade.add_argument("overrides", nargs="*", metavar="task.key=value")
-    grade.set_defaults(command="grade")
-
-    sample = commands.add_parser("sample", help="watch a prompt being denoised")
-    sample.add_argument("model", type=_place, metavar="RUN_OR_MODEL")
-    sample.add_argument("prompt")
-    sample.add_argument("--task", help="name of the task, for a model without a recipe")
-    sample.add_argument("overrides", nargs="*", metavar="key=value")
-    sample.set_defaults(command="sample")
-
-    _add_serve(commands)
-    show = commands.add_parser("show", help="the resolved config, its method, the memory it needs, a prompt")
-    show.add_argument("config", type=_place)
-    show.add_argument("overrides", nargs="*", metavar="key=value")
-    show.add_argument("--processes", type=_size, default=1, help="processes for the memory estimate")
-    show.add_argument("--sharded", action="store_true", help="estimate for FSDP2 instead of DDP")
-    show.set_defaults(command="show")
-
-    export = commands.add_parser(
-        "export", help="a run's weights for other programs: adapter, native or original format"
-    )
-    export.add_argument("run", type=_place, metavar="RUN")
-    export.add_argument("--to", required=True, choices=("peft", "merged", "original"))
-    export.add_argument("folder", type=_place, metavar="DIR", help="must be empty or not exist")
-    export.add_argument("--weights", choices=("best", "last"), default="best", help="default: best on the dev split")
-    export.add_argument("--push", metavar="REPO", help="also upload DIR to this repository of the Hugging Face hub")
-    export.add_argument("overrides", nargs="*", metavar="key=value")
-    export.set_defaults(command="export")
-    return parser
-
-
-def _add_serve(commands: Any) -> None:
-    serve = commands.add_parser("serve", help="a run or a model behind HTTP, for trainers and chat clients")
-    serve.add_argument("model", type=_place, metavar="RUN_OR_MODEL")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
-    serve.add_argument("--port", type=_port, default=8000, help="default 8000; 0 takes a free one")
-    serve.add_argument("--task", help="name of the task, for a model without a recipe")
-    serve.add_argument("--adapter", type=_place, metavar="DIR", help="a PEFT adapter to put on the model")
-    serve.add_argument("--name", help="what clients call the model; default: RUN_OR_MODEL")
-    serve.add_argument("--api-key-variable", metavar="NAME", help="environment variable with the key clients must send")
-    serve.add_argument(
-        "--allow-loading", action="store_true", help="let clients load adapters and weights from folders that they name"
-    )
-    serve.add_argument("--max-completion", type=_size, metavar="N", help="most positions of a completion; default 4096")
-    serve.add_argument("--max-waiting", type=_size, metavar="N", help="most requests that wait; default 1024")
-    serve.add_argument("--max-body", type=_size, metavar="KIB", help="most KiB of a request; default 4096")
-    serve.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_prompt=4096 decode.temperature=1")
-    serve.set_defaults(command="serve")
+    program.add_argument("--version", action="version", version=f"dllm-sd {__version__}")
+    commands = program.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        arguments = import_module(f"dllm_sd.arguments.{module}")
+        command = commands.add_parser(
+            name,
+            help=arguments.HELP,
+            description=f"{arguments.HELP[0].upper()}{arguments.HELP[1:]}.",
+            epilog=f"examples:\n{indent(arguments.EXAMPLES.strip(), '  ')}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        arguments.add(command)
+        command.set_defaults(command=module)
+    return program

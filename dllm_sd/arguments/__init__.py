@@ -1,0 +1,16 @@
+"""The arguments of each command: a file each, which imports nothing that takes time.
+
+A file offers `HELP` (one line), `EXAMPLES` (lines that its ``--help`` ends with) and ``add(parser)``. The command
+itself is the module of the same name in `dllm_sd.cli`, imported when the command runs.
+"""
+
+COMMANDS = {
+    "train": "train",
+    "eval": "evaluate",
+    "grade": "grade",
+    "sample": "sample",
+    "serve": "serve",
+    "show": "show",
+    "export": "export",
+}
+"""The module of each command, in the order of ``dllm-sd --help``."""
