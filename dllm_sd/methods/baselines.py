@@ -41,6 +41,7 @@ BASELINES: dict[str, NamedMethod] = {
         ),
         "rejection fine-tuning (arXiv 2308.01825) with the loss of LLaDA",
         "Random masks on the model's own correct rollouts.",
+        parent="sft",
     ),
     "rft_trajectory": NamedMethod(
         Method(contexts=(), target=Sampled(), divergence=TokenNLL()),
@@ -74,6 +75,7 @@ BASELINES: dict[str, NamedMethod] = {
         "GRPO, arXiv 2402.03300",
         "Group advantage on the likelihood of each token where it was chosen, KL to the base. On masked diffusion that "
         "is the likelihood along the decoder's own path.",
+        parent="diffu_grpo",
     ),
     "spd": NamedMethod(
         SELF_TRAINING,
@@ -87,10 +89,12 @@ BASELINES: dict[str, NamedMethod] = {
         replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=BaseWeights())),
         "the comparison SSD of arXiv 2605.22675",
         "spd without the projection.",
+        parent="spd",
     ),
     "self_retraining": NamedMethod(
         replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=BaseWeights(), top_p=1.0)),
         "the comparison PSR of arXiv 2605.22675",
         "spd without projection and top-p.",
+        parent="self_distillation",
     ),
 }

@@ -25,6 +25,7 @@ DENOISING: dict[str, NamedMethod] = {
         "arXiv 2606.18195, with the parts that its ablations and our tests support",
         "Vetted default: pass@8, correct rollouts, every decoding step, later blocks at 25 %, the student's own sites, "
         "full vocabulary, reverse KL without clip, base weights, mean over all sites.",
+        parent=None,
     ),
     "d_opsd_paper": NamedMethod(
         Method(

@@ -20,6 +20,8 @@ class NamedMethod:
     method: Method
     source: str
     note: str
+    parent: str | None = "d_opsd"
+    """The named method that the documentation describes this one as a change of; None describes all of its parts."""
 
 
 GROUP = PassAtK(problems=32, attempts=8, keep="all", until_solved=False, temperature=1.0)

@@ -26,11 +26,13 @@ PROMPTED: dict[str, NamedMethod] = {
         replace(OPSD, divergence=ReverseKL(), temperature=1.0),
         "OPSD, arXiv 2601.18734, the text's reverse KL",
         "Reverse KL over the whole vocabulary without a clip.",
+        parent="opsd",
     ),
     "opsd_reference": NamedMethod(
         replace(OPSD, divergence=GeneralisedJSD(beta=0.5)),
         "github.com/siyan-zhao/OPSD, commit 590ec26",
         "The released snapshot, older than v3: JSD 0.5 without a clip.",
+        parent="opsd",
     ),
     "opsd_pmi": NamedMethod(
         replace(
@@ -42,6 +44,7 @@ PROMPTED: dict[str, NamedMethod] = {
         "Purified OPSD, arXiv 2607.02234, Eq. 5 to 18",
         "Three frozen views: informed, reference without question, plain. Not stated by the paper and taken from OPSD: "
         "sampling, one temperature of 1.1, prompts; the weight 0.5 of the JSD comes from a re-implementation.",
+        parent="opsd",
     ),
     "sdpo": NamedMethod(
         SDPO,
@@ -54,6 +57,7 @@ PROMPTED: dict[str, NamedMethod] = {
         replace(SDPO, teacher=(LiveWeights(),), support=FullVocabulary(), divergence=ReverseKL(), trust=Equal()),
         "SDPO, arXiv 2601.20802, its objective",
         "KL(student || the same weights with the hint) over the whole vocabulary.",
+        parent="sdpo",
     ),
     "demo_psd": NamedMethod(
         replace(
@@ -67,6 +71,7 @@ PROMPTED: dict[str, NamedMethod] = {
         "Barycenter of the informed and the plain EMA student on the student's top-100 and a bucket. The paper tunes "
         "beta for each domain (25 to 100); 50 is the re-implementations'. Whether a lone success may be its own "
         "demonstration is not stated; here it may.",
+        parent="sdpo",
     ),
     "opd": NamedMethod(
         OPD,
@@ -78,16 +83,19 @@ PROMPTED: dict[str, NamedMethod] = {
         replace(OPD, support=FullVocabulary(), divergence=PolicyGradient(tokens="sampled")),
         "on-policy distillation, arXiv 2605.31490, Eq. 6",
         "The same with the sampled token alone.",
+        parent="opd",
     ),
     "topd": NamedMethod(
         replace(OPD, rollout=replace(OPD.rollout, horizon=Truncated(ratio=0.1))),
         "TOPD, arXiv 2605.31490, Eq. 12",
         "opd on the first tenth of each completion; the other tenths are never generated.",
+        parent="opd",
     ),
     "popd": NamedMethod(
         replace(OPD, rollout=replace(OPD.rollout, horizon=Progressive(initial_ratio=0.09, ratio_step=9 / 15360))),
         "POPD, arXiv 2605.31490, Eq. 10 and 11, App. B",
         "opd with 9 of 15,360 tokens more at every update. The start is not stated; 9 % of the length (1,382 tokens) "
         "is inferred from the paper's times.",
+        parent="opd",
     ),
 }

@@ -33,12 +33,14 @@ WRITTEN: dict[str, NamedMethod] = {
         "Stage I: the model learns to write rubrics; the teacher reads the data's. The task asks for a rubric and has "
         "one as reference. Whether the student reads the reference answer is a matter of task.prompt: not in the "
         "paper, in the code it does.",
+        parent="opsd",
     ),
     "rcsd": NamedMethod(
         replace(RCSD, contexts=(Rubric(writing=Writing(sampling=Sampling(temperature=0.7, top_p=0.95))),)),
         "RCSD, arXiv 2606.19327, Eq. 5",
         "Stage II: the teacher reads a rubric that a writer makes of the question alone; name Stage I's checkpoint in "
         "method.contexts.0.writing.writer. Forward KL to the initial weights.",
+        parent="rcsd_writer",
     ),
     "rcsd_reference": NamedMethod(
         replace(
@@ -57,12 +59,14 @@ WRITTEN: dict[str, NamedMethod] = {
         "github.com/carriegu0818/RCSD, commit f2035f8",
         "The released Stage II: the data's rubric and the reference answer, an analysis first, teacher's top-20, clip "
         "per entry. Here the teacher writes its own analysis; there, with vLLM, the student's weights did.",
+        parent="rcsd_writer",
     ),
     "step_align": NamedMethod(
         replace(OPSD, contexts=(Critique(),), divergence=ForwardKL()),
         "step-aligned critique, arXiv 2606.11173, Eq. 3",
         "The teacher reads the rollout's own steps, corrected from the first wrong one on; a critic writes them (32B "
         "in the paper, which left its prompts unpublished). Sampling as in OPSD.",
+        parent="opsd",
     ),
     "sgsd": NamedMethod(
         Method(
@@ -79,8 +83,8 @@ WRITTEN: dict[str, NamedMethod] = {
             skill_bank=SkillBankConfig(writing=Writing(sampling=Sampling(length=4096)), renewal=Sampling(length=2048)),
         ),
         "SGSD, arXiv 2605.28791, and github.com/walawalagoose/SGSD, commit f296a91",
-        "Eight teachers, each with a skill and a mistake from a bank in its prompt; the outcome of a rollout says "
-        "which of them to follow and which to shun. Retrieval reads the whole prompt, in the code the bare problem "
+        "Eight teachers, each with a skill and a mistake from a bank in its prompt; the outcome of a rollout sets "
+        "the sign of each teacher's weight. Retrieval reads the whole prompt, in the code the bare problem "
         "(set method.skill_bank.problem). On masked diffusion the gap is that of the all-masked canvas.",
     ),
     "op_co_distill": NamedMethod(
@@ -99,5 +103,6 @@ WRITTEN: dict[str, NamedMethod] = {
         "OPCoD, arXiv 2606.14368, Eq. 1 and 2, Algorithm 1, on the loss of SDPO",
         "Two students in rounds (peers): each is its own teacher, which reads a successful sibling and what the other "
         "student, frozen, says of the rollout. Dropped feedback leaves the sibling.",
+        parent="sdpo",
     ),
 }

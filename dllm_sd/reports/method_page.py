@@ -1,24 +1,30 @@
 """The page docs/methods.md: parts, source and notes of each method, and the measurements on the tiny models."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.resources import files
 from textwrap import fill
 from typing import Any
 
-from dllm_sd.config import to_tree
 from dllm_sd.methods import METHODS, NamedMethod
 from dllm_sd.methods.method import Method
 from dllm_sd.parts import name_of
 
 HEAD = """# Methods
 
-A method is one part for every slot; [concepts](concepts.md) explains the slots. `dllm-sd train CONFIG method=NAME`
-trains any of them on any model, masked diffusion or autoregressive; an invalid combination raises an error that says
-why. `dllm-sd show CONFIG` prints the method of a run. This page is generated from the table in `dllm_sd/methods/` by
-`python tools/make_methods_page.py`. The pages in [methods/](methods/) describe how to run each published method, what
-was measured, what its paper claims, and where paper, released code and this program differ.
+A method is one part for every slot; [concepts](concepts.md) explains the slots, and [which method
+when](which_method.md) compares methods by what they need, what they cost and what they gained. `dllm-sd train CONFIG
+method=NAME` trains any of them; a method that does not fit the model or the data is refused with the reason. Below,
+each method is described by its differences from another one; `dllm-sd show CONFIG method=NAME` prints all of its parts.
+
+This page is generated from the table in `dllm_sd/methods/` by `python -m tools.make_methods_page`.
+"""
+PROMPTS = """## Prompts
+
+The prompts of methods that replace the default prompt of a part. `{question}`, `{hint}` and `{reference}` are filled in
+for each rollout.
+
 """
 MEASURED = """## Measured
 
@@ -37,27 +43,56 @@ _COLUMNS = ("method", "seeds", "before", "last", "best", "updates (skipped)", "t
 def methods_page() -> str:
     """The text of docs/methods.md."""
     sections = [f"## `{name}`\n\n{section(method)}" for name, method in METHODS.items()]
-    return "\n".join([HEAD, *sections, MEASURED + _measured_tables()])
+    return "\n".join([HEAD, *sections, PROMPTS + "\n".join(_prompts()), MEASURED + _measured_tables()])
 
 
 def section(named: NamedMethod) -> str:
-    """One method, in Markdown."""
-    method = named.method
-    slots = "; ".join(f"{slot} {', '.join(map(_code, names)) or 'none'}" for slot, names in parts(method).items())
-    backbones = "masked diffusion only" if any(context.reveals for context in method.contexts) else "both backbones"
+    """One method, in Markdown: its note, its source, and what it changes of its parent."""
+    backbones = (
+        "masked diffusion only" if any(context.reveals for context in named.method.contexts) else "both backbones"
+    )
     source = f"Source: {named.source}. Defined on {backbones}."
-    paragraphs = (named.note, source, f"Parts: {slots}.")
-    return "\n\n".join(fill(text, 118, break_on_hyphens=False) for text in paragraphs) + "\n"
+    parent = None if named.parent is None else METHODS[named.parent].method
+    told = parts(named.method, parent)
+    unchanged = {} if parent is None else parts(parent, parent)
+    slots = "; ".join(
+        f"{slot} {', '.join(map(_code, names)) or 'none'}"
+        for slot, names in told.items()
+        if names != unchanged.get(slot)
+    )
+    head = "Parts:" if named.parent is None else f"As [`{named.parent}`](#{named.parent}), but:"
+    paragraphs = (named.note, source, f"{head} {slots}.")
+    return "\n\n".join(fill(text, 118, break_on_hyphens=False, break_long_words=False) for text in paragraphs) + "\n"
 
 
-def parts(method: Method) -> dict[str, list[str]]:
-    """The names of the parts of each slot, with the fields that differ from the part's defaults."""
+def parts(method: Method, base: Method | None = None) -> dict[str, list[str]]:
+    """The names of the parts of each slot, with the fields that differ from those of ``base`` (else from the defaults
+    of the part)."""
     slots: dict[str, list[str]] = {}
     for f in fields(method):
-        value, table = getattr(method, f.name), f.metadata.get("parts")
-        group = value if isinstance(value, tuple) else (value,)
-        slots[f.name] = [_describe(part, table) if table else str(part) for part in group]
+        group, former = (_group(getattr(of, f.name)) if of else () for of in (method, base))
+        formers = former if len(former) == len(group) else (None,) * len(group)
+        table = f.metadata.get("parts")
+        slots[f.name] = [_describe(part, old, table) for part, old in zip(group, formers, strict=True)]
     return slots
+
+
+def _group(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _prompts() -> Iterator[str]:
+    """The long texts that methods set, each once, in Markdown."""
+    seen: dict[str, list[str]] = {}
+    for name, named in METHODS.items():
+        for f in fields(named.method):
+            for i, part in enumerate(_group(getattr(named.method, f.name))):
+                place = f"{f.name}.{i}" if isinstance(getattr(named.method, f.name), tuple) else f.name
+                for key, value in _changes(part, None) if is_dataclass(part) else ():
+                    if _is_prompt(value):
+                        seen.setdefault(value, []).append(f"`{name}`, `method.{place}.{key}`")
+    for text, places in seen.items():
+        yield f"{'; '.join(places)}:\n\n```text\n{text}\n```\n"
 
 
 def closest(method: Method) -> tuple[str, bool] | None:
@@ -81,6 +116,11 @@ def closest(method: Method) -> tuple[str, bool] | None:
 def measured(name: str) -> list[Mapping[str, Any]]:
     """The valid measurements of a method and its variants on the tiny models."""
     return [record for record in _valid_records() if record["method"].split()[0] == name]
+
+
+def is_premise_missing(record: Mapping[str, Any]) -> bool:
+    """Whether a measurement is no test of its method, since the model lacks what the method needs."""
+    return _remark(record, "premise") is not None
 
 
 def measured_line(record: Mapping[str, Any]) -> str:
@@ -157,18 +197,39 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _describe(part: Any, table: Mapping[str, type]) -> str:
-    name = name_of(table, part)
-    changed = []
+def _describe(part: Any, base: Any, table: Mapping[str, type] | None) -> str:
+    """A part by name, with the fields that differ from ``base`` if that is of its kind, else from the defaults.
+
+    Any other value as text.
+    """
+    if not is_dataclass(part):
+        return str(part)
+    changed = [
+        f"{key} {'[its own prompt](#prompts)' if _is_prompt(value) else value}".strip()
+        for key, value in _changes(part, base)
+    ]
+    name = "set" if table is None else name_of(table, part)
+    return f"{name} ({', '.join(changed)})" if changed else name
+
+
+def _changes(part: Any, base: Any) -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a part, and values, that differ from those of ``base``, or from the defaults of the part."""
     for f in fields(part):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        value = getattr(part, f.name)
-        if value != default:
-            tree = to_tree(value, f.metadata.get("parts"))
-            changed.append(f"{f.name} {tree['name'] if isinstance(tree, dict) and 'name' in tree else tree}")
-            rest = {key: x for key, x in tree.items() if key != "name"} if isinstance(tree, dict) else {}
-            changed += [f"{f.name}.{key} {x}" for key, x in rest.items() if x != getattr(type(value), key, MISSING)]
-    return f"{name} ({', '.join(changed)})" if changed else name
+        former = getattr(base, f.name) if type(base) is type(part) else default
+        value, table = getattr(part, f.name), f.metadata.get("parts")
+        if value == former:
+            continue
+        if not is_dataclass(value):
+            yield f.name, value
+            continue
+        if type(value) is not type(former):
+            yield f.name, name_of(table, value) if table else ""
+        yield from ((f"{f.name}.{key}", inner) for key, inner in _changes(value, former))
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) and "\n" in value
 
 
 def _code(description: str) -> str:

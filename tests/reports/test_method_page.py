@@ -8,9 +8,24 @@ import dllm_sd.reports.method_page as pages
 from dllm_sd.cli.main import main
 from dllm_sd.losses import ForwardKL, GeneralisedJSD, ReverseKL
 from dllm_sd.methods import METHODS
-from dllm_sd.reports.method_page import closest, measured, methods_page, parts
+from dllm_sd.reports.method_page import closest, measured, methods_page, parts, section
+from dllm_sd.texts.rubric import RUBRIC_GOLD, RUBRIC_TEACHER_REFERENCE
+from tools.make_methods_page import PAGES
+from tools.method_choice import choice_page, correct_rollouts, needed_data, other_needs
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+CHOICES = {
+    "d_opsd": (["answers"], "needed", []),
+    "opsd": (["solutions"], "no", []),
+    "opd": ([], "no", ["another checkpoint"]),
+    "sdpo": (["answers"], "in the group", []),
+    "sft": (["solutions"], "no", []),
+    "grpo": (["answers"], "both", []),
+    "self_distillation": ([], "no", []),
+    "d_rcsd": (["answers", "rubrics"], "needed", []),
+    "op_co_distill": (["answers"], "in the group", ["a second student"]),
+    "step_align": (["answers"], "judged", ["a writer (default: base weights)"]),
+}
 RECORD = {
     **{"method": "opsd ratio=0.5", "backbone": "diffusion", "seeds": 3, "updates": 30, "skipped": 2},
     **{"before": [54.5, 54.5, 54.5], "after": [60.1, 61.0, 62.0], "best": [61.1, 61.0, 63.0]},
@@ -24,8 +39,23 @@ def one_record(monkeypatch):
     monkeypatch.setattr(pages, "_remarks", lambda: [])
 
 
-def test_the_page_in_the_documentation_is_made_from_the_table():
-    assert PAGE.read_text(encoding="utf-8") == methods_page(), "run python tools/make_methods_page.py"
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_pages_in_the_documentation_are_made_from_the_table(path):
+    assert path.read_text(encoding="utf-8") == PAGES[path](), "run python -m tools.make_methods_page"
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_a_method_needs_follows_from_its_parts(name):
+    method = METHODS[name].method
+    assert (needed_data(method), correct_rollouts(method), other_needs(method)) == CHOICES[name]
+
+
+def test_a_doubtful_gain_is_in_brackets_and_a_variant_is_named():
+    rows = {line.split("`")[1]: line for line in choice_page().splitlines() if line.startswith("| [`")}
+    assert list(rows) == list(METHODS)
+    assert "| 40 / - | +11.8 / - / - |" in rows["d_opsd"]
+    assert "-5.1 with clip=token" in rows["d_opsd_paper"]
+    assert "(-45.8) / (-4.2)" in rows["sdpo"]
 
 
 def test_the_page_names_every_method_with_its_source_and_what_to_know_of_it():
@@ -43,6 +73,32 @@ def test_parts_are_told_with_the_fields_that_are_not_their_defaults():
     assert told["gate"] == ["all"]
     assert parts(METHODS["topd"].method)["rollout"][0].endswith("horizon truncated, horizon.ratio 0.1)")
     assert parts(METHODS["sft"].method)["contexts"] == []
+    sdpo, own = METHODS["sdpo"].method, METHODS["demo_psd"].method
+    assert parts(own, sdpo)["rollout"] == ["pass_at_k (problems 64)"]
+    assert parts(sdpo, own)["rollout"] == ["pass_at_k (problems 32)"]
+
+
+def test_every_method_is_described_as_a_change_of_an_earlier_one():
+    names = list(METHODS)
+    roots = [name for name in names if METHODS[name].parent is None]
+    assert roots == ["d_opsd"]
+    for i, name in enumerate(names):
+        parent = METHODS[name].parent
+        if parent is None:
+            continue
+        assert parent in names[:i], f"{name} comes before {parent}"
+        changed = {
+            slot for slot, part in vars(METHODS[name].method).items() if part != vars(METHODS[parent].method)[slot]
+        }
+        told = section(METHODS[name]).rpartition("but: ")[2]
+        assert {words.split()[0] for words in " ".join(told.split()).split("; ")} == changed, name
+
+
+def test_no_prompt_is_written_twice_and_none_is_missing():
+    page = methods_page()
+    for text in (RUBRIC_GOLD, RUBRIC_TEACHER_REFERENCE):
+        assert page.count(text) == 1
+    assert all(len(section(named)) < 1600 for named in METHODS.values())
 
 
 @pytest.mark.parametrize("name", METHODS)
