@@ -5,6 +5,7 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,10 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(file): ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
+@cache
+def modules() -> dict[str, ast.Module]:
+    """The parsed modules of the package."""
+    return {module_name(file): ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -71,7 +75,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}"
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
-            found = [name if name.removeprefix("dllm_sd.") in MODULES else str(node.module) for name in whole]
+            found = [name if name.removeprefix("dllm_sd.") in modules() else str(node.module) for name in whole]
         elif isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         else:
@@ -84,21 +88,21 @@ def layer(name: str) -> str:
 
 
 def test_every_module_has_its_place_in_the_order():
-    assert {layer(name) for name in MODULES} == set(LAYERS)
+    assert {layer(name) for name in modules()} == set(LAYERS)
 
 
 def test_imports_point_down():
     wrong = []
-    for name, tree in MODULES.items():
+    for name, tree in modules().items():
         for other in imported(tree):
             inside = layer(other) == layer(name) != ""
-            if other not in MODULES or not (inside or LAYERS.index(layer(other)) < LAYERS.index(layer(name))):
+            if other not in modules() or not (inside or LAYERS.index(layer(other)) < LAYERS.index(layer(name))):
                 wrong.append(f"{name} imports {other}")
     assert wrong == []
 
 
 def test_no_imports_go_in_a_circle():
-    graph = {name: set(imported(tree)) - {name} for name, tree in MODULES.items()}
+    graph = {name: set(imported(tree)) - {name} for name, tree in modules().items()}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -108,7 +112,7 @@ def test_no_imports_go_in_a_circle():
 def test_the_trainer_and_the_objective_know_no_method_by_name():
     names = set(dllm_sd.METHODS)
     for name in ("objective.equation", "objective.plan", "training.trainer", "rollouts.rules", "evaluation.evaluate"):
-        words = {node.value for node in ast.walk(MODULES[name]) if isinstance(node, ast.Constant)}
+        words = {node.value for node in ast.walk(modules()[name]) if isinstance(node, ast.Constant)}
         assert not names & {word for word in words if isinstance(word, str)}
 
 
@@ -119,18 +123,21 @@ def test_a_file_is_named_after_its_concept_and_stays_short():
     assert {name: length for name, length in lengths.items() if length > 450} == {}
 
 
-NODES = [(name, node) for name, tree in MODULES.items() for node in ast.walk(tree)]
+@cache
+def nodes() -> list[tuple[str, ast.AST]]:
+    """Every piece of code with the name of its module."""
+    return [(name, node) for name, tree in modules().items() for node in ast.walk(tree)]
 
 
 def test_functions_stay_short():
-    functions = [(name, node) for name, node in NODES if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [(name, node) for name, node in nodes() if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno for name, node in functions}
     assert {name: length for name, length in lengths.items() if length >= 100} == {}
 
 
 def test_what_is_public_is_documented():
-    bare = [name for name, tree in MODULES.items() if tree.body and not ast.get_docstring(tree)]
-    for name, tree in MODULES.items():
+    bare = [name for name, tree in modules().items() if tree.body and not ast.get_docstring(tree)]
+    for name, tree in modules().items():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 bare += [] if ast.get_docstring(node) else [f"{name}.{node.name}"]
@@ -152,7 +159,7 @@ def unsafe(node: ast.AST) -> bool:
 
 
 def test_nothing_is_evaluated_and_nothing_is_unpickled():
-    assert [f"{name}, line {getattr(node, 'lineno', '?')}" for name, node in NODES if unsafe(node)] == []
+    assert [f"{name}, line {getattr(node, 'lineno', '?')}" for name, node in nodes() if unsafe(node)] == []
 
 
 @pytest.mark.parametrize(
@@ -201,7 +208,7 @@ def writes(node: ast.Call) -> str | None:
 
 
 def test_files_are_written_in_one_way_only():
-    calls = [(name, node) for name, tree in MODULES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [(name, node) for name, tree in modules().items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
     found = {(name, way, node.lineno) for name, node in calls if (way := writes(node)) is not None}
     assert not [(name, way, line) for name, way, line in found if way not in MAY_WRITE.get(name, ())]
     assert {(name, way) for name, way, _ in found} >= {("training.log_files", "open a"), ("files.writing", "os.open")}

@@ -16,6 +16,7 @@ from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape
+from tests.tiers import crossed
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TREE: dict[str, Any] = {
@@ -323,8 +324,10 @@ ODD = ("coin", "sudoku", None, 5, [1], {}, {"name": 5}, {"name": None}, {"nope":
 """What may stand where a config has a section, by mistake."""
 
 
-@pytest.mark.parametrize("kind", ["run", "recipe"])
-@pytest.mark.parametrize("section", ["task", "model", "method", "decode", "eval", "optim", "log", "peers"])
+SECTIONS = ("task", "model", "method", "decode", "eval", "optim", "log", "peers")
+
+
+@pytest.mark.parametrize(("section", "kind"), crossed(SECTIONS, ["run", "recipe"]))
 def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_answers_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], section: str, kind: str
 ):

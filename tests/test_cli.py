@@ -266,6 +266,7 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, capsys: pytest.Captur
     )
 
 
+@pytest.mark.slow
 def test_bad_input_ends_a_process_with_2_and_one_line(tmp_path: Path):
     """In this process tests/test_bad_input.py asks it of all kinds of bad input."""
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(TREE))

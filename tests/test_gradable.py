@@ -21,6 +21,7 @@ from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.training.metrics import rollout_metrics
 from dllm_sd.trajectory import NEVER, Trajectory, completion_length
+from tests.tiers import crossed
 
 LENGTH = 12
 RULES: dict[str, DecoderSteps | RandomMasks | AllMaskedCanvas] = {
@@ -105,8 +106,7 @@ def expected_sites(trajectory: Trajectory, rule: Any, sites: Any, row: int, step
     return found, len(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize(("horizon", "kind"), crossed(HORIZONS, KINDS))
 def test_sites_stand_on_what_was_written_or_on_the_padding_that_is_asked_for(noise, kind, horizon):
     trajectory = cut(whole(noise, kind), HORIZONS[horizon])
     assert {type(rule) for rule in RULES.values()} == set(CANVASES.values())
@@ -126,8 +126,7 @@ def test_sites_stand_on_what_was_written_or_on_the_padding_that_is_asked_for(noi
                     assert found == expected_sites(trajectory, rule, sites, row, step)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize(("horizon", "kind"), crossed(HORIZONS, KINDS))
 def test_canvases_that_no_decoder_saw_hide_and_count_what_may_be_graded(noise, kind, horizon):
     trajectory = cut(whole(noise, kind), HORIZONS[horizon])
     for rule in (RULES["random_masks"], RULES["random_masks with padding"], RULES["all_masked"]):

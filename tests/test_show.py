@@ -18,6 +18,7 @@ from dllm_sd.pretrained.blueprint import known_blueprint, read_blueprint
 from dllm_sd.pretrained.model import Model
 from dllm_sd.pretrained.shapes import SHAPES
 from tests.test_docs import DOCUMENTS, commands
+from tests.tiers import later
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {
@@ -29,8 +30,18 @@ PARAMETERS = {
 """As published."""
 
 
+def every_show() -> list[tuple[str, ...]]:
+    """The words after `dllm-sd show`: every shipped config, and every command in the documents."""
+    asked: list[tuple[str, ...]] = [(name,) for name in shipped_configs()]
+    for document in DOCUMENTS:
+        found = [words for command, *words in commands(document) if command == "show" and words]
+        asked += [tuple(words) for words in found if not words[0].isupper()]
+    return list(dict.fromkeys(asked))
+
+
+@pytest.mark.parametrize("every", [False, *later(True)], ids=["one of each checkpoint", "every one"])
 def test_every_shipped_config_and_every_command_in_the_documents_is_shown_without_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], every: bool
 ):
     """No connection is even tried, and what an earlier download may have left is not looked at."""
 
@@ -45,12 +56,12 @@ def test_every_shipped_config_and_every_command_in_the_documents_is_shown_withou
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    asked: list[tuple[str, ...]] = [(name,) for name in shipped_configs()]
-    for document in DOCUMENTS:
-        found = [words for command, *words in commands(document) if command == "show" and words]
-        asked += [tuple(words) for words in found if not words[0].isupper()]
+    asked = every_show()
     assert ("quickstart_ar", "method=sgsd") in asked
-    for words in dict.fromkeys(asked):
+    if not every:
+        models = {load_config(words[0]).model: words for words in asked}
+        asked = [*{(model.path, model.tokenizer): words for model, words in models.items()}.values()]
+    for words in asked:
         status = main(["show", *words])
         out, err = capsys.readouterr()
         assert status == 0, (words, err)

@@ -1,5 +1,6 @@
 """How the cases of a test are split between the two tiers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -8,3 +9,14 @@ import pytest
 def later(*cases: Any) -> list[Any]:
     """Cases of the second tier, as parameters; of several values where a case is a tuple."""
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
+def crossed(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
+    """All pairs of two lists, as parameters: few that name each value once in the first tier, the others in the second."""
+    rows, columns = [*rows], [*columns]
+    first = {(i % len(rows), i % len(columns)) for i in range(max(len(rows), len(columns)))}
+    return [
+        pytest.param(row, column, marks=() if (i, j) in first else pytest.mark.slow)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]

@@ -25,6 +25,7 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import NEVER, Trajectory
 from tests.oracles.sampling import inverse, kept
+from tests.tiers import crossed
 
 SAMPLING = {
     "all": Decoding(temperature=1.0),
@@ -135,7 +136,7 @@ def test_what_is_never_drawn_may_be_far_more_probable_than_all_the_rest(logits):
 # Many ids that are never drawn
 
 WIDTH = 5000
-LISTS = {
+LISTS: dict[str, Sequence[int]] = {
     "the tail": range(25, WIDTH),
     "all but the ends": range(20, WIDTH - 4),
     "every second": range(0, WIDTH, 2),
@@ -144,9 +145,9 @@ LISTS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLING)
-@pytest.mark.parametrize("ids", LISTS.values(), ids=LISTS)
-def test_a_mask_of_many_ids_draws_what_their_numbers_draw(ids: Sequence[int], name: str):
+@pytest.mark.parametrize(("name", "listed"), crossed(SAMPLING, LISTS))
+def test_a_mask_of_many_ids_draws_what_their_numbers_draw(name: str, listed: str):
+    ids = LISTS[listed]
     rows = 3 * torch.randn((40, WIDTH), generator=torch.Generator().manual_seed(1))
     u = uniform(key_tensor([9]), 40)[0]
     for settings in (SAMPLING[name], replace(SAMPLING[name], temperature=0.0)):
@@ -230,11 +231,11 @@ def student(policy: MaskedDiffusion, done: Trajectory) -> tuple[Tensor, Tensor, 
     return canvases.rows[canvas], position, canvases.steps[canvas], logits
 
 
-@pytest.mark.parametrize("options", [{}, {"block_length": 8}], ids=["whole canvas", "block causal"])
-@pytest.mark.parametrize("name", DENOISING)
+@pytest.mark.parametrize(("name", "attention"), crossed(DENOISING, ["whole canvas", "block causal"]))
 def test_a_denoisers_log_probabilities_are_the_students_on_the_canvas_of_the_step(
-    make_policy: Callable[..., MaskedDiffusion], options, name
+    make_policy: Callable[..., MaskedDiffusion], name: str, attention: str
 ):
+    options = {"block_length": 8} if attention == "block causal" else {}
     policy, settings = make_policy(**options), DENOISING[name]
     done = policy.decode(PROMPTS, settings, KEYS)
     rows, position, _, logits = student(policy, done)

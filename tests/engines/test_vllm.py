@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,23 @@ def shared() -> Iterator[Double]:
     double = Double()
     yield double
     double.stop()
+
+
+@dataclass
+class Plain:
+    """A run that no fault disturbed, and what its server saw and kept."""
+
+    run: Path
+    seen: list[Any]
+    adapters: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def plain(shared: Double, tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    shared.seen.clear()
+    run = tmp_path_factory.mktemp("plain") / "run"
+    train(run, shared.url)
+    return Plain(run, list(shared.seen), dict(shared.adapters))
 
 
 @pytest.fixture
@@ -73,20 +91,20 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
-def test_a_run_through_a_server_scores_its_rollouts_as_the_trainer_does(double: Double, tmp_path: Path):
-    lines = train(tmp_path / "run", double.url)
+def test_a_run_through_a_server_scores_its_rollouts_as_the_trainer_does(plain: Plain):
+    lines = metrics(plain.run)
     gaps = [line["engine/logp_gap"] for line in lines[1:]]
     assert len(gaps) == 2
     assert max(gaps) < 1e-4
-    names = [body["lora_name"] for path, body in double.seen if path == "/v1/load_lora_adapter"]
+    names = [body["lora_name"] for path, body in plain.seen if path == "/v1/load_lora_adapter"]
     assert [name.rsplit("-", 1)[1] for name in names] == ["0", "1", "2"]
-    assert list(double.adapters) == names[-1:]  # former versions are forgotten
-    assert max(float(value.abs().max()) for value in double.adapters[names[-1]].values()) > 0.01
+    assert list(plain.adapters) == names[-1:]  # former versions are forgotten
+    assert max(float(value.abs().max()) for value in plain.adapters[names[-1]].values()) > 0.01
 
 
-def test_every_attempt_has_a_seed_of_its_own(double: Double, tmp_path: Path):
-    train(tmp_path / "run", double.url)
-    rollouts = [body for body in double.completions if body["temperature"] == 1]
+def test_every_attempt_has_a_seed_of_its_own(plain: Plain):
+    completions = [body for path, body in plain.seen if path == "/v1/completions"]
+    rollouts = [body for body in completions if body["temperature"] == 1]
     assert len({body["seed"] for body in rollouts}) == len(rollouts) == 8
     assert all(body["prompt"] and body["max_tokens"] == 12 and body["return_token_ids"] for body in rollouts)
 
@@ -107,14 +125,13 @@ def drop(handler: Handler, body: Any) -> bool:
 
 
 @pytest.mark.parametrize("fault", [refuse(500), *later(refuse(429), drop)], ids=["500", "429", "dropped"])
-def test_a_passing_fault_changes_nothing(double: Double, tmp_path: Path, fault: Any):
-    plain = train(tmp_path / "plain", double.url)
+def test_a_passing_fault_changes_nothing(plain: Plain, double: Double, tmp_path: Path, fault: Any):
     double.faults = [fault] * 3
     faulty = train(tmp_path / "faulty", double.url)
     assert sum(line.get("engine/retried", 0) for line in faulty) > 0
     ignored = ("engine/retried", "engine/logp_gap", "engine/logp_gap_max")
     assert [{k: v for k, v in line.items() if k not in ignored} for line in faulty] == [
-        {k: v for k, v in line.items() if k not in ignored} for line in plain
+        {k: v for k, v in line.items() if k not in ignored} for line in metrics(plain.run)
     ]
 
 
@@ -213,12 +230,10 @@ def test_equal_attempts_at_a_temperature_stop_the_run(double: Double, tmp_path: 
 @pytest.mark.slow
 def test_one_of_two_servers_is_gone(double: Double, tmp_path: Path):
     gone = Double()
-    plain = train(tmp_path / "plain", double.url)
     url = gone.url
     gone.stop()
     with pytest.raises(InputError, match=r"decode\.engine\.url\.1 .* does not answer"):
         train(tmp_path / "refused", double.url, url)
-    assert len(plain) == 3
 
 
 @pytest.mark.slow
@@ -240,8 +255,8 @@ def test_a_server_that_goes_away_in_the_middle_loses_no_attempt(double: Double, 
     assert lines[-1]["engine/retried"] > 0
 
 
-def test_servers_gone_for_good_stop_the_run_and_nothing_is_made_twice(double: Double, tmp_path: Path):
-    whole = train(tmp_path / "whole", double.url)
+def test_servers_gone_for_good_stop_the_run_and_nothing_is_made_twice(plain: Plain, double: Double, tmp_path: Path):
+    whole = metrics(plain.run)
     made: list[Any] = []
 
     def note(answer: dict[str, Any]) -> dict[str, Any]:
@@ -264,8 +279,8 @@ def test_servers_gone_for_good_stop_the_run_and_nothing_is_made_twice(double: Do
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_the_completions_that_it_had(double: Double, tmp_path: Path):
-    whole = train(tmp_path / "whole", double.url)
+def test_a_killed_run_goes_on_from_the_completions_that_it_had(plain: Plain, double: Double, tmp_path: Path):
+    whole = metrics(plain.run)
     made: list[Any] = []
 
     def note(answer: dict[str, Any]) -> dict[str, Any]:

@@ -27,10 +27,10 @@ TREE: dict[str, Any] = {
     "updates": 6,
     "model": {"path": "tiny", "dtype": "float64"},
     "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
-    "decode": {"length": 16, "block_length": 4, "tokens_per_step": 2},
+    "decode": {"length": 16, "block_length": 8, "tokens_per_step": 4},
     "method": {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}},
     "optim": {"lr": 3e-4, "weight_decay": 0.01, "warmup": 2, "schedule": "cosine", "tokens_per_batch": 1024},
-    "eval": {"every": 3, "problems": 8, "final_problems": 2},
+    "eval": {"every": 3, "problems": 4, "final_problems": 2},
     "checkpoint": {"every": 2},
     "log": {"progress": False, "tensorboard": False, "samples_every": 2},
 }
