@@ -89,6 +89,10 @@ class Log(Ranged, key="log"):
     samples: Natural = 2
     """Rollouts written to samples.jsonl and TensorBoard at each update that logs them."""
     samples_every: Count = 10
+    """Updates between those that log samples; the first does."""
+    trace: Natural = 512
+    """Graded sites of these rollouts that are written to traces.jsonl at each update that logs samples, with the
+    predictions of student and teachers, for the report. 0 writes none."""
 
 
 @dataclass(frozen=True)

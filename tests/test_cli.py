@@ -26,6 +26,7 @@ from dllm_sd.files import locking
 from dllm_sd.methods import METHODS
 from dllm_sd.reports.tables import describe_part
 from dllm_sd.training import trainer
+from dllm_sd.training.log_files import LOG_FILES
 from dllm_sd.training.trainer import Trainer
 
 TREE: dict[str, Any] = {
@@ -74,7 +75,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 def test_a_run_writes_its_folder_and_nothing_else(home: Path):
     assert {path.name for path in home.iterdir()} == {"small.yaml", "run"}
     names = {path.name for path in (home / "run").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.json", "checkpoints", "tb"}
+    assert names == {"config.yaml", *LOG_FILES, "report.json", "checkpoints", "tb"}
     assert {path.name for path in (home / "run" / "checkpoints").iterdir()} == {"000001", "000002", "best"}
     assert len(list((home / "run" / "tb").iterdir())) == 1
 

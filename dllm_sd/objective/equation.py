@@ -26,6 +26,7 @@ from dllm_sd.network.site_head import Head, SiteReader
 from dllm_sd.network.view import View
 from dllm_sd.objective.chunked import chunked_loss
 from dllm_sd.objective.plan import MicroBatch
+from dllm_sd.objective.tracing import Tracer
 
 RunStudent = Callable[[View, SiteReader], Any]
 """``student(view, read)`` runs the model and returns ``read(hidden, head)`` at the sites; see `run_at_sites`."""
@@ -58,7 +59,13 @@ class Graded:
     """bool ``[n l]``."""
 
 
-def grade_micro_batch(method: Method, batch: MicroBatch, student: RunStudent, teachers: Sequence[RunTeacher]) -> Graded:
+def grade_micro_batch(
+    method: Method,
+    batch: MicroBatch,
+    student: RunStudent,
+    teachers: Sequence[RunTeacher],
+    tracer: Tracer | None = None,
+) -> Graded:
     """Compute the loss of the canvases of a micro-batch, on the device of the models.
 
     Args:
@@ -66,6 +73,7 @@ def grade_micro_batch(method: Method, batch: MicroBatch, student: RunStudent, te
         batch: what is read and where it is graded.
         student: runs the student, with gradient.
         teachers: run the teacher of each context, without gradient.
+        tracer: records some sites; it changes nothing of the loss.
     """
     canvases, sites = batch.canvases, batch.candidates
     lazy = [
@@ -77,7 +85,9 @@ def grade_micro_batch(method: Method, batch: MicroBatch, student: RunStudent, te
         first = lazy[0]
         sites = choose_sites(sites, batch.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
         lazy = [logits.select(sites[batch.candidates]) for logits in lazy]
-    equation = _Equation(method, batch, sites, lazy)
+    if tracer is not None:
+        tracer.begin(sites)
+    equation = _Equation(method, batch, sites, lazy, tracer)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
     measures = {name: columns.pop(name) for name in method.measured}
     return Graded(loss, sites=sites, measures=measures, **columns)
@@ -86,8 +96,15 @@ def grade_micro_batch(method: Method, batch: MicroBatch, student: RunStudent, te
 class _Equation:
     """``support -> target -> divergence [t i] x trust [t i]`` at a chunk of the sites; no site depends on another."""
 
-    def __init__(self, method: Method, batch: MicroBatch, sites: Tensor, teachers: Sequence[LazyLogits]) -> None:
-        self.method, self.teachers = method, teachers
+    def __init__(
+        self,
+        method: Method,
+        batch: MicroBatch,
+        sites: Tensor,
+        teachers: Sequence[LazyLogits],
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.method, self.teachers, self.tracer = method, teachers, tracer
         self.canvas = sites.nonzero()[:, 0]
         self.token, self.old_logp = batch.canvases.tokens[sites], batch.canvases.old_logp[sites]
         self.weight, self.context_weight = batch.rollout_weight[self.canvas], batch.context_weight[self.canvas].T
@@ -116,6 +133,8 @@ class _Equation:
             trust_inputs = student_u.detach(), target, drawn, self.weight[rows]
             trust = self._trust(trust_inputs, rows)[: len(value)]  # policies that are not targets come last
             assert trust.shape == value.shape, f"trust {[*trust.shape]} for values {[*value.shape]}"
+            if self.tracer is not None:
+                self.tracer.record(rows, token, student_logp, teacher_logp, (unclipped, value, trust))
             factor = trust.to(value.dtype) * self.coefficient[rows].to(value.dtype)
             columns = {
                 "value": unclipped.sum(0),

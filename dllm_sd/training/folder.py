@@ -22,8 +22,8 @@ from dllm_sd.parallel.processes import on_main
 
 CONFIG, REPORT = "config.yaml", "report.json"
 CONTENTS = (
-    *("metrics.jsonl", "samples.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb", "eval"),
-    *("written", "engine", "students", "rounds", "rounds.json", CONFIG),
+    *("metrics.jsonl", "samples.jsonl", "traces.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb"),
+    *("eval", "written", "engine", "students", "rounds", "rounds.json", CONFIG),
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"

@@ -27,6 +27,7 @@ from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.broken_sites import broken_sites, problems_of, write_broken_sites
 from dllm_sd.training.checkpoint import latest_checkpoint
 from dllm_sd.training.optim import BrokenStep
+from dllm_sd.training.traces import UpdateTrace
 
 
 class Learner:
@@ -55,10 +56,13 @@ class Learner:
         self.accelerator, self.policy, self.module = accelerator, policy, module
         self.optimizer, self.teachers = optimizer, teachers
 
-    def step(self, plan: Plan, rollouts: Rollouts, update: int, lr: float) -> tuple[GradedPlans, float]:
+    def step(
+        self, plan: Plan, rollouts: Rollouts, update: int, lr: float, trace: UpdateTrace | None = None
+    ) -> tuple[GradedPlans, float]:
         """Accumulate the gradient of the update over micro-batches and processes, then take one optimizer step.
 
-        Returns the micro-batches of this process with their losses, and the norm of the gradient.
+        Returns the micro-batches of this process with their losses, and the norm of the gradient. What a ``trace``
+        wants of them is added to it.
 
         Raises:
             FloatingPointError: if the loss or the gradient is not finite; then the step is not taken.
@@ -74,11 +78,14 @@ class Learner:
             index = shares[rank]
             idle = len(index) == 0  # this process joins the collectives with a loss of weight 0
             batch = plan.micro_batch(shares[0][:1] if idle else index).to(self.accelerator.device)
+            tracer = None if trace is None or idle else trace.tracer(index, self.accelerator.device)
             with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.module):
-                graded = grade_micro_batch(self.method, batch, student, self.teachers)
+                graded = grade_micro_batch(self.method, batch, student, self.teachers, tracer)
                 self.accelerator.backward(graded.loss * (0 if idle else world))  # averaged over processes
             if not idle:
                 parts.append((plan.select(index), graded))
+            if trace is not None and tracer is not None:
+                trace.add(index, tracer)
         limit = self.config.optim.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
         assert norm is not None

@@ -1,10 +1,10 @@
-"""The log files of a run, metrics.jsonl and samples.jsonl: written, cut where a run goes on, read and checked."""
+"""The log files of a run: metrics.jsonl, samples.jsonl, traces.jsonl; written, cut at a resume, read and checked."""
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from dllm_sd.files.reading import damaged_file, open_regular, read_own
 from dllm_sd.files.typed_json import own_json
 from dllm_sd.training.left_out import is_left_out, left_out
 
-LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+LOG_FILES = ("metrics.jsonl", "samples.jsonl", "traces.jsonl")
 REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
 
 
@@ -29,8 +29,8 @@ class MetricsLog:
         Raises:
             InputError: if a file was not written by a run; then nothing is changed.
         """
-        self.metrics, self.samples = (run / name for name in LOG_FILES)
-        ends = {file: end_of(file, update) for file in (self.metrics, self.samples) if file.exists()}
+        self.metrics, self.samples, self.traces = files = [run / name for name in LOG_FILES]
+        ends = {file: end_of(file, update) for file in files if file.exists()}
         self.board = SummaryWriter(str(run / "tb"), purge_step=update + 1) if tensorboard else None
         for file, end in ends.items():
             os.truncate(file, end)
@@ -69,6 +69,11 @@ class MetricsLog:
         if self.board is not None:
             text = "\n\n".join(f"**{key}**: {value}" for key, value in sample.items() if key != "update")
             self.board.add_text(f"samples/{slot}", text, sample["update"])
+
+    def write_traces(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Append traced rollouts (`UpdateTrace.entries`)."""
+        for entry in entries:
+            _append(self.traces, entry)
 
     def write_pictures(self, pictures: Mapping[str, Tensor], update: int) -> None:
         """Show RGB pictures ``[3 h w]`` in TensorBoard."""

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from dllm_sd.config import Config, to_tree
@@ -18,7 +19,7 @@ from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
 from dllm_sd.files.writing import write_file
 from dllm_sd.network.finite import fingerprint
-from dllm_sd.objective.plan import plan_update
+from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.pairing import check_data, check_model, check_references, check_tokenizer
 from dllm_sd.parallel.processes import any_process, on_main, sum_over_processes, together
 from dllm_sd.parallel.sharding import gather_tensors, gathered, prepare, start_accelerator
@@ -54,6 +55,7 @@ from dllm_sd.training.outcome import about_sources, warnings_of
 from dllm_sd.training.pictures import pictures
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.selection import add_loss, judge
+from dllm_sd.training.traces import Pieces, UpdateTrace
 from dllm_sd.training.unknown import Unknown
 
 
@@ -94,6 +96,7 @@ class Trainer:
         except BaseException:
             self.folder.release()
             raise
+        self.pieces = Pieces(self.policy)
         self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, unknown_tokens)
         if self.main:
             for sentence in (*self.notes, *self.pipeline.engine.notes, *about_sources(config)):
@@ -214,13 +217,13 @@ class Trainer:
         keys = self.rollouts.keys(self.config.seed, batch)
         answers = answer_spans(self.policy, self.method.contexts, self.rollouts.kept)
         plan = plan_update(self.method, self.rollouts, keys, part, answers, self.policy.formatting)
-        lr = self.lr(update)
+        lr, trace = self.lr(update), self._trace(update, plan, self.rollouts)
         metrics: dict[str, Any] = {"update": update, "loss": None, "sites": 0, "lr": lr}
         if plan is None:
             self.state.skipped += 1
         else:
             before = fingerprint(trained(self.policy).values())
-            parts, norm = self.learner.step(plan, self.rollouts, update, lr)
+            parts, norm = self.learner.step(plan, self.rollouts, update, lr, trace)
             if not any_process(self.accelerator, fingerprint(trained(self.policy).values()) != before):
                 metrics["weights_unchanged"] = 1
             names = self.method.measured
@@ -231,6 +234,8 @@ class Trainer:
             metrics |= region_metrics(total(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
             if self._logs_samples(update):
                 self._write_pictures(update, parts, regions, self.rollouts)
+        if trace is not None:
+            self._write_traces(update, trace)
         for model in self.models.values():
             model.after_update(update, stepped=plan is not None)
         metrics |= rollout_metrics(self.rollouts) | self.unknown(self.rollouts, self.main)
@@ -256,6 +261,18 @@ class Trainer:
             if self.log is not None:
                 for slot, rollout in enumerate(rollouts.chosen[: self.config.log.samples]):
                     self.log.write_sample(sample_entry(update, rollout), slot)
+
+    def _trace(self, update: int, plan: Plan | None, rollouts: Rollouts) -> UpdateTrace | None:
+        """What is traced of this update, if it logs samples."""
+        log = self.config.log
+        wanted = bool(log.trace and log.samples) and self.policy.chat is not None and self._logs_samples(update)
+        return UpdateTrace(plan, rollouts, log.samples, log.trace) if wanted else None
+
+    def _write_traces(self, update: int, trace: UpdateTrace) -> None:
+        found = gather_object(trace.found) if self.world > 1 else trace.found
+        with together():
+            if self.log is not None:
+                self.log.write_traces(trace.entries(update, found, self.pieces))
 
     def _write_pictures(self, update: int, parts: GradedPlans, regions: Tensor | None, rollouts: Rollouts) -> None:
         with together():

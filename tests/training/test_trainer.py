@@ -147,6 +147,7 @@ def test_a_crashed_run_goes_on_as_if_nothing_had_happened(
     Trainer(config).train()
     assert_same_run(whole, tmp_path / "run")
     assert (whole / "samples.jsonl").read_bytes() == (tmp_path / "run" / "samples.jsonl").read_bytes()
+    assert (whole / "traces.jsonl").read_bytes() == (tmp_path / "run" / "traces.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
