@@ -8,8 +8,9 @@ import difflib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from dllm_sd.decoding.settings import Decoding
@@ -17,8 +18,9 @@ from dllm_sd.errors import InputError, shortened, shown
 from dllm_sd.files.plain_yaml import MAX_YAML_DEPTH, parse_yaml, read_yaml, write_yaml
 from dllm_sd.files.writing import PLACE, Place, at_home, names_file
 from dllm_sd.methods import METHODS
+from dllm_sd.methods.differences import named_differences
 from dllm_sd.methods.method import Method
-from dllm_sd.parts import name_of
+from dllm_sd.parts import key_of, to_tree
 from dllm_sd.pretrained.model import Model
 from dllm_sd.ranges import LIMIT, Count, Ranged, Seed, Size, check, hints_of
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
@@ -193,43 +195,24 @@ def build_decoding(tree: Mapping[str, Any], base: Decoding, key: str) -> Decodin
     return _build(Decoding, tree, key, base)
 
 
-def to_tree(value: Any, table: Mapping[str, type] | None = None) -> Any:
-    """The plain tree of a config or part; `build_config` turns it back into an equal object."""
-    if is_dataclass(value) and not isinstance(value, type):
-        tree = {_key(f): to_tree(getattr(value, f.name), f.metadata.get("parts")) for f in fields(value)}
-        if table is not None:
-            tree = {"name": name_of(table, value), **tree}
-        return tree
-    if isinstance(value, tuple | list):
-        return [to_tree(item, table) for item in value]
-    if isinstance(value, Mapping):
-        return {key: to_tree(item) for key, item in value.items()}
-    return value
-
-
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML."""
-    return write_yaml(to_tree(config))
-
-
-def _key(f: Field[Any]) -> str:
-    """The config key of a field; it differs from the field's name where that is a Python keyword."""
-    return f.metadata.get("key", f.name)
+    """The resolved config as YAML, with a comment that names the closest method and what differs from it."""
+    comment = "\n".join(f"# {line}" for line in wrap(named_differences(config.method).sentence, 110))
+    return write_yaml(to_tree(config)).replace("\nmethod:\n", f"\n{comment}\nmethod:\n", 1)
 
 
 def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
     """Build a ``cls`` from ``tree``; keys that the tree leaves out come from ``base``, else from the defaults."""
     if cls is Method:
         tree = {"name": tree} if isinstance(tree, str) else tree
-        if isinstance(tree, Mapping) and "name" in tree:
+        if isinstance(tree, Mapping) and tree.get("name") is not None:
             name = str(tree["name"])
             if name not in METHODS:
                 raise InputError(f"method {shown(name)} is unknown; {_hint(name, METHODS, 'choose from')}")
             base = METHODS[name].method
-            tree = {key: value for key, value in tree.items() if key != "name"}
     if not isinstance(tree, Mapping):
         raise InputError(f"{path or 'the config'} must be a mapping of keys, not {shown(tree)}")
-    known = {_key(f): f for f in fields(cls) if f.init}
+    known = {key_of(f): f for f in fields(cls) if f.init}
     renamed: Mapping[str, str] = vars(cls).get("former_keys", {})
     for key in tree:
         if key in renamed:

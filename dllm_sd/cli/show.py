@@ -14,10 +14,11 @@ from dllm_sd.config import load_config, to_tree, to_yaml
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import first
 from dllm_sd.methods import METHODS
+from dllm_sd.methods.differences import named_differences
 from dllm_sd.pairing import check_model_offline, other_blueprints
 from dllm_sd.policies.loading import empty_network
 from dllm_sd.reports.memory import estimate
-from dllm_sd.reports.method_page import closest, measured, measured_line
+from dllm_sd.reports.method_page import measured, measured_line
 from dllm_sd.reports.tables import describe_part, memory_table
 
 
@@ -30,7 +31,9 @@ def run(options: argparse.Namespace) -> int:
     method = Table(title="method")
     method.add_column("slot")
     method.add_column("part")
-    for slot, part in to_tree(config)["method"].items():
+    for slot, part in to_tree(config.method).items():
+        if slot == "name":
+            continue
         parts = part if isinstance(part, list) else [part]
         method.add_row(slot, "\n".join(describe_part(item) for item in parts) or "none")
     console.print(method)
@@ -58,12 +61,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_source(console: Console, method: Any) -> None:
-    """Print the source, the note and the measurements of the named method that a method equals or resembles."""
-    if (named := closest(method)) is None:
-        console.print("these parts make no named method", highlight=False)
-        return
-    name, is_equal = named
-    console.print(f"{name}{'' if is_equal else ', with settings of its own'}: {METHODS[name].source}", highlight=False)
+    """Print the named method that a method equals or is closest to: what differs, source, note and measurements."""
+    named = named_differences(method)
+    name = named.name
+    console.print(named.sentence, style="bold", highlight=False, markup=False)
+    console.print(f"{name}: {METHODS[name].source}", highlight=False, markup=False)
     console.print(METHODS[name].note, highlight=False, markup=False)
     if records := measured(name):
         console.print(

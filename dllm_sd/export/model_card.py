@@ -14,11 +14,11 @@ from dllm_sd.config import build_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.files.reading import damaged_file, read_own
 from dllm_sd.files.typed_json import read_json
+from dllm_sd.methods.differences import named_differences
 from dllm_sd.methods.method import Method
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.pretrained.blueprint import Blueprint, model_folder
 from dllm_sd.pretrained.model import Model
-from dllm_sd.reports.method_page import closest
 from dllm_sd.training.checkpoint import state_of
 from dllm_sd.training.folder import read_run_config
 
@@ -187,10 +187,8 @@ def _parts(method: Method) -> str:
 
 
 def _method_name(method: Method) -> str:
-    if (named := closest(method)) is None:
-        return ""
-    name, is_equal = named
-    return f"`{name}` " if is_equal else f"`{name}` with settings of its own "
+    named = named_differences(method)
+    return f"`{named.name}` with settings of its own " if named.changes else f"`{named.name}` "
 
 
 @dataclass(frozen=True)

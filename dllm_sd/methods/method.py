@@ -36,6 +36,8 @@ class Method(Ranged, key="method"):
     A slot takes any part of its table; the checks ask parts for what they declare, never for their class.
     """
 
+    name: str | None = field(default=None, compare=False)
+    """The named method whose parts and settings are those that are not given; None is the default of each slot."""
     rollout: RolloutRule = _slot(ROLLOUTS, PassAtK)
     gate: Gate = _slot(GATES, Correct)
     canvases: CanvasRule = _slot(CANVASES, DecoderSteps)

@@ -69,7 +69,7 @@ def parts(method: Method, base: Method | None = None) -> dict[str, list[str]]:
     """The names of the parts of each slot, with the fields that differ from those of ``base`` (else from the defaults
     of the part)."""
     slots: dict[str, list[str]] = {}
-    for f in fields(method):
+    for f in (f for f in fields(method) if f.name != "name"):
         group, former = (_group(getattr(of, f.name)) if of else () for of in (method, base))
         formers = former if len(former) == len(group) else (None,) * len(group)
         table = f.metadata.get("parts")
@@ -93,24 +93,6 @@ def _prompts() -> Iterator[str]:
                         seen.setdefault(value, []).append(f"`{name}`, `method.{place}.{key}`")
     for text, places in seen.items():
         yield f"{'; '.join(places)}:\n\n```text\n{text}\n```\n"
-
-
-def closest(method: Method) -> tuple[str, bool] | None:
-    """The named method with the same parts and most settings in common, and whether it equals ``method``."""
-
-    def kinds(other: Method) -> list[Any]:
-        parts = [part for slot in vars(other).values() for part in (slot if isinstance(slot, tuple) else (slot,))]
-        return [(type(part), type(getattr(part, "prompt", None))) for part in parts]
-
-    same_parts = {name: named.method for name, named in METHODS.items() if kinds(named.method) == kinds(method)}
-    if not same_parts:
-        return None
-
-    def settings_in_common(name: str) -> int:
-        return sum(vars(same_parts[name])[slot] == part for slot, part in vars(method).items())
-
-    name = max(same_parts, key=settings_in_common)
-    return name, same_parts[name] == method
 
 
 def measured(name: str) -> list[Mapping[str, Any]]:

@@ -31,7 +31,7 @@ FORMER, DISCARDED = ".former_run", ".discarded_run"
 LEFT_OVER = {LOCK, f".{CONFIG}.partial", ".config.partial"}
 """Files of a process that was killed before it had written its configuration."""
 FREE = (
-    *("run", "resume", "log", "checkpoint", "cache"),
+    *("run", "resume", "log", "checkpoint", "cache", "method.name"),
     *(f"decode.engine.{key}" for key in ("url", "key_variable", "timeout", "retries", "backoff", "concurrency")),
 )
 """Keys that may differ between a run and its continuation."""

@@ -1,14 +1,13 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import dllm_sd.reports.method_page as pages
 from dllm_sd.cli.main import main
-from dllm_sd.losses import ForwardKL, GeneralisedJSD, ReverseKL
+from dllm_sd.losses import ReverseKL
 from dllm_sd.methods import METHODS
-from dllm_sd.reports.method_page import closest, measured, methods_page, parts, section
+from dllm_sd.reports.method_page import measured, methods_page, parts, section
 from dllm_sd.texts.rubric import RUBRIC_GOLD, RUBRIC_TEACHER_REFERENCE
 from tools.make_methods_page import PAGES
 from tools.method_choice import choice_page, correct_rollouts, needed_data, other_needs
@@ -99,17 +98,6 @@ def test_no_prompt_is_written_twice_and_none_is_missing():
     for text in (RUBRIC_GOLD, RUBRIC_TEACHER_REFERENCE):
         assert page.count(text) == 1
     assert all(len(section(named)) < 1600 for named in METHODS.values())
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_row_is_closest_to_itself(name):
-    assert closest(METHODS[name].method) == (name, True)
-
-
-def test_other_settings_are_closest_to_the_row_that_shares_most_of_them():
-    opsd = METHODS["opsd"].method
-    assert closest(replace(opsd, divergence=ForwardKL())) == ("opsd", False)
-    assert closest(replace(opsd, divergence=GeneralisedJSD(beta=0.3))) == ("opsd_reference", False)
 
 
 def test_what_was_measured_names_methods_and_backbones_that_exist():
