@@ -6,7 +6,7 @@ the values of the named method for keys that are left out.
 
 import difflib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -73,8 +73,15 @@ class Config(Ranged, key=""):
             raise InputError("updates must be a multiple of peers.rounds, so that all rounds have the same length")
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    name: str, overrides: Sequence[str] = (), say: Callable[[str], object] = lambda sentence: None
+) -> Config:
     """Read a config by path or shipped name and apply ``key=value`` overrides.
+
+    Args:
+        name: the path or the name.
+        overrides: as of `apply_overrides`.
+        say: called with a sentence on keys of the config that an override made useless.
 
     Raises:
         InputError: naming the file or key, and the remedy.
@@ -83,7 +90,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     tree = read_yaml(path, f"config {shown(str(path))}")
     if not isinstance(tree, dict):
         raise InputError(f"config {shown(str(path))} must hold keys such as model, task and method")
-    return build_config(apply_overrides({"run": f"runs/{path.stem}", **tree}, overrides))
+    return build_config(apply_overrides({"run": f"runs/{path.stem}", **tree}, overrides, say))
 
 
 def find_config(name: str) -> Path:
@@ -103,12 +110,14 @@ def shipped_configs() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str], say: Callable[[str], object] = lambda sentence: None
+) -> dict[str, Any]:
     """Return a copy of a plain tree with ``key=value`` overrides applied; another `method` starts from its defaults.
 
     Keys are dotted, with indices into lists (``method.contexts.0.ratio``); values are YAML. An override that names
     another part removes the keys of the former part, but not those that were overridden before it. The keys of
-    `method` stay, since all methods have the same.
+    `method` stay, since all methods have the same. What is removed from another task's block is told to ``say``.
     """
     changed = deepcopy(dict(tree))
     overridden: list[str] = []
@@ -124,7 +133,18 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             _remove_former_keys(changed, steps[:-1], value, overridden)
         _put(changed, steps, value)
         overridden.append(f"{key}.")
+    _tell_of_dropped(tree.get("task"), changed.get("task"), say)
     return changed
+
+
+def _tell_of_dropped(former: Any, task: Any, say: Callable[[str], object]) -> None:
+    """Say which keys of a config's task block do not count any more, because another task was named."""
+    names = [part.get("name") if isinstance(part, dict) else part for part in (former, task)]
+    if not isinstance(former, dict) or names[0] == names[1]:
+        return
+    left = task if isinstance(task, dict) else {}
+    if dropped := [str(key) for key in former if key not in left and key != "name"]:
+        say(f"the task is {names[1]} instead of the config's {names[0]}, whose keys are dropped: {', '.join(dropped)}")
 
 
 def _remove_former_keys(tree: dict[str, Any], steps: Sequence[str], name: Any, overridden: Sequence[str]) -> None:

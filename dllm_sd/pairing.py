@@ -183,9 +183,10 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
         if needed is not None:
             reference = task.reference(problem) if needed == "solution" else task.final_answer(problem)
             if reference is None:
+                remedy = task.reference_remedy if needed == "solution" else "name other data"
                 raise InputError(
                     f"method.contexts {name_of(CONTEXTS | HINTS, hint)} needs the {needed} of each problem, but the "
-                    "task's data has none; name other data, or another source"
+                    f"task's data has none; {remedy}, or another source"
                 )
 
 
@@ -328,7 +329,8 @@ def _check_causal(config: Config) -> None:
         if context.reveals:
             raise InputError(
                 f"method.contexts {name_of(CONTEXTS, context)} reveals tokens after the graded position, which an "
-                "autoregressive model cannot attend to; put a hint into the prompt instead (reference, sibling)"
+                "autoregressive model cannot attend to; put a hint into the prompt instead (reference, sibling), or "
+                "set model.as=diffusion to train this checkpoint as a masked diffusion model"
             )
 
 

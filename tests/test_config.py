@@ -376,3 +376,22 @@ def test_held_out_problems_are_answered_with_settings_of_their_own_and_schedules
     assert build_config(to_tree(config)) == config
     with pytest.raises(InputError, match=r"eval\.decode has no key 'lenght'|unknown key 'eval\.decode\.lenght'"):
         build("eval.decode.lenght=64")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["task.name=jsonl", "task.data=a"], ["prompt, answer"]),
+        (["task=jsonl", "task.data=a"], ["prompt, answer"]),
+        (["task.prompt=x", "task.name=jsonl"], ["answer"]),
+        (["task={name: jsonl, data: a, prompt: x}"], ["answer"]),
+        (["task.name=sudoku"], []),
+        (["task.prompt=x", "method=sft"], []),
+    ],
+)
+def test_keys_of_another_task_are_dropped_and_that_is_said(overrides: list[str], said: list[str]):
+    heard: list[str] = []
+    tree = {"task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"}}
+    apply_overrides(tree, overrides, heard.append)
+    start = "the task is jsonl instead of the config's sudoku, whose keys are dropped: "
+    assert heard == [f"{start}{keys}" for keys in said]

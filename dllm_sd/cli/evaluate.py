@@ -7,12 +7,13 @@ from accelerate import Accelerator, PartialState
 from rich.console import Console
 
 from dllm_sd.cli import compare
-from dllm_sd.cli.run_or_model import is_run, load, quiet_libraries, warn_unknown_text
+from dllm_sd.cli.run_or_model import is_run, load, quiet_libraries, warn, warn_unknown_text
 from dllm_sd.config import to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import evaluate_into, test_problems
 from dllm_sd.pairing import PROMPTS_CHECKED
 from dllm_sd.reports.tables import print_evaluation
+from dllm_sd.tasks.sources import about_tests
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out or Path(options.model if is_run(options.model) else "") / "eval" / task)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
     if PartialState().is_main_process:
+        if sentence := about_tests(config.task):
+            warn(sentence)
         warn_unknown_text(policy, map(config.task.messages, test_problems(config)[:PROMPTS_CHECKED]), "the prompts")
     with Accelerator().autocast():
         report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})

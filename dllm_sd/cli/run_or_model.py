@@ -1,5 +1,6 @@
 """Shared by several commands: loading a run or a model, and warnings on stderr."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from dllm_sd.training.outcome import initial_of
 
 
 def warn(sentence: str) -> None:
-    """Print a warning on stderr."""
-    print(f"dllm-sd: {sentence}", file=sys.stderr)
+    """Print a warning on stderr, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dllm-sd: {sentence}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:

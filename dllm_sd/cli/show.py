@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dllm_sd.cli.run_or_model import quiet_libraries
+from dllm_sd.cli.run_or_model import quiet_libraries, warn
 from dllm_sd.config import load_config, to_tree, to_yaml
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import first
@@ -25,7 +25,7 @@ from dllm_sd.reports.tables import describe_part, memory_table
 def run(options: argparse.Namespace) -> int:
     """Print the config, the method, the memory estimate and a prompt of a run."""
     quiet_libraries()
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, warn)
     console = Console()
     console.print(to_yaml(config), highlight=False, markup=False)
     method = Table(title="method")

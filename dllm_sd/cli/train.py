@@ -13,7 +13,7 @@ from dllm_sd.training.peers import train
 def run(options: argparse.Namespace) -> int:
     """Train, and print the results of the run, or of both runs of peers."""
     quiet_libraries()
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, warn)
     for folder, report in train(config).items():
         if PartialState().is_main_process:
             print_training(report, folder)

@@ -26,6 +26,7 @@ from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rules import encode_problem
+from dllm_sd.tasks.sources import final_split
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.trajectory import Trajectory
 
@@ -227,7 +228,14 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
                 policy, config, wanted, processes.process_index, processes.num_processes, schedule, record
             )
             reports[name], evaluated = report.tree(), record.problems
-        tree = {"task": settings["task"]["name"], **reports["trained"], "schedules": reports, "settings": settings}
+        split = {"split": "dev"} if final_split(config.task) == "dev" else {}
+        tree = {
+            "task": settings["task"]["name"],
+            **split,
+            **reports["trained"],
+            "schedules": reports,
+            "settings": settings,
+        }
         among = set(evaluated)
         order = [problem.id for problem in wanted if problem.id in among]
         on_main(lambda: finish(folder, order, list(reports), config.eval.attempts))
@@ -238,12 +246,12 @@ def evaluate_into(folder: Path, policy: Policy, config: Config, settings: Mappin
 
 
 def test_problems(config: Config) -> list[Problem]:
-    """Return the problems of the test split that an evaluation uses.
+    """Return the problems that an evaluation uses, those of the `final_split` of the task.
 
     Raises:
         InputError: if there are none, or two of them have one id.
     """
-    problems = config.task.problems("test")
+    problems = config.task.problems(final_split(config.task))
     wanted = first(problems, config.eval.final_problems or len(problems))
     check_ids(wanted)
     return wanted

@@ -1,6 +1,5 @@
 """Files of generations, one JSON object per line: reading, checking, grading and summarising them."""
 
-import gzip
 import json
 import math
 import os
@@ -10,12 +9,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import figures, majority, wilson_interval
 from dllm_sd.evaluation.tally import Tally
-from dllm_sd.files.reading import open_regular, parse_json, text_lines, why_broken, why_no_object
+from dllm_sd.files.reading import open_unpacked, parse_json, text_lines, why_broken, why_no_object, why_unread
 from dllm_sd.files.writing import replacing
 from dllm_sd.tasks.task import Grade, Problem, Task
 
@@ -142,27 +141,18 @@ def read_input_lines(path: Path) -> Iterator[InputLine]:
         InputError: naming file and line, and the remedy.
     """
     try:
-        with _open(path) as file:
+        with open_unpacked(path) as file:
             has_lines = False
             for number, text in enumerate(text_lines(file, lambda number: f"{path}:{number}", str(path), ": this"), 1):
                 if text.strip():
                     has_lines = True
                     yield InputLine(f"{path}:{number}", _object(text, f"{path}:{number}"))
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or f"damaged: {error}"
-        raise InputError(f"{path} cannot be read ({reason}); give the path of a readable .jsonl or .jsonl.gz") from None
+        raise InputError(
+            f"{path} cannot be read ({why_unread(error)}); give the path of a readable .jsonl or .jsonl.gz"
+        ) from None
     if not has_lines:
         raise InputError(f"{path} holds no generations; give a file with one JSON object on each line")
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    with open_regular(path) as file:
-        if path.suffix != ".gz":
-            yield file
-            return
-        with gzip.open(file, "rb") as unpacked:  # a binary file, though typeshed does not declare it so
-            yield unpacked  # pyright: ignore[reportReturnType]
 
 
 def _object(text: str, where: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The one way to read a file that somebody gave: a regular file, in pieces of bounded size, JSON of bounded depth."""
 
 import errno
+import gzip
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,7 @@ LARGEST_FILE = 2**26
 """Bytes of a file that is read as a whole."""
 MAX_JSON_DEPTH = 100
 """Lists and objects of JSON, one within the other; what is deeper could be read, but neither copied nor written."""
+_GZIP = b"\x1f\x8b"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -48,6 +51,29 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+@contextmanager
+def open_unpacked(path: Path) -> Iterator[BinaryIO]:
+    """A file to read bytes from, decompressed where its name ends in .gz or its content is a gzip archive.
+
+    Raises:
+        OSError: as `open_regular`. Reading a damaged archive raises an OSError, an EOFError or a zlib.error, which
+            `why_unread` puts in words.
+    """
+    with open_regular(path) as file:
+        is_packed = file.read(len(_GZIP)) == _GZIP or path.suffix == ".gz"
+        file.seek(0)
+        if not is_packed:
+            yield file
+            return
+        with gzip.open(file, "rb") as unpacked:  # a binary file, though typeshed does not declare it so
+            yield unpacked  # pyright: ignore[reportReturnType]
+
+
+def why_unread(error: Exception) -> str:
+    """Words for an error of `open_unpacked` or of reading its file."""
+    return getattr(error, "strerror", None) or f"damaged: {on_one_line(error)}"
 
 
 def read_whole(path: Path, largest: int = LARGEST_FILE) -> bytes:

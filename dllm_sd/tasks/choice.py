@@ -31,7 +31,7 @@ class Choice(DatasetTask):
     ``data`` and ``data_test`` are JSONL files (or hub datasets). Their rows have ``prompt``, the question and its
     lettered options in one text, and ``answer``, the letter; or they have ``question``, ``options`` (a list) and
     ``answer``: the letter, the index of an option counted from 0, or its text. ``size_dev`` training rows are held out
-    as the dev split, chosen by a fixed permutation.
+    (without it a tenth, at most 50) as the dev split, chosen by a fixed permutation.
 
     A completion is graded by the letter in its last box, else in its last closed answer tag, else by the last "answer
     is X" or "X is correct", else by the letter if its last line is a single letter. Several letters at once count as no
@@ -40,11 +40,12 @@ class Choice(DatasetTask):
 
     data: Place | None = None
     data_test: Place | None = None
-    size_dev: Natural = 50
+    size_dev: Natural | None = None
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "\\boxed{{{answer}}}"
     title: ClassVar[str] = "choice"
+    usual_dev: ClassVar[int] = 50
     answered_by: ClassVar[str] = "answer"
 
     def __post_init__(self) -> None:

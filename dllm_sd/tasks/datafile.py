@@ -1,156 +1,53 @@
-"""The rows of a file or hub dataset, the splits made from them, and the templates that they fill."""
+"""The rows of a file or dataset, the splits made from them, and the templates that they fill."""
 
-import csv
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from string import Formatter
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 
-from dllm_sd.errors import InputError, os_reason, shown
-from dllm_sd.files.reading import LONGEST_LINE, open_regular, parse_json, text_lines, why_broken, why_no_object
+from dllm_sd.errors import InputError, on_one_line, shortened, shown
+from dllm_sd.files.reading import open_unpacked, why_unread
 from dllm_sd.randomness import make_key, permutation
 from dllm_sd.tasks.conversations import is_conversation
+from dllm_sd.tasks.formats import Row, plain_fields, rows_in
 from dllm_sd.tasks.task import Problem, Split
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of data. ``number`` counts from 0 in its source; ``where`` names config key, file and line."""
-
-    where: str
-    number: int
-    fields: Mapping[str, Any]
-
-    def value(self, name: str) -> Any:
-        """Return the field ``name``; raise an InputError that names the line if it is missing."""
-        if name not in self.fields:
-            names = ", ".join(map(str, self.fields)) or "nothing"
-            raise InputError(f"{self.where} has no field {name!r} (it has {names}); add it or name another file.")
-        return self.fields[name]
-
-    def text(self, name: str) -> str:
-        """Return the field ``name``, which must be a non-empty string."""
-        value = self.value(name)
-        if not isinstance(value, str):
-            raise InputError(f"{self.where}: field {name!r} must be a string, not {value!r:.80}; quote it.")
-        if not value.strip():
-            raise InputError(f"{self.where}: field {name!r} is empty; fill it, or leave the row out.")
-        return value
-
-    def has(self, name: str) -> bool:
-        """Return whether the field ``name`` has a value; null and the empty cell of a table do not count as one."""
-        return self.fields.get(name) not in (None, "")
-
-
 def read_rows(path: str, key: str) -> list[Row]:
-    """Read the rows of a UTF-8 file: CSV with a header line if the name ends in .csv, else JSON Lines.
+    """Read the rows of a file in any of `formats`, also if it is packed with gzip.
 
     ``key`` is the config key that named the file, for error messages. Raises InputError if the file cannot be used.
     """
     where = f"{key}: {path}"
     try:
-        with open_regular(Path(path).expanduser()) as file:
-            read = _csv_rows if path.lower().endswith(".csv") else _json_rows
-            rows = list(read(file, where))
-    except OSError as error:
-        raise InputError(f"{where} cannot be read ({os_reason(error)}); give the path of a readable file.") from None
+        with open_unpacked(Path(path).expanduser()) as file:
+            rows = list(rows_in(file, path, where))
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{where} cannot be read ({why_unread(error)}); give the path of a readable file.") from None
     if not rows:
         raise InputError(f"{where} holds no problems; give a file with at least one.")
     return rows
 
 
 def hub_rows(name: str, config: str | None, split: str, key: str) -> list[Row]:
-    """Load one split of a dataset from the Hugging Face hub, over the network or from its local cache."""
-    where = f"{key}: hub dataset {name}, split {split}"
+    """Load one split of a dataset from the Hugging Face hub (over the network or from its local cache) or a folder."""
+    where = f"{key}: dataset {name}, split {split}"
     try:
         # Imported here, since it is slow and local files do not need it.
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
         dataset = load_dataset(name, config, split=split)
-        rows = [Row(f"{where}, row {number}", number, dict(row)) for number, row in enumerate(dataset)]
+        rows = [Row(f"{where}, row {number}", number, plain_fields(row)) for number, row in enumerate(dataset)]
     except Exception as error:  # the remedy is the same for every error of the hub client
-        reason = type(error).__name__
+        reason = shortened(f"{type(error).__name__}: {on_one_line(error)}".removesuffix(": "), 160)
         raise InputError(f"{where} cannot be loaded ({reason}); set {key} to the path of a local file.") from error
     if not rows:
         raise InputError(f"{where} holds no problems; choose another dataset.")
     return rows
-
-
-def _lines(file: BinaryIO, where: str) -> Iterator[str]:
-    return text_lines(file, lambda number: f"{where}, line {number}", where)
-
-
-def _json_rows(file: BinaryIO, where: str) -> Iterator[Row]:
-    count = 0
-    for number, line in enumerate(_lines(file, where), 1):
-        if not line.strip():
-            continue
-        line_name, problem = f"{where}, line {number}", why_no_object(line)
-        if problem and not line.lstrip().startswith("["):
-            raise InputError(f"{line_name} is not valid JSON: {problem}.")
-        try:
-            fields = parse_json(
-                line, f"{line_name} is not valid JSON", f"{problem or 'write one JSON object on each line'}."
-            )
-        except InputError:
-            if reason := why_broken(line):
-                raise InputError(f"{line_name} is not valid JSON: {reason}.") from None
-            raise
-        if not isinstance(fields, dict):
-            remedy = problem or 'write one as in {"field": value} on each line'
-            raise InputError(f"{line_name} is not a JSON object; {remedy}.")
-        yield Row(line_name, count, fields)
-        count += 1
-
-
-def _csv_rows(file: BinaryIO, where: str) -> Iterator[Row]:
-    csv.field_size_limit(LONGEST_LINE)  # the default of the csv module is 128 KiB
-    reader = csv.reader(_lines(file, where), strict=True)
-    header: list[str] | None = None
-    count = 0
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            line_name = f"{where}, line {reader.line_num}"
-            if header is None:
-                header = _header(cells, line_name)
-                continue
-            if len(cells) != len(header):
-                raise InputError(
-                    f"{line_name} has {len(cells)} cells, the header {len(header)}; give each line one cell per column."
-                )
-            yield Row(line_name, count, dict(zip(header, cells, strict=True)))
-            count += 1
-    except csv.Error as error:
-        remedy = next(
-            (remedy for message, remedy in _CSV_REMEDIES.items() if message in str(error)), "correct its quotes"
-        )
-        raise InputError(f"{where}, line {reader.line_num} is not valid CSV ({error}); {remedy}.") from None
-
-
-_CSV_REMEDIES = {
-    "field larger": "a cell has more characters than that, or the quote that opens it is never closed",
-    "new-line character": "its lines end with carriage returns alone, or a cell contains one: end lines with line "
-    "feeds, and put quotes around a cell of several lines",
-    "unexpected end": "the quote that opens the last cell is never closed",
-}
-"""The remedy for an error of the csv module, by words that occur in its message."""
-
-
-def _header(cells: list[str], line_name: str) -> list[str]:
-    if cells[0].lstrip().startswith(("{", "[")):
-        raise InputError(
-            f"{line_name} holds JSON and not the names of columns; give the file a name that ends in .jsonl."
-        )
-    if len(cells) == 1 and (mark := next((mark for mark in ";\t|" if mark in cells[0]), None)):
-        raise InputError(f"{line_name} separates its columns by {mark!r}; save the file with commas between them.")
-    if twice := [name for name in cells if cells.count(name) > 1]:
-        raise InputError(f"{line_name} has the column {shown(twice[0])} twice; give every column a different name.")
-    return cells
 
 
 @dataclass(frozen=True)
@@ -171,13 +68,23 @@ class Splits:
     in_test: int
     """Number of rows that were left out because they occur in the test split."""
     size_dev: int
-    """Requested size of the dev split."""
+    """Size of the dev split, as it was given, or chosen for these rows."""
     in_dev: int = 0
     """Number of rows that were left out of train because they occur in the dev split."""
 
     def __getitem__(self, split: Split) -> Sequence[Problem]:
         """Return the problems of a split."""
         return self.parts[split]
+
+    def check_size(self, given: int | None) -> None:
+        """Refuse a ``task.size_dev`` that was given and is more than there are rows."""
+        available = self.rows - self.in_test
+        if given is not None and self.rows and given > available:
+            also = f" ({self.in_test} more occur in the test split too)" if self.in_test else ""
+            raise InputError(
+                f"task.size_dev is {given}, but task.data has {available} rows{also}; lower it, or leave it out, "
+                "which holds out a tenth of the rows"
+            )
 
     def why_empty(self, split: Split) -> str:
         """Return the reason why a split is empty, and the remedy, as the end of an error message."""
@@ -202,15 +109,20 @@ class Splits:
         )
 
 
-def divide(task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: int, key: int | None) -> Splits:
+def divide(
+    task: str, train: Iterable[Entry], test: Iterable[Entry], size_dev: int | None, key: int | None, usual: int = 0
+) -> Splits:
     """Hold out ``size_dev`` of the training entries as the dev split, and keep the three splits disjoint.
 
+    If ``size_dev`` is None, a tenth of the entries is held out, but at least one and at most ``usual``.
     The last entries are held out if ``key`` is None, otherwise a permutation with that key chooses them. Entries that
     occur in the test split are removed from train and dev, and entries that occur in dev are removed from train.
     """
     train_entries, test_entries = list(train), list(test)
     identities = {entry.identity for entry in test_entries}
     not_in_test = [entry for entry in train_entries if entry.identity not in identities]
+    if size_dev is None:
+        size_dev = min(usual, max(1, len(not_in_test) // 10))
     order = permutation(key, len(not_in_test)) if key is not None else list(range(len(not_in_test)))
     dev_places = set(order[max(len(not_in_test) - size_dev, 0) :])
     dev = [entry for place, entry in enumerate(not_in_test) if place in dev_places]

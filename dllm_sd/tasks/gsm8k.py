@@ -28,8 +28,8 @@ class Gsm8k(DatasetTask):
     """GSM8K. Problem fields: ``question``, ``answer`` (the number, as text), ``solution`` (the worked steps).
 
     ``data`` and ``data_test`` are local JSONL files with the fields question and answer (which ends ``#### N``);
-    without them, openai/gsm8k is loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen
-    by a fixed permutation.
+    without them, openai/gsm8k is loaded from the hub. ``size_dev`` training rows are held out (without it
+    a tenth, at most 500) as the dev split, chosen by a fixed permutation.
 
     ``mode`` compatible reads completions as d-OPSD's published evaluation does, oddities included (the first box
     counts, the sign of the gold answer is not read); see ``published``. If ``answer`` is None, no completion is
@@ -38,7 +38,7 @@ class Gsm8k(DatasetTask):
 
     data: Place | None = None
     data_test: Place | None = None
-    size_dev: Natural = 500
+    size_dev: Natural | None = None
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "{solution}\n\\boxed{{{answer}}}"

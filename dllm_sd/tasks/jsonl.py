@@ -10,7 +10,7 @@ from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Natural
 from dllm_sd.tasks.choice import check_options, gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.conversations import is_conversation, read_conversation
-from dllm_sd.tasks.datafile import Entry, Row, chat, fields_of, needed, render
+from dllm_sd.tasks.datafile import Entry, Row, Splits, chat, fields_of, needed, render
 from dllm_sd.tasks.grading import (
     MAX_TEXT,
     evaluate_expression,
@@ -26,6 +26,8 @@ from dllm_sd.texts import parse_rubric, render_rubric, rubric_score
 from dllm_sd.texts.rubric import RUBRIC_WRITER_PLAIN
 
 _PROMPT = "{question}"
+_QUESTIONS = ("question", "messages", "prompt")
+"""Fields of which the default prompt is the first that a row has."""
 _GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
 
 
@@ -33,11 +35,15 @@ _GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
 class Jsonl(DatasetTask):
     """The user's own data. Problem fields: those of the rows.
 
-    ``data`` (train and dev) and ``data_test`` (test) are paths of .jsonl or .csv files, or hub datasets as
-    ``owner/name`` or ``owner/name:config``, of which the splits train and test are read. ``prompt`` may use any
-    ``{field}``; if it consists of a single field that holds a list of messages (``role``, ``content``), the prompt is
-    that conversation. ``reference_field`` is the text that supervised training imitates, or a list of one message.
-    ``size_dev`` training rows are held out as the dev split, chosen by a fixed permutation.
+    ``data`` (train and dev) and ``data_test`` (test) are paths of files (JSON Lines, CSV or Parquet, also packed with
+    gzip), or datasets: ``owner/name`` on the hub or a folder, of which the splits train and test are read;
+    ``owner/name:config:split`` names others. ``prompt`` may use any ``{field}``; by default it is the first of the
+    fields question, messages and prompt. If it consists of a single field that holds a list of messages (``role``,
+    ``content``), the prompt is that conversation. ``reference_field`` is the text that supervised training imitates, or
+    a list of one message. If ``reference_field`` or ``answer_field`` is the field of the conversation, the conversation
+    ends with the assistant's message, which is then the reference or the answer, and not part of the prompt.
+    ``size_dev`` training rows are held out as the dev split, chosen by a fixed permutation; without it a tenth of them,
+    at most 500.
 
     ``grader``: "exact" compares the last ``<answer>``, or the whole text without one, with ``answer_field`` up to white
     space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
@@ -54,7 +60,7 @@ class Jsonl(DatasetTask):
     answer_field: str = "answer"
     reference_field: str | None = None
     grader: Literal["exact", "number", "expression", "math", "choice", "rubric"] = "exact"
-    size_dev: Natural = 500
+    size_dev: Natural | None = None
     title: ClassVar[str] = "jsonl"
 
     def __post_init__(self) -> None:
@@ -70,6 +76,13 @@ class Jsonl(DatasetTask):
         """Return ``prompt``; for the grader rubric its default is the prompt for a rubric's writer."""
         return RUBRIC_WRITER_PLAIN if self.grader == "rubric" and self.prompt == _PROMPT else self.prompt
 
+    def _template(self, fields: Mapping[str, Any]) -> str:
+        """Return the template of the prompt of a row with these fields."""
+        template = self.prompt_template()
+        if template != _PROMPT:
+            return template
+        return f"{{{next((name for name in _QUESTIONS if name in fields), 'question')}}}"
+
     @property
     def rubric_prompt(self) -> str | None:
         """The prompt, if rubrics are graded."""
@@ -80,54 +93,78 @@ class Jsonl(DatasetTask):
         """The remedy is to set the key that names the field, if it is not set."""
         if self.reference_field is not None:
             return super().reference_remedy
-        advice = "set task.reference_field to the field that holds them, such as"
-        return f"{advice} task.reference_field={self.answer_field}"
+        names = self._reference_candidates() or [self.answer_field]
+        known = " or ".join(f"task.reference_field={name}" for name in names[:5])
+        return f"set task.reference_field to the field that holds them, such as {known}"
+
+    def _reference_candidates(self) -> list[str]:
+        """Return the columns of the data, if it has been read, that may hold references, longest texts first."""
+        splits: Splits | None = vars(self).get("_splits")
+        if splits is None or not splits["train"]:
+            return []
+        fields = splits["train"][0].fields
+        used = fields_of(self._template(fields))
+        texts = {name: str(value) for name, value in fields.items() if isinstance(value, str | int | float)}
+        names = sorted((name for name in texts if name not in used), key=lambda name: -len(texts[name]))
+        return names + [name for name in used if is_conversation(fields.get(name))]
 
     def messages(self, problem: Problem, question: bool = True) -> list[dict[str, str]]:
         """Return the system message, if there is one, and the prompt, or the conversation of the row."""
-        conversation = self._conversation(problem.fields, "The problem")
-        if conversation is None:
-            return super().messages(problem, question)
+        turns = self._turns(problem.fields, "The problem")
+        if turns is not None:
+            kept = [message for message in turns.prompt if message["role"] == "system"]
+            return [*chat(self.system, "")[:-1], *(turns.prompt if question else [*kept, *chat(None, "")])]
         if question:
-            return [*chat(self.system, "")[:-1], *conversation]
-        return [
-            *chat(self.system, "")[:-1],
-            *(message for message in conversation if message["role"] == "system"),
-            *chat(None, ""),
-        ]
+            return chat(self.system, render(self._template(problem.fields), problem.fields, "task.prompt"))
+        blank = render(self._template(problem.fields), dict.fromkeys(problem.fields, ""), "task.prompt")
+        return chat(self.system, blank.strip())
 
-    def _conversation(self, fields: Mapping[str, Any], where: str) -> list[dict[str, str]] | None:
+    def _turns(self, fields: Mapping[str, Any], where: str) -> "_Turns | None":
         """Return the conversation that is the prompt, if the template is a single field that holds one."""
-        prompt = self.prompt_template().strip()
-        field = prompt.removeprefix("{").removesuffix("}")
+        template = self._template(fields).strip()
+        field = template.removeprefix("{").removesuffix("}")
         value = fields.get(field)
-        if value is None or prompt != f"{{{field}}}" or not is_conversation(value):
+        if value is None or template != f"{{{field}}}" or not is_conversation(value):
             return None
         location = f"{where}: field {field!r}"
-        conversation = read_conversation(value, location)
+        conversation, answer = read_conversation(value, location), None
+        if field in (self.reference_field, self.answer_field):
+            if conversation[-1]["role"] != "assistant" or len(conversation) == 1:
+                raise InputError(
+                    f"{location} must end with a message of the assistant after one of the user, since "
+                    f"task.{'reference_field' if field == self.reference_field else 'answer_field'} names it"
+                )
+            answer = conversation.pop()["content"]
         if conversation[-1]["role"] == "system":
             raise InputError(f"{location} holds nothing but a system message; add the user's, which is the question")
         if conversation[-1]["role"] != "user":
             raise InputError(
-                f"{location} ends with the answer of the assistant; end it with the user's message, and put the answer "
-                "into a field of its own (task.reference_field)"
+                f"{location} ends with the answer of the assistant; set task.reference_field={field} (to imitate it) "
+                f"or task.answer_field={field} (to grade by it), or end it with the user's message, and put the answer "
+                "into a field of its own"
             )
         if self.system is not None and conversation[0]["role"] == "system":
             raise InputError(f"{location} has a system message of its own; set task.system to null, or take it out")
-        return conversation
+        return _Turns(field, conversation, answer)
+
+    def _value(self, fields: Mapping[str, Any], name: str) -> Any:
+        """Return a field; of the conversation that is the prompt it is the answer at its end."""
+        turns = self._turns(fields, "The problem") if is_conversation(fields.get(name)) else None
+        return turns.answer if turns is not None and turns.field == name else fields.get(name)
 
     def reference(self, problem: Problem) -> str | None:
         """Return the text of ``reference_field``."""
         if self.reference_field is None:
             return None
-        value = needed(problem.fields, self.reference_field)
+        needed(problem.fields, self.reference_field)
+        value = self._value(problem.fields, self.reference_field)
         if is_conversation(value):
             return _answer_of(value, f"The problem: field {self.reference_field!r}")
         return json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, list) else str(value)
 
     def final_answer(self, problem: Problem) -> str | None:
         """Return the text of ``answer_field``, for the grader choice the letter; None if the field is missing."""
-        gold = problem.fields.get(self.answer_field)
+        gold = self._value(problem.fields, self.answer_field)
         if gold is None:
             return None
         return right_letter(problem.fields, gold) if self.grader == "choice" else _answer(gold, "The problem")
@@ -141,7 +178,8 @@ class Jsonl(DatasetTask):
             gold = parse_rubric(problem.fields.get(self.reference_field) if self.reference_field else None)
             score = 1.0 if isinstance(gold, str) else rubric_score(rubric, gold)
             return Grade(score >= 0.5, score, render_rubric(rubric))
-        gold = needed(problem.fields, self.answer_field)
+        needed(problem.fields, self.answer_field)
+        gold = self._value(problem.fields, self.answer_field)
         if self.grader == "choice":
             return grade_letter(problem.fields, gold, completion)
         if self.grader == "math":
@@ -170,9 +208,8 @@ class Jsonl(DatasetTask):
 
     def _checked(self, rows: list[Row]) -> Iterator[Entry]:
         for row in rows:
-            answer = "" if self.grader == "rubric" else _answer(row.value(self.answer_field), row.where)
-            if self.grader != "rubric" and not answer.strip():
-                raise InputError(f"{row.where}: the answer is empty; fill it, or leave the row out.")
+            turns = self._turns(row.fields, row.where)
+            answer = "" if self.grader == "rubric" else self._checked_answer(row, turns)
             if self.grader == "number":
                 gold_number(answer, row.where)
             elif self.grader == "math":
@@ -180,26 +217,48 @@ class Jsonl(DatasetTask):
             elif self.grader == "choice":
                 options = row.fields.get("options")
                 check_options(options if isinstance(options, list) else [], row.where)
-                gold_letter(row.value(self.answer_field), letters_of(row.fields), options, row.where)
+                gold_letter(row.fields[self.answer_field], letters_of(row.fields), options, row.where)
             elif self.grader == "expression" and evaluate_expression(answer) is None:
                 raise InputError(f"{row.where}: answer {answer!r:.60} is not an arithmetic expression; correct it.")
-            if self.reference_field is not None:
-                value = row.value(self.reference_field)
-                location = f"{row.where}: field {self.reference_field!r}"
-                if is_conversation(value):
-                    _answer_of(value, location)
-                elif isinstance(value, list):
-                    _check_list(value, location)
-                else:
-                    row.text(self.reference_field)
-            conversation = self._conversation(row.fields, row.where)
-            question = json.dumps(conversation) if conversation else ""
-            question = question or render(self.prompt_template(), row.fields, f"task.prompt (for {row.where})")
+            if self.reference_field is not None and (turns is None or turns.field != self.reference_field):
+                _check_reference(row, self.reference_field)
+            template = self._template(row.fields)
+            question = (
+                json.dumps(turns.prompt) if turns else render(template, row.fields, f"task.prompt (for {row.where})")
+            )
             if not question.strip():
                 raise InputError(
                     f"{row.where}: task.prompt gives an empty prompt; fill its fields, or leave the row out"
                 )
             yield Entry(row.number, question, row.fields)
+
+    def _checked_answer(self, row: Row, turns: "_Turns | None") -> str:
+        """Return the answer of a row, which must be there and not be empty."""
+        own = turns is not None and turns.field == self.answer_field
+        answer = _answer(turns.answer if own else row.value(self.answer_field, "task.answer_field"), row.where)
+        if not answer.strip():
+            raise InputError(f"{row.where}: the answer is empty; fill it, or leave the row out.")
+        return answer
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """The conversation in a ``field``: the messages of the prompt, and the answer after it if that is of use."""
+
+    field: str
+    prompt: list[dict[str, str]]
+    answer: str | None
+
+
+def _check_reference(row: Row, name: str) -> None:
+    """Refuse a reference that is neither text, nor a number, nor a list that can be written."""
+    value, location = row.value(name, "task.reference_field"), f"{row.where}: field {name!r}"
+    if is_conversation(value):
+        _answer_of(value, location)
+    elif isinstance(value, list):
+        _check_list(value, location)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        row.text(name)
 
 
 def _answer_of(value: Any, where: str) -> str:

@@ -29,8 +29,9 @@ class Math(DatasetTask):
 
     ``data`` and ``data_test`` are JSONL files (or hub datasets) with ``problem`` and either ``answer``, text or a whole
     number, or a ``solution`` whose last ``\\boxed{}`` is the answer; without them, ankner/math-500 and
-    HuggingFaceH4/MATH-500 are loaded from the hub. ``size_dev`` training rows are held out as the dev split, chosen by
-    a fixed permutation. If a solution has no box, the answer is appended to the reference in one.
+    HuggingFaceH4/MATH-500 are loaded from the hub. ``size_dev`` training rows are held out (without it
+    a tenth, at most 500) as the dev split, chosen by a fixed permutation. If a solution has no box, the answer is
+    appended to the reference in one.
 
     ``equality``: "text" compares answers part by part (see ``answers``); "symbolic" also accepts formulas that
     math-verify finds equal, within bounds of size and time. ``mode`` compatible reads and compares answers as d-OPSD's
@@ -39,7 +40,7 @@ class Math(DatasetTask):
 
     data: Place | None = None
     data_test: Place | None = None
-    size_dev: Natural = 500
+    size_dev: Natural | None = None
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "{solution}"

@@ -120,12 +120,16 @@ class GeneratedTask(TemplateTask):
 
 
 class DatasetTask(TemplateTask):
-    """Problems from files or hub datasets; a fixed permutation chooses the ``size_dev`` rows of the dev split."""
+    """Problems from files or hub datasets; a fixed permutation chooses the ``size_dev`` rows of the dev split.
 
-    size_dev: Natural
+    Without a ``size_dev`` a tenth of the rows is held out, at least one and at most ``usual_dev``.
+    """
+
+    size_dev: Natural | None
     data: str | None
     data_test: str | None
     title: ClassVar[str]  # the name of the task, part of the ids of its problems
+    usual_dev: ClassVar[int] = 500
 
     @abstractmethod
     def entries(self, rows: list[Row]) -> Iterable[Entry]:
@@ -137,9 +141,11 @@ class DatasetTask(TemplateTask):
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """Return the problems of a split; the first call reads the data."""
+        if split != "test":
+            self._splits.check_size(self.size_dev)
         return chosen_split(self._splits, split)
 
-    def splits(self) -> Splits | None:
+    def splits(self) -> Splits:
         """Return the splits of the data."""
         return self._splits
 
@@ -147,7 +153,7 @@ class DatasetTask(TemplateTask):
     def _splits(self) -> Splits:
         train, test = self.load()
         key = make_key(self.title, "dev")
-        return divide(self.title, self.entries(train), self.entries(test), self.size_dev, key)
+        return divide(self.title, self.entries(train), self.entries(test), self.size_dev, key, self.usual_dev)
 
 
 class Draws:
@@ -174,14 +180,49 @@ _FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz"
 
 
 def rows_of(source: str | None, split: str, key: str) -> list[Row]:
-    """Read the rows of a file, or of one split of the hub dataset ``owner/name`` or ``owner/name:config``."""
+    """Read the rows of a file, or of a split of a dataset.
+
+    A dataset is a folder that the library datasets can load, or ``owner/name`` on the hub. ``:config`` may follow, and
+    then ``:split``, which is read instead of ``split``.
+    """
     if source is None:
         return []
-    is_file = Path(source).suffix.lower() in _FILES or source.count("/") != 1
+    name, config, other = (*source.split(":"), "", "")[:3]
+    if Path(name).expanduser().is_dir():
+        return hub_rows(str(Path(name).expanduser()), config or None, other or split, key)
+    is_file = Path(source).suffix.lower() in _FILES or name.count("/") != 1
     if is_file or Path(source).expanduser().exists():
         return read_rows(source, key)
-    name, _, config = source.partition(":")
-    return hub_rows(name, config or None, split, key)
+    return hub_rows(name, config or None, other or split, key)
+
+
+def final_split(task: Task) -> Split:
+    """Return the split on which trained models are tested: dev, if the task's own data has no test rows, else test."""
+    own = isinstance(task, GeneratedTask | DatasetTask) and task.data is not None and task.data_test is None
+    return "dev" if own else "test"
+
+
+def about_dev(task: Task) -> str | None:
+    """Say how many rows are held out, if the task chose that because the data has few; otherwise None."""
+    if not isinstance(task, DatasetTask) or task.size_dev is not None:
+        return None
+    splits = task.splits()
+    if not splits.rows or splits.size_dev >= task.usual_dev:
+        return None
+    return (
+        f"task.size_dev is not set: {splits.size_dev} of the {splits.rows} rows of task.data are the dev split, "
+        f"{len(splits['train'])} are left to train on"
+    )
+
+
+def about_tests(task: Task) -> str | None:
+    """Say that models are tested on the dev split, if they are; otherwise None."""
+    if final_split(task) == "test":
+        return None
+    return (
+        "task.data_test is not set, so models are tested on the dev split, by which the best weights are chosen; set "
+        "it for figures to report"
+    )
 
 
 def rows_left_out(task: Task) -> tuple[dict[str, int], str | None]:

@@ -28,7 +28,7 @@ from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.pretrained.blueprint import Blueprint
 from dllm_sd.rollouts.rollout import Rollouts
-from dllm_sd.tasks.sources import rows_left_out
+from dllm_sd.tasks.sources import about_dev, about_tests, final_split, rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_spans
 from dllm_sd.training.advantage import GradedPlans, region_map, region_metrics, region_sums
@@ -78,15 +78,16 @@ class Trainer:
             problems = config.task.problems("train")
             self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
             final = config.eval.final_problems
-            self.test = first(config.task.problems("test"), final) if final else []
+            self.test = first(config.task.problems(final_split(config.task)), final) if final else []
             check_ids(self.dev, self.test)
             check_data(config, problems)
             blueprint = check_model(config)
             long_references = check_references(config, blueprint, problems)
             unknown_tokens = check_tokenizer(config, blueprint, problems)
+            splits = (about_dev(config.task), about_tests(config.task) if final else None)
             self.rows_left_out, shared_rows = rows_left_out(config.task)
             check_servers(config)
-        self.notes = [*filter(None, (shared_rows, long_references, *unknown_tokens.values()))]
+        self.notes = [*filter(None, (*splits, shared_rows, long_references, *unknown_tokens.values()))]
         self.folder = RunFolder(config)
         try:
             self._build(blueprint)
@@ -339,6 +340,7 @@ class Trainer:
         state = self.state
         facts = {
             "task": to_tree(self.config)["task"]["name"],
+            **({"split": "dev"} if self.test and final_split(self.config.task) == "dev" else {}),
             "updates": state.update,
             "updates_skipped": state.skipped,
             "too_long": state.too_long,

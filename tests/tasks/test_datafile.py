@@ -1,10 +1,17 @@
 """Rows, splits and templates say in one sentence what is wrong and where."""
 
+import csv
+import datetime
+import decimal
+import gzip
+import io
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from dllm_sd.errors import InputError
@@ -26,6 +33,68 @@ def test_json_lines_become_rows_and_blank_lines_are_passed_over(write):
     assert [row.fields for row in rows] == [{"a": 1}, {"a": "\u00e9"}]
     assert [row.number for row in rows] == [0, 1]
     assert rows[1].where.endswith("a.jsonl, line 3")
+
+
+ROWS = [{"question": f"{n} + 1", "answer": str(n + 1), "level": str(n % 3)} for n in range(20)]
+
+
+def saved(folder: Path, form: str) -> str:
+    """The rows in a file of that form."""
+    file = folder / f"rows.{form}"
+    if form.startswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+        return str(file)
+    if form.startswith("csv"):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+        text = table.getvalue()
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    file.write_bytes(gzip.compress(text.encode()) if form.endswith("gz") else text.encode())
+    return str(file)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "csv", "csv.gz", "parquet"])
+def test_the_same_rows_are_read_from_every_format(tmp_path: Path, form: str):
+    rows = read_rows(saved(tmp_path, form), "task.data")
+    assert [row.fields for row in rows] == ROWS
+    assert [row.number for row in rows] == [*range(20)]
+    assert rows[3].where.endswith(", row 3" if form == "parquet" else f", line {5 if 'csv' in form else 4}")
+
+
+@pytest.mark.parametrize(("packed", "form"), [("jsonl.gz", "jsonl"), ("csv.gz", "csv"), ("parquet", "jsonl")])
+def test_what_is_packed_is_known_by_its_content(tmp_path: Path, packed: str, form: str):
+    file = Path(saved(tmp_path, packed)).rename(tmp_path / f"data.{form}")
+    assert [row.fields for row in read_rows(str(file), "task.data")] == ROWS
+
+
+def test_a_line_of_a_packed_file_is_named(write):
+    packed = write("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": \n'))
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz, line 2 is not valid JSON"):
+        read_rows(packed, "task.data")
+    with pytest.raises(InputError, match=r"a\.csv\.gz, line 2 has 1 cells, the header 2"):
+        read_rows(write("a.csv.gz", gzip.compress(b"a,b\n1\n")), "task.data")
+
+
+def test_the_values_of_a_typed_table_become_json(tmp_path: Path):
+    values = {
+        "day": datetime.date(2026, 1, 2),
+        "price": decimal.Decimal("1.50"),
+        "missing": math.nan,
+        "deep": [{"role": "user", "content": "x"}],
+        "raw": b"bytes",
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([values]), tmp_path / "a.parquet")
+    (row,) = read_rows(str(tmp_path / "a.parquet"), "task.data")
+    assert row.fields == {
+        "day": "2026-01-02",
+        "price": "1.50",
+        "missing": None,
+        "deep": [{"role": "user", "content": "x"}],
+    }
+    assert json.loads(json.dumps(row.fields)) == row.fields
 
 
 def test_csv_lines_become_rows_of_strings(write):
@@ -61,10 +130,10 @@ def test_a_malformed_file_is_refused_with_its_line_and_a_remedy(write, name: str
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PAR1\x15\x04", r" is a Parquet file; write its rows as JSON objects, one on each line"),
+        (b"PAR1\x15\x04", r" is a Parquet file that cannot be read \(.+\); write it again, or as \.jsonl"),
         (b"ARROW1\0\0", r" is an Arrow file; "),
         (b"\xff\xff\xff\xff\x10", r" is an Arrow file; "),
-        (b"\x1f\x8b\x08", r" is a gzip archive; unpack it first"),
+        (b"\x1f\x8b\x08", r" cannot be read \(damaged: .+\); give the path of a readable file"),
         (b"PK\x03\x04", r" is a zip archive or a spreadsheet; unpack it first"),
         (b"(\xb5/\xfd", r" is a zstd archive; "),
         ('{"a": 1}\n'.encode("utf-16"), r" is UTF-16 .*; save the file as UTF-8"),

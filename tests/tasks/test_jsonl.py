@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.tasks import Jsonl, Problem, Task
+from dllm_sd.tasks import Gsm8k, Jsonl, Problem, Task
+from dllm_sd.tasks.sources import about_dev, about_tests, final_split
 
 ROWS = [
     {"question": f"{n} + 1", "hint": f"count on from {n}", "answer": n + 1, "worked": f"it is {n + 1}"}
@@ -257,3 +258,105 @@ def test_rows_that_all_ask_the_same_do_not_blame_the_size_of_the_dev_split(tmp_p
         InputError, match=r"the dev split takes 2 of the 9 rows .* the 7 others repeat problems .*task\.prompt"
     ):
         task.problems("train")
+
+
+def numbered(count: int) -> list[dict]:
+    return [{"question": f"{n}?", "answer": str(n)} for n in range(count)]
+
+
+@pytest.mark.parametrize(("count", "dev"), [(1, 1), (2, 1), (9, 1), (50, 5), (999, 99), (5000, 500), (6000, 500)])
+def test_the_dev_split_fits_the_data(tmp_path: Path, count: int, dev: int):
+    task = Jsonl(data=jsonl_file(tmp_path / "a.jsonl", numbered(count)))
+    assert len(task.problems("dev")) == dev
+    assert task.splits().size_dev == dev
+    if count > 1:
+        assert len(task.problems("train")) == count - dev
+
+
+def test_a_dev_split_of_a_chosen_size_is_announced(tmp_path: Path):
+    data = jsonl_file(tmp_path / "a.jsonl", numbered(50))
+    said = "task.size_dev is not set: 5 of the 50 rows of task.data are the dev split, 45 are left to train on"
+    assert about_dev(Jsonl(data=data)) == said
+    assert about_dev(Jsonl(data=data, size_dev=5)) is None
+    assert about_dev(Jsonl(data=jsonl_file(tmp_path / "b.jsonl", numbered(5000)))) is None
+
+
+def test_a_size_of_the_dev_split_that_does_not_fit_is_refused_with_both_numbers(tmp_path: Path):
+    files = [jsonl_file(tmp_path / "a.jsonl", numbered(50)), jsonl_file(tmp_path / "b.jsonl", numbered(2))]
+    for split in ("train", "dev"):
+        with pytest.raises(InputError, match=r"^task\.size_dev is 51, but task\.data has 50 rows; lower it, or leave"):
+            Jsonl(data=files[0], size_dev=51).problems(split)
+    with pytest.raises(InputError, match=r"size_dev is 49, but task\.data has 48 rows \(2 more occur in the test"):
+        Jsonl(data=files[0], data_test=files[1], size_dev=49).problems("dev")
+    assert len(Jsonl(data=files[0], data_test=files[1], size_dev=49).problems("test")) == 2
+    with pytest.raises(InputError, match=r"task\.size_dev, which is 50, .*the file has 50 rows"):
+        Jsonl(data=files[0], size_dev=50).problems("train")
+
+
+def test_without_test_rows_models_are_tested_on_the_dev_split_and_that_is_said(tmp_path: Path):
+    data = jsonl_file(tmp_path / "a.jsonl", numbered(20))
+    task = Jsonl(data=data)
+    assert final_split(task) == "dev"
+    assert (about_tests(task) or "").startswith("task.data_test is not set, so models are tested on the dev split")
+    for other in (Jsonl(data=data, data_test=data), Jsonl(data_test=data), Jsonl(), Gsm8k()):
+        assert final_split(other) == "test"
+        assert about_tests(other) is None
+
+
+def test_the_default_prompt_is_the_first_field_that_asks(tmp_path: Path):
+    for row, text in [
+        ({"prompt": "p", "messages": [TURNS[0]], "question": "q"}, "q"),
+        ({"prompt": "p", "messages": [TURNS[0]]}, "1+1?"),
+        ({"prompt": "p"}, "p"),
+    ]:
+        task = Jsonl(data_test=jsonl_file(tmp_path / "a.jsonl", [{**row, "answer": "1"}]))
+        assert task.messages(task.problems("test")[0]) == [{"role": "user", "content": text}]
+
+
+def test_a_conversation_that_ends_with_its_answer_gives_prompt_reference_and_answer(tmp_path: Path):
+    data = jsonl_file(tmp_path / "a.jsonl", [{"messages": [SYSTEM, *TURNS[:2]]}])
+    task = Jsonl(data_test=data, reference_field="messages", answer_field="messages", grader="number")
+    (problem,) = task.problems("test")
+    assert task.messages(problem) == [SYSTEM, TURNS[0]]
+    assert task.reference(problem) == task.final_answer(problem) == "2"
+    assert task.grade(problem, "it is 2").correct
+    assert not task.grade(problem, "it is 3").correct
+    with pytest.raises(InputError, match=r"line 1: field 'messages' ends with .* set task\.reference_field=messages"):
+        Jsonl(data_test=data, grader="rubric", prompt="{messages}").problems("test")
+    for messages in (TURNS, [TURNS[1]]):
+        asked = jsonl_file(tmp_path / "b.jsonl", [{"messages": messages, "answer": "1"}])
+        with pytest.raises(InputError, match=r"must end with a message of the assistant after one of the user, since"):
+            Jsonl(data_test=asked, reference_field="messages").problems("test")
+
+
+def test_a_reference_may_be_a_number(tmp_path: Path):
+    data = jsonl_file(tmp_path / "a.jsonl", [{"question": "1+1?", "answer": 2}])
+    task = Jsonl(data_test=data, reference_field="answer")
+    assert task.reference(task.problems("test")[0]) == "2"
+
+
+def test_missing_references_are_named_among_the_columns_of_the_data(tmp_path: Path):
+    rows = [{"question": f"{n}", "answer": "1", "worked": "it is one", "tags": ["x"], "id": n} for n in range(9)]
+    task = Jsonl(data=jsonl_file(tmp_path / "a.jsonl", rows))
+    advice = "set task.reference_field to the field that holds them, such as"
+    assert task.reference_remedy == f"{advice} task.reference_field=answer"
+    task.problems("train")
+    remedy = "task.reference_field=worked or task.reference_field=answer or task.reference_field=id"
+    assert task.reference_remedy == f"{advice} {remedy}"
+    with pytest.raises(InputError, match=r"has no field 'r' \(.*worked.*\); add it or set task\.reference_fi"):
+        Jsonl(data=jsonl_file(tmp_path / "a.jsonl", rows), reference_field="r").problems("train")
+
+
+@pytest.mark.parametrize("suffix", ["", ":default:train"])
+def test_a_folder_that_the_library_datasets_reads_is_a_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+):
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    jsonl_file(folder / "train.jsonl", numbered(12))
+    jsonl_file(folder / "test.jsonl", numbered(20)[12:])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    task = Jsonl(data=f"{folder}{suffix}", data_test=str(folder), size_dev=2)
+    assert [len(task.problems(split)) for split in ("train", "dev", "test")] == [10, 2, 8]
+    with pytest.raises(InputError, match=r"^task\.data_test: dataset .*, split valid cannot be loaded \(ValueError"):
+        Jsonl(data_test=f"{folder}::valid").problems("test")
