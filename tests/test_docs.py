@@ -168,14 +168,15 @@ def one_update(run: Path, method: Mapping[str, Any], lr: float = 5e-6, **model: 
 @pytest.fixture
 def metric_keys(tmp_path: Path) -> set[str]:
     """All that runs write: without a teacher (whose step is lost in rounding), with one, with several under a horizon,
-    and with a capped trust.
+    and with a capped trust, one batch ahead.
     """
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     sft = {"name": "sft", "rollout": {"problems": 4}}
     d_opsd = {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}, "gate": "all"}
     keys = one_update(tmp_path / "sft", sft, 1e-30, random_init=True, tokenizer="tiny", shape=shape)
     keys |= one_update(tmp_path / "d_opsd", d_opsd, path="tiny")
-    capped = {"rollout": {"problems": 4, "attempts": 1, "temperature": 1.0}, "trust": "importance_cap", "gate": "all"}
+    lagging = {"problems": 4, "attempts": 1, "temperature": 1.0, "lag": 1}
+    capped = {"rollout": lagging, "trust": "importance_cap", "gate": "all"}
     keys |= one_update(tmp_path / "capped", {"name": "later_step", **capped}, path="tiny")
     rollout = {"problems": 4, "attempts": 1, "horizon": {"name": "truncated", "ratio": 0.5}}
     for name in ("d_opsd_pmi", "d_demo_psd"):

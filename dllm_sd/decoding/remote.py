@@ -62,24 +62,15 @@ class RemoteDecoder:
         Raises:
             Stopped: if the servers fail, or answer what must not be trained on. What ended before is in the journal.
         """
-        engine = self.servers.engine
-        most = engine.concurrency * len(engine.url)
-        running: dict[Future[Trajectory], Job] = {}
-        pool = ThreadPoolExecutor(max(1, min(most, queue.most)), "engine")
-        try:
-            while (jobs := queue.take(most - len(running))) is not None:
-                for job in jobs:
-                    running[pool.submit(self._complete, self._request(job, settings, stop_after))] = job
-                done, _ = wait(running, EXCHANGE if queue.patience else None, FIRST_COMPLETED) if running else ([], [])
-                self._hand_back(queue, [(running.pop(future), future.result()) for future in done], meter)
-        except BaseException as error:
-            self.servers.cancel()
-            queue.abandon(error)
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        Requests(self, queue, settings, stop_after).finish(meter)
 
-    def _complete(self, request: CompletionRequest) -> Trajectory:
+    def begin(self, queue: Queue, settings: Decoding, stop_after: StopAfter | None) -> "Requests":
+        """Send the requests of all jobs that may begin now; the caller does something else until it finishes them."""
+        requests = Requests(self, queue, settings, stop_after)
+        requests.send(queue.take(queue.most) or [])
+        return requests
+
+    def completed(self, request: CompletionRequest) -> Trajectory:
         kept = self.journal.get(request)
         if kept is not None:
             return kept
@@ -87,7 +78,7 @@ class RemoteDecoder:
         self.journal.put(request, trajectory)
         return trajectory
 
-    def _request(self, job: Job, settings: Decoding, stop_after: StopAfter | None) -> CompletionRequest:
+    def request(self, job: Job, settings: Decoding, stop_after: StopAfter | None) -> CompletionRequest:
         return CompletionRequest(
             prompt=tuple(job.prompt),
             key=job.key,
@@ -101,7 +92,45 @@ class RemoteDecoder:
             vocabulary=self.ids.vocabulary,
         )
 
-    def _hand_back(self, queue: Queue, ended: Sequence[tuple[Job, Trajectory]], meter: Meter | None) -> None:
+
+class Requests:
+    """The requests for the jobs of one queue; threads wait for the answers."""
+
+    def __init__(self, decoder: RemoteDecoder, queue: Queue, settings: Decoding, stop_after: StopAfter | None) -> None:
+        """Nothing is sent yet."""
+        engine = decoder.servers.engine
+        self.decoder, self.queue, self.settings, self.stop_after = decoder, queue, settings, stop_after
+        self.most = engine.concurrency * len(engine.url)
+        self.running: dict[Future[Trajectory], Job] = {}
+        self.pool = ThreadPoolExecutor(max(1, min(self.most, queue.most)), "engine")
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Send the requests for jobs, as many at a time as the servers are to have in flight."""
+        for job in jobs:
+            request = self.decoder.request(job, self.settings, self.stop_after)
+            self.running[self.pool.submit(self.decoder.completed, request)] = job
+
+    def finish(self, meter: Meter | None = None) -> None:
+        """Hand back what has ended, and take and complete further jobs until the queue is finished.
+
+        Raises:
+            Stopped: as `RemoteDecoder.complete`.
+        """
+        queue, running = self.queue, self.running
+        try:
+            while (jobs := queue.take(max(0, self.most - len(running)))) is not None:
+                self.send(jobs)
+                done, _ = wait(running, EXCHANGE if queue.patience else None, FIRST_COMPLETED) if running else ([], [])
+                self._hand_back([(running.pop(future), future.result()) for future in done], meter)
+        except BaseException as error:
+            self.decoder.servers.cancel()
+            queue.abandon(error)
+            raise
+        finally:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _hand_back(self, ended: Sequence[tuple[Job, Trajectory]], meter: Meter | None) -> None:
+        queue = self.queue
         for job, trajectory in sorted(ended, key=lambda pair: pair[0].name):
             if meter is not None:
                 steps = int(trajectory.num_steps.sum())

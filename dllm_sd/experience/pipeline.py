@@ -1,13 +1,13 @@
 """The rollout pipeline: the processes share the problems, decode, grade and gate, and teacher prompts are added."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from dllm_sd.config import Config
 from dllm_sd.experience.feed import Feed
@@ -15,16 +15,31 @@ from dllm_sd.experience.rollout_engine import RolloutEngine
 from dllm_sd.experience.rollout_weights import RolloutWeights
 from dllm_sd.experience.skill_bank import SkillBankState
 from dllm_sd.experience.text_generator import TextGenerator
+from dllm_sd.network.swapping import swapped
 from dllm_sd.parallel.processes import on_main
 from dllm_sd.policies.loading import AnyPolicy
-from dllm_sd.policies.weights import TeacherModel, Weights
+from dllm_sd.policies.weights import TeacherModel, Weights, trained
 from dllm_sd.randomness import make_key
-from dllm_sd.rollouts.attempt_queue import Workers
-from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
+from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
+from dllm_sd.rollouts.rollout import Batch, Prompted, Rollout, Rollouts, UnfinishedBatch
 from dllm_sd.rollouts.rules import PassAtK, RolloutRule, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.writers import Cache
+
+
+@dataclass(frozen=True)
+class BegunBatch:
+    """A batch on which servers work while the one before it is learnt; the fields of `Batch`, and what completes it."""
+
+    number: int
+    version: int
+    queue: AttemptQueue
+    finish: Callable[[], None]
+    cursor: int
+    too_long: int
+    weights: Mapping[str, Tensor]
+    """The trained weights that decode it, by name, as they lie on this process."""
 
 
 class RolloutPipeline:
@@ -49,15 +64,40 @@ class RolloutPipeline:
         cache = Cache(config.cache or Path(config.run) / "written") if self.method.writings else None
         self.text_generator = TextGenerator(teachers, config.decode, accelerator, models, cache)
         self.engine = RolloutEngine(config, policy, module, accelerator)
-        self.engine_metrics: dict[str, float] = {}
-        """Of the last batch (`RolloutEngine.check`)."""
+        self.engine_metrics: Mapping[str, float] = {}
+        """Of the last batch (`RolloutEngine.check`), and its lag."""
+        self.batch: Batch | None = None
+        """The batch that was taken last, of a run whose rollouts run ahead."""
+        self.ahead: BegunBatch | Batch | None = None
+        """The batch after it, of such a run."""
         self.skill_bank = SkillBankState(self.method.skill_bank, config.task, self.text_generator.write, config.seed)
 
-    def open(self, bank: Mapping[str, Any] | None, update: int = 0) -> dict[str, int]:
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said before the run begins."""
+        corrected = not self.method.rollout.lag or self.method.trust.needs_old_logp
+        lagging = [
+            "rollouts are one batch older than the student (method.rollout.lag), and the loss takes them for its own; "
+            "method.trust importance_cap corrects for it"
+        ]
+        return self.engine.notes + ([] if corrected else lagging)
+
+    def open(
+        self, bank: Mapping[str, Any] | None, update: int = 0, ahead: Batch | UnfinishedBatch | None = None
+    ) -> dict[str, int]:
         """Prepare the subspace and the skill bank once, from the initial weights or a checkpoint; returns counts.
 
-        ``update`` counts the updates that the weights have had.
+        Args:
+            bank: the skill bank of the checkpoint.
+            update: the updates that the weights have had.
+            ahead: the batch of the checkpoint that runs ahead of learning.
         """
+        if isinstance(ahead, UnfinishedBatch):
+            with swapped(self.policy.module, ahead.weights):
+                self._begin(ahead.number, ahead.version, ahead.cursor)
+                self.settle()
+        else:
+            self.ahead = ahead
         self.engine.use(str(update))
         calibrated = self.rollout_weights.calibrate(self.config.task, self.feed.problems)
         counts = calibrated | self.skill_bank.open(bank, self._attempt)
@@ -71,11 +111,16 @@ class RolloutPipeline:
         Every process gets all rollouts, in the order of the problems.
         """
         config, rule = self.config, self.method.rollout
-        self.engine.use(str(batch * rule.passes))
-        prompted, cursor, dropped = self.feed.take(cursor, rule.problems)
-        tried = self._attempts(rule, prompted, config.seed, batch)
-        self.engine_metrics = self.engine.check(tried, rule.settings(config.decode))
-        rollouts = gather(rule, self.method.gate, tried)
+        tried = self.settle()
+        if tried is None or tried.number != batch:
+            tried = self._make(batch, cursor)
+        self.engine_metrics = tried.metrics
+        if rule.lag:
+            self.batch = tried
+            self.engine_metrics = {**tried.metrics, "rollouts/lag": batch * rule.passes - tried.version}
+            if (batch + 1) * rule.passes < config.updates:
+                self._begin(batch + 1, batch * rule.passes, tried.cursor)
+        rollouts = gather(rule, self.method.gate, tried.attempts)
         sources = Sources(self.feed.problems, self.text_generator.write, self.skill_bank.pairs)
         informed = build_teacher_prompts(
             *(
@@ -90,7 +135,57 @@ class RolloutPipeline:
         )
         if damaged := sum(self.workers.gather([self.text_generator.damaged_texts()])):
             informed = replace(informed, counts={**informed.counts, "damaged": float(damaged)})
-        return informed, cursor, dropped
+        return informed, tried.cursor, tried.too_long
+
+    def settle(self) -> Batch | None:
+        """The batch that runs ahead, as soon as it is complete; None if there is none.
+
+        To be called before the servers get other weights, since attempts may still begin.
+
+        Raises:
+            Stopped: if the servers fail, or the batch must not be trained on.
+        """
+        if isinstance(begun := self.ahead, BegunBatch):
+            begun.finish()
+            attempts = begun.queue.collected()
+            settings = self.method.rollout.settings(self.config.decode)
+            metrics = self.engine.check(attempts, settings, begun.weights)
+            tried = tuple(map(tuple, attempts))
+            self.ahead = Batch(begun.number, begun.version, tried, begun.cursor, begun.too_long, metrics)
+        return self.ahead
+
+    def use(self, version: str) -> None:
+        """As `RolloutEngine.use`, when the batch that runs ahead is complete."""
+        self.settle()
+        self.engine.use(version)
+
+    def unlearnt(self, number: int) -> BegunBatch | Batch | None:
+        """The batch of this number, if it was begun."""
+        return next((batch for batch in (self.batch, self.ahead) if batch is not None and batch.number == number), None)
+
+    def _make(self, number: int, cursor: int) -> Batch:
+        """Make a batch with the weights of now."""
+        rule, decode = self.method.rollout, self.config.decode
+        version = number * rule.passes
+        self.engine.use(str(version))
+        prompted, cursor, too_long = self.feed.take(cursor, rule.problems)
+        attempts = self._attempts(rule, prompted, self.config.seed, number)
+        metrics = self.engine.check(attempts, rule.settings(decode))
+        return Batch(number, version, tuple(map(tuple, attempts)), cursor, too_long, metrics)
+
+    def _begin(self, number: int, version: int, cursor: int) -> None:
+        """Begin a batch with the weights of now, which have had ``version`` updates."""
+        rule, config = self.method.rollout, self.config
+        self.engine.use(str(version))
+        prompted, cursor, too_long = self.feed.take(cursor, rule.problems)
+        queue = rule.queue(self.policy, config.task, prompted, config.seed, number, self.workers)
+        assert queue is not None
+        settings = rule.settings(config.decode)
+        live = trained(self.policy) if self.engine.engine.remote else {}
+        weights = {name: value.detach().clone() for name, value in live.items()}
+        with self.rollout_weights.applied(self.module):
+            finish = self.engine.begin(queue, settings, rule.stop_after(self.policy, settings, number))
+        self.ahead = BegunBatch(number, version, queue, finish, cursor, too_long, weights)
 
     def _attempts(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
         """The attempts at each problem, by all processes together."""

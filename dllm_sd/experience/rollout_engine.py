@@ -1,23 +1,26 @@
 """The engine of a run: which decoder makes its rollouts, with which weights, and whether they can be trained on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from dllm_sd.config import Config
 from dllm_sd.decoding.decoder import Decoder
+from dllm_sd.decoding.queue import Queue
 from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.engines import RemoteEngine
 from dllm_sd.engines.servers import WEIGHTS_PREFIX, Servers
 from dllm_sd.errors import Stopped
 from dllm_sd.files.writing import remove
+from dllm_sd.network.swapping import swapped
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.loading import AnyPolicy
@@ -26,6 +29,7 @@ from dllm_sd.policies.weights import trained
 from dllm_sd.rollouts.journal import RolloutJournal
 from dllm_sd.rollouts.rescoring import rescore
 from dllm_sd.rollouts.rollout import Rollout
+from dllm_sd.trajectory import StopAfter
 
 FOLDER = "engine"
 """Folder in the run folder, with the weights that servers load and the completions since the last checkpoint."""
@@ -95,25 +99,53 @@ class RolloutEngine:
         if former:
             on_main(lambda: remove(self.folder / former))
 
-    def check(self, tried: Sequence[Sequence[Rollout]], decode: Decoding) -> dict[str, float]:
+    def begin(self, queue: Queue, decode: Decoding, stop_after: StopAfter | None) -> Callable[[], None]:
+        """Begin the jobs of a queue, with the weights of now; what is returned completes the queue.
+
+        Servers work on them until then. The trainer's own network completes the queue at once.
+        """
+        if isinstance(self.decoder, RemoteDecoder):
+            return self.decoder.begin(queue, decode, stop_after).finish
+        self.decoder.complete(queue, decode, stop_after=stop_after)
+        return lambda: None
+
+    def cancel(self) -> None:
+        """Cancel the requests in flight of a run that ends with an error."""
+        if self.engine.remote:
+            self.servers.cancel()
+
+    def check(
+        self, tried: Sequence[Sequence[Rollout]], decode: Decoding, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
         """Compare the log-probabilities of servers and trainer on some rollouts of a batch.
 
         Args:
             tried: the attempts at each problem.
             decode: how they were decoded.
+            weights: the trained weights that decoded them; None for those of now.
 
         Returns:
             Metrics; none where the trainer's own network decodes.
 
         Raises:
             Stopped: if they differ by more than `tolerance` nats a token in the mean, or if attempts at a problem are
-                equal that should not be.
+                equal that should not be. These completions are not kept then.
         """
         if not self.engine.remote:
             return {}
+        try:
+            return self._check(tried, decode, weights)
+        except Stopped:
+            self.saved()
+            raise
+
+    def _check(
+        self, tried: Sequence[Sequence[Rollout]], decode: Decoding, weights: Mapping[str, Tensor] | None
+    ) -> dict[str, float]:
         rollouts = [rollout for attempts in tried for rollout in attempts]
         _refuse_equal(tried, decode.temperature)
-        with gathered(self.accelerator, self.module):  # once for all of them
+        held = swapped(self.policy.module, weights) if weights else nullcontext()
+        with held, gathered(self.accelerator, self.module):  # once for all of them
             gaps = torch.cat([torch.zeros(0), *(self._gap(rollout, decode) for rollout in self._sample(rollouts))])
         metrics = {"engine/retried": float(self.servers.retried), "engine/found": float(self.journal.used)}
         if not len(gaps):
@@ -129,7 +161,7 @@ class RolloutEngine:
         return {**metrics, "engine/logp_gap": mean, "engine/logp_gap_max": largest}
 
     def saved(self) -> None:
-        """Forget the completions that a checkpoint has replaced."""
+        """Forget the completions, which a checkpoint has replaced."""
         if self.engine.remote:
             with together():
                 self.journal.forget()

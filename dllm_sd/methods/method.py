@@ -73,7 +73,7 @@ class Method(Ranged, key="method"):
             _check_divergence,
             _check_gap,
         )
-        for check in (*checks, _check_outcome, _check_group, _check_cap, _check_roles, _check_student):
+        for check in (*checks, _check_outcome, _check_group, _check_cap, _check_lag, _check_roles, _check_student):
             check(self)
 
     @property
@@ -307,6 +307,24 @@ def _check_cap(method: Method) -> None:
         raise InputError(
             f"method.trust {name_of(TRUSTS, method.trust)} compares each token where the decoder chose it; set "
             "method.canvases to decoder_steps and method.sites to revealed"
+        )
+
+
+def _check_lag(method: Method) -> None:
+    """Refuse losses that compare with the weights of the rollouts, where these are older than the batch."""
+    rollout, trust = method.rollout, method.trust
+    if not rollout.lag:
+        return
+    if method.rolling is not None:
+        raise InputError(
+            "method.rollout.lag lets rollouts be one batch older than the student, but method.rollout.policy does not "
+            "follow it; set method.rollout.lag to 0"
+        )
+    if trust.weights_likelihoods or any(role == "rollouts" for *_, role in _other_policies(method)):
+        part = f"trust {name_of(TRUSTS, trust)}" if trust.weights_likelihoods else "contexts"
+        raise InputError(
+            f"method.{part} takes its ratios to the weights that made the rollouts, which are one batch older under "
+            "method.rollout.lag than those that it asks; set method.rollout.lag to 0"
         )
 
 

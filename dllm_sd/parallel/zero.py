@@ -60,6 +60,10 @@ def _check_whole(config: Config) -> None:
         for weights in config.method.models()
     ):
         raise InputError("ZeRO-3 keeps no copies of weights for method.teacher; launch with fsdp2.yaml or zero_stage 2")
+    if config.method.rollout.lag and config.decode.engine.remote:
+        raise InputError(
+            "ZeRO-3 keeps no copy of weights for method.rollout.lag; launch with fsdp2.yaml or zero_stage 2"
+        )
     policy = config.method.rollout.policy
     if policy is not None and policy.subspace is not None:
         raise InputError("method.rollout.policy subspace needs whole weights on every process; use zero_stage 2")

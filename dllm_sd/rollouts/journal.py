@@ -68,10 +68,14 @@ class RolloutJournal:
                 file.write(line.encode())
 
     def forget(self) -> None:
-        """Remove the file of this process, and what was read at the start: a checkpoint has replaced them."""
+        """Remove all files, and what was read at the start: a checkpoint has replaced them, or they are wrong.
+
+        To be called while no process asks for completions.
+        """
         with self._lock:
             self._stored = {}
-            self._file.unlink(missing_ok=True)
+            for file in self.folder.glob("rollouts.*.jsonl"):
+                file.unlink(missing_ok=True)
 
 
 def request_digest(request: CompletionRequest) -> str:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -115,3 +115,35 @@ class Rollouts:
     def keys(self, seed: int, update: int) -> list[int]:
         """One key a rollout for the random choices of teachers and masks."""
         return [make_key(seed, update, *rollout.key_parts, rollout.attempt, "canvases") for rollout in self.kept]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All attempts of a batch, before any is chosen."""
+
+    number: int
+    """Batches before it."""
+    version: int
+    """Updates that the weights had had which decoded it."""
+    attempts: tuple[tuple[Rollout, ...], ...]
+    """Those at each problem, in order."""
+    cursor: int
+    """Position in the stream of problems behind it."""
+    too_long: int
+    """Problems that were left out on the way, because their prompt is too long."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What is logged of the engine that decoded it."""
+
+
+@dataclass(frozen=True)
+class UnfinishedBatch:
+    """A batch that servers did not complete, so that it is begun again, with the weights of then."""
+
+    number: int
+    """`Batch.number`."""
+    version: int
+    """`Batch.version`."""
+    cursor: int
+    """Position in the stream of problems before it."""
+    weights: Mapping[str, Tensor]
+    """The trained weights that decode it, by name."""

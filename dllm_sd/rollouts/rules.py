@@ -6,7 +6,7 @@ of which occurrence of the problem it is where one batch holds several.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from dllm_sd.decoding.decoder import Decoder
 from dllm_sd.decoding.settings import Decoding
@@ -17,7 +17,7 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.teacher_weights import RolloutPolicy, Weights
 from dllm_sd.policies.weights import BaseWeights, LiveWeights
 from dllm_sd.randomness import make_key
-from dllm_sd.ranges import Natural, PositiveShare, Ranged, Share, Size, Temperature
+from dllm_sd.ranges import Natural, PositiveShare, Range, Ranged, Share, Size, Temperature
 from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
 from dllm_sd.rollouts.horizons import HORIZONS, Complete, Horizon
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
@@ -57,6 +57,11 @@ class RolloutRule(Part, Protocol):
     @property
     def policy(self) -> RolloutPolicy | None:
         """Whose weights decode; None if nothing is decoded."""
+        ...
+
+    @property
+    def lag(self) -> int:
+        """Batches by which rollouts run ahead of learning."""
         ...
 
     @property
@@ -106,6 +111,12 @@ class RolloutRule(Part, Protocol):
         """
         ...
 
+    def queue(
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], seed: int, update: int, workers: Workers | None
+    ) -> AttemptQueue | None:
+        """The attempts as the queue of a decoder; None where nothing is decoded."""
+        ...
+
     def stop_after(self, policy: Policy, decode: Decoding, batch: int) -> StopAfter | None:
         """How far the rollouts of a batch are decoded; None decodes to the end."""
         ...
@@ -152,6 +163,9 @@ class PassAtK(Ranged, key="method.rollout"):
     which is drawn once (SPD). They are decoded anew each time, and are the same since `policy` does not learn."""
     passes: Size = 1
     """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
+    lag: Annotated[int, Range(least=0, most=1)] = 0
+    """1: a batch is made beside learning from the one before (`decode.engine`), with the weights of then; trust
+    `importance_cap` corrects for these. Attempts that wait for the outcome of others are made after learning."""
     decodes = True
 
     def __post_init__(self) -> None:
@@ -176,6 +190,14 @@ class PassAtK(Ranged, key="method.rollout"):
         decoder: Decoder | None = None,
     ) -> list[list[Rollout]]:
         decode = self.settings(decode)
+        queue = self.queue(policy, task, prompted, seed, update, workers)
+        (decoder or policy.decoder).complete(queue, decode, stop_after=self.stop_after(policy, decode, update))
+        return queue.collected()
+
+    def queue(
+        self, policy: Policy, task: Task, prompted: Sequence[Prompted], seed: int, update: int, workers: Workers | None
+    ) -> AttemptQueue:
+        """The attempts as the queue of a decoder."""
 
         def key(i: int, attempt: int) -> int:
             if self.draw == "fixed":
@@ -186,17 +208,10 @@ class PassAtK(Ranged, key="method.rollout"):
             text = policy.text(single.tokens[0, : int(single.length)].tolist())
             return text, task.grade(prompted[i].problem, text)
 
-        queue = AttemptQueue(
-            prompted,
-            key,
-            grade,
-            limit=self.attempts,
-            until_solved=self.until_solved,
-            ahead=self.ahead,
-            workers=workers,
+        limit, until_solved = self.attempts, self.until_solved
+        return AttemptQueue(
+            prompted, key, grade, limit=limit, until_solved=until_solved, ahead=self.ahead, workers=workers
         )
-        (decoder or policy.decoder).complete(queue, decode, stop_after=self.stop_after(policy, decode, update))
-        return queue.collected()
 
     def stop_after(self, policy: Policy, decode: Decoding, batch: int) -> StopAfter | None:
         """The horizon of the first update that this batch serves."""
@@ -247,6 +262,7 @@ class Demonstrations(Ranged, key="method.rollout"):
 
     problems: Size = 32
     passes: Size = 1
+    lag = 0
     decodes = False
     policy = None
     rolling = None
@@ -268,6 +284,9 @@ class Demonstrations(Ranged, key="method.rollout"):
         decoder: Decoder | None = None,
     ) -> list[list[Rollout]]:
         return [self._demonstration(policy, task, item, decode) for item in prompted]
+
+    def queue(self, *args: object, **options: object) -> None:
+        """None: nothing is decoded."""
 
     def settings(self, decode: Decoding) -> Decoding:
         """The run's own: nothing is decoded."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_sd.files.typed_json import build
-from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rollout import Batch, Rollout, Rollouts, UnfinishedBatch
 from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.trajectory import NEVER, Trajectory
 from dllm_sd.trajectory_json import LATEST_STEP
@@ -47,6 +48,40 @@ def _tree(value: Any) -> Any:
         )
     names = [field.name for field in fields(value) if field.name not in ("trajectory", "kept", "chosen")]
     return {name: _tree(getattr(value, name)) for name in names}
+
+
+def batch_tensors(batch: Batch | UnfinishedBatch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A batch that runs ahead of learning as tensors and JSON; of an unfinished one the weights that decode it."""
+    if isinstance(batch, UnfinishedBatch):
+        numbers = {"number": batch.number, "version": batch.version, "cursor": batch.cursor}
+        return dict(batch.weights), {"unfinished": numbers}
+    attempts = tuple(rollout for group in batch.attempts for rollout in group)
+    tensors, tree = rollout_tensors(Rollouts(attempts, dict.fromkeys(COUNTS, 0.0)))
+    numbers = {name: value for name, value in vars(batch).items() if name != "attempts"}
+    return tensors, {**numbers, "metrics": dict(batch.metrics), "sizes": [*map(len, batch.attempts)], "rollouts": tree}
+
+
+def load_batch(tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> Batch | UnfinishedBatch:
+    """Rebuild a batch from what `batch_tensors` returned; the weights of an unfinished one are not checked.
+
+    Raises:
+        TensorError: saying which tensor is wrong.
+        ValueError: saying which value of the JSON is wrong.
+    """
+    if "unfinished" in tree:
+        numbers = build(dict[str, int], tree["unfinished"], "unfinished")
+        batch: Batch | UnfinishedBatch = build(UnfinishedBatch, {**numbers, "weights": tensors}, "unfinished")
+    else:
+        values = dict(tree)
+        attempts = load_rollouts(tensors, build(dict[str, Any], values.pop("rollouts", None), "rollouts")).kept
+        sizes = build(tuple[int, ...], values.pop("sizes", None), "sizes")
+        if min(sizes, default=0) < 1 or sum(sizes) != len(attempts):
+            raise ValueError(f"sizes must be those of the groups of {len(attempts)} attempts")
+        ends = [*accumulate(sizes, initial=0)]
+        batch = build(Batch, {**values, "attempts": [attempts[a:b] for a, b in pairwise(ends)]}, "batch")
+    if min(batch.number, batch.version, batch.cursor) < 0 or batch.number < 1:
+        raise ValueError("number, version and cursor of a batch cannot be below those of the second batch")
+    return batch
 
 
 class TensorError(ValueError):

@@ -6,10 +6,10 @@ if a later update still uses them. ``checkpoints/best/`` holds weights only. No 
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -40,52 +40,19 @@ from dllm_sd.parallel.sharding import fill, gather_tensors
 from dllm_sd.parallel.zero import ZeroOptimizer, shape_of
 from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.weights import TeacherModel, placed_like, trained
-from dllm_sd.rollouts.rollout import Rollouts
-from dllm_sd.rollouts.stored import TensorError, load_rollouts, rollout_tensors
+from dllm_sd.rollouts.rollout import Batch, Rollouts, UnfinishedBatch
+from dllm_sd.rollouts.stored import TensorError, batch_tensors, load_batch, load_rollouts, rollout_tensors
 from dllm_sd.training.optim import load_state, state_shapes, state_tensors
+from dllm_sd.training.state import State
 
-OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollouts.safetensors"
+OPTIMIZER, ROLLOUTS, AHEAD = "optimizer.safetensors", "rollouts.safetensors", "ahead.safetensors"
 LOG_SUMS = "logs"
 """Key of `state.json`: checksums of the logs as they were when it was saved (`log_files.log_sums`)."""
+BESIDE_STATE = (FILES, FORMAT, LOG_SUMS, "rollouts", "ahead")
+"""Keys of `state.json` that are not those of `State`."""
+T = TypeVar("T")
 ADDED = ("best_loss", "loss_sum", "losses")
 """Keys that checkpoints of version 0.1 do not have."""
-
-
-@dataclass
-class State:
-    """The state of a run beside its tensors, stored in `state.json`. No number falls below its initial value."""
-
-    update: int = 0
-    """Finished updates."""
-    skipped: int = 0
-    """Updates that had nothing to learn from."""
-    cursor: int = 0
-    """Position in the stream of training problems."""
-    too_long: int = 0
-    """Problems left out because their prompt is too long."""
-    best_update: int = 0
-    best_accuracy: float = -1.0
-    since_best: int = 0
-    """Evaluations since the best one."""
-    stopped: str | None = None
-    """Why training ended before its last update."""
-    before: dict[str, Any] = field(default_factory=dict)
-    """Test reports of the initial weights, by decoding schedule."""
-    seconds: float = 0.0
-    """Time spent in updates."""
-    bank: dict[str, Any] | None = None
-    """The skill bank, if the run has one."""
-    best_loss: float | None = None
-    """Lowest mean training loss so far, if `eval.best_by` is loss."""
-    loss_sum: float | None = None
-    """Sum of the training losses since the last evaluation; None if there was none."""
-    losses: int = 0
-    """Number of losses in `loss_sum`."""
-
-    def without_best(self, why: str) -> str:
-        """Forget the best weights, which cannot be used; return a sentence that says so, with the reason ``why``."""
-        self.best_update, self.best_accuracy, self.since_best = 0, -1.0, 0
-        return f"{why}; the best weights are chosen again"
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -189,7 +156,7 @@ def state_of(folder: Path) -> State:
 
 def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
     try:
-        stored = {name: value for name, value in tree.items() if name not in (FILES, FORMAT, LOG_SUMS, "rollouts")}
+        stored = {name: value for name, value in tree.items() if name not in BESIDE_STATE}
         values = {entry.name: entry.default for entry in fields(State) if entry.name in ADDED} | stored
         state: State = build(State, values)
         if not all_finite(values):
@@ -375,14 +342,17 @@ def save_run(
     rollouts: Rollouts | None,
     keep: int | None,
     logs: Mapping[str, str] | None = None,
+    ahead: Batch | UnfinishedBatch | None = None,
 ) -> None:
-    """Save everything that the next update depends on, with ``rollouts`` if it still uses them.
+    """Save everything that the next updates depend on: ``rollouts`` that they still use, a batch that runs ``ahead``.
 
     The latest ``keep`` checkpoints are kept; all if it is None. ``logs`` is the result of `log_files.log_sums`.
     """
     files, tree = dict(tensors), {**vars(state), **({LOG_SUMS: dict(logs)} if logs is not None else {})}
     if rollouts is not None:
         files[ROLLOUTS], tree["rollouts"] = rollout_tensors(rollouts)
+    if ahead is not None:
+        files[AHEAD], tree["ahead"] = batch_tensors(ahead)
     write_checkpoint(run / CHECKPOINTS / f"{state.update:06d}", files, tree)
     if keep is not None:
         prune_checkpoints(run, keep)
@@ -412,7 +382,7 @@ def restore_run(
     for i, teacher in enumerate(teachers):
         if teacher.checkpoint_tensors:
             _load_teacher(teacher, _load(folder, f"teacher{i}.safetensors", tree), folder / f"teacher{i}.safetensors")
-    return state, _load_rollouts(folder, tree) if "rollouts" in tree else None
+    return state, _load_stored(folder, ROLLOUTS, tree, load_rollouts) if "rollouts" in tree else None
 
 
 def _load(folder: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -429,11 +399,31 @@ def _load_teacher(teacher: TeacherModel, saved: Mapping[str, Tensor], file: Path
     teacher.load({name: placed_like(saved[name], value) for name, value in teacher.checkpoint_tensors.items()})
 
 
-def _load_rollouts(folder: Path, tree: Mapping[str, Any]) -> Rollouts:
-    tensors = _load(folder, ROLLOUTS, tree)
+def restore_ahead(folder: Path, policy: Policy) -> Batch | UnfinishedBatch | None:
+    """Load the batch that runs ahead of learning, if a checkpoint that `restore_run` has loaded holds one.
+
+    Raises:
+        InputError: naming the file that is missing or damaged, with the remedy.
+    """
+    tree = read_state(folder)
+    if "ahead" not in tree:
+        return None
+    batch = _load_stored(folder, AHEAD, tree, load_batch)
+    if isinstance(batch, Batch):
+        return batch
+    live = trained(policy)
     try:
-        return load_rollouts(tensors, build(dict[str, Any], tree["rollouts"], "rollouts"))
+        check_tensors(batch.weights, shapes_of(live))
+    except ValueError as error:
+        raise damaged_checkpoint(folder / AHEAD, error) from error
+    return replace(batch, weights={name: placed_like(value, live[name]) for name, value in batch.weights.items()})
+
+
+def _load_stored(folder: Path, file: str, tree: Mapping[str, Any], load: Callable[[dict[str, Tensor], Any], T]) -> T:
+    tensors, name = _load(folder, file, tree), Path(file).stem
+    try:
+        return load(tensors, build(dict[str, Any], tree[name], name))
     except TensorError as error:
-        raise damaged_checkpoint(folder / ROLLOUTS, error) from error
+        raise damaged_checkpoint(folder / file, error) from error
     except ValueError as error:
         raise damaged_checkpoint(folder / STATE, error) from error

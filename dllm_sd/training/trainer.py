@@ -14,7 +14,7 @@ from torch import Tensor
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, first
-from dllm_sd.experience.pipeline import RolloutPipeline
+from dllm_sd.experience.pipeline import BegunBatch, RolloutPipeline
 from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
 from dllm_sd.files.writing import write_file
@@ -27,7 +27,7 @@ from dllm_sd.parallel.zero import parameters_in_words
 from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.pretrained.blueprint import Blueprint
-from dllm_sd.rollouts.rollout import Rollouts
+from dllm_sd.rollouts.rollout import Rollouts, UnfinishedBatch
 from dllm_sd.tasks.sources import about_dev, about_tests, final_split, rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_spans
@@ -39,6 +39,7 @@ from dllm_sd.training.checkpoint import (
     latest_checkpoint,
     load_weights,
     prune_checkpoints,
+    restore_ahead,
     restore_run,
     run_tensors,
     save_best,
@@ -100,7 +101,7 @@ class Trainer:
         self.pieces = Pieces(self.policy)
         self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, unknown_tokens)
         if self.main:
-            for sentence in (*self.notes, *self.pipeline.engine.notes, *about_sources(config)):
+            for sentence in (*self.notes, *self.pipeline.notes, *about_sources(config)):
                 print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -120,7 +121,7 @@ class Trainer:
 
     def _restore(self) -> None:
         """Load the latest checkpoint, unless the config says `resume=fresh`."""
-        self.state, self.rollouts = State(), None
+        self.state, self.rollouts, self.ahead = State(), None, None
         checkpoint = None if self.config.resume == "fresh" else on_main(lambda: latest_checkpoint(self.run))
         self.resumed = checkpoint is not None
         if checkpoint is None:
@@ -137,7 +138,7 @@ class Trainer:
         config = self.config
         with together():
             self.pipeline = RolloutPipeline(config, problems, self.policy, self.module, self.models, self.accelerator)
-        self.first_metrics = self.rows_left_out | self.pipeline.open(self.state.bank, self.state.update)
+        self.first_metrics = self.rows_left_out | self.pipeline.open(self.state.bank, self.state.update, self.ahead)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(parameters_in_words(self.policy.module))
         done = self.state.update if self.resumed else -1
@@ -166,6 +167,9 @@ class Trainer:
         try:
             former = on_main(lambda: read_report(self.run, self._facts())) if self.resumed and self.finished else None
             return former or self._train(until)
+        except BaseException:
+            self.pipeline.engine.cancel()
+            raise
         finally:
             self.folder.release()
 
@@ -186,7 +190,7 @@ class Trainer:
                     raise
                 except (FloatingPointError, Stopped):  # no step was taken, so the weights of the last update are saved
                     state.cursor, state.too_long = position
-                    self._save(prune=False)  # keeps earlier checkpoints, in case the run fails here again
+                    self._write(prune=False)  # keeps earlier checkpoints, in case the run fails here again
                     raise
                 state.update += 1
                 state.seconds += time.perf_counter() - started
@@ -301,11 +305,10 @@ class Trainer:
 
     def _accuracy(self, problems: Sequence[Problem], schedule: str | None, weights: str | None = None) -> Report:
         """Evaluate the current ``weights``, whose name is the number of updates unless it is given."""
-        engine = self.pipeline.engine
-        engine.use(weights or str(self.state.update))
+        self.pipeline.use(weights or str(self.state.update))
         with gathered(self.accelerator, self.module):
-            share = (self.rank, self.world)
-            return evaluate_run(self.policy, self.config, problems, *share, schedule, decoder=engine.decoder)
+            share, decoder = (self.rank, self.world), self.pipeline.engine.decoder
+            return evaluate_run(self.policy, self.config, problems, *share, schedule, decoder=decoder)
 
     def _test(self, phase: str, weights: str | None = None) -> dict[str, Any]:
         """Test reports by decoding schedule; `trained` is the run's own `decode` settings."""
@@ -363,12 +366,13 @@ class Trainer:
     def _load(self, checkpoint: Path) -> None:
         self.state, self.rollouts = restore_run(checkpoint, self.policy, self.optimizer, [*self.models.values()])
         state = self.state
-        if self.config.resume == "force":  # the method may have changed, so some entries may be missing
+        if self.config.resume == "force":  # the method may have changed, so some entries may be missing or of no use
             on_main(lambda: check_logs(self.run, state.update, None))
             if (reason := on_main(lambda: why_no_best(self.run, state))) is not None:
                 self.notes.append(state.without_best(reason))
             return
         on_main(lambda: check_best(self.run, state))
+        self.ahead = restore_ahead(checkpoint, self.policy)
         reuses_rollouts = state.update % self.method.rollout.passes != 0
         is_missing = {"rollouts": reuses_rollouts and self.rollouts is None}
         is_missing["bank"] = self.method.skill_bank is not None and state.bank is None
@@ -376,12 +380,23 @@ class Trainer:
             raise damaged_checkpoint(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
         on_main(lambda: check_logs(self.run, state.update, saved_log_sums(checkpoint)))
 
-    def _save(self, prune: bool = True) -> None:
-        keep = self.config.checkpoint.keep if prune else None
-        rollouts = self.rollouts if self.state.update % self.method.rollout.passes else None
-        self.state.bank = self.pipeline.skill_bank.tree
+    def _save(self) -> None:
+        try:
+            self.pipeline.settle()
+        except Stopped:
+            self._write(prune=False)
+            raise
+        self._write()
+
+    def _write(self, prune: bool = True) -> None:
+        keep, state = self.config.checkpoint.keep if prune else None, self.state
+        rollouts = self.rollouts if state.update % self.method.rollout.passes else None
+        ahead = self.pipeline.unlearnt(-(-state.update // self.method.rollout.passes))
+        if isinstance(ahead, BegunBatch):
+            ahead = UnfinishedBatch(ahead.number, ahead.version, state.cursor, gather_tensors(ahead.weights))
+        state.bank = self.pipeline.skill_bank.tree
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
-        on_main(lambda: save_run(self.run, tensors, self.state, rollouts, keep, log_sums(self.run, self.state.update)))
+        on_main(lambda: save_run(self.run, tensors, state, rollouts, keep, log_sums(self.run, state.update), ahead))
         on_main(lambda: self.pipeline.skill_bank.write_down(self.run))
         if prune:  # a run that stopped in the middle of an update goes on from the completions it had
             self.pipeline.engine.saved()

@@ -16,22 +16,25 @@ from safetensors.torch import load_file, save_file
 from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import EmaWeights, PeerWeights, SnapshotWeights, TeacherModel
+from dllm_sd.rollouts.rollout import Batch
 from dllm_sd.training.checkpoint import (
     ADDED,
     State,
     best_checkpoint,
     latest_checkpoint,
     load_weights,
+    restore_ahead,
     restore_run,
     run_tensors,
     save_best,
     save_run,
     write_checkpoint,
 )
+from tests.tiers import later
 from tests.training.test_checkpoint import roll_out, start, steps
 
 Build = Callable[..., MaskedDiffusion]
-FILES = ("model", "optimizer", "teacher0", "teacher1", "rollouts")
+FILES = ("model", "optimizer", "teacher0", "teacher1", "rollouts", "ahead")
 NAMES = [*(f"{name}.safetensors" for name in FILES), "state.json"]
 BANK = {"skills": [{"id": "gen_001", "title": "a"}], "mistakes": [], "metadata": {"huge": 1}}
 BEFORE = {"trained": {"accuracy": 0.5, "ci95": [0.0, 1.0]}}
@@ -52,7 +55,9 @@ class Saved:
                 teacher.after_update(update)
             tensors = run_tensors(self.policy, self.optimizer, self.teachers)
             state = State(update, 0, 40, 2, 1, 0.25, 1, None, BEFORE, 1.5, BANK)
-            save_run(run, tensors, state, rollouts, keep=2)
+            attempts = tuple((rollout,) for rollout in rollouts.kept)
+            ahead = Batch(update + 1, update, attempts, 50, 1, {"engine/logp_gap": 0.5})
+            save_run(run, tensors, state, rollouts, keep=2, ahead=ahead)
         save_best(run, tensors["model.safetensors"], state)
 
     @property
@@ -63,6 +68,7 @@ class Saved:
         folder = latest_checkpoint(self.run)
         assert folder is not None
         restore_run(folder, self.policy, self.optimizer, self.teachers)
+        restore_ahead(folder, self.policy)
 
     def refusal(self, name: str) -> str:
         """The one sentence with which resuming refuses, which names the file and changes nothing."""
@@ -208,7 +214,7 @@ def fits(key: str, value: Any) -> bool:
 def test_a_state_with_any_key_missing_or_wrong_is_refused(saved: Saved, checksums: bool):
     original = (saved.last / "state.json").read_text()
     keys = [key for key in json.loads(original) if checksums or key not in ("files", "format")]
-    assert {*vars(State()), "rollouts"} <= set(keys)
+    assert {*vars(State()), "rollouts", "ahead"} <= set(keys)
     for key in keys:
         for value in ("delete", *WRONG):
             if value is None and json.loads(original)[key] is None:
@@ -217,8 +223,8 @@ def test_a_state_with_any_key_missing_or_wrong_is_refused(saved: Saved, checksum
                 continue  # as an earlier version wrote it
             if value != "delete" and not checksums and fits(key, value):
                 continue
-            if key == "rollouts" and value == "delete" and not checksums:
-                continue  # as at the end of the passes: the trainer asks for them
+            if key in ("rollouts", "ahead") and value == "delete" and not checksums:
+                continue  # as at the end of the passes, and without a lag
 
             def change(tree: dict[str, Any], key: str = key, value: Any = value) -> None:
                 tree[key] = value
@@ -238,22 +244,23 @@ def entries(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from entries(tree[key], (*path, key))
 
 
-def test_rollouts_with_a_wrong_value_anywhere_are_refused_even_without_checksums(saved: Saved):
+@pytest.mark.parametrize("kept", ["rollouts", *later("ahead")])
+def test_rollouts_with_a_wrong_value_anywhere_are_refused_even_without_checksums(saved: Saved, kept: str):
     original = (saved.last / "state.json").read_text()
-    rollouts = json.loads(original)["rollouts"]
+    rollouts = json.loads(original)[kept]
     places = [path for path in entries(rollouts) if "fields" not in path[:-1]]
     assert len(places) > 40
     for path in places:
         for value in ({"odd": 1}, [[{}]], 2**70):
 
             def change(tree: dict[str, Any], path: tuple[Any, ...] = path, value: Any = value) -> None:
-                at = tree["rollouts"]
+                at = tree[kept]
                 for key in path[:-1]:
                     at = at[key]
                 at[path[-1]] = value
 
-            if path[-1] == "fields" and isinstance(value, dict):
-                continue  # the problem's own, whatever they are
+            if path[-1] in ("fields", "metrics") and isinstance(value, dict):
+                continue  # whatever they are
             edit(saved.last, change, checksums=False)
             saved.refusal("state.json")
             (saved.last / "state.json").write_text(original)
