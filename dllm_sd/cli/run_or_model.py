@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dllm_sd.files.writing import names_file
 from dllm_sd.pairing import check_decodings
 from dllm_sd.policies.loading import build_policy, load_adapter
 from dllm_sd.pretrained.blueprint import model_folder, read_blueprint
+from dllm_sd.tasks.own_grader import file_and_function
 from dllm_sd.training.checkpoint import chosen_checkpoint, load_weights, state_of
 from dllm_sd.training.folder import read_run_config
 from dllm_sd.training.outcome import initial_of
@@ -58,6 +59,7 @@ def load(
         tree = read_run_config(run)
     elif recipe.is_file():
         tree = {**read_run_config(recipe.parent, recipe.name), "model": {"path": name}}
+        _refuse_code(name, tree, {override.partition("=")[0] for override in overrides} | ({"task"} if task else set()))
     elif task is not None:
         tree = {"task": {"name": task}, "model": {"path": name}}
     else:
@@ -83,6 +85,17 @@ def load(
         if (warning := initial_of(folder)) and accelerator.is_main_process:
             warn(warning)
     return config, policy, weights
+
+
+def _refuse_code(name: str, tree: Mapping[str, Any], given: Collection[str]) -> None:
+    """Refuse to run code that the recipe of a model names and the user does not: models come from strangers."""
+    task = tree.get("task")
+    grader = str(task.get("grader", "")) if isinstance(task, Mapping) else ""
+    if file_and_function(grader) and not {"task", "task.name", "task.grader"} & {*given}:
+        raise InputError(
+            f"the recipe of {name!r} grades with {grader}, a file with code, which is run only where you name it: add "
+            f"task.grader={grader}, or another grader"
+        )
 
 
 def is_run(name: str) -> bool:

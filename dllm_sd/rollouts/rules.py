@@ -432,6 +432,8 @@ def gather(rule: RolloutRule, gate: Gate, tried: Sequence[Sequence[Rollout]]) ->
             counts["long_reference"] += not attempts
         counts["attempts"] += len(counted)
         counts["decoded"] += len(attempts)
+        if failed := sum(rollout.grade.failed for rollout in attempts):
+            counts["grader_failed"] = counts.get("grader_failed", 0) + failed
         counts["solved"] += any(rollout.grade.correct for rollout in counted)
         counts["first_try"] += bool(counted) and counted[0].grade.correct
         counts["tokens"] += sum(int(rollout.trajectory.written) for rollout in counted)

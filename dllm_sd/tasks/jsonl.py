@@ -1,13 +1,14 @@
-"""The user's own questions and answers: a local file or hub dataset, a prompt template, and one of six graders."""
+"""The user's own questions and answers: a local file or hub dataset, a prompt template, and a grader."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError, shown
 from dllm_sd.files.writing import Place
-from dllm_sd.ranges import Natural
+from dllm_sd.ranges import Natural, Positive, PositiveShare, Size
 from dllm_sd.tasks.choice import check_options, gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.conversations import is_conversation, read_conversation
 from dllm_sd.tasks.datafile import Entry, Row, Splits, chat, fields_of, needed, render
@@ -20,6 +21,7 @@ from dllm_sd.tasks.grading import (
     marked_expression,
 )
 from dllm_sd.tasks.math import gold_answer, grade_answer
+from dllm_sd.tasks.own_grader import Failed, Worker, file_and_function, search, worker
 from dllm_sd.tasks.sources import DatasetTask
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.texts import parse_rubric, render_rubric, rubric_score
@@ -28,7 +30,7 @@ from dllm_sd.texts.rubric import RUBRIC_WRITER_PLAIN
 _PROMPT = "{question}"
 _QUESTIONS = ("question", "messages", "prompt")
 """Fields of which the default prompt is the first that a row has."""
-_GRADERS = ("exact", "number", "expression", "math", "choice", "rubric")
+_GRADERS = ("exact", "number", "expression", "math", "choice", "rubric", "regex")
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,15 @@ class Jsonl(DatasetTask):
     space; "number" compares the number that the text ends with; "expression" compares the values of arithmetic
     expressions; "math" compares LaTeX answers as the task math does; "choice" compares letters as the task choice does;
     "rubric" needs no answer: the score is `texts.rubric_score` if ``reference_field`` holds a rubric, otherwise 1, and
-    a score of at least 0.5 is correct. The default ``prompt`` of "rubric" asks for a rubric for ``{question}``. A
-    reference may be a list, which is written as JSON.
+    a score of at least ``threshold`` is correct. The default ``prompt`` of "rubric" asks for a rubric for
+    ``{question}``. "regex" compares the last match of ``pattern`` in the completion (its first group, if it has one)
+    with the answer up to white space. A reference may be a list, which is written as JSON.
+
+    ``grader`` may also name a function in a file of the user's own, as in ``my_reward.py:score``. It is called as
+    ``score(problem, completion)`` with the fields of the row and the text, in a process of its own, and returns a
+    number from 0 to 1 (or that and the answer that it read, for majority votes); a score of at least ``threshold`` is
+    correct. No answer is needed. A call may take ``grader_seconds`` and ``grader_memory`` MiB, as may a match of
+    "regex"; a completion on which the function fails counts as wrong.
     """
 
     data: Place | None = None
@@ -59,18 +68,48 @@ class Jsonl(DatasetTask):
     system: str | None = None
     answer_field: str = "answer"
     reference_field: str | None = None
-    grader: Literal["exact", "number", "expression", "math", "choice", "rubric"] = "exact"
+    grader: str = "exact"
+    pattern: str | None = None
+    threshold: PositiveShare = 0.5
+    grader_seconds: Positive = 10.0
+    grader_memory: Size = 4096
     size_dev: Natural | None = None
     title: ClassVar[str] = "jsonl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.grader not in _GRADERS:
-            raise InputError(f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}.")
+        if self.grader not in _GRADERS and file_and_function(self.grader) is None:
+            raise InputError(
+                f"task.grader is {self.grader!r}; choose {', '.join(_GRADERS[:-1])} or {_GRADERS[-1]}, or name a "
+                "function in a file of your own, as in my_reward.py:score"
+            )
+        self._check_pattern()
         if not fields_of(self.prompt) and not set("{}") & set(self.prompt):
             raise InputError(
                 "task.prompt uses no field of the rows, so that all problems are the same; add one, such as {question}"
             )
+
+    def _check_pattern(self) -> None:
+        """Refuse a pattern that is missing, of no use, or no regular expression."""
+        if (self.pattern is None) == (self.grader == "regex"):
+            raise InputError(
+                "task.grader=regex and task.pattern belong together; set both, as in task.pattern='answer: (.+)', or "
+                "neither"
+            )
+        try:
+            re.compile(self.pattern or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"task.pattern is not a regular expression ({error!s:.80}); correct it") from None
+
+    @property
+    def _needs_answer(self) -> bool:
+        """Whether the grader compares with an answer."""
+        return self.grader in _GRADERS and self.grader != "rubric"
+
+    def _own(self) -> Worker:
+        """Return the process of the user's function."""
+        file, function = file_and_function(self.grader) or ("", "")
+        return worker(file, function, self.grader_seconds, self.grader_memory)
 
     def prompt_template(self) -> str:
         """Return ``prompt``; for the grader rubric its default is the prompt for a rubric's writer."""
@@ -171,13 +210,15 @@ class Jsonl(DatasetTask):
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """Grade with the grader that ``grader`` names."""
+        if self.grader not in _GRADERS:
+            return self._own().grade(problem.fields, completion[-MAX_TEXT:], self.threshold)
         if self.grader == "rubric":
             rubric = parse_rubric(completion)
             if isinstance(rubric, str):
                 return Grade(False, 0.0, None)
             gold = parse_rubric(problem.fields.get(self.reference_field) if self.reference_field else None)
             score = 1.0 if isinstance(gold, str) else rubric_score(rubric, gold)
-            return Grade(score >= 0.5, score, render_rubric(rubric))
+            return Grade(score >= self.threshold, score, render_rubric(rubric))
         needed(problem.fields, self.answer_field)
         gold = self._value(problem.fields, self.answer_field)
         if self.grader == "choice":
@@ -188,6 +229,10 @@ class Jsonl(DatasetTask):
         if self.grader == "exact":
             marked = last_answer(completion)
             parsed = _spaced(completion[-MAX_TEXT:] if marked is None else marked)
+            correct = parsed == _spaced(_answer(gold, "The problem"))
+        elif self.grader == "regex":
+            found = search(self.pattern or "", completion[-MAX_TEXT:], self.grader_seconds, self.grader_memory)
+            parsed = None if found is None else _spaced(found)
             correct = parsed == _spaced(_answer(gold, "The problem"))
         elif self.grader == "number":
             number = final_number(completion)
@@ -209,7 +254,7 @@ class Jsonl(DatasetTask):
     def _checked(self, rows: list[Row]) -> Iterator[Entry]:
         for row in rows:
             turns = self._turns(row.fields, row.where)
-            answer = "" if self.grader == "rubric" else self._checked_answer(row, turns)
+            answer = self._checked_answer(row, turns) if self._needs_answer else ""
             if self.grader == "number":
                 gold_number(answer, row.where)
             elif self.grader == "math":
@@ -230,7 +275,26 @@ class Jsonl(DatasetTask):
                 raise InputError(
                     f"{row.where}: task.prompt gives an empty prompt; fill its fields, or leave the row out"
                 )
+            if self.grader not in _GRADERS and row is rows[0]:
+                self._try_own(row)
             yield Entry(row.number, question, row.fields)
+
+    def _try_own(self, row: Row) -> None:
+        """Call the user's function with the answer of a row, so that a broken one is refused before any work."""
+        problem = Problem("first", row.fields)
+        answer = self.reference(problem) or row.fields.get(self.answer_field)
+        try:
+            self._own().score(row.fields, str("" if answer is None else answer))
+        except Failed as error:
+            raise InputError(
+                f"task.grader {self.grader} fails on {row.where} ({error}); correct the function"
+            ) from None
+
+    def summary(self, graded: Sequence[tuple[Problem, Grade]]) -> dict[str, float]:
+        """Return how often the user's function failed, which is where it read no answer."""
+        if self.grader in _GRADERS:
+            return {}
+        return {"grader_failed": sum(grade.parsed is None for _, grade in graded)}
 
     def _checked_answer(self, row: Row, turns: "_Turns | None") -> str:
         """Return the answer of a row, which must be there and not be empty."""

@@ -25,6 +25,8 @@ class Grade:
     correct: bool
     score: float
     parsed: str | None
+    failed: bool = False
+    """Whether the grader itself failed, as a user's function may; then the completion counts as wrong."""
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ LEFT_OUT_WORDS = {
     "data/in_test": "rows of task.data that occur in the test split too",
     "data/in_dev": "rows of task.data that occur in the dev split too",
     "rollouts/too_long": "problems longer than max_prompt",
+    "rollouts/grader_failed": "completions on which task.grader failed",
     "rollouts/long_reference": "problems with a reference longer than decode.length",
     "rollouts/rejected": "rollouts rejected by method.gate",
     "rollouts/no_hint": "rollouts without a hint",

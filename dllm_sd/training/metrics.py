@@ -79,7 +79,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "rollouts/length": counts["tokens"] / attempts,
         "rollouts/steps": counts["steps"] / attempts,
         **_behind_end(rollouts),
-        **{f"rollouts/{name}": int(counts[name]) for name in ("long_reference",) if name in counts},
+        **{f"rollouts/{name}": int(counts[name]) for name in ("long_reference", "grader_failed") if name in counts},
         **{f"writers/{name}": int(n) for name, n in counts.items() if name in WRITING or name.startswith("dropped/")},
     }
 

@@ -96,7 +96,7 @@ def test_malformed_rows_are_refused(tmp_path: Path, fields: dict, row: dict, mes
 
 def test_wrong_fields_and_missing_splits_are_refused(tmp_path: Path):
     with pytest.raises(
-        InputError, match=r"task\.grader is 'loose'; choose exact, number, expression, math, choice or rubric"
+        InputError, match=r"task\.grader is 'loose'; choose exact, number, expression, math, choice, rubric or regex"
     ):
         Jsonl(grader="loose")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=r"task\.size_dev is -1; give"):

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], Rows, Rows]] = {
         [],
     ),
     "rollouts/long_reference": ({}, [*ROWS, *(longer(row, "answer") for row in ROWS)], []),
+    "rollouts/grader_failed": ({"method": OUT_OF_REACH, "task": {"grader": "reward.py:score"}}, ROWS, []),
     "rollouts/rejected": ({"method": OUT_OF_REACH}, ROWS, []),
     "rollouts/no_hint": ({"method": {"name": "sdpo", "rollout": {"problems": 2, "attempts": 2}}}, ROWS, []),
     "rollouts/long_hint": (
@@ -71,6 +72,7 @@ def test_what_a_run_leaves_out_is_counted_reported_and_told_once(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
     test_rows = [{"question": "99", "answer": "0"}, *tested]
+    Path("reward.py").write_text("def score(problem, completion):\n    return {problem['answer']: 1.0}[completion]\n")
     for file, some in (("data", rows), ("test", test_rows)):
         Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     tree = {**TREE, **changes, "task": {**TREE["task"], **REFERENCED, **changes.get("task", {})}}
