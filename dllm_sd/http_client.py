@@ -19,6 +19,7 @@ from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler
 from urllib.request import Request as Post
 
 from dllm_sd.errors import InputError
+from dllm_sd.randomness import make_key
 
 LARGEST_ANSWER = 4 * 2**20
 """Most bytes of a response, including its headers."""
@@ -138,6 +139,19 @@ def check_url(url: str, key: str, example: str) -> None:
             f"{key} must be an http or https address in ASCII without query and fragment; give the base URL, "
             f"such as {example}"
         )
+
+
+def pause(backoff: float, key: int, attempt: int, retry_after: float = 0.0) -> float:
+    """Return the seconds to wait after ``attempt + 1`` failed attempts at a request.
+
+    Args:
+        backoff: most seconds after the first; they double with every attempt.
+        key: of the request, so that requests that failed together do not come back together.
+        attempt: attempts before the last one.
+        retry_after: what the server asks for.
+    """
+    jitter = (1 + make_key("pause", key, attempt) / 2**63) / 2  # from 1/2 to 1
+    return min(max(retry_after, backoff * 2.0 ** min(attempt, 10) * jitter), LONGEST_WAIT)
 
 
 def is_temporary(failure: str) -> bool:

@@ -1,7 +1,7 @@
 """A completion as JSON, between a server that decodes and a client that trusts nothing, and in files; exact."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -59,6 +59,25 @@ def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
         "end_ids": list(trajectory.end_ids),
         **{name: getattr(trajectory, name) for name in ("blocks_of_prompt", "causal")},
     }
+
+
+def generate_body(
+    prompt: Sequence[int],
+    key: int,
+    settings: Mapping[str, Any],
+    stop_after: Mapping[str, Any] | None,
+    model: str | None,
+) -> dict[str, Any]:
+    """Return the body of ``POST /generate``, whose answer is a trajectory.
+
+    Args:
+        prompt: token ids.
+        key: seeds the random numbers of the completion.
+        settings: the keys of `decode` that decide what is decoded.
+        stop_after: ``unit`` and ``count`` of how far it is decoded; None for its end.
+        model: name of the weights; None for those that the server was started with.
+    """
+    return {"prompt_ids": list(prompt), "key": key, "settings": settings, "stop_after": stop_after, "model": model}
 
 
 def trajectory_from_json(tree: Any, prompt: Sequence[int], length: int, vocabulary: int | None = None) -> Trajectory:

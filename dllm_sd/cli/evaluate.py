@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     if PartialState().is_main_process:
         if sentence := about_tests(config.task):
             warn(sentence)
+        if config.decode.engine.remote:
+            warn("decode.engine is for rollouts and evaluations in training; this evaluation decodes on this machine")
         warn_unknown_text(policy, map(config.task.messages, test_problems(config)[:PROMPTS_CHECKED]), "the prompts")
     with Accelerator().autocast():
         report = evaluate_into(out, policy, config, {**settings, "evaluated": options.model, "weights": weights})

@@ -119,9 +119,11 @@ class Generator:
 
     def _wanted(self, settings: Decoding, stop_after: StopAfter | None) -> GenerationConfig:
         """Return the generation config; it is greedy, since a logits processor draws each token."""
-        steps = settings.length if stop_after is None else min(stop_after.count, settings.length)
         return GenerationConfig(
-            max_new_tokens=steps, do_sample=False, eos_token_id=list(self.end_ids), pad_token_id=self.pad_id
+            max_new_tokens=settings.tokens(stop_after),
+            do_sample=False,
+            eos_token_id=list(self.end_ids),
+            pad_token_id=self.pad_id,
         )
 
 

@@ -84,7 +84,7 @@ class RemoteDecoder:
             key=job.key,
             model=self.weights(),
             decode=settings_to_json(settings),
-            steps=settings.length if stop_after is None else min(stop_after.count, settings.length),
+            steps=settings.tokens(stop_after),
             stop_after=stop_after_to_json(stop_after),
             end_ids=self.ids.end_ids,
             pad_id=self.ids.pad_id,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from dllm_sd.engines import ENGINES, Engine, Local
 from dllm_sd.errors import InputError
 from dllm_sd.ranges import Natural, PositiveShare, Range, Ranged, Size, Temperature
+from dllm_sd.trajectory import StopAfter
 
 Order = Literal["confidence", "margin", "entropy", "random", "left_to_right"]
 
@@ -65,6 +66,10 @@ class Decoding(Ranged, key="decode"):
             raise InputError("decode.threshold compares probabilities; set decode.order to confidence")
         if self.threshold is not None and self.steps is not None:
             raise InputError("decode.threshold decides the number of steps; set decode.steps to null")
+
+    def tokens(self, stop_after: StopAfter | None) -> int:
+        """Return the most tokens of an autoregressive completion that is decoded so far."""
+        return self.length if stop_after is None else min(stop_after.count, self.length)
 
     def check_suppressed(self, vocabulary: int, key: str = "decode") -> None:
         """Refuse suppressed ids that a model with a ``vocabulary`` of ``v`` tokens does not have.

@@ -6,7 +6,7 @@ from typing import Any
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.files.typed_json import build
 from dllm_sd.trajectory import StopAfter
-from dllm_sd.trajectory_json import LATEST_STEP
+from dllm_sd.trajectory_json import LATEST_STEP, generate_body
 
 SETTINGS = (
     *("length", "block_length", "tokens_per_step", "steps", "temperature", "top_k", "top_p", "order", "threshold"),
@@ -47,19 +47,5 @@ def stop_after_from_json(tree: Any) -> StopAfter | None:
 def request_to_json(
     prompt: Sequence[int], key: int, settings: Decoding, stop_after: StopAfter | None, model: str | None = None
 ) -> dict[str, Any]:
-    """Return the body of ``POST /generate``.
-
-    Args:
-        prompt: token ids.
-        key: seeds the random numbers of the completion.
-        settings: the keys of `decode`.
-        stop_after: how far it is decoded.
-        model: name of the weights; None for those that the server was started with.
-    """
-    return {
-        "prompt_ids": list(prompt),
-        "key": key,
-        "settings": settings_to_json(settings),
-        "stop_after": stop_after_to_json(stop_after),
-        "model": model,
-    }
+    """Return the body of ``POST /generate`` (`generate_body`)."""
+    return generate_body(prompt, key, settings_to_json(settings), stop_after_to_json(stop_after), model)

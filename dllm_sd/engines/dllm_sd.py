@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dllm_sd.engines.engine import CompletionRequest, RemoteEngine, same_prompt
+from dllm_sd.engines.engine import CompletionRequest, RemoteEngine
 from dllm_sd.trajectory import Trajectory
-from dllm_sd.trajectory_json import trajectory_from_json
+from dllm_sd.trajectory_json import generate_body, trajectory_from_json
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,6 @@ class DllmSd(RemoteEngine):
 
     denoises: ClassVar[bool] = True
     takes_all_weights: ClassVar[bool] = True
-    repeatable: ClassVar[bool] = True
 
     def check(self, decode: Mapping[str, Any], key: str) -> None:
         """All settings are the server's too."""
@@ -23,13 +22,7 @@ class DllmSd(RemoteEngine):
     def ask(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         """A canvas."""
         settings = {**request.decode, "suppress": list(request.banned)}
-        return "/generate", {
-            "model": request.model,
-            "prompt_ids": list(request.prompt),
-            "key": request.key,
-            "settings": settings,
-            "stop_after": request.stop_after,
-        }
+        return "/generate", generate_body(request.prompt, request.key, settings, request.stop_after, request.model)
 
     def read(self, answer: Any, request: CompletionRequest) -> Trajectory:
         """The canvas, the step of each position and its log-probability."""
@@ -37,7 +30,6 @@ class DllmSd(RemoteEngine):
             raise ValueError("the answer is not a JSON object")
         if answer.get("model") != request.model:
             raise ValueError(f"the answer is of {answer.get('model')!r:.80}, not of {request.model!r:.80}")
-        same_prompt(request.prompt, answer.get("prompt_ids"))
         return trajectory_from_json(answer, request.prompt, request.decode["length"], request.vocabulary)
 
     def load(self, name: str, folder: str, adapter: bool) -> tuple[str, dict[str, Any]]:

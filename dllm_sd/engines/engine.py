@@ -12,6 +12,9 @@ from dllm_sd.ranges import Natural, NonNegative, Range, Ranged
 from dllm_sd.trajectory import Trajectory
 
 KEY = "decode.engine"
+TOLERANCES = {"exact": 0.001, "rounded": 0.05}
+"""Defaults of `RemoteEngine.tolerance`. In float32 servers and trainer differ by 1e-5 to 1e-4 nats a token, in bfloat16
+by about 0.01 (docs/benchmarks.md); a few updates move an adapter further than the former."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,14 @@ class RemoteEngine(Ranged, ABC, key=KEY):
     """Requests in flight at each server."""
     checked: Natural = 4
     """Rollouts of every batch that the trainer scores again (`engine/logp_gap`)."""
-    tolerance: NonNegative = 0.05
-    """Largest mean difference, in nats a token, between the log-probabilities of engine and trainer. Weights of the
-    same type differ by less than 0.001 in float32 and by about 0.01 in bfloat16."""
+    tolerance: NonNegative | None = None
+    """Largest mean difference, in nats a token, between the log-probabilities of engine and trainer. null: 0.001 where
+    the trainer computes in float32 or float64, 0.05 where it rounds to 16 bits or fewer (`TOLERANCES`)."""
     remote: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
     """Whether it decodes masked-diffusion models."""
     takes_all_weights: ClassVar[bool] = False
     """Whether it takes the weights of full fine-tuning, not only LoRA adapters."""
-    repeatable: ClassVar[bool] = False
-    """Whether equal keys give equal completions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,15 +133,15 @@ class RemoteEngine(Ranged, ABC, key=KEY):
         """Return the route and the JSON body that remove weights; None if loading others has removed them."""
 
 
-def integers(value: Any, name: str, least: int = 0) -> list[int]:
+def integers(value: Any, name: str) -> list[int]:
     """Check a list of integers of an answer.
 
     Raises:
-        ValueError: if it is something else, or holds a number below ``least``.
+        ValueError: if it is something else, or holds a negative number.
     """
     if not isinstance(value, list):
         raise ValueError(f"{name} is not a list of token ids, but {type(value).__name__}")
-    if wrong := [x for x in value if type(x) is not int or x < least]:
+    if wrong := [x for x in value if type(x) is not int or x < 0]:
         raise ValueError(f"{name} holds {wrong[0]!r:.40}, which is not a token id")
     return value
 

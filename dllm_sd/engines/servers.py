@@ -9,14 +9,11 @@ from typing import Any
 
 from dllm_sd.engines.engine import KEY, CompletionRequest, RemoteEngine
 from dllm_sd.errors import InputError, Stopped, shortened
-from dllm_sd.http_client import LONGEST_WAIT, HttpClient, Reply, json_headers
-from dllm_sd.randomness import make_key
+from dllm_sd.http_client import HttpClient, Reply, json_headers, pause
 from dllm_sd.trajectory import Trajectory
 
 FAILURES_UNTIL_DOWN = 3
 """After so many failed attempts in a row a server counts as down, and others get its requests."""
-WEIGHTS_PREFIX = "dllm-sd-"
-"""How the names of trained weights begin; a server that took all weights knows its model by such a name."""
 
 
 class WrongAnswer(Stopped):
@@ -51,8 +48,11 @@ class Servers:
         self.retried = 0
         """Attempts at completions that failed and were repeated."""
 
-    def check(self, longest: int) -> None:
+    def check(self, longest: int, prefix: str) -> None:
         """Ask every server whether it is up, knows the model, and reads ``longest`` tokens of prompt and completion.
+
+        Names that begin with ``prefix`` are those of this run's weights: a server that took all of them knows its model
+        by such a name.
 
         Raises:
             InputError: naming the server, and the remedy.
@@ -67,7 +67,7 @@ class Servers:
                     "give the base URL of one that runs"
                 )
             models = _models(reply.content)
-            names = [name for name in models if name == self.engine.model or name.startswith(WEIGHTS_PREFIX)]
+            names = [name for name in models if name == self.engine.model or name.startswith(prefix)]
             if not names:
                 raise InputError(
                     f"{KEY}.model {self.engine.model!r} is not served at {server.url}, which has "
@@ -127,8 +127,8 @@ class Servers:
                     f"the server at {server.url} ({KEY}) refuses a completion ({reply.failure}: {_said(reply)}); "
                     "change its settings or those of decode, and run the same command again"
                 )
-            pause = self._pause(request.key, attempt, reply.retry_after)
-            if attempt == self.engine.retries or self._stop.wait(pause):
+            seconds = pause(self.engine.backoff, request.key, attempt, reply.retry_after)
+            if attempt == self.engine.retries or self._stop.wait(seconds):
                 raise Stopped(
                     f"no server of {KEY}.url made a completion in {attempt + 1} attempts (the last at {server.url}: "
                     f"{reply.failure}); finished rollouts are kept: start the servers, and run the same command again"
@@ -186,11 +186,6 @@ class Servers:
                 f"the server at {server.url} ({KEY}.url) answers {reply.failure[5:]} ({_said(reply)}); put a secret "
                 f"that it accepts into the environment variable {self.engine.key_variable} ({KEY}.key_variable)"
             )
-
-    def _pause(self, key: int, attempt: int, retry_after: float) -> float:
-        """Return the seconds to wait after `attempt` + 1 failed attempts."""
-        jitter = (1 + make_key("engine's pause", key, attempt) / 2**63) / 2  # from 1/2 to 1
-        return min(max(retry_after, self.engine.backoff * 2.0 ** min(attempt, 10) * jitter), LONGEST_WAIT)
 
 
 def _models(content: bytes) -> dict[str, int | None]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.files.reading import read_own
+from dllm_sd.files.reading import cut_half_line, read_own
 from dllm_sd.files.typed_json import build, own_json
 from dllm_sd.files.writing import replacing, write_file
 from dllm_sd.tasks.task import Grade, Problem
 
 GENERATIONS, SETTINGS = "generations.jsonl", "settings.json"
+REMEDY = "remove it, and what it held is decoded again"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Record:
         """
         self.folder, self.schedule = folder, schedule
         self._file = folder / f".generations.{rank}.jsonl"
-        _cut_half_line(self._file)
+        cut_half_line(self._file, REMEDY)
         self.lines = {(line.id, line.attempt): line for name, line in _read(folder) if name == schedule}
         """Stored attempts, by problem and attempt."""
         self.problems: list[str] = []
@@ -124,19 +125,11 @@ def _partial(folder: Path) -> list[Path]:
     return sorted(folder.glob(".generations.*.jsonl"))
 
 
-def _cut_half_line(file: Path) -> None:
-    """Remove an incomplete last line, which the next line would be appended to."""
-    content = _content(file)
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)
-
-
 def _content(file: Path) -> bytes:
     """Return the content of a file of attempts, empty if the file does not exist."""
     if not os.path.lexists(file):
         return b""
-    return read_own(file, "remove it, and what it held is decoded again", sys.maxsize)
+    return read_own(file, REMEDY, sys.maxsize)
 
 
 def _read(folder: Path) -> Iterator[tuple[str, GradedAttempt]]:

@@ -17,7 +17,8 @@ from dllm_sd.decoding.queue import Queue
 from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.engines import RemoteEngine
-from dllm_sd.engines.servers import WEIGHTS_PREFIX, Servers
+from dllm_sd.engines.engine import TOLERANCES
+from dllm_sd.engines.servers import Servers
 from dllm_sd.errors import Stopped
 from dllm_sd.files.writing import remove
 from dllm_sd.network.swapping import swapped
@@ -37,6 +38,25 @@ IMPROBABLE = math.log(1e-9)
 """Log-probability of equal attempts, by chance, below which the servers are taken to ignore seeds or temperature."""
 
 
+def folder_of(config: Config) -> Path:
+    """The folder of weights and completions, as the servers are told it."""
+    return Path(config.run).resolve() / FOLDER
+
+
+def weights_prefix(config: Config) -> str:
+    """How the names of a run's weights begin on the servers."""
+    return f"dllm-sd-{sha256(str(folder_of(config)).encode()).hexdigest()[:8]}-"
+
+
+def tolerance(config: Config) -> float:
+    """`tolerance` of a run's engine, by default that of the type in which the trainer computes."""
+    engine: Any = config.decode.engine
+    if engine.tolerance is not None:
+        return engine.tolerance
+    rounds = config.optim.autocast or config.model.quantization or config.model.dtype in ("bfloat16", "float16")
+    return TOLERANCES["rounded" if rounds else "exact"]
+
+
 def check_servers(config: Config) -> None:
     """Refuse servers that do not answer or do not have the model, before weights are read.
 
@@ -45,7 +65,7 @@ def check_servers(config: Config) -> None:
     """
     if isinstance(engine := config.decode.engine, RemoteEngine):
         lengths = [config.decode.length, config.held_out().length]
-        Servers(engine).check(config.max_prompt + max(lengths))
+        Servers(engine).check(config.max_prompt + max(lengths), weights_prefix(config))
 
 
 class RolloutEngine:
@@ -59,7 +79,7 @@ class RolloutEngine:
         """
         self.config, self.policy, self.module, self.accelerator = config, policy, module, accelerator
         self.engine: Any = config.decode.engine
-        self.folder = Path(config.run).resolve() / FOLDER
+        self.folder = folder_of(config)
         self.decoder: Decoder = policy.decoder
         self.version = ""
         if self.engine.remote:
@@ -86,7 +106,7 @@ class RolloutEngine:
         Raises:
             Stopped: if no server takes them.
         """
-        name = f"{WEIGHTS_PREFIX}{sha256(str(self.folder).encode()).hexdigest()[:8]}-{version}"
+        name = f"{weights_prefix(self.config)}{version}"
         if not self.engine.remote or name == self.version:
             return
         folder, adapter = self.folder / name, self.config.model.lora is not None
@@ -151,11 +171,11 @@ class RolloutEngine:
         if not len(gaps):
             return metrics
         mean, largest = float(gaps.mean()), float(gaps.max())
-        if not mean <= self.engine.tolerance:
+        if not mean <= (most := tolerance(self.config)):
             raise Stopped(
                 f"the servers of decode.engine do not decode with the student's weights of {self.version}: their "
                 f"log-probabilities differ from the trainer's by {mean:.3g} nats a token in the mean, more than "
-                f"decode.engine.tolerance {self.engine.tolerance:g}; look whether the adapter is active, the model and "
+                f"decode.engine.tolerance {most:g}; look whether the adapter is active, the model and "
                 "its type are the same, and log-probabilities are those of the sampling temperature"
             )
         return {**metrics, "engine/logp_gap": mean, "engine/logp_gap_max": largest}

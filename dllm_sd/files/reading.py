@@ -114,6 +114,18 @@ def read_own(file: Path, remedy: str, largest: int = LARGEST_FILE) -> bytes:
         raise damaged_file(file, error, remedy) from error
 
 
+def cut_half_line(file: Path, remedy: str) -> None:
+    """Remove the last line of a file of whole lines if a killed process did not finish it; the next is appended there.
+
+    Raises:
+        InputError: as `damaged_file`, if it cannot be read.
+    """
+    content = read_own(file, remedy, sys.maxsize) if os.path.lexists(file) else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+
+
 def bounded_lines(file: BinaryIO, where: Callable[[int], str]) -> Iterator[bytes]:
     """The lines of a file with their ends, never more than one of them in memory.
 

@@ -5,7 +5,6 @@ again makes the same updates.
 """
 
 import json
-import os
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -13,11 +12,12 @@ from threading import Lock
 
 from dllm_sd.engines import CompletionRequest
 from dllm_sd.errors import InputError, on_one_line
-from dllm_sd.files.reading import read_own
+from dllm_sd.files.reading import cut_half_line, read_own
 from dllm_sd.files.typed_json import own_json
 from dllm_sd.trajectory import Trajectory
 from dllm_sd.trajectory_json import trajectory_from_json, trajectory_to_json
 
+REMEDY = "remove it, and its completions are made again"
 LARGEST = 2**33
 """Bytes of a journal."""
 
@@ -35,6 +35,8 @@ class RolloutJournal:
         self._stored = {name: tree for file in sorted(folder.glob("rollouts.*.jsonl")) for name, tree in _read(file)}
         self.found = len(self._stored)
         """Completions that were there at the start."""
+        self._is_whole = False
+        """Whether the folder is there, and the file of this process ends with a whole line."""
         self.used = 0
         """Completions that were not asked for again."""
 
@@ -62,8 +64,10 @@ class RolloutJournal:
         """Append a completion to the file of this process."""
         line = json.dumps({"request": request_digest(request), **trajectory_to_json(trajectory)}) + "\n"
         with self._lock:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _cut_half_line(self._file)
+            if not self._is_whole:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                cut_half_line(self._file, REMEDY)
+                self._is_whole = True
             with self._file.open("ab") as file:
                 file.write(line.encode())
 
@@ -84,7 +88,7 @@ def request_digest(request: CompletionRequest) -> str:
 
 
 def _read(file: Path) -> list[tuple[str, dict[str, object]]]:
-    *lines, _ = read_own(file, "remove it, and its completions are made again", LARGEST).split(b"\n")
+    *lines, _ = read_own(file, REMEDY, LARGEST).split(b"\n")
     entries = []
     for number, line in enumerate(lines, 1):
         try:
@@ -96,19 +100,3 @@ def _read(file: Path) -> list[tuple[str, dict[str, object]]]:
                 "completions are made again"
             ) from error
     return entries
-
-
-def _cut_half_line(file: Path) -> None:
-    """Remove a last line that a killed process did not finish."""
-    if not file.exists():
-        return
-    with file.open("rb") as content:
-        size = content.seek(0, os.SEEK_END)
-        if size == 0:
-            return
-        content.seek(size - 1)
-        if content.read(1) == b"\n":
-            return
-        content.seek(0)
-        whole = content.read().rfind(b"\n") + 1
-    os.truncate(file, whole)

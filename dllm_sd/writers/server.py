@@ -25,6 +25,7 @@ from dllm_sd.http_client import (
     check_url,
     is_temporary,
     json_headers,
+    pause,
 )
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Range, Ranged
@@ -88,11 +89,6 @@ class Server(Ranged):
         """
         return ask_once(self.identity, requests, sampling, cache, partial(self._ask, sampling))
 
-    def pause(self, key: int, tries: int, retry_after: float = 0.0) -> float:
-        """Return the seconds to wait after `tries` + 1 failed attempts; the server asks for `retry_after`."""
-        jitter = (1 + make_key("writer's pause", key, tries) / 2**63) / 2  # from 1/2 to 1
-        return min(max(retry_after, self.backoff * 2.0 ** min(tries, 10) * jitter), LONGEST_WAIT)
-
     def _ask(self, sampling: Sampling, requests: Sequence[Request]) -> Generator[tuple[int, Written]]:
         session = _Session(HttpClient(json_headers(self.key_variable, "a writer's key_variable"), self.timeout))
         with ThreadPoolExecutor(min(self.concurrency, len(requests)), "writer") as pool:
@@ -110,11 +106,11 @@ class Server(Ranged):
         """Send a request, and repeat it after temporary failures."""
         body = json.dumps(self._body(request, sampling)).encode()
         for tries in count():
-            written, pause = self._try(body, session)
+            written, asked = self._try(body, session)
             if written.failure is None or not is_temporary(written.failure) or tries == self.retries:
                 session.ended(written.failure)
                 return written
-            if session.stop.wait(self.pause(request.key, tries, pause)):
+            if session.stop.wait(pause(self.backoff, request.key, tries, asked)):
                 return written
         raise AssertionError("count() has no end")
 

@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.server
 
     def do_GET(self) -> None:
-        self.reply({"data": [{"id": MODEL, "max_model_len": self.double.longest}]})
+        self.reply({"data": [{"id": self.double.served, "max_model_len": self.double.longest}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -78,7 +78,7 @@ class Double(ThreadingHTTPServer):
         """Changes every answer."""
         self.stale = self.deaf = False
         """Whether adapters are taken but not used; whether seeds are ignored."""
-        self.longest, self.lock, self.released = 4096, Lock(), Event()
+        self.served, self.longest, self.lock, self.released = MODEL, 4096, Lock(), Event()
         self.thread = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 

@@ -14,6 +14,7 @@ import pytest
 from dllm_sd.config import build_config
 from dllm_sd.engines import CompletionRequest, Vllm
 from dllm_sd.errors import InputError, Stopped
+from dllm_sd.experience.rollout_engine import check_servers, tolerance, weights_prefix
 from dllm_sd.training.trainer import Trainer
 from tests.engines.double import MODEL, Double, Handler
 from tests.tiers import later
@@ -49,7 +50,7 @@ def double(shared: Double) -> Iterator[Double]:
     yield shared
     shared.faults.clear()
     shared.stale = shared.deaf = False
-    shared.longest = 4096
+    shared.longest, shared.served = 4096, MODEL
     shared.edit = lambda answer: answer
 
 
@@ -210,11 +211,40 @@ def test_half_an_answer_stops_the_run(double: Double, tmp_path: Path):
         train(tmp_path / "run", double.url)
 
 
-def test_an_adapter_that_is_not_active_stops_the_run(double: Double, tmp_path: Path):
+def test_an_adapter_that_is_not_active_stops_the_run_and_its_rollouts_are_made_again(double: Double, tmp_path: Path):
     double.stale = True
-    with pytest.raises(Stopped, match=r"do not decode with the student's weights .* nats a token"):
+    words = r"do not decode with the student's weights .* nats a token .* than decode\.engine\.tolerance 0\.001"
+    with pytest.raises(Stopped, match=words):
         train(tmp_path / "run", double.url)
     assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]  # the adapter of update 0 changes nothing
+    double.stale = False
+    assert [line["update"] for line in train(tmp_path / "run", double.url)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "most"),
+    [
+        ({}, 0.001),
+        ({"model": {"path": "tiny_ar", "dtype": "float64", "lora": {"rank": 4}}}, 0.001),
+        ({"model": {"path": "tiny_ar", "dtype": "bfloat16", "lora": {"rank": 4}}}, 0.05),
+        ({"optim": {"autocast": "bfloat16"}}, 0.05),
+    ],
+)
+def test_the_tolerance_is_that_of_the_type_in_which_the_trainer_computes(
+    tmp_path: Path, change: dict[str, Any], most: float
+):
+    settings = tree(tmp_path, "http://127.0.0.1:1")
+    assert tolerance(build_config({**settings, **change})) == most
+    settings["decode"]["engine"]["tolerance"] = 0.5
+    assert tolerance(build_config({**settings, **change})) == 0.5
+
+
+def test_a_server_with_the_weights_of_another_run_is_refused(double: Double, tmp_path: Path):
+    double.served = "dllm-sd-12345678-7"
+    with pytest.raises(InputError, match=r"decode\.engine\.model 'small' is not served at .*dllm-sd-12345678-7"):
+        train(tmp_path / "run", double.url)
+    double.served = f"{weights_prefix(build_config(tree(tmp_path / 'run', double.url)))}7"
+    check_servers(build_config(tree(tmp_path / "run", double.url)))
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from dllm_sd import http_client
 from dllm_sd.errors import InputError
 from dllm_sd.writers import Cache, Sampling, Server, Writer, Written
-from dllm_sd.writers import server as server_module
 from tests.writers.service import BRIEF, FAULTS, Handler, Service, requests, slow, status, write_one, writer
 
 
@@ -137,7 +137,7 @@ def test_no_more_are_in_flight_than_concurrency_says_and_as_many(service: Servic
 
 @pytest.mark.parametrize("when", ["3600", "date"])
 def test_retry_after_is_honoured_up_to_a_bound(service: Service, when: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server_module, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(http_client, "LONGEST_WAIT", 0.2)
     header = formatdate(time() + 3600, usegmt=True) if when == "date" else when
     service.faults["x"] = [status(429, Retry_After=header)]
     start = monotonic()
@@ -147,20 +147,19 @@ def test_retry_after_is_honoured_up_to_a_bound(service: Service, when: str, monk
 
 @pytest.mark.parametrize("header", ["soon", "-5", "nan", "9" * 5000, "Wed, 99 Foo 2020 00:00:00 GMT"])
 def test_a_retry_after_without_a_meaning_does_no_harm(service: Service, header: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server_module, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(http_client, "LONGEST_WAIT", 0.05)
     service.faults["x"] = [status(503, Retry_After=header)]
     assert write_one(service).text == "text of x"
 
 
 def test_pauses_double_with_a_jitter_of_their_own_and_have_a_bound():
-    server = Server("http://host/v1", "m", backoff=2.0)
     for tries in range(4):
-        pauses = [server.pause(key, tries) for key in range(50)]
+        pauses = [http_client.pause(2.0, key, tries) for key in range(50)]
         assert all(2.0**tries <= pause <= 2.0 ** (tries + 1) for pause in pauses)
         assert len(set(pauses)) == 50
-        assert pauses == [server.pause(key, tries) for key in range(50)]
-    assert server.pause(1, 0, retry_after=7.0) == 7.0
-    assert server.pause(1, 0, retry_after=3600.0) == server.pause(1, 5000) == 60.0
+        assert pauses == [http_client.pause(2.0, key, tries) for key in range(50)]
+    assert http_client.pause(2.0, 1, 0, retry_after=7.0) == 7.0
+    assert http_client.pause(2.0, 1, 0, retry_after=3600.0) == http_client.pause(2.0, 1, 5000) == 60.0
 
 
 def test_a_pause_is_waited_for(service: Service):
