@@ -12,7 +12,7 @@ def later(*cases: Any) -> list[Any]:
 
 
 def crossed(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
-    """All pairs of two lists, as parameters: few that name each value once in the first tier, the others in the second."""
+    """All pairs of two lists, as parameters: few that name each value once in the first tier, the rest in the later."""
     rows, columns = [*rows], [*columns]
     first = {(i % len(rows), i % len(columns)) for i in range(max(len(rows), len(columns)))}
     return [

@@ -23,7 +23,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.network.lazy_logits import LOSS_CHUNK_LOGITS
 from dllm_sd.parallel import sharding
 from dllm_sd.parallel.sharding import gather_tensors
-from dllm_sd.training import trainer as trainer_module
+from dllm_sd.training import learner as learner_module
 from dllm_sd.training.trainer import Trainer
 from tests import exact  # noqa: F401
 
@@ -111,7 +111,7 @@ def check_pieces(trainer: Trainer) -> None:
 
 def check_refusal(run: Path) -> None:
     """A non-finite loss on one process stops both before the step."""
-    trainer, grade = Trainer(config_of("lora", run)), trainer_module.grade_micro_batch
+    trainer, grade = Trainer(config_of("lora", run)), learner_module.grade_micro_batch
 
     def poisoned(*arguments: Any) -> Any:
         graded = grade(*arguments)
@@ -119,7 +119,7 @@ def check_refusal(run: Path) -> None:
 
     before = {name: value.full_tensor() for name, value in trainer.policy.module.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "grade_micro_batch", poisoned)
+        patch.setattr(learner_module, "grade_micro_batch", poisoned)
         with pytest.raises(FloatingPointError, match="update 1"):
             trainer.train()
     assert all(torch.equal(v.full_tensor(), before[name]) for name, v in trainer.policy.module.state_dict().items())

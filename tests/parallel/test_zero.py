@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dllm_sd.cli.main import close_process_group, main
 from dllm_sd.errors import InputError
 from dllm_sd.parallel.zero import ZeroOptimizer, read_stage
-from dllm_sd.training import trainer as trainer_module
+from dllm_sd.training import learner as learner_module
 from dllm_sd.training.trainer import Trainer
 from tests.parallel import test_fsdp
 from tests.parallel.test_fsdp import check_teacher, stop_after
@@ -75,14 +75,14 @@ def check_pieces(trainer: Trainer, stage: int) -> None:
 
 def check_refusal(run: Path) -> None:
     """A non-finite loss on one process stops both before the step."""
-    trainer, grade = Trainer(config_of("lora", run)), trainer_module.grade_micro_batch
+    trainer, grade = Trainer(config_of("lora", run)), learner_module.grade_micro_batch
 
     def poisoned(*arguments: Any) -> Any:
         graded = grade(*arguments)
         return type(graded)(**{**vars(graded), "loss": graded.loss * (torch.nan if trainer.main else 1.0)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "grade_micro_batch", poisoned)
+        patch.setattr(learner_module, "grade_micro_batch", poisoned)
         with pytest.raises(FloatingPointError, match="update 1"):
             trainer.train()
 
