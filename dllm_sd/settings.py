@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from dllm_sd.errors import InputError
 from dllm_sd.files.writing import Place
 from dllm_sd.ranges import Count, Natural, NonNegative, Positive, Range, Ranged, Share, ShareBelowOne, Size, Temperature
+
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab"]
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,31 @@ class Checkpoints(Ranged, key="checkpoint"):
 
 @dataclass(frozen=True)
 class Log(Ranged, key="log"):
-    """Progress bar, TensorBoard and samples."""
+    """Progress bar, trackers and samples."""
 
-    tensorboard: bool = True
+    former_keys: ClassVar[Mapping[str, str]] = {"tensorboard": "log.trackers, such as [tensorboard], or [] for none"}
+
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics, samples and pictures are shown, beside the files of the run; each but TensorBoard needs the extra
+    of its name."""
+    project: str | None = None
+    """Project of the run in trackers that have projects; None takes that of the tracker's environment variable, such as
+    WANDB_PROJECT, else `dllm-sd`."""
     progress: bool = True
     samples: Natural = 2
-    """Rollouts written to samples.jsonl and TensorBoard at each update that logs them."""
+    """Rollouts written to samples.jsonl and trackers at each update that logs them."""
     samples_every: Count = 10
     """Updates between those that log samples; the first does."""
     trace: Natural = 512
     """Graded sites of these rollouts that are written to traces.jsonl at each update that logs samples, with the
     predictions of student and teachers, for the report. 0 writes none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if twice := [name for name in dict.fromkeys(self.trackers) if self.trackers.count(name) > 1]:
+            raise InputError(f"log.trackers names {twice[0]} twice; name it once")
+        if self.project == "":
+            raise InputError("log.project is empty; give it a name, or null")
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ TREE: dict[str, Any] = {
     "optim": {"lr": 3e-4, "tokens_per_batch": 2048},
     "eval": {"every": 2, "problems": 2, "final_problems": 0},
     "checkpoint": {"every": 1},
-    "log": {"progress": False, "tensorboard": False},
+    "log": {"progress": False, "trackers": []},
 }
 CAUSAL: dict[str, Any] = {"model": {"path": "tiny_ar"}, "task": {"name": "sudoku"}, "decode": {"length": 4}}
 RUNS: dict[str, dict[str, Any]] = {

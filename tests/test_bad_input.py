@@ -27,7 +27,7 @@ TREE: dict[str, Any] = {
     "decode": {"length": 16, "block_length": 4, "tokens_per_step": 4},
     "method": {"name": "sft", "rollout": {"problems": 4}},
     "eval": {"every": 0},
-    "log": {"progress": False, "tensorboard": False},
+    "log": {"progress": False, "trackers": []},
 }
 GSM8K = {"name": "gsm8k", "prompt": "{question}", "answer": "{answer}", "size_dev": 1}
 GOOD = '{"question": "12", "answer": "1 #### 3"}'

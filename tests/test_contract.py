@@ -63,6 +63,7 @@ from dllm_sd.teachers import (
 )
 from dllm_sd.training import learner as learner_module
 from dllm_sd.training.learner import Learner
+from dllm_sd.training.metric_table import described
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.trajectory import NEVER
 from tests import exact  # noqa: F401
@@ -322,7 +323,7 @@ def config_at(run: Path, case: str, kind: Backbone, teachers: Path, tokens: int 
             "optim": {"lr": 0.02, "weight_decay": 0.0, "max_grad_norm": 1.0, "tokens_per_batch": tokens},
             "eval": {"every": 0},
             "checkpoint": {"every": 1, "keep": 9},
-            "log": {"progress": False, "tensorboard": False, "samples_every": 1},
+            "log": {"progress": False, "trackers": [], "samples_every": 1},
         }
     )
 
@@ -530,6 +531,7 @@ def test_the_student_learns_and_its_metrics_are_finite(pair: Pair, whole: Seen) 
         assert line["sites"] > 0
         assert line["grad_norm"] > 0
         for key, value in line.items():
+            assert key == "update" or described(key) is not None, f"{key} is not in training/metric_table.py"
             assert isinstance(value, int | float), key
             assert math.isfinite(value), key
     last = whole.weights(updates_of(pair[0]))

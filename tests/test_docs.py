@@ -20,6 +20,7 @@ from dllm_sd.config import build_config, load_config, shipped_configs
 from dllm_sd.losses import DIVERGENCES
 from dllm_sd.methods.method import Average, Method
 from dllm_sd.teachers import CONTEXTS
+from dllm_sd.training.metric_table import described
 from dllm_sd.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,8 +185,9 @@ def metric_keys(tmp_path: Path) -> set[str]:
     return keys
 
 
-def test_the_metrics_that_are_written_are_those_that_are_documented(metric_keys: set[str]) -> None:
-    assert set(table(section(CONCEPTS, "Metrics"))) == metric_keys
+def test_the_metrics_that_are_written_are_in_the_table_of_metrics(metric_keys: set[str]) -> None:
+    assert {key for key in metric_keys if described(key) is None} == {"update"}
+    assert len(metric_keys) > 40
 
 
 def test_the_files_of_a_run_are_documented(tmp_path: Path) -> None:

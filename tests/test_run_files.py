@@ -37,7 +37,7 @@ TREE: dict[str, Any] = {
     "method": {"name": "sft", "rollout": {"problems": 2}},
     "eval": {"every": 1, "problems": 2, "final_problems": 2},
     "checkpoint": {"every": 1},
-    "log": {"progress": False, "tensorboard": False, "samples_every": 1},
+    "log": {"progress": False, "trackers": [], "samples_every": 1},
 }
 PEERS = Peers(rounds=1, students=(PeerStudent("one", "a"), PeerStudent("two", "b")))
 ROUND = {"round": 0, "scores": {"one": {"a": 0.5}, "two": {"a": 1}}, "lag": {"one": 0.5, "two": 0.0}}

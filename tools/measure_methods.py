@@ -178,7 +178,7 @@ _TEACHER = {
 }
 """The autoregressive teacher is a wider model trained on the same text, the diffusion one the quickstart's result."""
 _COMMON = ["eval.every=10", "eval.problems=512", "eval.final_problems=1024", "eval.schedules={}", "eval.collapse=0"]
-_COMMON += [f"updates={UPDATES}", "log.progress=false", "log.tensorboard=false", "checkpoint.every=30"]
+_COMMON += [f"updates={UPDATES}", "log.progress=false", "log.trackers=[]", "checkpoint.every=30"]
 
 
 def command(backbone: str, name: str, seed: int, folder: Path, critic: str) -> list[str]:
@@ -263,7 +263,7 @@ def critic(question: str) -> str:
 def _make(settings: list[str], made: Path, target: Path) -> None:
     """Train and export the best weights, unless ``target`` exists."""
     if not target.is_dir():
-        print(_call(["train", *settings, "log.progress=false", "log.tensorboard=false", f"run={made}"]), flush=True)
+        print(_call(["train", *settings, "log.progress=false", "log.trackers=[]", f"run={made}"]), flush=True)
         print(_call(["export", str(made), "--to", "merged", str(target)]), flush=True)
 
 

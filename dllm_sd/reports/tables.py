@@ -44,7 +44,8 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
     if report["stopped"]:
         console.print(f"stopped early: {report['stopped']}")
     console.print(f"run folder {run}: report.json, metrics.jsonl, samples.jsonl, config.yaml, checkpoints/")
-    console.print(f"curves, samples and trajectories: tensorboard --logdir {run / 'tb'}")
+    if "tensorboard" in report["settings"]["log"].get("trackers", ()):  # reports of earlier versions have none
+        console.print(f"curves, samples and trajectories: tensorboard --logdir {run / 'tb'}")
 
 
 def print_evaluation(title: str, report: Mapping[str, Any]) -> None:

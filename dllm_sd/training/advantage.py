@@ -83,31 +83,3 @@ def region_metrics(sums: Tensor) -> dict[str, float]:
     if counts[error] and count and magnitude:
         metrics["advantage/localisation"] = (magnitudes[error] / counts[error]) / (magnitude / count)
     return metrics
-
-
-def advantage_picture(parts: GradedPlans, regions: Tensor | None, height: int = 48, cell: int = 6) -> Tensor | None:
-    """Draw the first rollout's advantage as bars, RGB ``[3 height l*cell]``.
-
-    Bars are blue above 0 and red below; the first wrong step has a grey background. None where this process graded no
-    token of the rollout.
-    """
-    if regions is None:
-        return None
-    length = regions.shape[1]
-    value = torch.full((length,), torch.nan)
-    for plan, graded in parts:
-        canvas, position = (x.cpu() for x in graded.sites.nonzero(as_tuple=True))
-        in_first = plan.rows[canvas] == 0
-        value[position[in_first]] = graded.advantage.float().cpu()[in_first]
-    is_graded = ~value.isnan()
-    if not bool(is_graded.any()):
-        return None
-    picture = torch.ones(3, height, length)
-    picture[:, :, regions[0] == REGIONS.index("error")] = 0.85
-    half, top = height // 2, float(value[is_graded].abs().max().clamp(min=1e-12))
-    for position in is_graded.nonzero()[:, 0].tolist():
-        size = max(1, round(half * abs(float(value[position])) / top))
-        colour = torch.tensor([0.2, 0.4, 0.9] if value[position] > 0 else [0.9, 0.2, 0.2])
-        rows = slice(half - size, half) if value[position] > 0 else slice(half, half + size)
-        picture[:, rows, position] = colour[:, None]
-    return picture.repeat_interleave(cell, 2)

@@ -21,9 +21,11 @@ from dllm_sd.files.writing import remove, writable, write_file
 from dllm_sd.parallel.processes import on_main
 
 CONFIG, REPORT = "config.yaml", "report.json"
+TRACKED = "trackers"
+"""Folder of trackers, whose libraries put links to their own logs into it."""
 CONTENTS = (
     *("metrics.jsonl", "samples.jsonl", "traces.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb"),
-    *("eval", "written", "engine", "students", "rounds", "rounds.json", CONFIG),
+    *(TRACKED, "eval", "written", "engine", "students", "rounds", "rounds.json", CONFIG),
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"
@@ -212,7 +214,7 @@ def _refuse_foreign_files(run: Path) -> None:
             raise InputError(
                 f"{str(path)!r} is {kinds[0]} where a run has {kinds[1]}; move it away, or give another run=..."
             )
-        for folder, folders, files in os.walk(path):
+        for folder, folders, files in os.walk(path) if name != TRACKED else ():
             for name in (*folders, *files):
                 _refuse_link(Path(folder, name))
 

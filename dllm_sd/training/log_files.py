@@ -8,9 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Tensor
-from torch.utils.tensorboard.writer import SummaryWriter
-
 from dllm_sd.errors import InputError
 from dllm_sd.files.reading import damaged_file, open_regular, read_own
 from dllm_sd.files.typed_json import own_json
@@ -23,7 +20,7 @@ REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
 class MetricsLog:
     """Appends one JSON object per update; a resumed run first removes the lines after its checkpoint."""
 
-    def __init__(self, run: Path, update: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path, update: int) -> None:
         """Continue after ``update`` finished updates (-1 starts new files).
 
         Raises:
@@ -31,18 +28,12 @@ class MetricsLog:
         """
         self.metrics, self.samples, self.traces = files = [run / name for name in LOG_FILES]
         ends = {file: end_of(file, update) for file in files if file.exists()}
-        self.board = SummaryWriter(str(run / "tb"), purge_step=update + 1) if tensorboard else None
         for file, end in ends.items():
             os.truncate(file, end)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append the metrics of an update; numbers also go to TensorBoard."""
+        """Append the metrics of an update."""
         _append(self.metrics, values)
-        if self.board is not None:
-            for name, value in values.items():
-                if name != "update" and isinstance(value, int | float):
-                    self.board.add_scalar(name, value, values["update"])
-            self.board.flush()
 
     def summed_up(self, passes: int) -> tuple[dict[str, int], bool]:
         """What the run left out (`left_out`), and whether it has made optimizer steps, none of which changed a weight.
@@ -63,28 +54,22 @@ class MetricsLog:
 
         return left_out(lines(), passes), bool(changed) and not any(changed)
 
-    def write_sample(self, sample: Mapping[str, Any], slot: int) -> None:
-        """Append one rollout with its text; TensorBoard shows it as ``samples/{slot}``."""
+    def write_sample(self, sample: Mapping[str, Any]) -> None:
+        """Append one rollout with its text."""
         _append(self.samples, sample)
-        if self.board is not None:
-            text = "\n\n".join(f"**{key}**: {value}" for key, value in sample.items() if key != "update")
-            self.board.add_text(f"samples/{slot}", text, sample["update"])
 
     def write_traces(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Append traced rollouts (`UpdateTrace.entries`)."""
         for entry in entries:
             _append(self.traces, entry)
 
-    def write_pictures(self, pictures: Mapping[str, Tensor], update: int) -> None:
-        """Show RGB pictures ``[3 h w]`` in TensorBoard."""
-        if self.board is not None:
-            for name, picture in pictures.items():
-                self.board.add_image(name, picture, update)
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The metrics that the run has logged so far, by update.
 
-    def close(self) -> None:
-        """Flush and close TensorBoard."""
-        if self.board is not None:
-            self.board.close()
+        Raises:
+            InputError: naming the file and the line that was not written by a run.
+        """
+        return read_log(self.metrics) if self.metrics.exists() else iter(())
 
 
 def end_of(file: Path, update: int) -> int:

@@ -57,6 +57,7 @@ from dllm_sd.training.pictures import pictures
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.selection import add_loss, judge
 from dllm_sd.training.traces import Pieces, UpdateTrace
+from dllm_sd.training.trackers import Trackers, check_trackers
 from dllm_sd.training.unknown import Unknown
 
 
@@ -69,6 +70,7 @@ class Trainer:
         Raises:
             InputError: if the config, the data, the model or the run folder is wrong; the run folder is left unchanged.
         """
+        check_trackers(config.log)
         self.config, self.method, self.run = config, config.method, Path(config.run)
         self.accelerator = start_accelerator(config)
         sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
@@ -141,13 +143,18 @@ class Trainer:
         self.first_metrics = self.rows_left_out | self.pipeline.open(self.state.bank, self.state.update, self.ahead)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(parameters_in_words(self.policy.module))
-        done = self.state.update if self.resumed else -1
         self.log: MetricsLog | None = None
+        self.trackers: Trackers | None = None
         with together():
             if self.main:
                 if self.resumed and self.finished:  # otherwise the next save prunes what a killed run left
                     prune_checkpoints(self.run, config.checkpoint.keep)
-                self.log = MetricsLog(self.run, done, config.log.tensorboard)
+                self.log = MetricsLog(self.run, self._done)
+
+    @property
+    def _done(self) -> int:
+        """Updates whose metrics are logged; -1 before the evaluation of the initial weights."""
+        return self.state.update if self.resumed else -1
 
     @property
     def finished(self) -> bool:
@@ -176,9 +183,13 @@ class Trainer:
     def _train(self, until: int | None) -> dict[str, Any]:
         state, every = self.state, self.config.checkpoint.every
         until = self.config.updates if until is None else until
+        with together():
+            if self.log is not None:
+                self.trackers = Trackers(self.config, self._done, self.log.lines())
         with self.progress, Interrupt(self.progress) as interrupt:
             if not self.resumed:
                 state.before = self._test("testing the initial weights")
+                self._track_results("before", state.before)
                 self._evaluate({"update": 0, **self.first_metrics})
                 if until == 0:
                     self._save()
@@ -204,8 +215,8 @@ class Trainer:
                     raise KeyboardInterrupt
             report = self._report() if self.finished else {}
         with together():
-            if self.log is not None:
-                self.log.close()
+            if self.trackers is not None:
+                self.trackers.close()
         return report
 
     def _update(self, update: int) -> dict[str, Any]:
@@ -263,9 +274,10 @@ class Trainer:
 
     def _write_samples(self, update: int, rollouts: Rollouts) -> None:
         with together():
-            if self.log is not None:
+            if self.log is not None and self.trackers is not None:
                 for slot, rollout in enumerate(rollouts.chosen[: self.config.log.samples]):
-                    self.log.write_sample(sample_entry(update, rollout), slot)
+                    self.log.write_sample(sample := sample_entry(update, rollout))
+                    self.trackers.sample(sample, slot)
 
     def _trace(self, update: int, plan: Plan | None, rollouts: Rollouts) -> UpdateTrace | None:
         """What is traced of this update, if it logs samples."""
@@ -281,8 +293,14 @@ class Trainer:
 
     def _write_pictures(self, update: int, parts: GradedPlans, regions: Tensor | None, rollouts: Rollouts) -> None:
         with together():
-            if self.log is not None:
-                self.log.write_pictures(pictures(parts, regions, rollouts), update)
+            if self.trackers is not None and self.config.log.trackers:
+                self.trackers.pictures(pictures(parts, regions, rollouts, self.policy), update)
+
+    def _track_results(self, which: str, reports: dict[str, Any]) -> None:
+        """Send test reports by decoding schedule to the trackers; ``which`` is before, after or best."""
+        with together():
+            if self.trackers is not None:
+                self.trackers.results(which, reports, self.state.update)
 
     # Evaluation
 
@@ -300,8 +318,9 @@ class Trainer:
                 on_main(lambda: save_best(self.run, weights, state))
             self.progress.line(metrics)
         with together():
-            if self.log is not None:
+            if self.log is not None and self.trackers is not None:
                 self.log.write(metrics)
+                self.trackers.numbers(metrics)
 
     def _accuracy(self, problems: Sequence[Problem], schedule: str | None, weights: str | None = None) -> Report:
         """Evaluate the current ``weights``, whose name is the number of updates unless it is given."""
@@ -326,6 +345,8 @@ class Trainer:
         if best is not None and state.best_update != state.update:
             load_weights(self.policy, best)
             chosen = self._test("testing the best weights", f"best-{state.best_update}")
+        self._track_results("after", after)
+        self._track_results("best", chosen)
         final = chosen.get("trained", {})
         report = {
             **self._facts(),
@@ -359,7 +380,8 @@ class Trainer:
         """Entries of the report on what the run left out, and its warnings."""
         log, passes = self.log, self.method.rollout.passes
         left_out, unchanged = on_main(lambda: log.summed_up(passes) if log is not None else ({}, False))
-        return {"left_out": left_out, "warnings": warnings_of(self.state, left_out, unchanged)}
+        missed = on_main(lambda: self.trackers.warnings if self.trackers is not None else [])
+        return {"left_out": left_out, "warnings": [*warnings_of(self.state, left_out, unchanged), *missed]}
 
     # Checkpoints and collectives
 

@@ -40,7 +40,7 @@ def tree(run: Path, case: dict[str, Any]) -> dict[str, Any]:
         "optim": {"lr": 0.01, "warmup": 0, "schedule": "constant"},
         "eval": {"every": 2, "problems": 4, "final_problems": 0},
         "checkpoint": {"every": 1},
-        "log": {"progress": False, "tensorboard": False},
+        "log": {"progress": False, "trackers": []},
         **case,
     }
 

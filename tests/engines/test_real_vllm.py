@@ -63,7 +63,7 @@ def tree(folder: Path, updates: int, **engine: Any) -> dict[str, Any]:
         "optim": {"lr": 5e-4, "warmup": 0, "schedule": "constant"},
         "eval": {"every": 0, "final_problems": 0},
         "checkpoint": {"every": 5},
-        "log": {"progress": False, "tensorboard": False},
+        "log": {"progress": False, "trackers": []},
     }
 
 

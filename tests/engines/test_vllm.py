@@ -78,7 +78,7 @@ def tree(run: Path, *urls: str, **engine: Any) -> dict[str, Any]:
         "optim": {"lr": 0.05, "warmup": 0, "schedule": "constant"},
         "eval": {"every": 2, "problems": 2, "final_problems": 0},
         "checkpoint": {"every": 1},
-        "log": {"progress": False, "tensorboard": False},
+        "log": {"progress": False, "trackers": []},
     }
 
 

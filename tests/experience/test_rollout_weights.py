@@ -157,7 +157,7 @@ def config_at(tmp_path: Path, run: str, policy: Any, kind: dict[str, Any], updat
             "optim": {"lr": 0.02, "weight_decay": 0.0},
             "eval": {"every": 0},
             "checkpoint": {"every": 2},
-            "log": {"progress": False, "tensorboard": False},
+            "log": {"progress": False, "trackers": []},
         }
     )
 

@@ -183,7 +183,7 @@ TREE: dict[str, Any] = {
     "optim": {"lr": 0.01, "weight_decay": 0.0},
     "eval": {"every": 0},
     "checkpoint": {"every": 2, "keep": 9},
-    "log": {"progress": False, "tensorboard": False},
+    "log": {"progress": False, "trackers": []},
 }
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -326,7 +326,7 @@ def test_the_attempts_for_a_bank_are_decoded_as_the_library_says(tmp_path: Path,
                     "skill_bank": {"count": 1, "memories": 3, "writing": {"sampling": {"length": 8}}, **library},
                 },
                 "eval": {"every": 0},
-                "log": {"progress": False, "tensorboard": False},
+                "log": {"progress": False, "trackers": []},
             }
         )
         with pytest.raises(InputError, match="the bank that the model wrote holds 0 skills"):

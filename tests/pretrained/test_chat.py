@@ -662,7 +662,7 @@ def gsm8k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
             },
             "optim": {"lr": 1e-2},
             "eval": {"every": 0},
-            "log": {"progress": False, "tensorboard": False},
+            "log": {"progress": False, "trackers": []},
         }
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
         assert main(["train", "small.yaml"]) == 0

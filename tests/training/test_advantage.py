@@ -11,7 +11,8 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing, Reference
-from dllm_sd.training.advantage import advantage_picture, region_map, region_metrics, region_sums
+from dllm_sd.training.advantage import region_map, region_metrics, region_sums
+from dllm_sd.training.pictures import advantage_of_first
 
 CANVAS = Decoding(length=12, block_length=4, tokens_per_step=2)
 
@@ -81,14 +82,8 @@ def test_means_by_region_and_localisation_equal_sums_by_hand(policy):
     assert region_metrics(one + other) == pytest.approx(found)
 
 
-def test_the_picture_has_bars_up_and_down_and_shows_the_wrong_step(policy):
-    rollouts = rollouts_of(policy, "wrong")
-    picture = advantage_picture([part([0], [[0, 3]], [1.0, -2.0])], region_map(policy, (Marked(),), rollouts), 8, 1)
-    assert picture is not None
-    assert picture.shape == (3, 8, 12)
-    red, green, blue = picture
-    assert blue[2:4, 0].tolist() == pytest.approx([0.9, 0.9])  # half as high as the other
-    assert red[4:8, 3].tolist() == pytest.approx([0.9] * 4)
-    assert green[:4, 3].tolist() == pytest.approx([0.85] * 4)
-    assert float(picture[:, :, 6].min()) == 1.0
-    assert advantage_picture([], None) is None
+def test_the_advantage_of_the_first_rollout_is_taken_from_all_canvases():
+    value = advantage_of_first([part([0, 1], [[0, 3], [1]], [1.0, -2.0, 9.0])], 12)
+    assert value is not None
+    assert value.nan_to_num(0.0).tolist() == [1.0, 0.0, 0.0, -2.0, *[0.0] * 8]
+    assert advantage_of_first([part([1], [[1]], [9.0])], 12) is None

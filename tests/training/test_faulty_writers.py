@@ -98,7 +98,7 @@ def tree_of(
         "optim": {"lr": 0.02, "weight_decay": 0.0},
         "eval": {"every": 0},
         "checkpoint": {"every": 1, "keep": 9},
-        "log": {"progress": False, "tensorboard": False, "samples_every": 1},
+        "log": {"progress": False, "trackers": [], "samples_every": 1},
     }
 
 

@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
     "decode": {"length": 16, "block_length": 4, "tokens_per_step": 4},
     "method": {"name": "sft", "rollout": {"problems": 2}},
     "eval": {"every": 0},
-    "log": {"progress": False, "tensorboard": False},
+    "log": {"progress": False, "trackers": []},
 }
 
 

@@ -23,7 +23,7 @@ TREE: dict[str, Any] = {
     "decode": {"length": 4, "batch_size": 8},
     "method": {"name": "sft", "rollout": {"problems": 8}},
     "eval": {"every": 0, "final_problems": 1},
-    "log": {"progress": False, "tensorboard": False},
+    "log": {"progress": False, "trackers": []},
 }
 REFERENCED = {"reference_field": "answer"}
 OUT_OF_REACH = {"name": "rft", "rollout": {"problems": 4, "attempts": 1}}

@@ -3,11 +3,8 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dllm_sd.errors import InputError
 from dllm_sd.training.log_files import LOG_FILES, MetricsLog, check_logs, end_of, log_sums
@@ -52,7 +49,7 @@ def test_a_half_written_line_is_dropped(tmp_path: Path, tail: str):
 
 
 def test_a_log_that_does_not_exist_is_not_made(tmp_path: Path):
-    MetricsLog(tmp_path, 3, tensorboard=False)
+    MetricsLog(tmp_path, 3)
     assert not list(tmp_path.iterdir())
 
 
@@ -79,7 +76,7 @@ def test_a_line_that_no_run_wrote_is_refused_by_its_number(tmp_path: Path, line:
         assert end_of(file, 4) == len(before[file])
         return
     with pytest.raises(InputError) as refused:
-        MetricsLog(tmp_path, 2, tensorboard=False)
+        MetricsLog(tmp_path, 2)
     assert str(refused.value) == (
         f"{file}:{place + 1}: this line was not written by a run; correct it, remove the file, or discard the run with "
         "resume=fresh"
@@ -88,38 +85,23 @@ def test_a_line_that_no_run_wrote_is_refused_by_its_number(tmp_path: Path, line:
 
 
 def test_a_log_is_cut_at_newlines_only(tmp_path: Path):
-    log = MetricsLog(tmp_path, -1, tensorboard=False)
+    log = MetricsLog(tmp_path, -1)
     for update in (1, 2):
-        log.write_sample({"update": update, "generation": "a\u2028b\u0085c"}, 0)
+        log.write_sample({"update": update, "generation": "a\u2028b\u0085c"})
     keep_until(log.samples, 2)
     assert updates_in(log.samples) == [1, 2]
 
 
 def test_a_log_goes_on_after_the_checkpoint(tmp_path: Path):
-    first = MetricsLog(tmp_path, -1, tensorboard=False)
+    first = MetricsLog(tmp_path, -1)
     for update in range(5):
         first.write({"update": update, "loss": None})
-        first.write_sample({"update": update, "problem": "p"}, 0)
-    second = MetricsLog(tmp_path, 2, tensorboard=False)
+        first.write_sample({"update": update, "problem": "p"})
+    second = MetricsLog(tmp_path, 2)
     second.write({"update": 3, "loss": 1.5})
     assert updates_in(tmp_path / "metrics.jsonl") == [0, 1, 2, 3]
     assert updates_in(tmp_path / "samples.jsonl") == [0, 1, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "samples.jsonl"}
-
-
-def test_tensorboard_gets_the_numbers_the_samples_and_the_picture(tmp_path: Path):
-    log = MetricsLog(tmp_path, -1, tensorboard=True)
-    log.write({"update": 1, "loss": 0.5, "sites": 3, "note": "text", "empty": None})
-    log.write_sample({"update": 1, "problem": "p", "generation": "12"}, 0)
-    log.write_pictures({"trajectory": torch.zeros(3, 8, 8)}, 1)
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tb"))
-    events.Reload()
-    tags: Any = events.Tags()
-    assert set(tags["scalars"]) == {"loss", "sites"}
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5)]
-    assert tags["images"] == ["trajectory"]
-    assert tags["tensors"] == ["samples/0/text_summary"]
 
 
 def test_a_log_holds_what_it_held_when_the_checkpoint_was_saved_or_is_refused_by_name(tmp_path: Path):

@@ -38,7 +38,7 @@ def tree_at(folder: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"lr": 1e-2},
         "eval": {"every": 2, "problems": 2},
         "checkpoint": {"every": 2},
-        "log": {"progress": False, "tensorboard": False},
+        "log": {"progress": False, "trackers": []},
     }
     return {**tree, **changes}
 

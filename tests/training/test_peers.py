@@ -72,7 +72,7 @@ def builder(folder: Path) -> Callable[..., Config]:
             "optim": {"lr": 0.02, "weight_decay": 0.0},
             "eval": {"every": 0},
             "checkpoint": {"every": 1},
-            "log": {"progress": False, "tensorboard": False},
+            "log": {"progress": False, "trackers": []},
         }
         return build_config({**tree, **changes})
 

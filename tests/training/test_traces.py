@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {
     "updates": 1,
     "optim": {"lr": 3e-4, "tokens_per_batch": 256},
     "eval": {"every": 0},
-    "log": {"progress": False, "tensorboard": False, "samples": 3},
+    "log": {"progress": False, "trackers": [], "samples": 3},
 }
 SUDOKU = {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"}
 CLIPPED = {"name": "jsd", "beta": 0.5, "clip": "entry", "clip_at": 0.001}

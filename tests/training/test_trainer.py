@@ -32,7 +32,7 @@ TREE: dict[str, Any] = {
     "optim": {"lr": 3e-4, "weight_decay": 0.01, "warmup": 2, "schedule": "cosine", "tokens_per_batch": 1024},
     "eval": {"every": 3, "problems": 4, "final_problems": 2},
     "checkpoint": {"every": 2},
-    "log": {"progress": False, "tensorboard": False, "samples_every": 2},
+    "log": {"progress": False, "trackers": [], "samples_every": 2},
 }
 
 

@@ -76,7 +76,7 @@ BASE: dict[str, Any] = {
     "optim": {"lr": 0.02, "max_grad_norm": 1.0},
     "eval": {"every": 1, "problems": 8},
     "checkpoint": {"every": 1, "keep": 1},
-    "log": {"progress": False, "tensorboard": False, "samples_every": 1, "samples": 1},
+    "log": {"progress": False, "trackers": [], "samples_every": 1, "samples": 1},
 }
 SUMS = "".join(
     json.dumps({"question": f"{i}+{i}=", "answer": str(i % 3), "domain": "small" if i % 2 else "large"}) + "\n"
@@ -133,7 +133,7 @@ CASES = {
     case.name: case
     for case in (
         Case("plain", tree()),
-        Case("tensorboard", tree(updates=1, log={"tensorboard": True})),
+        Case("tensorboard", tree(updates=1, log={"trackers": ["tensorboard"]})),
         Case("passes", tree(updates=3, method=method(rollout=TWICE))),
         Case("ema", tree(method=method(teacher=[{"name": "ema", "decay": 0.5}]))),
         Case("snapshot", tree(updates=3, method=method(teacher=[{"name": "snapshot", "every": 2}]))),

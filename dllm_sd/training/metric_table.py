@@ -1,0 +1,195 @@
+"""What every metric of a run means, and how trackers group it: one table, for TensorBoard and for docs/metrics.md.
+
+`metrics.jsonl` holds the names of the table. Trackers get the same numbers under `shown_name`, whose first word is one
+of `GROUPS`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dllm_sd.training.left_out import LEFT_OUT_WORDS, REASONS
+
+GROUPS = ("eval", "rollouts", "student", "teacher", "test", "time", "train")
+"""The first word of every name in a tracker."""
+_GROUP_OF = {
+    "advantage": "teacher",
+    "bank": "teacher",
+    "calibration": "rollouts",
+    "data": "rollouts",
+    "engine": "rollouts",
+    "target": "teacher",
+    "trust": "train",
+    "writers": "teacher",
+}
+"""The group of metrics whose name in metrics.jsonl begins with another word."""
+_OTHER_THAN_NAMES = re.compile(r"[^\w\-./ ]", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: what it means, in one sentence, and when trackers get it."""
+
+    meaning: str
+    sent: Literal["always", "once above 0", "once it changes"] = "always"
+    """Counts of rare events and values that follow from the config say nothing while they stay the same, so trackers
+    get them from the first update on at which they do not. `metrics.jsonl` has every value."""
+
+
+def _rare(meaning: str) -> Metric:
+    return Metric(meaning, "once above 0")
+
+
+METRICS = {
+    "loss": Metric("What is minimised, over all processes; null if the update was skipped."),
+    "sites": Metric("Graded sites of the update, over all processes."),
+    "canvases": Metric("Canvases of the update that have a site."),
+    "lr": Metric("Learning rate of the update."),
+    "grad_norm": Metric("Norm of the gradient before it is limited to optim.max_grad_norm."),
+    "divergence": Metric("Mean over sites of the divergence, before clip and trust, summed over targets; in nats."),
+    "clip_share": Metric(
+        "Share of the divergence that its clip takes, of the sums over all sites. Above 1 where clip `entry` makes the "
+        "sum negative, below 0 where the ratio's clip raises the loss of `policy_gradient`."
+    ),
+    "weights_unchanged": _rare("1 at an update whose step changed no weight (lost in rounding, or no gradient)."),
+    "updates_skipped": _rare("Updates since the start that had nothing to learn from."),
+    "trust/clipped": Metric(
+        "Trust `group_advantage`: share of sites where the ratio's clip ends the gradient; `importance_cap`: where the "
+        "weight is above the cap."
+    ),
+    "student/entropy": Metric("Mean over sites of the student's entropy over the full vocabulary, in nats."),
+    "teacher/entropy": Metric("Mean over sites of the first teacher's entropy over the full vocabulary, in nats."),
+    "teacher/agreement": Metric("Share of sites where student and first teacher rank the same token first."),
+    "teacher/advantage": Metric(
+        "Mean over sites of the drawn token's log-probability under the first teacher less the student's."
+    ),
+    "target/shift": Metric("Target `pmi`: mean over sites of the target's KL divergence from the plain distribution."),
+    "target/bound_share": Metric("Target `pmi`: share of vocabulary entries whose log-ratio is beyond the bound."),
+    "target/disagreement": Metric(
+        "Target `barycenter`: mean over sites of the Jensen-Shannon divergence of its two teachers."
+    ),
+    "target/alpha": Metric("Target `barycenter`: mean share of the plain distribution in the exponent."),
+    "advantage/prefix": Metric("Of rollouts with a critique: mean advantage before the first wrong step."),
+    "advantage/error": Metric("The same in the first wrong step; a good critique makes it negative."),
+    "advantage/after": Metric("The same behind the first wrong step."),
+    "advantage/right": Metric("The same in right rollouts."),
+    "advantage/localisation": Metric("Size of the advantage in the first wrong step over that elsewhere."),
+    "writers/written": Metric("Texts that hints asked for."),
+    "writers/cached": _rare("Those of them that were on the disk."),
+    "bank/skills": Metric("Skills in the bank."),
+    "bank/mistakes": Metric("Mistakes in the bank."),
+    "bank/updated": Metric("1 if the bank of skills changed."),
+    "bank/successes": Metric("Right attempts that the bank was made or renewed from."),
+    "bank/failures": Metric("Wrong attempts that the bank was made or renewed from."),
+    "bank/candidates/": Metric("Entries that were proposed for the bank, by kind."),
+    "bank/layers/": Metric("Entries that joined the bank, by layer."),
+    "bank/unmerged/": _rare("Entries of the bank that could not be merged, by reason."),
+    "rollouts/problems": Metric("Problems of this batch of rollouts.", "once it changes"),
+    "rollouts/attempts": Metric(
+        "Attempts that count: up to the first correct one, if method.rollout.until_solved is set.", "once it changes"
+    ),
+    "rollouts/decoded": Metric(
+        "Attempts that were decoded; more than rollouts/attempts only with method.rollout.ahead.", "once it changes"
+    ),
+    "rollouts/pass_rate": Metric("Share of problems with a correct attempt."),
+    "rollouts/first_try": Metric("Share of problems whose first attempt was correct."),
+    "rollouts/kept": Metric("Rollouts that passed the gate and have the hints they need."),
+    "rollouts/cut_hint": _rare("Kept rollouts whose teacher reads a hint without its end (`overflow: cut`)."),
+    "rollouts/generated": Metric("Tokens that were decoded, in all attempts, end tokens included."),
+    "rollouts/horizon": Metric(
+        "Blocks, steps or tokens that these rollouts may reach, where the horizon is not `complete`.", "once it changes"
+    ),
+    "rollouts/length": Metric("Mean tokens of the counted attempts, end token included, as far as the horizon goes."),
+    "rollouts/steps": Metric("Mean decoding steps of the counted attempts."),
+    "rollouts/lag": Metric(
+        "With method.rollout.lag: updates between the weights that made this batch and those that begin to learn from it.",
+        "once it changes",
+    ),
+    "rollouts/behind_end": Metric("Share of the positions revealed in the kept rollouts that stand behind their end."),
+    "rollouts/unknown_prompts": _rare("Of tokenizers with an unknown token: its share in the prompts."),
+    "rollouts/unknown_completions": _rare("Of tokenizers with an unknown token: its share in demonstrations."),
+    "rollouts/unknown_hints": _rare("Of tokenizers with an unknown token: its share in the teachers' prompts."),
+    "calibration/used": Metric("Of a subspace: examples that it was found by."),
+    "calibration/cut": _rare("Of a subspace: examples that were read in part."),
+    "engine/retried": _rare("Requests to rollout servers that were sent again, since the start."),
+    "engine/found": _rare("Completions of a stopped run that were not made again."),
+    "engine/logp_gap": Metric("Mean difference of the log-probabilities of servers and trainer, in nats a token."),
+    "engine/logp_gap_max": Metric("Largest difference of the log-probabilities of servers and trainer, in nats."),
+    "eval/accuracy": Metric("Share of the dev split that is solved (mean over attempts)."),
+    "eval/accuracy/": Metric("Of two peers: accuracy by student and domain, before each round and after the last."),
+    "eval/score": Metric("Mean score on the dev split, with partial credit."),
+    "eval/length": Metric("Mean length on the dev split, in tokens."),
+    "eval/cut": _rare("Attempts without an end token within decode.length, graded as they are."),
+    "eval/unread": _rare("Attempts that no answer could be read from, which count as wrong."),
+    "time/rollouts": Metric("Seconds for rollouts, 0 or nearly so where they serve again."),
+    "time/learning": Metric("Seconds from the plan to the optimizer step."),
+    "time/eval": Metric("Seconds for the evaluation."),
+    **{name: _rare(f"Left out: {words}.") for name, words in LEFT_OUT_WORDS.items()},
+    **{prefix: _rare(f"Left out: {words}, by reason.") for prefix, words in REASONS.items()},
+}
+"""Every metric by its name in metrics.jsonl; a name that ends in / stands for all names that begin with it."""
+RESULTS = {
+    "test/before/": "of the initial weights",
+    "test/after/": "of the last weights",
+    "test/best/": "of the weights that are best on the dev split",
+}
+"""Test results as trackers get them: the start of their names, and whose they are."""
+FIGURES = {"accuracy": "Accuracy on the test split", "score": "Mean score on the test split"}
+"""Which figures of a test report trackers get."""
+
+
+def described(name: str) -> Metric | None:
+    """The metric of a name in metrics.jsonl; None if the table lacks it."""
+    starts = (start for start in METRICS if start.endswith("/") and name.startswith(start))
+    return METRICS.get(name) or METRICS.get(next(starts, ""))
+
+
+def shown_name(name: str) -> str:
+    """The name of a metric in trackers, such as ``train/loss`` for ``loss``; it begins with one of `GROUPS`."""
+    first, slash, _ = name.partition("/")
+    group = _GROUP_OF.get(first, first if slash and first in GROUPS else "train")
+    return _OTHER_THAN_NAMES.sub("_", name if slash and group == first else f"{group}/{name}")
+
+
+def result_values(which: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Test reports by decoding schedule as values for trackers; ``which`` is before, after or best."""
+    values: dict[str, float] = {}
+    for schedule, report in reports.items():
+        end = "" if schedule == "trained" else _OTHER_THAN_NAMES.sub("_", f"/{schedule}")
+        values |= {f"test/{which}/{figure}{end}": report[figure] for figure in FIGURES if figure in report}
+    return values
+
+
+def meaning(shown: str, name: str | None = None) -> str:
+    """The sentence about a value that trackers call ``shown``, and that metrics.jsonl calls ``name`` if it holds it."""
+    metric = described(name) if name is not None else None
+    if metric is not None:
+        return metric.meaning
+    start = next((start for start in RESULTS if shown.startswith(start)), None)
+    if start is None:
+        return ""
+    figure, _, schedule = shown.removeprefix(start).partition("/")
+    return f"{FIGURES[figure]} {RESULTS[start]}{f', with the decoding of eval.schedules.{schedule}' * bool(schedule)}."
+
+
+class Sent:
+    """Chooses the values that say something; see `Metric.sent`."""
+
+    def __init__(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Begin with the lines that a run has logged before it was stopped."""
+        self._first: dict[str, float] = {}
+        self._told: set[str] = set()
+        for line in earlier:
+            self(line)
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, int | float]:
+        """The numbers among ``values`` that trackers get, by their names in metrics.jsonl."""
+        numbers = {name: x for name, x in values.items() if isinstance(x, int | float) and name != "update"}
+        for name, value in numbers.items():
+            first = self._first.setdefault(name, value)
+            metric = described(name)
+            rest = {"once above 0": 0, "once it changes": first}.get(metric.sent if metric else "always")
+            if rest is None or value != rest:
+                self._told.add(name)
+        return {name: value for name, value in numbers.items() if name in self._told}
