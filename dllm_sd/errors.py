@@ -27,6 +27,10 @@ class Unavailable(InputError):
     """The input seems right, but names a checkpoint, a package or a file that is not on this machine."""
 
 
+class EmptySplit(InputError):
+    """A split of the task's data holds no problems."""
+
+
 class Stopped(RuntimeError):
     """The run cannot go on although its input is right, for example because a writer fails too often.
 

@@ -10,6 +10,9 @@ from dllm_sd.ranges import Count, Natural, NonNegative, Positive, Range, Ranged,
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab"]
 
+USUAL_FINAL_PROBLEMS = 256
+"""Test problems of a run whose config does not say how many."""
+
 
 @dataclass(frozen=True)
 class Optim(Ranged, key="optim"):
@@ -44,8 +47,10 @@ class Evaluation(Ranged, key="eval"):
     """Updates between evaluations on the dev split; 0 never evaluates."""
     problems: Size = 256
     """Dev problems of each evaluation."""
-    final_problems: Natural = 0
-    """Test problems on which initial, last and best weights are compared at the end; 0 skips the comparison."""
+    final_problems: Natural | None = None
+    """Test problems on which initial, last and best weights are compared at the end of a run; 0 skips the comparison.
+    None takes up to 256, and none where the task has no test split. ``dllm-sd eval`` takes all where this is 0 or None.
+    """
     attempts: Size = 1
     temperature: Temperature = 0.0
     decode: Mapping[str, Any] = field(default_factory=dict)

@@ -26,7 +26,7 @@ TREE: dict[str, Any] = {
     "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}", "size_train": 64},
     "decode": {"length": 16, "block_length": 4, "tokens_per_step": 4},
     "method": {"name": "sft", "rollout": {"problems": 4}},
-    "eval": {"every": 0},
+    "eval": {"every": 0, "final_problems": 0},
     "log": {"progress": False, "trackers": []},
 }
 GSM8K = {"name": "gsm8k", "prompt": "{question}", "answer": "{answer}", "size_dev": 1}

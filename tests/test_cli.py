@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dllm_sd.arguments import COMMANDS
+from dllm_sd.cli.evaluate import default_folder, refuse_other_model
 from dllm_sd.cli.main import main, parser
 from dllm_sd.config import load_config, to_tree
+from dllm_sd.errors import InputError
+from dllm_sd.evaluation.recording import begin
 from dllm_sd.export.model_card import _parts
 from dllm_sd.files import locking
 from dllm_sd.methods import METHODS
@@ -155,7 +158,21 @@ def test_eval_of_a_model_writes_to_a_folder_of_its_own(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main(["eval", "tiny", "--task", "sudoku", "eval.final_problems=2"]) == 0
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {f"eval/sudoku/{name}" for name in ("report.json", "generations.jsonl", "settings.json")}
+    assert files == {f"eval/tiny/sudoku/{name}" for name in ("report.json", "generations.jsonl", "settings.json")}
+
+
+def test_two_models_have_two_folders_and_none_replaces_the_results_of_another(tmp_path: Path):
+    models = ("tiny", "Qwen/Qwen3-4B", "runs/a/merged", "/data/runs/a/merged", "b/merged")
+    folders = [default_folder(model, None, "sudoku") for model in models]
+    assert folders[:3] == [Path("eval", name, "sudoku") for name in ("tiny", "Qwen-Qwen3-4B", "runs-a-merged")]
+    assert len(set(folders)) == len(models)
+    assert default_folder("tiny", "runs/a/peft", "sudoku") == Path("eval", "tiny+runs-a-peft", "sudoku")
+    refuse_other_model(tmp_path, "a-b")
+    begin(tmp_path, {"evaluated": "a/b"})
+    refuse_other_model(tmp_path, "a/b")
+    refuse_other_model(tmp_path, "./a/b")
+    with pytest.raises(InputError, match=r"holds the evaluation of 'a/b'; give .*'a-b'.* another --out"):
+        refuse_other_model(tmp_path, "a-b")
 
 
 def test_sample_shows_every_step_and_the_text(capsys: pytest.CaptureFixture[str]):

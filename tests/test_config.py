@@ -357,7 +357,7 @@ def test_configs_of_published_settings_do_as_their_papers_say():
             len(config.method.contexts) - (name == "qwen3_4b_opsd_pmi")
         )
         assert (config.held_out().length, config.eval.thinking, config.decode.length) == (38912, True, 1024)
-        assert config.eval.final_problems > 0
+        assert config.eval.final_problems == 30
     for name in ("qwen3_4b_opsd", "qwen3_4b_opsd_pmi", "qwen3_8b_sdpo", "qwen3_4b_demo_psd", "r1_distill_1.5b_topd"):
         assert load_config(name).optim.betas == (0.9, 0.999)
     rollout: Any = load_config("llada_8b_sudoku").method.rollout

@@ -321,7 +321,7 @@ def config_at(run: Path, case: str, kind: Backbone, teachers: Path, tokens: int 
             "decode": {**steps[kind], "batch_size": rows},
             "method": method,
             "optim": {"lr": 0.02, "weight_decay": 0.0, "max_grad_norm": 1.0, "tokens_per_batch": tokens},
-            "eval": {"every": 0},
+            "eval": {"every": 0, "final_problems": 0},
             "checkpoint": {"every": 1, "keep": 9},
             "log": {"progress": False, "trackers": [], "samples_every": 1},
         }

@@ -158,7 +158,7 @@ def one_update(run: Path, method: Mapping[str, Any], lr: float = 5e-6, **model: 
             "decode": {"length": 16, "block_length": 4, "tokens_per_step": 2},
             "method": method,
             "optim": {"lr": lr},
-            "eval": {"every": 1, "problems": 4},
+            "eval": {"every": 1, "problems": 4, "final_problems": 0},
             "log": {"progress": False},
         }
     )

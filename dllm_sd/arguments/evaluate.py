@@ -27,6 +27,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=place, metavar="DIR", help="a PEFT adapter to put on the model")
     parser.add_argument("--attempts", type=count, metavar="K", help="attempts at each problem, for pass@k and maj@k")
     parser.add_argument(
-        "--out", type=place, help="folder for report.json; default: eval/TASK, in the run folder if it is a run"
+        "--out", type=place, help="folder for report.json; default: RUN/eval/TASK of a run, eval/MODEL/TASK of a model"
     )
     add_overrides(parser)

@@ -12,6 +12,13 @@ dllm-sd train mine.yaml method=opsd method.rollout.attempts=4
 dllm-sd train runs/mine                          # continue a run
 accelerate launch -m dllm_sd train mine.yaml     # several GPUs
 """
+STATUS = """
+
+exit status:
+  0 done; 1 the run cannot go on; 2 the input was wrong; 130 interrupted after saving
+  3 finished, but nothing was learnt, or dev accuracy collapsed (`outcome` in report.json)
+"""
+"""What ``--help`` ends with."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:

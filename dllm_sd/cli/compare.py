@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.comparison import Comparison, compare_files
+from dllm_sd.evaluation.estimates import in_percent
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,8 +47,8 @@ def _cells(result: Comparison) -> dict[str, str]:
     cells = {
         "problems of both": str(result.n),
         "only in A, only in B": f"{result.alone_a}, {result.alone_b}",
-        "accuracy of A": f"{100 * result.accuracy_a:.2f} %",
-        "accuracy of B": f"{100 * result.accuracy_b:.2f} %",
+        "accuracy of A": in_percent(result.accuracy_a),
+        "accuracy of B": in_percent(result.accuracy_b),
         "B - A, points": f"{100 * result.difference:+.2f}",
         "95 % interval": "{:+.2f} to {:+.2f}".format(*(100 * end for end in result.ci95)),
     }

@@ -1,6 +1,7 @@
 """``dllm-sd eval``: the accuracy of a run or a model on a task."""
 
 import argparse
+import re
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
@@ -9,11 +10,33 @@ from rich.console import Console
 from dllm_sd.cli import compare
 from dllm_sd.cli.run_or_model import is_run, load, quiet_libraries, warn, warn_unknown_text
 from dllm_sd.config import to_tree
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, shown
 from dllm_sd.evaluation.evaluate import evaluate_into, test_problems
+from dllm_sd.evaluation.recording import recorded_model
 from dllm_sd.pairing import PROMPTS_CHECKED
 from dllm_sd.reports.tables import print_evaluation
 from dllm_sd.tasks.sources import about_tests
+
+
+def default_folder(model: str, adapter: str | None, task: str) -> Path:
+    """The folder of an evaluation: in the run folder of a run, else one of the model's name in the current folder."""
+    if is_run(model):
+        return Path(model, "eval", task)
+    names = [re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model" for name in (model, adapter) if name is not None]
+    return Path("eval", "+".join(names), task)
+
+
+def refuse_other_model(folder: Path, model: str) -> None:
+    """Refuse a folder that holds the evaluation of another model than ``model``.
+
+    Raises:
+        InputError: naming both.
+    """
+    evaluated = recorded_model(folder)
+    if evaluated is not None and evaluated != model and Path(evaluated).resolve() != Path(model).resolve():
+        raise InputError(
+            f"{str(folder)!r} holds the evaluation of {shown(evaluated)}; give {shown(model)} another --out"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,7 +51,9 @@ def run(options: argparse.Namespace) -> int:
     config, policy, weights = load(options.model, overrides, options.task, options.adapter, refuse=test_problems)
     tree = to_tree(config)
     task = tree["task"]["name"]
-    out = Path(options.out or Path(options.model if is_run(options.model) else "") / "eval" / task)
+    out = Path(options.out or default_folder(options.model, options.adapter, task))
+    if not is_run(options.model):
+        refuse_other_model(out, options.model)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
     if PartialState().is_main_process:
         if sentence := about_tests(config.task):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dllm_sd.config import apply_overrides, build_config, to_tree
 from dllm_sd.errors import InputError
+from dllm_sd.evaluation.estimates import in_percent
 from dllm_sd.evaluation.generations import default_folder, grade_file
 from dllm_sd.tasks import TASKS
 
@@ -48,11 +49,11 @@ def _print_grades(report: Mapping[str, Any], file: str) -> None:
     table.add_column("", justify="right")
     low, high = report["ci95"]
     table.add_row("problems", str(report["n"]))
-    table.add_row("accuracy", f"{100 * report['accuracy']:.2f} % ({100 * low:.1f} to {100 * high:.1f})")
+    table.add_row("accuracy", f"{in_percent(report['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})")
     for key, label in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
         for k, share in report.get(key, {}).items():
             if k != "1":
-                table.add_row(f"{label}@{k}", f"{100 * share:.2f} %")
+                table.add_row(f"{label}@{k}", in_percent(share))
     known = {"task", "mode", "n", "accuracy", "ci95", "generations"}
     for name, value in report.items():
         if name not in known and isinstance(value, int | float):
@@ -60,5 +61,5 @@ def _print_grades(report: Mapping[str, Any], file: str) -> None:
     console = Console()
     console.print(table)
     if "schedules" in report:
-        accuracies = ", ".join(f"{name} {100 * tree['accuracy']:.2f} %" for name, tree in report["schedules"].items())
+        accuracies = ", ".join(f"{name} {in_percent(tree['accuracy'])}" for name, tree in report["schedules"].items())
         console.print(f"schedule {report['schedule']}; accuracies of all: {accuracies}", highlight=False, markup=False)

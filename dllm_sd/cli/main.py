@@ -1,6 +1,7 @@
 """The command line; `arguments/` holds the arguments of each command.
 
-Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted after saving; 1 anything else.
+Exit status: 0 done; 2 the input was wrong (one sentence on stderr); 3 `train` finished, but nothing was learnt or the
+run collapsed (`report.json` is written, and says why); 130 interrupted after saving; 1 anything else.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=arguments.HELP,
             description=f"{arguments.HELP[0].upper()}{arguments.HELP[1:]}.",
-            epilog=f"examples:\n{indent(arguments.EXAMPLES.strip(), '  ')}",
+            epilog=f"examples:\n{indent(arguments.EXAMPLES.strip(), '  ')}{getattr(arguments, 'STATUS', '')}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         arguments.add(command)

@@ -9,14 +9,22 @@ from dllm_sd.config import load_config
 from dllm_sd.reports.tables import print_training
 from dllm_sd.training.peers import train
 
+NOT_LEARNT = 3
+"""Exit status of a run that finished, but learnt nothing or collapsed."""
+
 
 def run(options: argparse.Namespace) -> int:
-    """Train, and print the results of the run, or of both runs of peers."""
+    """Train, and print the results of the run, or of both runs of peers; return the exit status.
+
+    It is `NOT_LEARNT` if a run learnt nothing or collapsed.
+    """
     quiet_libraries()
     config = load_config(options.config, options.overrides, warn)
-    for folder, report in train(config).items():
+    reports = train(config)
+    for folder, report in reports.items():
         if PartialState().is_main_process:
             print_training(report, folder)
             for warning in report.get("warnings", []):  # reports of earlier versions have none
                 warn(warning)
-    return 0
+    outcomes = {report.get("outcome", "learnt") for report in reports.values()}  # reports of earlier versions have none
+    return 0 if outcomes == {"learnt"} else NOT_LEARNT

@@ -27,6 +27,11 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def in_percent(share: float) -> str:
+    """A share as people read it everywhere, such as ``58.6 %``."""
+    return f"{100 * share:.1f} %"
+
+
 def figures(
     sizes: Sequence[int], right: Sequence[int], scores: Sequence[float], votes: Callable[[int], Iterable[bool]]
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dllm_sd.config import Config
 from dllm_sd.decoding.decoder import Decoder
 from dllm_sd.decoding.decoder import decode as decode_prompts
 from dllm_sd.decoding.settings import Decoding, Meter
-from dllm_sd.errors import InputError
+from dllm_sd.errors import EmptySplit, InputError
 from dllm_sd.evaluation.estimates import wilson_interval
 from dllm_sd.evaluation.generations import measures, summarise
 from dllm_sd.evaluation.recording import GENERATIONS, SETTINGS, GradedAttempt, Record, begin, digest, finish
@@ -26,6 +26,7 @@ from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rules import encode_problem
+from dllm_sd.settings import USUAL_FINAL_PROBLEMS
 from dllm_sd.tasks.sources import final_split
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.trajectory import Trajectory
@@ -255,6 +256,27 @@ def test_problems(config: Config) -> list[Problem]:
     wanted = first(problems, config.eval.final_problems or len(problems))
     check_ids(wanted)
     return wanted
+
+
+def final_problems(config: Config) -> tuple[list[Problem], str | None]:
+    """The test problems on which a run is compared before and after training.
+
+    Returns:
+        The problems, and a sentence if there are none although the config does not ask for that.
+
+    Raises:
+        InputError: if the config asks for problems and there are none, or they cannot be read.
+    """
+    wanted = config.eval.final_problems
+    if wanted == 0:
+        return [], None
+    try:
+        problems = config.task.problems(final_split(config.task))
+        return first(problems, USUAL_FINAL_PROBLEMS if wanted is None else wanted), None
+    except EmptySplit as reason:
+        if wanted is not None:
+            raise
+        return [], f"there will be no test results: {reason} Set eval.final_problems=0 to say so."
 
 
 def check_ids(*splits: Sequence[Problem]) -> None:

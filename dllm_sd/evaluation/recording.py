@@ -74,6 +74,19 @@ class Record:
             file.write(_text(self.schedule, line))
 
 
+def recorded_model(folder: Path) -> str | None:
+    """The run or model whose evaluation ``folder`` holds; None if it holds none that says so."""
+    file = folder / SETTINGS
+    if not file.is_file():
+        return None
+    try:
+        tree = own_json(read_own(file, "remove it, and what is beside it is replaced"))
+    except ValueError:
+        return None
+    evaluated = tree.get("evaluated") if isinstance(tree, dict) else None
+    return evaluated if isinstance(evaluated, str) else None
+
+
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Prepare ``folder``: files of an evaluation with other settings are removed."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dllm_sd.evaluation.estimates import in_percent
 from dllm_sd.reports.memory import MemoryEstimate
 from dllm_sd.training.left_out import in_words
 
@@ -27,9 +28,9 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
         for name in ("before", "after", "best"):
             table.add_column(name, justify="right")
         for schedule, best in report["best"].items():
-            cells = [f"{100 * report[name][schedule]['accuracy']:.1f} %" for name in ("before", "after")]
+            cells = [in_percent(report[name][schedule]["accuracy"]) for name in ("before", "after")]
             low, high = best["ci95"]
-            table.add_row(schedule, *cells, f"{100 * best['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+            table.add_row(schedule, *cells, f"{in_percent(best['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})")
             for name, (what, treatment) in EVALUATION_COUNTS.items():
                 if name in best:  # reports of earlier versions lack some
                     counts = (str(report[which][schedule][name]) for which in ("before", "after", "best"))
@@ -37,7 +38,7 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
         console.print(table)
         console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
     summary = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
-    best_dev = f"; best dev accuracy {100 * report['best_dev_accuracy']:.1f} % at update {report['best_update']}"
+    best_dev = f"; best dev accuracy {in_percent(report['best_dev_accuracy'])} at update {report['best_update']}"
     console.print(summary + (best_dev if report["best_dev_accuracy"] >= 0 else ""))
     if left_out := in_words(report.get("left_out", {})):  # reports of earlier versions have none
         console.print(f"left out: {', '.join(left_out)}", highlight=False)
@@ -56,10 +57,10 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
     for name, tree in report["schedules"].items():
         table.add_column(name, justify="right")
         low, high = tree["ci95"]
-        cells = {"problems": str(tree["n"]), "accuracy": f"{100 * tree['accuracy']:.2f} %"}
+        cells = {"problems": str(tree["n"]), "accuracy": in_percent(tree["accuracy"])}
         cells["95 % interval"] = f"{100 * low:.1f} to {100 * high:.1f}"
         for key, name in (("pass_at_k", "pass"), ("maj_at_k", "maj")):
-            cells |= {f"{name}@{k}": f"{100 * share:.2f} %" for k, share in tree[key].items() if k != "1"}
+            cells |= {f"{name}@{k}": in_percent(share) for k, share in tree[key].items() if k != "1"}
         cells |= {"tokens": f"{tree['length']:.1f}", "tokens per forward": f"{tree['tokens_per_step']:.2f}"}
         cells |= {"tokens per second": f"{tree['time/tokens_per_second']:.0f}"}
         cells |= {f"{what} ({treatment})": str(tree[name]) for name, (what, treatment) in EVALUATION_COUNTS.items()}

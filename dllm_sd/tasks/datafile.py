@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, overload
 
-from dllm_sd.errors import InputError, on_one_line, shortened, shown
+from dllm_sd.errors import EmptySplit, InputError, on_one_line, shortened, shown
 from dllm_sd.files.reading import open_unpacked, why_unread
 from dllm_sd.randomness import make_key, permutation
 from dllm_sd.tasks.conversations import is_conversation
@@ -152,7 +152,7 @@ def chosen_split(splits: Splits, split: Split) -> Sequence[Problem]:
     """Return a split, or raise an InputError that says why it is empty and which key to change."""
     if splits[split]:
         return splits[split]
-    raise InputError(f"The {split} split holds no problems; {splits.why_empty(split)}.")
+    raise EmptySplit(f"The {split} split holds no problems; {splits.why_empty(split)}.")
 
 
 @dataclass(frozen=True)

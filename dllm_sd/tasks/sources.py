@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import EmptySplit, InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Ranged
 from dllm_sd.tasks.datafile import (
@@ -103,7 +103,7 @@ class GeneratedTask(TemplateTask):
         """Return the first problems of a split, up to its size; raise an InputError if the size is 0."""
         size = {"train": self.size_train, "dev": self.size_dev, "test": self.size_test}[split]
         if not size:
-            raise InputError(f"task.size_{split} is 0, so the {split} split holds no problems; raise it.")
+            raise EmptySplit(f"task.size_{split} is 0, so the {split} split holds no problems; raise it.")
         if self.data is not None or self.data_test is not None:
             return chosen_split(self._files, split)[:size]
         return Generated(range(size), partial(self.generate, split))

@@ -168,7 +168,7 @@ def read_report(run: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
     content = read_own(file, "make it readable, or remove it to have it written again")
     try:
         tree = build(dict[str, Any], own_json(content))
-        build(_Notes, {name: tree.get(name, default) for name, default in vars(_Notes((), {})).items()})
+        build(_Notes, {name: tree.get(name, default) for name, default in vars(_Notes((), {}, "learnt")).items()})
     except ValueError:
         return None
     if any(key not in tree or tree[key] != value for key, value in facts.items()):
@@ -189,6 +189,7 @@ class _Notes:
 
     warnings: tuple[str, ...]
     left_out: Mapping[str, int]
+    outcome: str
 
 
 def _same_layout(value: Any, model: Any) -> bool:

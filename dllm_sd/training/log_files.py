@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,18 @@ from dllm_sd.training.left_out import is_left_out, left_out
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl", "traces.jsonl")
 REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
+
+
+@dataclass(frozen=True)
+class LogSums:
+    """What the lines of metrics.jsonl come to."""
+
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """What the run left out (`left_out.left_out`)."""
+    unchanged: bool = False
+    """Whether the run has made optimizer steps, none of which changed a weight."""
+    last_accuracy: float | None = None
+    """Dev accuracy of the last evaluation."""
 
 
 class MetricsLog:
@@ -35,8 +48,8 @@ class MetricsLog:
         """Append the metrics of an update."""
         _append(self.metrics, values)
 
-    def summed_up(self, passes: int) -> tuple[dict[str, int], bool]:
-        """What the run left out (`left_out`), and whether it has made optimizer steps, none of which changed a weight.
+    def summed_up(self, passes: int) -> "LogSums":
+        """What the run says of itself in its metrics.
 
         Args:
             passes: updates that share their rollouts.
@@ -45,14 +58,17 @@ class MetricsLog:
             InputError: naming the file and the line that was not written by a run.
         """
         changed: list[bool] = []
+        accuracy: list[float] = []
 
         def lines() -> Iterator[dict[str, Any]]:
             for line in read_log(self.metrics):
                 if line["update"] > 0:  # update 0 is the evaluation before training; a skipped update has no loss
                     changed.append(line.get("loss") is not None and "weights_unchanged" not in line)
+                accuracy[:] = [line["eval/accuracy"]] if "eval/accuracy" in line else accuracy
                 yield line
 
-        return left_out(lines(), passes), bool(changed) and not any(changed)
+        counts = left_out(lines(), passes)
+        return LogSums(counts, bool(changed) and not any(changed), accuracy[0] if accuracy else None)
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """Append one rollout with its text."""

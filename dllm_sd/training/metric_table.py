@@ -103,7 +103,7 @@ METRICS = {
     "rollouts/length": Metric("Mean tokens of the counted attempts, end token included, as far as the horizon goes."),
     "rollouts/steps": Metric("Mean decoding steps of the counted attempts."),
     "rollouts/lag": Metric(
-        "With method.rollout.lag: updates between the weights that made this batch and those that begin to learn from it.",
+        "With method.rollout.lag: updates between the weights that made this batch and those that learn from it.",
         "once it changes",
     ),
     "rollouts/behind_end": Metric("Share of the positions revealed in the kept rollouts that stand behind their end."),

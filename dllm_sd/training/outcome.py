@@ -1,37 +1,67 @@
 """Warnings about a run: that it learnt nothing, or that weights or writers which it uses may not be the wanted ones."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
+from typing import Literal
 
 from dllm_sd.config import Config, build_config, to_tree
+from dllm_sd.evaluation.estimates import in_percent
 from dllm_sd.files.checkpoint_files import CHECKPOINTS
 from dllm_sd.training.checkpoint import State, latest_checkpoint, state_of
 from dllm_sd.training.folder import CONFIG, read_run_config
 from dllm_sd.training.left_out import in_words
+from dllm_sd.training.log_files import LogSums
+from dllm_sd.training.selection import COLLAPSED
+
+Outcome = Literal["learnt", "nothing learnt", "collapsed"]
+MUCH = 0.1
+"""How far below the best dev accuracy the last one may be before that is a warning."""
 
 
-def warnings_of(state: State, left_out: Mapping[str, int], unchanged: bool) -> list[str]:
-    """Warn about a run that learnt nothing, or whose best weights are its initial ones.
+def outcome_of(state: State, unchanged: bool) -> Outcome:
+    """How a run ended; all but the first make ``dllm-sd train`` exit with a status of its own.
 
     Args:
         state: the state of the run at its end.
-        left_out: how much the run left out, by name.
         unchanged: whether no optimizer step changed any weight.
     """
-    if state.update == 0:
-        return []
-    if state.skipped == state.update:
-        reasons = ", ".join(in_words(left_out)) or "nothing was left out"
+    if state.update and (unchanged or state.skipped == state.update):
+        return "nothing learnt"
+    return "collapsed" if (state.stopped or "").startswith(COLLAPSED) else "learnt"
+
+
+def warnings_of(state: State, sums: LogSums) -> list[str]:
+    """Warn about a run that learnt nothing or collapsed, or whose best weights are its initial ones.
+
+    Args:
+        state: the state of the run at its end.
+        sums: what its metrics say.
+    """
+    outcome = outcome_of(state, sums.unchanged)
+    if outcome == "nothing learnt" and state.skipped == state.update:
+        reasons = ", ".join(in_words(sums.left_out)) or "nothing was left out"
         return [f"nothing was learnt: all {state.update} updates were skipped ({reasons})"]
-    if unchanged:
+    if outcome == "nothing learnt":
         return [
             f"nothing was learnt: none of {state.update} updates changed a weight; the steps were lost in rounding, or "
             "the gradients were zero: raise optim.lr, or set model.dtype to float32 with optim.autocast bfloat16"
         ]
-    if state.best_accuracy >= 0 and state.best_update == 0:
-        return [initial_are_best(state.update)]
-    return []
+    found: list[str] = []
+    fell = sums.last_accuracy is not None and sums.last_accuracy < state.best_accuracy - MUCH
+    if outcome == "collapsed" or (fell and state.best_update > 0):
+        found.append(_collapse(state, sums))
+    if state.update and state.best_accuracy >= 0 and state.best_update == 0:
+        found.append(initial_are_best(state.update))
+    return found
+
+
+def _collapse(state: State, sums: LogSums) -> str:
+    """The warning of a run whose last weights are much worse than its best ones."""
+    best = f"eval, sample and export use the best weights, of update {state.best_update}"
+    if state.stopped and state.stopped.startswith(COLLAPSED):
+        return f"the run collapsed at update {state.update}: {state.stopped}; {best}"
+    last, highest = in_percent(sums.last_accuracy or 0.0), in_percent(state.best_accuracy)
+    return f"the last weights are much worse than the best ones on the dev split, {last} against {highest}; {best}"
 
 
 def initial_are_best(update: int) -> str:
@@ -50,6 +80,18 @@ def initial_of(folder: Path) -> str | None:
     if latest is None or int(latest.name) == 0 or state_of(folder).update > 0:
         return None
     return f"{folder}: {initial_are_best(int(latest.name))}"
+
+
+def about_device(config: Config, device: str) -> list[str]:
+    """Warn about choices that make a run slow on its ``device``, such as ``cpu``."""
+    if device != "cpu":
+        return []
+    choices = {"optim.autocast": ("null", config.optim.autocast), "model.dtype": ("float32", config.model.dtype)}
+    return [
+        f"{key} {value} is several times as slow as float32 on most CPUs; set {key}={instead} to be faster"
+        for key, (instead, value) in choices.items()
+        if value in ("bfloat16", "float16")
+    ]
 
 
 def about_sources(config: Config) -> list[str]:

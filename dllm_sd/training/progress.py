@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from dllm_sd.evaluation.estimates import in_percent
+
 
 class Progress:
     """A progress bar on stderr, with a line for every evaluation. Prints nothing unless ``shown``."""
@@ -22,11 +24,12 @@ class Progress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
         )
-        self.task = self.bar.add_task(name, total=updates, completed=done, note="")
+        self.task = self.bar.add_task(name, total=updates, completed=done, state="", note="")
         self.updates = updates
 
     def __enter__(self) -> "Progress":
@@ -41,16 +44,14 @@ class Progress:
         """Show what the run is doing."""
         self.bar.update(self.task, note=text)
 
-    def finished(self, update: int) -> None:
-        """Advance the bar after an update."""
-        self.bar.update(self.task, completed=update)
+    def finished(self, metrics: Mapping[str, Any]) -> None:
+        """Advance the bar after an update, and show its loss, its pass rate, and how many were skipped so far."""
+        self.bar.update(self.task, completed=metrics["update"], state="  ".join(_fields(metrics)))
 
     def line(self, metrics: Mapping[str, Any]) -> None:
         """Print the result of an evaluation as a line that stays on the screen."""
-        fields = [f"update {metrics['update']:>4}/{self.updates}"]
-        names = {"eval/accuracy": "dev accuracy", "loss": "loss", "rollouts/pass_rate": "pass rate"}
-        fields += [f"{label} {metrics[key]:.4f}" for key, label in names.items() if metrics.get(key) is not None]
-        self.say("  ".join(fields))
+        accuracy = f"dev accuracy {in_percent(metrics['eval/accuracy'])}"
+        self.say("  ".join([f"update {metrics['update']:>4}/{self.updates}", accuracy, *_fields(metrics)]))
 
     def say(self, text: str) -> None:
         """Print one line; if the terminal is gone, print nothing from now on."""
@@ -58,6 +59,14 @@ class Progress:
             self.console.print(text, highlight=False)
         except OSError:
             self.console.quiet = True
+
+
+def _fields(metrics: Mapping[str, Any]) -> list[str]:
+    """Loss, pass rate and skipped updates, as far as an update has them."""
+    loss, rate = metrics.get("loss"), metrics.get("rollouts/pass_rate")
+    fields = [f"loss {loss:.4g}"] if loss is not None else []
+    fields += [f"pass rate {in_percent(rate)}"] if rate is not None else []
+    return fields + ([f"skipped {skipped}"] if (skipped := metrics.get("updates_skipped")) else [])
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

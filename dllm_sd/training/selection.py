@@ -1,7 +1,11 @@
 """Chooses the best weights of a run, and stops training early."""
 
+from dllm_sd.evaluation.estimates import in_percent
 from dllm_sd.settings import Evaluation
 from dllm_sd.training.checkpoint import State
+
+COLLAPSED = "dev accuracy fell"
+"""How `State.stopped` begins if `eval.collapse` stopped the run."""
 
 
 def add_loss(state: State, loss: float | None) -> None:
@@ -33,7 +37,7 @@ def judge(state: State, settings: Evaluation, accuracy: float) -> bool:
     if settings.patience and state.since_best >= settings.patience:
         state.stopped = f"no {improvement} in {state.since_best} evaluations"
     if settings.collapse and accuracy < state.best_accuracy - settings.collapse:
-        state.stopped = f"dev accuracy fell from {state.best_accuracy:.3f} to {accuracy:.3f}"
+        state.stopped = f"{COLLAPSED} from {in_percent(state.best_accuracy)} to {in_percent(accuracy)}"
     return best
 
 

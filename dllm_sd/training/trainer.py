@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
-from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, first
+from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, final_problems, first
 from dllm_sd.experience.pipeline import BegunBatch, RolloutPipeline
 from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
@@ -49,10 +49,10 @@ from dllm_sd.training.checkpoint import (
 )
 from dllm_sd.training.folder import FINAL, REPORT, RunFolder, read_report
 from dllm_sd.training.learner import Learner
-from dllm_sd.training.log_files import MetricsLog, check_logs, log_sums
+from dllm_sd.training.log_files import LogSums, MetricsLog, check_logs, log_sums
 from dllm_sd.training.metrics import rollout_metrics, sample_entry, site_metrics, site_sums
 from dllm_sd.training.optim import BrokenStep, build_optimizer, check_optimizer, learning_rate
-from dllm_sd.training.outcome import about_sources, warnings_of
+from dllm_sd.training.outcome import about_device, about_sources, outcome_of, warnings_of
 from dllm_sd.training.pictures import pictures
 from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.selection import add_loss, judge
@@ -80,14 +80,13 @@ class Trainer:
         with together():
             problems = config.task.problems("train")
             self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
-            final = config.eval.final_problems
-            self.test = first(config.task.problems(final_split(config.task)), final) if final else []
+            self.test, untested = final_problems(config)
             check_ids(self.dev, self.test)
             check_data(config, problems)
             blueprint = check_model(config)
             long_references = check_references(config, blueprint, problems)
             unknown_tokens = check_tokenizer(config, blueprint, problems)
-            splits = (about_dev(config.task), about_tests(config.task) if final else None)
+            splits = (about_dev(config.task), about_tests(config.task) if self.test else untested)
             self.rows_left_out, shared_rows = rows_left_out(config.task)
             check_servers(config)
         self.notes = [*filter(None, (*splits, shared_rows, long_references, *unknown_tokens.values()))]
@@ -102,8 +101,9 @@ class Trainer:
             raise
         self.pieces = Pieces(self.policy)
         self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, unknown_tokens)
+        notes = [*about_sources(config), *about_device(config, self.accelerator.device.type)]
         if self.main:
-            for sentence in (*self.notes, *self.pipeline.notes, *about_sources(config)):
+            for sentence in (*self.notes, *self.pipeline.notes, *notes):
                 print(sentence, file=sys.stderr)
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -187,6 +187,8 @@ class Trainer:
             if self.log is not None:
                 self.trackers = Trackers(self.config, self._done, self.log.lines())
         with self.progress, Interrupt(self.progress) as interrupt:
+            if self.resumed and not self.finished:
+                self.progress.say(f"continuing from update {state.update} of {self.config.updates}")
             if not self.resumed:
                 state.before = self._test("testing the initial weights")
                 self._track_results("before", state.before)
@@ -207,7 +209,7 @@ class Trainer:
                 state.seconds += time.perf_counter() - started
                 add_loss(state, metrics["loss"])
                 self._evaluate(metrics)
-                self.progress.finished(state.update)
+                self.progress.finished(metrics)
                 interrupted = any_process(self.accelerator, interrupt.asked)
                 if interrupted or self.finished or state.update in (until, state.update // every * every):
                     self._save()
@@ -379,9 +381,13 @@ class Trainer:
     def _outcome(self) -> dict[str, Any]:
         """Entries of the report on what the run left out, and its warnings."""
         log, passes = self.log, self.method.rollout.passes
-        left_out, unchanged = on_main(lambda: log.summed_up(passes) if log is not None else ({}, False))
+        sums = on_main(lambda: log.summed_up(passes) if log is not None else LogSums())
         missed = on_main(lambda: self.trackers.warnings if self.trackers is not None else [])
-        return {"left_out": left_out, "warnings": [*warnings_of(self.state, left_out, unchanged), *missed]}
+        return {
+            "left_out": sums.left_out,
+            "outcome": outcome_of(self.state, sums.unchanged),
+            "warnings": [*warnings_of(self.state, sums), *missed],
+        }
 
     # Checkpoints and collectives
 

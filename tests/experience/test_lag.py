@@ -40,7 +40,7 @@ def tree(run: Path, lag: int, case: dict[str, Any]) -> dict[str, Any]:
         "optim": {"lr": 0.01, "warmup": 0, "schedule": "constant"},
         "eval": {"every": 0, "final_problems": 0},
         "checkpoint": {"every": 1, "keep": 9},
-        "log": {"progress": False, "tensorboard": False},
+        "log": {"progress": False, "trackers": []},
     }
 
 

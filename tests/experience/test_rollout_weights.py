@@ -155,7 +155,7 @@ def config_at(tmp_path: Path, run: str, policy: Any, kind: dict[str, Any], updat
             "decode": {"length": 8, "block_length": 4},
             "method": {"name": "spd", "rollout": {"problems": 3, "policy": policy}},
             "optim": {"lr": 0.02, "weight_decay": 0.0},
-            "eval": {"every": 0},
+            "eval": {"every": 0, "final_problems": 0},
             "checkpoint": {"every": 2},
             "log": {"progress": False, "trackers": []},
         }

@@ -181,7 +181,7 @@ TREE: dict[str, Any] = {
         "contexts": [{"name": "skills", "rank": rank, "template": "{question}({hint})"} for rank in range(2)],
     },
     "optim": {"lr": 0.01, "weight_decay": 0.0},
-    "eval": {"every": 0},
+    "eval": {"every": 0, "final_problems": 0},
     "checkpoint": {"every": 2, "keep": 9},
     "log": {"progress": False, "trackers": []},
 }
@@ -325,7 +325,7 @@ def test_the_attempts_for_a_bank_are_decoded_as_the_library_says(tmp_path: Path,
                     **method,
                     "skill_bank": {"count": 1, "memories": 3, "writing": {"sampling": {"length": 8}}, **library},
                 },
-                "eval": {"every": 0},
+                "eval": {"every": 0, "final_problems": 0},
                 "log": {"progress": False, "trackers": []},
             }
         )

@@ -661,7 +661,7 @@ def gsm8k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
                 "contexts": [{"name": "suffix", **suffix}],
             },
             "optim": {"lr": 1e-2},
-            "eval": {"every": 0},
+            "eval": {"every": 0, "final_problems": 0},
             "log": {"progress": False, "trackers": []},
         }
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))

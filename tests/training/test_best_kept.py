@@ -81,7 +81,7 @@ def test_damaged_best_weights_are_refused_when_a_run_goes_on_and_force_chooses_a
 
 
 def test_a_run_that_chose_none_needs_none(tmp_path: Path):
-    settings = {"eval": {"every": 0}}
+    settings = {"eval": {"every": 0, "final_problems": 0}}
     Trainer(config(tmp_path / "run", **settings)).train(1)
     assert not (tmp_path / "run" / "checkpoints" / "best").exists()
     assert Trainer(config(tmp_path / "run", **settings)).train()["best_update"] == 0

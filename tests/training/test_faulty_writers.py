@@ -96,7 +96,7 @@ def tree_of(
         "decode": decode[kind],
         "method": method,
         "optim": {"lr": 0.02, "weight_decay": 0.0},
-        "eval": {"every": 0},
+        "eval": {"every": 0, "final_problems": 0},
         "checkpoint": {"every": 1, "keep": 9},
         "log": {"progress": False, "trackers": [], "samples_every": 1},
     }

@@ -1,6 +1,7 @@
 """What a run says of itself at its end, and what is said wherever its best weights are those that it began with."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dllm_sd.cli import train as train_command
 from dllm_sd.cli.main import main
 from dllm_sd.config import Config, build_config, load_config, to_yaml
+from dllm_sd.errors import InputError
+from dllm_sd.evaluation.evaluate import final_problems
 from dllm_sd.network.finite import fingerprint
 from dllm_sd.training.checkpoint import State
-from dllm_sd.training.outcome import initial_of, prompt_differences, warnings_of
+from dllm_sd.training.log_files import LogSums
+from dllm_sd.training.outcome import about_device, initial_of, outcome_of, prompt_differences, warnings_of
 from dllm_sd.training.trainer import Trainer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -36,7 +41,7 @@ def tree_at(folder: Path, **changes: Any) -> dict[str, Any]:
         "decode": {"length": 4, "batch_size": 8},
         "method": {"name": "sft", "rollout": {"problems": 2}},
         "optim": {"lr": 1e-2},
-        "eval": {"every": 2, "problems": 2},
+        "eval": {"every": 2, "problems": 2, "final_problems": 0},
         "checkpoint": {"every": 2},
         "log": {"progress": False, "trackers": []},
     }
@@ -136,16 +141,99 @@ def test_a_run_whose_steps_change_no_weight_says_so(steps: dict[str, float], tmp
     changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
     assert changed == []
     assert report["warnings"][0].startswith("nothing was learnt: none of 4 updates changed a weight")
+    assert report["outcome"] == "nothing learnt"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("weights_unchanged") for line in lines] == [None, 1, 1, 1, 1]
 
 
 def test_a_run_without_a_rollout_to_learn_from_says_that_alone():
-    found = warnings_of(State(3, skipped=3), {"rollouts/rejected": 5, "rollouts/too_long": 2}, unchanged=True)
-    (sentence,) = found
+    sums = LogSums({"rollouts/rejected": 5, "rollouts/too_long": 2}, unchanged=True)
+    (sentence,) = warnings_of(State(3, skipped=3), sums)
     assert sentence.startswith("nothing was learnt: all 3 updates were skipped (5 rollouts ")
     assert "2 problems longer than max_prompt" in sentence
-    assert warnings_of(State(), {}, unchanged=False) == []
+    assert warnings_of(State(), LogSums()) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "sums", "outcome", "words"),
+    [
+        (State(3, skipped=3), LogSums(), "nothing learnt", ["nothing was learnt: all 3 updates were skipped"]),
+        (State(3), LogSums(unchanged=True), "nothing learnt", ["nothing was learnt: none of 3 updates changed"]),
+        (State(3, skipped=2), LogSums(), "learnt", []),
+        (State(0, skipped=0), LogSums(), "learnt", []),
+        (State(9, best_accuracy=0.5), LogSums(last_accuracy=0.45), "learnt", ["the best weights on the dev split are"]),
+        (
+            State(9, best_update=3, best_accuracy=0.5, stopped="dev accuracy fell from 50.0 % to 45.0 %"),
+            LogSums(last_accuracy=0.45),
+            "collapsed",
+            ["the run collapsed at update 9: dev accuracy fell from 50.0 % to 45.0 %; .* of update 3$"],
+        ),
+        (
+            State(9, best_update=0, best_accuracy=0.5, stopped="dev accuracy fell from 50.0 % to 0.0 %"),
+            LogSums(last_accuracy=0.0),
+            "collapsed",
+            ["the run collapsed at update 9", "the best weights on the dev split are the initial ones"],
+        ),
+        (
+            State(9, best_update=3, best_accuracy=0.5, stopped="no better dev accuracy in 2 evaluations"),
+            LogSums(last_accuracy=0.375),
+            "learnt",
+            ["the last weights are much worse than the best ones .*, 37.5 % against 50.0 %; .* update 3$"],
+        ),
+    ],
+)
+def test_how_a_run_ended_is_one_word_and_its_reasons(state: State, sums: LogSums, outcome: str, words: list[str]):
+    assert outcome_of(state, sums.unchanged) == outcome
+    found = warnings_of(state, sums)
+    assert len(found) == len(words)
+    assert [re.match(start, said) is not None for start, said in zip(words, found, strict=True)] == [True] * len(words)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        (["learnt"], 0),
+        ([None], 0),
+        (["nothing learnt"], 3),
+        (["collapsed"], 3),
+        (["learnt", "collapsed"], 3),
+        (["learnt", "learnt"], 0),
+    ],
+)
+def test_the_exit_status_says_whether_a_run_learnt(
+    monkeypatch: pytest.MonkeyPatch, outcomes: list[str | None], status: int
+):
+    reports = {Path(str(i)): {"outcome": outcome} if outcome else {} for i, outcome in enumerate(outcomes)}
+    monkeypatch.setattr(train_command, "train", lambda config: reports)
+    monkeypatch.setattr(train_command, "print_training", lambda report, folder: None)
+    assert main(["train", "quickstart"]) == status
+
+
+def test_bfloat16_is_warned_of_where_it_is_slow(tmp_path: Path):
+    configs = [build_config(tree_at(tmp_path, optim={"autocast": "bfloat16"})), build_config(tree_at(tmp_path))]
+    (said,) = about_device(configs[0], "cpu")
+    assert said == (
+        "optim.autocast bfloat16 is several times as slow as float32 on most CPUs; set optim.autocast=null to be faster"
+    )
+    assert about_device(configs[1], "cpu") == about_device(configs[0], "cuda") == []
+
+
+@pytest.mark.parametrize(("wanted", "problems", "said"), [(None, 1, None), (0, 0, None), (5, 1, None)])
+def test_models_are_tested_by_default(tmp_path: Path, wanted: int | None, problems: int, said: str | None):
+    found, sentence = final_problems(build_config(tree_at(tmp_path, eval={"final_problems": wanted})))
+    assert (len(found), sentence) == (problems, said)
+
+
+def test_a_task_without_a_test_split_is_said_and_refused_only_if_one_is_asked_for(tmp_path: Path):
+    task = {"name": "sudoku", "size_test": 0}
+    found, said = final_problems(build_config(tree_at(tmp_path, task=task, eval={})))
+    assert found == []
+    assert said is not None
+    assert said.startswith("there will be no test results: task.size_test is 0")
+    with pytest.raises(InputError, match=r"task\.size_test is 0"):
+        final_problems(build_config(tree_at(tmp_path, task=task, eval={"final_problems": 3})))
+    large = build_config(tree_at(tmp_path, task={"name": "sudoku"}, eval={}))
+    assert len(final_problems(large)[0]) == 256
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

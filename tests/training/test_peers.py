@@ -70,7 +70,7 @@ def builder(folder: Path) -> Callable[..., Config]:
             "method": method,
             "peers": {"rounds": 2, "problems": 4, "attempts": 2, "students": students, "tolerance": 9.0},
             "optim": {"lr": 0.02, "weight_decay": 0.0},
-            "eval": {"every": 0},
+            "eval": {"every": 0, "final_problems": 0},
             "checkpoint": {"every": 1},
             "log": {"progress": False, "trackers": []},
         }

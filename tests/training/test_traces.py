@@ -25,7 +25,7 @@ COMMON: dict[str, Any] = {
     "seed": 3,
     "updates": 1,
     "optim": {"lr": 3e-4, "tokens_per_batch": 256},
-    "eval": {"every": 0},
+    "eval": {"every": 0, "final_problems": 0},
     "log": {"progress": False, "trackers": [], "samples": 3},
 }
 SUDOKU = {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"}

@@ -74,7 +74,7 @@ BASE: dict[str, Any] = {
     "decode": {"length": 8, "block_length": 4, "tokens_per_step": 2},
     "method": {"name": "d_opsd", "gate": "all", "rollout": {"problems": 3, "attempts": 1}},
     "optim": {"lr": 0.02, "max_grad_norm": 1.0},
-    "eval": {"every": 1, "problems": 8},
+    "eval": {"every": 1, "problems": 8, "final_problems": 0},
     "checkpoint": {"every": 1, "keep": 1},
     "log": {"progress": False, "trackers": [], "samples_every": 1, "samples": 1},
 }
@@ -123,7 +123,7 @@ PAIRED = {
         "support": {"k": 8},
     },
     "peers": {"rounds": 2, "problems": 2, "attempts": 2, "students": STUDENTS, "tolerance": 9.0},
-    "eval": {"every": 0},
+    "eval": {"every": 0, "final_problems": 0},
 }
 SCHEDULED = {"final_problems": 4, "schedules": {"fast": {"tokens_per_step": 4}}}
 EVALUATE: Words = ("eval", "run", "--out", "scores", "--attempts", "2", "eval.temperature=1.0")
