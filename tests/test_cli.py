@@ -277,8 +277,9 @@ def test_a_damaged_report_is_written_anew(home: Path, tmp_path: Path, content: s
 
 
 def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    method = ["method={name: rft, rollout: {problems: 4, attempts: 1}}", "eval={every: 0}", "updates=1"]
-    assert main(["train", "small.yaml", f"run={tmp_path / 'run'}", *method]) == 0
+    method = ["method={name: rft, rollout: {problems: 4, attempts: 1}}", "updates=1"]
+    settings = [f"run={tmp_path / 'run'}", "eval={every: 0, final_problems: 0}"]
+    assert main(["train", "small.yaml", *settings, *method]) == 3
     assert capsys.readouterr().err == (
         "dllm-sd: nothing was learnt: all 1 updates were skipped (4 rollouts rejected by method.gate)\n"
     )

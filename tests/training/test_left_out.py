@@ -77,9 +77,10 @@ def test_what_a_run_leaves_out_is_counted_reported_and_told_once(
         Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     tree = {**TREE, **changes, "task": {**TREE["task"], **REFERENCED, **changes.get("task", {})}}
     Path("config.yaml").write_text(json.dumps({**tree, "run": "run"}))
-    assert main(["train", "config.yaml"]) == 0
+    status = main(["train", "config.yaml"])
     out = capsys.readouterr()
     report = json.loads(Path("run/report.json").read_text())
+    assert status == (3 if report["updates_skipped"] == report["updates"] else 0)
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     found = {key: count for key, count in report["left_out"].items() if key.startswith(name)}
     assert found
