@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "optim": {"lr": 3e-4, "weight_decay": 0.01, "max_grad_norm": 0.02, "tokens_per_batch": 96},
     "eval": {"every": 2, "problems": 5, "final_problems": 4},
     "checkpoint": {"every": 2},
-    "log": {"progress": False, "tensorboard": False},
+    "log": {"progress": False, "trackers": []},
 }
 LORA = {"path": "tiny", "dtype": "float32", "lora": {"rank": 4, "alpha": 8, "merge_rollouts": True}}
 CASES: dict[str, dict[str, Any]] = {
