@@ -4,28 +4,39 @@ Parts of a method, and tasks, are chosen by `name` from tables; their fields are
 the values of the named method for keys that are left out.
 """
 
-import difflib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from dllm_sd.config_files import read_config, shipped_configs
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, shortened, shown
-from dllm_sd.files.plain_yaml import MAX_YAML_DEPTH, parse_yaml, read_yaml, write_yaml
-from dllm_sd.files.writing import PLACE, Place, at_home, names_file
+from dllm_sd.files.plain_yaml import write_yaml
+from dllm_sd.files.writing import PLACE, Place, at_home
+from dllm_sd.keys import unknown_key, unknown_name
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.differences import named_differences
 from dllm_sd.methods.method import Method
+from dllm_sd.overrides import apply_overrides, parse_index
 from dllm_sd.parts import key_of, to_tree
 from dllm_sd.pretrained.model import Model
 from dllm_sd.ranges import LIMIT, Count, Ranged, Seed, Size, check, hints_of
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
 from dllm_sd.tasks import TASKS
 from dllm_sd.tasks.task import Task
+
+__all__ = [
+    "Config",
+    "apply_overrides",
+    "build_config",
+    "build_decoding",
+    "load_config",
+    "shipped_configs",
+    "to_tree",
+    "to_yaml",
+]
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Config(Ranged, key=""):
 def load_config(
     name: str, overrides: Sequence[str] = (), say: Callable[[str], object] = lambda sentence: None
 ) -> Config:
-    """Read a config by path or shipped name and apply ``key=value`` overrides.
+    """Read a config by path, shipped name or run folder, and apply ``key=value`` overrides.
 
     Args:
         name: the path or the name.
@@ -86,112 +97,7 @@ def load_config(
     Raises:
         InputError: naming the file or key, and the remedy.
     """
-    path = find_config(name)
-    tree = read_yaml(path, f"config {shown(str(path))}")
-    if not isinstance(tree, dict):
-        raise InputError(f"config {shown(str(path))} must hold keys such as model, task and method")
-    return build_config(apply_overrides({"run": f"runs/{path.stem}", **tree}, overrides, say))
-
-
-def find_config(name: str) -> Path:
-    """The path of a config: ``name`` if it is a file, else the shipped config of that name."""
-    shipped = shipped_configs()
-    if names_file(name):
-        return Path(name)
-    if name in shipped:
-        return shipped[name]
-    raise InputError(f"there is no config file {shown(name)}; {_hint(name, shipped, 'shipped configs:')}")
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Configs that come with the program, by name."""
-    package = Path(__file__).resolve().parent
-    folders = [package / "configs", package.parent / "configs"]  # installed, or a source checkout
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-
-
-def apply_overrides(
-    tree: Mapping[str, Any], overrides: Sequence[str], say: Callable[[str], object] = lambda sentence: None
-) -> dict[str, Any]:
-    """Return a copy of a plain tree with ``key=value`` overrides applied; another `method` starts from its defaults.
-
-    Keys are dotted, with indices into lists (``method.contexts.0.ratio``); values are YAML. An override that names
-    another part removes the keys of the former part, but not those that were overridden before it. The keys of
-    `method` stay, since all methods have the same. What is removed from another task's block is told to ``say``.
-    """
-    changed = deepcopy(dict(tree))
-    overridden: list[str] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        steps = key.split(".")
-        if not equals or not all(steps):
-            raise InputError(f"override {shown(override)} is not of the form key=value")
-        if len(steps) > MAX_YAML_DEPTH:
-            raise InputError(f"override {shown(override)} has a key of {len(steps)} parts; no key has that many")
-        value = parse_yaml(text, f"override {shown(override)}") if text else ""
-        if steps[-1] == "name" and key != "method.name":
-            _remove_former_keys(changed, steps[:-1], value, overridden)
-        _put(changed, steps, value)
-        overridden.append(f"{key}.")
-    _tell_of_dropped(tree.get("task"), changed.get("task"), say)
-    return changed
-
-
-def _tell_of_dropped(former: Any, task: Any, say: Callable[[str], object]) -> None:
-    """Say which keys of a config's task block do not count any more, because another task was named."""
-    names = [part.get("name") if isinstance(part, dict) else part for part in (former, task)]
-    if not isinstance(former, dict) or names[0] == names[1]:
-        return
-    left = task if isinstance(task, dict) else {}
-    if dropped := [str(key) for key in former if key not in left and key != "name"]:
-        say(f"the task is {names[1]} instead of the config's {names[0]}, whose keys are dropped: {', '.join(dropped)}")
-
-
-def _remove_former_keys(tree: dict[str, Any], steps: Sequence[str], name: Any, overridden: Sequence[str]) -> None:
-    """If the part at ``steps`` has another name, remove its keys that no override has set."""
-    part: Any = tree
-    for step in steps:
-        index = int(step) if isinstance(part, list) and step.isdecimal() and int(step) < len(part) else step
-        part = part[index] if isinstance(index, int) else part.get(step) if isinstance(part, dict) else None
-    if isinstance(part, dict) and part.get("name", name) != name:
-        path = ".".join(steps)
-        for key in [key for key in part if not any(other.startswith(f"{path}.{key}.") for other in overridden)]:
-            del part[key]
-
-
-def _put(tree: dict[str, Any], steps: Sequence[str], value: Any) -> None:
-    """Set the value at ``steps``, creating mappings where they are missing; a part given by name becomes a mapping."""
-    node: Any = tree
-    for i, step in enumerate(steps):
-        index: Any = _list_index(node, step, ".".join(steps[:i])) if isinstance(node, list) else step
-        if i == len(steps) - 1:
-            node[index] = value
-            return
-        inner = node[index] if isinstance(node, list) else node.get(index)
-        if isinstance(inner, str):  # `method: name`
-            inner = {"name": inner}
-        elif not isinstance(inner, dict | list):
-            inner = {}
-        node[index] = node = inner
-
-
-def _list_index(entries: list[Any], step: str, path: str) -> int:
-    """The index of a list entry that an override names; the index after the last one appends an entry."""
-    index = _parse_index(step, path)
-    if index > len(entries):
-        raise InputError(
-            f"{path}.{index} does not exist in a list of {len(entries)} entries; number them from 0 without gaps"
-        )
-    if index == len(entries):
-        entries.append(None)
-    return index
-
-
-def _parse_index(key: Any, path: str) -> int:
-    """Parse a key as the index of a list entry."""
-    if str(key).isascii() and str(key).isdigit() and len(str(key)) < 10 and str(int(key)) == str(key):
-        return int(key)
-    raise InputError(f"{path} is a list; number its entries from 0, as in {path}.0, instead of {shown(key)}")
+    return build_config(read_config(name, overrides, say))
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
@@ -228,7 +134,7 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
         if isinstance(tree, Mapping) and tree.get("name") is not None:
             name = str(tree["name"])
             if name not in METHODS:
-                raise InputError(f"method {shown(name)} is unknown; {_hint(name, METHODS, 'choose from')}")
+                raise unknown_name("method", name, METHODS)
             base = METHODS[name].method
     if not isinstance(tree, Mapping):
         raise InputError(f"{path or 'the config'} must be a mapping of keys, not {shown(tree)}")
@@ -238,17 +144,17 @@ def _build(cls: type, tree: Any, path: str, base: Any) -> Any:
         if key in renamed:
             raise InputError(f"{_join(path, str(key))} is now {renamed[key]}; set that")
         if key not in known:
-            raise InputError(f"unknown key {shown(_join(path, str(key)))}; {_hint(key, known, 'known keys:')}")
+            raise unknown_key(path, str(key), known)
     hints = hints_of(cls)
     values: dict[str, Any] = {}
     for key, f in known.items():
-        key_path, hint = _join(path, key), hints[f.name]
+        key_path, kind = _join(path, key), hints[f.name]
         former = getattr(base, f.name) if base is not None else None
         if key in tree:
             parts = f.metadata.get("parts")
             given = tree[key]
-            value = _parts(hint, given, key_path, former, parts) if parts else _value(hint, given, key_path, former)
-            check(hint, value, key_path)
+            value = _parts(kind, given, key_path, former, parts) if parts else _value(kind, given, key_path, former)
+            check(kind, value, key_path)
             values[f.name] = value
         elif base is not None:
             values[f.name] = former
@@ -268,7 +174,7 @@ def _parts(hint: Any, tree: Any, path: str, base: Any, table: Mapping[str, type]
         return _part(tree, path, base, table)
     former = list(base or ())
     if isinstance(tree, Mapping) and tree and "name" not in tree:  # contexts.0.ratio=0.5
-        given = {_parse_index(key, path): value for key, value in tree.items()}
+        given = {parse_index(key, path): value for key, value in tree.items()}
         size = max(len(former), max(given) + 1)
         if (missing := next((i for i in range(len(former), size) if i not in given), None)) is not None:
             raise InputError(f"{path}.{missing} is missing; list entries are numbered from 0 without gaps")
@@ -289,7 +195,7 @@ def _part(tree: Any, path: str, base: Any, table: Mapping[str, type]) -> Any:
     if name is None and base is None:
         raise InputError(f"{path}.name is missing; choose from {', '.join(table)}")
     if name is not None and str(name) not in table:
-        raise InputError(f"{path}.name {shown(name)} is unknown; {_hint(name, table, 'choose from')}")
+        raise unknown_name(path, name, table)
     if name is None or (base is not None and table[name] is type(base)):
         return _build(type(base), tree, path, base)
     return _build(table[name], tree, path, None)
@@ -312,6 +218,7 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
         fitting = next((option for option in options if type(value) is _plain(option)), options[0])
         return _value(fitting, value, path, base)
     if origin is Literal:
+        value = _ALIASES.get(value, value) if isinstance(value, str) else value
         if value in arguments:
             return value
         raise InputError(f"{path} is {shown(value)}; choose from {', '.join(map(str, arguments))}")
@@ -344,16 +251,13 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     raise InputError(f"{path} must be {wanted}, not {shown(value)}")
 
 
+_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+"""Other names of choices."""
+
+
 def _plain(hint: Any) -> Any:
     """The type inside of ``Annotated``."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-def _hint(name: Any, known: Iterable[str], otherwise: str) -> str:
-    """The remedy for an unknown name: a known name that is similar, or all known names."""
-    names = list(known)
-    close = difflib.get_close_matches(shortened(str(name)), names, 1)
-    return f"did you mean {close[0]!r}?" if close else f"{otherwise} {', '.join(names) or 'none'}"
 
 
 def _join(path: str, key: str) -> str:

@@ -22,6 +22,7 @@ from dllm_sd.methods.method import Average, Method
 from dllm_sd.teachers import CONTEXTS
 from dllm_sd.training.metric_table import described
 from dllm_sd.training.trainer import Trainer
+from tools.make_schema import SCHEMA, schema_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dllm_sd"
@@ -283,3 +284,13 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted
     assert not result.failed
+
+
+def test_the_schema_of_configs_is_that_of_the_code() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "run: python -m tools.make_schema"
+
+
+def test_every_shipped_config_names_the_schema_beside_it() -> None:
+    for name, path in shipped_configs().items():
+        assert "# yaml-language-server: $schema=schema.json\n" in path.read_text(encoding="utf-8"), name
+        assert path.with_name("schema.json").is_file()

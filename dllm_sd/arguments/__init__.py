@@ -13,5 +13,8 @@ COMMANDS = {
     "serve": "serve",
     "show": "show",
     "export": "export",
+    "list": "listing",
+    "explain": "explain",
+    "schema": "schema",
 }
 """The module of each command, in the order of ``dllm-sd --help``."""

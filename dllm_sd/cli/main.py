@@ -16,7 +16,9 @@ from typing import NoReturn
 
 from dllm_sd import __version__
 from dllm_sd.arguments import COMMANDS
-from dllm_sd.errors import InputError, Stopped, in_short, on_one_line, shortened
+from dllm_sd.config_files import read_config
+from dllm_sd.errors import InputError, Stopped, in_short, on_one_line, shortened, shown
+from dllm_sd.keys import check_names, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,11 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser()
     options, arguments_left = commands.parse_known_args(arguments)
     if unknown := [argument for argument in arguments_left if argument.startswith("-") or "=" not in argument]:
-        commands.error(f"unrecognized arguments: {shortened(' '.join(unknown))}")
+        commands.error(_unknown_arguments(unknown))
     options.overrides = [*options.overrides, *arguments_left]  # key=value pairs that follow an option
     _warn_of_single_process()
     try:
         with _quiet_thread_failures():
+            if hasattr(options, "config"):
+                _refuse_misspelt(options.config, options.overrides)
             command = import_module(f"dllm_sd.cli.{options.command}")  # imported here, since its libraries take seconds
             return command.run(options)
     except InputError as error:
@@ -47,6 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"cannot read or write{where}: {reason}; fix that, and the same command goes on from the last saved update",
             1,
         )
+
+
+def _unknown_arguments(unknown: Sequence[str]) -> str:
+    """What is wrong with arguments that no command has, such as ``--lr 1e-4``."""
+    option, _, value = unknown[0].partition("=")
+    name = option.lstrip("-").replace("-", "_")
+    if option.startswith("--") and name and (keys := nearest(name, "", [])):
+        return f"there is no option {shown(option)}; write settings as key=value, as in {keys[0]}={value or 'VALUE'}"
+    return f"unrecognized arguments: {shortened(' '.join(unknown))}"
+
+
+def _refuse_misspelt(config: str, overrides: Sequence[str]) -> None:
+    """Refuse misspelt keys before libraries are imported, unless somebody has added parts of their own by then."""
+    if "dllm_sd.methods" not in sys.modules:
+        tree = read_config(config, overrides)
+        if not tree.get("plugins"):
+            check_names(tree)
 
 
 def _end(sentence: str, status: int) -> int:

@@ -1,0 +1,65 @@
+"""Where configs are found: files, those that come with the program, run folders; and their plain trees."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dllm_sd.errors import InputError, shown
+from dllm_sd.files.plain_yaml import read_yaml
+from dllm_sd.files.writing import names_file
+from dllm_sd.keys import hint
+from dllm_sd.overrides import apply_overrides
+
+RUN_CONFIG = "config.yaml"
+"""The resolved config in a run folder."""
+
+
+@cache
+def shipped_configs() -> dict[str, Path]:
+    """Configs that come with the program, by name."""
+    package = Path(__file__).resolve().parent
+    folders = [package / "configs", package.parent / "configs"]  # installed, or a source checkout
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The path of a config: a file, the config of a run folder, or a shipped config.
+
+    Raises:
+        InputError: if there is none, with the configs that there are.
+    """
+    if names_file(name):
+        return Path(name)
+    if (shipped := shipped_configs().get(name)) is not None:
+        return shipped
+    if Path(name).is_dir():
+        if names_file(str(Path(name) / RUN_CONFIG)):
+            return Path(name) / RUN_CONFIG
+        raise InputError(
+            f"folder {shown(name)} holds no run ({RUN_CONFIG} is missing); give a config, or a run's folder"
+        )
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        raise InputError(
+            f"there is no config file and no run {shown(name)}; correct the path, or give the name of a shipped config "
+            "(dllm-sd list configs)"
+        )
+    raise InputError(f"there is no config file {shown(name)}; {hint(name, shipped_configs(), 'shipped configs:')}")
+
+
+def read_config(
+    name: str, overrides: Sequence[str] = (), say: Callable[[str], object] = lambda sentence: None
+) -> dict[str, Any]:
+    """The plain tree of a config with overrides applied. A run's folder stands for its config, and stays its `run`.
+
+    ``say`` is that of `apply_overrides`.
+
+    Raises:
+        InputError: naming the file or the override, and the remedy.
+    """
+    path = find_config(name)
+    tree = read_yaml(path, f"config {shown(str(path))}")
+    if not isinstance(tree, dict):
+        raise InputError(f"config {shown(str(path))} must hold keys such as model, task and method")
+    run = {"run": name} if Path(name).is_dir() else {}
+    return apply_overrides({"run": f"runs/{path.stem}", **tree, **run}, overrides, say)

@@ -1,0 +1,166 @@
+"""Keys of a config: the schema describes them all, misspelt ones are refused with the nearest, before any import."""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from dllm_sd.cli.main import main
+from dllm_sd.config import build_config, load_config, shipped_configs, to_tree
+from dllm_sd.config_files import read_config
+from dllm_sd.errors import InputError
+from dllm_sd.keys import SYNONYMS, all_keys, check_names, find_keys, read_schema, unknown_key
+from dllm_sd.methods import METHODS
+
+PLAIN = sorted({key.path for key in all_keys() if "*" not in key.path and not key.parts})
+TASK = {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"}
+
+
+def test_the_schema_accepts_every_shipped_config_also_resolved_and_refuses_wrong_ones():
+    check = pytest.importorskip("jsonschema").Draft7Validator(read_schema()).is_valid
+    for name in shipped_configs():
+        assert check(read_config(name)), name
+        assert check(json.loads(json.dumps(to_tree(load_config(name))))), name
+    assert check({"task": "gsm8k", "method": "opsd"})
+    assert check({"task": {"name": "gsm8k"}, "method": {"contexts": {"0": {"ratio": 0.5}}}})
+    wrong: list[dict[str, Any]] = [
+        *({}, {"task": "gsm9k"}, {"task": {"size_dev": 3}}, {"task": "gsm8k", "optm": {}}),
+        *({"optim": {"lr": value}} for value in (0, -1, "fast", 2000)),
+        *({"optim": {"betas": value}} for value in ([0.9], [0.9, 1.0], 0.9)),
+        *({"method": value} for value in ("dopsd", {"name": "kl"}, {"divergence": "kl"}, {"divergence": {"bta": 1}})),
+        {"method": {"divergence": {"name": "reverse_kl", "beta": 0.5}}},
+        {"method": {"contexts": [{"name": "suffix", "ratio": 2}]}},
+        *({"model": {"lora": value}} for value in ({"r": 8}, {"rank": 0}, 8)),
+        *({"updates": value} for value in (0, 1.5, "many")),
+        *({"eval": {"decode": {"lenght": 4}}}, {"eval": {"schedules": {"x": {"lenght": 4}}}}),
+    ]
+    for tree in wrong:
+        assert not check({"task": "gsm8k", **tree} if tree and "task" not in tree else tree), tree
+
+
+def test_every_key_is_explained_with_its_type_and_what_it_means(capsys: pytest.CaptureFixture[str]):
+    for path in PLAIN:
+        assert any(key.path == path for key in find_keys(path))
+    assert main(["explain", "optim.warmup", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["key"], entry["type"], entry["default"]) == ("optim.warmup", "a whole number at least 0", 0)
+    assert entry["meaning"] == "Updates of linear warm-up."
+    assert "quickstart (5)" in entry["set_in"]
+    assert main(["explain", "method.contexts.0.ratio"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at least 0 and at most 1; default 0.25" in said
+    assert "of suffix" in said
+    assert "Share of the positions in scope" in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "paths"),
+    [
+        ("lr", {"optim.lr"}),
+        ("*.lr", {"optim.lr"}),
+        ("method.contexts.3.answer_only", {"method.contexts.*.answer_only"}),
+        ("method.contexts.answer_only", {"method.contexts.*.answer_only"}),
+        ("eval.schedules.mine.length", {"eval.schedules.*.length"}),
+        ("divergence.beta", {"method.divergence.beta"}),
+    ],
+)
+def test_a_key_is_found_by_its_end_and_without_indices(asked: str, paths: set[str]):
+    assert {key.path for key in find_keys(asked)} == paths
+
+
+def test_what_is_listed_is_what_there_is(capsys: pytest.CaptureFixture[str]):
+    listed = {}
+    for kind in ("methods", "configs", "tasks", "families", "parts"):
+        assert main(["list", kind, "--json"]) == 0
+        listed[kind] = json.loads(capsys.readouterr().out)
+        assert all(all(isinstance(value, str) and value for value in row.values()) for row in listed[kind][:-1])
+    assert [row["name"] for row in listed["methods"]] == list(METHODS)
+    assert [row["name"] for row in listed["configs"]] == list(shipped_configs())
+    assert {"slot": "divergence", "name": "jsd"}.items() <= listed["parts"][
+        [row["name"] for row in listed["parts"]].index("jsd")
+    ].items()
+    assert main(["list", "tasks"]) == 0
+    assert "countdown" in capsys.readouterr().out
+
+
+def refusal(tree: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as refused:
+        build_config({"task": TASK, **tree})
+    return str(refused.value)
+
+
+def test_a_letter_too_few_in_any_key_is_answered_by_that_key():
+    missed = []
+    for path in PLAIN:
+        parent, _, name = path.rpartition(".")
+        if len(name) < 4 or parent == "task":
+            continue
+        wrong = name[:-2] + name[-1]
+        siblings = [other.rpartition(".")[2] for other in PLAIN if other.rpartition(".")[0] == parent]
+        said = str(unknown_key(parent, wrong, siblings))
+        if wrong not in siblings and repr(path) not in said:
+            missed.append((path, said))
+    assert missed == []
+
+
+def test_a_key_without_its_section_is_answered_by_the_whole_key():
+    missed = []
+    for path in PLAIN:
+        name = path.rpartition(".")[2]
+        places = {key.path for key in all_keys() if key.name == name}
+        if len(places) == 1 and "." in path and name not in SYNONYMS:
+            said = refusal({name: 1})
+            missed += [] if f"unknown key {name!r}; did you mean" in said and repr(path) in said else [said]
+    assert missed == []
+
+
+def test_the_names_of_other_trainers_lead_to_keys_that_exist():
+    paths = {key.path for key in all_keys()}
+    assert [(name, key) for name, keys in SYNONYMS.items() for key in keys if key not in paths] == []
+    top = {path for path in paths if "." not in path}
+    assert [name for name in SYNONYMS if name in top] == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"lr": 1}, "unknown key 'lr'; did you mean 'optim.lr'?"),
+        ({"optim": {"learning_rate": 1}}, "unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"),
+        ({"model": {"lora": {"r": 1}}}, "unknown key 'model.lora.r'; did you mean 'model.lora.rank'?"),
+        ({"batch_size": 4}, "unknown key 'batch_size'; did you mean 'method.rollout.problems' or 'optim."),
+        (
+            {"method": {"divergence": {"name": "token_nll", "beta": 1}}},
+            "the part jsd has it: set method.diverg",
+        ),
+        ({"method": "D-OPSD"}, "method 'D-OPSD' is unknown; did you mean 'd_opsd'?"),
+        ({"method": {"divergence": "kl"}}, "method.divergence.name 'kl' is unknown; did you mean 'forward_kl' or 'rev"),
+        ({"method": {"contexts": "sufix"}}, "method.contexts.0.name 'sufix' is unknown; did you mean 'suffix'?"),
+        ({"method": {"contexts": [{"name": "suffix", "ration": 1}]}}, "did you mean 'method.contexts.0.ratio'?"),
+        ({"task": {"name": "sudoku", "promt": ""}}, "unknown key 'task.promt'; did you mean 'task.prompt'?"),
+    ],
+)
+def test_misspelt_keys_and_names_are_refused_alike_with_and_without_the_libraries(tree: dict[str, Any], said: str):
+    assert said in refusal(tree)
+    with pytest.raises(InputError) as refused:
+        check_names({"task": TASK, **tree})
+    assert str(refused.value) == refusal(tree)
+
+
+def test_right_configs_are_not_refused_without_the_libraries():
+    for name in shipped_configs():
+        check_names(read_config(name))
+        check_names(yaml.safe_load(yaml.safe_dump(to_tree(load_config(name)))))
+
+
+def test_short_names_of_types_are_understood():
+    config = build_config({"task": TASK, "model": {"dtype": "fp32"}, "optim": {"autocast": "bf16"}})
+    assert (config.model.dtype, config.optim.autocast) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("words", [["--lr", "1e-4"], ["--lr=1e-4"], ["--learning-rate", "1e-4"]])
+def test_settings_written_as_options_are_answered_by_the_key(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "quickstart", *words])
+    assert ended.value.code == 2
+    assert "write settings as key=value, as in optim.lr=" in capsys.readouterr().err
