@@ -68,6 +68,10 @@ class Evaluation(Ranged, key="eval"):
     """Stop after this many evaluations in a row without a new best; 0 disables it."""
     collapse: Share = 0.0
     """Stop when accuracy falls this far below the best, such as 0.1; 0 disables it."""
+    probe_every: Natural = 0
+    """Updates between probes of what the teacher has left to teach (`dllm-sd probe`); 0 never probes."""
+    probe_problems: Size = 64
+    """Dev problems of a probe."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

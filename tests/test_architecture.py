@@ -49,6 +49,7 @@ LAYERS = [
     "parallel",
     "evaluation",
     "experience",
+    "probing",
     "training",
     "reports",
     "export",
@@ -240,7 +241,7 @@ def test_a_call_that_writes_is_seen(call: str, way: str | None):
 def test_the_module_can_be_run():
     done = subprocess.run([sys.executable, "-m", "dllm_sd", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "eval", "grade", "sample", "serve", "show", "export"):
+    for command in ("train", "probe", "eval", "grade", "sample", "serve", "show", "export"):
         assert command in done.stdout
 
 

@@ -36,7 +36,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
 ]
-COMMANDS = ("train", "eval", "grade", "sample", "serve", "show", "export")
+COMMANDS = ("train", "probe", "eval", "grade", "sample", "serve", "show", "export")
 SECTIONS = ["How to run it", "What was measured here", "What the paper claims", "Where they part"]
 """Of a page about methods, below what they do."""
 SETTING = "The paper's setting"
@@ -230,7 +230,7 @@ def test_the_commands_exist(command: str, capsys: pytest.CaptureFixture[str]) ->
 def test_the_documents_name_no_command_or_config_that_is_missing(document: Path) -> None:
     for command, *words in commands(document):
         assert command in COMMANDS, f"{document.name} names dllm-sd {command}"
-        if command in ("train", "show") and words and not words[0].isupper():
+        if command in ("train", "probe", "show") and words and not words[0].isupper():
             config, *overrides = [word for word in words if word.isascii() and word != "..."]
             name = str(ROOT / config) if config.endswith(".yaml") else config
             assert name in shipped_configs() or Path(name).is_file(), config

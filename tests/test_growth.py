@@ -14,11 +14,11 @@ from dllm_sd.canvases import DecoderSteps, RandomMasks, drawn_share
 from dllm_sd.losses import GroupAdvantage, OutcomeValidated, group_advantage
 from dllm_sd.losses.sites import choose_sites
 from dllm_sd.methods import METHODS
+from dllm_sd.objective.batching import micro_batches
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.randomness import fold, make_key, uniform
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.batching import micro_batches
 from dllm_sd.trajectory import Trajectory
 
 

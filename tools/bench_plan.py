@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dllm_sd.methods import METHODS
+from dllm_sd.objective.batching import micro_batches
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.batching import micro_batches
 from dllm_sd.trajectory import Trajectory
 
 

@@ -30,13 +30,13 @@ from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import run_at_sites
 from dllm_sd.network.view import View
+from dllm_sd.objective.batching import micro_batches
 from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import MicroBatch, Plan, plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import LiveWeights, TeacherModel
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.batching import micro_batches
 from dllm_sd.trajectory import Trajectory
 from tools.check_memory import peak
 from tools.naive import BODIES, body

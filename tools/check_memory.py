@@ -31,6 +31,7 @@ from dllm_sd.decoding.queue import Listed
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.decoding.slots import CanvasLayout
 from dllm_sd.network.site_head import run_at_sites
+from dllm_sd.objective.batching import micro_batches
 from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.loading import AnyPolicy, build_policy, empty_network
@@ -40,7 +41,6 @@ from dllm_sd.randomness import make_key
 from dllm_sd.reports.memory import MemoryEstimate, estimate
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.optim import build_optimizer
 
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}

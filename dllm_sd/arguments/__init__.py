@@ -7,6 +7,7 @@ itself is the module of the same name in `dllm_sd.cli`, imported when the comman
 
 COMMANDS = {
     "train": "train",
+    "probe": "probe",
     "eval": "evaluate",
     "grade": "grade",
     "sample": "sample",

@@ -19,6 +19,8 @@ class Job:
     prompt: Sequence[int]
     key: int
     """Seeds its random numbers (`randomness.make_key`)."""
+    given: Tensor | None = None
+    """int64 ``[l]``: tokens of the completion that are known from the start, `NEVER` elsewhere; for denoisers alone."""
 
 
 class Queue(Protocol):
@@ -59,10 +61,14 @@ class Listed:
         prompts: Sequence[Sequence[int]],
         keys: Sequence[int],
         finished: Callable[[Tensor, Trajectory], None] | None = None,
+        given: Sequence[Tensor] | None = None,
     ) -> None:
-        """Queue ``prompts`` with a key each; ``finished`` is called with rows that have ended and their trajectory."""
+        """Queue ``prompts`` with a key each; ``finished`` is called with rows that have ended and their trajectory.
+
+        ``given`` is `Job.given` of each.
+        """
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), -row))
-        self.waiting = [Job((row,), prompts[row], keys[row]) for row in order]
+        self.waiting = [Job((row,), prompts[row], keys[row], given[row] if given else None) for row in order]
         self.longest = max(map(len, prompts), default=0)
         self.most = self.open = len(prompts)
         self.finished = finished

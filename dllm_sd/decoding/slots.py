@@ -102,6 +102,10 @@ class Slots:
             self.prompt_tail[slots] = mask.sum(1) % self.settings.block_length
         for slot, job in zip(free, jobs, strict=True):
             self.jobs[slot] = job
+            if job.given is not None:
+                given = job.given.to(self.device)
+                self.tokens[slot, :-1] = torch.where(given == NEVER, self.layout.mask_id, given)
+                self.reveal_step[slot, :-1] = torch.where(given == NEVER, NEVER, 0)
         return slots
 
     def groups(self, static_shapes: bool, remembered: bool = False) -> list[Group]:

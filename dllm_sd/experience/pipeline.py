@@ -24,7 +24,8 @@ from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
 from dllm_sd.rollouts.rollout import Batch, Prompted, Rollout, Rollouts, UnfinishedBatch
 from dllm_sd.rollouts.rules import PassAtK, RolloutRule, gather
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
+from dllm_sd.teachers.context import Context
+from dllm_sd.teachers.prompts import Analyse, Sources, build_teacher_prompts
 from dllm_sd.writers import Cache
 
 
@@ -121,18 +122,7 @@ class RolloutPipeline:
             if (batch + 1) * rule.passes < config.updates:
                 self._begin(batch + 1, batch * rule.passes, tried.cursor)
         rollouts = gather(rule, self.method.gate, tried.attempts)
-        sources = Sources(self.feed.problems, self.text_generator.write, self.skill_bank.pairs)
-        informed = build_teacher_prompts(
-            *(
-                rollouts,
-                self.method.contexts,
-                config.task,
-                self.policy,
-                self.text_generator,
-                (config.seed, batch),
-                sources,
-            )
-        )
+        informed = self.informed(rollouts, self.method.contexts, (config.seed, batch))
         if damaged := sum(self.workers.gather([self.text_generator.damaged_texts()])):
             informed = replace(informed, counts={**informed.counts, "damaged": float(damaged)})
         return informed, tried.cursor, tried.too_long
@@ -169,7 +159,7 @@ class RolloutPipeline:
         version = number * rule.passes
         self.engine.use(str(version))
         prompted, cursor, too_long = self.feed.take(cursor, rule.problems)
-        attempts = self._attempts(rule, prompted, self.config.seed, number)
+        attempts = self.attempts(rule, prompted, self.config.seed, number)
         metrics = self.engine.check(attempts, rule.settings(decode))
         return Batch(number, version, tuple(map(tuple, attempts)), cursor, too_long, metrics)
 
@@ -187,7 +177,19 @@ class RolloutPipeline:
             finish = self.engine.begin(queue, settings, rule.stop_after(self.policy, settings, number))
         self.ahead = BegunBatch(number, version, queue, finish, cursor, too_long, weights)
 
-    def _attempts(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
+    def informed(
+        self, rollouts: Rollouts, contexts: Sequence[Context], batch: tuple[int, int], of: int | None = None
+    ) -> Rollouts:
+        """The rollouts with the prompts of their teachers (`build_teacher_prompts`).
+
+        ``of`` is the context of the method whose teacher writes all analyses; None lets every teacher write its own.
+        """
+        generator = self.text_generator
+        sources = Sources(self.feed.problems, generator.write, self.skill_bank.pairs)
+        analyse: Analyse = generator if of is None else lambda _, *asked: generator(of, *asked)
+        return build_teacher_prompts(rollouts, contexts, self.config.task, self.policy, analyse, batch, sources)
+
+    def attempts(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
         """The attempts at each problem, by all processes together."""
         with self.rollout_weights.applied(self.module):
             decoder = self.engine.decoder

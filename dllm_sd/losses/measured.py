@@ -3,6 +3,7 @@
 Axes: ``m`` graded sites, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
@@ -115,3 +116,16 @@ class DivergenceDefaults(AllTeachers, ABC):
     @abstractmethod
     def entries(self, student_logp: Tensor, target_logp: Tensor, token: Tensor) -> Tensor:
         """``[m u], [t m u], [m] -> [t m u]``: the summands before any clip."""
+
+
+def clipped_share(unclipped: float, clipped: float) -> float:
+    """The share of the divergence that the clip removes, from the sums over all sites before and after the clip.
+
+    A clip per vocabulary entry lowers positive summands only, so the clipped sum can be negative and the share above 1.
+    The clip of a policy gradient's importance ratio can raise the surrogate, and then the share is negative. NaN if the
+    unclipped sum is 0 and the clipped one is not.
+    """
+    removed = unclipped - clipped
+    if not removed:
+        return 0.0
+    return removed / unclipped if unclipped else math.nan

@@ -91,6 +91,11 @@ class Method(Ranged, key="method"):
         rolling = [] if self.rolling is None else [self.rolling]
         return tuple(dict.fromkeys([*self.weights(), *local, *rolling]))
 
+    def roles(self) -> tuple[Role, ...]:
+        """What the loss uses each context for; a context that some part takes for another policy is no teacher."""
+        others = {i: role for _, i, role in _other_policies(self)}
+        return tuple(others.get(i, "teacher") for i in range(len(self.contexts)))
+
     @property
     def rolling(self) -> Weights | None:
         """The weights that decode rollouts instead of the student's (of a subspace, the initial ones)."""

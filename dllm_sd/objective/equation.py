@@ -25,8 +25,8 @@ from dllm_sd.network.lazy_logits import LazyLogits
 from dllm_sd.network.site_head import Head, SiteReader
 from dllm_sd.network.view import View
 from dllm_sd.objective.chunked import chunked_loss
+from dllm_sd.objective.observing import Observer, Seen
 from dllm_sd.objective.plan import MicroBatch
-from dllm_sd.objective.tracing import Tracer
 
 RunStudent = Callable[[View, SiteReader], Any]
 """``student(view, read)`` runs the model and returns ``read(hidden, head)`` at the sites; see `run_at_sites`."""
@@ -64,7 +64,7 @@ def grade_micro_batch(
     batch: MicroBatch,
     student: RunStudent,
     teachers: Sequence[RunTeacher],
-    tracer: Tracer | None = None,
+    observer: Observer | None = None,
 ) -> Graded:
     """Compute the loss of the canvases of a micro-batch, on the device of the models.
 
@@ -73,7 +73,7 @@ def grade_micro_batch(
         batch: what is read and where it is graded.
         student: runs the student, with gradient.
         teachers: run the teacher of each context, without gradient.
-        tracer: records some sites; it changes nothing of the loss.
+        observer: looks on; it changes nothing.
     """
     canvases, sites = batch.canvases, batch.candidates
     lazy = [
@@ -85,9 +85,9 @@ def grade_micro_batch(
         first = lazy[0]
         sites = choose_sites(sites, batch.quota, torch.cat([score(first.logits(rows)) for rows in first.chunks()]))
         lazy = [logits.select(sites[batch.candidates]) for logits in lazy]
-    if tracer is not None:
-        tracer.begin(sites)
-    equation = _Equation(method, batch, sites, lazy, tracer)
+    if observer is not None:
+        observer.begin(sites)
+    equation = _Equation(method, batch, sites, lazy, observer)
     loss, columns = student(_view(canvases.ids, canvases.mask, sites), equation.read)
     measures = {name: columns.pop(name) for name in method.measured}
     return Graded(loss, sites=sites, measures=measures, **columns)
@@ -102,9 +102,9 @@ class _Equation:
         batch: MicroBatch,
         sites: Tensor,
         teachers: Sequence[LazyLogits],
-        tracer: Tracer | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self.method, self.teachers, self.tracer = method, teachers, tracer
+        self.method, self.teachers, self.observer = method, teachers, observer
         self.canvas = sites.nonzero()[:, 0]
         self.token, self.old_logp = batch.canvases.tokens[sites], batch.canvases.old_logp[sites]
         self.weight, self.context_weight = batch.rollout_weight[self.canvas], batch.context_weight[self.canvas].T
@@ -133,8 +133,9 @@ class _Equation:
             trust_inputs = student_u.detach(), target, drawn, self.weight[rows]
             trust = self._trust(trust_inputs, rows)[: len(value)]  # policies that are not targets come last
             assert trust.shape == value.shape, f"trust {[*trust.shape]} for values {[*value.shape]}"
-            if self.tracer is not None:
-                self.tracer.record(rows, token, student_logp, teacher_logp, (unclipped, value, trust))
+            if self.observer is not None:
+                logp = student_logp.detach(), teacher_logp, student_u.detach(), teacher_u, target
+                self.observer.record(Seen(rows, token, *logp, unclipped, value.detach(), trust))
             factor = trust.to(value.dtype) * self.coefficient[rows].to(value.dtype)
             columns = {
                 "value": unclipped.sum(0),

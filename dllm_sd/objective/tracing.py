@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dllm_sd.objective.observing import Seen
+
 TOP = 5
 """Vocabulary entries that are kept of each distribution."""
 ROWS_AT_ONCE = 16
@@ -67,25 +69,18 @@ class Tracer:
         self._traced = (self._first[self._canvas] >= 0) & (number % self._every[self._canvas] == 0)
 
     @torch.no_grad()
-    def record(
-        self, rows: slice, token: Tensor, student_logp: Tensor, teacher_logp: Tensor, per_target: tuple[Tensor, ...]
-    ) -> None:
-        """Keep the traced sites of the chunk ``rows``.
-
-        Args:
-            rows: the sites of the chunk.
-            token: int64 ``[i]``.
-            student_logp: ``[i v]``.
-            teacher_logp: ``[c i v]``.
-            per_target: divergence, clipped divergence and trust, ``[t i]`` each.
-        """
+    def record(self, seen: Seen) -> None:
+        """Keep the traced sites of a chunk."""
+        rows, token = seen.rows, seen.token
         kept = self._traced[rows].nonzero()[:, 0]
         if not len(kept):
             return
-        seen = [_best(logp, kept, token) for logp in (student_logp, *teacher_logp)]
-        ids, logp, drawn = (torch.stack(column, 1) for column in zip(*seen, strict=True))
+        best = [_best(logp, kept, token) for logp in (seen.student_logp, *seen.teacher_logp)]
+        ids, logp, drawn = (torch.stack(column, 1) for column in zip(*best, strict=True))
         chunk = (self._canvas[rows][kept], self._column[rows][kept], token[kept], ids, logp, drawn)
-        self._chunks.append((*(x.cpu() for x in chunk), *(x[:, kept].T.cpu() for x in per_target)))
+        self._chunks.append(
+            (*(x.cpu() for x in chunk), *(x[:, kept].T.cpu() for x in (seen.value, seen.clipped, seen.trust)))
+        )
 
     @property
     def sites(self) -> TracedSites | None:

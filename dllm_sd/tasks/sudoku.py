@@ -31,6 +31,7 @@ _LABELLED_ROW = re.compile(
 )
 _RUN = re.compile(r"(?<!\d)[0-9]+(?!\d)")
 _STEP = re.compile(r"[0-9]{2} *= *[0-9]+")
+_CELL = re.compile(r"(?<![0-9])([1-9])([1-9]) *= *([0-9]+)")
 _MOST_EMPTY = {4: 12, 9: 50}
 _LARGE_ATTEMPTS = 40  # most solutions from which a 9x9 puzzle is attempted
 
@@ -139,6 +140,23 @@ class Sudoku(GeneratedTask):
             return Grade(False, 0.0, grid)
         solution = self._grid(problem.fields["solution"], "solution", "The problem")
         return Grade(False, _share(puzzle, solution, grid), grid)
+
+    def first_mistake(self, problem: Problem, completion: str) -> tuple[int, int] | None:
+        """Return the first line ``rc=d`` that fills a cell otherwise than ``solution``; without such lines, the first
+        wrong cell of the first run of digits that is as long as a grid."""
+        solution, text = problem.fields.get("solution"), completion[:MAX_TEXT]
+        if not isinstance(solution, str):
+            return None
+        steps = list(_CELL.finditer(text))
+        for step in steps:
+            row, column = int(step[1]) - 1, int(step[2]) - 1
+            if max(row, column) >= self.size or step[3] != solution[row * self.size + column]:
+                return step.span()
+        grid = next((run for run in _RUN.finditer(text) if len(run[0]) == len(solution)), None)
+        if steps or grid is None:
+            return None
+        cell = next((i for i, digit in enumerate(grid[0]) if digit != solution[i]), None)
+        return None if cell is None else (grid.start() + cell, grid.start() + cell + 1)
 
     def chance(self, problems: Sequence[Problem]) -> float | None:
         """Return the expected share of puzzles that random digits in the empty cells solve."""

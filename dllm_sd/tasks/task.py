@@ -75,6 +75,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class LocatesMistakes(Protocol):
+    """A task that knows where a completion first goes wrong; a task need not."""
+
+    def first_mistake(self, problem: Problem, completion: str) -> tuple[int, int] | None:
+        """Return start and end of the first wrong step, in characters; None if there is none, or no steps are read."""
+        ...
+
+
 class NoChanceLevel:
     """Defaults of most tasks: no chance level, no metric other than the accuracy, and data that can be replaced."""
 

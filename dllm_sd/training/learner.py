@@ -14,6 +14,7 @@ from torch import Tensor
 from dllm_sd.config import Config
 from dllm_sd.network.finite import MAX_WEIGHT, find_broken
 from dllm_sd.network.site_head import run_at_sites
+from dllm_sd.objective.batching import micro_batches
 from dllm_sd.objective.equation import Graded, grade_micro_batch
 from dllm_sd.objective.plan import Plan
 from dllm_sd.parallel.processes import any_process, on_main
@@ -23,7 +24,6 @@ from dllm_sd.policies.weights import TeacherModel, trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rollout import Rollouts
 from dllm_sd.training.advantage import GradedPlans
-from dllm_sd.training.batching import micro_batches
 from dllm_sd.training.broken_sites import broken_sites, problems_of, write_broken_sites
 from dllm_sd.training.checkpoint import latest_checkpoint
 from dllm_sd.training.optim import BrokenStep

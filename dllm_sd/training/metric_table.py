@@ -19,6 +19,7 @@ _GROUP_OF = {
     "calibration": "rollouts",
     "data": "rollouts",
     "engine": "rollouts",
+    "probe": "teacher",
     "target": "teacher",
     "trust": "train",
     "writers": "teacher",
@@ -122,9 +123,24 @@ METRICS = {
     "eval/length": Metric("Mean length on the dev split, in tokens."),
     "eval/cut": _rare("Attempts without an end token within decode.length, graded as they are."),
     "eval/unread": _rare("Attempts that no answer could be read from, which count as wrong."),
+    "probe/student": Metric("Probe: share of eval.probe_problems dev problems that the student solves."),
+    "probe/teacher": Metric(
+        "Probe: share that the best teacher solves under its hint, of problems with a rollout that counts and has one."
+    ),
+    "probe/gap": Metric("Probe: accuracy of that teacher less the student's on the same problems."),
+    "probe/divergence": Metric("Probe: mean over sites of the divergence from the target, before the clip."),
+    "probe/form": Metric(
+        "Probe: share of the probability that the teacher adds, which it adds with another problem's hint too."
+    ),
+    "probe/kept": Metric("Probe: share of the divergence from the teacher that support, purification and clip leave."),
+    "probe/mistake/student": Metric(
+        "Probe: mean probability of the reference's token where a rollout first goes wrong, under the student."
+    ),
+    "probe/mistake/target": Metric("Probe: the same under the target."),
     "time/rollouts": Metric("Seconds for rollouts, 0 or nearly so where they serve again."),
     "time/learning": Metric("Seconds from the plan to the optimizer step."),
     "time/eval": Metric("Seconds for the evaluation."),
+    "time/probe": Metric("Seconds for the probe."),
     **{name: _rare(f"Left out: {words}.") for name, words in LEFT_OUT_WORDS.items()},
     **{prefix: _rare(f"Left out: {words}, by reason.") for prefix, words in REASONS.items()},
 }

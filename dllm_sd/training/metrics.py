@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_sd.losses.measured import clipped_share
 from dllm_sd.objective.equation import Graded
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.trajectory import NEVER
@@ -41,19 +42,6 @@ def site_metrics(sums: Tensor, measured: Sequence[str]) -> dict[str, float]:
     means = {name: total / sites for name, total in totals.items()}
     means["clip_share"] = clipped_share(totals["divergence"], clipped)
     return {"loss": loss, "sites": int(sites), **{name: mean for name, mean in means.items() if not math.isnan(mean)}}
-
-
-def clipped_share(unclipped: float, clipped: float) -> float:
-    """The share of the divergence that the clip removes, from the sums over all sites before and after the clip.
-
-    A clip per vocabulary entry lowers positive summands only, so the clipped sum can be negative and the share above 1.
-    The clip of a policy gradient's importance ratio can raise the surrogate, and then the share is negative. NaN if the
-    unclipped sum is 0 and the clipped one is not.
-    """
-    removed = unclipped - clipped
-    if not removed:
-        return 0.0
-    return removed / unclipped if unclipped else math.nan
 
 
 WRITING = ("written", "cached", "damaged")

@@ -27,6 +27,7 @@ from dllm_sd.parallel.zero import parameters_in_words
 from dllm_sd.policies.loading import build_policy, make_teacher
 from dllm_sd.policies.weights import add_adapter, trained
 from dllm_sd.pretrained.blueprint import Blueprint
+from dllm_sd.probing import Probe
 from dllm_sd.rollouts.rollout import Rollouts, UnfinishedBatch
 from dllm_sd.tasks.sources import about_dev, about_tests, final_split, rows_left_out
 from dllm_sd.tasks.task import Problem
@@ -81,7 +82,11 @@ class Trainer:
             problems = config.task.problems("train")
             self.dev = first(config.task.problems("dev"), config.eval.problems) if config.eval.every else []
             self.test, untested = final_problems(config)
-            check_ids(self.dev, self.test)
+            probed = config.eval.probe_problems if config.eval.probe_every else 0
+            self.probe_problems = first(config.task.problems("dev"), probed) if probed else []
+            check_ids(self.dev, self.test, self.probe_problems)
+            if probed and not self.probe_problems:
+                raise InputError("eval.probe_every probes on the dev split, which holds no problems; set it to 0")
             check_data(config, problems)
             blueprint = check_model(config)
             long_references = check_references(config, blueprint, problems)
@@ -319,6 +324,9 @@ class Trainer:
                 weights = gather_tensors(trained(self.policy))
                 on_main(lambda: save_best(self.run, weights, state))
             self.progress.line(metrics)
+        if settings.probe_every and state.update % settings.probe_every == 0:
+            self.progress.phase("probing")
+            metrics |= self._probe()
         with together():
             if self.log is not None and self.trackers is not None:
                 self.log.write(metrics)
@@ -330,6 +338,14 @@ class Trainer:
         with gathered(self.accelerator, self.module):
             share, decoder = (self.rank, self.world), self.pipeline.engine.decoder
             return evaluate_run(self.policy, self.config, problems, *share, schedule, decoder=decoder)
+
+    def _probe(self) -> dict[str, float]:
+        """What the teachers have left to teach the student of now (`dllm-sd probe`)."""
+        start = time.perf_counter()
+        self.pipeline.use(str(self.state.update))
+        probe = Probe(self.config, self.pipeline, self.module, self.models, self.accelerator)
+        found = probe(self.probe_problems, controls=False).metrics
+        return found | {"time/probe": time.perf_counter() - start}
 
     def _test(self, phase: str, weights: str | None = None) -> dict[str, Any]:
         """Test reports by decoding schedule; `trained` is the run's own `decode` settings."""

@@ -338,3 +338,26 @@ def test_the_summary_counts_puzzles_and_cells():
     assert task.summary([]) == {}
     assert task.chance([PROBLEM]) == pytest.approx(4.0**-empty)
     assert task.chance([]) is None
+
+
+GRID = "1234341221434321"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("11=1\n12=2\n13=4\n14=1", "13=4"),
+        ("11=1\n12=2\n1234341221434321", None),
+        ("11 = 1; 51=1", "51=1"),
+        ("11=1\n12=33", "12=33"),
+        ("1234341221434312", "1"),
+        ("1234341221434321", None),
+        ("I do not know", None),
+        ("", None),
+    ],
+)
+def test_the_first_wrong_step_is_found(text: str, found: str | None) -> None:
+    problem = Problem("p", {"puzzle": f"0000{GRID[4:]}", "solution": GRID})
+    span = Sudoku().first_mistake(problem, text)
+    assert (None if span is None else text[slice(*span)]) == found
+    assert found != "1" or span == (14, 15)

@@ -6,10 +6,10 @@ import torch
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.objective import plan as plan_module
+from dllm_sd.objective.batching import by_length, micro_batches
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.batching import by_length, micro_batches
 from dllm_sd.trajectory import Trajectory
 
 METHOD: Method = METHODS["d_opsd"].method

@@ -1,0 +1,276 @@
+"""What the findings mean, in plain words: the rules, and their thresholds, in one place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dllm_sd.probing.accuracy import Gap, Rate
+from dllm_sd.probing.signal import Group, Shares
+
+FEW = 8
+"""Problems below which nothing is said of accuracies."""
+MIN_GAP = 0.02
+"""By how much a teacher must be more often right than the student, and than with a spoilt hint."""
+MIN_RISE = 0.02
+"""By how much the target must raise the probability of the right token at the first deviation."""
+MOST = 0.5
+"""From which share of the signal on a part is "most" of it."""
+FORM = 2 / 3
+"""From which share of what the teacher adds, added with the hint of another problem too, the signal is about form. In a
+vocabulary of few tokens two hints agree by chance."""
+SOLVED = 0.95
+"""Accuracy of a student that has little left to learn."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher, decoding under its hint."""
+
+    context: int
+    """Index in `method.contexts`."""
+    name: str
+    taught: bool
+    """Whether the student is pulled towards it; the others are read only to make the target."""
+    gap: Gap
+    revealed: float | None
+    """Mean share of the completion's positions that it is shown; None where none are."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """The first teacher with one thing exchanged (`controls.Kind`)."""
+
+    accuracy: Rate | None
+    """None where it did not decode."""
+    against: Rate | None
+    """Of the teacher itself, on the same problems."""
+    divergence: float | None
+    """KL(student || control), the mean over sites in nats."""
+    form: float | None
+    """Share of the probability that the teacher adds to the student's, which the control adds too."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a probe has measured."""
+
+    problems: int
+    student: Rate | None
+    """On all problems."""
+    rollouts: Mapping[str, int]
+    """Numbers: made, right, passing the gate, with a hint (of those that pass)."""
+    teachers: tuple[Teacher, ...] = ()
+    controls: Mapping[str, Control] = field(default_factory=dict)
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    shares: Shares | None = None
+    premise: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """Of the rollouts that pass the gate (`signal.premise`)."""
+    has_teacher: bool = True
+
+    @property
+    def best(self) -> Teacher | None:
+        """Of the teachers that the student is pulled towards, the one with the largest gap."""
+        taught = [teacher for teacher in self.teachers if teacher.taught]
+        return max(taught, key=lambda teacher: teacher.gap.gap, default=None)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The main numbers, as a run logs them; what is not known is left out."""
+        best, another, at = self.best, self.controls.get("another"), "mistake"
+        reader = "target" if "target" in self.premise else f"teacher {best.context}" if best else ""
+        numbers = {
+            "probe/student": self.student and self.student.accuracy,
+            "probe/teacher": best and best.gap.teacher.accuracy,
+            "probe/gap": best and best.gap.gap,
+            "probe/divergence": (group := self.groups.get("all")) and group.divergence,
+            "probe/form": another and another.form,
+            "probe/kept": self.shares and self.shares.left,
+            "probe/mistake/student": self.premise.get("student", {}).get(at),
+            "probe/mistake/target": self.premise.get(reader, {}).get(at),
+        }
+        return {name: float(number) for name, number in numbers.items() if number is not None}
+
+    def tree(self) -> dict[str, Any]:
+        """The findings and the verdict, as JSON values."""
+        promising, sentences = verdict(self)
+        tree = asdict(self)
+        if self.shares is not None:
+            tree["shares"]["left"] = self.shares.left
+        tree["verdict"] = {"promising": promising, "because": [asdict(sentence) for sentence in sentences]}
+        return tree
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What a rule says."""
+
+    rule: str
+    says: str
+    promising: bool | None
+    """What it settles: False, nothing can be learnt; True, the teacher knows more; None, neither."""
+
+
+Rule = Callable[[Findings], tuple[str, bool | None] | None]
+
+
+def no_teacher(findings: Findings) -> tuple[str, bool | None] | None:
+    """The method has no teacher."""
+    if findings.has_teacher:
+        return None
+    return "this method has no teacher, so there is nothing to compare the student with", None
+
+
+def nothing_passes(findings: Findings) -> tuple[str, bool | None] | None:
+    """No rollout passes the gate, or none of those that do has a hint."""
+    counts = findings.rollouts
+    if not findings.has_teacher or not counts["made"] or counts["hinted"]:
+        return None
+    if not counts["passing"]:
+        return f"none of {counts['made']} rollouts passes the gate: nothing to learn from", False
+    return f"none of the {counts['passing']} rollouts that pass the gate has a hint: nothing to learn from", False
+
+
+def too_few(findings: Findings) -> tuple[str, bool | None] | None:
+    """Fewer than `FEW` problems."""
+    best = findings.best
+    if best is None or best.gap.teacher.n >= FEW:
+        return None
+    return f"only {best.gap.teacher.n} problems could be compared: give more problems", None
+
+
+def teacher_against_student(findings: Findings) -> tuple[str, bool | None] | None:
+    """The gap and its interval, against 0 and `MIN_GAP`."""
+    best = findings.best
+    if best is None or best.gap.teacher.n < FEW:
+        return None
+    low, high = best.gap.ci95
+    figures = (
+        f"{_percent(best.gap.teacher.accuracy)} against {_percent(best.gap.student.accuracy)} of "
+        f"{best.gap.teacher.n} problems, gap {_points(best.gap.gap)} ({_points(low)} to {_points(high)})"
+    )
+    if high < 0:
+        return f"the teacher is worse than the student: nothing to learn here ({figures})", False
+    if best.gap.gap < MIN_GAP:
+        return f"the teacher is no better than the student: nothing to learn here ({figures})", False
+    if low <= 0:
+        return (
+            f"the teacher may be better than the student, but this is not shown ({figures}): give more problems",
+            None,
+        )
+    return f"the teacher is better than the student ({figures})", True
+
+
+def hint_unused(findings: Findings) -> tuple[str, bool | None] | None:
+    """With the hint of another problem it is as good, within `MIN_GAP`."""
+    pair = _accuracies(findings, "another")
+    if pair is None or pair[1] < pair[0] - MIN_GAP:
+        return None
+    return (
+        f"the teacher does not use its hint: with that of another problem it is right as often ({_percent(pair[1])} "
+        f"against {_percent(pair[0])})"
+    ), False
+
+
+def hint_copied(findings: Findings) -> tuple[str, bool | None] | None:
+    """Without the question it is as good, within `MIN_GAP`, and better than the student."""
+    pair, best = _accuracies(findings, "no_question"), findings.best
+    if pair is None or best is None or best.gap.gap < MIN_GAP or pair[1] < pair[0] - MIN_GAP:
+        return None
+    return (
+        f"the teacher needs no question: with the hint alone it is right as often ({_percent(pair[1])} against "
+        f"{_percent(pair[0])}), so it may copy what the student cannot know"
+    ), None
+
+
+def about_form(findings: Findings) -> tuple[str, bool | None] | None:
+    """The hint of another problem adds at least `FORM` of the probability that the teacher adds."""
+    control = findings.controls.get("another")
+    if control is None or control.form is None or control.form < FORM:
+        return None
+    return (
+        f"most of the signal is about form: {_percent(control.form)} of the probability that the teacher adds, it adds "
+        "with the hint of another problem too"
+    ), None
+
+
+def target_against_student(findings: Findings) -> tuple[str, bool | None] | None:
+    """Where the student goes wrong the target must raise the right token by `MIN_RISE` at least.
+
+    That is at the first deviation that is a mistake; if no rollout that counts has one, where the student doubts.
+    """
+    places = {"mistake": "first goes wrong", "doubts": "doubts the reference"}
+    readers, taught = findings.premise, [f"teacher {x.context}" for x in findings.teachers if x.taught]
+    place = next((place for place in places if readers and readers["student"][place] is not None), None)
+    if place is None:
+        return None
+    who = ["target"] if "target" in readers else taught
+    known = [value for name in who if (value := readers[name][place]) is not None]
+    student = readers["student"][place]
+    if student is None or not known or max(known) >= student + MIN_RISE:
+        return None
+    name, figures = "target" if "target" in readers else "teacher", f"{max(known):.3f} against {student:.3f}"
+    if max(known) < student:
+        return (
+            f"where the student {places[place]}, the {name} gives the reference's token less than the student does "
+            f"({figures}): the signal leads away from it"
+        ), False
+    return f"where the student {places[place]}, the {name} hardly knows better ({figures})", None
+
+
+def taken_away(findings: Findings) -> tuple[str, bool | None] | None:
+    """Support, purification or clip takes `MOST` of the divergence."""
+    shares = findings.shares
+    parts = {} if shares is None else {
+        "support": shares.support, "purification": shares.purification, "clip": shares.clip
+    }  # fmt: skip
+    most = [f"the {name} takes {_percent(share)}" for name, share in parts.items() if share >= MOST]
+    return (f"most of the signal is taken away: {' and '.join(most)} of the divergence", None) if most else None
+
+
+def little_left(findings: Findings) -> tuple[str, bool | None] | None:
+    """The student is right in `SOLVED` of the problems."""
+    student = findings.student
+    if student is None or student.n < FEW or student.accuracy < SOLVED:
+        return None
+    return f"the student solves {_percent(student.accuracy)} of the problems: little is left to learn", None
+
+
+RULES: tuple[Rule, ...] = (
+    no_teacher,
+    nothing_passes,
+    too_few,
+    teacher_against_student,
+    hint_unused,
+    hint_copied,
+    target_against_student,
+    about_form,
+    taken_away,
+    little_left,
+)
+
+
+def verdict(findings: Findings) -> tuple[bool | None, list[Sentence]]:
+    """Whether the method can be expected to help, and what every rule that applies says.
+
+    False if any rule settles that nothing can be learnt; else True if the teacher is better; else None.
+    """
+    said = [(rule.__name__, rule(findings)) for rule in RULES]
+    sentences = [Sentence(name, *answer) for name, answer in said if answer is not None]
+    settled = {sentence.promising for sentence in sentences}
+    return (False if False in settled else True if True in settled else None), sentences
+
+
+def _accuracies(findings: Findings, kind: str) -> tuple[float, float] | None:
+    """Of the first teacher and of a control, on the same problems."""
+    control = findings.controls.get(kind)
+    if control is None or control.accuracy is None or control.against is None or control.accuracy.n < FEW:
+        return None
+    return control.against.accuracy, control.accuracy.accuracy
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"

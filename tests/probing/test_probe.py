@@ -1,0 +1,104 @@
+"""Every named method can be probed on every backbone where it is defined; a run that is probed stays the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllm_sd.cli.main import main
+from dllm_sd.methods import METHODS
+from dllm_sd.probing.opening import opened
+from dllm_sd.training.metric_table import METRICS
+from dllm_sd.training.trainer import Trainer
+from tests.test_contract import FEW, PAIRS, Pair, config_at, in_tiers, teachers  # noqa: F401
+
+NAMED = [pair for pair in PAIRS if pair[0] in METHODS]
+WITHOUT = {"sft", "rft", "rft_trajectory", "diffu_grpo", "spd"}
+"""Methods that imitate or reinforce, whose other policies teach nothing."""
+
+
+@pytest.mark.parametrize("pair", in_tiers(NAMED, FEW), ids="-".join)
+def test_a_named_method_is_probed(pair: Pair, teachers: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = config_at(tmp_path / "run", *pair, teachers)
+    config = replace(config, eval=replace(config.eval, probe_problems=6))
+    with opened(config) as (probe, problems):
+        tree = probe(problems).tree()
+    json.dumps(tree, allow_nan=False)
+    assert not (tmp_path / "run").exists()
+    assert tree["student"]["n"] == tree["problems"] == 6
+    rules = {sentence["rule"] for sentence in tree["verdict"]["because"]}
+    assert tree["has_teacher"] == (pair[0] not in WITHOUT)
+    if pair[0] in WITHOUT:
+        assert rules == {"no_teacher"}
+        assert tree["groups"] == {}
+        return
+    assert rules
+    assert tree["rollouts"]["made"] >= 6
+    assert tree["groups"]["all"]["sites"] > 0
+    assert tree["groups"]["all"]["share"] == pytest.approx(1)
+    if tree["shares"] is not None:
+        assert sum(tree["shares"].values()) == pytest.approx(1)
+    assert {teacher["context"] for teacher in tree["teachers"]} <= set(range(len(config.method.contexts)))
+
+
+def stripped(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "probe/"))} for line in lines]
+
+
+@pytest.mark.parametrize("pair", [("opsd_pmi", "autoregressive"), ("d_opsd", "diffusion")], ids="-".join)
+def test_a_run_that_is_probed_is_the_same_run(pair: Pair, teachers: Path, tmp_path: Path) -> None:  # noqa: F811
+    for name, every in (("plain", 0), ("probed", 1)):
+        config = config_at(tmp_path / name, *pair, teachers)
+        Trainer(replace(config, eval=replace(config.eval, probe_every=every, probe_problems=3))).train()
+    plain, probed = (stripped(tmp_path / name) for name in ("plain", "probed"))
+    assert plain == probed
+    (one, other) = ((tmp_path / name / "checkpoints").glob("*/*.safetensors") for name in ("plain", "probed"))
+    assert [file.read_bytes() for file in sorted(one)] == [file.read_bytes() for file in sorted(other)] != []
+    lines = [json.loads(line) for line in (tmp_path / "probed" / "metrics.jsonl").read_text().splitlines()]
+    assert all("probe/student" in line for line in lines)
+    names = {name for line in lines for name in line if "probe" in name}
+    assert names >= {"probe/student", "probe/divergence", "time/probe"}
+    assert names <= METRICS.keys()
+
+
+TINY = ["--problems", "4", "decode.batch_size=32"]
+
+
+def test_the_command_writes_json_and_says_in_words_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "probe.json"
+    assert main(["probe", "quickstart", *TINY, "--json", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    tree = json.loads(printed)
+    assert json.loads(out.read_text()) == tree
+    assert tree["config"] == "quickstart"
+    assert tree["settings"]["eval"]["probe_problems"] == 4
+    assert tree["teachers"][0]["revealed"] == 0.75  # three of four blocks
+    assert main(["probe", "quickstart", "method=sft", "decode.length=16", *TINY]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "verdict: undecided - this method has no teacher, so there is nothing to compare the student with" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["task.size_dev=0"], "the dev split holds no problems"),
+        (["--problems", "0"], "--problems"),
+        (["--out", "/proc/none/probe.json"], "--out"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_sentence(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["probe", "quickstart", *words])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert "Traceback" not in error
