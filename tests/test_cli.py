@@ -30,7 +30,7 @@ from dllm_sd.files import locking
 from dllm_sd.methods import METHODS
 from dllm_sd.reports.tables import describe_part
 from dllm_sd.training import trainer
-from dllm_sd.training.log_files import LOG_FILES
+from dllm_sd.training.log_files import LOG_FILES, STARTS
 from dllm_sd.training.trainer import Trainer
 
 TREE: dict[str, Any] = {
@@ -79,7 +79,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 def test_a_run_writes_its_folder_and_nothing_else(home: Path):
     assert {path.name for path in home.iterdir()} == {"small.yaml", "run"}
     names = {path.name for path in (home / "run").iterdir()}
-    assert names == {"config.yaml", *LOG_FILES, "report.json", "checkpoints", "tb"}
+    assert names == {"config.yaml", *LOG_FILES, STARTS, "report.json", "report.html", "checkpoints", "tb"}
     assert {path.name for path in (home / "run" / "checkpoints").iterdir()} == {"000001", "000002", "best"}
     assert len(list((home / "run" / "tb").iterdir())) == 1
 
@@ -115,6 +115,21 @@ def test_the_report_compares_before_after_and_best(home: Path):
     for name in ("before", "after", "best"):
         assert report[name].keys() == {"trained", "one step"}
         assert report[name]["one step"]["tokens_per_step"] == 16
+
+
+def test_the_environment_of_a_run_is_written_at_its_start(home: Path):
+    (start,) = lines_of(home / "run" / "environment.jsonl")
+    assert start["update"] == 0
+    assert start["versions"]["torch"] == torch.__version__
+    assert (start["device"], start["processes"]) == ("cpu", 1)
+
+
+def test_the_report_page_of_a_run_holds_its_curves_and_traces(home: Path):
+    text = (home / "run" / "report.html").read_text(encoding="utf-8")
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    (run,) = data["runs"]
+    assert run["metrics"]["update"] == [0, 1, 2]
+    assert run["traces"] == lines_of(home / "run" / "traces.jsonl")
 
 
 def test_a_finished_run_is_reported_again_and_not_trained_again(home: Path, capsys: pytest.CaptureFixture[str]):

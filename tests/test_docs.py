@@ -36,7 +36,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
 ]
-COMMANDS = ("train", "probe", "eval", "grade", "sample", "serve", "show", "export")
+COMMANDS = ("train", "probe", "eval", "grade", "sample", "serve", "show", "report", "export")
 SECTIONS = ["How to run it", "What was measured here", "What the paper claims", "Where they part"]
 """Of a page about methods, below what they do."""
 SETTING = "The paper's setting"

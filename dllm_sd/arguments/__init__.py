@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "sample",
     "serve": "serve",
     "show": "show",
+    "report": "report",
     "export": "export",
     "list": "listing",
     "explain": "explain",

@@ -25,7 +25,8 @@ TRACKED = "trackers"
 """Folder of trackers, whose libraries put links to their own logs into it."""
 CONTENTS = (
     *("metrics.jsonl", "samples.jsonl", "traces.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb"),
-    *(TRACKED, "eval", "written", "engine", "students", "rounds", "rounds.json", CONFIG),
+    *(TRACKED, "eval", "environment.jsonl", "report.html", "written", "engine", "students", "rounds", "rounds.json"),
+    CONFIG,
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"

@@ -15,6 +15,8 @@ from dllm_sd.files.typed_json import own_json
 from dllm_sd.training.left_out import is_left_out, left_out
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl", "traces.jsonl")
+STARTS = "environment.jsonl"
+"""Holds a line for each start of the run; it is no log of updates, so it is neither cut nor compared at a resume."""
 REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
 
 
@@ -43,6 +45,10 @@ class MetricsLog:
         ends = {file: end_of(file, update) for file in files if file.exists()}
         for file, end in ends.items():
             os.truncate(file, end)
+
+    def write_start(self, values: Mapping[str, Any]) -> None:
+        """Append what a start of the run is made with."""
+        _append(self.metrics.with_name(STARTS), values)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append the metrics of an update."""

@@ -48,6 +48,7 @@ from dllm_sd.training.checkpoint import (
     saved_log_sums,
     why_no_best,
 )
+from dllm_sd.training.environment import environment
 from dllm_sd.training.folder import FINAL, REPORT, RunFolder, read_report
 from dllm_sd.training.learner import Learner
 from dllm_sd.training.log_files import LogSums, MetricsLog, check_logs, log_sums
@@ -191,6 +192,7 @@ class Trainer:
         with together():
             if self.log is not None:
                 self.trackers = Trackers(self.config, self._done, self.log.lines())
+                self.log.write_start({"update": state.update, **environment(self.accelerator.device, self.world)})
         with self.progress, Interrupt(self.progress) as interrupt:
             if self.resumed and not self.finished:
                 self.progress.say(f"continuing from update {state.update} of {self.config.updates}")
