@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dllm_sd.arguments import COMMANDS
-from dllm_sd.cli.evaluate import default_folder, refuse_other_model
 from dllm_sd.arguments.listing import KINDS
+from dllm_sd.cli.evaluate import default_folder, refuse_other_model
 from dllm_sd.cli.main import main, parser
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.errors import InputError
