@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from importlib.resources import files
 from textwrap import fill
 from typing import Any
@@ -129,6 +130,7 @@ def _remarks() -> list[dict[str, Any]]:
     return _read("remarks.json")
 
 
+@cache
 def _read(name: str) -> list[dict[str, Any]]:
     return json.loads((files("dllm_sd") / "assets" / name).read_text(encoding="utf-8"))
 
