@@ -1,5 +1,6 @@
 """The documents say what the program does: trees, tables, keys, commands and examples are compared with the code."""
 
+import ast
 import doctest
 import importlib
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 import dllm_sd
 from dllm_sd import METHODS, TASKS
@@ -23,6 +25,7 @@ from dllm_sd.teachers import CONTEXTS
 from dllm_sd.training.metric_table import described
 from dllm_sd.training.trainer import Trainer
 from tools.make_schema import SCHEMA, schema_text
+from tools.site_hooks import ROOT_PAGES, relinked
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dllm_sd"
@@ -294,3 +297,46 @@ def test_every_shipped_config_names_the_schema_beside_it() -> None:
     for name, path in shipped_configs().items():
         assert "# yaml-language-server: $schema=schema.json\n" in path.read_text(encoding="utf-8"), name
         assert path.with_name("schema.json").is_file()
+
+
+def messages(node: ast.AST) -> Iterator[str]:
+    """The texts in a module's source; a letter stands for what an f-string fills in."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "x" for part in child.values)
+        elif isinstance(child, ast.Constant) and isinstance(child.value, str):
+            yield child.value
+
+
+def test_the_messages_that_are_explained_are_messages_of_the_program() -> None:
+    said = [text for file in PACKAGE.rglob("*.py") for text in messages(ast.parse(file.read_text()))]
+    explained = list(table((ROOT / "docs" / "troubleshooting.md").read_text()))
+    assert len(explained) > 15
+    for message in explained:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), re.DOTALL)
+        assert any(map(pattern.search, said)), f"no message of the program reads {message!r}"
+
+
+def pages(entries: list[Any]) -> Iterator[str]:
+    """The pages in the navigation of the site."""
+    for entry in entries:
+        for value in entry.values():
+            yield from [value] if isinstance(value, str) else pages(value)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    found = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages(config["nav"])) == sorted([*found, *ROOT_PAGES.values()])
+
+
+def test_links_of_the_site_stay_within_the_site() -> None:
+    text = (
+        "[a](docs/methods/d_opsd.md#x) [b](CONTRIBUTING.md) [`c`](dllm_sd/errors.py) ![d](docs/images/d.png) https://e"
+    )
+    assert relinked(text, "README.md") == (
+        "[a](methods/d_opsd.md#x) [b](contributing.md) `c` ![d](images/d.png) https://e"
+    )
+    assert relinked("[a](../methods.md) [b](../../README.md)", "docs/methods/d_opsd.md") == (
+        "[a](../methods.md) [b](../index.md)"
+    )

@@ -1,4 +1,4 @@
-"""The one way to read a file that somebody gave: a regular file, in pieces of bounded size, JSON of bounded depth."""
+"""The one way to read a given file: a regular file, in pieces of bounded size, JSON of bounded depth."""
 
 import errno
 import gzip

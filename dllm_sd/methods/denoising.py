@@ -1,4 +1,4 @@
-"""Methods whose teacher reads another canvas: d-OPSD and its kin, on masked diffusion."""
+"""Methods whose teacher reads another canvas: d-OPSD and its variants, on masked diffusion."""
 
 from dllm_sd.canvases import DecoderSteps
 from dllm_sd.losses.divergences import GeneralisedJSD, ReverseKL
