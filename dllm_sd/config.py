@@ -21,6 +21,7 @@ from dllm_sd.methods.differences import named_differences
 from dllm_sd.methods.method import Method
 from dllm_sd.overrides import apply_overrides, parse_index
 from dllm_sd.parts import key_of, to_tree
+from dllm_sd.plugins import import_plugins, with_plugins
 from dllm_sd.pretrained.model import Model
 from dllm_sd.ranges import LIMIT, Count, Ranged, Seed, Size, check, hints_of
 from dllm_sd.settings import Checkpoints, Evaluation, Log, Optim, Peers
@@ -55,6 +56,9 @@ class Config(Ranged, key=""):
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     log: Log = Log()
+    plugins: tuple[Place, ...] = ()
+    """Files of Python that are imported before anything else, such as one with a method of your own. They are looked
+    for beside the config and in the working directory, and stored with their whole path."""
     peers: Peers | None = None
     """Two students that teach each other; None trains one model."""
     max_prompt: Size = 512
@@ -101,7 +105,9 @@ def load_config(
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
-    """Validate a plain tree and build the config."""
+    """Validate a plain tree and build the config; its plugins are imported first."""
+    tree = with_plugins(tree)
+    import_plugins(tree.get("plugins") or ())
     config = _build(Config, tree, "", None)
     overridden = config.eval.decode
     held_out = _build(Decoding, overridden, "eval.decode", config.decode)

@@ -10,6 +10,7 @@ from dllm_sd.files.plain_yaml import read_yaml
 from dllm_sd.files.writing import names_file
 from dllm_sd.keys import hint
 from dllm_sd.overrides import apply_overrides
+from dllm_sd.plugins import with_plugins
 
 RUN_CONFIG = "config.yaml"
 """The resolved config in a run folder."""
@@ -61,5 +62,8 @@ def read_config(
     tree = read_yaml(path, f"config {shown(str(path))}")
     if not isinstance(tree, dict):
         raise InputError(f"config {shown(str(path))} must hold keys such as model, task and method")
-    run = {"run": name} if Path(name).is_dir() else {}
-    return apply_overrides({"run": f"runs/{path.stem}", **tree, **run}, overrides, say)
+    is_run = Path(name).is_dir()
+    run = {"run": name} if is_run else {}
+    tree = {"run": f"runs/{path.stem}", **tree, **run}
+    tree = with_plugins(tree, (Path(),), not_in=Path(name)) if is_run else with_plugins(tree, (path.parent, Path()))
+    return apply_overrides(tree, overrides, say)

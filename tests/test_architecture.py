@@ -21,6 +21,7 @@ LAYERS = [
     "randomness",
     "limits",
     "files",
+    "plugins",
     "keys",
     "overrides",
     "config_files",

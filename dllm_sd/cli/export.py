@@ -7,7 +7,7 @@ from accelerate import PartialState
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
-from dllm_sd.cli.run_or_model import is_run, load, quiet_libraries
+from dllm_sd.cli.run_or_model import is_run, load, load_plugins, quiet_libraries
 from dllm_sd.errors import InputError
 from dllm_sd.export.exporting import check_folder, export_policy, push_folder
 from dllm_sd.export.model_card import Trained, read_results
@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise InputError(f"--push {options.push!r} is not the name of a repository: {error}") from error
     last = options.weights == "last"
+    load_plugins(run, options.overrides)
     read_results(run)  # refuse a damaged report before the weights are read
     config, policy, _ = load(options.run, options.overrides, last=last)
     trained = Trained(run, chosen_checkpoint(run, last))

@@ -19,7 +19,7 @@ from dllm_sd.tasks import TASKS
 
 def run(options: argparse.Namespace) -> int:
     """Grade a file of generations; print a table, write ``report.json`` and ``graded.jsonl``."""
-    if others := [override for override in options.overrides if not override.startswith("task.")]:
+    if others := [override for override in options.overrides if not override.startswith(("task.", "plugins"))]:
         raise InputError(f"grade takes settings of the task only, as in task.key=value; leave out {others[0]!r}")
     task = {"name": options.task}
     part = TASKS.get(options.task)

@@ -10,14 +10,15 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dllm_sd.config import apply_overrides, build_config
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, shown
 from dllm_sd.files.writing import names_file
 from dllm_sd.pairing import check_decodings
+from dllm_sd.plugins import import_plugins, with_plugins
 from dllm_sd.policies.loading import build_policy, load_adapter
 from dllm_sd.pretrained.blueprint import model_folder, read_blueprint
 from dllm_sd.tasks.own_grader import file_and_function
 from dllm_sd.training.checkpoint import chosen_checkpoint, load_weights, state_of
-from dllm_sd.training.folder import read_run_config
+from dllm_sd.training.folder import code_changes, code_of, read_run_config
 from dllm_sd.training.outcome import initial_of
 
 
@@ -57,6 +58,7 @@ def load(
     run, recipe = Path(name), Path(model_folder(name)) / "recipe.yaml"
     if is_run(name):
         tree = read_run_config(run)
+        load_plugins(run, overrides)
     elif recipe.is_file():
         tree = {**read_run_config(recipe.parent, recipe.name), "model": {"path": name}}
         _refuse_code(name, tree, {override.partition("=")[0] for override in overrides} | ({"task"} if task else set()))
@@ -68,6 +70,9 @@ def load(
     if task is not None and task != (own_task.get("name") if isinstance(own_task, dict) else own_task):
         tree["task"] = {"name": task}
     config = build_config(apply_overrides(tree, overrides))
+    if is_run(name):
+        for sentence in code_changes(run, code_of(config)):
+            warn(sentence)
     accelerator = Accelerator(mixed_precision="bf16" if config.optim.autocast else "no")
     blueprint = read_blueprint(config.model)
     check_decodings(config, blueprint)
@@ -89,13 +94,29 @@ def load(
 
 def _refuse_code(name: str, tree: Mapping[str, Any], given: Collection[str]) -> None:
     """Refuse to run code that the recipe of a model names and the user does not: models come from strangers."""
-    task = tree.get("task")
+    task, plugins = tree.get("task"), tree.get("plugins")
     grader = str(task.get("grader", "")) if isinstance(task, Mapping) else ""
+    where = f"the recipe of {name!r} names"
+    if plugins and "plugins" not in given:
+        raise InputError(
+            f"{where} code (plugins {shown(plugins)}), which is imported only where you name it: add plugins=[FILE.py]"
+        )
     if file_and_function(grader) and not {"task", "task.name", "task.grader"} & {*given}:
         raise InputError(
-            f"the recipe of {name!r} grades with {grader}, a file with code, which is run only where you name it: add "
-            f"task.grader={grader}, or another grader"
+            f"{where} code (the grader {grader}), which is run only where you name it: add task.grader={grader}, or "
+            "another grader"
         )
+
+
+def load_plugins(run: Path, overrides: Sequence[str]) -> None:
+    """Import the plugins of a run, so that its files can be understood.
+
+    Raises:
+        InputError: if one cannot be imported, or lies in the folder of the run, which may have come from somebody else
+            together with it.
+    """
+    tree = with_plugins(apply_overrides(read_run_config(run), overrides), not_in=run)
+    import_plugins(tree.get("plugins") or ())
 
 
 def is_run(name: str) -> bool:

@@ -113,9 +113,11 @@ def model_card(
 
 
 def settings_of(run: Path) -> str:
-    """The resolved config of a run as YAML, without its folder."""
-    read_run_config(run)  # raises if the file is not a config
+    """The resolved config of a run as YAML, without its folder and the folders of its plugins."""
+    plugins = read_run_config(run).get("plugins")  # raises if the file is not a config
     text = read_own(run / "config.yaml", "give another folder").decode("utf-8")
+    for plugin in plugins if isinstance(plugins, list) else []:
+        text = text.replace(f"\n- {plugin}\n", f"\n- {Path(plugin).name}\n")
     return re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
 
 
@@ -159,7 +161,7 @@ def _use(policy: AnyPolicy, model: Model, to: ExportFormat, name: str, trained: 
 def _training(trained: Trained | None) -> str:
     if trained is None:
         return "These weights were not trained by dllm-sd; only their format was changed."
-    tree, method = _settings(trained), build_config(read_run_config(trained.run)).method
+    tree, method = _settings(trained), build_config({**read_run_config(trained.run), "plugins": []}).method
     update = state_of(trained.checkpoint).update
     kind = "the best on the dev split" if trained.checkpoint.name.lstrip(".").startswith("best") else "the last"
     kind += ", the initial ones, which no training has changed" if update == 0 else ""
@@ -173,7 +175,7 @@ def _training(trained: Trained | None) -> str:
 
 def _settings(trained: Trained) -> dict[str, Any]:
     """The settings of a run with defaults for the keys that its file lacks."""
-    return to_tree(build_config(read_run_config(trained.run)))
+    return to_tree(build_config({**read_run_config(trained.run), "plugins": []}))
 
 
 def _parts(method: Method) -> str:
@@ -227,7 +229,7 @@ def read_results(run: Path) -> Results | None:
     results: Results = read_json(file, Results, remedy)
     tests = [results.before, results.after, results.best]
     try:
-        settings = to_tree(build_config(results.settings))
+        settings = to_tree(build_config({**results.settings, "plugins": []}))
     except InputError as error:
         raise damaged_file(file, error, remedy) from error
     if any(test.keys() != results.best.keys() for test in tests):

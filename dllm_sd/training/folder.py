@@ -3,6 +3,7 @@
 Nothing is written outside of it, and a run that is refused leaves it unchanged.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,17 +17,19 @@ from dllm_sd.errors import InputError, Stopped, shown
 from dllm_sd.files.locking import LOCK, FolderLock
 from dllm_sd.files.plain_yaml import read_yaml
 from dllm_sd.files.reading import read_own
-from dllm_sd.files.typed_json import build, own_json
-from dllm_sd.files.writing import remove, writable, write_file
+from dllm_sd.files.typed_json import build, own_json, read_json
+from dllm_sd.files.writing import names_file, remove, writable, write_file
 from dllm_sd.parallel.processes import on_main
+from dllm_sd.plugins import digest_of
+from dllm_sd.tasks.own_grader import file_and_function
 
-CONFIG, REPORT = "config.yaml", "report.json"
+CONFIG, REPORT, CODE = "config.yaml", "report.json", "code.json"
 TRACKED = "trackers"
 """Folder of trackers, whose libraries put links to their own logs into it."""
 CONTENTS = (
     *("metrics.jsonl", "samples.jsonl", "traces.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb"),
     *(TRACKED, "eval", "environment.jsonl", "report.html", "written", "engine", "students", "rounds", "rounds.json"),
-    CONFIG,
+    *(CODE, CONFIG),
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"
@@ -55,7 +58,9 @@ class RunFolder:
         self.config, self.run = config, Path(config.run)
         self._lock = FolderLock(self.run, "run folder", "give another run=...")
         self._before: dict[str, bytes | None] | None = None
-        on_main(self._claim)
+        self._code = code_of(config)
+        self.notes: list[str] = on_main(self._claim)
+        """Sentences on code of the user's own that is another than when the run began."""
 
     def hold(self) -> None:
         """Lock the folder again after `release`."""
@@ -88,7 +93,7 @@ class RunFolder:
     def _writable(self) -> AbstractContextManager[None]:
         return writable(f"run folder {str(self.run)!r}", "give another run=...")
 
-    def _claim(self) -> None:
+    def _claim(self) -> list[str]:
         run = self.run
         with self._writable():
             if run.exists() and not run.is_dir():
@@ -98,6 +103,7 @@ class RunFolder:
                 _refuse_foreign_files(run)
                 _settle(run)
                 self._check()
+                return [] if self.config.resume == "fresh" else code_changes(run, self._code)
             except BaseException:
                 self.release()
                 raise
@@ -128,6 +134,8 @@ class RunFolder:
             try:
                 if self.config.resume == "fresh":
                     _move(run, run / FORMER)
+                if self._code:
+                    write_file(run / CODE, json.dumps(self._code, indent=1))
                 write_file(run / CONFIG, to_yaml(self.config))
             except BaseException:
                 self._undo(before)
@@ -151,6 +159,26 @@ def read_run_config(run: Path, name: str = CONFIG) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{shown(str(run / name))} is not the config of a run; give another folder")
     return tree
+
+
+def code_of(config: Config) -> dict[str, str]:
+    """The hashes of the files of the user's own that a config names (plugins, a grader), by their path."""
+    grader = file_and_function(str(getattr(config.task, "grader", "")))
+    files = [*config.plugins, *([grader[0]] if grader and names_file(grader[0]) else [])]
+    return {file: digest_of(file) for file in files}
+
+
+def code_changes(run: Path, code: Mapping[str, str]) -> list[str]:
+    """Say which files of ``code`` had another content when the run began.
+
+    Raises:
+        InputError: if the run's record of them cannot be read.
+    """
+    if not (run / CODE).exists():
+        return []
+    former = read_json(run / CODE, dict[str, str], "remove it")
+    changed = [file for file, digest in code.items() if former.get(file, digest) != digest]
+    return [f"{file} has changed since the run in {str(run)!r} began, so its parts may differ" for file in changed]
 
 
 def read_report(run: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:

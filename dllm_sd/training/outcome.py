@@ -111,7 +111,7 @@ def prompt_differences(config: Config) -> list[str]:
         run = Path(source).parent.parent
         if Path(source).parent.name != CHECKPOINTS or not (run / CONFIG).is_file():
             continue
-        learnt = build_config(read_run_config(run))
+        learnt = build_config({**read_run_config(run), "plugins": []})  # another run's code is not run
         if learnt.task.rubric_prompt is not None:
             thinking = writing.sampling.thinking
             thinking = config.model.thinking if thinking is None else thinking

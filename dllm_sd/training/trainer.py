@@ -97,6 +97,7 @@ class Trainer:
             check_servers(config)
         self.notes = [*filter(None, (*splits, shared_rows, long_references, *unknown_tokens.values()))]
         self.folder = RunFolder(config)
+        self.notes += self.folder.notes
         try:
             self._build(blueprint)
             self._restore()
