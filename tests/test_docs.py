@@ -19,11 +19,14 @@ import dllm_sd
 from dllm_sd import METHODS, TASKS
 from dllm_sd.cli.main import main
 from dllm_sd.config import build_config, load_config, shipped_configs
+from dllm_sd.keys import all_keys
 from dllm_sd.losses import DIVERGENCES
 from dllm_sd.methods.method import Average, Method
 from dllm_sd.teachers import CONTEXTS
 from dllm_sd.training.metric_table import described
 from dllm_sd.training.trainer import Trainer
+from tools.make_config_page import PAGE as CONFIG_PAGE
+from tools.make_config_page import config_page
 from tools.make_schema import SCHEMA, schema_text
 from tools.site_hooks import ROOT_PAGES, relinked
 
@@ -297,6 +300,13 @@ def test_every_shipped_config_names_the_schema_beside_it() -> None:
     for name, path in shipped_configs().items():
         assert "# yaml-language-server: $schema=schema.json\n" in path.read_text(encoding="utf-8"), name
         assert path.with_name("schema.json").is_file()
+
+
+def test_the_reference_of_keys_is_that_of_the_schema() -> None:
+    page = config_page()
+    assert CONFIG_PAGE.read_text(encoding="utf-8") == page, "run: python -m tools.make_config_page"
+    for key in all_keys():
+        assert re.search(rf"^\| `([a-z_.]+\.)?{key.name}` \|", page, re.MULTILINE) or key.name == "name", key.path
 
 
 def messages(node: ast.AST) -> Iterator[str]:

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = [file for file in (ROOT / "configs").rglob("*") if file.is_file()]
+"""Configs and their schema, which are installed as `dllm_sd/configs`."""
 
 
 def tree() -> set[str]:
     """The files that an installation must hold, by their names in a wheel."""
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dllm_sd").rglob("*") if path.is_file()}
-    configs = {f"dllm_sd/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    configs = {f"dllm_sd/{file.relative_to(ROOT).as_posix()}" for file in FILES}
     return {name for name in package | configs if "__pycache__" not in name}
 
 
