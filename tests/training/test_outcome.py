@@ -78,6 +78,16 @@ def test_of_weights_that_are_equally_good_on_dev_the_later_ones_are_the_best(tmp
     assert initial_of(checkpoints / "best") is None
 
 
+def test_a_run_that_goes_on_says_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    settings = tree_at(tmp_path, log={"progress": True, "trackers": []})
+    Trainer(build_config(settings)).train(2)
+    assert "continuing" not in capsys.readouterr().err
+    Trainer(build_config(settings)).train()
+    assert "continuing from update 2 of 4\n" in capsys.readouterr().err
+    Trainer(build_config(settings)).train()
+    assert "continuing" not in capsys.readouterr().err
+
+
 def test_a_tie_is_no_progress_to_a_run_that_waits_for_it(tmp_path: Path):
     settings = tree_at(tmp_path, eval={"every": 1, "problems": 2, "patience": 3})
     report = Trainer(build_config(settings)).train()
