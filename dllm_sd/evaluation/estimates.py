@@ -28,8 +28,8 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
 
 
 def in_percent(share: float) -> str:
-    """A share as people read it everywhere, such as ``58.6 %``."""
-    return f"{100 * share:.1f} %"
+    """A share as people read it everywhere, such as ``58.59 %``."""
+    return f"{100 * share:.2f} %"
 
 
 def figures(

@@ -188,7 +188,7 @@ def test_a_run_without_a_rollout_to_learn_from_says_that_alone():
             State(9, best_update=3, best_accuracy=0.5, stopped="no better dev accuracy in 2 evaluations"),
             LogSums(last_accuracy=0.375),
             "learnt",
-            ["the last weights are much worse than the best ones .*, 37.5 % against 50.0 %; .* update 3$"],
+            ["the last weights are much worse than the best ones .*, 37.50 % against 50.00 %; .* update 3$"],
         ),
     ],
 )

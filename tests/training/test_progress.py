@@ -93,8 +93,8 @@ def test_an_evaluation_stays_on_the_screen_as_a_line(capsys: pytest.CaptureFixtu
         progress.line({"update": 5, "loss": 4.2125e-4, "eval/accuracy": 0.5859, "updates_skipped": 2})
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "update    4/10  dev accuracy 50.0 %  pass rate 25.0 %\n" in captured.err
-    assert "update    5/10  dev accuracy 58.6 %  loss 0.0004213  skipped 2\n" in captured.err
+    assert "update    4/10  dev accuracy 50.00 %  pass rate 25.00 %\n" in captured.err
+    assert "update    5/10  dev accuracy 58.59 %  loss 0.0004213  skipped 2\n" in captured.err
 
 
 def test_nothing_is_shown_unless_asked_for(capsys: pytest.CaptureFixture[str]):
@@ -111,6 +111,6 @@ def test_the_bar_shows_loss_pass_rate_and_skipped_updates_between_evaluations():
     with Progress("run", 10, 3, shown=False) as progress:
         progress.finished({"update": 4, "loss": 4.2125e-4, "rollouts/pass_rate": 0.25, "updates_skipped": 2})
         (task,) = progress.bar.tasks
-        assert (task.completed, task.fields["state"]) == (4, "loss 0.0004213  pass rate 25.0 %  skipped 2")
+        assert (task.completed, task.fields["state"]) == (4, "loss 0.0004213  pass rate 25.00 %  skipped 2")
         progress.finished({"update": 5, "loss": None, "updates_skipped": 3})
         assert (task.completed, task.fields["state"]) == (5, "skipped 3")
