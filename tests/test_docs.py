@@ -17,6 +17,7 @@ import yaml
 
 import dllm_sd
 from dllm_sd import METHODS, TASKS
+from dllm_sd.arguments import COMMANDS
 from dllm_sd.cli.main import main
 from dllm_sd.config import build_config, load_config, shipped_configs
 from dllm_sd.keys import all_keys
@@ -42,7 +43,6 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
 ]
-COMMANDS = ("train", "probe", "eval", "grade", "sample", "serve", "show", "report", "export")
 SECTIONS = ["How to run it", "What was measured here", "What the paper claims", "Where they part"]
 """Of a page about methods, below what they do."""
 SETTING = "The paper's setting"
