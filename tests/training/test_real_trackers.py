@@ -84,7 +84,8 @@ def test_a_run_without_a_network_is_written_by_the_tracker_into_the_run_folder_a
 
 
 @pytest.mark.slow
-def test_mlflow_has_every_value_once_in_one_run(tmp_path: Path):
+def test_mlflow_has_every_value_once_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow")
     (tmp_path / "c.yaml").write_text(write_yaml(TREE))
     for until in (1, 3):
