@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dllm_sd.api import train
     from dllm_sd.decoding.settings import Decoding
     from dllm_sd.errors import InputError
     from dllm_sd.methods import METHODS
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
     from dllm_sd.trajectory import Trajectory
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "TASKS", "Decoding", "InputError", "Policy", "Trajectory", "View", "grade", "load_policy"]
+__all__ = [
+    "METHODS",
+    "TASKS",
+    "Decoding",
+    "InputError",
+    "Policy",
+    "Trajectory",
+    "View",
+    "grade",
+    "load_policy",
+    "train",
+]
 
 _MODULES = {
     "METHODS": "dllm_sd.methods",
@@ -30,6 +42,7 @@ _MODULES = {
     "View": "dllm_sd.network.view",
     "grade": "dllm_sd.tasks",
     "load_policy": "dllm_sd.policies.loading",
+    "train": "dllm_sd.api",
 }
 
 

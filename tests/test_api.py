@@ -15,6 +15,7 @@ def test_the_public_names_are_frozen():
         "View",
         "grade",
         "load_policy",
+        "train",
     ]
 
 

@@ -55,6 +55,7 @@ LAYERS = [
     "reports",
     "export",
     "serving",
+    "api",
     "",
     "arguments",
     "cli",

@@ -1,6 +1,7 @@
 """The progress bar of a run, and how Ctrl-C ends the run."""
 
 import signal
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType, TracebackType
@@ -86,7 +87,8 @@ class Interrupt:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in SIGNALS:
+        on_main_thread = threading.current_thread() is threading.main_thread()  # no other can handle signals
+        for number in SIGNALS if on_main_thread else ():
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._former[number] = signal.signal(number, self._handle)
         return self
