@@ -22,8 +22,8 @@ def train(
 ) -> dict[str, Any]:
     """Train as ``dllm-sd train`` does, and return the report of the run, which is also in its folder.
 
-    >>> report = train("quickstart", updates=12, optim__lr=1e-4, run="runs/mine")  # doctest: +SKIP
-    >>> report = train("quickstart", {"method": "rft", "method.rollout.problems": 64})  # doctest: +SKIP
+    As in ``train("quickstart", updates=12, optim__lr=1e-4, run="runs/mine")``, or with a mapping of dotted keys,
+    ``train("quickstart", {"method": "rft", "method.rollout.problems": 64})``.
 
     Args:
         config: the name of a shipped config, the path of one, the folder of a run, which is continued, a mapping as in

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 import dllm_sd
+import dllm_sd.api
 from dllm_sd import InputError
 from dllm_sd.cli.main import main
 from dllm_sd.config import build_config, load_config, to_tree
 from dllm_sd.training import trainer
+from tests.test_docs import README, blocks
 
 KEYS = ["task=jsonl", "task.data=own.jsonl", "method=sft", "task.reference_field=answer"]
 FAST = ["updates=16", "eval.every=16", "method.rollout.problems=8", "log.progress=false", "log.trackers=[]"]
@@ -97,3 +99,22 @@ def test_wrong_input_is_raised_and_never_ends_the_process(own: Path, config: Any
     with pytest.raises(InputError, match=message):
         dllm_sd.train(config, overrides)
     assert to_tree(build_config(CONFIG))["updates"] == 1
+
+
+@pytest.mark.parametrize("page", ["own_data.md", "python.md"])
+def test_the_code_on_the_pages_runs(page: str):
+    for source in blocks(README.parent / "docs" / page, "python"):
+        exec(compile(source, page, "exec"), {"__name__": "page"})
+
+
+def test_the_methods_on_the_page_are_configs(own: Path, monkeypatch: pytest.MonkeyPatch):
+    trained: list[Any] = []
+    monkeypatch.setattr(dllm_sd.api.peers, "train", lambda config: trained.append(config) or {Path(config.run): {}})
+    monkeypatch.setattr(dllm_sd.api, "write_report", lambda folders, out: None)
+    monkeypatch.setitem(dllm_sd.METHODS, "half", dllm_sd.METHODS["d_opsd"])  # taken out again
+    first, second = blocks(README.parent / "docs" / "python.md", "py")
+    first = "".join(line for line in first.splitlines(True) if 'runs/mine", updates=24' not in line)
+    for source in (first, second):
+        exec(compile(source, "python.md", "exec"), {"__name__": "page"})
+    assert [Path(config.run).name for config in trained] == ["mine", "rft", "dict", "half"]
+    assert trained[-1].method.contexts[0].ratio == 0.5
