@@ -117,6 +117,20 @@ def test_two_processes_learn_what_one_learns(both: Path, case: str, update: int)
     assert_same(both / "one" / case, both / "two" / case, update)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_trace_what_one_traces(both: Path, case: str) -> None:
+    one, two = (
+        [json.loads(line) for line in (both / name / case / "traces.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert sum(len(entry["sites"]) for entry in one) > 0
+    for a, b in zip(one, two, strict=True):
+        assert {**a, "sites": len(a["sites"]), "pieces": 0} == {**b, "sites": len(b["sites"]), "pieces": 0}
+        for first, second in zip(a["sites"], b["sites"], strict=True):
+            assert first["divergence"] == pytest.approx(second["divergence"], rel=1e-6, abs=1e-12)
+            assert [first[key] for key in ("step", "position")] == [second[key] for key in ("step", "position")]
+
+
 def test_two_processes_report_what_one_reports(both: Path) -> None:
     one, two = ((both / name / "eval" / "generations.jsonl").read_text() for name in ("one", "two"))
     assert one == two
