@@ -308,7 +308,7 @@
   // Controls
 
   function choice(label, options, value, change) {
-    const select = element("select", { onchange: event => change(event.target.value) },
+    const select = element("select", { "aria-label": label, onchange: event => change(event.target.value) },
       ...options.map(([key, text]) => element("option", { value: key }, text)));
     select.value = String(value);
     return element("label", {}, label, select);
