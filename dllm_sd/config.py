@@ -222,6 +222,9 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
             return None
         options = [option for option in arguments if option is not type(None)]
         fitting = next((option for option in options if type(value) is _plain(option)), options[0])
+        if get_origin(fitting) is Literal and not isinstance(value, str):
+            choices = ", ".join(map(str, get_args(fitting)))
+            raise InputError(f"{path} is {shown(value)}; choose {choices}{' or null' * (type(None) in arguments)}")
         return _value(fitting, value, path, base)
     if origin is Literal:
         value = _ALIASES.get(value, value) if isinstance(value, str) else value

@@ -40,7 +40,7 @@ def find_config(name: str) -> Path:
         raise InputError(
             f"folder {shown(name)} holds no run ({RUN_CONFIG} is missing); give a config, or a run's folder"
         )
-    if "/" in name or name.endswith((".yaml", ".yml")):
+    if "/" in name or Path(name).suffix in (".yaml", ".yml", ".json"):
         raise InputError(
             f"there is no config file and no run {shown(name)}; correct the path, or give the name of a shipped config "
             "(dllm-sd list configs)"

@@ -201,6 +201,8 @@ def unknown_key(path: str, key: str, known: Iterable[str]) -> InputError:
     """The refusal of a ``key`` that the mapping at ``path`` does not have, with the nearest keys of the config."""
     known = list(known)
     whole = f"{path}.{key}" if path else key
+    if (colon := key.partition(":"))[0] in known:
+        return InputError(f"unknown key {shown(whole)}; put a space after the colon: {{{colon[0]}: {colon[2]}}}")
     if parts := _parts_with(path, key):
         names = f"the part {parts[0]} has" if len(parts) == 1 else f"the parts {', '.join(parts)} have"
         return InputError(f"unknown key {shown(whole)}; {names} it: set {path}.name to {parts[0]} as well")

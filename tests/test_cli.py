@@ -22,6 +22,7 @@ from dllm_sd.arguments import COMMANDS
 from dllm_sd.arguments.listing import KINDS
 from dllm_sd.cli.evaluate import default_folder, refuse_other_model
 from dllm_sd.cli.main import main, parser
+from dllm_sd.cli.sample import _frame
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.recording import begin
@@ -198,6 +199,36 @@ def test_sample_shows_every_step_and_the_text(capsys: pytest.CaptureFixture[str]
     assert lines[0].split()[1] == "\u00b7" * 16
 
 
+def test_sample_applies_the_prompt_of_the_task_and_judges_what_it_knows(capsys: pytest.CaptureFixture[str]):
+    problem = load_config("small.yaml").task.problems("test")[3]
+    outs = []
+    for prompt in ("test:3", problem.fields["puzzle"]):
+        assert main(["sample", "run", prompt]) == 0
+        outs.append(capsys.readouterr().out.splitlines())
+    assert outs[0] == outs[1]
+    assert re.fullmatch(r"(right|wrong) \(sudoku/test/3; (no answer was read|answer read: \S+)\)", outs[0][-1])
+    told = re.fullmatch(r"probability of its (\d+) tokens: mean ([\d.]+); lowest: .* at step \d", outs[0][-2])
+    assert told is not None
+    assert 0 < float(told[2]) <= 1
+    assert main(["sample", "run", "0" * 16]) == 0
+    assert not re.search("right|wrong", capsys.readouterr().out)
+    assert main(["sample", "run", "test:99999999"]) == 2
+    assert "test:99999999 does not exist; the test split holds" in capsys.readouterr().err
+
+
+def test_a_canvas_shows_line_breaks_as_a_sign_and_a_growing_text_no_masks():
+    class Policy:
+        causal, mask_id = False, 9
+
+        def text(self, tokens: list[int]) -> str:
+            return {1: "a", 2: "\n", 3: ""}[tokens[0]]
+
+    policy: Any = Policy()
+    assert _frame(policy, [[9, 9, 9, 9], [1, 2, 3, 9]]).plain == "a\u23ce\u25a1\u00b7"
+    policy.causal = True
+    assert _frame(policy, [[1, 2, 9, 9]]).plain == "a\u23ce"
+
+
 def test_show_and_model_cards_can_tell_the_parts_of_every_method():
     for name, row in METHODS.items():
         for slot, group in to_tree(row.method).items():
@@ -327,9 +358,7 @@ LIGHT = [
 def test_help_and_usage_errors_load_no_library_of_models():
     program = """
 import sys
-from dllm_sd.arguments import COMMANDS
-from dllm_sd.arguments.listing import KINDS
-from dllm_sd.cli.main import main, parser
+from dllm_sd.cli.main import main
 for words in {words}:
     try:
         main(words)

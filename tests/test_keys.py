@@ -1,6 +1,7 @@
 """Keys of a config: the schema describes them all, misspelt ones are refused with the nearest, before any import."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,3 +165,35 @@ def test_settings_written_as_options_are_answered_by_the_key(words: list[str], c
         main(["train", "quickstart", *words])
     assert ended.value.code == 2
     assert "write settings as key=value, as in optim.lr=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "runs/nope"], "'runs/nope' is no folder here, and no run; correct the path"),
+        (["export", "runs/nope", "--to", "peft", "out"], "'runs/nope' does not exist; give the folder that"),
+        (["train", "runs/nope"], "there is no config file and no run 'runs/nope'; correct the path"),
+        (["train", "folder"], "folder 'folder' holds no run (config.yaml is missing)"),
+        (["train", "open.yaml"], "a { is not closed by }, or a comma is missing between its keys in line 2"),
+        (["train", "twice.yaml"], "the key 'seed' is given twice in line 3"),
+        (["train", "quickstart", "optim.autocast=true"], "optim.autocast is True; choose bfloat16 or null"),
+        (["train", "quickstart", "model.lora={rank:8}"], "put a space after the colon: {rank: 8}"),
+        (["train", "quickstart", "method.contexts.ratio=0.5"], "number its entries from 0, as in method.contexts.0"),
+        (["train"], "the following arguments are required: CONFIG"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence_with_the_remedy(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "open.yaml").write_text("task: {name: sudoku\nmodel: x\n", encoding="utf-8")
+    (tmp_path / "twice.yaml").write_text("task: sudoku\nseed: 1\nseed: 2\n", encoding="utf-8")
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = ended.code
+    told = capsys.readouterr().err
+    assert status == 2
+    assert said in told
+    assert told.count("\n") == 1

@@ -84,5 +84,5 @@ def test_it_is_evaluated_and_sampled_by_its_recipe(tmp_path: Path, capsys: pytes
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["n"] == 32
     assert 0.1 < report["accuracy"] < 0.9
-    assert main(["sample", "tiny_ar", "1030002403014000:"]) == 0
+    assert main(["sample", "tiny_ar", "1030002403014000"]) == 0
     assert "=" in capsys.readouterr().out

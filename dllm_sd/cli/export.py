@@ -19,7 +19,8 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     run, folder = Path(options.run), Path(options.folder)
     if not is_run(options.run):
-        raise InputError(f"{options.run!r} is not a run; give the folder that dllm-sd train wrote")
+        there = "is not a run" if run.exists() else "does not exist"
+        raise InputError(f"{options.run!r} {there}; give the folder that dllm-sd train wrote")
     if PartialState().num_processes > 1:
         raise InputError("export runs on one process; start it without accelerate launch")
     check_folder(folder)

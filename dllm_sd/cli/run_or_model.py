@@ -65,7 +65,8 @@ def load(
     elif task is not None:
         tree = {"task": {"name": task}, "model": {"path": name}}
     else:
-        raise InputError(f"{name!r} is neither a run nor a model with a recipe; name a task with --task")
+        there = "is neither a run nor a model with a recipe" if Path(name).exists() else "is no folder here, and no run"
+        raise InputError(f"{name!r} {there}; correct the path, or for a model name a task with --task")
     own_task = tree.get("task")
     if task is not None and task != (own_task.get("name") if isinstance(own_task, dict) else own_task):
         tree["task"] = {"name": task}

@@ -91,8 +91,23 @@ _Writer.add_representer(str, _Writer.text)
 
 
 class _Said(Exception):
+    """What the parser found wrong, in words for people who write configs."""
+
     def __init__(self, error: yaml.MarkedYAMLError) -> None:
-        super().__init__(", ".join(words for words in (error.context, error.problem) if words))
+        said = ", ".join(words for words in (error.context, error.problem) if words)
+        super().__init__(next((plain for jargon, plain in _PLAINLY.items() if jargon in said), said))
+
+
+_PLAINLY = {
+    "while parsing a flow mapping": "a { is not closed by }, or a comma is missing between its keys",
+    "while parsing a flow sequence": "a [ is not closed by ], or a comma is missing between its entries",
+    "mapping values are not allowed": "a second ': ' on one line; put the text after the first one in quotes",
+    "cannot start any token": "a tab or a sign such as @ begins a word; indent with spaces, and put the text in quotes",
+    "could not find expected ':'": "a key is not followed by ': '",
+    "expected <block end>": "a line is indented otherwise than the lines that it belongs to",
+    "while scanning a quoted scalar": "a quotation mark is not closed",
+}
+"""What the parser says, and what it means."""
 
 
 class _Reader(yaml.SafeLoader):

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -58,6 +59,11 @@ class Blueprint:
         """Folder or hub name of the checkpoint."""
         assert self.model.path is not None
         return model_folder(self.model.path)
+
+
+def _by_choice() -> str:
+    """Says that the user has switched the hub off, where that is so."""
+    return " (HF_HUB_OFFLINE forbids it)" if constants.HF_HUB_OFFLINE else ""
 
 
 def read_blueprint(model: Model, text: bool = True) -> Blueprint:
@@ -160,7 +166,7 @@ def known_blueprint(model: Model) -> Blueprint | None:
 def _read_config(path: str) -> dict[str, Any]:
     file = find_file(path, "config.json")
     if file is None:
-        away = "" if Path(model_folder(path)).is_dir() else ", or the hub cannot be reached"
+        away = "" if Path(model_folder(path)).is_dir() else f", or the hub cannot be reached{_by_choice()}"
         raise Unavailable(
             f"there is no config.json at {path!r} (model.path){away}; give a checkpoint folder or a hub name"
         )
