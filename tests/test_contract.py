@@ -398,16 +398,16 @@ def watched(pieces: list[Piece]) -> Iterator[None]:
     now: list[Any] = []  # the update, the rollouts, and the teacher that is asked
     learn, grade, ask = Learner.step, learner_module.grade_micro_batch, TeacherModel.__call__
 
-    def learning(self: Learner, plan: Any, rollouts: Rollouts, update: int, lr: float) -> Any:
+    def learning(self: Learner, plan: Any, rollouts: Rollouts, update: int, *rest: Any) -> Any:
         now[:] = [update, rollouts, None]
         try:
-            return learn(self, plan, rollouts, update, lr)
+            return learn(self, plan, rollouts, update, *rest)
         finally:
             now.clear()
 
-    def grading(method: Any, batch: MicroBatch, student: Any, teachers: Any) -> Any:
+    def grading(method: Any, batch: MicroBatch, *rest: Any) -> Any:
         pieces.append(Piece(now[0], now[1], batch.canvases.rows.tolist(), batch.canvases.steps.tolist()))
-        return grade(method, batch, student, teachers)
+        return grade(method, batch, *rest)
 
     def asking(self: TeacherModel, view: Any) -> Any:
         now[2] = self

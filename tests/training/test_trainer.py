@@ -234,10 +234,10 @@ def test_what_was_learnt_before_a_non_finite_loss_is_kept(
         Trainer(config_at(whole, method=method)).train()
     learn = Learner.step
 
-    def broken(self: Learner, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
+    def broken(self: Learner, plan: Any, rollouts: Any, update: int, *rest: Any) -> Any:
         if update == 4:
             raise FloatingPointError("not finite")
-        return learn(self, plan, rollouts, update, lr)
+        return learn(self, plan, rollouts, update, *rest)
 
     config = config_at(tmp_path / "run", method=method, checkpoint__every=100)
     with monkeypatch.context() as patch:
@@ -313,10 +313,10 @@ def test_a_run_that_stops_at_a_non_finite_loss_removes_no_checkpoint(
 ) -> None:
     learn = Learner.step
 
-    def broken(self: Learner, plan: Any, rollouts: Any, update: int, lr: float) -> Any:
+    def broken(self: Learner, plan: Any, rollouts: Any, update: int, *rest: Any) -> Any:
         if update == 4:
             raise FloatingPointError("not finite")
-        return learn(self, plan, rollouts, update, lr)
+        return learn(self, plan, rollouts, update, *rest)
 
     monkeypatch.setattr(Learner, "step", broken)
     config = config_at(tmp_path / "run", eval__every=0, checkpoint={"every": 2, "keep": 1})
