@@ -10,6 +10,7 @@ HEAVY = ("training", "test_contract.py")
 def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures of `tests.random_policies`, but for the process that only deals the tests out to others."""
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        gc.disable()  # what is imported and collected stays
         config.pluginmanager.import_plugin("tests.random_policies")
 
 
@@ -22,3 +23,4 @@ def pytest_collection_finish() -> None:
     """Full collections of garbage, which transformers asks for, pass over what the tests and libraries consist of."""
     gc.collect()
     gc.freeze()
+    gc.enable()

@@ -111,7 +111,7 @@ TREE: dict[str, Any] = {
     "updates": 2,
     "model": {"path": "tiny"},
     "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
-    "decode": {"length": 16, "block_length": 4, "tokens_per_step": 4},
+    "decode": {"length": 8, "block_length": 4, "tokens_per_step": 4},
     "optim": {"lr": 3e-4, "tokens_per_batch": 2048},
     "eval": {"every": 2, "problems": 2, "final_problems": 0},
     "checkpoint": {"every": 1},

@@ -130,7 +130,7 @@ def mean_over_draws(trajectory: Trajectory, rule: RandomMasks, draws: int) -> Te
 @pytest.mark.parametrize("end_padding", [True, False])
 def test_the_weights_of_random_masks_make_every_answer_token_count_the_same(noise, end_padding):
     trajectory = noise(b=40)
-    mean = mean_over_draws(trajectory, RandomMasks(draws=4, t_min=0.05, end_padding=end_padding), 300)
+    mean = mean_over_draws(trajectory, RandomMasks(draws=12, t_min=0.05, end_padding=end_padding), 100)
     length = torch.full((40,), 24) if end_padding else trajectory.length
     answer = torch.arange(24) < length[:, None]
     assert not mean[~answer].any()

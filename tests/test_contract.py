@@ -284,7 +284,13 @@ def in_tiers(pairs: Iterable[Pair], first: Container[Pair] = FIRST) -> list[Any]
     return [pytest.param(pair, marks=() if pair in first else pytest.mark.slow) for pair in pairs]
 
 
-RUNS = pytest.mark.parametrize("pair", in_tiers(PAIRS, FEW), indirect=True, ids=" on ".join)
+def runs(first: Container[Pair]) -> pytest.MarkDecorator:
+    """The pairs of a test that trains each once more."""
+    return pytest.mark.parametrize("pair", in_tiers(PAIRS, first), indirect=True, ids=" on ".join)
+
+
+IN_TURN = [pair for pair in PAIRS if pair in FEW]
+"""Of two such tests the first tier has every second pair each."""
 
 
 SHARED = {*METHODS, "opsd reasoned", "opsd reasoned lora", "opsd reasoned by another checkpoint", "opsd progressive"}
@@ -756,7 +762,7 @@ def test_an_analysis_is_written_with_the_weights_of_its_teacher(pair: Pair, teac
             assert prompts_of(rollout) == ((*prompt, *opening),)
 
 
-@RUNS
+@runs(IN_TURN[::2])
 def test_an_update_is_the_same_in_one_piece_and_in_many(
     pair: Pair, whole: Seen, teachers: Path, tmp_path: Path
 ) -> None:
@@ -787,7 +793,7 @@ def assert_same(one: Path, other: Path, update: int) -> None:
         assert (x[name] - y[name]).abs().max() <= 1e-9 * x[name].abs().max(), name
 
 
-@RUNS
+@runs(IN_TURN[1::2])
 def test_a_run_that_crashed_after_its_first_update_ends_as_if_nothing_had_happened(
     pair: Pair, whole: Seen, teachers: Path, tmp_path: Path
 ) -> None:

@@ -162,10 +162,10 @@ def one_update(run: Path, method: Mapping[str, Any], lr: float = 5e-6, **model: 
             "updates": 1,
             "model": model,
             "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}", "size_train": 64},
-            "decode": {"length": 16, "block_length": 4, "tokens_per_step": 2},
+            "decode": {"length": 16, "block_length": 8, "tokens_per_step": 4},
             "method": method,
             "optim": {"lr": lr},
-            "eval": {"every": 1, "problems": 4, "final_problems": 0},
+            "eval": {"every": 1, "problems": 2, "final_problems": 0},
             "log": {"progress": False},
         }
     )

@@ -56,6 +56,7 @@ from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling,
 from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.writers import Written
 from tests.stub_task import StubTask
+from tests.tiers import crossed
 
 NAMES = pytest.mark.parametrize("name", METHODS)
 
@@ -154,9 +155,10 @@ def test_the_student_itself_is_refused_only_where_it_sees_nothing_more():
 
 
 @pytest.mark.parametrize(
-    "weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=lambda one: type(one).__name__
+    ("weights", "name"),
+    crossed([LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ["d_opsd", "opsd_pmi"]),
+    ids=lambda one: one if isinstance(one, str) else type(one).__name__,
 )
-@pytest.mark.parametrize("name", ["d_opsd", "opsd_pmi"])
 def test_no_gradient_and_no_change_reaches_a_teacher_of_any_weights(make_policy, name, weights):
     """Of one context and of several; test_contract asks it of each named method with its own weights."""
     policy = make_policy()
@@ -169,8 +171,14 @@ def test_no_gradient_and_no_change_reaches_a_teacher_of_any_weights(make_policy,
         assert all(torch.equal(value, before[key]) for key, value in teacher.copy.items())
 
 
-@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), GeneralisedJSD(0.5), GeneralisedJSD(0.1)], ids=repr)
-@pytest.mark.parametrize("support", [FullVocabulary(), TopK(5), TopK(5, rest="bucket")], ids=repr)
+@pytest.mark.parametrize(
+    ("divergence", "support"),
+    crossed(
+        [ForwardKL(), ReverseKL(), GeneralisedJSD(0.5), GeneralisedJSD(0.1)],
+        [FullVocabulary(), TopK(5), TopK(5, rest="bucket")],
+    ),
+    ids=repr,
+)
 def test_a_teacher_that_knows_nothing_more_teaches_nothing(policy, divergence, support):
     method = Method(gate=All(), contexts=(Nothing(),), divergence=divergence, support=support)  # not yet trained
     run = Run(method, policy)

@@ -10,14 +10,15 @@ from dllm_sd.training.trainer import Trainer
 
 
 def test_the_quickstart_starts_where_it_says_and_learns(tmp_path: Path) -> None:
-    """The first update; `-m slow` goes on."""
-    changes = ["updates=1", "eval={every: 2, problems: 64, final_problems: 0}", "log.progress=false"]
+    """The first update, of fewer problems; `-m slow` goes on."""
+    changes = ["updates=1", "eval={every: 2, problems: 64, final_problems: 0, schedules: {}}", "log.progress=false"]
+    changes += ["method.rollout.problems=16"]
     Trainer(load_config("quickstart", [*changes, f"run={tmp_path / 'run'}"])).train()
     start, *lines = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert 0.4 < start["eval/accuracy"] < 0.75
     assert [line["update"] for line in lines] == [1]
     for line in lines:
-        assert line["sites"] > 500
+        assert line["sites"] > 100
         assert line["grad_norm"] > 0
         assert 0 < line["loss"] < 0.7  # of JSD 0.5, which is at most log 2
         assert 0.4 < line["rollouts/pass_rate"] < 1

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dllm_sd.training.folder import read_report, read_run_config
 from dllm_sd.training.log_files import MetricsLog, check_logs
 from dllm_sd.training.peers import _read_rounds
 from dllm_sd.training.trainer import Trainer
+from tests.tiers import crossed, later
 
 TREE: dict[str, Any] = {
     "updates": 2,
@@ -170,8 +172,7 @@ def test_what_is_not_damaged_is_read(run: Path, reader: str):
     assert reader != "report" or read(run) is not None
 
 
-@pytest.mark.parametrize("kind", [*OTHERS, *TEXTS])
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("reader", "kind"), crossed(READERS, [*OTHERS, *TEXTS]))
 def test_something_else_in_the_place_of_a_file_is_named(run: Path, reader: str, kind: str):
     name, read = READERS[reader]
     damage(run / name, kind)
@@ -208,20 +209,20 @@ def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
 WRONG = (..., None, "text", -1, 1.5, 2**70, math.nan, True, [], [1], {}, {"odd": [None]})
 
 
+@pytest.mark.parametrize("every", [7, *later(1)])
 @pytest.mark.parametrize("reader", [name for name, (file, _) in READERS.items() if file.endswith((".json", ".jsonl"))])
-def test_a_value_of_any_kind_anywhere_is_read_or_named(run: Path, reader: str):
+def test_a_value_of_any_kind_anywhere_is_read_or_named(run: Path, reader: str, every: int):
+    """Each place gets each of the twelve values, or the places take turns in which of them they get."""
     name, read = READERS[reader]
     file = run / name
     text, refused = file.read_text(), 0
     first, _, rest = text.partition("\n") if file.suffix in LINES else (text, "", "")
     tree = json.loads(first)
-    for path in places(tree):
-        if "settings" in path[:-1] or "before" in path[:-2]:
-            continue  # the config's own, and the task's
-        for value in WRONG:
-            line = json.dumps(changed(tree, path, value))
-            file.write_text(f"{line}\n{rest}" if file.suffix in LINES else line)
-            refused += refusal(read, run, file) is not None
+    checked = [path for path in places(tree) if not ("settings" in path[:-1] or "before" in path[:-2])]
+    for path, value in [*product(checked, WRONG)][::every]:  # the rest is the config's own, and the task's
+        line = json.dumps(changed(tree, path, value))
+        file.write_text(f"{line}\n{rest}" if file.suffix in LINES else line)
+        refused += refusal(read, run, file) is not None
     assert refused or reader in ("report", "own attempts", "same metrics")
 
 

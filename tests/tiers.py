@@ -1,6 +1,6 @@
 """How the cases of a test are split between the two tiers."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ def later(*cases: Any) -> list[Any]:
 
 
 def crossed(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
-    """All pairs of two lists, as parameters: few that name each value once in the first tier, the rest in the later."""
+    """All pairs of two lists, as parameters: in the first tier few that name each value once, else in the second."""
     rows, columns = [*rows], [*columns]
     first = {(i % len(rows), i % len(columns)) for i in range(max(len(rows), len(columns)))}
     return [
@@ -20,3 +20,12 @@ def crossed(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
         for i, row in enumerate(rows)
         for j, column in enumerate(columns)
     ]
+
+
+def newest(cases: Mapping[Any, Collection[Any]]) -> list[Any]:
+    """Cases by what they try, as parameters: in the first tier those that try something that none before them tries."""
+    met, found = set[Any](), []
+    for case, tried in cases.items():
+        found.append(pytest.param(case, marks=pytest.mark.slow if met.issuperset(tried) else ()))
+        met |= set(tried)
+    return found

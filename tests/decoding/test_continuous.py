@@ -24,6 +24,7 @@ from dllm_sd.policies.autoregressive import Autoregressive
 from dllm_sd.pretrained.model import Lora, Shape
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 from dllm_sd.trajectory import StopAfter, Trajectory
+from tests.tiers import later
 
 END, PAD = 1, 2
 PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10, 11, 12, 13, 4], [5, 16, 5], [20, 21], [6] * 5, [5, 16, 5], [9] * 30]
@@ -39,7 +40,7 @@ SETTINGS = {
     "long": replace(WARM, length=40),
     "one token": replace(WARM, length=1),
 }
-QUICK = ("greedy", "sampled", "top k and top p")
+QUICK = ("greedy", "sampled")
 """Those of the first tier."""
 LORA = Lora(rank=4, alpha=8, dropout=0.5)
 
@@ -137,7 +138,7 @@ def test_a_horizon_is_the_start_of_the_whole(causal, count):
     assert int(ours.written.max()) == min(count, 14)
 
 
-@pytest.mark.parametrize("merge_rollouts", [False, True])
+@pytest.mark.parametrize("merge_rollouts", [False, *later(True)])
 def test_adapters_are_read_as_in_generate(make, merge_rollouts):
     policy, bare = make(lora=replace(LORA, merge_rollouts=merge_rollouts)), make()
     disturb(policy)
@@ -284,7 +285,7 @@ def test_logits_modes_and_settings_are_the_same_before_and_after(make):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"repetition_penalty": 5.0}, {"do_sample": True, "temperature": 0.2}, {"max_new_tokens": 2}],
+    [{"repetition_penalty": 5.0}, *later({"do_sample": True, "temperature": 0.2}, {"max_new_tokens": 2})],
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_the_checkpoint_says_of_generation_changes_nothing(make, causal, changes):

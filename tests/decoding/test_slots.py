@@ -18,7 +18,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.network.merging import inference
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import StopAfter, Trajectory
-from tests.tiers import later
+from tests.tiers import crossed, later
 
 PROMPTS = [[4 + (i + j) % 20 for j in range(n)] for i, n in enumerate([4, 1, 7, 3, 2, 30, 11, 5, 1, 17])]
 KEYS = [make_key("slots", i) for i in range(len(PROMPTS))]
@@ -116,7 +116,7 @@ GUIDED = replace(SHORT, guidance=1.0)
 
 @pytest.mark.parametrize(
     ("settings", "budget"),
-    [(SHORT, 1), (GUIDED, 40), (SHORT, 10_000), *later((GUIDED, 1), (SHORT, 40), (GUIDED, 10_000))],
+    [(SHORT, 1), (GUIDED, 40), *later((SHORT, 10_000), (GUIDED, 1), (SHORT, 40), (GUIDED, 10_000))],
 )
 def test_the_cut_into_forwards_changes_nothing(
     policy: Any, settings: Decoding, budget: int, monkeypatch: pytest.MonkeyPatch
@@ -182,8 +182,7 @@ class Growing:
             self.open.discard(5)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 64])
-@pytest.mark.parametrize("patience", [None, 2])
+@pytest.mark.parametrize(("batch_size", "patience"), crossed([2, 3, 64], [None, 2]))
 def test_a_queue_may_grow_and_drop_what_it_no_longer_wants(policy: Any, batch_size: int, patience: int | None):
     expected, queue = policy.decode(PROMPTS, SHORT, KEYS), Growing()
     queue.patience = patience

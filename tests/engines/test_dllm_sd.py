@@ -17,8 +17,8 @@ served = pytest.importorskip("tests.serving.served", exc_type=ImportError)
 
 DIFFUSION = {
     "model": {"path": "tiny"},
-    "decode": {"length": 12, "block_length": 6, "tokens_per_step": 1},
-    "method": {"name": "d_opsd", "rollout": {"problems": 6, "attempts": 2}, "gate": "all"},
+    "decode": {"length": 12, "block_length": 6, "tokens_per_step": 2},
+    "method": {"name": "d_opsd", "rollout": {"problems": 3, "attempts": 2}, "gate": "all"},
 }
 CAUSAL = {
     "model": {"path": "tiny_ar", "lora": {"rank": 4}},
@@ -38,7 +38,7 @@ def tree(run: Path, case: dict[str, Any]) -> dict[str, Any]:
         "updates": 2,
         "task": {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{steps}\n{solution}", "size_train": 64},
         "optim": {"lr": 0.01, "warmup": 0, "schedule": "constant"},
-        "eval": {"every": 2, "problems": 4, "final_problems": 0},
+        "eval": {"every": 2, "problems": 2, "final_problems": 0},
         "checkpoint": {"every": 1},
         "log": {"progress": False, "trackers": []},
         **case,

@@ -71,8 +71,8 @@ def test_one_token_has_the_probability_that_the_model_gives_it(policy):
 
 @pytest.mark.parametrize("samples", [3, *(pytest.param(samples, marks=pytest.mark.slow) for samples in (1, 6))])
 def test_the_estimate_is_unbiased(policy, samples):
-    keys = [make_key("trial", i) for i in range(600)]
-    found = torch.tensor(log_likelihoods(policy, [(PROMPT, ANSWER)] * 600, keys, samples=samples, batch_size=256))
+    keys = [make_key("trial", i) for i in range(200)]
+    found = torch.tensor(log_likelihoods(policy, [(PROMPT, ANSWER)] * 200, keys, samples=samples, batch_size=256))
     error = float(found.std()) / math.sqrt(len(found))
     assert error > 0
     assert abs(float(found.mean()) - over_masks(policy, PROMPT, ANSWER)) < 4 * error
@@ -85,8 +85,8 @@ def test_the_estimate_of_a_block_causal_model_is_unbiased_and_exact_where_masks_
     right = over_orders(policy, prompt, answer, 4)
     (ours,) = log_likelihoods(policy, [(prompt, answer)], [3], samples=15)
     assert ours == pytest.approx(right, abs=1e-9)
-    keys = [make_key("trial", i) for i in range(300)]
-    found = torch.tensor(log_likelihoods(policy, [(prompt, answer)] * 300, keys, samples=samples, batch_size=256))
+    keys = [make_key("trial", i) for i in range(100)]
+    found = torch.tensor(log_likelihoods(policy, [(prompt, answer)] * 100, keys, samples=samples, batch_size=256))
     assert abs(float(found.mean()) - right) < 4 * float(found.std()) / math.sqrt(len(found))
 
 
@@ -111,7 +111,7 @@ def test_more_samples_come_closer(policy):
     assert spread[1] < spread[0] / 4
 
 
-@pytest.mark.parametrize(("length", "samples"), [(3, 7), (3, 6), (9, 40), (40, 16), (1, 5)])
+@pytest.mark.parametrize(("length", "samples"), [(3, 7), (1, 5), *later((3, 6), (9, 40), (40, 16))])
 def test_each_token_weighs_one_on_average(length, samples):
     total = torch.zeros(length, dtype=torch.float64)
     for trial in range(400):

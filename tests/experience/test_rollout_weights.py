@@ -168,7 +168,7 @@ ADAPTED, CAUSAL = {"lora": {"rank": 2, "alpha": 8}}, {"as": "autoregressive"}
 
 @pytest.mark.parametrize(
     ("part", "kind"),
-    [("base", {}), (BASIS, ADAPTED), ("base", CAUSAL), *later(("base", ADAPTED), (BASIS, {}), (BASIS, CAUSAL))],
+    [("base", {}), *later((BASIS, ADAPTED), ("base", CAUSAL), ("base", ADAPTED), (BASIS, {}), (BASIS, CAUSAL))],
 )
 def test_a_run_rolls_out_with_the_initial_weights_to_its_end_and_after_a_stop(tmp_path, kind, part):
     whole = Trainer(config_at(tmp_path, "whole", part, kind))

@@ -26,6 +26,7 @@ from dllm_sd.teachers import SkillBankConfig
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.trainer import Trainer
 from dllm_sd.writers import Request, Written
+from tests.tiers import later
 
 BANK = Bank(
     tuple(Skill(f"gen_00{i}", f"title {i}", f"principle {i}", f"when {i}") for i in (1, 2)),
@@ -247,7 +248,9 @@ def test_a_run_renews_its_bank_every_few_updates_and_writes_it_down_for_people(r
     assert json.loads((run / "bank.json").read_text()).keys() == {"skills", "mistakes", "metadata"}
 
 
-@pytest.mark.parametrize("library", [{}, {"path": None, "memories": 6, "every": 0}], ids=["renewed", "made first"])
+@pytest.mark.parametrize(
+    "library", [{}, *later({"path": None, "memories": 6, "every": 0})], ids=["renewed", "made first"]
+)
 def test_a_run_stopped_in_the_middle_goes_on_with_the_bank_of_its_checkpoint(run_at, monkeypatch, library):
     if library:  # else the random model is never right, and a bank needs successes too
 

@@ -35,7 +35,7 @@ LORA = {"lora": Lora(rank=4, alpha=8)}
 
 def texts(policy: AnyPolicy, **changes: Any) -> list[str]:
     """What a policy as it is now writes."""
-    settings = replace(DECODE, length=16, temperature=0.7, **changes)
+    settings = replace(DECODE, length=REASONING.length, temperature=0.7, **changes)
     done = policy.decode(PROMPTS, settings, KEYS)
     return [policy.text(row[:end].tolist()) for row, end in zip(done.tokens, done.length, strict=True)]
 
@@ -45,17 +45,20 @@ def write(teachers: Sequence[TeacherModel], context: int = 0, rank: int = 0, wor
     return TextGenerator(teachers, DECODE, accelerator)(context, PROMPTS, REASONING, KEYS)
 
 
-@pytest.fixture(params=[{}, {"as_": "autoregressive"}], ids=["denoiser", "autoregressive"])
+BACKBONES: dict[str, dict[str, Any]] = {"denoiser": {}, "autoregressive": {"as_": "autoregressive"}}
+
+
+@pytest.fixture(params=BACKBONES)
 def build(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> Callable[..., AnyPolicy]:
     """Random policies of one backbone."""
-    return lambda **options: make_policy(**request.param, **options)
+    return lambda **options: make_policy(**BACKBONES[request.param], **options)
 
 
 @pytest.mark.parametrize(
     ("options", "weights"),
     [
-        *(({}, BaseWeights()), (LORA, BaseWeights()), ({}, SnapshotWeights(5)), (LORA, EmaWeights(0.9))),
-        *later((LORA, SnapshotWeights(5)), ({}, EmaWeights(0.9))),
+        *((LORA, BaseWeights()), ({}, SnapshotWeights(5))),
+        *later(({}, BaseWeights()), (LORA, SnapshotWeights(5)), ({}, EmaWeights(0.9)), (LORA, EmaWeights(0.9))),
     ],
 )
 def test_the_teachers_weights_write_and_not_the_students(build, options, weights):
@@ -104,7 +107,7 @@ def test_length_and_temperature_are_those_of_the_analysis_and_all_else_of_the_ru
 
 def test_an_analysis_ends_at_the_end_token(build):
     policy = build()
-    settings = replace(DECODE, length=16, temperature=0.7)
+    settings = replace(DECODE, length=REASONING.length, temperature=0.7)
     done = policy.decode(PROMPTS, settings, KEYS)
     assert done.ended.any()
     for text, row, ended in zip(

@@ -32,11 +32,20 @@ from dllm_sd.pretrained.blueprint import model_folder, read_blueprint
 from dllm_sd.pretrained.families import MARK
 from dllm_sd.pretrained.model import Lora, Model
 from tests.oracles.fixtures import checkpoints
+from tests.tiers import crossed
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own use
 FOLDERS = {folder.name: folder for folder in checkpoints()}
 FACTS = {name: json.loads((folder / "fixture.json").read_text()) for name, folder in FOLDERS.items()}
 LAYOUTS = [(name, layout) for name, facts in FACTS.items() for layout in facts["layouts"]]
+
+
+def families(*first: str) -> pytest.MarkDecorator:
+    """All checkpoints as the cases of a test, of which some are in the first tier, each in some of the tests."""
+    cases = [pytest.param(name, marks=() if name in first else pytest.mark.slow) for name in FOLDERS]
+    return pytest.mark.parametrize("name", cases)
+
+
 NATIVE = {
     **{"llada": "LlamaForCausalLM", "dream": "Qwen2ForCausalLM", "sdar": "Qwen3ForCausalLM"},
     **{"a2d_qwen3": "Qwen3ForCausalLM", "llada2": "Glm4MoeForCausalLM"},
@@ -156,7 +165,7 @@ def adapted(name: str) -> tuple[AnyPolicy, Model, View, Tensor]:
 
 
 @pytest.mark.fixture
-@pytest.mark.parametrize("name", FOLDERS)
+@families("llada", "sdar")
 def test_plain_peft_puts_the_adapter_on_the_native_class(name: str, tmp_path: Path):
     policy, model, view, expected = adapted(name)
     export_policy(policy, model, "peft", tmp_path / "out")
@@ -174,7 +183,7 @@ def test_plain_peft_puts_the_adapter_on_the_native_class(name: str, tmp_path: Pa
 
 
 @pytest.mark.fixture
-@pytest.mark.parametrize("name", FOLDERS)
+@families("dream", "a2d_qwen3")
 def test_a_merged_model_is_read_by_plain_transformers_and_needs_no_options(name: str, tmp_path: Path):
     policy, model, view, expected = adapted(name)
     kept = {key: value.clone() for key, value in policy.module.state_dict().items()}
@@ -196,7 +205,7 @@ def test_a_merged_model_is_read_by_plain_transformers_and_needs_no_options(name:
 
 
 @pytest.mark.fixture
-@pytest.mark.parametrize("name", FOLDERS)
+@families("llada", "llada2")
 def test_the_original_layout_holds_what_the_run_learnt(name: str, tmp_path: Path):
     policy, model, view, expected = adapted(name)
     source = FOLDERS[name] / "single"
@@ -212,10 +221,10 @@ def test_the_original_layout_holds_what_the_run_learnt(name: str, tmp_path: Path
 
 
 @pytest.mark.fixture
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-@pytest.mark.parametrize("lora", [None, Lora(rank=4)], ids=["full", "lora"])
-def test_untrained_weights_come_back_byte_by_byte(name: str, layout: str, lora: Lora | None, tmp_path: Path):
-    model = model_of(name, layout, lora=lora)
+@pytest.mark.parametrize(("folder", "kind"), crossed(map("/".join, LAYOUTS), ["full", "lora"]))
+def test_untrained_weights_come_back_byte_by_byte(folder: str, kind: str, tmp_path: Path):
+    name, layout = folder.split("/")
+    model = model_of(name, layout, lora=Lora(rank=4) if kind == "lora" else None)
     export_policy(load(model), model, "original", tmp_path / "out")
     source, written = tensors_of(FOLDERS[name] / layout), tensors_of(tmp_path / "out")
     assert written.keys() == source.keys()
@@ -223,7 +232,7 @@ def test_untrained_weights_come_back_byte_by_byte(name: str, layout: str, lora: 
 
 
 @pytest.mark.fixture
-@pytest.mark.parametrize("name", FOLDERS)
+@families("dream", "sdar")
 def test_fully_trained_weights_are_exported_bit_by_bit(name: str, tmp_path: Path):
     model = model_of(name)
     policy = stir(load(model))
@@ -239,7 +248,7 @@ def test_fully_trained_weights_are_exported_bit_by_bit(name: str, tmp_path: Path
 
 
 @pytest.mark.fixture
-@pytest.mark.parametrize("name", FOLDERS)
+@families("a2d_qwen3", "llada")
 @pytest.mark.parametrize("modules", [("embed_tokens",), pytest.param(("lm_head", "norm"), marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True` and the tied_target_modules")
@@ -282,7 +291,7 @@ def test_a_tied_source_that_also_holds_the_head_keeps_it(name: str, tmp_path: Pa
 
 
 @pytest.mark.fixture
-@pytest.mark.parametrize("name", FOLDERS)
+@families("llada2", "a2d_qwen3")
 def test_the_original_is_written_in_the_types_of_its_source_rounded_once(name: str, tmp_path: Path):
     source = Path(shutil.copytree(FOLDERS[name] / "single", tmp_path / "source", copy_function=shutil.copyfile))
     tensors = {

@@ -21,6 +21,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import NEVER, Trajectory, left_pad
 from tests.oracles.block_decoding import decode_blocks, naive_block_mask, network_logits
 from tests.oracles.fixtures import checkpoints
+from tests.tiers import later
 
 LENGTHS = [1, 3, 4, 6, 8, 9, 10]  # shorter than a block, whole blocks, with a remainder
 RNG = random.Random(0)
@@ -37,6 +38,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "blocks of one": (1, {}),
     "blocks as long as the canvas": (12, {"tokens_per_step": 3}),
 }
+QUICK = ("three tokens a step", "low threshold", "blocks of five", "blocks of one")
 ENDS = (1, 5, 9, 13)  # several, so that a random model ends some rows
 
 
@@ -127,14 +129,14 @@ def test_the_cache_changes_neither_logits_nor_tokens_nor_steps(policies: dict[in
         assert bool((plain.reveal_step == NEVER).any())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*QUICK, *later(*(name for name in CASES if name not in QUICK))])
 def test_decoding_equals_the_plain_decoder_of_one_row_at_a_time(policies: dict[int, MaskedDiffusion], name: str):
     block_length, changes = CASES[name]
     policy, settings = policies[block_length], settings_of(block_length, changes)
     assert_as_the_plain_decoder(policy, settings, policy.decode(PROMPTS, settings, KEYS))
 
 
-@pytest.mark.parametrize("changes", [{"temperature": 0.9}, {"temperature": 0.9, "threshold": 0.3}], ids=repr)
+@pytest.mark.parametrize("changes", [{"temperature": 0.9}, *later({"temperature": 0.9, "threshold": 0.3})], ids=repr)
 def test_a_row_depends_neither_on_its_batch_nor_on_its_place_in_it(policies: dict[int, MaskedDiffusion], changes: Any):
     policy, settings = policies[4], settings_of(4, changes)
     together = policy.decode(PROMPTS, settings, KEYS)

@@ -29,6 +29,7 @@ from dllm_sd.network.swapping import switched
 from dllm_sd.policies.weights import without_peft_warning
 from dllm_sd.pretrained.model import Lora
 from tests.oracles import subspace as oracle
+from tests.tiers import crossed
 
 IDS = torch.tensor([4, 5, 14, 6, 9, 12, 7, 8])
 KINDS: dict[str, Any] = {"bidirectional": {}, "causal": {"as_": "autoregressive"}, "block-causal": {"block_length": 4}}
@@ -267,10 +268,9 @@ def example(policy: Any, *positions: int) -> Supervised:
     return Supervised(IDS if policy.causal else IDS.masked_fill(sites, policy.mask_id), sites, IDS)
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=8)], ids=["whole", "adapted"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_moving_one_position_after_the_other(make_policy: Any, kind: str, lora: Lora | None):
-    policy = make_policy(**KINDS[kind], lora=lora)
+@pytest.mark.parametrize(("kind", "trained"), crossed(KINDS, ["whole", "adapted"]))
+def test_gradients_are_those_of_moving_one_position_after_the_other(make_policy: Any, kind: str, trained: str):
+    policy = make_policy(**KINDS[kind], lora=Lora(rank=4, alpha=8) if trained == "adapted" else None)
     module, some = stirred(policy.module), [example(policy, 2, 5), example(policy, 4)]
     found = collect(module, some, (1, 0))
     assert (found.used, found.skipped, tuple(found.layers)) == (2, 0, (1, 0))
@@ -319,8 +319,7 @@ def test_examples_without_a_supervised_token_are_skipped_and_counted(make_policy
         collect(policy.module, [none, cut], (1,), longest=6)
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["adapters", "adapters merged while decoding"])
-@pytest.mark.parametrize("name", ["tiny", "tiny_ar"])
+@pytest.mark.parametrize(("name", "merge"), crossed(["tiny", "tiny_ar"], [False, True]))
 def test_the_shipped_models_decode_in_their_subspace_as_with_hooks(name: str, merge: bool):
     policy = load_policy(name, dtype="float64", lora=Lora(rank=4, alpha=8, merge_rollouts=merge))
     module: Any = stirred(policy.module)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -49,6 +49,7 @@ from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.trajectory import Trajectory
 from tests.oracles import divergences, policy_gradient, targets
+from tests.tiers import newest
 
 V, LENGTH = 12, 8
 ROLLOUT = PassAtK(keep="all", until_solved=False, attempts=2, temperature=1.0)
@@ -215,7 +216,14 @@ def test_every_divergence_target_and_trust_is_in_some_method():
     assert {type(method.trust) for method in both} == {Equal, ImportanceCap, OutcomeValidated}
 
 
-@pytest.mark.parametrize("name", METHODS_ACCEPTED)
+def pairs_of(method: Method) -> set[tuple[str, ...]]:
+    """Any two of what methods differ in here."""
+    parts = map(repr, (method.divergence, method.target, method.trust))
+    numbers = (f"{len(method.contexts)} contexts", f"{method.rollout.passes} passes")
+    return set(combinations((*parts, *numbers), 2))
+
+
+@pytest.mark.parametrize("name", newest({name: pairs_of(method) for name, method in METHODS_ACCEPTED.items()}))
 def test_each_value_has_one_factor_and_the_loss_is_that_of_plain_loops(trajectory, name, monkeypatch):
     monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cpu", 7 * V)
     method = METHODS_ACCEPTED[name]

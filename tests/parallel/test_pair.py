@@ -33,7 +33,11 @@ from tests.parallel.test_fsdp import BASE, EMA, ROOT, assert_same, config_of
 from tests.parallel.test_nodes import free_port
 
 UPDATES = 2
-TREE = {**BASE, "updates": UPDATES, "checkpoint": {"every": UPDATES}}
+SHORT = {
+    "decode": {"length": 16, "block_length": 8, "tokens_per_step": 4},
+    "eval": {"every": 2, "problems": 3, "final_problems": 2},
+}
+TREE = {**BASE, **SHORT, "updates": UPDATES, "checkpoint": {"every": UPDATES}}
 CASES: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": {**EMA, "updates": 1, "checkpoint": {"every": 1}}}
 
 

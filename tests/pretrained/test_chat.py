@@ -40,6 +40,7 @@ from dllm_sd.pretrained.chat_templates import choose_template
 from dllm_sd.pretrained.families import LLADA_TEMPLATE
 from dllm_sd.pretrained.model import Model
 from dllm_sd.tasks.conversations import content_of
+from tests.tiers import crossed
 
 ASSETS = Path(dllm_sd.__file__).parent / "assets"
 MESSAGES = [
@@ -255,8 +256,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("begins", BEGINS)
+@pytest.mark.parametrize(("template", "begins"), crossed(TEMPLATES, BEGINS))
 def test_prompts_are_the_tokens_that_transformers_makes(begins: str, template: str, tmp_path: Path):
     theirs = made_tokenizer(begins, TEMPLATES[template], tmp_path)
     ours = Chat(theirs, 1)

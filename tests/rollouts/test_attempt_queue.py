@@ -138,7 +138,7 @@ def test_the_least_tried_problems_come_first_and_of_them_the_longest():
     assert queue.longest == 4
 
 
-@pytest.mark.parametrize(("size", "ahead"), [(3, 3), *later((2, 0), (2, 3), (3, 0))])
+@pytest.mark.parametrize(("size", "ahead"), [(2, 3), *later((3, 3), (2, 0), (3, 0))])
 def test_several_processes_make_the_rollouts_of_one(policy: Any, size: int, ahead: int):
     def grade(problem: int, one: Trajectory) -> tuple[str, Grade]:
         return "", Grade(int(one.tokens[0, 0]) % 4 == 0, 0.0, None)

@@ -20,6 +20,7 @@ from dllm_sd.serving.scheduler import ExclusiveWork
 from dllm_sd.trajectory import StopAfter, Trajectory
 from dllm_sd.trajectory_json import trajectory_from_json
 from tests.serving.conftest import DECODE, LIMITS, service_of
+from tests.tiers import later
 
 served = pytest.importorskip("tests.serving.served", exc_type=ImportError)
 
@@ -78,7 +79,7 @@ def test_a_block_causal_model_with_its_cache_is_served_bit_for_bit(policy_shape:
             assert bits(there) == bits(here)
 
 
-@pytest.mark.parametrize("options", [{}, {"as_": "autoregressive"}], ids=["diffusion", "causal"])
+@pytest.mark.parametrize("options", [{}, *later({"as_": "autoregressive"})], ids=["diffusion", "causal"])
 def test_many_clients_at_once_get_what_each_would_get_alone(make_policy: Callable[..., Any], options: dict[str, Any]):
     policy, rng = make_policy(**options), random.Random(0)
     model = Model(random_init=True, tokenizer="tiny")

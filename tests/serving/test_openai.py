@@ -13,6 +13,7 @@ from dllm_sd.pretrained.model import Model
 from dllm_sd.randomness import make_key
 from dllm_sd.serving.growth import MASKED, Final, Growth
 from tests.serving.conftest import DECODE, service_of
+from tests.tiers import later
 
 served = pytest.importorskip("tests.serving.served", exc_type=ImportError)
 
@@ -118,7 +119,7 @@ def test_a_stream_says_piece_by_piece_what_the_whole_answer_says(server: Any):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"as_": "autoregressive"}], ids=["diffusion", "causal"])
+@pytest.mark.parametrize("options", [{}, *later({"as_": "autoregressive"})], ids=["diffusion", "causal"])
 def test_a_long_stream_grows_while_it_is_decoded(make_policy: Callable[..., Any], options: dict[str, Any]):
     model = Model(random_init=True, tokenizer="tiny")
     policy = make_policy(**options)

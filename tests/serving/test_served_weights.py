@@ -21,6 +21,7 @@ from dllm_sd.serving import weights
 from dllm_sd.serving.weights import CONFIG, TENSORS
 from dllm_sd.training.checkpoint import write_checkpoint
 from tests.serving.conftest import DECODE, service_of
+from tests.tiers import later
 
 served = pytest.importorskip("tests.serving.served", exc_type=ImportError)
 
@@ -93,7 +94,7 @@ def load(server: Any, name: str, folder: Path | str, **more: Any) -> tuple[int, 
     return server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder), **more})
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapted"])
+@pytest.mark.parametrize("kind", ["plain", *later("adapted")])
 def test_an_adapter_decodes_under_its_name_and_is_replaced_in_place(
     kind: str, request: pytest.FixtureRequest, adapters: list[Path]
 ):
@@ -148,7 +149,7 @@ def damaged(folder: Path, adapter: Path, how: str) -> Path:
 HARM = ("not finite", "a tensor less", "a tensor more", "another shape", "no tensors", "half a file", "another kind")
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapted"])
+@pytest.mark.parametrize("kind", ["adapted", *later("plain")])
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     kind: str, request: pytest.FixtureRequest, adapters: list[Path], tmp_path: Path
 ):

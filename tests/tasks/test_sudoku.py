@@ -11,6 +11,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.tasks import Grade, Problem, Split, Sudoku, Task
 from dllm_sd.tasks.grids import completions, grids, worked_steps
 from dllm_sd.tasks.sudoku import parse_grid
+from tests.tiers import later
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 SOLUTION = "1234341221434321"
@@ -179,7 +180,9 @@ def test_the_reference_is_correct_and_bare_templates_are_allowed():
     assert PUZZLE in Sudoku().messages(PROBLEM)[0]["content"]
 
 
-@pytest.mark.parametrize(("task", "count"), [(WORKED, 2000), (WORKED_LARGE, 20)])
+@pytest.mark.parametrize(
+    ("task", "count"), [(WORKED, 200), (WORKED_LARGE, 5), *later((WORKED, 2000), (WORKED_LARGE, 20))]
+)
 def test_the_grid_behind_worked_steps_is_graded_and_nothing_else(task: Sudoku, count: int):
     draws = random.Random(0)
     for problem in task.problems("train")[:count]:

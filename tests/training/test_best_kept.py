@@ -11,6 +11,7 @@ import pytest
 from dllm_sd.config import Config, build_config
 from dllm_sd.errors import InputError
 from dllm_sd.training.trainer import Trainer
+from tests.tiers import later
 from tests.training.test_folder import TINY
 
 
@@ -57,7 +58,10 @@ def stamps(run: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+FIRST = ("flipped weights", "no state")
+
+
+@pytest.mark.parametrize("kind", [*FIRST, *later(*(kind for kind in DAMAGE if kind not in FIRST))])
 def test_damaged_best_weights_are_refused_when_a_run_goes_on_and_force_chooses_anew(
     begun: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ):

@@ -42,6 +42,7 @@ from dllm_sd.training.checkpoint import (
     write_checkpoint,
 )
 from dllm_sd.trajectory import NEVER, Trajectory
+from tests.tiers import crossed
 
 Build = Callable[..., MaskedDiffusion]
 TASK: Any = Sudoku(prompt="{puzzle}")
@@ -217,11 +218,10 @@ def saved(make_policy: Build, tmp_path: Path) -> tuple[Path, MaskedDiffusion, to
     return tmp_path / "checkpoints" / "000001", policy, optimizer
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["model.safetensors", "optimizer.safetensors", "teacher0.safetensors", "rollouts.safetensors", "state.json"],
-)
-@pytest.mark.parametrize("size", [None, 0, 30, -5])
+FILES = ("model.safetensors", "optimizer.safetensors", "teacher0.safetensors", "rollouts.safetensors", "state.json")
+
+
+@pytest.mark.parametrize(("name", "size"), crossed(FILES, [None, 0, 30, -5]))
 def test_a_damaged_file_is_refused_by_name(
     saved: tuple[Path, MaskedDiffusion, torch.optim.AdamW], name: str, size: int | None
 ):

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ KINDS = ("diffusion", "autoregressive")
 Pair = tuple[str, str]
 QUICK = [*zip(METHODS, ("autoregressive", *KINDS), strict=True)]
 """Each method once and each backbone, for the first tier."""
-PAIRS = pytest.mark.parametrize(
-    "pair",
-    [
-        pytest.param((name, kind), marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name} on {kind}")
-        for name in METHODS
-        for kind in KINDS
-    ],
-)
+
+
+def pairs(first: Sequence[Pair], every: Sequence[Pair] = (*product(METHODS, KINDS),)) -> pytest.MarkDecorator:
+    """Pairs as the cases of a test, of which ``first`` are in the first tier."""
+    cases = [pytest.param(pair, marks=() if pair in first else pytest.mark.slow) for pair in every]
+    return pytest.mark.parametrize("pair", cases, ids=" on ".join)
+
+
 USELESS = {"rcsd": "empty", "step_align": "no_steps", "op_co_distill": "empty"}
 """The reason for which an answer that is nothing but thought is dropped."""
 
@@ -162,7 +163,7 @@ def passing(key: int, place: int, tries: int) -> str | None:
     return ["dropped", "500", "half_a_json", "invalid_utf8"][(place + tries) % 4] if tries <= key % 2 else None
 
 
-@PAIRS
+@pairs(QUICK[1:])
 def test_faults_that_pass_change_nothing_and_a_second_run_asks_for_nothing(
     pair: Pair, folder: Path, tmp_path: Path
 ) -> None:
@@ -190,10 +191,10 @@ def lasting(key: int, place: int, tries: int) -> str | None:
     return [*BREAKS][place // 2] if place % 2 else None
 
 
-@pytest.mark.parametrize("pair", QUICK, ids=" on ".join)
+@pairs(QUICK[1:], QUICK)
 def test_every_text_is_kept_or_dropped_and_counted_by_its_reason(pair: Pair, folder: Path, tmp_path: Path) -> None:
     with running(Script(lasting)) as server:
-        run = train(tree_of(pair, tmp_path / "run", folder, server, tolerance=0.5, timeout=1.0, retries=1))
+        run = train(tree_of(pair, tmp_path / "run", folder, server, tolerance=0.5, timeout=0.5, retries=1))
     reasons = [*REASONS.values(), USELESS[pair[0]]]
     keys = {key for line in lines_of(run) for key in line if key.startswith("writers/dropped/")}
     assert keys == {f"writers/dropped/{reason}" for reason in reasons}
@@ -212,7 +213,7 @@ def test_every_text_is_kept_or_dropped_and_counted_by_its_reason(pair: Pair, fol
     assert column(run, "updates_skipped") == [0] * UPDATES
 
 
-@PAIRS
+@pairs(QUICK[1:2])
 def test_a_server_that_garbles_too_much_stops_the_run_which_goes_on_when_it_is_mended(
     pair: Pair, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,15 +38,16 @@ def test_weights_that_lose_their_steps_are_refused_unless_asked_for(dtype, autoc
         check_model(asked)
 
 
-@pytest.mark.parametrize("few", [True, *later(False)], ids=["the smallest rates", "all"])
+@pytest.mark.parametrize("few", [True, *later(False)], ids=["the smallest rate", "all"])
 def test_every_shipped_config_that_trains_all_weights_changes_them(few: bool):
     found = {name: load_config(name) for name in shipped_configs()}
     found = {name: one for name, one in found.items() if trains_all_weights(one)}
     assert {"qwen3_8b_sdpo", "qwen3_4b_demo_psd", "r1_distill_1.5b_topd"} <= set(found)
-    for name, one in sorted(found.items(), key=lambda item: item[1].optim.lr)[: 2 if few else None]:
+    for name, one in sorted(found.items(), key=lambda item: item[1].optim.lr)[: 1 if few else None]:
         assert changed_share(one, one.model.dtype, one.optim.autocast) > 0.98, name
 
 
+@pytest.mark.slow
 def test_in_bfloat16_alone_hardly_any_weight_would_change():
     assert changed_share(load_config("qwen3_4b_demo_psd"), "bfloat16", None) < 0.05
 
