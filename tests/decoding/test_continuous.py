@@ -59,7 +59,7 @@ def causal(make: Make) -> Autoregressive:
     return make()
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", *later("qwen3")])
 def both(request: pytest.FixtureRequest, make: Make, policy_shape: Shape) -> Autoregressive:
     return make(shape=replace(policy_shape, architecture=request.param))
 

@@ -54,7 +54,7 @@ def causal(make: Make) -> Autoregressive:
     return make()
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen3", *later("llama")])
 def both(request: pytest.FixtureRequest, make: Make, policy_shape: Shape) -> Autoregressive:
     return make(shape=replace(policy_shape, architecture=request.param))
 
