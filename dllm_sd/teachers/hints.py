@@ -5,9 +5,9 @@ of a context that also reveals positions on the canvas.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from dllm_sd.losses.sites import Covers
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Count, Ranged, Share
 from dllm_sd.tasks.datafile import render
+from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import (
     ContextDefaults,
     ContextInputs,
@@ -27,6 +28,9 @@ from dllm_sd.teachers.context import (
 )
 from dllm_sd.teachers.writing import Message
 from dllm_sd.texts.thinking import without_thinking
+
+T = TypeVar("T")
+_DRAWS = 64
 
 REFERENCE = """\
 {question}
@@ -121,6 +125,9 @@ class Reference(Prompt):
     """The whole reference completion, or the final answer alone."""
     question: bool = True
     """False takes the question out of the prompt and leaves all else: the reference-only probe of arXiv 2607.02234."""
+    problem: Literal["own", "another"] = "own"
+    """Whose reference it is: `another` shows that of a training problem drawn at random, a control with the form of a
+    hint and nothing to learn from."""
     template: str = REFERENCE
 
     def __post_init__(self) -> None:
@@ -135,10 +142,17 @@ class Reference(Prompt):
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt | None:
         """None where the data has no reference."""
         task, problem = inputs.task, inputs.rollout.problem
-        text = task.reference(problem) if self.source == "solution" else task.final_answer(problem)
+        if self.problem == "own":
+            text = self._text(task, problem)
+        else:
+            key = make_key(inputs.key, "reference")
+            text = of_another(inputs, key, lambda other: self._text(task, other))
         return (
             None if text is None else TeacherPrompt(tuple(task.messages(problem, self.question)), self.template, text)
         )
+
+    def _text(self, task: Task, problem: Problem) -> str | None:
+        return task.reference(problem) if self.source == "solution" else task.final_answer(problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +199,16 @@ class NoQuestion(Prompt):
     def prompt_for(self, inputs: HintInputs) -> TeacherPrompt:
         """Always the same, whatever the problem."""
         return TeacherPrompt(tuple(inputs.task.messages(inputs.rollout.problem, question=False)), "{question}", "")
+
+
+def of_another(inputs: HintInputs, key: int, value: Callable[[Problem], T | None]) -> T | None:
+    """The ``value`` of another training problem, drawn by the key; None where a few dozen draws find none."""
+    problems = inputs.problems
+    for draw in range(_DRAWS if len(problems) else 0):
+        problem = problems[make_key(key, draw) % len(problems)]
+        if problem != inputs.rollout.problem and (found := value(problem)) is not None:
+            return found
+    return None
 
 
 def check_template(template: str, *more: str) -> None:

@@ -9,7 +9,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.tasks.datafile import render
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.context import HintInputs, TeacherPrompt
-from dllm_sd.teachers.hints import Prompt, Sibling, check_slots, check_template
+from dllm_sd.teachers.hints import Prompt, Sibling, check_slots, check_template, of_another
 from dllm_sd.teachers.writing import Message, Writing
 from dllm_sd.texts import (
     FORMS,
@@ -50,7 +50,6 @@ What a reviewer said about your last attempt:
 ---"""
 
 
-_DRAWS = 64
 Source = Literal["data", "written", "generic", "random", "noisy", "reduced"]
 
 
@@ -127,7 +126,7 @@ class Rubric(Prompt):
         key = make_key(inputs.key, "rubric")
         rubric = generic() if self.source == "generic" else self._of(inputs.rollout.problem)
         if self.source in ("random", "noisy"):
-            other = self._another(inputs, key)
+            other = of_another(inputs, key, self._of)
             mixed = noisy(rubric, [other], key) if rubric and other else None
             rubric = other if self.source == "random" else mixed
         if self.source == "reduced" and rubric:
@@ -141,15 +140,6 @@ class Rubric(Prompt):
     def _of(self, problem: Problem) -> Criteria | None:
         rubric = parse_rubric(problem.fields.get(self.field))
         return None if isinstance(rubric, str) else rubric
-
-    def _another(self, inputs: HintInputs, key: int) -> Criteria | None:
-        """The rubric of another training problem, drawn by the key; None where a few dozen draws find none."""
-        problems = inputs.problems
-        for draw in range(_DRAWS if len(problems) else 0):
-            problem = problems[make_key(key, draw) % len(problems)]
-            if problem != inputs.rollout.problem and (rubric := self._of(problem)) is not None:
-                return rubric
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)

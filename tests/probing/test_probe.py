@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from dllm_sd.cli.main import main
+from dllm_sd.config import load_config
 from dllm_sd.methods import METHODS
 from dllm_sd.probing.opening import opened
+from dllm_sd.probing.verdict import verdict
 from dllm_sd.training.metric_table import METRICS
 from dllm_sd.training.trainer import Trainer
 from tests.test_contract import FEW, PAIRS, Pair, config_at, in_tiers, teachers  # noqa: F401
 
 NAMED = [pair for pair in PAIRS if pair[0] in METHODS]
-WITHOUT = {"sft", "rft", "rft_trajectory", "diffu_grpo", "spd"}
+WITHOUT = {name for name, row in METHODS.items() if not row.method.target.asks_teachers}
 """Methods that imitate or reinforce, whose other policies teach nothing."""
 
 
@@ -62,6 +64,31 @@ def test_a_run_that_is_probed_is_the_same_run(pair: Pair, teachers: Path, tmp_pa
     names = {name for line in lines for name in line if "probe" in name}
     assert names >= {"probe/student", "probe/divergence", "time/probe"}
     assert names <= METRICS.keys()
+
+
+def test_methods_that_imitate_or_reinforce_have_no_teacher() -> None:
+    assert {"sft", "rft", "diffu_grpo", "spd"} <= WITHOUT
+    assert not {"opsd", "d_opsd", "sdpo", "sgsd", "opd"} & WITHOUT
+
+
+@pytest.mark.slow
+def test_of_a_useless_teacher_the_probe_says_so_and_training_with_it_loses(tmp_path: Path) -> None:
+    short = ["updates=10", "optim.warmup=2", "method.rollout.problems=48", "eval.every=10", "eval.problems=128"]
+    quiet = ["eval.final_problems=0", "log.progress=false", "log.trackers=[]", "eval.probe_problems=32"]
+    promising, change = dict[str, Any](), dict[str, float]()
+    for problem in ("own", "another"):
+        words = [f"method.contexts.0.problem={problem}", *short, *quiet, f"run={tmp_path / problem}"]
+        config = load_config("quickstart_ar", words)
+        with opened(config) as (probe, problems):
+            found = probe(problems, controls=False)
+        promising[problem] = verdict(found)[0]
+        Trainer(config).train()
+        lines = [json.loads(line) for line in (tmp_path / problem / "metrics.jsonl").read_text().splitlines()]
+        change[problem] = lines[-1]["eval/accuracy"] - lines[0]["eval/accuracy"]
+    print(promising, change)
+    assert promising == {"own": True, "another": False}
+    assert found.teachers[0].gap.ci95[1] < 0
+    assert change["own"] > change["another"] < 0
 
 
 TINY = ["--problems", "4", "decode.batch_size=32"]

@@ -97,6 +97,23 @@ def test_a_reference_without_the_question_leaves_all_else_as_it_is(group):
     assert not any("12" in message["content"] for message in found.messages)
 
 
+def test_a_reference_of_another_problem_is_shown_with_the_own_question(group):
+    (rollout,) = group([0])
+    others = [Problem(f"o{i}", {"question": f"{i}", "solution": f"{i}={i}", "answer": f"{i}"}) for i in range(3)]
+    others[1:1] = [PROBLEM, Problem("bare", {"question": "x"})]
+    seen = set()
+    for number in range(20):
+        inputs = HintInputs(rollout, [rollout], TASK, make_key(number), others)
+        shown = Reference(problem="another").prompt_for(inputs)
+        own = Reference().prompt_for(inputs)
+        assert shown is not None
+        assert own is not None
+        assert shown.messages == own.messages
+        seen.add(shown.text)
+    assert seen == {"0=0", "1=1", "2=2"}
+    assert Reference(problem="another").prompt_for(HintInputs(rollout, [rollout], TASK, KEY, [PROBLEM])) is None
+
+
 @pytest.mark.parametrize("source", ["solution", "answer"])
 def test_where_the_data_has_no_reference_there_is_no_hint(group, source):
     (one,) = group([0])
