@@ -79,7 +79,7 @@ class Splits:
     def check_size(self, given: int | None) -> None:
         """Refuse a ``task.size_dev`` that was given and is more than there are rows."""
         available = self.rows - self.in_test
-        if given is not None and self.rows and given > available:
+        if given is not None and given > available > 0:  # `why_empty` says why there are none
             also = f" ({self.in_test} more occur in the test split too)" if self.in_test else ""
             raise InputError(
                 f"task.size_dev is {given}, but task.data has {available} rows{also}; lower it, or leave it out, "

@@ -289,6 +289,8 @@ def test_a_size_of_the_dev_split_that_does_not_fit_is_refused_with_both_numbers(
     with pytest.raises(InputError, match=r"size_dev is 49, but task\.data has 48 rows \(2 more occur in the test"):
         Jsonl(data=files[0], data_test=files[1], size_dev=49).problems("dev")
     assert len(Jsonl(data=files[0], data_test=files[1], size_dev=49).problems("test")) == 2
+    with pytest.raises(InputError, match=r"all 2 rows of task\.data occur in the test split too; set task\.data_test"):
+        Jsonl(data=files[1], data_test=files[0], size_dev=1).problems("train")
     with pytest.raises(InputError, match=r"task\.size_dev, which is 50, .*the file has 50 rows"):
         Jsonl(data=files[0], size_dev=50).problems("train")
 
