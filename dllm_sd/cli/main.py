@@ -95,6 +95,8 @@ def _quiet_thread_failures() -> Iterator[None]:
 
 def close_process_group() -> None:
     """Close the process group; a process that exits while its threads run is sometimes aborted."""
+    if "torch" not in sys.modules:  # the command needed no model
+        return
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
