@@ -81,7 +81,7 @@ function short(value) {
     new uPlot({
       width: place.clientWidth || 300, height: 200,
       scales: { x: { time: false } },
-      legend: { live: true },
+      legend: { live: true, markers: { width: 2, dash: (_, i) => i && series[i - 1].dash ? "dashed" : "solid" } },
       cursor: { y: false, drag: { x: true, y: false } },
       axes: [
         { ...axis, label: "update", labelSize: 16, labelFont: "12px system-ui, sans-serif" },
