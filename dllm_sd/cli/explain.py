@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from rich.console import Console
@@ -68,12 +69,17 @@ def _entry(keys: Sequence[Key], in_configs: bool) -> dict[str, Any]:
 def _settings(key: Key) -> list[str]:
     """The shipped configs that set a key, with the value where it is a plain one."""
     found = []
-    for name, path in shipped_configs().items():
-        for value in _values(read_yaml(path, name), key.path.split(".")):
+    for name, tree in _shipped_trees().items():
+        for value in _values(tree, key.path.split(".")):
             plain = not isinstance(value, Mapping | list) and len(str(value)) < 30
             found.append(f"{name} ({value})" if plain else name)
     found = list(dict.fromkeys(found))
     return [*found[:6], f"{len(found) - 6} more"] if len(found) > 7 else found
+
+
+@cache
+def _shipped_trees() -> dict[str, Any]:
+    return {name: read_yaml(path, name) for name, path in shipped_configs().items()}
 
 
 def _is_inside(path: str, section: str) -> bool:
