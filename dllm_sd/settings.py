@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from dllm_sd.errors import InputError
 from dllm_sd.files.writing import Place
@@ -95,11 +95,11 @@ class Checkpoints(Ranged, key="checkpoint"):
 class Log(Ranged, key="log"):
     """Progress bar, trackers and samples."""
 
-    former_keys: ClassVar[Mapping[str, str]] = {"tensorboard": "log.trackers, such as [tensorboard], or [] for none"}
-
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Where metrics, samples and pictures are shown, beside the files of the run; each but TensorBoard needs the extra
     of its name."""
+    tensorboard: bool | None = None
+    """An older way to set `trackers`: true stands for [tensorboard] and false for []."""
     project: str | None = None
     """Project of the run in trackers that have projects; None takes that of the tracker's environment variable, such as
     WANDB_PROJECT, else `dllm-sd`."""
@@ -114,6 +114,11 @@ class Log(Ranged, key="log"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tensorboard is not None:
+            if self.trackers != ("tensorboard",):
+                raise InputError("log.tensorboard and log.trackers are both set; leave log.tensorboard out")
+            object.__setattr__(self, "trackers", ("tensorboard",) if self.tensorboard else ())
+            object.__setattr__(self, "tensorboard", None)
         if twice := [name for name in dict.fromkeys(self.trackers) if self.trackers.count(name) > 1]:
             raise InputError(f"log.trackers names {twice[0]} twice; name it once")
         if self.project == "":

@@ -8,7 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from dllm_sd.config import Config, build_config
+from dllm_sd.config import Config, build_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.training import trackers
 from dllm_sd.training.tracker_kinds import TRACKERS, Place, Tracker
@@ -71,10 +71,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_instal
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        (
-            {"tensorboard": False},
-            r"log.tensorboard is now log.trackers, such as \[tensorboard\], or \[\] for",
-        ),
+        ({"tensorboard": False, "trackers": ["wandb"]}, "log.tensorboard and log.trackers are both set"),
         ({"trackers": ["tensorbord"]}, "log.trackers.0 is 'tensorbord'; choose from tensorboard, wandb"),
         ({"trackers": ["wandb", "wandb"]}, "log.trackers names wandb twice; name it once"),
         ({"project": ""}, "log.project is empty"),
@@ -83,6 +80,13 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_instal
 def test_wrong_settings_are_refused(log: dict[str, Any], words: str):
     with pytest.raises(InputError, match=words):
         build_config({"task": "sudoku", "log": log})
+
+
+@pytest.mark.parametrize(("value", "trackers"), [(True, ("tensorboard",)), (False, ())])
+def test_the_key_of_before_still_switches_tensorboard(value: bool, trackers: tuple[str, ...]):
+    log = build_config({"task": "sudoku", "log": {"tensorboard": value}}).log
+    assert (log.trackers, log.tensorboard) == (trackers, None)
+    assert build_config(to_tree(build_config({"task": "sudoku", "log": {"tensorboard": value}}))).log == log
 
 
 def test_tensorboard_has_the_runs_name_groups_meanings_hyperparameters_samples_and_pictures(tmp_path: Path):
