@@ -15,7 +15,13 @@ dllm-sd eval --compare runs/a/eval/gsm8k runs/b/eval/gsm8k
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", nargs="?", type=place, metavar="RUN_OR_MODEL")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=place,
+        metavar="RUN_OR_MODEL",
+        help="decoded on this machine, whatever decode.engine is",
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
