@@ -79,7 +79,7 @@ def settings(run: Path, servers: Sequence[Server], lag: int) -> list[str]:
         "optim": {"lr": 3e-3, "warmup": 0},
         "eval": {"every": 0, "final_problems": 0},
         "checkpoint": {"every": 2},
-        "log": {"progress": False, "tensorboard": False},
+        "log": {"progress": False, "trackers": []},
     }
     tree["decode"] |= {"engine": {**engine, "backoff": 0.05, "retries": 6}} if servers else {}
     config = run.with_suffix(".yaml")
