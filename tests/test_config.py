@@ -260,7 +260,7 @@ def test_an_unknown_name_is_refused_with_the_closest_known_one(override: str, me
         ("eval.schedules.fast=3", "eval.schedules.fast must be a mapping of keys, not 3"),
         ("seed", "override 'seed' is not of the form key=value"),
         ("=3", "override '=3' is not of the form key=value"),
-        ("seed=[1", "override 'seed=[1' is not valid YAML: while parsing"),
+        ("seed=[1", "override 'seed=[1' is not valid YAML: a [ is not closed"),
         (
             "seed=!!python/name:os.system",
             "override 'seed=!!python/name:os.system' is not valid YAML: leave out the tag",
@@ -332,7 +332,7 @@ def test_a_config_without_a_task_is_refused():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"task: [1", "is not valid YAML: while parsing"),
+        (b"task: [1", "is not valid YAML: a [ is not closed by ], or a comma is missing between its entries in line 1"),
         (b"- task\n- seed\n", "must hold keys such as model, task and method"),
         (b"", "must hold keys such as model, task and method"),
         (b"task: \xff\n", "cannot be read ('utf-8' codec"),
