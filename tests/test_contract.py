@@ -899,7 +899,8 @@ def test_what_is_not_defined_is_refused_in_one_sentence_before_anything_is_writt
         context = "later_step" if name == "later_step" else "suffix"
         assert out == ""
         assert error == (
-            f"dllm-sd: method.contexts {context} {REVEALS}; put a hint into the prompt instead (reference, sibling)\n"
+            f"dllm-sd: method.contexts {context} {REVEALS}; put a hint into the prompt instead (reference, sibling), "
+            "or set model.as=diffusion to train this checkpoint as a masked diffusion model\n"
         )
         assert not (tmp_path / "run").exists()
 

@@ -216,6 +216,7 @@ def test_the_exit_status_says_whether_a_run_learnt(
     reports = {Path(str(i)): {"outcome": outcome} if outcome else {} for i, outcome in enumerate(outcomes)}
     monkeypatch.setattr(train_command, "train", lambda config: reports)
     monkeypatch.setattr(train_command, "print_training", lambda report, folder: None)
+    monkeypatch.setattr(train_command, "write_report", lambda runs, out: None)
     assert main(["train", "quickstart"]) == status
 
 
