@@ -485,7 +485,7 @@ def test_what_cannot_be_exported_ends_with_one_sentence(
     assert "exists and is not an empty folder" in words(str(run), "--to", "merged", str(tmp_path / "full"))
     assert "exists and is not an empty folder" in words(str(run), "--to", "merged", str(tmp_path / "file"))
     assert "cannot write to" in words(str(run), "--to", "merged", str(tmp_path / "file" / "out"))
-    assert "is not a run" in words("tiny", "--to", "merged", str(tmp_path / "out"))
+    assert "give the folder that dllm-sd train wrote" in words("tiny", "--to", "merged", str(tmp_path / "out"))
     assert "not the name of a repository" in words(str(run), "--to", "peft", str(tmp_path / "out"), "--push", "a/b/c")
     random = ["model.random_init=true", "model.path=null", "model.tokenizer=tiny", "model.shape.intermediate_size=170"]
     for to in ("peft", "original"):
