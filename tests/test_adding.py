@@ -22,8 +22,9 @@ from dllm_sd.pairing import check_data, check_model
 from dllm_sd.policies.teacher_weights import RolloutPolicy, Weights
 from dllm_sd.policies.weights import WEIGHTS
 from dllm_sd.pretrained.families import FAMILIES
+from dllm_sd.rollouts.gates import GATES, Gate
 from dllm_sd.rollouts.horizons import HORIZONS, Horizon
-from dllm_sd.rollouts.rules import GATES, ROLLING, ROLLOUTS, Gate, RolloutRule
+from dllm_sd.rollouts.rules import ROLLING, ROLLOUTS, RolloutRule
 from dllm_sd.skills.retrieval import RETRIEVERS, Retriever
 from dllm_sd.tasks import TASKS, Task
 from dllm_sd.teachers import CONTEXTS, HINTS, Context, Hint

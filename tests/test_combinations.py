@@ -38,9 +38,10 @@ from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import BaseWeights, EmaWeights, LiveWeights, SnapshotWeights, TeacherModel, trained
+from dllm_sd.rollouts.gates import All, Correct, Mixed, Score
 from dllm_sd.rollouts.horizons import Truncated
 from dllm_sd.rollouts.rollout import Prompted, Rollout
-from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Score, gather
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix
 from dllm_sd.teachers.prompts import Sources, build_teacher_prompts

@@ -14,9 +14,9 @@ from dllm_sd.canvases import CANVASES, AllMaskedCanvas, DecoderSteps, RandomMask
 from dllm_sd.losses.sites import AllMaskedSites, Revealed, TeacherTop
 from dllm_sd.methods.method import Method
 from dllm_sd.objective.plan import Plan, plan_update
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.horizons import Complete, Progressive, Truncated
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
-from dllm_sd.rollouts.rules import All
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.training.metrics import rollout_metrics

@@ -48,8 +48,9 @@ from dllm_sd.policies.weights import (
     TeacherModel,
     trained,
 )
+from dllm_sd.rollouts.gates import All, Correct, Mixed
 from dllm_sd.rollouts.rollout import Prompted
-from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, gather
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK, gather
 from dllm_sd.skills import Bank, Mistake, Skill, SkillPair, retrieve
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import LaterStep, NoQuestion, Nothing, Reference, Sibling, Suffix

@@ -44,8 +44,9 @@ from dllm_sd.network.view import View
 from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import MicroBatch, plan_update
 from dllm_sd.policies.weights import BaseWeights
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
-from dllm_sd.rollouts.rules import All, PassAtK
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.trajectory import Trajectory

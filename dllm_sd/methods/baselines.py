@@ -10,7 +10,8 @@ from dllm_sd.losses.trust import GroupAdvantage
 from dllm_sd.methods.method import Method
 from dllm_sd.methods.named_method import GROUP, SELF_TRAINING, NamedMethod
 from dllm_sd.policies.weights import BaseWeights
-from dllm_sd.rollouts.rules import All, Demonstrations, PassAtK
+from dllm_sd.rollouts.gates import All
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK
 from dllm_sd.teachers import (
     Nothing,
 )

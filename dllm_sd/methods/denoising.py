@@ -8,7 +8,8 @@ from dllm_sd.losses.targets import Barycenter, PurifiedPMI
 from dllm_sd.methods.method import Method
 from dllm_sd.methods.named_method import NamedMethod
 from dllm_sd.policies.weights import EmaWeights
-from dllm_sd.rollouts.rules import All, Correct, PassAtK
+from dllm_sd.rollouts.gates import All, Correct
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.teachers import (
     Critique,
     LaterStep,

@@ -17,7 +17,8 @@ from dllm_sd.parts import name_of, names_with
 from dllm_sd.policies.teacher_weights import Weights
 from dllm_sd.policies.weights import WEIGHTS, BaseWeights
 from dllm_sd.ranges import Range, Ranged
-from dllm_sd.rollouts.rules import GATES, ROLLOUTS, Correct, Gate, PassAtK, RolloutRule
+from dllm_sd.rollouts.gates import GATES, Correct, Gate
+from dllm_sd.rollouts.rules import ROLLOUTS, PassAtK, RolloutRule
 from dllm_sd.teachers import CONTEXTS, Context, SkillBankConfig, Suffix
 from dllm_sd.teachers.writing import Writing
 

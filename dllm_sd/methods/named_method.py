@@ -9,7 +9,8 @@ from dllm_sd.losses.trust import ImportanceCap
 from dllm_sd.methods.method import Method
 from dllm_sd.network.subspace import Subspace
 from dllm_sd.policies.weights import CheckpointWeights, EmaWeights
-from dllm_sd.rollouts.rules import All, PassAtK
+from dllm_sd.rollouts.gates import All
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.teachers import Nothing, Reference, Sibling
 
 

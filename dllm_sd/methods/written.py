@@ -12,7 +12,8 @@ from dllm_sd.losses.trust import OutcomeValidated
 from dllm_sd.methods.method import Method
 from dllm_sd.methods.named_method import OPSD, RCSD, SDPO, NamedMethod
 from dllm_sd.policies.weights import LiveWeights, PeerWeights
-from dllm_sd.rollouts.rules import All, PassAtK
+from dllm_sd.rollouts.gates import All
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.teachers import (
     Critique,
     Feedback,

@@ -36,9 +36,10 @@ from dllm_sd.probing.signal import (
 )
 from dllm_sd.probing.verdict import Control, Findings, Teacher
 from dllm_sd.randomness import make_key
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.horizons import Complete
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, with_occurrences
-from dllm_sd.rollouts.rules import All, PassAtK, RolloutRule, encode_problem, gather
+from dllm_sd.rollouts.rules import PassAtK, RolloutRule, encode_problem, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, HINTS
 from dllm_sd.teachers.suffix import answer_spans

@@ -17,8 +17,9 @@ from dllm_sd.policies.policy import Policy
 from dllm_sd.policies.teacher_weights import RolloutPolicy, Weights
 from dllm_sd.policies.weights import BaseWeights, LiveWeights
 from dllm_sd.randomness import make_key
-from dllm_sd.ranges import Natural, PositiveShare, Range, Ranged, Share, Size, Temperature
+from dllm_sd.ranges import Natural, PositiveShare, Range, Ranged, Size, Temperature
 from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
+from dllm_sd.rollouts.gates import Gate
 from dllm_sd.rollouts.horizons import HORIZONS, Complete, Horizon
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
 from dllm_sd.tasks.task import Grade, Problem, Task
@@ -318,93 +319,6 @@ def needed_length(tokens: Sequence[int]) -> int:
 
 
 ROLLOUTS: dict[str, type] = {"pass_at_k": PassAtK, "demonstrations": Demonstrations}
-
-
-class Gate(Part, Protocol):
-    """Protocol of a gate; `GateDefaults` implements all but `count_rejected` and the call."""
-
-    @property
-    def count_rejected(self) -> bool:
-        """Whether rejected rollouts count in the denominator of the loss."""
-        ...
-
-    @property
-    def needs_outcome(self) -> bool:
-        """Whether it needs the outcome of a rollout, which only a complete rollout has."""
-        ...
-
-    @property
-    def needs_group(self) -> bool:
-        """Whether it compares all rollouts of a problem."""
-        ...
-
-    @property
-    def mixes(self) -> bool:
-        """Whether right and wrong rollouts of a problem pass together."""
-        ...
-
-    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        """The attempts that pass, of the kept attempts at a problem."""
-        ...
-
-
-class GateDefaults:
-    """Defaults of a gate that judges each rollout alone and without its outcome."""
-
-    needs_outcome: bool = False
-    needs_group: bool = False
-    mixes: bool = False
-
-
-@dataclass(frozen=True)
-class All(GateDefaults):
-    """Every rollout counts."""
-
-    count_rejected = False
-    mixes = True
-
-    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        return list(attempts)
-
-
-@dataclass(frozen=True)
-class Correct(GateDefaults):
-    """Correct rollouts only."""
-
-    count_rejected: bool = False
-    """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
-    needs_outcome = True
-
-    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        return [rollout for rollout in attempts if rollout.grade.correct]
-
-
-@dataclass(frozen=True)
-class Score(Ranged, GateDefaults, key="method.gate"):
-    """Rollouts that score at least `at_least` (partial credit)."""
-
-    at_least: Share = 0.25
-    count_rejected: bool = False
-    needs_outcome = True
-
-    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        return [rollout for rollout in attempts if rollout.grade.score >= self.at_least]
-
-
-@dataclass(frozen=True)
-class Mixed(GateDefaults):
-    """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
-
-    count_rejected: bool = False
-    needs_outcome = True
-    needs_group = True
-    mixes = True
-
-    def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        return list(attempts) if len({rollout.grade.score for rollout in attempts}) > 1 else []
-
-
-GATES: dict[str, type] = {"all": All, "correct": Correct, "score": Score, "mixed": Mixed}
 
 
 COUNTS = (

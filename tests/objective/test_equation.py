@@ -43,8 +43,9 @@ from dllm_sd.objective import equation as objective
 from dllm_sd.objective.equation import grade_micro_batch
 from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.policies.weights import BaseWeights, LiveWeights, SnapshotWeights
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
-from dllm_sd.rollouts.rules import All, PassAtK
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing
 from dllm_sd.trajectory import Trajectory

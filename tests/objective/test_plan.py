@@ -34,8 +34,9 @@ from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import BaseWeights, TeacherModel, trained
 from dllm_sd.pretrained.model import Lora
 from dllm_sd.randomness import make_key
+from dllm_sd.rollouts.gates import Correct
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
-from dllm_sd.rollouts.rules import Correct, PassAtK
+from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import ContextInputs, LaterStep, Nothing, Suffix
 from dllm_sd.trajectory import StopAfter, Trajectory, left_pad

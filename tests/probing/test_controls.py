@@ -14,9 +14,10 @@ from dllm_sd.objective.plan import plan_update
 from dllm_sd.probing.accuracy import revealed
 from dllm_sd.probing.controls import Kind, control, find_donors, kinds_for
 from dllm_sd.probing.probe import controlled, sampled
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.horizons import Truncated
 from dllm_sd.rollouts.rollout import Prompted, Rollouts
-from dllm_sd.rollouts.rules import All, Demonstrations, PassAtK, gather
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Nothing, Reference, Rubric, Suffix
 from dllm_sd.teachers.prompts import build_teacher_prompts

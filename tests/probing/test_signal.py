@@ -37,8 +37,9 @@ from dllm_sd.probing.signal import (
     shares,
     yardstick,
 )
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.rollout import Prompted
-from dllm_sd.rollouts.rules import All, PassAtK, gather
+from dllm_sd.rollouts.rules import PassAtK, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Nothing, Reference
 from dllm_sd.teachers.prompts import build_teacher_prompts

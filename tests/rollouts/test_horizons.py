@@ -18,9 +18,10 @@ from dllm_sd.methods.method import Method
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
+from dllm_sd.rollouts.gates import GATES, All
 from dllm_sd.rollouts.horizons import HORIZONS, Complete, Progressive, Truncated
 from dllm_sd.rollouts.rollout import Prompted, Rollout
-from dllm_sd.rollouts.rules import GATES, All, Demonstrations, PassAtK, gather
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK, gather
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import StopAfter, Trajectory
 from tests.tiers import later

@@ -9,8 +9,9 @@ from dllm_sd.decoding.queue import Queue
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import key_tensor, make_key, uniform
+from dllm_sd.rollouts.gates import All, Correct, Mixed, Score
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts
-from dllm_sd.rollouts.rules import All, Correct, Demonstrations, Mixed, PassAtK, Score, encode_problem, gather
+from dllm_sd.rollouts.rules import Demonstrations, PassAtK, encode_problem, gather
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.trajectory import StopAfter, Trajectory, left_pad
 

@@ -8,8 +8,9 @@ from typing import Any
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
-from dllm_sd.rollouts.rules import All, PassAtK, gather
+from dllm_sd.rollouts.rules import PassAtK, gather
 from dllm_sd.skills.retrieval import SkillPair
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext

@@ -13,8 +13,9 @@ from dllm_sd.methods.method import Method
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
+from dllm_sd.rollouts.gates import All, Correct
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
-from dllm_sd.rollouts.rules import All, Correct, PassAtK, gather
+from dllm_sd.rollouts.rules import PassAtK, gather
 from dllm_sd.rollouts.stored import load_rollouts, rollout_tensors
 from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import AnyContext, LaterStep, NoQuestion, Nothing, Reasoning, Reference, Sibling, Suffix

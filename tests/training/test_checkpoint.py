@@ -19,8 +19,9 @@ from dllm_sd.errors import InputError
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.policies.weights import BaseWeights, EmaWeights, SnapshotWeights, TeacherModel, trained
 from dllm_sd.pretrained.model import Lora
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts, TeacherBrief
-from dllm_sd.rollouts.rules import COUNTS, All, PassAtK, gather
+from dllm_sd.rollouts.rules import COUNTS, PassAtK, gather
 from dllm_sd.tasks import Problem, Sudoku
 from dllm_sd.training import checkpoint
 from dllm_sd.training.checkpoint import (

@@ -17,9 +17,10 @@ from dllm_sd.methods import METHODS
 from dllm_sd.methods.method import Method
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.randomness import make_key
+from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.horizons import Complete
 from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts, with_occurrences
-from dllm_sd.rollouts.rules import COUNTS, All, PassAtK, gather
+from dllm_sd.rollouts.rules import COUNTS, PassAtK, gather
 from dllm_sd.tasks.task import Grade, NoChanceLevel, Problem
 from dllm_sd.teachers.prompts import Sources, build_teacher_prompts
 from dllm_sd.teachers.writing import Writing
