@@ -45,10 +45,13 @@ class Config(Ranged, key=""):
     """One run."""
 
     task: Task = field(metadata={"parts": TASKS})
+    """What is learnt: where problems come from, and how completions are graded."""
     run: Place = "runs/unnamed"
     """Folder of the run."""
     seed: Seed = 0
+    """Seed of the random choices of the run: order of problems, decoding, masks, dropout."""
     updates: Count = 500
+    """Number of updates (optimizer steps) of the run, counting those that are skipped."""
     model: Model = Model()
     decode: Decoding = Decoding()
     method: Method = Method()

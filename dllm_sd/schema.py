@@ -6,6 +6,7 @@ unknown keys read it (`keys.py`), without importing a model library.
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -44,11 +45,21 @@ def config_schema() -> dict[str, Any]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstrings under the fields of a class and its bases, by the name of the field, each as one line."""
+    """The meanings of the fields of a class and its bases, by the name of the field, each as one line.
+
+    A meaning is the docstring under a field, or the paragraph of its name in the section "Fields" of the class's.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        docs |= _module_docs(base.__module__).get(base.__qualname__, {})
+        docs |= _section(base) | _module_docs(base.__module__).get(base.__qualname__, {})
     return docs
+
+
+def _section(cls: type) -> dict[str, str]:
+    """The paragraphs of the section "Fields" of a class's own docstring, by the names before their colons."""
+    _, _, section = inspect.cleandoc(vars(cls).get("__doc__") or "").partition("\nFields:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section.partition("\n\n")[0], flags=re.MULTILINE)
+    return {name: f"{text[0].upper()}{text[1:]}" for name, text in ((name, _line(text)) for name, text in entries)}
 
 
 @cache

@@ -21,15 +21,21 @@ class Optim(Ranged, key="optim"):
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """PyTorch's AdamW, fused on CPUs and CUDA, or 8-bit AdamW of bitsandbytes (extra `quant`)."""
     lr: Annotated[float, Range(above=0, most=1000)] = 5e-6
+    """Learning rate at the peak of the schedule."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.99)
+    """AdamW's decay rates of the averages of gradients and of squared gradients."""
     eps: Annotated[float, Range(least=0, most=1)] = 1e-8
+    """AdamW's term that keeps the denominator above 0."""
     weight_decay: Annotated[float, Range(least=0, most=1000)] = 0.1
+    """AdamW's decoupled weight decay; a step takes `lr` times this off each weight."""
     warmup: Natural = 0
     """Updates of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule after the warm-up; it falls to `final_lr` times the peak at the last update."""
     final_lr: Share = 0.0
+    """Learning rate at the last update as a share of the peak; `constant` ignores it."""
     max_grad_norm: Positive | None = 0.2
+    """L2 norm to which the gradient of all weights is clipped; None never clips."""
     tokens_per_batch: Count = 16384
     """Padded tokens of a micro-batch; it affects memory and speed, not the update."""
     autocast: Literal["bfloat16"] | None = None
@@ -52,7 +58,9 @@ class Evaluation(Ranged, key="eval"):
     None takes up to 256, and none where the task has no test split. ``dllm-sd eval`` takes all where this is 0 or None.
     """
     attempts: Size = 1
+    """Completions of each problem; above 1 the report has pass@k and majority votes."""
     temperature: Temperature = 0.0
+    """Sampling temperature of evaluations; 0 is greedy."""
     decode: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of `decode` for held-out problems, such as a larger length than that of rollouts."""
     thinking: bool | None = None
@@ -104,6 +112,7 @@ class Log(Ranged, key="log"):
     """Project of the run in trackers that have projects; None takes that of the tracker's environment variable, such as
     WANDB_PROJECT, else `dllm-sd`."""
     progress: bool = True
+    """Show a progress bar with loss and pass rate."""
     samples: Natural = 2
     """Rollouts written to samples.jsonl and trackers at each update that logs them."""
     samples_every: Count = 10
@@ -156,7 +165,9 @@ class Peers(Ranged, key="peers"):
     problems: Size = 60
     """Dev problems on which students are scored before each round, the same number of each domain."""
     attempts: Size = 16
+    """Completions of each of these problems."""
     temperature: Temperature = 1.0
+    """Sampling temperature of these completions."""
     freeze: Literal["round", "phase"] = "round"
     """Whether tutors have the weights of the start of the round (Algorithm 1) or of the phase (App. D.2)."""
 

@@ -1,6 +1,7 @@
 """Keys of a config: the schema describes them all, misspelt ones are refused with the nearest, before any import."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dllm_sd.config_files import read_config
 from dllm_sd.errors import InputError
 from dllm_sd.keys import SYNONYMS, all_keys, check_names, find_keys, read_schema, unknown_key
 from dllm_sd.methods import METHODS
+from dllm_sd.schema import field_docs
 
 PLAIN = sorted({key.path for key in all_keys() if "*" not in key.path and not key.parts})
 TASK = {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"}
@@ -53,6 +55,31 @@ def test_every_key_is_explained_with_its_type_and_what_it_means(capsys: pytest.C
     assert "at least 0 and at most 1; default 0.25" in said
     assert "of suffix" in said
     assert "Share of the positions in scope" in said
+
+
+def test_every_key_has_a_meaning_in_a_whole_sentence():
+    assert len(all_keys()) > 500
+    meanings = {key.path: key.node.get("description", "") for key in all_keys()}
+    assert {path: text for path, text in meanings.items() if len(text.split()) < 2 or not text.endswith(".")} == {}
+
+
+def test_a_section_of_fields_in_a_docstring_gives_their_meanings():
+    @dataclass
+    class Part:
+        """A part.
+
+        Fields:
+            wide: how wide it is,
+                in metres.
+            high: how high.
+
+        More words: these mean no field.
+        """
+
+        wide: int = 1
+        high: int = 2
+
+    assert field_docs(Part) == {"wide": "How wide it is, in metres.", "high": "How high."}
 
 
 @pytest.mark.parametrize(

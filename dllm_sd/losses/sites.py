@@ -87,6 +87,7 @@ class AllMaskedSites(SiteDefaults):
     """Every masked position, of the active block only if `block`."""
 
     block: bool = False
+    """Only positions of the block that is being denoised."""
     content: bool = False
     """As for `revealed`."""
     prompt = False

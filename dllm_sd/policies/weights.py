@@ -80,6 +80,7 @@ class EmaWeights(Ranged, WeightsDefaults, key="method.teacher"):
     """
 
     decay: Share = 0.99
+    """Share of the copy that stays at each optimizer step; 1 never changes it."""
     stored = True
     moves = True
     follows_optimizer_steps = True
@@ -101,6 +102,7 @@ class SnapshotWeights(Ranged, WeightsDefaults, key="method.teacher"):
     """A copy of the student, renewed every `every` updates."""
 
     every: Count = 25
+    """Updates between two renewals."""
     stored = True
     moves = True
 
@@ -127,6 +129,7 @@ class CheckpointWeights(WeightsDefaults):
     path: Place | None = None
     """Folder or hub name of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Number format of these weights in memory."""
 
     @property
     def source(self) -> str | None:

@@ -14,8 +14,11 @@ class Lora(Ranged, key="model.lora"):
     """Low-rank adapters (PEFT)."""
 
     rank: Annotated[int, Range(least=1, most=2**16)] = 128
+    """Rank of the adapters."""
     alpha: Count = 64
+    """Scale of the adapters: their output is multiplied by `alpha / rank`."""
     dropout: ShareBelowOne = 0.0
+    """Dropout of the adapters' input in training."""
     targets: tuple[str, ...] | None = None
     """Kinds of linear layers; None takes the family's, all seven."""
     modules_to_save: tuple[str, ...] = ()
@@ -37,16 +40,25 @@ class Shape(Ranged, key="model.shape"):
     """The shape of a randomly initialised model: Llama (LLaDA's, if bidirectional) or Qwen3, untied."""
 
     architecture: Literal["llama", "qwen3"] = "llama"
+    """Which of transformers' architectures it is."""
     hidden_size: Annotated[int, Range(least=1, most=2**16)] = 64
+    """Width of the hidden states."""
     num_hidden_layers: Annotated[int, Range(least=1, most=512)] = 4
+    """Number of layers."""
     num_attention_heads: Annotated[int, Range(least=1, most=1024)] = 2
+    """Attention heads of a layer."""
     intermediate_size: Size = 192
+    """Width of the feed-forward layers."""
     vocab_size: Annotated[int, Range(least=1, most=2**22)] | None = None
     """Rows of embedding and head; None takes what the tokenizer needs."""
     max_position_embeddings: Annotated[int, Range(least=1, most=2**24)] = 4096
+    """Longest sequence in tokens."""
     rope_theta: Annotated[float, Range(least=1, most=1e12)] = 10000.0
+    """Base of the rotary position embedding."""
     rms_norm_eps: Annotated[float, Range(above=0, most=1)] = 1e-5
+    """Term that RMS normalisation adds to the mean square."""
     initializer_range: Annotated[float, Range(least=0, most=100)] = 0.02
+    """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,13 +93,17 @@ class Model(Ranged, key="model"):
     """Random weights (seeded by `seed`) in the architecture of `path`, or of `shape` without a path."""
     shape: Shape = Shape()
     seed: Seed = 0
+    """Seed of random weights, also of a new adapter."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Number format of the weights in memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation of attention in transformers."""
     quantization: Literal["4bit"] | None = None
     """`4bit` stores the linear layers in NF4 (extra `quant`) under LoRA."""
     lora: Lora | None = None
     """None trains all weights."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,7 +73,9 @@ class Score(Ranged, GateDefaults, key="method.gate"):
     """Rollouts that score at least `at_least` (partial credit)."""
 
     at_least: Share = 0.25
+    """Score from which a rollout passes."""
     count_rejected: bool = False
+    """Whether rejected rollouts count in the denominator of the loss."""
     needs_outcome = True
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
@@ -85,6 +87,7 @@ class Mixed(GateDefaults):
     """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
 
     count_rejected: bool = False
+    """Whether rejected rollouts count in the denominator of the loss."""
     needs_outcome = True
     needs_group = True
     mixes = True

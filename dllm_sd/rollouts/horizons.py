@@ -71,6 +71,7 @@ class Progressive(Ranged, key="method.rollout.horizon"):
     every: Count = 1
     """Updates between two growths."""
     unit: Literal["blocks", "steps"] = "blocks"
+    """Whether a denoiser's horizon is counted in blocks or in decoding steps."""
     former_keys: ClassVar[Mapping[str, str]] = {
         "start": "initial_ratio, a share of the length instead of a number",
         "step": "ratio_step, a share of the length instead of a number",

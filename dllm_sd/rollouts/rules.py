@@ -143,7 +143,9 @@ class PassAtK(Ranged, key="method.rollout"):
     """
 
     problems: Size = 16
+    """Problems of an update."""
     attempts: Size = 8
+    """Most attempts at each problem."""
     keep: Literal["first", "best", "all"] = "first"
     """The first correct attempt (or the last one if none is), the best by score (the latest of equals), or all."""
     until_solved: bool = True
@@ -152,9 +154,11 @@ class PassAtK(Ranged, key="method.rollout"):
     """Further attempts at an unsolved problem that may begin early where decoding slots would stay empty; those behind
     the first correct one are dropped. Worth it only where few rows leave a device idle."""
     temperature: Temperature = 0.9
+    """Sampling temperature of rollouts; 0 is greedy."""
     top_k: Natural = 0
     """As in `decode`, which is for evaluations."""
     top_p: PositiveShare = 1.0
+    """As in `decode`, which is for evaluations."""
     policy: RolloutPolicy = field(default_factory=LiveWeights, metadata={"parts": ROLLING})
     """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
     horizon: Horizon = field(default_factory=Complete, metadata={"parts": HORIZONS})
@@ -262,7 +266,9 @@ class Demonstrations(Ranged, key="method.rollout"):
     """The data set's reference completions instead of the policy's own (supervised fine-tuning)."""
 
     problems: Size = 32
+    """Problems of an update."""
     passes: Size = 1
+    """Updates that the same problems serve."""
     lag = 0
     decodes = False
     policy = None

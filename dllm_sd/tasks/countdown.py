@@ -44,21 +44,29 @@ class Countdown(GeneratedTask):
     """
 
     numbers_min: Numbers = 3
+    """Fewest numbers of a generated problem."""
     numbers_max: Numbers = 4
+    """Most numbers of a generated problem."""
     number_min: Operand = 1
+    """Smallest number of a generated problem."""
     number_max: Operand = 99
+    """Largest number of a generated problem."""
     target_min: TargetNumber = 10
+    """Smallest target of a generated problem."""
     target_max: TargetNumber = 100
+    """Largest target of a generated problem."""
     size_train: SplitSize = 1_000_000
     size_dev: Natural = 1024
     size_test: Natural = 1024
     seed: Seed = 0
+    """Seed of the generated problems; it is apart from the seed of the run."""
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "\\boxed{{{solution}}}"
     data: Place | None = None
     data_test: Place | None = None
     mode: Mode = "default"
+    """How completions are read and compared: `default`, or `compatible` with d-OPSD's published evaluation."""
     title: ClassVar[str] = "countdown"
     answered_by: ClassVar[str] = "solution"
     final: ClassVar[str] = "solution"

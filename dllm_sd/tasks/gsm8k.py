@@ -43,6 +43,7 @@ class Gsm8k(DatasetTask):
     prompt: str = _PROMPT
     answer: str = "{solution}\n\\boxed{{{answer}}}"
     mode: Mode = "default"
+    """How completions are read and compared: `default`, or `compatible` with d-OPSD's published evaluation."""
     title: ClassVar[str] = "gsm8k"
     answered_by: ClassVar[str] = "solution"
 

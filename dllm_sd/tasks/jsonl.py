@@ -64,15 +64,24 @@ class Jsonl(DatasetTask):
 
     data: Place | None = None
     data_test: Place | None = None
+    """File of test problems, or a data set of the hub; without it there is no final test."""
     prompt: str = _PROMPT
     system: str | None = None
     answer_field: str = "answer"
+    """Field with the right answer, which the grader compares with."""
     reference_field: str | None = None
+    """Field with the text that supervised training imitates and teachers may see; None has none."""
     grader: str = "exact"
+    """How a completion is graded: `exact`, `number`, `expression`, `math`, `choice`, `rubric`, `regex`, or a function
+    of your own, such as `my_reward.py:score`."""
     pattern: str | None = None
+    """Regular expression of the grader `regex`; its first group, or else the whole match, is the answer."""
     threshold: PositiveShare = 0.5
+    """Score from which a completion is correct, for the grader `rubric` and functions of your own."""
     grader_seconds: Positive = 10.0
+    """Most seconds of a call to a function of your own, or of a match of `pattern`."""
     grader_memory: Size = 4096
+    """Most memory of that call in MiB."""
     size_dev: Natural | None = None
     title: ClassVar[str] = "jsonl"
 

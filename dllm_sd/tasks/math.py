@@ -45,7 +45,9 @@ class Math(DatasetTask):
     prompt: str = _PROMPT
     answer: str = "{solution}"
     equality: Equality = "text"
+    """`text` compares answers part by part; `symbolic` also accepts formulas that math-verify finds equal."""
     mode: Mode = "default"
+    """How completions are read and compared: `default`, or `compatible` with d-OPSD's published evaluation."""
     title: ClassVar[str] = "math"
     answered_by: ClassVar[str] = "solution"
 

@@ -32,8 +32,11 @@ class TemplateTask(Ranged, NoChanceLevel, key="task"):
     """
 
     system: str | None
+    """System message before the prompt; None sends none."""
     prompt: str
+    """Template of the prompt; `{field}` is replaced by that field of the problem."""
     answer: str
+    """Template of the reference completion, which supervised training imitates and teachers may see."""
     answered_by: ClassVar[str]
     final: ClassVar[str] = "answer"
 
@@ -85,10 +88,15 @@ class GeneratedTask(TemplateTask):
     """Problems from a generator, or from ``data`` and ``data_test``; the three sizes limit the splits."""
 
     size_train: Natural
+    """Most problems of the train split."""
     size_dev: Natural
+    """Problems of the dev split; with `data`, the last rows of that file."""
     size_test: Natural
+    """Most problems of the test split."""
     data: str | None
+    """File of train and dev problems; None generates them, or has none if `data_test` is set."""
     data_test: str | None
+    """File of test problems; None generates them, or has none if `data` is set."""
     title: ClassVar[str]  # the name of the task, part of the ids of its problems
 
     @abstractmethod
@@ -126,8 +134,11 @@ class DatasetTask(TemplateTask):
     """
 
     size_dev: Natural | None
+    """Rows of `data` that are held out as the dev split; None holds out a tenth, up to a limit of the task."""
     data: str | None
+    """File of train and dev problems (JSON Lines, CSV or Parquet, also packed with gzip), or a data set of the hub."""
     data_test: str | None
+    """File of test problems, or a data set of the hub."""
     title: ClassVar[str]  # the name of the task, part of the ids of its problems
     usual_dev: ClassVar[int] = 500
 

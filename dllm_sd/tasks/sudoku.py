@@ -79,19 +79,25 @@ class Sudoku(GeneratedTask):
     """
 
     empties_min: Count = 6
+    """Fewest empty cells of a generated puzzle."""
     empties_max: Count = 10
+    """Most empty cells of a generated puzzle."""
     size_train: SplitSize = 1_000_000
     size_dev: Natural = 1024
     size_test: Natural = 3072
     seed: Seed = 0
+    """Seed of the generated problems; it is apart from the seed of the run."""
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "<answer>{solution}</answer>"
     data: Place | None = None
     data_test: Place | None = None
     mode: Mode = "default"
+    """How completions are read and compared: `default`, or `compatible` with d-OPSD's published evaluation."""
     size: Literal[4, 9] = 4
+    """Cells in a row: a 4x4 or a 9x9 puzzle."""
     easy_up_to: Natural = 0
+    """Most empty cells of a puzzle whose field `domain` is `easy`, others are `hard`; 0 makes no such field."""
     title: ClassVar[str] = "sudoku"
     answered_by: ClassVar[str] = "solution"
     final: ClassVar[str] = "solution"

@@ -63,6 +63,7 @@ class Reasoning(Ranged):
     length: Size = 1024
     """Longest analysis in tokens (of a denoiser, the length of its canvas)."""
     temperature: Temperature = 1.0
+    """Sampling temperature of the analysis; 0 is greedy."""
 
 
 def no_pairs(problem: Problem, key: int) -> Sequence[SkillPair]:

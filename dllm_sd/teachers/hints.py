@@ -129,6 +129,7 @@ class Reference(Prompt):
     """Whose reference it is: `another` shows that of a training problem drawn at random, a control with the form of a
     hint and nothing to learn from."""
     template: str = REFERENCE
+    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +169,7 @@ class Sibling(Prompt):
     strip_thinking: bool = True
     """Leave out the thinking, all text up to ``</think>``."""
     template: str = SIBLING
+    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
     needs_group = True
     needs_outcome = True
 

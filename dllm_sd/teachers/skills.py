@@ -38,6 +38,7 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
     """The text of a problem in retrieval and extraction, a template over the problem's
     fields such as `{problem}` (SGSD); None takes the whole prompt."""
     memories: Size = 256
+    """Attempts at training problems from which the first bank is extracted."""
     attempt: Sampling | None = None
     """How these attempts are decoded; None decodes as far as the run does, at temperature 1, with the student's
     thinking. The released code: 38912 tokens, temperature 1, top-p 0.95, thinking on."""
@@ -96,6 +97,7 @@ class Skills(Prompt):
     rank: Natural = 0
     """Which pair, 0 the best."""
     template: str = SKILLS
+    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,6 +69,8 @@ class Rubric(Prompt):
     lines: bool = False
     """One criterion a line instead of JSON."""
     template: str = RUBRIC_TEACHER
+    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the rubric; with `reference`
+    also `{reference}`."""
     prompt: str = RUBRIC_WRITER_PLAIN
     """The writer's prompt: `{question}`, and optionally `{reference}`. Give what the writer was trained to answer, the
     `task.prompt` of Stage I; the defaults of both are one."""
@@ -154,6 +156,7 @@ class Critique(Prompt):
     form: Form = "verbatim_prefix"
     """The critique as it is, or what the paper compares it with: the wrong step quoted, or right ones left out."""
     template: str = CRITIQUE_TEACHER
+    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
     prompt: str | None = None
     """The critic's prompt: `{question}`, `{truth}`, `{trace}`; None takes one that fits the `truth`."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -204,6 +207,7 @@ class Feedback(Sibling):
     """
 
     template: str = TUTORED
+    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
     solution: str = SOLUTION
     """Template of the part of the hint that holds the successful attempt."""
     comment: str = COMMENT
@@ -213,6 +217,7 @@ class Feedback(Sibling):
     tutor: str = ""
     """The tutor's domain."""
     student: str = ""
+    """The student's domain."""
     anchored: bool = True
     """Use only feedback that names a term of the problem, without what gives the answer away (App. C.2)."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
