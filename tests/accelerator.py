@@ -81,6 +81,7 @@ class Accelerator:
             patch.setenv("ACCELERATE_TORCH_DEVICE", DEVICE.type)
             patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # modes are known to this thread only
             patch.setattr(transformers.modeling_utils, "caching_allocator_warmup", lambda *args: None)
+            patch.setattr(torch.cuda, "get_device_name", lambda device=None: "an accelerator on the CPU")
             fork = torch.random.fork_rng
             patch.setattr(torch.random, "fork_rng", lambda devices=(): fork(devices=()))  # one stream of numbers
             parts: tuple[AbstractContextManager[Any], ...] = (Operations(self), Names(self))

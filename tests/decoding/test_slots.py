@@ -55,7 +55,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+def cases(*first: str) -> pytest.MarkDecorator:
+    """All cases of a test, of which some are in the first tier, each in some test."""
+    return pytest.mark.parametrize("name", [*first, *later(*(name for name in CASES if name not in first))])
+
+
+@cases("sampled", "margin", "guidance", "idle steps")
 @pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_fixed_shapes_change_nothing(policy: Any, name: str, batch_size: int):
     settings = replace(CASES[name], batch_size=batch_size)
@@ -98,17 +103,17 @@ def test_fixed_shapes_are_few(policy: Any):
     assert (5, 42, 5, 6) in shapes
 
 
-def test_looking_seldom_changes_nothing_but_what_is_read(policy: Any):
+@pytest.mark.parametrize("every", [4, *later(1, 100)])
+def test_looking_seldom_changes_nothing_but_what_is_read(policy: Any, every: int):
     settings, meter = replace(SHORT, batch_size=3), Meter()
     plain = Listed(PROMPTS[:5], KEYS[:5])
     policy.decoder.complete(plain, settings, meter=meter)
-    for every in (1, 4, 100):
-        queue, rare = Listed(PROMPTS[:5], KEYS[:5]), Meter()
-        queue.patience = every
-        policy.decoder.complete(queue, settings, meter=rare)
-        assert_same(queue.collected(), plain.collected())
-        assert rare.rows == meter.rows == int(plain.collected().num_steps.sum())
-        assert rare.read >= meter.read == meter.rows
+    queue, rare = Listed(PROMPTS[:5], KEYS[:5]), Meter()
+    queue.patience = every
+    policy.decoder.complete(queue, settings, meter=rare)
+    assert_same(queue.collected(), plain.collected())
+    assert rare.rows == meter.rows == int(plain.collected().num_steps.sum())
+    assert rare.read >= meter.read == meter.rows
 
 
 GUIDED = replace(SHORT, guidance=1.0)
@@ -240,7 +245,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", CASES)
+@cases("greedy", "entropy", "random", "left to right", "threshold", "guidance", "no early end")
 def test_a_step_of_fixed_shapes_waits_for_nothing_on_the_device(policy: Any, name: str, monkeypatch: Any):
     settings, steps, read = replace(CASES[name], batch_size=4), 0, HostReads()
     step = denoising._Stepper.__call__

@@ -62,7 +62,7 @@ def tree(run: Path, *urls: str, **engine: Any) -> dict[str, Any]:
         "model": {"path": "tiny_ar", "lora": {"rank": 4}},
         "task": {"name": "sudoku", "prompt": "{puzzle}:", "answer": "{steps}\n{solution}", "size_train": 64},
         "decode": {
-            "length": 12,
+            "length": 6,
             "engine": {
                 **{"name": "vllm", "url": list(urls), "model": MODEL, "backoff": 0.01, "concurrency": 4},
                 **engine,
@@ -107,7 +107,7 @@ def test_every_attempt_has_a_seed_of_its_own(plain: Plain):
     completions = [body for path, body in plain.seen if path == "/v1/completions"]
     rollouts = [body for body in completions if body["temperature"] == 1]
     assert len({body["seed"] for body in rollouts}) == len(rollouts) == 8
-    assert all(body["prompt"] and body["max_tokens"] == 12 and body["return_token_ids"] for body in rollouts)
+    assert all(body["prompt"] and body["max_tokens"] == 6 and body["return_token_ids"] for body in rollouts)
 
 
 def refuse(status: int) -> Any:
@@ -379,5 +379,5 @@ def test_an_evaluation_has_the_engine_of_the_run(tmp_path: Path, key: str):
 
 def test_a_server_that_reads_too_few_tokens_is_refused(double: Double, tmp_path: Path):
     double.longest = 100
-    with pytest.raises(InputError, match=r"reads 100 tokens, but max_prompt and decode\.length are 524 together"):
+    with pytest.raises(InputError, match=r"reads 100 tokens, but max_prompt and decode\.length are 518 together"):
         Trainer(build_config(tree(tmp_path / "run", double.url)))

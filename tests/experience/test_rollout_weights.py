@@ -27,7 +27,15 @@ from tests.tiers import later
 
 DECODE = Decoding(length=16, block_length=4, tokens_per_step=1)
 PROMPTS, KEYS = [[4, 5, 6], [7, 8]], [11, 12]
-KINDS = [{}, {"lora": Lora(rank=2, alpha=8)}, {"as_": "autoregressive"}]
+KINDS = {"full": {}, "lora": {"lora": Lora(rank=2, alpha=8)}, "autoregressive": {"as_": "autoregressive"}}
+
+
+def kinds(*first: str) -> pytest.MarkDecorator:
+    """All kinds of policies as the cases of a test, of which some are in the first tier, each in some test."""
+    cases = [
+        pytest.param(kind, id=name, marks=() if name in first else pytest.mark.slow) for name, kind in KINDS.items()
+    ]
+    return pytest.mark.parametrize("kind", cases)
 
 
 class Sums:
@@ -65,7 +73,7 @@ def roller(policy: AnyPolicy, part: LiveWeights | BaseWeights | Subspace) -> Rol
     )
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["full", "lora", "autoregressive"])
+@kinds("lora", "autoregressive")
 def test_the_base_rolls_out_with_the_initial_weights_and_the_student_with_its_own(make_policy, kind):
     policy = make_policy(**kind)
     before, base, live = tokens(policy), roller(policy, BaseWeights()), roller(policy, LiveWeights())
@@ -79,7 +87,7 @@ def test_the_base_rolls_out_with_the_initial_weights_and_the_student_with_its_ow
     assert tokens(policy) == after
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["full", "lora", "autoregressive"])
+@kinds("full")
 def test_a_subspace_is_that_of_the_initial_weights_and_is_left_without_a_trace(make_policy, kind):
     policy, other = make_policy(**kind), make_policy(**kind)
     settings = Subspace(rank=2, calibration=3)

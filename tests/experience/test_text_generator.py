@@ -48,10 +48,19 @@ def write(teachers: Sequence[TeacherModel], context: int = 0, rank: int = 0, wor
 BACKBONES: dict[str, dict[str, Any]] = {"denoiser": {}, "autoregressive": {"as_": "autoregressive"}}
 
 
-@pytest.fixture(params=BACKBONES)
+@pytest.fixture
 def build(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> Callable[..., AnyPolicy]:
     """Random policies of one backbone."""
     return lambda **options: make_policy(**BACKBONES[request.param], **options)
+
+
+def on(*first: str) -> pytest.MarkDecorator:
+    """All backbones as the cases of a test, of which some are in the first tier, each in some of the tests."""
+    cases = [*first, *later(*(name for name in BACKBONES if name not in first))]
+    return pytest.mark.parametrize("build", cases, indirect=True)
+
+
+DENOISER, AUTOREGRESSIVE = on("denoiser"), on("autoregressive")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +70,7 @@ def build(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> Ca
         *later(({}, BaseWeights()), (LORA, SnapshotWeights(5)), ({}, EmaWeights(0.9)), (LORA, EmaWeights(0.9))),
     ],
 )
+@on(*BACKBONES)
 def test_the_teachers_weights_write_and_not_the_students(build, options, weights):
     policy = build(**options)
     move(policy, 1)  # adapters begin with nothing
@@ -78,6 +88,7 @@ def test_the_teachers_weights_write_and_not_the_students(build, options, weights
     assert all(torch.equal(value, live[name]) for name, value in trained(policy).items())
 
 
+@AUTOREGRESSIVE
 def test_the_live_teacher_writes_as_the_student_does_now(build):
     policy = build()
     teacher = TeacherModel(LiveWeights(), policy)
@@ -86,6 +97,7 @@ def test_the_live_teacher_writes_as_the_student_does_now(build):
     assert write([teacher]) == texts(policy) != before
 
 
+@AUTOREGRESSIVE
 def test_another_checkpoint_writes_with_its_own_weights(build):
     policy, other = build(), build(seed=5)
     teachers = [TeacherModel(LiveWeights(), policy), TeacherModel(CheckpointWeights("other"), policy, other=other)]
@@ -93,6 +105,7 @@ def test_another_checkpoint_writes_with_its_own_weights(build):
     assert write(teachers, context=0) == texts(policy)
 
 
+@DENOISER
 def test_length_and_temperature_are_those_of_the_analysis_and_all_else_of_the_run(build):
     policy = build()
     teacher = [TeacherModel(LiveWeights(), policy)]
@@ -105,6 +118,7 @@ def test_length_and_temperature_are_those_of_the_analysis_and_all_else_of_the_ru
     assert max(map(len, short)) <= 4
 
 
+@AUTOREGRESSIVE
 def test_an_analysis_ends_at_the_end_token(build):
     policy = build()
     settings = replace(DECODE, length=REASONING.length, temperature=0.7)
@@ -117,6 +131,7 @@ def test_an_analysis_ends_at_the_end_token(build):
             assert text == policy.text(row[: row.index(policy.end_ids[0])])
 
 
+@AUTOREGRESSIVE
 def test_other_keys_write_other_texts(build):
     accelerator: Any = Processes()
     scribe = TextGenerator([TeacherModel(LiveWeights(), build())], DECODE, accelerator)
@@ -126,6 +141,7 @@ def test_other_keys_write_other_texts(build):
 
 
 @pytest.mark.parametrize("world", [3, *later(2, 7)])
+@DENOISER
 def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, monkeypatch, world):
     teacher = [TeacherModel(LiveWeights(), build())]
     alone = write(teacher)
@@ -135,11 +151,13 @@ def test_dealt_over_processes_the_texts_are_the_same_in_the_same_order(build, mo
     assert [len(part) for part in parts] == [len(range(rank, 5, world)) for rank in range(world)]
 
 
+@AUTOREGRESSIVE
 def test_a_real_accelerator_of_one_process_gathers_nothing(build):
     teacher = [TeacherModel(LiveWeights(), build())]
     assert TextGenerator(teacher, DECODE, Accelerator())(0, PROMPTS, REASONING, KEYS) == write(teacher)
 
 
+@DENOISER
 def test_writing_leaves_modes_and_random_numbers_alone(build):
     policy = build(lora=Lora(rank=4, alpha=8, dropout=0.3))
     policy.module.train()

@@ -165,7 +165,7 @@ def adapted(name: str) -> tuple[AnyPolicy, Model, View, Tensor]:
 
 
 @pytest.mark.fixture
-@families("llada", "sdar")
+@families("sdar")
 def test_plain_peft_puts_the_adapter_on_the_native_class(name: str, tmp_path: Path):
     policy, model, view, expected = adapted(name)
     export_policy(policy, model, "peft", tmp_path / "out")
@@ -183,7 +183,7 @@ def test_plain_peft_puts_the_adapter_on_the_native_class(name: str, tmp_path: Pa
 
 
 @pytest.mark.fixture
-@families("dream", "a2d_qwen3")
+@families("dream")
 def test_a_merged_model_is_read_by_plain_transformers_and_needs_no_options(name: str, tmp_path: Path):
     policy, model, view, expected = adapted(name)
     kept = {key: value.clone() for key, value in policy.module.state_dict().items()}
@@ -205,7 +205,7 @@ def test_a_merged_model_is_read_by_plain_transformers_and_needs_no_options(name:
 
 
 @pytest.mark.fixture
-@families("llada", "llada2")
+@families("llada2")
 def test_the_original_layout_holds_what_the_run_learnt(name: str, tmp_path: Path):
     policy, model, view, expected = adapted(name)
     source = FOLDERS[name] / "single"
@@ -232,7 +232,7 @@ def test_untrained_weights_come_back_byte_by_byte(folder: str, kind: str, tmp_pa
 
 
 @pytest.mark.fixture
-@families("dream", "sdar")
+@families("llada")
 def test_fully_trained_weights_are_exported_bit_by_bit(name: str, tmp_path: Path):
     model = model_of(name)
     policy = stir(load(model))
@@ -248,7 +248,7 @@ def test_fully_trained_weights_are_exported_bit_by_bit(name: str, tmp_path: Path
 
 
 @pytest.mark.fixture
-@families("a2d_qwen3", "llada")
+@families("a2d_qwen3")
 @pytest.mark.parametrize("modules", [("embed_tokens",), pytest.param(("lm_head", "norm"), marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True` and the tied_target_modules")
@@ -291,7 +291,7 @@ def test_a_tied_source_that_also_holds_the_head_keeps_it(name: str, tmp_path: Pa
 
 
 @pytest.mark.fixture
-@families("llada2", "a2d_qwen3")
+@families("llada2")
 def test_the_original_is_written_in_the_types_of_its_source_rounded_once(name: str, tmp_path: Path):
     source = Path(shutil.copytree(FOLDERS[name] / "single", tmp_path / "source", copy_function=shutil.copyfile))
     tensors = {

@@ -44,7 +44,7 @@ from tests.oracles import d_opsd
 from tests.oracles.decoding import full_logits
 from tests.oracles.divergences import surrogate
 from tests.oracles.whole_sites import graded
-from tests.tiers import crossed
+from tests.tiers import crossed, later
 
 PROMPTS = [[4, 5, 14, 6], [7], [8, 9, 10], [11, 12]]
 
@@ -242,7 +242,7 @@ def test_equal_canvases_are_read_once(pair, monkeypatch):
     assert_same_gradients(results[0][1], results[1][1], 1e-12)
 
 
-@pytest.mark.parametrize("average", ["sites", "canvases", "steps", "step_sums", "rollouts"])
+@pytest.mark.parametrize("average", ["step_sums", "rollouts", *later("sites", "canvases", "steps")])
 def test_a_subset_of_the_steps_has_the_expected_loss_and_gradient_of_all(pair, average, monkeypatch):
     rollouts = rollouts_of(two_long(pair.trajectory))
     method = replace(METHODS["d_opsd"].method, average=average)

@@ -33,6 +33,7 @@ from dllm_sd.policies.loading import AnyPolicy, build_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained import blueprint
 from dllm_sd.pretrained.model import Lora, Model, Shape
+from tests.tiers import crossed
 
 ORIGINAL = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 """Checkpoints in the layouts that the families publish."""
@@ -239,8 +240,7 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "attention"), crossed(ARCHITECTURES, ["sdpa", "eager"]))
 def test_every_position_sees_every_other_whatever_the_architecture(tmp_path: Path, name: str, attention: str):
     ARCHITECTURES[name].save_pretrained(tmp_path)
     policy = random_policy(path=str(tmp_path), attention=attention, dtype="float64")
@@ -450,8 +450,7 @@ def plain_llama(folder: Path, rows: int, tie: bool) -> int:
     return len(words)
 
 
-@pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("room", [0, 1, 9])
+@pytest.mark.parametrize(("room", "tie"), crossed([0, 1, 9], [False, True]))
 def test_an_autoregressive_model_gets_a_mask_token_and_a_row_only_where_it_has_no_room(
     tmp_path: Path, room: int, tie: bool
 ):

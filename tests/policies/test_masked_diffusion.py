@@ -54,7 +54,7 @@ def counts(settings: Decoding) -> list[int]:
     return out
 
 
-QUICK = ("two tokens a step", "a rest in each block", "idle steps", "entropy", "low threshold", "suppressed tokens")
+QUICK = ("a rest in each block", "idle steps", "entropy", "low threshold", "suppressed tokens")
 
 
 @pytest.mark.parametrize("name", [*QUICK, *later(*(name for name in SCHEDULES if name not in QUICK))])
@@ -86,7 +86,7 @@ def assert_same(ours: Trajectory, theirs: Trajectory) -> None:
 ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
 
 
-ROWS = [("confidence", 0.0), ("margin", 0.9)]
+ROWS = [("margin", 0.9)]
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,15 @@ def test_the_mask_suppressed_and_unknown_tokens_are_never_committed(make_policy,
         assert temperature == 0 or tokens.unique().numel() == 25 - 4
 
 
-def test_tokens_are_drawn_from_the_softmax_at_the_temperature_without_what_is_suppressed():
+@pytest.mark.parametrize("rows", [50, *later(200)])
+def test_tokens_are_drawn_from_the_softmax_at_the_temperature_without_what_is_suppressed(rows):
     logits = torch.linspace(-2, 3, 12)
     settings = Decoding(length=40, block_length=40, temperature=2.0, suppress=(5,), early_end=False, order="random")
     drawn = denoised(
         lambda view: logits.expand(int(view.sites.sum()), 12),
-        [[1]] * 200,
+        [[1]] * rows,
         settings,
-        [make_key("draw", i) for i in range(200)],
+        [make_key("draw", i) for i in range(rows)],
         **TOY,
     ).tokens
     allowed = logits.clone()
@@ -242,14 +243,15 @@ def assert_frequencies(drawn: Tensor, expected: Tensor) -> None:
     assert ((frequency - expected).abs() <= 5 * deviation).all(), (frequency, expected)
 
 
-def test_a_position_that_was_not_committed_draws_anew_at_the_next_step():
+@pytest.mark.parametrize("rows", [500, *later(2000)])
+def test_a_position_that_was_not_committed_draws_anew_at_the_next_step(rows):
     logits = torch.tensor([0.7, 0.3, 0.0]).log()
     settings = Decoding(length=8, block_length=8, tokens_per_step=1, temperature=1.0, early_end=False)
-    keys, ids = [make_key("anew", i) for i in range(2000)], {**TOY, "mask_id": 2}
-    drawn = denoised(lambda view: logits.expand(int(view.sites.sum()), 3), [[0]] * 2000, settings, keys, **ids)
+    keys, ids = [make_key("anew", i) for i in range(rows)], {**TOY, "mask_id": 2}
+    drawn = denoised(lambda view: logits.expand(int(view.sites.sum()), 3), [[0]] * rows, settings, keys, **ids)
     chance = 0.3 ** torch.arange(1, 9).double()  # the rarer token is committed only where all that is masked drew it
-    deviation = (2000 * chance * (1 - chance)).sum().sqrt()
-    assert abs((drawn.tokens == 1).sum() - 2000 * chance.sum()) < 5 * deviation
+    deviation = (rows * chance * (1 - chance)).sum().sqrt()
+    assert abs((drawn.tokens == 1).sum() - rows * chance.sum()) < 5 * deviation
 
 
 def test_sampling_follows_the_distribution_down_to_the_tail():

@@ -23,10 +23,12 @@ from dllm_sd.policies.weights import (
     trained,
 )
 from dllm_sd.pretrained.model import Lora
+from tests.tiers import crossed
 
 IDS = torch.tensor([[4, 5, 0, 0, 0], [6, 7, 8, 0, 0]])
 VIEW = View(IDS, torch.ones_like(IDS, dtype=torch.bool), IDS == 0)
 LORA = {"lora": Lora(rank=4, alpha=8)}
+TEACHERS = [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()]
 KINDS = pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 
 
@@ -200,8 +202,7 @@ def test_a_snapshot_is_renewed_every_so_many_updates(make_policy, options):
         assert torch.equal(said(teacher), renewed), update
 
 
-@KINDS
-@pytest.mark.parametrize("weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=repr)
+@pytest.mark.parametrize(("weights", "options"), crossed(TEACHERS, [{}, LORA]))
 def test_a_teacher_has_no_gradient_and_leaves_the_student_alone(make_policy, weights, options):
     policy = make_policy(**options)
     teacher, before = TeacherModel(weights, policy), copies(policy)
@@ -213,7 +214,7 @@ def test_a_teacher_has_no_gradient_and_leaves_the_student_alone(make_policy, wei
     assert all(value.grad is not None for value in trained(policy).values())
 
 
-@pytest.mark.parametrize("weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=repr)
+@pytest.mark.parametrize("weights", TEACHERS, ids=repr)
 def test_teachers_see_no_dropout_and_leave_the_mode_as_it_was(make_policy, weights):
     policy = make_policy(lora=Lora(rank=4, alpha=8, dropout=0.5))
     move(policy, 1)
@@ -244,8 +245,7 @@ def test_gradient_checkpointing_changes_neither_teacher_nor_gradient(make_policy
         torch.testing.assert_close(results[1][1][name], gradient, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("weights", [EmaWeights(decay=0.5), SnapshotWeights(every=1)], ids=repr)
-@KINDS
+@pytest.mark.parametrize(("weights", "options"), crossed([EmaWeights(decay=0.5), SnapshotWeights(every=1)], [{}, LORA]))
 def test_a_moving_teacher_can_be_saved_and_restored(make_policy, weights, options):
     policy = make_policy(**options)
     teacher = TeacherModel(weights, policy)
@@ -333,8 +333,7 @@ def test_an_average_keeps_more_digits_than_a_saved_module_has(make_policy):
     assert torch.isfinite(said(teacher)).all()
 
 
-@pytest.mark.parametrize("options", [{}, LORA, {"dtype": "bfloat16"}], ids=["full", "lora", "bfloat16"])
-@pytest.mark.parametrize("weights", [LiveWeights(), BaseWeights(), EmaWeights(), SnapshotWeights()], ids=repr)
+@pytest.mark.parametrize(("weights", "options"), crossed(TEACHERS, [{}, LORA, {"dtype": "bfloat16"}]))
 def test_a_call_leaves_weights_flags_and_modes_as_they_were_even_if_it_fails(
     make_policy, weights, options, monkeypatch
 ):

@@ -29,6 +29,7 @@ from dllm_sd.training.checkpoint import load_weights
 from dllm_sd.training.log_files import LOG_FILES
 from dllm_sd.training.peers import by_domain, lags, may_tutor, same_start, student_config, train_peers
 from dllm_sd.training.trainer import Trainer
+from tests.tiers import later
 from tools.attacks.contents import contents, differences
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -50,7 +51,7 @@ def builder(folder: Path) -> Callable[..., Config]:
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def build(run: str = "run", **changes: Any) -> Config:
+    def build(run: str = "run", rounds: int = 2, **changes: Any) -> Config:
         model = {"random_init": True, "as": "autoregressive", "tokenizer": "tiny", "dtype": "float64"}
         shape = {**SHAPE, "initializer_range": 0.3}
         method = {
@@ -68,7 +69,7 @@ def builder(folder: Path) -> Callable[..., Config]:
             "task": {"name": "jsonl", "data": str(data), "size_dev": 8},
             "decode": {"length": 6, "batch_size": 8},
             "method": method,
-            "peers": {"rounds": 2, "problems": 4, "attempts": 2, "students": students, "tolerance": 9.0},
+            "peers": {"rounds": rounds, "problems": 4, "attempts": 2, "students": students, "tolerance": 9.0},
             "optim": {"lr": 0.02, "weight_decay": 0.0},
             "eval": {"every": 0, "final_problems": 0},
             "checkpoint": {"every": 1},
@@ -180,21 +181,47 @@ def test_a_tutor_frozen_by_phase_is_as_it_was_when_the_phase_began(config):
     assert f"path: {Path(settings.run) / 'rounds' / '2' / 'one'}" in written
 
 
-def test_a_student_whose_tutor_knows_too_little_learns_as_without_a_peer(config, monkeypatch):
+@pytest.mark.parametrize("rounds", [1, *later(2)])
+def test_a_student_whose_tutor_knows_too_little_learns_as_without_a_peer(config, monkeypatch, rounds):
     monkeypatch.setattr(peers_module, "lags", lambda scores: {"one": 0.0, "two": 9.1})
-    settings = config(updates=2)
+    settings = config(updates=rounds, rounds=rounds)
     assert settings.peers is not None
     report = train_peers(settings)
-    assert [entry["tutors"] for entry in report["rounds"]] == [{"one": True, "two": False}] * 2
+    assert [entry["tutors"] for entry in report["rounds"]] == [{"one": True, "two": False}] * rounds
     alone = replace(student_config(settings, settings.peers.students[0], None), run=f"{settings.run}_alone")
     Trainer(alone).train()
     students = Path(settings.run) / "students"
     assert metrics(Path(alone.run)) == metrics(students / "one")
-    assert same(Path(alone.run) / "checkpoints" / "000002", students / "one" / "checkpoints" / "000002")
+    last = Path("checkpoints", f"{rounds:06d}")
+    assert same(Path(alone.run) / last, students / "one" / last)
     assert not any("writers/written" in line for line in metrics(students / "one"))
     assert any("writers/written" in line for line in metrics(students / "two"))
 
 
+def assert_same_run(one: Path, other: Path) -> None:
+    """What is said of the rounds, and both students' metrics and last weights."""
+    assert (one / "rounds.json").read_text() == (other / "rounds.json").read_text()
+    for name in ("one", "two"):
+        assert metrics(one / "students" / name) == metrics(other / "students" / name)
+        last = Path("students", name, "checkpoints", "000004")
+        assert same(one / last, other / last)
+
+
+def test_a_run_that_went_away_in_the_middle_of_a_phase_ends_as_if_nothing_had_happened(learnt, moments):
+    config = learnt.config()
+    run, whole = Path(config.run), learnt.begun.with_name("whole")
+    run.rename(whole)
+    try:
+        learnt.begun.rename(run)  # at the place of which its files speak
+        train_peers(config)
+        assert [*moments] == [("two", 4)]
+        assert_same_run(whole, run)
+    finally:
+        shutil.rmtree(run)
+        whole.rename(run)
+
+
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_of_a_phase_ends_as_if_nothing_had_happened(learnt, moments, monkeypatch):
     whole, broken = learnt.config(), learnt.config("broken")
     update = Trainer._update
@@ -209,12 +236,7 @@ def test_a_run_stopped_in_the_middle_of_a_phase_ends_as_if_nothing_had_happened(
         with pytest.raises(KeyboardInterrupt):
             train_peers(broken)
     train_peers(broken)
-    one, other = Path(whole.run), Path(broken.run)
-    assert (one / "rounds.json").read_text() == (other / "rounds.json").read_text()
-    for name in ("one", "two"):
-        assert metrics(one / "students" / name) == metrics(other / "students" / name)
-        last = Path("students", name, "checkpoints", "000004")
-        assert same(one / last, other / last)
+    assert_same_run(Path(whole.run), Path(broken.run))
 
 
 @pytest.mark.parametrize(
@@ -331,12 +353,15 @@ class Learnt:
     report: Any
     whole: list[bool]
     moments: "Moments"
+    begun: Path
+    """The folder of the run as it was before the last update of the second student."""
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
     """A run that nothing disturbed, with the grades of `moments`."""
-    config, inside, evaluate = builder(tmp_path_factory.mktemp("learnt")), [False], peers_module.evaluate_run
+    folder = tmp_path_factory.mktemp("learnt")
+    config, inside, evaluate, begun = builder(folder), [False], peers_module.evaluate_run, folder / "begun"
     seen: list[bool] = []
 
     @contextmanager
@@ -349,13 +374,19 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
         seen.append(inside[0])
         return evaluate(*arguments)
 
+    def keeping(self: Trainer, number: int) -> dict[str, Any]:
+        if (self.run.name, number) == ("two", 4):
+            shutil.copytree(config().run, begun)
+        return update(self, number)
+
     with pytest.MonkeyPatch.context() as patch:
-        moments = noted(patch)
+        moments, update = noted(patch), Trainer._update
+        patch.setattr(Trainer, "_update", keeping)
         patch.setattr(peers_module, "may_tutor", lambda own, lag, tolerance: lag <= tolerance)
         patch.setattr(peers_module, "gathered", gathered)
         patch.setattr(peers_module, "evaluate_run", evaluating)
         report = train_peers(config())
-    return Learnt(config, report, seen, moments)
+    return Learnt(config, report, seen, moments, begun)
 
 
 def changed(settings: Config, **changes: Any) -> Config:
@@ -427,17 +458,18 @@ def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments
     assert {score for entry in written for own in entry["scores"].values() for score in own.values()} - {0.0, 1.0}
 
 
-def test_where_nobody_has_solved_anything_nobody_comments(config, monkeypatch):
+@pytest.mark.parametrize("rounds", [1, *later(2)])
+def test_where_nobody_has_solved_anything_nobody_comments(config, monkeypatch, rounds):
     monkeypatch.setattr(peers_module, "may_tutor", may_tutor)
     monkeypatch.setattr(Jsonl, "grade", lambda self, problem, completion: Grade(False, 0.0, None))
-    settings = config(updates=2)
+    settings = config(updates=rounds, rounds=rounds)
     report = train_peers(settings)
-    assert [entry["tutors"] for entry in report["rounds"]] == [{"one": False, "two": False}] * 2
+    assert [entry["tutors"] for entry in report["rounds"]] == [{"one": False, "two": False}] * rounds
     assert report["rounds"][-1]["after"] == {name: {"large": 0.0, "small": 0.0} for name in ("one", "two")}
     for name in ("one", "two"):
         lines = metrics(Path(settings.run) / "students" / name)
         assert not any("writers/written" in line for line in lines)
-        assert [line.get("rollouts/no_hint") for line in lines[1:]] == [4] * 2
+        assert [line.get("rollouts/no_hint") for line in lines[1:]] == [4] * rounds
 
 
 @pytest.mark.slow
@@ -463,7 +495,7 @@ def test_behind_a_shut_gate_a_student_learns_as_by_self_distillation_alone(confi
 
 
 def test_two_adapters_begin_with_what_other_runs_trained(config, moments, tmp_path):
-    settings, starts = config(updates=2), []
+    settings, starts = config(updates=1, rounds=1), []
     for seed in (1, 2):
         other = build_policy(settings.model)
         generator = torch.Generator().manual_seed(seed)

@@ -39,6 +39,8 @@ TREE: dict[str, Any] = {
 LONG = pytest.mark.slow
 """A run like another one, which the first tier has."""
 SMALL: dict[str, Any] = {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}}
+LEAST: dict[str, Any] = {"name": "d_opsd", "gate": "all", "rollout": {"problems": 1, "attempts": 1}}
+"""One rollout, which is learnt from whatever it says."""
 
 
 def config_at(run: Path, **changes: Any) -> Any:
@@ -122,7 +124,11 @@ def test_the_way_it_is_computed_does_not_change_a_run(whole: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "model", [{"path": "tiny", "dtype": "bfloat16"}, {"path": "tiny", "lora": {"rank": 4}}], ids=["weights", "autocast"]
+    "model",
+    [
+        pytest.param({"path": "tiny", "dtype": "bfloat16"}, id="weights"),
+        pytest.param({"path": "tiny", "lora": {"rank": 4}}, id="autocast", marks=LONG),
+    ],
 )
 def test_bfloat16_trains_to_finite_losses(tmp_path: Path, model: dict[str, Any]) -> None:
     autocast = None if "dtype" in model else "bfloat16"
@@ -155,7 +161,9 @@ def test_a_crashed_run_goes_on_as_if_nothing_had_happened(
     [
         pytest.param({**SMALL, "teacher": {"name": "ema", "decay": 0.9}}, id="ema", marks=LONG),
         pytest.param({**SMALL, "teacher": {"name": "snapshot", "every": 2}}, id="snapshot", marks=LONG),
-        pytest.param({"name": "d_opsd_reference", "rollout": {**SMALL["rollout"], "passes": 3}}, id="chunks"),
+        pytest.param(
+            {"name": "d_opsd_reference", "rollout": {**SMALL["rollout"], "passes": 3}}, id="chunks", marks=LONG
+        ),
         pytest.param({"name": "diffu_grpo", "rollout": {"problems": 4, "attempts": 4}}, id="grpo", marks=LONG),
     ],
 )
@@ -275,9 +283,8 @@ SPOILT = {"exp_avg": -torch.inf}
 def test_nothing_is_saved_of_a_step_that_made_weights_useless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str
 ) -> None:
-    small = {"eval__every": 4, "updates": 4, "method": {"name": "d_opsd", "rollout": {"problems": 3, "attempts": 2}}}
-    small["method"]["teacher"] = {"name": "ema", "decay": 0.5}
-    config = config_at(tmp_path / "run", **small)
+    method = {**LEAST, "teacher": {"name": "ema", "decay": 0.5}}
+    config = config_at(tmp_path / "run", eval__every=4, updates=4, method=method)
     trainer = Trainer(config)
     step, done = trainer.optimizer.step, []
 
@@ -319,7 +326,7 @@ def test_a_run_that_stops_at_a_non_finite_loss_removes_no_checkpoint(
         return learn(self, plan, rollouts, update, *rest)
 
     monkeypatch.setattr(Learner, "step", broken)
-    config = config_at(tmp_path / "run", eval__every=0, checkpoint={"every": 2, "keep": 1})
+    config = config_at(tmp_path / "run", eval__every=0, checkpoint={"every": 2, "keep": 1}, method=LEAST)
     for _ in range(2):
         with pytest.raises(FloatingPointError):
             Trainer(config).train()
@@ -346,7 +353,8 @@ def test_training_ends_when_accuracy_collapses_and_the_best_weights_stay(tmp_pat
 
 
 def test_patience_ends_training(tmp_path: Path) -> None:
-    config = config_at(tmp_path / "run", optim={"lr": 1e-30}, eval={"every": 1, "problems": 16, "patience": 2})
+    evaluation = {"every": 1, "problems": 4, "final_problems": 2, "patience": 2}
+    config = config_at(tmp_path / "run", optim={"lr": 1e-30}, eval=evaluation, method=LEAST)
     report = Trainer(config).train()
     assert report["updates"] == 2
     assert report["stopped"] == "no better dev accuracy in 2 evaluations"
@@ -446,7 +454,7 @@ def test_an_average_stays_where_it_is_at_an_update_without_a_step(
 
     monkeypatch.setattr(trainer_module, "plan_update", planned)
     monkeypatch.setattr(Trainer, "_update", noting)
-    method = {**TREE["method"], "gate": "all", "teacher": weights}
+    method = {**LEAST, "rollout": {"problems": 2, "attempts": 1}, "teacher": weights}
     settings = config_at(tmp_path / "run", method=method, eval__every=0, optim__tokens_per_batch=96)
     Trainer(settings).train(until=4)
     Trainer(settings).train()

@@ -38,7 +38,10 @@ DECODE = Decoding(length=8, block_length=4, tokens_per_step=1)
 SAMPLING = Sampling(length=8, temperature=1.0)
 REQUESTS = [Request(({"role": "user", "content": text},), i) for i, text in enumerate(("1+2=", "3*4", "1+2="))]
 LORA = {"lora": Lora(rank=2, alpha=8)}
-KINDS = pytest.mark.parametrize("kind", [{}, LORA], ids=["full", "lora"])
+FULL: dict[str, Any] = {}
+FULL_FIRST = pytest.mark.parametrize("kind", [FULL, *later(LORA)])
+LORA_FIRST = pytest.mark.parametrize("kind", [LORA, *later(FULL)])
+"""Both kinds of students; one in the first tier."""
 
 
 def texts(policy: AnyPolicy) -> list[str]:
@@ -53,7 +56,7 @@ def scribe(models: dict[Any, TeacherModel], folder: Path, longest: int = 100) ->
     return TextGenerator([], DECODE, Accelerator(), models, Cache(folder), longest)
 
 
-@KINDS
+@LORA_FIRST
 def test_live_weights_write_anew_and_initial_ones_from_the_disk(make_policy, kind, tmp_path, monkeypatch):
     policy = make_policy(**kind)
     before = texts(policy)
@@ -76,7 +79,7 @@ def test_live_weights_write_anew_and_initial_ones_from_the_disk(make_policy, kin
     assert texts(policy) == after
 
 
-@KINDS
+@FULL_FIRST
 def test_a_peer_writes_with_what_another_run_trained(make_policy, kind, tmp_path):
     other, policy = make_policy(**kind), make_policy(**kind)
     move(other, 2)
@@ -122,7 +125,6 @@ WRITERS = (
     *(LiveWeights(), BaseWeights(), EmaWeights(0.5)),
     *(SnapshotWeights(2), CheckpointWeights("other"), PeerWeights("PEER")),
 )
-FULL: dict[str, Any] = {}
 
 
 def shown(found: Sequence[str]) -> list[str | None]:
@@ -237,7 +239,7 @@ def test_texts_of_the_initial_weights_stay_known_whatever_adapters_have_learnt(m
     assert any(one.cached for one in again)
 
 
-@KINDS
+@LORA_FIRST
 def test_a_peer_that_has_learnt_more_in_the_same_folder_writes_anew(make_policy, kind, tmp_path):
     other, policy = make_policy(**kind), make_policy(**kind)
     part, said = PeerWeights(str(tmp_path)), []
