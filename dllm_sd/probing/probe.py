@@ -37,9 +37,8 @@ from dllm_sd.probing.signal import (
 from dllm_sd.probing.verdict import Control, Findings, Teacher
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.gates import All
-from dllm_sd.rollouts.horizons import Complete
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, with_occurrences
-from dllm_sd.rollouts.rules import PassAtK, RolloutRule, encode_problem, gather
+from dllm_sd.rollouts.rules import RolloutRule, encode_problem, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, HINTS
 from dllm_sd.teachers.suffix import answer_spans
@@ -103,7 +102,7 @@ class Probe:
         if not teachers or not self.method.rollout.decodes or not self.method.target.asks_teachers:
             none = dict.fromkeys(("made", "right", "passing", "hinted"), 0)
             return Findings(len(prompted), rate(student), none, has_teacher=False)
-        rule = sampled(self.method.rollout)
+        rule = self.method.rollout.unselected()
         tried = self.pipeline.attempts(rule, prompted, self.seed, 0)
         rollouts = gather(rule, All(), tried)
         passing = {name_of_rollout(one) for group in tried for one in self._passing(rule, group)}
@@ -232,16 +231,6 @@ class Probe:
             sites.mean(f"divergence/{kind}", torch.ones_like(sites.right)),
             sites.total(f"gained/{kind}") / gained if gained else None,
         )
-
-
-def sampled(rule: RolloutRule) -> RolloutRule:
-    """The rule of the rollouts that are looked at: complete, and one attempt at each problem unless groups are kept.
-
-    So right and wrong rollouts are as frequent as the student makes them, and every outcome is known.
-    """
-    if not isinstance(rule, PassAtK):
-        return rule
-    return replace(rule, horizon=Complete(), **({} if rule.keeps_groups else {"attempts": 1}))
 
 
 def controlled(method: Method, contexts: tuple[Any, ...], informed: int) -> Method:

@@ -130,6 +130,10 @@ class RolloutRule(Part, Protocol):
         """What is kept of one problem's counted attempts."""
         ...
 
+    def unselected(self) -> "RolloutRule":
+        """The rule for a look at the policy: complete rollouts, as often right and wrong as the policy makes them."""
+        ...
+
 
 ROLLING: dict[str, type] = {"live": LiveWeights, "base": BaseWeights, "subspace": Subspace}
 """The weights that may decode rollouts."""
@@ -260,6 +264,10 @@ class PassAtK(Ranged, key="method.rollout"):
         correct = [rollout for rollout in attempts if rollout.grade.correct]
         return [correct[0] if correct else attempts[-1]]
 
+    def unselected(self) -> "PassAtK":
+        """Complete rollouts, and one attempt at each problem unless groups are kept."""
+        return replace(self, horizon=Complete(), attempts=self.attempts if self.keeps_groups else 1)
+
 
 @dataclass(frozen=True)
 class Demonstrations(Ranged, key="method.rollout"):
@@ -306,6 +314,10 @@ class Demonstrations(Ranged, key="method.rollout"):
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
         """Everything is kept."""
         return list(attempts)
+
+    def unselected(self) -> "Demonstrations":
+        """This rule: demonstrations are complete, and none is selected."""
+        return self
 
     def _demonstration(self, policy: Policy, task: Task, item: Prompted, decode: Decoding) -> list[Rollout]:
         reference = task.reference(item.problem)

@@ -13,7 +13,7 @@ from dllm_sd.methods.method import Method
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.probing.accuracy import revealed
 from dllm_sd.probing.controls import Kind, control, find_donors, kinds_for
-from dllm_sd.probing.probe import controlled, sampled
+from dllm_sd.probing.probe import controlled
 from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.horizons import Truncated
 from dllm_sd.rollouts.rollout import Prompted, Rollouts
@@ -91,11 +91,11 @@ def test_a_teacher_that_is_shown_nothing_and_one_problem_have_no_controls(policy
 
 
 def test_rollouts_that_are_looked_at_are_complete_and_not_chosen_by_their_outcome() -> None:
-    rule = sampled(PassAtK(attempts=8, horizon=Truncated(0.1)))
+    rule = PassAtK(attempts=8, horizon=Truncated(0.1)).unselected()
     assert (rule.attempts, rule.cuts, rule.needs_outcome) == (1, False, False)  # type: ignore[attr-defined]
     group = PassAtK(attempts=8, keep="all", until_solved=False)
-    assert sampled(group) == group
-    assert sampled(Demonstrations()) == Demonstrations()
+    assert group.unselected() == group
+    assert Demonstrations().unselected() == Demonstrations()
 
 
 @pytest.mark.parametrize("length", [1, 4])
