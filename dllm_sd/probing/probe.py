@@ -100,7 +100,7 @@ class Probe:
         roles = self.method.roles()
         teachers = [i for i, role in enumerate(roles) if role == "teacher"]
         if not teachers or not self.method.rollout.decodes or not self.method.target.asks_teachers:
-            none = dict.fromkeys(("made", "right", "passing", "hinted"), 0)
+            none: dict[str, int] = dict.fromkeys(("made", "right", "passing", "hinted"), 0)
             return Findings(len(prompted), rate(student), none, has_teacher=False)
         rule = self.method.rollout.unselected()
         tried = self.pipeline.attempts(rule, prompted, self.seed, 0)

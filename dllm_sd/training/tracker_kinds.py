@@ -94,6 +94,12 @@ class Tracker(ABC):
         """Show a text, if the tracker shows texts by update."""
         return
 
+    @property
+    def native(self) -> Any:
+        """The object of the tracker's own library, such as its run or its writer."""
+        opened: Any = self.tracker
+        return opened.tracker
+
     def close(self) -> None:
         """Write what is left, and close the tracker."""
         self.tracker.finish()
@@ -122,8 +128,8 @@ class TensorBoard(Tracker):
 
         given = {name: value for name, value in values.items() if value is not None}
         for summary in hparams(given, dict.fromkeys(self.HEADLINES, 0.0)):
-            self._writer.file_writer.add_summary(summary)
-        self._writer.flush()
+            self.native.file_writer.add_summary(summary)
+        self.native.flush()
 
     def numbers(self, values: Numbers, meanings: Mapping[str, str], update: int) -> None:
         """Store the values, the first of each name with its sentence."""
@@ -135,22 +141,18 @@ class TensorBoard(Tracker):
                 summary.value[0].metadata.summary_description = meanings.get(name, "")
                 summary.value[0].metadata.plugin_data.plugin_name = "scalars"
                 self.explained.add(name)
-            self._writer.file_writer.add_summary(summary, update)
-        self._writer.flush()
+            self.native.file_writer.add_summary(summary, update)
+        self.native.flush()
 
     def picture(self, name: str, image: Image, update: int) -> None:
         """Show a picture."""
         import numpy as np
 
-        self._writer.add_image(name, np.asarray(image), update, dataformats="HWC")
+        self.native.add_image(name, np.asarray(image), update, dataformats="HWC")
 
     def text(self, name: str, text: str, update: int) -> None:
         """Show a text, which may be Markdown."""
-        self._writer.add_text(name, text, update)
-
-    @property
-    def _writer(self) -> Any:
-        return self.tracker.tracker
+        self.native.add_text(name, text, update)
 
 
 class WandB(Tracker):
@@ -190,11 +192,11 @@ class Trackio(Tracker):
     @property
     def id(self) -> str:
         """The name of the run, by which trackio finds it again."""
-        return self.tracker.tracker.name
+        return self.native.name
 
     def picture(self, name: str, image: Image, update: int) -> None:
         """Show a picture; accelerate's class takes none."""
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self.tracker.log({name: trackio.Image(image)}, step=update)
 
@@ -206,7 +208,7 @@ class MLflow(Tracker):
 
     def open(self, place: Place) -> GeneralTracker:
         """Go on with the run of the id, or begin one."""
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         store = os.environ.get("MLFLOW_TRACKING_URI")
         if not store:
@@ -220,11 +222,11 @@ class MLflow(Tracker):
     @property
     def id(self) -> str:
         """The id that MLflow gave the run."""
-        return self.tracker.tracker.info.run_id
+        return self.native.info.run_id
 
     def picture(self, name: str, image: Image, update: int) -> None:
         """Show a picture; accelerate's class takes none."""
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         mlflow.log_image(image, key=name, step=update)
 
@@ -236,7 +238,7 @@ class Comet(Tracker):
 
     def open(self, place: Place) -> GeneralTracker:
         """Go on with the experiment of the key, or begin it."""
-        from comet_ml import ExperimentConfig
+        from comet_ml import ExperimentConfig  # pyright: ignore[reportMissingImports]
 
         automatic = dict.fromkeys(("log_code", "log_git_patch", "parse_args", "auto_metric_logging"), False)
         folder = str(place.folder / "comet_ml")
@@ -250,11 +252,11 @@ class Comet(Tracker):
 
     def picture(self, name: str, image: Image, update: int) -> None:
         """Show a picture; accelerate's class takes none."""
-        self.tracker.tracker.log_image(image, name=name, step=update)
+        self.native.log_image(image, name=name, step=update)
 
     def text(self, name: str, text: str, update: int) -> None:
         """Show a text."""
-        self.tracker.tracker.log_text(text, step=update, metadata={"name": name})
+        self.native.log_text(text, step=update, metadata={"name": name})
 
 
 class SwanLab(Tracker):

@@ -62,7 +62,7 @@ class Lagged:
         return self.case["method"]["rollout"].get("passes", 1)
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
 def lagged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lagged:
     run, decoded = tmp_path_factory.mktemp("lag") / "run", list[int]()
     trainer = Trainer(build_config(tree(run, 1, request.param)))

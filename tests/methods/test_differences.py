@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from dllm_sd.config import build_config, load_config, shipped_configs, to_tree, to_yaml
 from dllm_sd.files.plain_yaml import parse_yaml, read_yaml
@@ -17,7 +18,7 @@ from dllm_sd.teachers import Nothing
 def rebuilt(method: Method) -> Method:
     """The method that results when the differences are set as keys of the named method."""
     named = named_differences(method)
-    tree = {"name": named.name}
+    tree: dict[str, Any] = {"name": named.name}
     for change in named.changes:
         *steps, last = change.key.split(".")
         node = tree

@@ -129,7 +129,8 @@ def one_by_one(method: Method, policy: Any, hinted: Any, text: str) -> list[dict
                 site["supported"] = site["targeted"] = oracle.forward_kl(near, far)
                 site["clipped"] = oracle.forward_kl(near, far, 0.05)
             else:
-                target = oracle.purified(*teachers)
+                informed, alone, plain = teachers
+                target = oracle.purified(informed, alone, plain)
                 site["whole"] = site["supported"] = oracle.half_jsd(student, teachers[0])
                 site["targeted"] = site["clipped"] = oracle.half_jsd(student, target)
                 if wanted is not None:

@@ -112,7 +112,7 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_the_best_of_several_teachers_counts_and_those_that_only_make_the_target_do_not() -> None:
-    known = GOOD.premise | premise(0.4, 0.9, "teacher 1")
+    known = {**GOOD.premise, **premise(0.4, 0.9, "teacher 1")}
     both = (teacher(30, 40, -0.2, 0.0), teacher(60, 40, 0.1, 0.3, context=1))
     assert verdict(replace(GOOD, teachers=both, premise=known))[0] is True
     assert verdict(replace(GOOD, teachers=(both[0], replace(both[1], taught=False)), premise=known))[0] is False

@@ -115,7 +115,8 @@ def test_tensorboard_has_the_runs_name_groups_meanings_hyperparameters_samples_a
     assert events.Runs()["mine"]["images"] == ["rollouts/trajectory"]
     assert "samples/0/text_summary" in events.Runs()["mine"]["tensors"]
     content = events.SummaryMetadata("mine", "_hparams_/session_start_info").plugin_data.content
-    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    data: Any = plugin_data_pb2  # its classes are made when it is imported
+    start = data.HParamsPluginData.FromString(content).session_start_info
     assert start.hparams["task.name"].string_value == "sudoku"
     assert start.hparams["optim.lr"].number_value == 5e-6
     assert not (run / "trackers").exists()

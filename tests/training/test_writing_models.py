@@ -312,7 +312,7 @@ def test_a_folder_with_other_tensors_is_refused_in_one_sentence(make_policy, tmp
         make_policy(lora=Lora(rank=2, alpha=8, start=str(tmp_path)))
 
 
-OTHERWISE = {
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"rank": 2, "alpha": 16}, "was made with alpha 16, but model.lora.alpha is 8; set it to 16"),
     "rank": ({"rank": 3, "alpha": 8}, "was made with rank 3, but model.lora.rank is 2; set it to 3"),
 }
