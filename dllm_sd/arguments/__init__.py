@@ -6,6 +6,7 @@ itself is the module of the same name in `dllm_sd.cli`, imported when the comman
 """
 
 COMMANDS = {
+    "init": "init",
     "train": "train",
     "probe": "probe",
     "eval": "evaluate",
