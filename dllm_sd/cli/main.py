@@ -24,6 +24,8 @@ from dllm_sd.keys import check_names, nearest
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
     commands = parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        import_module("dllm_sd.cli.completion").complete(commands)
     options, arguments_left = commands.parse_known_args(arguments)
     if unknown := [argument for argument in arguments_left if argument.startswith("-") or "=" not in argument]:
         commands.error(_unknown_arguments(unknown))
