@@ -16,7 +16,7 @@ from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape
-from tests.tiers import crossed
+from tests.tiers import crossed, later
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TREE: dict[str, Any] = {
@@ -327,9 +327,15 @@ ODD = ("coin", "sudoku", None, 5, [1], {}, {"name": 5}, {"name": None}, {"nope":
 SECTIONS = ("task", "model", "method", "decode", "eval", "optim", "log", "peers")
 
 
+@pytest.mark.parametrize("every", [False, *later(True)], ids=["a command each", "every command"])
 @pytest.mark.parametrize(("section", "kind"), crossed(SECTIONS, ["run", "recipe"]))
 def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_answers_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], section: str, kind: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    section: str,
+    kind: str,
+    every: bool,
 ):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -341,7 +347,7 @@ def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_
     file = tmp_path / "run" / {"run": "config.yaml", "recipe": "recipe.yaml"}[kind]
     good = {name: part for name, part in TREE.items() if name in ("task", "model", "decode", "method")}
     said: set[str] = set()
-    for odd in (*ODD, None):
+    for number, odd in enumerate((*ODD, None)):
         tree = {**good, section: odd}
         if odd is ODD[0]:
             del tree[section]
@@ -350,7 +356,9 @@ def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_
         tasks = [[], ["--task", "sudoku"], ["--task", "countdown"]]
         commands = [["eval", "run", *task, few] for task in tasks]
         commands += [["sample", "run", "hi"], ["sample", "run", "hi", "--task", "sudoku"]]
-        for command in (*commands, *([["export", "run", "--to", "merged", "out"]] if kind == "run" else ())):
+        commands += [["export", "run", "--to", "merged", "out"]] if kind == "run" else []
+        in_turn = (number + SECTIONS.index(section)) % len(commands)
+        for command in commands if every else [commands[in_turn]]:
             assert main(command) == 2
             said.add(capsys.readouterr().err)
     assert all(words.startswith("dllm-sd: ") and words.count("\n") == 1 for words in said)

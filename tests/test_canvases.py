@@ -8,6 +8,7 @@ from dllm_sd.canvases import CANVASES, AllMaskedCanvas, Canvases, DecoderSteps, 
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import NEVER, StopAfter, Trajectory, concatenate
+from tests.tiers import later
 
 MASK = 11
 
@@ -127,7 +128,7 @@ def mean_over_draws(trajectory: Trajectory, rule: RandomMasks, draws: int) -> Te
     return total / (draws * rule.draws)
 
 
-@pytest.mark.parametrize("end_padding", [True, False])
+@pytest.mark.parametrize("end_padding", [True, *later(False)])
 def test_the_weights_of_random_masks_make_every_answer_token_count_the_same(noise, end_padding):
     trajectory = noise(b=40)
     mean = mean_over_draws(trajectory, RandomMasks(draws=12, t_min=0.05, end_padding=end_padding), 100)
@@ -191,7 +192,7 @@ def test_random_masks_of_a_block_causal_model_hide_some_of_one_block_only(noise)
         assert met == {block for row in blocks for block in row}
 
 
-@pytest.mark.parametrize("end_padding", [True, False])
+@pytest.mark.parametrize("end_padding", [False, *later(True)])
 def test_one_block_at_a_time_has_the_mean_over_all_blocks_as_its_expectation(noise, end_padding):
     trajectory = noise(b=400, blocks_of_prompt=True)
     mean = mean_over_draws(trajectory, RandomMasks(draws=4, t_min=0.05, end_padding=end_padding), 30)

@@ -11,8 +11,8 @@ from dllm_sd.training.trainer import Trainer
 
 def test_the_quickstart_starts_where_it_says_and_learns(tmp_path: Path) -> None:
     """The first update, of fewer problems; `-m slow` goes on."""
-    changes = ["updates=1", "eval={every: 2, problems: 64, final_problems: 0, schedules: {}}", "log.progress=false"]
-    changes += ["method.rollout.problems=16"]
+    changes = ["updates=1", "eval={every: 2, problems: 32, final_problems: 0, schedules: {}}", "log.progress=false"]
+    changes += ["method.rollout.problems=12"]
     Trainer(load_config("quickstart", [*changes, f"run={tmp_path / 'run'}"])).train()
     start, *lines = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert 0.4 < start["eval/accuracy"] < 0.75

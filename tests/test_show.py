@@ -4,6 +4,7 @@ import importlib
 import re
 import socket
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,22 @@ def test_every_shipped_config_and_every_command_in_the_documents_is_shown_withou
     assert tried == []
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_shapes_have_as_many_weights_as_their_publishers_say(name: str):
+@cache
+def parameters_of(name: str) -> int:
+    """How many weights the network of a known shape has."""
     known = known_blueprint(Model(path=name))
     assert known is not None
-    assert empty_network(known).num_parameters() == PARAMETERS[name]
+    return empty_network(known).num_parameters()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_have_as_many_weights_as_their_publishers_say(name: str):
+    assert parameters_of(name) == PARAMETERS[name]
 
 
 def test_every_shape_is_of_a_network_and_every_shipped_checkpoint_has_one():
     for name in SHAPES:
-        known = known_blueprint(Model(path=name))
-        assert known is not None
-        assert empty_network(known).num_parameters() > 4e8
+        assert parameters_of(name) > 4e8
     paths = {load_config(name).model.path for name in shipped_configs()} - {None, "tiny", "tiny_ar"}
     assert paths <= set(SHAPES)
 

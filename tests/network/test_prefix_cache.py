@@ -182,8 +182,15 @@ def test_a_step_reads_the_active_block_only_and_a_finished_block_once(policies: 
     assert width == [(8, False), *steps * 3, (4, False), *steps * 4, (4, False), *steps * 4, (4, False), *steps]
 
 
+PUBLISHED = ("sdar", "dream")
+"""Architectures of the first tier: one that decodes in blocks, and one whose logits speak about the next position."""
+
+
 @pytest.mark.fixture
-@pytest.mark.parametrize("folder", checkpoints(), ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(one, id=one.name, marks=() if one.name in PUBLISHED else pytest.mark.slow) for one in checkpoints()],
+)
 def test_a_published_architecture_decodes_like_the_plain_decoder(folder: Path):
     disable_progress_bar()
     facts = json.loads((folder / "fixture.json").read_text(encoding="utf-8"))

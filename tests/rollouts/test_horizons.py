@@ -188,14 +188,14 @@ def test_passes_beyond_the_horizon_are_never_made(each):
         assert len(passes) <= most + 4 * (each.block_length is not None)  # and the prompts, which a cache reads first
 
 
-def test_the_whole_ratio_is_the_complete_rollout_bit_for_bit(each):
+@pytest.mark.parametrize("horizon", [Progressive(1.0, unit="blocks"), *later(Truncated(1.0, "steps"))])
+def test_the_whole_ratio_is_the_complete_rollout_bit_for_bit(each, horizon):
     short = replace(CANVAS, length=8)
     plain = trajectories(roll(each, Complete(), settings=short))
-    for horizon in (Truncated(1.0, "steps"), Progressive(1.0, unit="blocks")):
-        horizoned = trajectories(roll(each, horizon, settings=short))
-        assert len(plain) == len(horizoned)
-        for one, other in zip(plain, horizoned, strict=True):
-            equal(one, other)
+    horizoned = trajectories(roll(each, horizon, settings=short))
+    assert len(plain) == len(horizoned)
+    for one, other in zip(plain, horizoned, strict=True):
+        equal(one, other)
 
 
 def test_what_is_counted_is_what_was_generated(each):

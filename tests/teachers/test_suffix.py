@@ -27,6 +27,7 @@ from dllm_sd.teachers import (
 )
 from dllm_sd.teachers.suffix import answer_span
 from dllm_sd.trajectory import NEVER, StopAfter, Trajectory
+from tests.tiers import later
 
 SCOPES = ["later_blocks", "all_masked", "active_block"]
 
@@ -151,10 +152,10 @@ def test_a_nested_suffix_is_the_ratio_of_the_whole_completion(noise):
     assert (shown[scene.canvases.steps == 0].sum(1) == 6).all()
 
 
-def test_every_candidate_is_revealed_equally_often(noise):
+@pytest.mark.parametrize("draws", [150, *later(500)])
+def test_every_candidate_is_revealed_equally_often(noise, draws):
     trajectory = noise(b=1, early_end=False)
     scene = scene_of(trajectory, protect=False)
-    draws = 500
     total = torch.zeros(24)
     for key in range(draws):
         total += Suffix(ratio=0.25).positions(replace(scene, keys=[key]))[0]

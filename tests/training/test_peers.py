@@ -135,7 +135,8 @@ def test_the_validation_problems_are_as_many_of_each_domain():
     assert {name: [one.id for one in some] for name, some in found.items()} == {"a": ["0", "1"], "b": ["6", "7"]}
 
 
-def test_each_student_learns_while_the_other_as_it_was_comments(config, monkeypatch):
+def tutors_noted(patch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Who is trained or scored, and the folder of whose weights comment; these are what stands there."""
     tutors: list[tuple[str, str | None]] = []
     start = Trainer.__init__
 
@@ -151,22 +152,24 @@ def test_each_student_learns_while_the_other_as_it_was_comments(config, monkeypa
                 assert isinstance(model, TeacherModel)
                 assert all(bool((model.copy[name] == value).all()) for name, value in kept.items())
 
-    monkeypatch.setattr(Trainer, "__init__", noting)
-    settings = config(updates=2)
-    report = train_peers(settings)
-    assert tutors == [
+    patch.setattr(Trainer, "__init__", noting)
+    return tutors
+
+
+def test_each_student_learns_while_the_other_as_it_was_comments(learnt):
+    report, run = learnt.report, Path(learnt.config().run)
+    assert learnt.tutors == [
         *(("one", None), ("two", None)),  # scored
         *(("one", "rounds/0/two"), ("two", "rounds/0/one")),
         *(("one", None), ("two", None)),
         *(("one", "rounds/1/two"), ("two", "rounds/1/one")),
     ]
-    run = Path(settings.run)
     assert [entry["round"] for entry in report["rounds"]] == [0, 1]
     assert report["rounds"] == json.loads((run / "rounds.json").read_text())
     assert all(entry["scores"]["one"].keys() == {"large", "small"} for entry in report["rounds"])
     for name in ("one", "two"):
-        assert [line["update"] for line in metrics(run / "students" / name)] == [0, 1, 2]
-        assert sum(line.get("writers/written", 0) for line in metrics(run / "students" / name)) == 8
+        assert [line["update"] for line in metrics(run / "students" / name)] == [0, 1, 2, 3, 4]
+        assert sum(line.get("writers/written", 0) for line in metrics(run / "students" / name)) == 16
         assert not same(run / "rounds" / "0" / name, run / "rounds" / "1" / name)
 
 
@@ -353,6 +356,7 @@ class Learnt:
     report: Any
     whole: list[bool]
     moments: "Moments"
+    tutors: list[tuple[str, str | None]]
     begun: Path
     """The folder of the run as it was before the last update of the second student."""
 
@@ -380,13 +384,13 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
         return update(self, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        moments, update = noted(patch), Trainer._update
+        moments, update, tutors = noted(patch), Trainer._update, tutors_noted(patch)
         patch.setattr(Trainer, "_update", keeping)
         patch.setattr(peers_module, "may_tutor", lambda own, lag, tolerance: lag <= tolerance)
         patch.setattr(peers_module, "gathered", gathered)
         patch.setattr(peers_module, "evaluate_run", evaluating)
         report = train_peers(config())
-    return Learnt(config, report, seen, moments, begun)
+    return Learnt(config, report, seen, moments, tutors, begun)
 
 
 def changed(settings: Config, **changes: Any) -> Config:
