@@ -14,6 +14,9 @@ NOT_COMPARED = ("tb", ".lock")
 share the cache, so that no run removes what another one may be writing.
 """
 
+DATED = ("environment.jsonl", "report.html")
+"""Files that say when a run was started, once for each start; only that they are there is compared."""
+
 
 def contents(folder: Path) -> dict[str, Any]:
     """By relative path: the bytes of a file, or its JSON without `VOLATILE` keys; links and folders as text."""
@@ -31,7 +34,7 @@ def _contents(root: Path, folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, "folder"
             yield from _contents(root, path)
         elif path.is_file():
-            yield name, _read(path)
+            yield name, "dated" if path.name in DATED else _read(path)
 
 
 def _read(path: Path) -> Any:
