@@ -13,7 +13,7 @@ from dllm_sd.cli import init
 from dllm_sd.cli.main import main
 from dllm_sd.cli.starter import Starter
 from dllm_sd.config import load_config
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, Unavailable
 from dllm_sd.keys import read_schema
 from dllm_sd.methods import METHODS
 from dllm_sd.pairing import check_model
@@ -52,6 +52,23 @@ def test_a_model_and_a_file_become_a_config_that_is_valid(capsys: pytest.Capture
     assert config.task.answer_field == "answer"  # pyright: ignore[reportAttributeAccessIssue]
     assert sum("  # " in line for line in lines) > 8
     pytest.importorskip("jsonschema").Draft7Validator(read_schema()).validate(init.parse_yaml("\n".join(lines), "it"))
+
+
+def test_a_model_that_is_not_here_is_known_by_its_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def absent(model: Model) -> None:
+        raise Unavailable("there is no config.json")
+
+    monkeypatch.setattr(init, "read_blueprint", absent)
+    monkeypatch.setattr("dllm_sd.pairing.read_blueprint", absent)
+    assert main(["init", "--model", "GSAI-ML/LLaDA-8B-Instruct", "--data", "own.jsonl"]) == 0
+    assert "not checked against the model's files: there is no config.json" in capsys.readouterr().err
+    config, text = load_config("own.yaml"), Path("own.yaml").read_text()
+    assert (config.method.name, config.model.dtype, config.decode.block_length) == ("d_opsd", "bfloat16", 32)
+    assert config.model.lora is not None
+    assert config.task.prompt.endswith("by itself, inside \\boxed{{}}.")  # pyright: ignore[reportAttributeAccessIssue]
+    assert "not measured without a tokenizer" in text
 
 
 @pytest.mark.slow

@@ -126,13 +126,16 @@ class Starter:
             block = self.blueprint.block_length or min(32, length)
             length = math.ceil(length / block) * block
             keys = f"length: {length}, block_length: {block}, tokens_per_step: {min(Decoding().tokens_per_step, block)}"
+        measured = (
+            f"the longest reference has {reference}" if self.blueprint.chat else "not measured without a tokenizer"
+        )
         return [
-            f"decode: {{{keys}}}  # tokens of a completion; the longest reference has {reference}",
+            f"decode: {{{keys}}}  # tokens of a completion; {measured}",
             f"max_prompt: {_power(prompt, 128)}  # tokens; longer prompts are left out and counted",
         ]
 
     def _lengths(self) -> tuple[int, int]:
-        """Tokens of the longest prompt and of the longest reference, as far as they can be counted."""
+        """Tokens of the longest prompt and of the longest reference; usual ones without a tokenizer."""
         chat, found = self.blueprint.chat, self.columns
         if chat is None:
             return 512, 256
