@@ -39,6 +39,9 @@ TREE: dict[str, Any] = {
 LONG = pytest.mark.slow
 """A run like another one, which the first tier has."""
 SMALL: dict[str, Any] = {"name": "d_opsd", "rollout": {"problems": 4, "attempts": 2}}
+CHUNKS: dict[str, Any] = {"name": "d_opsd_reference", "rollout": {**SMALL["rollout"], "passes": 3}}
+FOUR_BLOCKS = {"length": 16, "block_length": 4, "tokens_per_step": 2}
+"""Decoding in which `CHUNKS` has canvases to learn from."""
 LEAST: dict[str, Any] = {"name": "d_opsd", "gate": "all", "rollout": {"problems": 1, "attempts": 1}}
 """One rollout, which is learnt from whatever it says."""
 
@@ -161,19 +164,18 @@ def test_a_crashed_run_goes_on_as_if_nothing_had_happened(
     [
         pytest.param({**SMALL, "teacher": {"name": "ema", "decay": 0.9}}, id="ema", marks=LONG),
         pytest.param({**SMALL, "teacher": {"name": "snapshot", "every": 2}}, id="snapshot", marks=LONG),
-        pytest.param(
-            {"name": "d_opsd_reference", "rollout": {**SMALL["rollout"], "passes": 3}}, id="chunks", marks=LONG
-        ),
+        pytest.param(CHUNKS, id="chunks", marks=LONG),
         pytest.param({"name": "diffu_grpo", "rollout": {"problems": 4, "attempts": 4}}, id="grpo", marks=LONG),
     ],
 )
 def test_teachers_and_half_used_rollouts_survive_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Mapping[str, Any]
 ) -> None:
-    Trainer(config_at(tmp_path / "whole", method=method)).train()
-    stop_after(monkeypatch, config_at(tmp_path / "run", method=method), 5)
-    Trainer(config_at(tmp_path / "run", method=method)).train()
+    Trainer(config_at(tmp_path / "whole", method=method, decode=FOUR_BLOCKS)).train()
+    stop_after(monkeypatch, config_at(tmp_path / "run", method=method, decode=FOUR_BLOCKS), 5)
+    Trainer(config_at(tmp_path / "run", method=method, decode=FOUR_BLOCKS)).train()
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert [line["loss"] is None for line in metrics_of(tmp_path / "run")[1:]].count(True) < 3
 
 
 @pytest.mark.slow
@@ -232,14 +234,16 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rollouts(
 
 
 @pytest.mark.parametrize(
-    "method", [TREE["method"], pytest.param({"name": "d_opsd_reference", "rollout": {"passes": 3}}, marks=LONG)]
+    "method",
+    [TREE["method"], pytest.param(CHUNKS, marks=LONG)],
 )
 def test_what_was_learnt_before_a_non_finite_loss_is_kept(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Mapping[str, Any]
 ) -> None:
+    decode = TREE["decode"]
     if method != TREE["method"]:
-        whole = tmp_path / "whole"
-        Trainer(config_at(whole, method=method)).train()
+        whole, decode = tmp_path / "whole", FOUR_BLOCKS
+        Trainer(config_at(whole, method=method, decode=decode)).train()
     learn = Learner.step
 
     def broken(self: Learner, plan: Any, rollouts: Any, update: int, *rest: Any) -> Any:
@@ -247,7 +251,7 @@ def test_what_was_learnt_before_a_non_finite_loss_is_kept(
             raise FloatingPointError("not finite")
         return learn(self, plan, rollouts, update, *rest)
 
-    config = config_at(tmp_path / "run", method=method, checkpoint__every=100)
+    config = config_at(tmp_path / "run", method=method, decode=decode, checkpoint__every=100)
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", broken)
         trainer = Trainer(config)
