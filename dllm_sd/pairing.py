@@ -141,6 +141,11 @@ def _check_engine(config: Config, causal: bool) -> None:
         what = "peers" if config.peers else "method.rollout.policy"
         raise InputError(f"{name} decodes with the student's weights alone, not those of {what}; use local")
     rollouts = config.method.rollout.settings(config.decode)
+    if rollouts.guidance:
+        raise InputError(
+            f"decode.guidance is not among the log-probabilities by which rollouts of {name} are checked; set it to 0, "
+            "or decode.engine to local"
+        )
     held_out = replace(config.held_out(), temperature=config.eval.temperature)
     for key, settings in (("method.rollout", rollouts), ("eval.decode", held_out)):
         engine.check(asdict(settings), key)

@@ -169,7 +169,7 @@ class Servers:
         reply = self._post(server, *self.engine.load(name, folder, adapter))
         if reply.failure is not None:
             return reply
-        former, server.weights = server.weights, name
+        former, server.weights, server.failed = server.weights, name, 0  # it is up
         if former not in (None, name) and (forgotten := self.engine.unload(str(former), adapter)) is not None:
             self._post(server, *forgotten)
         return reply

@@ -19,6 +19,10 @@ from dllm_sd.trajectory import Trajectory, left_pad, left_to_right
 UNLIKELY = -100.0
 """The smallest bias of a logit that the OpenAI API allows."""
 
+UNCHANGED = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""What else changes the distribution of tokens. It is sent, since the server takes what is missing from the model's
+`generation_config.json`, and its log-probabilities are those before penalties."""
+
 
 @dataclass(frozen=True)
 class Vllm(RemoteEngine):
@@ -47,6 +51,7 @@ class Vllm(RemoteEngine):
             "temperature": decode["temperature"],
             "top_p": decode["top_p"],
             "top_k": decode["top_k"] or -1,
+            **UNCHANGED,
             "seed": make_key("vllm", request.key) >> 1,
             "stop_token_ids": list(request.end_ids),
             "logprobs": 0,

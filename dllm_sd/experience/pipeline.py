@@ -176,6 +176,8 @@ class RolloutPipeline:
         with self.rollout_weights.applied(self.module):
             finish = self.engine.begin(queue, settings, rule.stop_after(self.policy, settings, number))
         self.ahead = BegunBatch(number, version, queue, finish, cursor, too_long, weights)
+        if not self.engine.engine.remote:  # it is complete
+            self.settle()
 
     def informed(
         self, rollouts: Rollouts, contexts: Sequence[Context], batch: tuple[int, int], of: int | None = None

@@ -27,6 +27,7 @@ from dllm_sd.parallel.sharding import gathered
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.saving import write_adapter, write_weights
 from dllm_sd.policies.weights import trained
+from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.journal import RolloutJournal
 from dllm_sd.rollouts.rescoring import rescore
 from dllm_sd.rollouts.rollout import Rollout
@@ -187,9 +188,10 @@ class RolloutEngine:
                 self.journal.forget()
 
     def _sample(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Some rollouts of a batch, evenly spread."""
-        count = min(self.engine.checked, len(rollouts))
-        return [rollouts[i * len(rollouts) // count] for i in range(count)]
+        """Some rollouts of a batch, drawn at random, so that every server is looked at sooner or later."""
+        generator = torch.Generator().manual_seed(make_key(self.config.seed, self.version, "checked"))
+        drawn = torch.randperm(len(rollouts), generator=generator)[: self.engine.checked]
+        return [rollouts[i] for i in sorted(drawn.tolist())]
 
     def _gap(self, rollout: Rollout, decode: Decoding) -> torch.Tensor:
         """Differences between the log-probabilities of engine and trainer, in nats, for the tokens that have both."""

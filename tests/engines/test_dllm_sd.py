@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dllm_sd.config import build_config
+from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model
 from dllm_sd.training.trainer import Trainer
@@ -48,6 +49,13 @@ def tree(run: Path, case: dict[str, Any]) -> dict[str, Any]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: x for key, x in line.items() if not key.startswith(("time/", "engine/"))} for line in lines]
+
+
+def test_guidance_is_refused_since_the_check_of_rollouts_knows_none(tmp_path: Path):
+    decode = {**DIFFUSION["decode"], "engine": {"name": "dllm_sd", "url": ["http://127.0.0.1:1"], "model": "served"}}
+    config = tree(tmp_path / "run", {**DIFFUSION, "decode": {**decode, "guidance": 0.5}})
+    with pytest.raises(InputError, match=r"^decode\.guidance is not among the log-probabilities"):
+        Trainer(build_config(config))
 
 
 @pytest.mark.parametrize("case", [DIFFUSION, *later(CAUSAL)], ids=["diffusion, all weights", "autoregressive, LoRA"])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from dllm_sd.config import build_config
 from dllm_sd.engines import CompletionRequest, Vllm
 from dllm_sd.errors import InputError, Stopped
-from dllm_sd.experience.rollout_engine import check_servers, tolerance, weights_prefix
+from dllm_sd.experience.rollout_engine import RolloutEngine, check_servers, tolerance, weights_prefix
 from dllm_sd.training.trainer import Trainer
 from tests.engines.double import MODEL, Double, Handler
 from tests.tiers import later
@@ -108,6 +109,28 @@ def test_every_attempt_has_a_seed_of_its_own(plain: Plain):
     rollouts = [body for body in completions if body["temperature"] == 1]
     assert len({body["seed"] for body in rollouts}) == len(rollouts) == 8
     assert all(body["prompt"] and body["max_tokens"] == 6 and body["return_token_ids"] for body in rollouts)
+
+
+def test_nothing_that_changes_the_distribution_is_left_to_the_servers_defaults(plain: Plain):
+    neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    completions = [body for path, body in plain.seen if path == "/v1/completions"]
+    assert completions
+    assert all(
+        body.items() >= neutral.items() and {"temperature", "top_p", "top_k"} <= body.keys() for body in completions
+    )
+
+
+def test_the_rollouts_that_are_checked_are_of_every_place_of_a_batch_sooner_or_later():
+    engine: Any = SimpleNamespace(engine=SimpleNamespace(checked=4), config=SimpleNamespace(seed=1))
+    rollouts: Any = [*range(16)]
+    seen = set()
+    for batch in range(40):
+        engine.version = f"run-{batch}"
+        drawn = RolloutEngine._sample(engine, rollouts)
+        assert len(set(drawn)) == 4
+        assert RolloutEngine._sample(engine, rollouts) == drawn  # on every process
+        seen |= set(drawn)
+    assert seen == {*range(16)}
 
 
 def refuse(status: int) -> Any:

@@ -12,6 +12,7 @@ from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.network.finite import fingerprint
 from dllm_sd.policies.weights import trained
+from dllm_sd.training.learner import Learner
 from dllm_sd.training.trainer import Trainer
 
 UPDATES = 4
@@ -103,6 +104,23 @@ def test_a_run_that_is_killed_goes_on_with_the_batch_that_ran_ahead(lagged: Lagg
     (run / "report.json").unlink()
     Trainer(build_config(tree(run, 1, lagged.case))).train()
     assert metrics(run) == metrics(lagged.run)
+
+
+def test_a_run_that_breaks_between_two_passes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    step = Learner.step
+
+    def broken(self: Learner, plan: Any, rollouts: Any, update: int, *rest: Any) -> Any:
+        if update == 2:
+            raise FloatingPointError("not finite")
+        return step(self, plan, rollouts, update, *rest)
+
+    config = build_config(tree(tmp_path / "run", 1, CASES["diffusion, two passes"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", broken)
+        with pytest.raises(FloatingPointError):
+            Trainer(config).train()
+    Trainer(config).train()
+    assert [line["update"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
