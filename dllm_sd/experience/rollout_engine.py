@@ -212,21 +212,26 @@ class RolloutEngine:
 
 
 def _refuse_equal(tried: Sequence[Sequence[Rollout]], temperature: float) -> None:
-    """Refuse attempts at one problem that are equal although another completion was far more probable."""
+    """Refuse attempts at one problem that are equal far more often than independent draws are.
+
+    Of ``m`` attempts at a problem ``m (m - 1) / 2`` pairs may be equal, each with the mean probability of a completion,
+    which the attempts estimate. The number of attempts that repeat an earlier one is compared with the expected number
+    of equal pairs by Chernoff's bound of the Poisson distribution, which is exceeded by chance less often than that.
+    """
     if not temperature:
         return
-    chance, pairs = 0.0, 0
+    expected, repeated = 0.0, 0
     for attempts in tried:
-        seen: set[tuple[int, ...]] = set()
-        for rollout in attempts:
-            logp = rollout.trajectory.logp
-            tokens = tuple(rollout.trajectory.tokens[0].tolist())
-            if tokens in seen and logp is not None:
-                chance, pairs = chance + float(logp.nansum()), pairs + 1
-            seen.add(tokens)
+        logps = [rollout.trajectory.logp for rollout in attempts]
+        mean = sum(1.0 if logp is None else math.exp(float(logp.nansum())) for logp in logps) / max(1, len(logps))
+        expected += mean * len(attempts) * (len(attempts) - 1) / 2
+        repeated += len(attempts) - len({tuple(rollout.trajectory.tokens[0].tolist()) for rollout in attempts})
+    if repeated <= expected:
+        return
+    chance = repeated - expected + repeated * math.log(max(expected, 1e-300) / repeated)
     if chance < IMPROBABLE:
         raise Stopped(
-            f"{pairs} attempts of a batch are equal to earlier ones at the same problem, which has a probability of "
+            f"{repeated} attempts of a batch are equal to earlier ones at the same problem, which has a probability of "
             f"e^{chance:.0f} at temperature {temperature:g}; the servers of decode.engine ignore the seed or the "
             "temperature"
         )
