@@ -43,13 +43,15 @@ class Journal(Protocol):
 class RemoteDecoder:
     """Completes queues on servers."""
 
-    def __init__(self, servers: Servers, ids: TokenIds, weights: Callable[[], str], journal: Journal) -> None:
+    def __init__(
+        self, servers: Servers, ids: TokenIds, weights: Callable[[], tuple[str, str]], journal: Journal
+    ) -> None:
         """Make a decoder.
 
         Args:
             servers: where completions are made.
             ids: the policy's special tokens.
-            weights: the name of the weights that are to decode now.
+            weights: name on the servers and version of the weights that are to decode now.
             journal: completions that were made before, such as by a run that was killed.
         """
         self.servers, self.ids, self.weights, self.journal = servers, ids, weights, journal
@@ -79,10 +81,12 @@ class RemoteDecoder:
         return trajectory
 
     def request(self, job: Job, settings: Decoding, stop_after: StopAfter | None) -> CompletionRequest:
+        name, version = self.weights()
         return CompletionRequest(
             prompt=tuple(job.prompt),
             key=job.key,
-            model=self.weights(),
+            model=name,
+            version=version,
             decode=settings_to_json(settings),
             steps=settings.tokens(stop_after),
             stop_after=stop_after_to_json(stop_after),

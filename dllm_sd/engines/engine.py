@@ -28,6 +28,8 @@ class CompletionRequest:
     """Seeds its random numbers."""
     model: str
     """Name of the weights on the server."""
+    version: str
+    """Which weights of the run these are; it stays when the run is started again, unlike the name."""
     decode: Mapping[str, Any]
     """The keys of `decode` but the engine."""
     steps: int

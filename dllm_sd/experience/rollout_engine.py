@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -82,15 +83,16 @@ class RolloutEngine:
         self.engine: Any = config.decode.engine
         self.folder = folder_of(config)
         self.decoder: Decoder = policy.decoder
-        self.version = ""
+        self.version = self.name = ""
         if self.engine.remote:
             if config.resume == "force":  # its weights may be others under the same name
                 on_main(lambda: remove(self.folder))
+            self.start = on_main(lambda: token_hex(3))
             with together():
                 self.servers = Servers(self.engine)
                 self.journal = RolloutJournal(self.folder, accelerator.process_index)
             ids = TokenIds(policy.end_ids, policy.pad_id, tuple(policy.suppress), policy.vocabulary)
-            self.decoder = RemoteDecoder(self.servers, ids, lambda: self.version, self.journal)
+            self.decoder = RemoteDecoder(self.servers, ids, lambda: (self.name, self.version), self.journal)
 
     @property
     def notes(self) -> list[str]:
@@ -104,21 +106,23 @@ class RolloutEngine:
     def use(self, version: str) -> None:
         """Let the servers decode with the student's weights of now, which are called ``version``.
 
+        On the servers their name holds when the run was started too: a server may still have those of an earlier start,
+        which need not be equal, and vLLM refuses a name that it knows.
+
         Raises:
             Stopped: if no server takes them.
         """
-        name = f"{weights_prefix(self.config)}{version}"
-        if not self.engine.remote or name == self.version:
+        if not self.engine.remote or version == self.version:
             return
+        name = f"{weights_prefix(self.config)}{self.start}-{version}"
         folder, adapter = self.folder / name, self.config.model.lora is not None
         with gathered(self.accelerator, self.module):
             on_main(lambda: self._write(folder))
         on_main(lambda: self.servers.load(name, str(folder), adapter))
         if not self.accelerator.is_main_process:
             self.servers.note(name, str(folder), adapter)
-        former, self.version = self.version, name
-        if former:
-            on_main(lambda: remove(self.folder / former))
+        self.name, self.version = name, version
+        on_main(self._forget_former_weights)
 
     def begin(self, queue: Queue, decode: Decoding, stop_after: StopAfter | None) -> Callable[[], None]:
         """Begin the jobs of a queue, with the weights of now; what is returned completes the queue.
@@ -174,7 +178,7 @@ class RolloutEngine:
         mean, largest = float(gaps.mean()), float(gaps.max())
         if not mean <= (most := tolerance(self.config)):
             raise Stopped(
-                f"the servers of decode.engine do not decode with the student's weights of {self.version}: their "
+                f"the servers of decode.engine do not decode with the student's weights {self.name}: their "
                 f"log-probabilities differ from the trainer's by {mean:.3g} nats a token in the mean, more than "
                 f"decode.engine.tolerance {most:g}; look whether the adapter is active, the model and "
                 "its type are the same, and log-probabilities are those of the sampling temperature"
@@ -201,6 +205,11 @@ class RolloutEngine:
         ours = rescore(self.policy.module, rollout.trajectory, decode.temperature)
         gap = (ours - theirs).abs()
         return gap[~(ours.isnan() | theirs.isnan())]
+
+    def _forget_former_weights(self) -> None:
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name != self.name:
+                remove(folder)
 
     def _write(self, folder: Path) -> None:
         remove(folder)

@@ -83,8 +83,9 @@ class RolloutJournal:
 
 
 def request_digest(request: CompletionRequest) -> str:
-    """A hash of everything that decides a completion, the version of the weights too."""
-    return sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()
+    """A hash of everything that decides a completion, the version of the weights too, but not their name."""
+    decisive = {key: value for key, value in asdict(request).items() if key != "model"}
+    return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def _read(file: Path) -> list[tuple[str, dict[str, object]]]:

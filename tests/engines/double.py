@@ -107,6 +107,8 @@ class Double(ThreadingHTTPServer):
         if path == "/v1/unload_lora_adapter":
             self.adapters.pop(body["lora_name"], None)
         elif path == "/v1/load_lora_adapter":
+            if body["lora_name"] in self.adapters:
+                return 400, f"The lora adapter {body['lora_name']!r} has already been loaded."
             self.adapters[body["lora_name"]] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
         else:
             return 404, "no such route"

@@ -187,6 +187,7 @@ REQUEST = CompletionRequest(
     prompt=(5, 6),
     key=1,
     model="m",
+    version="0",
     decode={"length": 4},
     steps=4,
     stop_after=None,
