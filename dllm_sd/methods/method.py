@@ -94,7 +94,7 @@ class Method(Ranged, key="method"):
 
     def roles(self) -> tuple[Role, ...]:
         """What the loss uses each context for; a context that some part takes for another policy is no teacher."""
-        others = {i: role for _, i, role in _other_policies(self)}
+        others: dict[int, Role] = {i: role for _, i, role in _other_policies(self)}
         return tuple(others.get(i, "teacher") for i in range(len(self.contexts)))
 
     @property

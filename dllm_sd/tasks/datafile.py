@@ -40,7 +40,7 @@ def hub_rows(name: str, config: str | None, split: str, key: str) -> list[Row]:
         # Imported here, since it is slow and local files do not need it.
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
-        dataset = load_dataset(name, config, split=split)
+        dataset: Any = load_dataset(name, config, split=split)
         rows = [Row(f"{where}, row {number}", number, plain_fields(row)) for number, row in enumerate(dataset)]
     except Exception as error:  # the remedy is the same for every error of the hub client
         reason = shortened(f"{type(error).__name__}: {on_one_line(error)}".removesuffix(": "), 160)

@@ -307,8 +307,8 @@ class Jsonl(DatasetTask):
 
     def _checked_answer(self, row: Row, turns: "_Turns | None") -> str:
         """Return the answer of a row, which must be there and not be empty."""
-        own = turns is not None and turns.field == self.answer_field
-        answer = _answer(turns.answer if own else row.value(self.answer_field, "task.answer_field"), row.where)
+        own = turns if turns is not None and turns.field == self.answer_field else None
+        answer = _answer(own.answer if own else row.value(self.answer_field, "task.answer_field"), row.where)
         if not answer.strip():
             raise InputError(f"{row.where}: the answer is empty; fill it, or leave the row out.")
         return answer

@@ -77,7 +77,7 @@ def test_greedy_tokens_and_their_probabilities_are_those_of_local_decoding(tmp_p
     settings, keys = Decoding(length=32), list(range(len(prompts)))
     servers = Servers(Vllm(url=(URL,), model=NAME))
     ids = TokenIds(policy.end_ids, policy.pad_id, policy.suppress, policy.vocabulary)
-    remote = RemoteDecoder(servers, ids, lambda: NAME, RolloutJournal(tmp_path, 0))
+    remote = RemoteDecoder(servers, ids, lambda: (NAME, "0"), RolloutJournal(tmp_path, 0))
     started = time.perf_counter()
     theirs = decode(remote, prompts, settings, keys)
     between = time.perf_counter()
