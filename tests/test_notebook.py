@@ -44,7 +44,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("ipykernel", reason="the extra notebook is not installed")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = " ".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "test accuracy of the best weights" in outputs
     assert re.search(r"loss of the first updates [0-9.]+, of the last [0-9.]+", outputs)
