@@ -22,7 +22,7 @@ from dllm_sd.settings import Peers, PeerStudent
 from dllm_sd.skills import Bank, Mistake, Skill, read_bank, write_bank
 from dllm_sd.training.checkpoint import check_best, check_checkpoint, saved_log_sums, state_of
 from dllm_sd.training.folder import read_report, read_run_config
-from dllm_sd.training.log_files import MetricsLog, check_logs
+from dllm_sd.training.log_files import LogSums, MetricsLog, check_logs
 from dllm_sd.training.peers import _read_rounds
 from dllm_sd.training.trainer import Trainer
 from tests.tiers import crossed, later
@@ -99,7 +99,7 @@ FORGIVEN = {
     **{(reader, "missing"): None for reader in ("metrics", "samples")},
     **{(reader, kind): None for reader in ("metrics", "samples") for kind in ("empty", "loop")},
     **{("rounds", kind): [] for kind in ("missing", "list")},
-    ("sums", "empty"): ({}, False),
+    ("sums", "empty"): LogSums(),
 }
 """Nothing is there yet, or what is there will be written anew: what is read then."""
 ANYTHING = {("own attempts", "missing"), ("own attempts", "empty"), ("settings", "list")}
