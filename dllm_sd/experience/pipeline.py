@@ -95,7 +95,7 @@ class RolloutPipeline:
         """
         if isinstance(ahead, UnfinishedBatch):
             with swapped(self.policy.module, ahead.weights):
-                self._begin(ahead.number, ahead.version, ahead.cursor)
+                self.ahead = self._begin(ahead.number, ahead.version, ahead.cursor)
                 self.settle()
         else:
             self.ahead = ahead
@@ -114,13 +114,13 @@ class RolloutPipeline:
         config, rule = self.config, self.method.rollout
         tried = self.settle()
         if tried is None or tried.number != batch:
-            tried = self._make(batch, cursor)
+            tried = self._make(batch, batch * rule.passes, cursor)
         self.engine_metrics = tried.metrics
         if rule.lag:
             self.batch = tried
             self.engine_metrics = {**tried.metrics, "rollouts/lag": batch * rule.passes - tried.version}
             if (batch + 1) * rule.passes < config.updates:
-                self._begin(batch + 1, batch * rule.passes, tried.cursor)
+                self.ahead = self._begin(batch + 1, batch * rule.passes, tried.cursor)
         rollouts = gather(rule, self.method.gate, tried.attempts)
         informed = self.informed(rollouts, self.method.contexts, (config.seed, batch))
         if damaged := sum(self.workers.gather([self.text_generator.damaged_texts()])):
@@ -153,31 +153,32 @@ class RolloutPipeline:
         """The batch of this number, if it was begun."""
         return next((batch for batch in (self.batch, self.ahead) if batch is not None and batch.number == number), None)
 
-    def _make(self, number: int, cursor: int) -> Batch:
-        """Make a batch with the weights of now."""
+    def _make(self, number: int, version: int, cursor: int) -> Batch:
+        """Make a batch with the weights of now, which have had ``version`` updates."""
         rule, decode = self.method.rollout, self.config.decode
-        version = number * rule.passes
         self.engine.use(str(version))
         prompted, cursor, too_long = self.feed.take(cursor, rule.problems)
         attempts = self.attempts(rule, prompted, self.config.seed, number)
         metrics = self.engine.check(attempts, rule.settings(decode))
         return Batch(number, version, tuple(map(tuple, attempts)), cursor, too_long, metrics)
 
-    def _begin(self, number: int, version: int, cursor: int) -> None:
-        """Begin a batch with the weights of now, which have had ``version`` updates."""
+    def _begin(self, number: int, version: int, cursor: int) -> BegunBatch | Batch:
+        """Begin a batch with the weights of now, which have had ``version`` updates.
+
+        Servers work on it from now on; the trainer's own network makes it at once.
+        """
+        if not self.engine.engine.remote:
+            return self._make(number, version, cursor)
         rule, config = self.method.rollout, self.config
         self.engine.use(str(version))
         prompted, cursor, too_long = self.feed.take(cursor, rule.problems)
         queue = rule.queue(self.policy, config.task, prompted, config.seed, number, self.workers)
         assert queue is not None
         settings = rule.settings(config.decode)
-        live = trained(self.policy) if self.engine.engine.remote else {}
-        weights = {name: value.detach().clone() for name, value in live.items()}
+        weights = {name: value.detach().clone() for name, value in trained(self.policy).items()}
         with self.rollout_weights.applied(self.module):
             finish = self.engine.begin(queue, settings, rule.stop_after(self.policy, settings, number))
-        self.ahead = BegunBatch(number, version, queue, finish, cursor, too_long, weights)
-        if not self.engine.engine.remote:  # it is complete
-            self.settle()
+        return BegunBatch(number, version, queue, finish, cursor, too_long, weights)
 
     def informed(
         self, rollouts: Rollouts, contexts: Sequence[Context], batch: tuple[int, int], of: int | None = None

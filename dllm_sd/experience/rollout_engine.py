@@ -125,14 +125,9 @@ class RolloutEngine:
         on_main(self._forget_former_weights)
 
     def begin(self, queue: Queue, decode: Decoding, stop_after: StopAfter | None) -> Callable[[], None]:
-        """Begin the jobs of a queue, with the weights of now; what is returned completes the queue.
-
-        Servers work on them until then. The trainer's own network completes the queue at once.
-        """
-        if isinstance(self.decoder, RemoteDecoder):
-            return self.decoder.begin(queue, decode, stop_after).finish
-        self.decoder.complete(queue, decode, stop_after=stop_after)
-        return lambda: None
+        """Let servers begin the jobs of a queue, with the weights of now; what is returned completes the queue."""
+        assert isinstance(self.decoder, RemoteDecoder)
+        return self.decoder.begin(queue, decode, stop_after).finish
 
     def cancel(self) -> None:
         """Cancel the requests in flight of a run that ends with an error."""
