@@ -82,17 +82,19 @@ def _behind_end(rollouts: Rollouts) -> dict[str, float]:
     return {"rollouts/behind_end": float(after_end.sum() / revealed.sum().clamp(min=1))}
 
 
-def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
-    """One line of samples.jsonl: the problem's fields, the generation and its grade."""
+def graded_entry(rollout: Rollout) -> dict[str, Any]:
+    """Which rollout this is, and its grade, as logs say it."""
     grade = rollout.grade
     return {
-        **rollout.problem.fields,
-        "update": update,
         "problem": rollout.problem.id,
         "occurrence": rollout.occurrence,
         "attempt": rollout.attempt,
         "correct": grade.correct,
         "score": grade.score,
         "parsed": grade.parsed,
-        "generation": rollout.text,
     }
+
+
+def sample_entry(update: int, rollout: Rollout) -> dict[str, Any]:
+    """One line of samples.jsonl: the problem's fields, the generation and its grade."""
+    return {**rollout.problem.fields, "update": update, **graded_entry(rollout), "generation": rollout.text}

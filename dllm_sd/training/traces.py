@@ -14,6 +14,7 @@ from torch import Tensor
 from dllm_sd.objective.plan import Plan
 from dllm_sd.objective.tracing import TracedSites, Tracer
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
+from dllm_sd.training.metrics import graded_entry
 from dllm_sd.trajectory import Trajectory
 
 
@@ -146,15 +147,10 @@ class Pieces(dict[int, str]):
 
 def _rollout_entry(rollout: Rollout) -> dict[str, Any]:
     """The fields of a line that are known without the loss."""
-    trajectory, grade = rollout.trajectory, rollout.grade
+    trajectory = rollout.trajectory
     prompt = trajectory.prompt_ids[0][trajectory.prompt_mask[0]].tolist()
     return {
-        "problem": rollout.problem.id,
-        "occurrence": rollout.occurrence,
-        "attempt": rollout.attempt,
-        "correct": grade.correct,
-        "score": grade.score,
-        "parsed": grade.parsed,
+        **graded_entry(rollout),
         "causal": trajectory.causal,
         "prompt": prompt,
         "tokens": trajectory.tokens[0].tolist(),
