@@ -11,6 +11,7 @@ from dllm_sd.tasks.jsonl import Jsonl
 from dllm_sd.tasks.math import Math
 from dllm_sd.tasks.sudoku import Sudoku
 from dllm_sd.tasks.task import Grade, Mode, Problem, Split, Task
+from dllm_sd.tasks.word_problems import WordProblems
 
 __all__ = [
     "TASKS",
@@ -25,12 +26,14 @@ __all__ = [
     "Split",
     "Sudoku",
     "Task",
+    "WordProblems",
     "grade",
 ]
 
 TASKS: dict[str, type[Task]] = {
     "sudoku": Sudoku,
     "countdown": Countdown,
+    "word_problems": WordProblems,
     "gsm8k": Gsm8k,
     "math": Math,
     "choice": Choice,

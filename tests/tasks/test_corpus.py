@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from dllm_sd.tasks import Choice, Countdown, Gsm8k, Jsonl, Math, Problem, Sudoku, Task
+from dllm_sd.tasks import Choice, Countdown, Gsm8k, Jsonl, Math, Problem, Sudoku, Task, WordProblems
 
 CORPUS = Path(__file__).parent / "corpus"
 TASKS: dict[str, list[Task]] = {
-    "numbers": [Gsm8k(), Jsonl(grader="number")],
+    "numbers": [Gsm8k(), WordProblems(), Jsonl(grader="number")],
     "mathematics": [Math(), Jsonl(grader="math")],
     "choices": [Choice(), Jsonl(grader="choice")],
     "countdown": [Countdown()],

@@ -19,6 +19,7 @@ CHOICE = {"question": "Which?\nA: this\nB: that", "answer": "B"}
 RIGHT = {
     "sudoku": "<answer>1234341221434321</answer>",
     "countdown": r"\boxed{44 + 19 + 35}",
+    "word_problems": "It is 98.\n#### 98",
     "gsm8k": r"\boxed{98}",
     "math": r"\boxed{98}",
     "choice": r"\boxed{B}",
@@ -49,7 +50,7 @@ def fields_of(name: str) -> dict:
 
 
 def test_every_named_task_is_a_task_with_defaults_alone():
-    assert list(TASKS) == ["sudoku", "countdown", "gsm8k", "math", "choice", "jsonl"]
+    assert list(TASKS) == ["sudoku", "countdown", "word_problems", "gsm8k", "math", "choice", "jsonl"]
     assert all(isinstance(task(), Task) for task in TASKS.values())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dllm_sd.tasks import Choice, Countdown, Gsm8k, Jsonl, Math, Problem, Sudoku, Task
+from dllm_sd.tasks import Choice, Countdown, Gsm8k, Jsonl, Math, Problem, Sudoku, Task, WordProblems
 from dllm_sd.tasks.grids import large_grid
 from dllm_sd.tasks.sources import Draws
 from tests.tiers import later
@@ -21,6 +21,7 @@ GRADERS: dict[str, tuple[Task, dict]] = {
     "math compatible": (Math(mode="compatible"), {"answer": "\\frac{1}{2}"}),
     "countdown": (Countdown(), NUMBER),
     "countdown compatible": (Countdown(mode="compatible"), NUMBER),
+    "word_problems": (WordProblems(), NUMBER),
     "sudoku": (Sudoku(), SMALL),
     "sudoku compatible": (Sudoku(mode="compatible"), SMALL),
     "sudoku 9x9": (Sudoku(size=9), {"puzzle": "0" + LARGE[1:], "solution": LARGE}),

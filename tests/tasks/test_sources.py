@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.tasks import TASKS, Choice, Countdown, Gsm8k, Jsonl, Math, Problem, Sudoku, Task
+from dllm_sd.tasks import TASKS, Choice, Countdown, Gsm8k, Jsonl, Math, Problem, Sudoku, Task, WordProblems
 from dllm_sd.tasks.grids import large_grid
 from dllm_sd.tasks.sources import Draws
 
@@ -28,6 +28,13 @@ CASES: dict[str, tuple[Task, dict[str, Any], tuple[str, ...], str, str]] = {
         ("44, 19, 35", "98"),
         "Numbers: \nTarget: \n\nFind an arithmetic",
         "inside \\boxed{}.",
+    ),
+    "word_problems": (
+        WordProblems(),
+        {"question": "What is 3 + 4?", "answer": "7", "solution": "It is 3 + 4 = 7."},
+        ("What is 3 + 4?",),
+        "Work it out step by step,",
+        "in the last line.",
     ),
     "gsm8k": (
         Gsm8k(),
@@ -112,6 +119,7 @@ def test_a_field_that_is_not_there_is_refused_with_and_without_the_question() ->
         ("sudoku", f"<answer>{SMALL['solution']}</answer>", SMALL["solution"]),
         ("sudoku 9x9", f"<answer>{LARGE}</answer>", LARGE),
         ("countdown", "\\boxed{44 + 19 + 35}", "44 + 19 + 35"),
+        ("word_problems", "It is 3 + 4 = 7.\n#### 7", "7"),
         ("gsm8k", "3 + 4 = 7\n\\boxed{7}", "7"),
         ("math", "It is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
         ("choice", "\\boxed{B}", "B"),
@@ -163,6 +171,7 @@ def test_an_answer_that_is_none_of_the_options_is_refused() -> None:
         (Math, "", "problem"),
         (Countdown, "{numbers}", "target"),
         (Countdown, "{target}", "numbers"),
+        (WordProblems, "Solve it.", "question"),
         (Sudoku, "{{puzzle}}", "puzzle"),
         (Choice, "{letters}", "question"),
     ],
