@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 from dllm_sd.errors import InputError
@@ -20,6 +21,28 @@ STARTS = "environment.jsonl"
 REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
 
 
+WATCHED = ("loss", "student/entropy", "eval/accuracy")
+"""Metrics whose course says whether a run goes well."""
+FEW = 6
+"""Updates of which fewer say nothing about a course."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where a metric began and where it ended: means of the first and the last third of a run; accuracies as such."""
+
+    first: float
+    last: float
+
+
+def course_of(name: str, values: Sequence[float]) -> Course | None:
+    """The course of a metric; None where it has too few values."""
+    if name == "eval/accuracy":
+        return Course(values[0], values[-1]) if len(values) > 1 else None
+    third = len(values) // 3
+    return Course(fmean(values[:third]), fmean(values[-third:])) if len(values) >= FEW else None
+
+
 @dataclass(frozen=True)
 class LogSums:
     """What the lines of metrics.jsonl come to."""
@@ -30,6 +53,8 @@ class LogSums:
     """Whether the run has made optimizer steps, none of which changed a weight."""
     last_accuracy: float | None = None
     """Dev accuracy of the last evaluation."""
+    courses: Mapping[str, "Course"] = field(default_factory=dict)
+    """How the metrics in `WATCHED` went, by name; none of fewer than `FEW` values, accuracies of fewer than two."""
 
 
 class MetricsLog:
@@ -64,17 +89,20 @@ class MetricsLog:
             InputError: naming the file and the line that was not written by a run.
         """
         changed: list[bool] = []
-        accuracy: list[float] = []
+        seen: dict[str, list[float]] = {name: [] for name in WATCHED}
 
         def lines() -> Iterator[dict[str, Any]]:
             for line in read_log(self.metrics):
                 if line["update"] > 0:  # update 0 is the evaluation before training; a skipped update has no loss
                     changed.append(line.get("loss") is not None and "weights_unchanged" not in line)
-                accuracy[:] = [line["eval/accuracy"]] if "eval/accuracy" in line else accuracy
+                for name, values in seen.items():
+                    values += [line[name]] if line.get(name) is not None else []
                 yield line
 
         counts = left_out(lines(), passes)
-        return LogSums(counts, bool(changed) and not any(changed), accuracy[0] if accuracy else None)
+        accuracies = seen["eval/accuracy"]
+        courses = {name: course for name, values in seen.items() if (course := course_of(name, values)) is not None}
+        return LogSums(counts, bool(changed) and not any(changed), accuracies[-1] if accuracies else None, courses)
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """Append one rollout with its text."""

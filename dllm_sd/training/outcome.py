@@ -10,10 +10,13 @@ from dllm_sd.files.checkpoint_files import CHECKPOINTS
 from dllm_sd.training.checkpoint import State, latest_checkpoint, state_of
 from dllm_sd.training.folder import CONFIG, read_run_config
 from dllm_sd.training.left_out import in_words
-from dllm_sd.training.log_files import LogSums
+from dllm_sd.training.log_files import WATCHED, LogSums
 from dllm_sd.training.selection import COLLAPSED
 
 Outcome = Literal["learnt", "nothing learnt", "collapsed"]
+DISPERSED = (1.5, 0.2)
+"""How many times its former value, and how many nats above it, the student's entropy must rise while the loss falls
+before that is a warning."""
 MUCH = 0.1
 """How far below the best dev accuracy the last one may be before that is a warning."""
 
@@ -50,6 +53,8 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
     fell = sums.last_accuracy is not None and sums.last_accuracy < state.best_accuracy - MUCH
     if outcome == "collapsed" or (fell and state.best_update > 0):
         found.append(_collapse(state, sums))
+    if outcome != "nothing learnt" and (sentence := _parted(sums)) is not None:
+        found.append(sentence)
     if state.update and state.best_accuracy >= 0 and state.best_update == 0:
         found.append(initial_are_best(state.update))
     return found
@@ -62,6 +67,26 @@ def _collapse(state: State, sums: LogSums) -> str:
         return f"the run collapsed at update {state.update}: {state.stopped}; {best}"
     last, highest = in_percent(sums.last_accuracy or 0.0), in_percent(state.best_accuracy)
     return f"the last weights are much worse than the best ones on the dev split, {last} against {highest}; {best}"
+
+
+def _parted(sums: LogSums) -> str | None:
+    """The warning that the loss fell while the student became undecided, and no better on the dev split."""
+    loss, entropy, accuracy = (sums.courses.get(name) for name in WATCHED)
+    if loss is None or entropy is None or loss.last >= loss.first:
+        return None
+    is_decided = entropy.last <= max(DISPERSED[0] * entropy.first, entropy.first + DISPERSED[1])
+    if is_decided or (accuracy is not None and accuracy.last >= accuracy.first):
+        return None
+    fell = (
+        ""
+        if accuracy is None
+        else f" and dev accuracy from {in_percent(accuracy.first)} to {in_percent(accuracy.last)}"
+    )
+    return (
+        f"loss and entropy part ways: the loss fell from {loss.first:.3g} to {loss.last:.3g}{fell}, while the "
+        f"student's entropy rose from {entropy.first:.2f} to {entropy.last:.2f} nats; it learns to be undecided: lower "
+        "optim.lr, take another method.divergence or no clip, or ask dllm-sd probe whether the teacher uses its hint"
+    )
 
 
 def initial_are_best(update: int) -> str:

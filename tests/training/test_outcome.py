@@ -17,7 +17,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import final_problems
 from dllm_sd.network.finite import fingerprint
 from dllm_sd.training.checkpoint import State
-from dllm_sd.training.log_files import LogSums
+from dllm_sd.training.log_files import Course, LogSums, MetricsLog, course_of
 from dllm_sd.training.outcome import about_device, initial_of, outcome_of, prompt_differences, warnings_of
 from dllm_sd.training.trainer import Trainer
 
@@ -197,6 +197,49 @@ def test_how_a_run_ended_is_one_word_and_its_reasons(state: State, sums: LogSums
     found = warnings_of(state, sums)
     assert len(found) == len(words)
     assert [re.match(start, said) is not None for start, said in zip(words, found, strict=True)] == [True] * len(words)
+
+
+@pytest.mark.parametrize(
+    ("loss", "entropy", "accuracy", "is_said"),
+    [
+        ((0.094, 0.044), (1.7, 4.2), (0.34, 0.0), True),
+        ((0.094, 0.044), (1.7, 4.2), None, True),
+        ((0.094, -0.044), (0.0, 0.3), (0.34, 0.33), True),
+        ((0.094, 0.044), (1.7, 4.2), (0.34, 0.34), False),  # no worse on the dev split
+        ((0.094, 0.1), (1.7, 4.2), (0.34, 0.0), False),  # the loss rose too
+        ((0.094, 0.044), (1.7, 2.5), (0.34, 0.0), False),
+        ((0.094, 0.044), (0.01, 0.15), (0.34, 0.0), False),  # many times as much, but hardly any
+        (None, (1.7, 4.2), (0.34, 0.0), False),
+        ((0.094, 0.044), None, (0.34, 0.0), False),
+    ],
+)
+def test_a_loss_that_falls_while_the_student_becomes_undecided_is_warned_of(
+    loss: tuple[float, float] | None,
+    entropy: tuple[float, float] | None,
+    accuracy: tuple[float, float] | None,
+    is_said: bool,
+):
+    values = {"loss": loss, "student/entropy": entropy, "eval/accuracy": accuracy}
+    sums = LogSums(courses={name: Course(*pair) for name, pair in values.items() if pair is not None})
+    found = [said for said in warnings_of(State(9), sums) if said.startswith("loss and entropy part ways")]
+    assert len(found) == is_said
+    if is_said and accuracy == (0.34, 0.0):
+        assert "fell from 0.094 to 0.044 and dev accuracy from 34.00 % to 0.00 %" in found[0]
+        assert "entropy rose from 1.70 to 4.20 nats" in found[0]
+
+
+def test_the_course_of_a_metric_is_that_of_its_lines(tmp_path: Path):
+    log = MetricsLog(tmp_path, -1)
+    log.write({"update": 0, "eval/accuracy": 0.5})
+    for update in range(1, 10):
+        loss = {"loss": None} if update == 2 else {"loss": float(update), "student/entropy": 1.0 / update}
+        log.write({"update": update, **loss, **({"eval/accuracy": 0.25} if update == 9 else {})})
+    courses = log.summed_up(1).courses
+    assert courses["loss"] == Course((1 + 3) / 2, (8 + 9) / 2)
+    assert courses["student/entropy"].last == pytest.approx((1 / 8 + 1 / 9) / 2)
+    assert courses["eval/accuracy"] == Course(0.5, 0.25)
+    assert course_of("loss", [1.0] * 5) is None
+    assert course_of("eval/accuracy", [1.0]) is None
 
 
 @pytest.mark.parametrize(
