@@ -25,6 +25,11 @@ _LLADA_8B = {
     **{"mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096},
     **{"rms_norm_eps": 1e-5, "rope_theta": 5e5, "weight_tying": False},
 }
+_SMOLLM2_135M = {
+    **{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+    **{"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192},
+    **{"rms_norm_eps": 1e-5, "rope_theta": 1e5, "tie_word_embeddings": True},
+}
 _DREAM_7B = {**_qwen("Dream", 3584, 18944, 28, 28, 4, False), "vocab_size": 152064}
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -41,6 +46,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen3-4B": _qwen3("qwen3", 2560, 9728, 36, 32, True),
     "Qwen/Qwen3-4B-Instruct-2507": _qwen3("qwen3", 2560, 9728, 36, 32, True),
     "Qwen/Qwen3-8B": _qwen3("qwen3", 4096, 12288, 36, 32, False),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen("qwen2", 896, 4864, 24, 14, 2, True),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _qwen("qwen2", 1536, 8960, 28, 12, 2, False),
 }
