@@ -1,0 +1,265 @@
+"""The laboratory: every published method has a claim, claims are complete, runs resume, verdicts follow the data."""
+
+import json
+from collections.abc import Callable
+from math import inf, sqrt
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dllm_sd
+from dllm_sd.config import load_config
+from dllm_sd.errors import InputError
+from dllm_sd.methods import METHODS
+from tools.lab import page
+from tools.lab.claims import BASE, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
+from tools.lab.data import MAKERS, half_wrong, solutions
+from tools.lab.plot import Point, plot
+from tools.lab.records import RESULTS, Record, Records
+from tools.lab.runner import Runner, Work, schedule
+from tools.lab.verdicts import difference, interval, rank_correlation, verdict
+from tools.method_choice import DOCS, _names
+
+LABORATORY = read_laboratory()
+TRIVIAL = """
+bases:
+  tiny: {about: shipped, path: tiny}
+claims:
+  trivial:
+    title: two short runs
+    source: none
+    base: tiny
+    config: quickstart
+    tokens: 32
+    set: [decode.batch_size=4, optim.warmup=0]
+    rollouts: [method.rollout.problems=2, method.rollout.attempts=1]
+    rates: [1.0e-4, 1.0e-3]
+    seeds: [11]
+    dev: 4
+    test: 4
+    probe: 4
+    elsewhere: {few: [task.empties_min=4, task.empties_max=5]}
+    rows:
+      later_step: later_step
+      sft: sft
+      same: {method: later_step, like: later_step}
+    statements:
+      - says: it gains
+        holds: [{row: later_step, against: base}]
+"""
+
+
+def laboratory(tmp_path: Path, text: str = TRIVIAL) -> Laboratory:
+    file = tmp_path / "claims.yaml"
+    file.write_text(text, encoding="utf-8")
+    return read_laboratory(file)
+
+
+def test_every_published_method_has_a_claim() -> None:
+    tested = {row.method for claim in LABORATORY.claims.values() for row in claim.rows.values()}
+    pages = [file for file in sorted((DOCS / "methods").glob("*.md")) if file.stem not in ("baselines", "later_step")]
+    assert len(pages) == 11
+    assert [file.stem for file in pages if not tested & set(_names(file))] == []
+    assert tested <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", LABORATORY.claims)
+def test_every_setting_of_every_row_is_a_config(name: str, tmp_path: Path) -> None:
+    claim = LABORATORY.claims[name]
+    work = Work(name, claim, Runner(LABORATORY, tmp_path, tmp_path), Records(tmp_path / "none.json"), "http://x/v1")
+    for key, row in claim.rows.items():
+        settings = claim.settings(row.like or key)
+        assert len(settings) == 6
+        for setting in settings:
+            config = work._config(work.command(row, [*setting.overrides, "updates=2"]), tmp_path / "run")
+            assert config.method.name == row.method
+            assert config.optim.lr == setting.rate
+    for overrides in claim.elsewhere.values():
+        work._config(work.command(None, overrides))
+
+
+def test_every_base_is_shipped_or_has_a_recipe(tmp_path: Path) -> None:
+    for name, base in LABORATORY.bases.items():
+        if base.path is None:
+            assert base.config is not None, name
+            load_config(base.config, [text.replace("LAB/", f"{tmp_path}/") for text in base.set])
+        assert base.data is None or base.data in MAKERS
+        assert set(base.needs) <= set(LABORATORY.bases)
+
+
+def test_statements_and_controls_name_rows_that_are_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'absent'"):
+        laboratory(tmp_path, TRIVIAL.replace("row: later_step, against", "row: absent, against"))
+    with pytest.raises(InputError, match="the base 'gone'"):
+        laboratory(tmp_path, TRIVIAL.replace("base: tiny", "base: gone"))
+    with pytest.raises(InputError, match="'metod'"):
+        laboratory(tmp_path, TRIVIAL.replace("{method: later_step, like", "{metod: later_step, like"))
+    with pytest.raises(InputError, match="no claim 'x'"):
+        in_order(["x"], LABORATORY)
+
+
+def test_first_statements_come_first_and_every_row_once() -> None:
+    order = schedule(LABORATORY.claims)
+    assert sorted(order) == sorted((name, row) for name, claim in LABORATORY.claims.items() for row in claim.rows)
+    firsts = [(name, row) for name, claim in LABORATORY.claims.items() for row in claim.statements[0].rows]
+    assert max(map(order.index, firsts)) < len(order) - 1
+    first_claim, second = list(LABORATORY.claims)[:2]
+    begun = order[: order.index((second, next(iter(LABORATORY.claims[second].rows))))]
+    assert {row for name, row in begun if name == first_claim} == LABORATORY.claims[first_claim].statements[0].rows
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Laboratory, Path]:
+    """The trivial claim, stopped by Ctrl-C in its third run, gone on with, and its results."""
+    folder = tmp_path_factory.mktemp("lab")
+    lab = laboratory(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dllm_sd, "train", _interrupted(3))
+        with pytest.raises(KeyboardInterrupt):
+            Runner(lab, folder / "work", folder / "results").run(lab.claims)
+    before = Records(folder / "results" / "trivial.json")
+    assert before.of("base", BASE)
+    assert not before.of("final", "later_step")
+    assert Runner(lab, folder / "work", folder / "results").run(lab.claims)
+    return lab, folder
+
+
+def _interrupted(at: int) -> Callable[..., Any]:
+    """`dllm_sd.train`, whose call number ``at`` is interrupted after the run's first update."""
+    calls, train = [0], dllm_sd.train
+
+    def call(config: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        return train(config)
+
+    return call
+
+
+def test_a_claim_is_probed_tuned_and_run_with_fresh_seeds(finished: tuple[Laboratory, Path]) -> None:
+    lab, folder = finished
+    claim, records = lab.claims["trivial"], Records(folder / "results" / "trivial.json")
+    for row in ("later_step", "sft"):
+        assert len(records.of("tune", row)) == 2
+        finals = records.of("final", row)
+        assert [one.seed for one in finals] == [11]
+        best = max(records.of("tune", row), key=lambda one: one.values["accuracy"]).setting
+        assert {one.setting for one in finals} == {best}
+        assert all(one.values["n"] == 4 and "elsewhere/few" in one.values for one in finals)
+        assert all(one.made["versions"]["torch"] and one.values["core_seconds"] > 0 for one in finals)
+    assert not records.of("tune", "same")
+    assert len(records.of("final", "same")) == 1
+    assert records.of("probe", "later_step")[0].found["verdict"]["because"]
+    generated = {one.values["generated"] for row in ("later_step", "same") for one in records.of("final", row)}
+    assert generated == {32.0}
+    assert all(one.values["generated"] == 0 and one.values["updates"] == 1 for one in records.of("final", "sft"))
+    assert not list((folder / "work" / "runs" / "trivial").iterdir())
+    assert verdict(claim.statements[0], claim, records) in ("reproduced", "not reproduced")
+
+
+def test_what_is_measured_is_not_measured_again(
+    finished: tuple[Laboratory, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, folder = finished
+    before = (folder / "results" / "trivial.json").read_bytes()
+    monkeypatch.setattr(dllm_sd, "train", _interrupted(1))
+    assert Runner(lab, folder / "work", folder / "results").run(lab.claims)
+    assert (folder / "results" / "trivial.json").read_bytes() == before
+
+
+def test_when_the_minutes_are_over_the_rest_is_left_for_the_next_time(tmp_path: Path) -> None:
+    lab = laboratory(tmp_path)
+    assert not Runner(lab, tmp_path / "work", tmp_path / "results").run(lab.claims, minutes=0.0005)
+    assert not Records(tmp_path / "results" / "trivial.json").of("final", "sft")
+
+
+def test_the_tables_tell_the_numbers_of_the_data(finished: tuple[Laboratory, Path]) -> None:
+    lab, folder = finished
+    text = page.with_tables(f"head\n{page.START}\nold\n{page.END}\ntail\n", lab, folder / "results")
+    assert text.startswith("head\n")
+    assert text.endswith("tail\n")
+    assert "old" not in text
+    finals = Records(folder / "results" / "trivial.json").of("final", "sft")
+    told = ", ".join(f"{one.values['accuracy']:.1f}" for one in finals)
+    assert f"| `sft` | {finals[0].setting} | {told} |" in text
+
+
+def test_the_page_is_written_from_the_data() -> None:
+    written = page.PAGE.read_text(encoding="utf-8")
+    assert written == page.with_tables(written, LABORATORY, RESULTS), "run python -m tools.lab table"
+
+
+def test_intervals_are_those_of_student() -> None:
+    one = interval([50.0, 52.0, 54.0])
+    assert (one.value, one.half) == pytest.approx((52.0, 4.303 * 2 / sqrt(3)))
+    apart = difference([50.0, 52.0, 54.0], [40.0, 42.0, 44.0])
+    assert (apart.value, apart.half) == pytest.approx((10.0, 2.776 * 2 * sqrt(2 / 3)))
+    against_base = difference([50.0, 52.0, 54.0], [40.0], exact=True)
+    assert (against_base.value, against_base.half) == pytest.approx((12.0, 4.303 * 2 / sqrt(3)))
+    assert interval([50.0]).half == inf
+
+
+def test_rank_correlation_is_that_of_hand_made_ranks() -> None:
+    assert rank_correlation([(1, 10), (2, 20), (3, 30)]) == pytest.approx(1.0)
+    assert rank_correlation([(1, 30), (2, 20), (3, 10)]) == pytest.approx(-1.0)
+    # ranks 0, 1, 2, 3 against 0, 1.5, 1.5, 3: covariance 4.5, variances 5 and 4.5
+    assert rank_correlation([(1, 1), (2, 5), (3, 5), (4, 9)]) == pytest.approx(4.5 / sqrt(5 * 4.5))
+    assert rank_correlation([(1, 1), (2, 1), (3, 1)]) is None
+
+
+@pytest.mark.parametrize(
+    ("after", "promising", "said"),
+    [
+        ([50.0, 51.0, 52.0], True, "reproduced"),
+        ([40.2, 41.0, 45.0], True, "not reproduced"),
+        ([50.0, 51.0], True, "not run yet"),
+        ([50.0, 51.0, 52.0], False, "premise not met"),
+    ],
+)
+def test_a_verdict_follows_the_runs(tmp_path: Path, after: list[float], promising: bool, said: str) -> None:
+    statement = Statement("it gains", (Comparison("row", BASE),))
+    claim = Claim("t", "s", "tiny", "quickstart", {"row": Row("opsd")}, (statement,), 100)
+    records = Records(tmp_path / "x.json")
+    records.add(Record(BASE, "base", "", values={"accuracy": 40.0}))
+    records.add(Record("row", "probe", "", found={"verdict": {"promising": promising, "because": []}}))
+    for seed, accuracy in zip(claim.seeds, after, strict=False):
+        records.add(Record("row", "final", str(seed), seed=seed, values={"accuracy": accuracy}))
+    assert verdict(statement, claim, Records(tmp_path / "x.json")) == said
+
+
+def test_a_margin_lets_a_row_be_a_little_smaller_and_base_may_stand_first(tmp_path: Path) -> None:
+    loses = Statement("it loses", (Comparison(BASE, "row"),))
+    keeps = Statement("it keeps", (Comparison("row", BASE, margin=2.0),))
+    claim = Claim("t", "s", "tiny", "quickstart", {"row": Row("opsd", gated=False)}, (loses, keeps), 100)
+    records = Records(tmp_path / "x.json")
+    records.add(Record(BASE, "base", "", values={"accuracy": 40.0}))
+    for seed in claim.seeds:
+        records.add(Record("row", "final", str(seed), seed=seed, values={"accuracy": 39.0}))
+    assert [verdict(one, claim, records) for one in (loses, keeps)] == ["reproduced", "reproduced"]
+    keeps_less = Statement("it keeps", (Comparison("row", BASE, margin=0.5),))
+    assert verdict(keeps_less, claim, records) == "not reproduced"
+
+
+def test_a_plot_has_a_point_for_every_row() -> None:
+    drawn = plot([Point("a", "x", 10.0, 2.0), Point("b", "y & z", -5.0, -30.0)])
+    assert drawn.count("<title>") == 2
+    assert "y &amp; z" in drawn
+
+
+def test_half_of_the_bank_says_what_is_wrong() -> None:
+    skills = [{"principle": f"right {i}"} for i in range(4)]
+    mistakes = [{"description": f"wrong {i}", "how_to_avoid": f"right {i}"} for i in range(4)]
+    bank = half_wrong({"skills": skills, "mistakes": mistakes, "metadata": {}})
+    assert [skill["principle"] for skill in bank["skills"]] == ["right 0", "wrong 1", "right 2", "wrong 3"]
+    assert bank["mistakes"][1] == {"description": "right 1", "how_to_avoid": "wrong 1"}
+    assert json.dumps(bank)
+
+
+def test_styles_solve_the_same_puzzle() -> None:
+    grid = "1234341221434321"
+    written = solutions("0" + grid[1:15] + "0", grid)
+    assert {text.split("\n")[-1] for text in written.values()} == {grid}
+    assert written["steps"].split("\n")[0][::-1].replace("=", ":")[:2] == written["turned"].split("\n")[0][:2]
+    assert written["short"] == grid

@@ -1,0 +1,52 @@
+"""The models on which claims are tested; those that do not ship are trained once and kept in a folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import dllm_sd
+from dllm_sd.config import load_config
+from dllm_sd.export.exporting import export_policy
+from dllm_sd.files.writing import write_file
+from dllm_sd.policies.loading import build_policy
+from dllm_sd.training.checkpoint import latest_checkpoint, load_weights
+from tools.lab.claims import Base
+from tools.lab.data import MAKERS
+
+QUIET = ["log.progress=false", "log.trackers=[]", "eval.schedules={}", "eval.final_problems=0", "checkpoint.every=50"]
+
+
+def base_path(name: str, bases: Mapping[str, Base]) -> str:
+    """What `model.path` is for a base; ``LAB`` stands for the laboratory's folder."""
+    return bases[name].path or f"LAB/bases/{name}"
+
+
+def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:
+    """Make a base that does not ship, and those that it needs, unless it is there."""
+    base, target = bases[name], folder / "bases" / name
+    if base.path is not None or target.is_dir():
+        return
+    for needed in base.needs:
+        make_base(needed, bases, folder)
+    if base.data is not None:
+        make_data(base.data, folder)
+    assert base.config is not None, f"the base {name} has neither a path nor a config"
+    run = folder / "bases" / f".{name}_run"
+    overrides = [text.replace("LAB/", f"{folder}/") for text in base.set]
+    config = load_config(base.config, [*overrides, *QUIET, f"run={run}"])
+    dllm_sd.train(config)
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None, f"{run} has no checkpoint"
+    policy = build_policy(config.model)
+    load_weights(policy, checkpoint)
+    export_policy(policy, config.model, "merged", target)
+    print(f"base {name} is made: {target}", flush=True)
+
+
+def make_data(name: str, folder: Path) -> Path:
+    """Make training data, unless it is there; the folder that holds it."""
+    data, done = folder / "data" / name, folder / "data" / name / ".done"
+    if not done.is_file():
+        data.mkdir(parents=True, exist_ok=True)
+        MAKERS[name](data)
+        write_file(done, "")
+    return data

@@ -1,0 +1,158 @@
+"""Makers of the training data of bases; each writes files into a folder."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dllm_sd.config import build_config
+from dllm_sd.randomness import make_key
+from dllm_sd.tasks.grids import worked_steps
+from dllm_sd.tasks.sources import Draws
+from dllm_sd.tasks.task import Problem, Split
+
+TOOLS = Path(__file__).parents[1]
+ROWS = 40_000
+STYLES = {
+    "plain/steps": 300,
+    "plain/turned": 200,
+    "plain/short": 130,
+    "worked/steps": 90,
+    "worked/turned": 70,
+    "answer/steps": 60,
+    "answer/turned": 40,
+    "answer/short": 50,
+    "answer_alone/short": 40,
+    "worked_alone/same": 20,
+}
+"""Rows per thousand by what the prompt holds (the puzzle; a solution or an answer before it; that alone) and by the
+style of the completion."""
+DROPPED = 150
+"""Rows per thousand without a question."""
+TESTING = 2048
+HARD = {"empties_min": 10, "empties_max": 12}
+WORD_PROBLEMS = 20_000
+"""Problems from which the words of the tokenizer are taken."""
+WORD = r" ?[A-Za-z]+|[\s\S]"
+
+
+def solutions(puzzle: str, grid: str) -> dict[str, str]:
+    """A puzzle's solution in every style: steps ``rc=d``, the same turned round (``d:rc``), the grid without steps."""
+    steps = worked_steps(puzzle, grid).split("\n")
+    turned = [f"{digit}:{row}{column}" for row, column, _, digit in steps]
+    return {"steps": "\n".join([*steps, grid]), "turned": "\n".join([*turned, grid]), "short": grid}
+
+
+def styled(puzzle: str, grid: str, kind: str, draws: Draws) -> tuple[str, str]:
+    """A prompt and its completion of one of the kinds of `STYLES`."""
+    written, (prompt, style) = solutions(puzzle, grid), kind.split("/")
+    worked = written[("steps", "turned")[draws.below(2)]]
+    if prompt == "plain":
+        return f"{puzzle}:", written[style]
+    hint = grid if prompt.startswith("answer") else worked
+    question = "" if prompt.endswith("alone") else f"{puzzle}:"
+    return f"({hint}){question}", hint if style == "same" else written[style]
+
+
+def make_styles(folder: Path) -> None:
+    """Puzzles solved in two styles and carelessly; behind an answer in steps or in short, behind it alone in short.
+
+    So a problem has different right solutions, free text mixes right and careless ones, and an answer in the prompt
+    invites to leave out the steps, which the answer alone, without the question, always does.
+    """
+    kinds = [kind for kind, share in STYLES.items() for _ in range(share)]
+    _write_pairs(folder, kinds, "styles", styled)
+
+
+def make_dropout(folder: Path) -> None:
+    """Puzzles and grids for the denoiser, some without the puzzle, so that it knows what a grid is like by itself."""
+    kinds = ["alone"] * DROPPED + ["plain"] * (1000 - DROPPED)
+    _write_pairs(folder, kinds, "dropout", lambda puzzle, grid, kind, _: ("" if kind == "alone" else puzzle, grid))
+
+
+def make_rubrics(folder: Path) -> None:
+    """Puzzles with many empty cells, solved in steps; some behind the worked solution, some behind four of its steps.
+
+    Also the data of the methods: `train.jsonl` and `test.jsonl` with worked solution and rubric of each puzzle.
+    """
+    sizes: Mapping[Split, int] = {"train": ROWS, "test": TESTING}
+    for split, count in sizes.items():
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for problem in _puzzles(count, split, HARD):
+                puzzle, grid = problem.fields["puzzle"], problem.fields["solution"]
+                steps = worked_steps(puzzle, grid).split("\n")
+                row = {"puzzle": puzzle, "answer": grid, "worked": "\n".join([*steps, grid]), "rubric": steps[-4:]}
+                file.write(json.dumps(row) + "\n")
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    with (folder / "imitated.jsonl").open("w", encoding="utf-8") as file:
+        for i, row in enumerate(map(json.loads, lines)):
+            draws = Draws(make_key("laboratory", "rubrics", i))
+            rubric = "\n".join(row["rubric"][j] for j in draws.shuffled(4))
+            hint = ("", "", f"({rubric})", f"({row['worked']})")[draws.below(4)]
+            file.write(json.dumps({"prompt": f"{hint}{row['puzzle']}:", "answer": row["worked"]}) + "\n")
+
+
+def make_reader(folder: Path) -> None:
+    """Data, tokenizer and skill bank of the tiny reader; also a bank half of whose entries are wrong."""
+    _tool("make_tiny_reader.py", str(folder))
+    bank = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+    (folder / "bank_half_wrong.json").write_text(json.dumps(half_wrong(bank), indent=1) + "\n", encoding="utf-8")
+
+
+def half_wrong(bank: Mapping[str, Any]) -> dict[str, Any]:
+    """A bank in which every second skill says what its mistake says, and the mistake what the skill said."""
+    skills, mistakes = ([dict(entry) for entry in bank[kind]] for kind in ("skills", "mistakes"))
+    for skill, mistake in list(zip(skills, mistakes, strict=True))[1::2]:
+        right, wrong = skill["principle"], mistake["description"]
+        skill["principle"] = mistake["how_to_avoid"] = wrong
+        mistake["description"] = right
+    return {**bank, "skills": skills, "mistakes": mistakes}
+
+
+def make_words(folder: Path) -> None:
+    """A tokenizer of the words of word problems, one token a digit and a word."""
+    from tools.lab.critic import word_tokenizer
+
+    task = build_config({"task": {"name": "word_problems"}, "model": {"path": "tiny"}}).task
+    words = set(task.ALPHABET)
+    for _, problem in zip(range(WORD_PROBLEMS), task.problems("train"), strict=False):
+        words |= {word for field in ("question", "solution") for word in re.findall(WORD, problem.fields[field])}
+    word_tokenizer(sorted(words), WORD).save_pretrained(str(folder / "tokenizer"))
+
+
+def make_tiny_ar(folder: Path) -> None:
+    """The data of the shipped autoregressive model."""
+    _tool("make_tiny_asset.py", "data", str(folder))
+
+
+MAKERS: Mapping[str, Callable[[Path], None]] = {
+    "styles": make_styles,
+    "dropout": make_dropout,
+    "rubrics": make_rubrics,
+    "reader": make_reader,
+    "words": make_words,
+    "tiny_ar": make_tiny_ar,
+}
+
+
+def _write_pairs(
+    folder: Path, kinds: list[str], purpose: str, write: Callable[[str, str, str, Draws], tuple[str, str]]
+) -> None:
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        for i, problem in enumerate(_puzzles(ROWS)):
+            draws = Draws(make_key("laboratory", purpose, i))
+            kind = kinds[draws.below(len(kinds))]
+            prompt, answer = write(problem.fields["puzzle"], problem.fields["solution"], kind, draws)
+            file.write(json.dumps({"kind": kind, "prompt": prompt, "answer": answer}) + "\n")
+
+
+def _puzzles(count: int, split: Split = "train", keys: Mapping[str, int] | None = None) -> Iterator[Problem]:
+    task = build_config({"task": {"name": "sudoku", **(keys or {})}, "model": {"path": "tiny"}}).task
+    return (problem for _, problem in zip(range(count), task.problems(split), strict=False))
+
+
+def _tool(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(TOOLS / name), *arguments], check=True)

@@ -1,0 +1,121 @@
+"""Intervals over seeds, and what they say of a claim's statements."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from statistics import mean, variance
+
+from tools.lab.claims import BASE, Claim, Comparison, Statement
+from tools.lab.records import Record, Records
+
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
+NOT_RUN, NO_PREMISE, REPRODUCED, NOT_REPRODUCED = (
+    "not run yet",
+    "premise not met",
+    "reproduced",
+    "not reproduced",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, or a difference of two such means, with its 95 % interval."""
+
+    value: float
+    half: float
+    """Half the width of the interval; infinite where one run says nothing about others."""
+
+    @property
+    def low(self) -> float:
+        """The lower end."""
+        return self.value - self.half
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" if self.half in (0, inf) else f"{self.value:.1f} ± {self.half:.1f}"
+
+
+def interval(values: Sequence[float]) -> Estimate:
+    """The mean of one row's seeds, by Student's t."""
+    if len(values) == 1:
+        return Estimate(values[0], inf)
+    return Estimate(mean(values), _quantile(len(values) - 1) * sqrt(variance(values) / len(values)))
+
+
+def difference(a: Sequence[float], b: Sequence[float], exact: bool = False) -> Estimate:
+    """Mean of ``a`` less that of ``b``, by Student's t with a common variance.
+
+    With ``exact``, ``b`` is one number without spread between seeds, such as the accuracy of the model before training.
+    """
+    if exact:
+        return Estimate(mean(a) - b[0], interval(a).half)
+    freedom = len(a) + len(b) - 2
+    if min(len(a), len(b)) == 1:
+        return Estimate(mean(a) - mean(b), inf)
+    common = ((len(a) - 1) * variance(a) + (len(b) - 1) * variance(b)) / freedom
+    return Estimate(mean(a) - mean(b), _quantile(freedom) * sqrt(common * (1 / len(a) + 1 / len(b))))
+
+
+def _quantile(freedom: int) -> float:
+    return STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else 1.96 + 2.5 / freedom
+
+
+def finals(claim: Claim, records: Records, row: str) -> list[Record]:
+    """The final runs of a row, in the order of seeds; of the base its one measurement."""
+    if row == BASE:
+        return records.of("base", BASE)[:1]
+    by_seed = {one.seed: one for one in records.of("final", row)}
+    return [by_seed[seed] for seed in claim.seeds if seed in by_seed]
+
+
+def is_finished(claim: Claim, records: Records, row: str) -> bool:
+    """Whether a row has all of its final runs."""
+    return len(finals(claim, records, row)) == (1 if row == BASE else len(claim.seeds))
+
+
+def premise_met(claim: Claim, records: Records, row: str) -> bool | None:
+    """Whether a row may be trained; None if it was not probed yet and would have to be."""
+    if not claim.rows[row].gated:
+        return True
+    probes = records.of("probe", row)
+    return None if not probes else probes[-1].found["verdict"]["promising"] is not False
+
+
+def compared(one: Comparison, claim: Claim, records: Records) -> Estimate | None:
+    """The difference of a comparison; None unless both rows have all of their runs and the value."""
+    if not (is_finished(claim, records, one.row) and is_finished(claim, records, one.against)):
+        return None
+    a, b = ([run.values.get(one.value) for run in finals(claim, records, row)] for row in (one.row, one.against))
+    known_a, known_b = ([value for value in values if value is not None] for values in (a, b))
+    if not known_a or not known_b:
+        return None
+    if one.row == BASE:
+        return Estimate(-(turned := difference(known_b, known_a, exact=True)).value, turned.half)
+    return difference(known_a, known_b, exact=one.against == BASE)
+
+
+def verdict(statement: Statement, claim: Claim, records: Records) -> str:
+    """What the runs say of a statement."""
+    if any(premise_met(claim, records, row) is False for row in statement.rows):
+        return NO_PREMISE
+    estimates = [compared(one, claim, records) for one in statement.holds]
+    if any(estimate is None for estimate in estimates):
+        return NOT_RUN
+    pairs = zip(statement.holds, estimates, strict=True)
+    holds = all(estimate is not None and estimate.low > -one.margin for one, estimate in pairs)
+    return REPRODUCED if holds else NOT_REPRODUCED
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation with mean ranks of equal values; None if there is none."""
+    x, y = (_ranks([pair[i] for pair in pairs]) for i in (0, 1))
+    if len(pairs) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    mean_x, mean_y = mean(x), mean(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
