@@ -37,6 +37,21 @@ class Stopped(RuntimeError):
     The message is one sentence with the cause and the remedy. The last update is saved; the exit status is 1.
     """
 
+    elsewhere: bool = False
+    """Whether another process failed without such a sentence. It is gone, so that nothing can be saved together."""
+
+
+def sendable(error: BaseException) -> Exception:
+    """An exception that any process can raise: it has the same sentence and leads to the same exit status."""
+    for kind in (InputError, Stopped, FloatingPointError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror or on_one_line(error), error.filename)
+    told = Stopped(f"another process failed with {type(error).__name__}: {on_one_line(error):.200}")
+    told.elsewhere = True
+    return told
+
 
 def on_one_line(error: BaseException) -> str:
     """The message of an exception without line breaks, to be quoted in an `InputError`."""

@@ -10,7 +10,7 @@ from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.decoding.wire import settings_to_json, stop_after_to_json
 from dllm_sd.engines.engine import CompletionRequest
 from dllm_sd.engines.servers import Servers
-from dllm_sd.trajectory import StopAfter, Trajectory
+from dllm_sd.trajectory import NO_MASK, StopAfter, Trajectory
 
 EXCHANGE = 0.2
 """Most seconds between two exchanges of several processes, while no completion ends."""
@@ -18,7 +18,7 @@ EXCHANGE = 0.2
 
 @dataclass(frozen=True)
 class TokenIds:
-    """The special token ids of a policy."""
+    """What completions of a policy have in common: its special token ids, and how its blocks are counted."""
 
     end_ids: tuple[int, ...]
     pad_id: int
@@ -26,6 +26,9 @@ class TokenIds:
     """Ids that are never sampled."""
     vocabulary: int
     """``v``, rows of the output head."""
+    mask_id: int = NO_MASK
+    blocks_of_prompt: bool = False
+    causal: bool = True
 
 
 class Journal(Protocol):
@@ -44,7 +47,12 @@ class RemoteDecoder:
     """Completes queues on servers."""
 
     def __init__(
-        self, servers: Servers, ids: TokenIds, weights: Callable[[], tuple[str, str]], journal: Journal
+        self,
+        servers: Servers,
+        ids: TokenIds,
+        weights: Callable[[], tuple[str, str]],
+        journal: Journal,
+        processes: int = 1,
     ) -> None:
         """Make a decoder.
 
@@ -53,8 +61,10 @@ class RemoteDecoder:
             ids: the policy's special tokens.
             weights: name on the servers and version of the weights that are to decode now.
             journal: completions that were made before, such as by a run that was killed.
+            processes: that share the servers, and so the requests that may be in flight (`RemoteEngine.concurrency`).
         """
         self.servers, self.ids, self.weights, self.journal = servers, ids, weights, journal
+        self.most = -(-servers.engine.concurrency * len(servers.engine.url) // processes)
 
     def complete(
         self, queue: Queue, settings: Decoding, *, meter: Meter | None = None, stop_after: StopAfter | None = None
@@ -94,6 +104,10 @@ class RemoteDecoder:
             pad_id=self.ids.pad_id,
             banned=tuple(sorted({*settings.suppress, *self.ids.suppress})),
             vocabulary=self.ids.vocabulary,
+            mask_id=self.ids.mask_id,
+            block_length=1 if self.ids.causal else settings.block_length,
+            blocks_of_prompt=self.ids.blocks_of_prompt,
+            causal=self.ids.causal,
         )
 
 
@@ -102,9 +116,8 @@ class Requests:
 
     def __init__(self, decoder: RemoteDecoder, queue: Queue, settings: Decoding, stop_after: StopAfter | None) -> None:
         """Nothing is sent yet."""
-        engine = decoder.servers.engine
         self.decoder, self.queue, self.settings, self.stop_after = decoder, queue, settings, stop_after
-        self.most = engine.concurrency * len(engine.url)
+        self.most = decoder.most
         self.running: dict[Future[Trajectory], Job] = {}
         self.pool = ThreadPoolExecutor(max(1, min(self.most, queue.most)), "engine")
 

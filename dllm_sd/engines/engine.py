@@ -9,7 +9,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.http_client import LONGEST_TRY, LONGEST_WAIT, check_key_variable, check_url
 from dllm_sd.parts import Part
 from dllm_sd.ranges import Natural, NonNegative, Range, Ranged
-from dllm_sd.trajectory import Trajectory
+from dllm_sd.trajectory import NO_MASK, Trajectory
 
 KEY = "decode.engine"
 TOLERANCES = {"exact": 0.001, "rounded": 0.05}
@@ -42,6 +42,11 @@ class CompletionRequest:
     """Ids that are never sampled."""
     vocabulary: int
     """``v``; no id reaches it."""
+    mask_id: int = NO_MASK
+    block_length: int = 1
+    blocks_of_prompt: bool = False
+    causal: bool = True
+    """With the three above as in `Trajectory`, whose values an answer must have; the defaults are autoregressive."""
 
 
 class Engine(Part, Protocol):
@@ -79,7 +84,7 @@ class RemoteEngine(Ranged, ABC, key=KEY):
     backoff: Annotated[float, Range(least=0, most=LONGEST_WAIT)] = 1.0
     """Most seconds until the first retry; they double with every retry."""
     concurrency: Annotated[int, Range(least=1, most=4096)] = 64
-    """Requests in flight at each server."""
+    """Requests in flight at each server, of all processes together; those of a server that is down go to the others."""
     checked: Natural = 4
     """Rollouts of every batch that the trainer scores again (`engine/logp_gap`)."""
     tolerance: NonNegative | None = None
@@ -90,6 +95,8 @@ class RemoteEngine(Ranged, ABC, key=KEY):
     """Whether it decodes masked-diffusion models."""
     takes_all_weights: ClassVar[bool] = False
     """Whether it takes the weights of full fine-tuning, not only LoRA adapters."""
+    loading: ClassVar[str]
+    """How a server is started so that it takes weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,19 +1,23 @@
 """The servers of an engine: requests with retries on whichever server is up, and the weights that they decode with."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from threading import Lock
+from time import monotonic
 from typing import Any
 
 from dllm_sd.engines.engine import KEY, CompletionRequest, RemoteEngine
 from dllm_sd.errors import InputError, Stopped, shortened
 from dllm_sd.http_client import HttpClient, Reply, json_headers, pause
+from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 
 FAILURES_UNTIL_DOWN = 3
 """After so many failed attempts in a row a server counts as down, and others get its requests."""
+LONGEST_QUESTION = 10.0
+"""Most seconds in which a server that was down has to say that it is up."""
 
 
 class WrongAnswer(Stopped):
@@ -29,30 +33,48 @@ class _Server:
     """Attempts in a row that failed for an outage."""
     weights: str | None = None
     """Name of the weights that were loaded last."""
+    asked: int = 0
+    """Times that it was asked in vain whether it is up again."""
+    ask_at: float = 0.0
+    """When it is to be asked again, by the monotonic clock, if it is down."""
+    loading: Lock = field(default_factory=Lock)
+    """Held while weights are loaded, which is done once for all requests that need them."""
+
+    @property
+    def is_down(self) -> bool:
+        """Whether others get its requests."""
+        return self.failed >= FAILURES_UNTIL_DOWN
 
 
 class Servers:
     """The servers of one engine; safe to use from several threads."""
 
-    def __init__(self, engine: RemoteEngine) -> None:
+    def __init__(self, engine: RemoteEngine, first: int = 0) -> None:
         """Prepare the client; nothing is sent yet.
+
+        Args:
+            engine: the keys of the engine.
+            first: index of the server that is preferred among equals, so that several processes prefer several.
 
         Raises:
             InputError: if the API key cannot be sent.
         """
         self.engine = engine
         self._servers = [_Server(url) for url in engine.url]
+        self._order = self._servers[first % len(engine.url) :] + self._servers[: first % len(engine.url)]
         self._client = HttpClient(json_headers(engine.key_variable, f"{KEY}.key_variable"), engine.timeout)
         self._stop, self._lock = self._client.stop, Lock()
         self._load: tuple[str, str, bool] | None = None
         self.retried = 0
         """Attempts at completions that failed and were repeated."""
 
-    def check(self, longest: int, prefix: str) -> None:
-        """Ask every server whether it is up, knows the model, and reads ``longest`` tokens of prompt and completion.
+    def check(self, prompt: int, completion: int, is_own: Callable[[str], bool]) -> None:
+        """Ask every server whether it is up, knows the model, reads enough tokens, and takes weights.
 
-        Names that begin with ``prefix`` are those of this run's weights: a server that took all of them knows its model
-        by such a name.
+        Args:
+            prompt: tokens of the longest prompt.
+            completion: positions of the longest completion.
+            is_own: whether a name is that of weights of this run: a server that took all of them knows its model by it.
 
         Raises:
             InputError: naming the server, and the remedy.
@@ -60,47 +82,50 @@ class Servers:
         client = replace(self._client, timeout=min(self.engine.timeout, 60.0))
         for i, server in enumerate(self._servers):
             reply = client.send(self.engine.path(server.url, "/v1/models"))
-            self._refuse(server, reply)
+            if (denied := self._denied(server, reply)) is not None:
+                raise InputError(denied)
             if reply.failure is not None:
                 raise InputError(
                     f"{KEY}.url.{i} {server.url} does not answer as a server of models ({reply.failure}); start it, or "
                     "give the base URL of one that runs"
                 )
             models = _models(reply.content)
-            names = [name for name in models if name == self.engine.model or name.startswith(prefix)]
+            names = [name for name in models if name == self.engine.model or is_own(name)]
             if not names:
                 raise InputError(
                     f"{KEY}.model {self.engine.model!r} is not served at {server.url}, which has "
                     f"{shortened(', '.join(models)) or 'none'}; name one of these"
                 )
-            most = models[names[0]]
-            if most is not None and most < longest:
-                raise InputError(
-                    f"the server at {server.url} reads {most} tokens, but max_prompt and decode.length are {longest} "
-                    "together; start it with a larger --max-model-len, or lower them"
-                )
+            _refuse_short(server, models[names[0]], prompt, completion)
+            self._refuse_fixed(server, client)
 
-    def load(self, name: str, folder: str, adapter: bool) -> None:
+    def load(self, name: str, folder: str, adapter: bool) -> list[bool]:
         """Load weights on all servers that are up; a server that comes back later gets them then.
+
+        Returns:
+            Which servers took them.
 
         Raises:
             Stopped: if no server takes them.
         """
         self._load = (name, folder, adapter)
-        outcomes = [self._give_weights(server) for server in self._servers]
-        if all(reply.failure for reply in outcomes):
-            reply = outcomes[0]
+        replies = [self._give_weights(server) for server in self._servers]
+        if all(reply.failure for reply in replies):
+            reply = replies[0]
             raise Stopped(
-                f"no server of {KEY}.url takes the weights {name} from {folder} ({reply.failure}: "
-                f"{_said(reply)}); start them so that they load weights and see this folder, and run the same command "
-                "again"
+                f"no server of {KEY}.url takes the weights {name} from {folder} ({reply.failure}: {_said(reply)}); "
+                f"start them {self.engine.loading}, and so that they see this folder, and run the same command again"
             )
+        return [reply.failure is None for reply in replies]
 
-    def note(self, name: str, folder: str, adapter: bool) -> None:
-        """Learn that another process has loaded weights on the servers."""
+    def note(self, name: str, folder: str, adapter: bool, taken: Sequence[bool]) -> None:
+        """Learn which servers have ``taken`` the weights that another process has loaded."""
         self._load = (name, folder, adapter)
-        for server in self._servers:
-            server.weights = name
+        for server, took in zip(self._servers, taken, strict=True):
+            if took:
+                server.weights, server.failed, server.asked = name, 0, 0
+            else:
+                self._leave(server)
 
     def complete(self, request: CompletionRequest) -> Trajectory:
         """Return the completion that a server made.
@@ -110,23 +135,13 @@ class Servers:
             Stopped: if the request failed on all attempts.
         """
         route, tree = self.engine.ask(request)
-        body = json.dumps(tree).encode()
+        body, server = json.dumps(tree).encode(), None
         for attempt in count():
-            server = self._choose()
-            if server.weights != request.model != self.engine.model:
-                self._give_weights(server)
-            reply = self._client.send(self.engine.path(server.url, route), body)
-            self._returned(server, reply)
-            self._refuse(server, reply)
+            self._ask_again()
+            server = self._choose(server)
+            reply = self._attempt(server, route, body, request.model)
             if reply.failure is None:
                 return self._read(server, reply, request)
-            if reply.failure == "http_404":  # a server that was restarted lacks the weights
-                server.weights = None
-            elif not reply.is_temporary:
-                raise Stopped(
-                    f"the server at {server.url} ({KEY}) refuses a completion ({reply.failure}: {_said(reply)}); "
-                    "change its settings or those of decode, and run the same command again"
-                )
             seconds = pause(self.engine.backoff, request.key, attempt, reply.retry_after)
             if attempt == self.engine.retries or self._stop.wait(seconds):
                 raise Stopped(
@@ -140,6 +155,33 @@ class Servers:
         """Cancel all requests in flight; no request can be made afterwards."""
         self._stop.set()
 
+    def _attempt(self, server: _Server, route: str, body: bytes, model: str) -> Reply:
+        """Make one attempt at a completion; what it fails with may pass, here or elsewhere.
+
+        Raises:
+            Stopped: if it cannot.
+        """
+        try:
+            if server.weights != model != self.engine.model:
+                given = self._provide(server, model)
+                if given.failure is not None:
+                    return given
+            reply = self._client.send(self.engine.path(server.url, route), body)
+        finally:
+            with self._lock:
+                server.running -= 1
+        self._learn(server, reply)
+        if (denied := self._denied(server, reply)) is not None:
+            raise Stopped(f"{denied}, and run the same command again")
+        if reply.failure == "http_404":  # a server that was restarted lacks the weights
+            server.weights = None
+        elif reply.failure is not None and not reply.is_temporary:
+            raise Stopped(
+                f"the server at {server.url} ({KEY}) refuses a completion ({reply.failure}: {_said(reply)}); "
+                "change its settings or those of decode, and run the same command again"
+            )
+        return reply
+
     def _read(self, server: _Server, reply: Reply, request: CompletionRequest) -> Trajectory:
         try:
             return self.engine.read(json.loads(reply.content), request)
@@ -148,54 +190,151 @@ class Servers:
                 f"the server at {server.url} ({KEY}) gave an answer that must not be trained on: {error}"
             ) from error
 
-    def _choose(self) -> _Server:
-        """Return the server with the fewest requests in flight, of those that are up if one is."""
+    def _choose(self, former: _Server | None) -> _Server:
+        """Return the server with the fewest requests in flight, of those that are up if one is.
+
+        A request that the ``former`` server failed goes to another where that is possible.
+        """
         with self._lock:
-            up = [server for server in self._servers if server.failed < FAILURES_UNTIL_DOWN] or self._servers
-            server = min(up, key=lambda server: server.running)
+            up = [server for server in self._order if not server.is_down] or self._order
+            server = min(up, key=lambda server: (server is former, server.running))
             server.running += 1
             return server
 
-    def _returned(self, server: _Server, reply: Reply) -> None:
+    def _learn(self, server: _Server, reply: Reply) -> None:
+        """Count failures for an outage."""
+        outage = reply.failure is not None and not reply.failure.startswith("http_4")
         with self._lock:
-            server.running -= 1
-            outage = reply.failure is not None and not reply.failure.startswith("http_4")
-            server.failed = server.failed + 1 if outage else 0
+            was_down, server.failed = server.is_down, server.failed + 1 if outage else 0
+            if not outage:
+                server.asked = 0
+            elif server.is_down and not was_down:
+                self._wait(server)
+
+    def _leave(self, server: _Server) -> None:
+        """Take a server as down that does not take the weights."""
+        with self._lock:
+            server.failed = max(server.failed, FAILURES_UNTIL_DOWN)
+            self._wait(server)
+
+    def _wait(self, server: _Server) -> None:
+        """Let a server that is down be asked again after a pause, which doubles every time."""
+        server.ask_at = monotonic() + pause(self.engine.backoff, make_key("server", server.url), server.asked)
+        server.asked += 1
+
+    def _ask_again(self) -> None:
+        """Ask servers whether they are up that have been down for a while, if others are up meanwhile.
+
+        One that says so gets requests again; the first that fails takes it down again.
+        """
+        with self._lock:
+            down = [server for server in self._servers if server.is_down]
+            due = [server for server in down if server.ask_at <= monotonic()] if len(down) < len(self._servers) else []
+            for server in due:
+                server.ask_at = monotonic() + 2 * LONGEST_QUESTION  # only one thread asks
+        client = replace(self._client, timeout=min(self.engine.timeout, LONGEST_QUESTION))
+        for server in due:
+            reply = client.send(self.engine.path(server.url, "/v1/models"))
+            with self._lock:
+                if reply.failure is not None:
+                    self._wait(server)
+                    continue
+                server.failed = FAILURES_UNTIL_DOWN - 1
+
+    def _provide(self, server: _Server, name: str) -> Reply:
+        """Load the current weights on a server that lacks them, unless another thread has done so meanwhile."""
+        with server.loading:
+            return Reply() if server.weights == name else self._give_weights(server)
 
     def _give_weights(self, server: _Server) -> Reply:
         """Load the current weights on a server, and forget the former ones."""
         assert self._load is not None
         name, folder, adapter = self._load
         reply = self._post(server, *self.engine.load(name, folder, adapter))
-        if reply.failure is not None:
+        if reply.failure is not None and not self._has(server, name, reply):
+            self._leave(server)
             return reply
-        former, server.weights, server.failed = server.weights, name, 0  # it is up
+        former = server.weights
+        with self._lock:
+            server.weights, server.failed, server.asked = name, 0, 0  # it is up
         if former not in (None, name) and (forgotten := self.engine.unload(str(former), adapter)) is not None:
             self._post(server, *forgotten)
-        return reply
+        return Reply()
+
+    def _has(self, server: _Server, name: str, reply: Reply) -> bool:
+        """Whether a server did not load weights because it has them, by another process or before a lost answer."""
+        if b"already been loaded" in reply.content:
+            return True
+        client = replace(self._client, timeout=min(self.engine.timeout, LONGEST_QUESTION))
+        return name in _models(client.send(self.engine.path(server.url, "/v1/models")).content)
 
     def _post(self, server: _Server, route: str, tree: Mapping[str, Any]) -> Reply:
         reply = self._client.send(self.engine.path(server.url, route), json.dumps(tree).encode())
-        self._refuse(server, reply)
+        if (denied := self._denied(server, reply, loading=True)) is not None:
+            raise Stopped(f"{denied}, and run the same command again")
         return reply
 
-    def _refuse(self, server: _Server, reply: Reply) -> None:
-        """Refuse to go on with a server that wants another API key."""
+    def _denied(self, server: _Server, reply: Reply, loading: bool = False) -> str | None:
+        """Why a server answers nobody without another secret, or loads no weights, with the remedy; None if it does."""
+        said = f"the server at {server.url} ({KEY}.url) answers {(reply.failure or '')[5:]} ({_said(reply)})"
+        if reply.failure == "http_403" and loading:
+            return f"{said} to a request to load weights; start it {self.engine.loading}"
         if reply.failure in ("http_401", "http_403"):
+            return (
+                f"{said}; put a secret that it accepts into the environment variable {self.engine.key_variable} "
+                f"({KEY}.key_variable)"
+            )
+        return None
+
+    def _refuse_fixed(self, server: _Server, client: HttpClient) -> None:
+        """Refuse a server that takes no weights.
+
+        It is asked to forget an adapter that it does not have: one that takes adapters names it in its refusal, and one
+        that does not knows no such request.
+
+        Raises:
+            InputError: naming the server, and the remedy.
+        """
+        name = "dllm-sd-none"
+        forgotten = self.engine.unload(name, True)
+        assert forgotten is not None
+        reply = client.send(self.engine.path(server.url, forgotten[0]), json.dumps(forgotten[1]).encode())
+        is_unknown = reply.failure == "http_404" and name.encode() not in reply.content
+        if is_unknown or reply.failure in ("http_403", "http_405", "http_501"):
             raise InputError(
-                f"the server at {server.url} ({KEY}.url) answers {reply.failure[5:]} ({_said(reply)}); put a secret "
-                f"that it accepts into the environment variable {self.engine.key_variable} ({KEY}.key_variable)"
+                f"the server at {server.url} ({KEY}.url) takes no weights ({reply.failure}: {_said(reply)}), so it "
+                f"would not follow the student; start it {self.engine.loading}"
             )
 
 
-def _models(content: bytes) -> dict[str, int | None]:
-    """Return the names of the served models, with the most tokens that each reads if the server says so."""
+def _refuse_short(server: _Server, model: Mapping[str, Any], prompt: int, completion: int) -> None:
+    """Refuse a server whose model reads fewer tokens than the run has, as far as the server says so.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    for name, wanted, keys, option in (
+        ("max_model_len", prompt + completion, "max_prompt and decode.length are", "a larger --max-model-len"),
+        ("max_prompt", prompt, "max_prompt is", f"max_prompt={prompt}"),
+        ("max_completion", completion, "decode.length is", f"--max-completion {completion}"),
+    ):
+        most = model.get(name)
+        if isinstance(most, int) and most < wanted:
+            what = {"max_prompt": "prompts of ", "max_completion": "completions of "}.get(name, "")
+            both = " together" if name == "max_model_len" else ""
+            raise InputError(
+                f"the server at {server.url} reads {what}{most} tokens, but {keys} {wanted}{both}; start it with "
+                f"{option}, or lower {'them' if both else 'it'}"
+            )
+
+
+def _models(content: bytes) -> dict[str, Mapping[str, Any]]:
+    """Return what is said of each served model, by its name."""
     try:
         models = json.loads(content)["data"]
-        entries = {str(entry["id"]): entry.get("max_model_len") for entry in models}
+        return {str(entry["id"]): dict(entry) for entry in models}
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
-    return {name: most if isinstance(most, int) else None for name, most in entries.items()}
 
 
 def _said(reply: Reply) -> str:

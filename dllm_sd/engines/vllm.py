@@ -7,7 +7,7 @@ and 1 it needs ``--logprobs-mode processed_logprobs`` too, since raw log-probabi
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,6 +32,8 @@ class Vllm(RemoteEngine):
     `trust: {name: importance_cap}` corrects what engine and trainer compute differently (in TRL:
     `vllm_importance_sampling_correction`).
     """
+
+    loading: ClassVar[str] = "with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 
     def check(self, decode: Mapping[str, Any], key: str) -> None:
         """Refuse filters at a temperature for which the server returns log-probabilities behind the filters."""

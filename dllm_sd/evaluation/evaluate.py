@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,9 @@ def evaluate(
     world: int = 1,
     record: Record | None = None,
     decoder: Decoder | None = None,
+    seen: Callable[[Trajectory], object] | None = None,
 ) -> tuple[Report, list[ProblemResult]]:
-    """Decode and grade every problem; ``decoder`` decodes instead of the policy's own.
+    """Decode and grade every problem; ``decoder`` decodes instead of the policy's own, and ``seen`` is shown the rows.
 
     Randomness is keyed by (seed, problem, attempt) and the model's mode is restored, so that an evaluation does not
     affect training. Problems are distributed over ``world`` processes, which all return the full result. With a
@@ -126,6 +127,8 @@ def evaluate(
 
     def write(rows: Tensor, trajectory: Trajectory) -> None:
         nonlocal fresh
+        if seen is not None:
+            seen(trajectory)
         lengths, steps, ended = (x.tolist() for x in (trajectory.length, trajectory.num_steps, trajectory.ended))
         for place, row in enumerate(rows.tolist()):
             item, attempt = jobs[row]
@@ -170,11 +173,12 @@ def evaluate_run(
     schedule: str | None = None,
     record: Record | None = None,
     decoder: Decoder | None = None,
+    seen: Callable[[Trajectory], object] | None = None,
 ) -> Report:
     """Evaluate with the settings of a run; training and ``dllm-sd eval`` both call this.
 
     ``schedule`` is one of `eval.schedules`; None takes the run's decoding settings for held-out problems. ``decoder``
-    decodes instead of the policy's own.
+    decodes instead of the policy's own, and ``seen`` is shown what this process decodes.
     """
     report, _ = evaluate(
         policy,
@@ -190,6 +194,7 @@ def evaluate_run(
         world=world,
         record=record,
         decoder=decoder,
+        seen=seen,
     )
     return report
 

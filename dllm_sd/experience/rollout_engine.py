@@ -1,8 +1,8 @@
 """The engine of a run: which decoder makes its rollouts, with which weights, and whether they can be trained on."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dllm_sd.config import Config
@@ -32,7 +33,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.journal import RolloutJournal
 from dllm_sd.rollouts.rescoring import rescore
 from dllm_sd.rollouts.rollout import Rollout
-from dllm_sd.trajectory import StopAfter
+from dllm_sd.trajectory import StopAfter, Trajectory
 
 FOLDER = "engine"
 """Folder in the run folder, with the weights that servers load and the completions since the last checkpoint."""
@@ -46,7 +47,7 @@ def folder_of(config: Config) -> Path:
 
 
 def weights_prefix(config: Config) -> str:
-    """How the names of a run's weights begin on the servers."""
+    """How the names of a run's weights begin on the servers, while its folder is where it is."""
     return f"dllm-sd-{sha256(str(folder_of(config)).encode()).hexdigest()[:8]}-"
 
 
@@ -66,8 +67,10 @@ def check_servers(config: Config) -> None:
         InputError: naming the server, and the remedy.
     """
     if isinstance(engine := config.decode.engine, RemoteEngine):
-        lengths = [config.decode.length, config.held_out().length]
-        Servers(engine).check(config.max_prompt + max(lengths), weights_prefix(config))
+        lengths = [config.decode.length, *(config.held_out(name).length for name in (None, *config.eval.schedules))]
+        folder, prefix = folder_of(config), weights_prefix(config)
+        own = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+        Servers(engine).check(config.max_prompt, max(lengths), lambda name: name.startswith(prefix) or name in own)
 
 
 class RolloutEngine:
@@ -81,18 +84,23 @@ class RolloutEngine:
         """
         self.config, self.policy, self.module, self.accelerator = config, policy, module, accelerator
         self.engine: Any = config.decode.engine
+        self.gather = gather_object if accelerator.num_processes > 1 else list
         self.folder = folder_of(config)
+        """As this process sees it; the servers are told how the main process does."""
         self.decoder: Decoder = policy.decoder
         self.version = self.name = ""
         if self.engine.remote:
-            if config.resume == "force":  # its weights may be others under the same name
-                on_main(lambda: remove(self.folder))
-            self.start = on_main(lambda: token_hex(3))
+            self.start, self.shared = on_main(lambda: (f"{weights_prefix(config)}{token_hex(3)}-", str(self.folder)))
+            rank, processes = accelerator.process_index, accelerator.num_processes
             with together():
-                self.servers = Servers(self.engine)
-                self.journal = RolloutJournal(self.folder, accelerator.process_index)
-            ids = TokenIds(policy.end_ids, policy.pad_id, tuple(policy.suppress), policy.vocabulary)
-            self.decoder = RemoteDecoder(self.servers, ids, lambda: (self.name, self.version), self.journal)
+                self.servers = Servers(self.engine, rank)
+                self.journal = RolloutJournal(self.folder, rank)
+            ids = TokenIds(
+                *(policy.end_ids, policy.pad_id, tuple(policy.suppress), policy.vocabulary, policy.mask_id),
+                blocks_of_prompt=policy.block_length is not None,
+                causal=policy.causal,
+            )
+            self.decoder = RemoteDecoder(self.servers, ids, lambda: (self.name, self.version), self.journal, processes)
 
     @property
     def notes(self) -> list[str]:
@@ -114,13 +122,13 @@ class RolloutEngine:
         """
         if not self.engine.remote or version == self.version:
             return
-        name = f"{weights_prefix(self.config)}{self.start}-{version}"
-        folder, adapter = self.folder / name, self.config.model.lora is not None
+        name = f"{self.start}{version}"
+        folder, adapter = f"{self.shared}/{name}", self.config.model.lora is not None
         with gathered(self.accelerator, self.module):
-            on_main(lambda: self._write(folder))
-        on_main(lambda: self.servers.load(name, str(folder), adapter))
+            on_main(lambda: self._write(Path(folder)))
+        taken = on_main(lambda: self.servers.load(name, folder, adapter))
         if not self.accelerator.is_main_process:
-            self.servers.note(name, str(folder), adapter)
+            self.servers.note(name, folder, adapter, taken)
         self.name, self.version = name, version
         on_main(self._forget_former_weights)
 
@@ -153,23 +161,48 @@ class RolloutEngine:
         """
         if not self.engine.remote:
             return {}
+        rollouts = [rollout.trajectory for attempts in tried for rollout in attempts]
+        held = swapped(self.policy.module, weights) if weights else nullcontext()
+        with self._forgetting(), held, gathered(self.accelerator, self.module):  # once for all of them
+            _refuse_equal(tried, decode.temperature)
+            gap = self._compare(self._gaps(self._sample(rollouts), decode.temperature))
+        metrics = {"engine/retried": float(self.servers.retried), "engine/found": float(self.journal.used)}
+        return metrics | ({} if gap is None else {"engine/logp_gap": gap[0], "engine/logp_gap_max": gap[1]})
+
+    def check_evaluation(self, done: Sequence[Trajectory], decode: Decoding) -> dict[str, float]:
+        """Compare the log-probabilities of servers and trainer on some completions of an evaluation, as in `check`.
+
+        To be called where the weights are whole on every process.
+
+        Args:
+            done: what this process decoded.
+            decode: how.
+        """
+        if not self.engine.remote or decode.guidance:  # the log-probabilities know no guidance
+            return {}
+        in_order = sorted(done, key=lambda one: (one.prompt_ids.tolist(), one.tokens.tolist()))
+        gaps = self._gaps(self._sample(in_order), decode.temperature)
+        with self._forgetting():
+            gap = self._compare(torch.tensor(self.gather(gaps.tolist())))
+        return {} if gap is None else {"engine/eval_logp_gap": gap[0]}
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """A context in which completions are looked at; those that must not be trained on are not kept."""
         try:
-            return self._check(tried, decode, weights)
+            yield
         except Stopped:
             self.saved()
             raise
 
-    def _check(
-        self, tried: Sequence[Sequence[Rollout]], decode: Decoding, weights: Mapping[str, Tensor] | None
-    ) -> dict[str, float]:
-        rollouts = [rollout for attempts in tried for rollout in attempts]
-        _refuse_equal(tried, decode.temperature)
-        held = swapped(self.policy.module, weights) if weights else nullcontext()
-        with held, gathered(self.accelerator, self.module):  # once for all of them
-            gaps = torch.cat([torch.zeros(0), *(self._gap(rollout, decode) for rollout in self._sample(rollouts))])
-        metrics = {"engine/retried": float(self.servers.retried), "engine/found": float(self.journal.used)}
+    def _compare(self, gaps: Tensor) -> tuple[float, float] | None:
+        """Return the mean and the largest of some differences, None of none.
+
+        Raises:
+            Stopped: if the mean is beyond the tolerance.
+        """
         if not len(gaps):
-            return metrics
+            return None
         mean, largest = float(gaps.mean()), float(gaps.max())
         if not mean <= (most := tolerance(self.config)):
             raise Stopped(
@@ -178,7 +211,7 @@ class RolloutEngine:
                 f"decode.engine.tolerance {most:g}; look whether the adapter is active, the model and "
                 "its type are the same, and log-probabilities are those of the sampling temperature"
             )
-        return {**metrics, "engine/logp_gap": mean, "engine/logp_gap_max": largest}
+        return mean, largest
 
     def saved(self) -> None:
         """Forget the completions, which a checkpoint has replaced."""
@@ -186,20 +219,21 @@ class RolloutEngine:
             with together():
                 self.journal.forget()
 
-    def _sample(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Some rollouts of a batch, drawn at random, so that every server is looked at sooner or later."""
+    def _sample(self, rollouts: Sequence[Trajectory]) -> list[Trajectory]:
+        """Some completions of many, drawn at random, so that every server is looked at sooner or later."""
         generator = torch.Generator().manual_seed(make_key(self.config.seed, self.version, "checked"))
         drawn = torch.randperm(len(rollouts), generator=generator)[: self.engine.checked]
         return [rollouts[i] for i in sorted(drawn.tolist())]
 
-    def _gap(self, rollout: Rollout, decode: Decoding) -> torch.Tensor:
+    def _gaps(self, completions: Sequence[Trajectory], temperature: float) -> Tensor:
         """Differences between the log-probabilities of engine and trainer, in nats, for the tokens that have both."""
-        theirs = rollout.trajectory.logp
-        if theirs is None:
-            return torch.zeros(0)
-        ours = rescore(self.policy.module, rollout.trajectory, decode.temperature)
-        gap = (ours - theirs).abs()
-        return gap[~(ours.isnan() | theirs.isnan())]
+        gaps = [torch.zeros(0)]
+        for one in completions:
+            theirs = one.logp
+            if theirs is not None:
+                gap = (rescore(self.policy.module, one, temperature) - theirs).abs()
+                gaps.append(gap[~gap.isnan()])
+        return torch.cat(gaps)
 
     def _forget_former_weights(self) -> None:
         for folder in self.folder.iterdir():

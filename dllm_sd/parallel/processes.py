@@ -9,7 +9,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 
-from dllm_sd.errors import InputError, Stopped, on_one_line
+from dllm_sd.errors import sendable
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def on_main(action: Callable[[], T]) -> T:
         try:
             outcome = [(action(), None)]
         except Exception as caught:
-            error, outcome = caught, [(None, _sendable(caught))]
+            error, outcome = caught, [(None, sendable(caught))]
     broadcast_object_list(outcome)
     value, told = outcome[0]
     if told is not None:
@@ -54,7 +54,7 @@ def together() -> Iterator[None]:
         error = caught
     told = None
     if processes().num_processes > 1:
-        told = next((one for one in gather_object([error and _sendable(error)]) if one is not None), None)
+        told = next((one for one in gather_object([error and sendable(error)]) if one is not None), None)
     if error is not None:
         raise error
     if told is not None:
@@ -73,13 +73,3 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(sum_over_processes(accelerator, torch.tensor(int(flag), device=accelerator.device)) > 0)
-
-
-def _sendable(error: Exception) -> Exception:
-    """An exception that any process can raise: it has the same sentence and leads to the same exit status."""
-    for kind in (InputError, Stopped, FloatingPointError):
-        if isinstance(error, kind):
-            return kind(str(error))
-    if isinstance(error, OSError):
-        return OSError(error.errno, error.strerror or on_one_line(error), error.filename)
-    return Stopped(f"another process failed with {type(error).__name__}: {on_one_line(error):.200}")

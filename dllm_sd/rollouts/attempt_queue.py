@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dllm_sd.decoding.queue import Job
-from dllm_sd.errors import Stopped, on_one_line
+from dllm_sd.errors import sendable
 from dllm_sd.rollouts.rollout import Prompted, Rollout
 from dllm_sd.tasks.task import Grade
 from dllm_sd.trajectory import Trajectory
@@ -81,13 +81,14 @@ class AttemptQueue:
         """The attempts that this process is to begin now.
 
         Raises:
-            Stopped: if the decoder of another process cannot go on.
+            Exception: with which the decoder of another process cannot go on (`errors.sendable`), so that all of them
+                end alike.
         """
         free_slots = [0] * self.workers.size
         for rank, free, ended, failure in self.workers.gather([(self.workers.rank, room, self._unreported, None)]):
             if failure is not None:
                 self._abandoned = True
-                raise Stopped(failure)
+                raise failure
             free_slots[rank] = free
             for problem, number, correct in ended:
                 self._settle(problem, number, correct)
@@ -109,10 +110,10 @@ class AttemptQueue:
             self._unreported.append((problem, number, grade.correct))
 
     def abandon(self, error: BaseException) -> None:
-        """Let the other processes stop at the exchange for which they wait, with the sentence of ``error``."""
+        """Let the other processes stop at the exchange for which they wait, as ``error`` stops this one."""
         if self.workers.size > 1 and not self._abandoned:
             self._abandoned = True
-            self.workers.gather([(self.workers.rank, 0, [], on_one_line(error) or type(error).__name__)])
+            self.workers.gather([(self.workers.rank, 0, [], sendable(error))])
 
     def collected(self) -> list[list[Rollout]]:
         """Each problem's attempts that have ended, in order, on every process (`counted`: see `Rollout`)."""

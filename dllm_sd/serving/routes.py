@@ -61,7 +61,14 @@ class Routes:
     async def models(self, request: Request) -> Response:
         """List the weights that can be asked for."""
         base, *adapters = self.service.weights.names
-        every = [{"id": name, "object": "model", "created": 0, "owned_by": "dllm-sd"} for name in (base, *adapters)]
+        limits = self.service.limits
+        lengths = {
+            "max_model_len": limits.prompt + limits.completion,
+            "max_prompt": limits.prompt,
+            "max_completion": limits.completion,
+        }
+        kind = {"object": "model", "created": 0, "owned_by": "dllm-sd", **lengths}
+        every = [{"id": name, **kind} for name in (base, *adapters)]
         parents = [{}, *({"parent": base} for _ in adapters)]
         return JSONResponse({"object": "list", "data": [{**a, **b} for a, b in zip(every, parents, strict=True)]})
 

@@ -51,8 +51,8 @@ LOG_SUMS = "logs"
 BESIDE_STATE = (FILES, FORMAT, LOG_SUMS, "rollouts", "ahead")
 """Keys of `state.json` that are not those of `State`."""
 T = TypeVar("T")
-ADDED = ("best_loss", "loss_sum", "losses")
-"""Keys that checkpoints of version 0.1 do not have."""
+ADDED = ("best_loss", "loss_sum", "losses", "unevaluated")
+"""Keys that checkpoints of earlier versions do not have."""
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:

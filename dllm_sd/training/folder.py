@@ -6,7 +6,7 @@ Nothing is written outside of it, and a run that is refused leaves it unchanged.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from dllm_sd.config import Config, to_tree, to_yaml
 from dllm_sd.errors import InputError, Stopped, shown
+from dllm_sd.files.checkpoint_files import numbered_checkpoints
 from dllm_sd.files.locking import LOCK, FolderLock
 from dllm_sd.files.plain_yaml import read_yaml
 from dllm_sd.files.reading import read_own
@@ -32,13 +33,16 @@ CONTENTS = (
     *(CODE, CONFIG),
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
+REPLACED = {"fresh": CONTENTS, "force": ("engine", CONFIG)}
+"""What a run replaces that is begun with this `resume`; completions of servers may be those of other weights then."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"
-"""`resume=fresh` moves the former run to the first until the new one exists, then to the second until it is removed."""
+"""What is replaced is moved to the first until the new run exists, then to the second until it is removed."""
 LEFT_OVER = {LOCK, f".{CONFIG}.partial", ".config.partial"}
 """Files of a process that was killed before it had written its configuration."""
 FREE = (
     *("run", "resume", "log", "checkpoint", "cache", "method.name"),
     *(f"decode.engine.{key}" for key in ("url", "key_variable", "timeout", "retries", "backoff", "concurrency")),
+    *(f"decode.engine.{key}" for key in ("checked", "tolerance")),
 )
 """Keys that may differ between a run and its continuation."""
 
@@ -49,7 +53,7 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         """Lock the folder and check that the run may start or resume there, without changing its content.
 
-        A replacement by `resume=fresh` that was interrupted is completed or undone first.
+        A replacement that was interrupted (`REPLACED`) is completed or undone first.
 
         Raises:
             InputError: if the folder is in use, cannot be written, holds another configuration (unless `resume` allows
@@ -115,7 +119,7 @@ class RunFolder:
         if in_use and not {"task", "method"} <= former.keys():
             raise InputError(f"run folder {str(run)!r} is not empty and does not hold a run; give another run=...")
         logs = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
-        begun = any(file.exists() for file in logs)  # else the run was refused before it wrote anything worth keeping
+        begun = any(file.exists() for file in logs) or bool(numbered_checkpoints(run))  # else nothing is worth keeping
         if begun and config.resume == "auto":
             key = _first_difference(former, to_tree(config))
             if key is not None:
@@ -132,8 +136,8 @@ class RunFolder:
             if CONFIG in before:
                 before[CONFIG] = (run / CONFIG).read_bytes()
             try:
-                if self.config.resume == "fresh":
-                    _move(run, run / FORMER)
+                if (names := REPLACED.get(self.config.resume)) is not None:
+                    _move(run, run / FORMER, names)
                 if self._code:
                     write_file(run / CODE, json.dumps(self._code, indent=1))
                 write_file(run / CONFIG, to_yaml(self.config))
@@ -257,16 +261,16 @@ def _refuse_link(path: Path) -> None:
         )
 
 
-def _move(run: Path, former: Path) -> None:
-    """Move the files of a run to ``former``, its configuration last."""
+def _move(run: Path, former: Path, names: Sequence[str]) -> None:
+    """Move files of a run to ``former``, its configuration last."""
     former.mkdir()
-    for name in CONTENTS:
+    for name in names:
         if (run / name).exists():
             (run / name).rename(former / name)
 
 
 def _settle(run: Path) -> None:
-    """Finish a replacement by `resume=fresh`: remove the former run if the new one exists, else move it back."""
+    """Finish a replacement of `REPLACED`: remove what was replaced if the new run exists, else move it back."""
     former, discarded = run / FORMER, run / DISCARDED
     if discarded.is_dir():
         shutil.rmtree(discarded)

@@ -55,6 +55,8 @@ class Learner:
         self.config, self.method, self.run = config, config.method, Path(config.run)
         self.accelerator, self.policy, self.module = accelerator, policy, module
         self.optimizer, self.teachers = optimizer, teachers
+        self.stepped = 0
+        """The last update whose step was taken."""
 
     def step(
         self, plan: Plan, rollouts: Rollouts, update: int, lr: float, trace: UpdateTrace | None = None
@@ -94,6 +96,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.stepped = update
         self.optimizer.zero_grad(set_to_none=True)
         self._refuse_broken_step(update)
         return parts, float(norm)

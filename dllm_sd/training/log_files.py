@@ -15,7 +15,8 @@ from dllm_sd.files.reading import damaged_file, open_regular, read_own
 from dllm_sd.files.typed_json import own_json
 from dllm_sd.training.left_out import is_left_out, left_out
 
-LOG_FILES = ("metrics.jsonl", "samples.jsonl", "traces.jsonl")
+METRICS = "metrics.jsonl"
+LOG_FILES = (METRICS, "samples.jsonl", "traces.jsonl")
 STARTS = "environment.jsonl"
 """Holds a line for each start of the run; it is no log of updates, so it is neither cut nor compared at a resume."""
 REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
@@ -60,14 +61,16 @@ class LogSums:
 class MetricsLog:
     """Appends one JSON object per update; a resumed run first removes the lines after its checkpoint."""
 
-    def __init__(self, run: Path, update: int) -> None:
+    def __init__(self, run: Path, update: int, logged: int | None = None) -> None:
         """Continue after ``update`` finished updates (-1 starts new files).
+
+        The metrics of the last update are not there yet if ``logged``, which else is ``update``, is the one before.
 
         Raises:
             InputError: if a file was not written by a run; then nothing is changed.
         """
         self.metrics, self.samples, self.traces = files = [run / name for name in LOG_FILES]
-        ends = {file: end_of(file, update) for file in files if file.exists()}
+        ends = {file: end_of(file, _last(file.name, update, logged)) for file in files if file.exists()}
         for file, end in ends.items():
             os.truncate(file, end)
 
@@ -141,12 +144,21 @@ def end_of(file: Path, update: int) -> int:
     return end
 
 
-def log_sums(run: Path, update: int) -> dict[str, str]:
-    """Flush the logs to disk; return the SHA-256 of each up to ``update``, which a checkpoint stores, by file name."""
-    return {name: _sum(run / name, update, flush=True) for name in LOG_FILES if (run / name).exists()}
+def log_sums(run: Path, update: int, logged: int | None = None) -> dict[str, str]:
+    """Flush the logs to disk; return the SHA-256 of each up to ``update``, which a checkpoint stores, by file name.
+
+    Metrics count up to ``logged``, as in `MetricsLog`.
+    """
+    names = [name for name in LOG_FILES if (run / name).exists()]
+    return {name: _sum(run / name, _last(name, update, logged), flush=True) for name in names}
 
 
-def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
+def _last(name: str, update: int, logged: int | None) -> int:
+    """The last update in the log of this name."""
+    return update if logged is None or name != METRICS else logged
+
+
+def check_logs(run: Path, update: int, sums: Mapping[str, str] | None, logged: int | None = None) -> None:
     """Refuse logs whose content up to ``update`` has changed since the checkpoint of ``update`` was saved.
 
     Args:
@@ -154,6 +166,7 @@ def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
         update: number of finished updates.
         sums: the result of `log_sums` at that time. With None (a checkpoint of an earlier version, or resume=force) it
             is only checked that every line is one of a run.
+        logged: as in `MetricsLog`.
 
     Raises:
         InputError: naming the file. Nothing is changed.
@@ -162,7 +175,8 @@ def check_logs(run: Path, update: int, sums: Mapping[str, str] | None) -> None:
         if (run / name).exists():
             for _ in read_log(run / name):
                 pass
-    current = {name: _sum(run / name, update) for name in LOG_FILES if (run / name).exists()}
+    names = [name for name in LOG_FILES if (run / name).exists()]
+    current = {name: _sum(run / name, _last(name, update, logged)) for name in names}
     for name, saved in (sums or {}).items():
         if current.get(name) != saved:
             raise InputError(

@@ -117,6 +117,7 @@ METRICS = {
     "engine/found": _rare("Completions of a stopped run that were not made again."),
     "engine/logp_gap": Metric("Mean difference of the log-probabilities of servers and trainer, in nats a token."),
     "engine/logp_gap_max": Metric("Largest difference of the log-probabilities of servers and trainer, in nats."),
+    "engine/eval_logp_gap": Metric("As engine/logp_gap, of the completions of an evaluation."),
     "eval/accuracy": Metric("Share of the dev split that is solved (mean over attempts)."),
     "eval/accuracy/": Metric("Of two peers: accuracy by student and domain, before each round and after the last."),
     "eval/score": Metric("Mean score on the dev split, with partial credit."),

@@ -178,7 +178,7 @@ def _check_student(run: Path, begun: int, length: int, forced: bool) -> None:
     update = state.update
     if not forced:
         check_best(run, state)
-    check_logs(run, update, None if forced else saved_log_sums(checkpoint))
+    check_logs(run, update, None if forced else saved_log_sums(checkpoint), state.logged)
     least, most = 0 if state.stopped else max(0, begun - 1) * length, begun * length
     if not forced and not least <= update <= most:
         raise InputError(

@@ -34,6 +34,13 @@ class State:
     """Sum of the training losses since the last evaluation; None if there was none."""
     losses: int = 0
     """Number of losses in `loss_sum`."""
+    unevaluated: dict[str, Any] | None = None
+    """Metrics of the last update where the run stopped in its evaluation, which is made when the run goes on."""
+
+    @property
+    def logged(self) -> int:
+        """The last update whose metrics are logged; -1 before those of the initial weights."""
+        return self.update - (self.unevaluated is not None)
 
     def without_best(self, why: str) -> str:
         """Forget the best weights, which cannot be used; return a sentence that says so, with the reason ``why``."""

@@ -3,13 +3,12 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from accelerate.utils import gather_object
-from torch import Tensor
 
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
@@ -19,7 +18,7 @@ from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
 from dllm_sd.files.writing import write_file
 from dllm_sd.network.finite import fingerprint
-from dllm_sd.objective.plan import Plan, plan_update
+from dllm_sd.objective.plan import plan_update
 from dllm_sd.pairing import check_data, check_model, check_references, check_tokenizer
 from dllm_sd.parallel.processes import any_process, on_main, sum_over_processes, together
 from dllm_sd.parallel.sharding import gather_tensors, gathered, prepare, start_accelerator
@@ -32,7 +31,7 @@ from dllm_sd.rollouts.rollout import Rollouts, UnfinishedBatch
 from dllm_sd.tasks.sources import about_dev, about_tests, final_split, rows_left_out
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers.suffix import answer_spans
-from dllm_sd.training.advantage import GradedPlans, region_map, region_metrics, region_sums
+from dllm_sd.training.advantage import region_map, region_metrics, region_sums
 from dllm_sd.training.checkpoint import (
     State,
     best_checkpoint,
@@ -51,16 +50,16 @@ from dllm_sd.training.checkpoint import (
 from dllm_sd.training.environment import environment
 from dllm_sd.training.folder import FINAL, REPORT, RunFolder, read_report
 from dllm_sd.training.learner import Learner
-from dllm_sd.training.log_files import LogSums, MetricsLog, check_logs, log_sums
-from dllm_sd.training.metrics import rollout_metrics, sample_entry, site_metrics, site_sums
-from dllm_sd.training.optim import BrokenStep, build_optimizer, check_optimizer, learning_rate
+from dllm_sd.training.log_files import check_logs, log_sums
+from dllm_sd.training.metrics import rollout_metrics, site_metrics, site_sums
+from dllm_sd.training.optim import build_optimizer, check_optimizer, learning_rate
 from dllm_sd.training.outcome import about_device, about_sources, outcome_of, warnings_of
-from dllm_sd.training.pictures import pictures
 from dllm_sd.training.progress import Interrupt, Progress
+from dllm_sd.training.run_log import RunLog
 from dllm_sd.training.selection import add_loss, judge
-from dllm_sd.training.traces import Pieces, UpdateTrace
-from dllm_sd.training.trackers import Trackers, check_trackers
+from dllm_sd.training.trackers import check_trackers
 from dllm_sd.training.unknown import Unknown
+from dllm_sd.trajectory import Trajectory
 
 
 class Trainer:
@@ -106,7 +105,6 @@ class Trainer:
         except BaseException:
             self.folder.release()
             raise
-        self.pieces = Pieces(self.policy)
         self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, unknown_tokens)
         notes = [*about_sources(config), *about_device(config, self.accelerator.device.type)]
         if self.main:
@@ -150,18 +148,18 @@ class Trainer:
         self.first_metrics = self.rows_left_out | self.pipeline.open(self.state.bank, self.state.update, self.ahead)
         self.progress = Progress(self.run.name, config.updates, self.state.update, self.main and config.log.progress)
         self.progress.say(parameters_in_words(self.policy.module))
-        self.log: MetricsLog | None = None
-        self.trackers: Trackers | None = None
+        self.evaluation_checked: Mapping[str, float] = {}
+        """Of the last evaluation (`RolloutEngine.check_evaluation`)."""
+        self.log = RunLog(config, self.policy, self.main, self.world)
         with together():
-            if self.main:
-                if self.resumed and self.finished:  # otherwise the next save prunes what a killed run left
-                    prune_checkpoints(self.run, config.checkpoint.keep)
-                self.log = MetricsLog(self.run, self._done)
+            if self.main and self.resumed and self.finished:  # otherwise the next save prunes what a killed run left
+                prune_checkpoints(self.run, config.checkpoint.keep)
+            self.log.open(self.state.update, self._logged)
 
     @property
-    def _done(self) -> int:
-        """Updates whose metrics are logged; -1 before the evaluation of the initial weights."""
-        return self.state.update if self.resumed else -1
+    def _logged(self) -> int:
+        """The last update whose metrics are logged; -1 before the evaluation of the initial weights."""
+        return self.state.logged if self.resumed else -1
 
     @property
     def finished(self) -> bool:
@@ -175,7 +173,8 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, with the last update saved.
             FloatingPointError: at a non-finite loss or gradient, before it is applied, with the last update saved; or
                 at weights that a step made non-finite, with nothing saved since the last checkpoint.
-            Stopped: if the run cannot go on, with the last update saved.
+            Stopped: if the run cannot go on, with the last update saved; or with nothing saved since the last
+                checkpoint if an update was left between its step and its end.
         """
         self.folder.hold()
         try:
@@ -190,44 +189,65 @@ class Trainer:
     def _train(self, until: int | None) -> dict[str, Any]:
         state, every = self.state, self.config.checkpoint.every
         until = self.config.updates if until is None else until
-        with together():
-            if self.log is not None:
-                self.trackers = Trackers(self.config, self._done, self.log.lines())
-                self.log.write_start({"update": state.update, **environment(self.accelerator.device, self.world)})
-        with self.progress, Interrupt(self.progress) as interrupt:
+        start = {"update": state.update, **environment(self.accelerator.device, self.world)}
+        with self.log.started(self._logged, start), self.progress, Interrupt(self.progress) as interrupt:
             if self.resumed and not self.finished:
                 self.progress.say(f"continuing from update {state.update} of {self.config.updates}")
-            if not self.resumed:
-                state.before = self._test("testing the initial weights")
-                self._track_results("before", state.before)
-                self._evaluate({"update": 0, **self.first_metrics})
-                if until == 0:
-                    self._save()
+            self._catch_up()
+            if until == 0 and not self.resumed:
+                self._save()
             while not self.finished and state.update < until:
-                started, position = time.perf_counter(), (state.cursor, state.too_long)
-                try:
-                    metrics = self._update(state.update + 1)
-                except BrokenStep:  # the step was taken, so the weights must not be saved
-                    raise
-                except (FloatingPointError, Stopped):  # no step was taken, so the weights of the last update are saved
-                    state.cursor, state.too_long = position
-                    self._write(prune=False)  # keeps earlier checkpoints, in case the run fails here again
-                    raise
-                state.update += 1
-                state.seconds += time.perf_counter() - started
-                add_loss(state, metrics["loss"])
-                self._evaluate(metrics)
-                self.progress.finished(metrics)
+                self._advance(state.update + 1)
                 interrupted = any_process(self.accelerator, interrupt.asked)
                 if interrupted or self.finished or state.update in (until, state.update // every * every):
                     self._save()
                 if interrupted and not self.finished:
                     raise KeyboardInterrupt
-            report = self._report() if self.finished else {}
-        with together():
-            if self.trackers is not None:
-                self.trackers.close()
-        return report
+            return self._report() if self.finished else {}
+
+    def _catch_up(self) -> None:
+        """Make the evaluation that has not ended yet: of the initial weights, or of the update where a run stopped."""
+        state = self.state
+        if self.resumed and state.unevaluated is None:
+            return
+        metrics = state.unevaluated or {"update": 0, **self.first_metrics}
+        with self._evaluation(metrics):
+            if not state.update and not state.before:
+                state.before = self._test("testing the initial weights")
+                self.log.results("before", state.before, 0)
+            self._evaluate(metrics)
+        if self.resumed:
+            self._save()
+
+    def _advance(self, update: int) -> None:
+        """Learn once more and evaluate; what cannot go on stops the run with the last update saved."""
+        state, started = self.state, time.perf_counter()
+        former = (state.cursor, state.too_long, state.skipped)
+        try:
+            metrics = self._update(update)
+        except (FloatingPointError, Stopped) as error:
+            if self.learner.stepped < update and _can_save(error):  # after a step it is not the last update's weights
+                state.cursor, state.too_long, state.skipped = former
+                self._write(prune=False)  # keeps earlier checkpoints, in case the run fails here again
+            raise
+        state.update = update
+        state.seconds += time.perf_counter() - started
+        add_loss(state, metrics["loss"])
+        with self._evaluation(metrics):
+            self._evaluate(metrics)
+        self.progress.finished(metrics)
+
+    @contextmanager
+    def _evaluation(self, metrics: dict[str, Any]) -> Iterator[None]:
+        """A context in which an update that is learnt is evaluated; if that fails, it is made when the run goes on."""
+        try:
+            yield
+        except (FloatingPointError, Stopped) as error:
+            if _can_save(error):
+                self.state.unevaluated = metrics
+                self._write(prune=False)
+            raise
+        self.state.unevaluated = None
 
     def _update(self, update: int) -> dict[str, Any]:
         """Make one update and return its metrics; ``update`` counts from 1."""
@@ -236,14 +256,13 @@ class Trainer:
         if part == 0 or self.rollouts is None:
             self.progress.phase("rolling out")
             self.rollouts = self._roll_out(batch)
-            if self._logs_samples(update):
-                self._write_samples(update, self.rollouts)
+            self.log.samples(update, self.rollouts)
         rolled = time.perf_counter()
         self.progress.phase("learning")
         keys = self.rollouts.keys(self.config.seed, batch)
         answers = answer_spans(self.policy, self.method.contexts, self.rollouts.kept)
         plan = plan_update(self.method, self.rollouts, keys, part, answers, self.policy.formatting)
-        lr, trace = self.lr(update), self._trace(update, plan, self.rollouts)
+        lr, trace = self.lr(update), self.log.trace(update, plan, self.rollouts)
         metrics: dict[str, Any] = {"update": update, "loss": None, "sites": 0, "lr": lr}
         if plan is None:
             self.state.skipped += 1
@@ -258,10 +277,8 @@ class Trainer:
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
             regions = region_map(self.policy, self.method.contexts, self.rollouts)
             metrics |= region_metrics(total(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
-            if self._logs_samples(update):
-                self._write_pictures(update, parts, regions, self.rollouts)
-        if trace is not None:
-            self._write_traces(update, trace)
+            self.log.pictures(update, parts, regions, self.rollouts)
+        self.log.traces(update, trace)
         for model in self.models.values():
             model.after_update(update, stepped=plan is not None)
         metrics |= rollout_metrics(self.rollouts) | self.unknown(self.rollouts, self.main)
@@ -277,70 +294,40 @@ class Trainer:
         self.state.too_long += dropped
         return rollouts
 
-    def _logs_samples(self, update: int) -> bool:
-        """Whether this update logs samples: the first does, then about one in `log.samples_every` with new rollouts."""
-        batch, part = divmod(update - 1, self.method.rollout.passes)
-        return part == 0 and batch % max(1, self.config.log.samples_every // self.method.rollout.passes) == 0
-
-    def _write_samples(self, update: int, rollouts: Rollouts) -> None:
-        with together():
-            if self.log is not None and self.trackers is not None:
-                for slot, rollout in enumerate(rollouts.chosen[: self.config.log.samples]):
-                    self.log.write_sample(sample := sample_entry(update, rollout))
-                    self.trackers.sample(sample, slot)
-
-    def _trace(self, update: int, plan: Plan | None, rollouts: Rollouts) -> UpdateTrace | None:
-        """What is traced of this update, if it logs samples."""
-        log = self.config.log
-        wanted = bool(log.trace and log.samples) and self.policy.chat is not None and self._logs_samples(update)
-        return UpdateTrace(plan, rollouts, log.samples, log.trace) if wanted else None
-
-    def _write_traces(self, update: int, trace: UpdateTrace) -> None:
-        found = gather_object(trace.found) if self.world > 1 else trace.found
-        with together():
-            if self.log is not None:
-                self.log.write_traces(trace.entries(update, found, self.pieces))
-
-    def _write_pictures(self, update: int, parts: GradedPlans, regions: Tensor | None, rollouts: Rollouts) -> None:
-        with together():
-            if self.trackers is not None and self.config.log.trackers:
-                self.trackers.pictures(pictures(parts, regions, rollouts, self.policy), update)
-
-    def _track_results(self, which: str, reports: dict[str, Any]) -> None:
-        """Send test reports by decoding schedule to the trackers; ``which`` is before, after or best."""
-        with together():
-            if self.trackers is not None:
-                self.trackers.results(which, reports, self.state.update)
-
     # Evaluation
 
     def _evaluate(self, metrics: dict[str, Any]) -> None:
         """Evaluate if due, save the best weights, decide whether to stop; then write the metrics of the update."""
-        settings, state = self.config.eval, self.state
+        settings, state, report = self.config.eval, self.state, None
         if settings.every and (state.update % settings.every == 0 or state.update == self.config.updates):
             self.progress.phase("evaluating")
             report = self._accuracy(self.dev, None)
             metrics |= {"eval/accuracy": report.accuracy, "eval/score": report.score, "eval/length": report.length}
             metrics |= {"eval/too_long": report.too_long, "eval/cut": report.cut, "eval/unread": report.unread}
             metrics |= {"time/eval": report.seconds}
+            metrics |= self.evaluation_checked
+        if settings.probe_every and state.update % settings.probe_every == 0:
+            self.progress.phase("probing")
+            metrics |= self._probe()
+        if report is not None:  # judged when nothing can stop the run any more that would have it judged again
             if judge(state, settings, report.accuracy):
                 weights = gather_tensors(trained(self.policy))
                 on_main(lambda: save_best(self.run, weights, state))
             self.progress.line(metrics)
-        if settings.probe_every and state.update % settings.probe_every == 0:
-            self.progress.phase("probing")
-            metrics |= self._probe()
-        with together():
-            if self.log is not None and self.trackers is not None:
-                self.log.write(metrics)
-                self.trackers.numbers(metrics)
+        self.log.metrics(metrics)
 
     def _accuracy(self, problems: Sequence[Problem], schedule: str | None, weights: str | None = None) -> Report:
         """Evaluate the current ``weights``, whose name is the number of updates unless it is given."""
         self.pipeline.use(weights or str(self.state.update))
+        engine, done, share = self.pipeline.engine, list[Trajectory](), (self.rank, self.world)
         with gathered(self.accelerator, self.module):
-            share, decoder = (self.rank, self.world), self.pipeline.engine.decoder
-            return evaluate_run(self.policy, self.config, problems, *share, schedule, decoder=decoder)
+            seen = done.append if engine.engine.remote else None
+            report = evaluate_run(
+                self.policy, self.config, problems, *share, schedule, decoder=engine.decoder, seen=seen
+            )
+            decode = replace(self.config.held_out(schedule), temperature=self.config.eval.temperature)
+            self.evaluation_checked = engine.check_evaluation(done, decode)
+        return report
 
     def _probe(self) -> dict[str, float]:
         """What the teachers have left to teach the student of now (`dllm-sd probe`)."""
@@ -366,8 +353,8 @@ class Trainer:
         if best is not None and state.best_update != state.update:
             load_weights(self.policy, best)
             chosen = self._test("testing the best weights", f"best-{state.best_update}")
-        self._track_results("after", after)
-        self._track_results("best", chosen)
+        self.log.results("after", after, state.update)
+        self.log.results("best", chosen, state.update)
         final = chosen.get("trained", {})
         report = {
             **self._facts(),
@@ -399,13 +386,11 @@ class Trainer:
 
     def _outcome(self) -> dict[str, Any]:
         """Entries of the report on what the run left out, and its warnings."""
-        log, passes = self.log, self.method.rollout.passes
-        sums = on_main(lambda: log.summed_up(passes) if log is not None else LogSums())
-        missed = on_main(lambda: self.trackers.warnings if self.trackers is not None else [])
+        sums = self.log.summed_up()
         return {
             "left_out": sums.left_out,
             "outcome": outcome_of(self.state, sums.unchanged),
-            "warnings": [*warnings_of(self.state, sums), *missed],
+            "warnings": [*warnings_of(self.state, sums), *self.log.warnings()],
         }
 
     # Checkpoints and collectives
@@ -425,13 +410,14 @@ class Trainer:
         is_missing["bank"] = self.method.skill_bank is not None and state.bank is None
         if names := [name for name, missing in is_missing.items() if missing]:
             raise damaged_checkpoint(checkpoint / STATE, f"it lacks {names[0]!r}, which the next update needs")
-        on_main(lambda: check_logs(self.run, state.update, saved_log_sums(checkpoint)))
+        on_main(lambda: check_logs(self.run, state.update, saved_log_sums(checkpoint), state.logged))
 
     def _save(self) -> None:
         try:
             self.pipeline.settle()
-        except Stopped:
-            self._write(prune=False)
+        except Stopped as error:
+            if _can_save(error):
+                self._write(prune=False)
             raise
         self._write()
 
@@ -443,7 +429,13 @@ class Trainer:
             ahead = UnfinishedBatch(ahead.number, ahead.version, state.cursor, gather_tensors(ahead.weights))
         state.bank = self.pipeline.skill_bank.tree
         tensors = run_tensors(self.policy, self.optimizer, [*self.models.values()])
-        on_main(lambda: save_run(self.run, tensors, state, rollouts, keep, log_sums(self.run, state.update), ahead))
+        sums = on_main(lambda: log_sums(self.run, state.update, state.logged))
+        on_main(lambda: save_run(self.run, tensors, state, rollouts, keep, sums, ahead))
         on_main(lambda: self.pipeline.skill_bank.write_down(self.run))
         if prune:  # a run that stopped in the middle of an update goes on from the completions it had
             self.pipeline.engine.saved()
+
+
+def _can_save(error: Exception) -> bool:
+    """Whether all processes have come to this error, so that they can save together."""
+    return not (isinstance(error, Stopped) and error.elsewhere)
