@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -24,22 +23,11 @@ from dllm_sd.training.trackers import Trackers
 class RunLog:
     """The logs of a run. All processes call its methods together; those that are not the main one write nothing."""
 
-    def __init__(self, config: Config, policy: AnyPolicy, main: bool, world: int) -> None:
-        """Prepare the logs; no file is touched before `open`."""
-        self.config, self.policy, self.main, self.world = config, policy, main, world
+    def __init__(self, config: Config, policy: AnyPolicy, world: int, files: MetricsLog | None) -> None:
+        """Log to ``files``, which the main process has opened."""
+        self.config, self.policy, self.world, self.files = config, policy, world, files
         self.pieces = Pieces(policy)
-        self.files: MetricsLog | None = None
         self.trackers: Trackers | None = None
-
-    def open(self, update: int, logged: int) -> None:
-        """Cut the files to ``update`` finished updates, the last ``logged`` of which has its metrics there.
-
-        To be called in `together`.
-
-        Raises:
-            InputError: if a file was not written by a run; then nothing is changed.
-        """
-        self.files = MetricsLog(Path(self.config.run), update, logged) if self.main else None
 
     @contextmanager
     def started(self, logged: int, start: Mapping[str, Any]) -> Iterator[None]:

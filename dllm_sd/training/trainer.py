@@ -50,7 +50,7 @@ from dllm_sd.training.checkpoint import (
 from dllm_sd.training.environment import environment
 from dllm_sd.training.folder import FINAL, REPORT, RunFolder, read_report
 from dllm_sd.training.learner import Learner
-from dllm_sd.training.log_files import check_logs, log_sums
+from dllm_sd.training.log_files import MetricsLog, check_logs, log_sums
 from dllm_sd.training.metrics import rollout_metrics, site_metrics, site_sums
 from dllm_sd.training.optim import build_optimizer, check_optimizer, learning_rate
 from dllm_sd.training.outcome import about_device, about_sources, outcome_of, warnings_of
@@ -150,11 +150,11 @@ class Trainer:
         self.progress.say(parameters_in_words(self.policy.module))
         self.evaluation_checked: Mapping[str, float] = {}
         """Of the last evaluation (`RolloutEngine.check_evaluation`)."""
-        self.log = RunLog(config, self.policy, self.main, self.world)
         with together():
             if self.main and self.resumed and self.finished:  # otherwise the next save prunes what a killed run left
                 prune_checkpoints(self.run, config.checkpoint.keep)
-            self.log.open(self.state.update, self._logged)
+            files = MetricsLog(self.run, self.state.update, self._logged) if self.main else None
+        self.log = RunLog(config, self.policy, self.world, files)
 
     @property
     def _logged(self) -> int:

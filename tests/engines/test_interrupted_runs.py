@@ -135,7 +135,7 @@ def test_a_run_that_is_forced_and_refused_keeps_its_completions(
         raise InputError("at the very last")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.RunLog, "open", refused)
+        patch.setattr(trainer_module, "MetricsLog", refused)
         for resume in ("force", "fresh", "auto"):
             with pytest.raises(InputError, match="at the very last"):
                 trainer_of(run, double, resume)
