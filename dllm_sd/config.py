@@ -14,7 +14,7 @@ from dllm_sd.config_files import read_config, shipped_configs
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError, shortened, shown
 from dllm_sd.files.plain_yaml import write_yaml
-from dllm_sd.files.writing import PLACE, Place, at_home
+from dllm_sd.files.writing import FUNCTION, PLACE, Place, at_home, whole_path
 from dllm_sd.keys import unknown_key, unknown_name
 from dllm_sd.methods import METHODS
 from dllm_sd.methods.differences import named_differences
@@ -37,6 +37,7 @@ __all__ = [
     "shipped_configs",
     "to_tree",
     "to_yaml",
+    "with_whole_paths",
 ]
 
 
@@ -130,6 +131,23 @@ def build_decoding(tree: Mapping[str, Any], base: Decoding, key: str) -> Decodin
     return _build(Decoding, tree, key, base)
 
 
+def with_whole_paths(config: Config) -> Config:
+    """The config with absolute paths of files that are there, for use from any working folder; `run` stays as it is."""
+    return replace(_whole(config), run=config.run)
+
+
+def _whole(value: Any, hint: Any = None) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        hints = hints_of(type(value))
+        new = {f.name: _whole(getattr(value, f.name), hints[f.name]) for f in fields(value) if f.init}
+        changed = {name: part for name, part in new.items() if part != getattr(value, name)}
+        return replace(value, **changed) if changed else value
+    if isinstance(value, tuple):
+        return tuple(_whole(item, get_args(hint)[0] if get_args(hint) else None) for item in value)
+    marks = [mark for kind in (hint, *get_args(hint)) for mark in get_args(kind)] if isinstance(value, str) else []
+    return whole_path(value) if PLACE in marks or (FUNCTION in marks and ".py:" in value) else value
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, with a comment that names the closest method and what differs from it."""
     comment = "\n".join(f"# {line}" for line in wrap(named_differences(config.method).sentence, 110))
@@ -216,7 +234,7 @@ def _value(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     Raises:
         InputError: if the value does not have this type.
     """
-    if PLACE in get_args(hint) and isinstance(value, str):
+    if (PLACE in get_args(hint) or FUNCTION in get_args(hint)) and isinstance(value, str):
         return at_home(value, path)
     hint = _plain(hint)
     origin, arguments = get_origin(hint), get_args(hint)

@@ -14,6 +14,8 @@ from dllm_sd.plugins import with_plugins
 
 RUN_CONFIG = "config.yaml"
 """The resolved config in a run folder."""
+RECIPE = "recipe.yaml"
+"""The config beside a model."""
 
 
 @cache
@@ -46,6 +48,19 @@ def find_config(name: str) -> Path:
             "(dllm-sd list configs)"
         )
     raise InputError(f"there is no config file {shown(name)}; {hint(name, shipped_configs(), 'shipped configs:')}")
+
+
+def stored_config(name: str) -> dict[str, Any]:
+    """The plain config of a run, or of the recipe beside a model (also a shipped one); empty where there is neither.
+
+    Raises:
+        InputError: naming the file, if it cannot be read.
+    """
+    asset = Path(__file__).with_name("assets") / name
+    files = (Path(name) / RUN_CONFIG, Path(name) / RECIPE, *(() if Path(name).exists() else (asset / RECIPE,)))
+    file = next((file for file in files if names_file(str(file))), None)
+    tree = None if file is None else read_yaml(file, shown(str(file)), "give another folder")
+    return tree if isinstance(tree, dict) else {}
 
 
 def read_config(

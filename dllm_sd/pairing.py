@@ -13,6 +13,7 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.engines import ENGINES
 from dllm_sd.errors import InputError, Unavailable
 from dllm_sd.parts import name_of
+from dllm_sd.policies.loading import check_adapter
 from dllm_sd.policies.teacher_weights import Weights
 from dllm_sd.pretrained.blueprint import Blueprint, known_blueprint, read_blueprint
 from dllm_sd.rollouts.rules import needed_length
@@ -21,6 +22,8 @@ from dllm_sd.teachers import CONTEXTS, HINTS, Hint
 
 REFERENCES_CHECKED = 1000
 """Number of references whose length is checked before a run begins."""
+PROBLEMS_CHECKED = 1000
+"""Number of problems among which one must have what the contexts of the method need."""
 PROMPTS_CHECKED = 100
 """Number of prompts that are searched for unknown tokens before a run begins."""
 
@@ -68,6 +71,7 @@ def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
     """
     _check_precision(config)
     blueprint = known or read_blueprint(config.model)
+    check_adapter(blueprint)
     _check_engine(config, blueprint.causal)
     if known is None:
         _check_teachers(config, blueprint)
@@ -168,7 +172,7 @@ def check_decodings(config: Config, blueprint: Blueprint) -> None:
 
 
 def check_data(config: Config, problems: Sequence[Problem]) -> None:
-    """Refuse a method that needs references or fields which the first problem of the data does not have.
+    """Refuse a method that needs references or fields which none of the first problems of the data has.
 
     Raises:
         InputError: naming the key, and the remedy.
@@ -182,17 +186,13 @@ def check_data(config: Config, problems: Sequence[Problem]) -> None:
         raise InputError(
             f"method.rollout demonstrations needs references, but the task's data has none; {task.reference_remedy}"
         )
-    for context in config.method.contexts:
-        hint = context.hint
-        needed = None if hint is None else hint.needs_reference
-        if needed is not None:
-            reference = task.reference(problem) if needed == "solution" else task.final_answer(problem)
-            if reference is None:
-                remedy = task.reference_remedy if needed == "solution" else "name other data"
-                raise InputError(
-                    f"method.contexts {name_of(CONTEXTS | HINTS, hint)} needs the {needed} of each problem, but the "
-                    f"task's data has none; {remedy}, or another source"
-                )
+    for place, context in enumerate(config.method.contexts):
+        if (hint := context.hint) is None:
+            continue
+        key = f"method.contexts.{place}{'' if hint is context else '.prompt'}"
+        lacking = (hint.lacks(task, problems[i], key) for i in range(min(PROBLEMS_CHECKED, len(problems))))
+        if (missing := hint.lacks(task, problem, key)) is not None and all(clause is not None for clause in lacking):
+            raise InputError(f"method.contexts {name_of(CONTEXTS | HINTS, hint)} {missing}")
 
 
 def check_references(config: Config, blueprint: Blueprint, problems: Sequence[Problem]) -> str | None:

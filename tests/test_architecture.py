@@ -26,6 +26,7 @@ LAYERS = [
     "overrides",
     "config_files",
     "http_client",
+    "hub",
     "losses",
     "trajectory",
     "trajectory_json",

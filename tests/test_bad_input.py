@@ -1,7 +1,9 @@
 """Whatever is wrong with the input: status 2, one line on stderr, no traceback, and nothing left behind."""
 
 import json
+import shutil
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dllm_sd.cli.main import main
+from dllm_sd.config import build_config, to_yaml
 from dllm_sd.errors import InputError
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model, Shape
@@ -287,6 +290,88 @@ def test_the_folder_of_another_run_is_refused_until_told_what_to_do(refuse: Refu
     assert Path("run/metrics.jsonl").read_text().count("\n") == 3
     assert train("seed=9", "resume=fresh") == 0
     assert Path("run/metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_updates(
+    refuse: Refuse, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    assert train("optim.schedule=linear") == 0
+    capsys.readouterr()
+    assert train("optim.schedule=linear", "updates=2") == 0
+    said = capsys.readouterr().err
+    assert "the run in 'run' gets 2 updates instead of 1; the learning rate now follows its linear schedule" in said
+    assert [json.loads(line)["update"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert json.loads(Path("run/report.json").read_text())["updates"] == 2
+    assert main(["train", "run", "updates=3"]) == 0
+    assert "gets 3 updates instead of 2" in capsys.readouterr().err
+    assert "another updates (3, not 2)" in refuse("optim.schedule=linear", "updates=2", leaves={"run"})
+    assert "another optim.schedule" in refuse("updates=4", leaves={"run"})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("seed=-1", "seed is -1"),
+        ("optim.lr=-1", "optim.lr is -1"),
+        ("model.mask_token=foo", "has no mask token 'foo'"),
+        ("model.tokenizer=./none", "'./none'"),
+        ("model.lora={targets: [nope]}", "model.lora.targets names 'nope'"),
+        ("model.lora={start: ./none}", "'./none'"),
+        ("task.data=none.jsonl", "none.jsonl cannot be read"),
+        ("model.lora={modules_to_save: [nope]}", "model.lora.modules_to_save names 'nope'"),
+        ("method={name: d_opsd, contexts: []}", "method.contexts is empty, but method.target plain learns from a"),
+        ("method=opd", "method.teacher.0.path is missing"),
+        ("decode.suppress=[99]", "decode.suppress names token 99"),
+        ("log.trackers=[mlflow]", "mlflow"),
+    ],
+)
+def test_a_wrong_value_is_told_before_the_conflict_with_the_run_in_the_folder(refuse: Refuse, wrong: str, words: str):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(to_yaml(build_config({**TREE, "seed": 7})))
+    Path("run/metrics.jsonl").write_text("")
+    assert "holds a run with another seed (7, not 0)" in refuse()
+    refused = refuse(wrong)
+    assert words in refused
+    assert "holds a run" not in refused
+
+
+def test_more_problems_than_a_split_holds_are_told(train: Callable[..., int], capsys: pytest.CaptureFixture[str]):
+    sizes = {"size_dev": 3, "size_test": 2}
+    assert train("eval.problems=100", "eval.every=1", "eval.final_problems=50", task={**TREE["task"], **sizes}) == 0
+    said = capsys.readouterr().err
+    assert "eval.problems is 100, but there are 3 such problems; all of them are taken" in said
+    assert "eval.final_problems is 50, but there are 2 such problems" in said
+    assert main(["eval", "run", "eval.final_problems=4"]) == 0
+    said = capsys.readouterr().err
+    assert "eval.final_problems is 4, but there are 2 such problems" in said
+    assert "eval.problems" not in said
+
+
+def test_a_run_that_was_given_relative_paths_is_found_from_another_working_folder(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    Path("rows.jsonl").write_text("".join(json.dumps({"question": f"{i}", "answer": f"{i}"}) + "\n" for i in range(8)))
+    Path("mine.py").write_text("def score(problem, completion):\n    return 1.0\n")
+    Path("plug.py").write_text("")
+    shutil.copytree(str(files("dllm_sd") / "assets" / "tiny"), "model")
+    task = {"name": "jsonl", "data": "rows.jsonl", "grader": "mine.py:score", "reference_field": "answer"}
+    settings: dict[str, Any] = {"task": task, "model": {"path": "model"}, "plugins": ["plug.py"]}
+    assert train(**settings) == 0
+    run = str(Path("run").absolute())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["show", run]) == 0
+    assert main(["train", run, "updates=2"]) == 0
+    assert main(["eval", run, "eval.final_problems=1"]) == 0
+    assert main(["sample", run, "train:0"]) == 0
+    monkeypatch.chdir(tmp_path / "work")
+    capsys.readouterr()
+    assert train("updates=2", **settings) == 0  # the relative names mean the same files
+    Path("rows.jsonl").rename("moved.jsonl")
+    Path("other").mkdir()
+    Path("other/rows.jsonl").write_text('{"question": "1", "answer": "1"}\n' * 8)
+    assert train("updates=2", **{**settings, "task": {**task, "data": "moved.jsonl"}}) == 2
+    assert "another task.data" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_of_the_run_is_refused(refuse: Refuse, train: Callable[..., int]):

@@ -25,7 +25,7 @@ from dllm_sd.cli.main import main, parser
 from dllm_sd.cli.sample import _frame
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.errors import InputError
-from dllm_sd.evaluation.recording import begin
+from dllm_sd.evaluation.recording import VERDICTS, begin
 from dllm_sd.export.model_card import _parts
 from dllm_sd.files import locking
 from dllm_sd.methods import METHODS
@@ -81,7 +81,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 def test_a_run_writes_its_folder_and_nothing_else(home: Path):
     assert {path.name for path in home.iterdir()} == {"small.yaml", "run"}
     names = {path.name for path in (home / "run").iterdir()}
-    assert names == {"config.yaml", *LOG_FILES, STARTS, "report.json", "report.html", "checkpoints", "tb"}
+    assert names == {"config.yaml", *LOG_FILES, STARTS, "report.json", VERDICTS, "report.html", "checkpoints", "tb"}
     assert {path.name for path in (home / "run" / "checkpoints").iterdir()} == {"000001", "000002", "best"}
     assert len(list((home / "run" / "tb").iterdir())) == 1
 
@@ -117,6 +117,10 @@ def test_the_report_compares_before_after_and_best(home: Path):
     for name in ("before", "after", "best"):
         assert report[name].keys() == {"trained", "one step"}
         assert report[name]["one step"]["tokens_per_step"] == 16
+    for schedule, tested in report["best"].items():
+        verdicts = [line for line in lines_of(home / "run" / VERDICTS) if line["schedule"] == schedule]
+        assert len({line["id"] for line in verdicts}) == tested["n"] == 4
+        assert sum(line["correct"] for line in verdicts) / len(verdicts) == tested["accuracy"]
 
 
 def test_the_environment_of_a_run_is_written_at_its_start(home: Path):
@@ -346,11 +350,17 @@ def test_bad_input_ends_a_process_with_2_and_one_line(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
 
 
+OTHERS = (
+    *(["eval", "tiny", "--task", "sudoku"], ["eval", "runs/none"], ["sample", "tiny", "hi"], ["serve", "tiny"]),
+    *(["export", "runs/none", "--to", "peft", "out"], ["probe", "quickstart"]),
+)
+"""Commands that take settings of a config."""
 LIGHT = [
     *(["--help"], ["--version"], ["train"], ["trian", "quickstart"], ["train", "quickstart", "--lr", "1e-4"]),
     *([name, "--help"] for name in COMMANDS),
     *(["train", "quickstart", word] for word in ("optm.lr=1", "lr=1", "method=dopsd", "method.divergence=kl")),
     *(["train", "quickstrat"], ["train", "runs/nope"], ["show", "quickstart", "batch_size=4"]),
+    *([*words, wrong] for words in OTHERS for wrong in ("optm.lr=1", "decode.lenght=16", "task.prompt")),
     *(["list", kind, "--json"] for kind in KINDS),
     *(["explain", "optim.lr", "--json"], ["explain", "*.ratio"], ["explain", "optm"], ["schema"]),
 ]

@@ -291,7 +291,7 @@ def test_a_wrong_value_is_refused_with_the_key(override: str, message: str):
         ("method.contexts.0.ratio=1.5", "method.contexts.0.ratio is 1.5; give a number from 0 to 1"),
         ("method.rollout.attempts=0", "method.rollout.attempts is 0; give a whole number from 1 to"),
         ("method.rollout.keep=all", "set method.rollout.until_solved to false"),
-        ("method.contexts=[]", "method.target plain is made of 1 teachers, but method.contexts lists 0"),
+        ("method.contexts=[]", "method.contexts is empty, but method.target plain learns from a teacher"),
         ("method.target=sampled", "set both or neither"),
         ("method.canvases=random_masks", "set method.canvases to decoder_steps"),
         ("method.teacher=[base, live]", "method.teacher lists 2 weights for 1 contexts"),

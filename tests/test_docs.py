@@ -9,6 +9,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ import yaml
 import dllm_sd
 from dllm_sd import METHODS, TASKS
 from dllm_sd.arguments import COMMANDS
-from dllm_sd.cli.main import main
+from dllm_sd.cli.main import main, parser
 from dllm_sd.config import build_config, load_config, shipped_configs
 from dllm_sd.keys import all_keys
 from dllm_sd.losses import DIVERGENCES
@@ -43,7 +44,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
 ]
-SECTIONS = ["How to run it", "What was measured here", "What the paper claims", "Where they part"]
+SECTIONS = ["How to run it", "What was measured here", "What the paper claims", "Differences from paper and code"]
 """Of a page about methods, below what they do."""
 SETTING = "The paper's setting"
 """A last section that a page may have: a table, where each element of the paper's setting stands here."""
@@ -208,10 +209,11 @@ def test_the_method_in_the_readme_trains(
 ) -> None:
     for shared in (METHODS, CONTEXTS):
         monkeypatch.setitem(shared, "tail", None)  # so that what the example adds is taken out again
+    monkeypatch.chdir(tmp_path)
     (source,) = blocks(README, "python")
-    exec(compile(source, "my_method.py", "exec"), {"__name__": "my_method"})
+    Path("my_method.py").write_text(source)
     few = ["updates=1", "eval.every=0", "eval.final_problems=0", "log.progress=false"]
-    (command,) = re.findall(r"`python my_method.py (train [^`]+)`", README.read_text())
+    (command,) = re.findall(r"`dllm-sd (train [^`]+plugins[^`]+)`", README.read_text())
     run = tmp_path / "run"
     assert main([*command.split(), *few, "method.rollout.problems=4", f"run={run}"]) == 0
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -236,12 +238,29 @@ def test_the_commands_exist(command: str, capsys: pytest.CaptureFixture[str]) ->
 def test_the_documents_name_no_command_or_config_that_is_missing(document: Path) -> None:
     for command, *words in commands(document):
         assert command in COMMANDS, f"{document.name} names dllm-sd {command}"
-        if command in ("train", "probe", "show") and words and not words[0].isupper():
+        of_run = bool(words) and words[0].startswith("runs/")
+        if command in ("train", "probe", "show") and words and not words[0].isupper() and not of_run:
             config, *overrides = [word for word in words if word.isascii() and word != "..."]
             name = str(ROOT / config) if config.endswith(".yaml") else config
             assert name in shipped_configs() or Path(name).is_file(), config
-            if "key=value" not in overrides:
+            if "key=value" not in overrides and not any(word.startswith("plugins=") for word in overrides):
                 load_config(name, overrides)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_commands_in_shell_blocks_are_understood(document: Path) -> None:
+    """Those that neither read nor write a run are carried out; placeholders of usages, such as [--json], are not."""
+    shell = [line for block in blocks(document, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    for line in [part for text in shell for part in re.split("&&|;", re.sub(r"(^|\s+)#.*", "", text))]:
+        if (found := re.search(r"(?:\bdllm-sd|-m dllm_sd) (\w.*)", line)) is None:
+            continue
+        words = [word for word in shlex.split(found[1]) if word not in ("...", "&")]
+        if any(re.match(r"\[|key=value", word) for word in words):
+            continue
+        options, others = parser().parse_known_args(words)
+        assert all("=" in word and not word.startswith("-") for word in others), (words, others)
+        if words[0] in ("list", "explain", "schema"):
+            assert import_module(f"dllm_sd.cli.{options.command}").run(options) == 0
 
 
 def test_the_readme_holds_the_two_commands() -> None:

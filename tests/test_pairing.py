@@ -1,8 +1,9 @@
 """Whether a method and a model belong together: refused in one sentence with key and remedy, before any weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tokenizers import Tokenizer
@@ -462,3 +463,56 @@ def test_missing_references_are_answered_with_the_key_that_names_them(tmp_path: 
     config = build_config({"task": task, "model": RANDOM, "method": "sft", "decode": {"length": 16, "block_length": 4}})
     with pytest.raises(InputError, match=r"set task\.reference_field to .*, such as task\.reference_field=answer$"):
         check_data(config, config.task.problems("train"))
+
+
+NEEDY: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a rubric of the data": (
+        {"name": "rubric", "source": "data"},
+        {"rubric": ["is right"]},
+        "method.contexts.0.field to the field that holds them, or method.contexts.0.source to written",
+    ),
+    "another's rubric": ({"name": "rubric", "source": "random", "field": "r"}, {"r": '["x"]'}, "in the field 'r'"),
+    "a rubric and the solution": (
+        {"name": "rubric", "source": "generic", "reference": True, "template": "{question}{hint}{reference}"},
+        {"solution": "s"},
+        "needs the solution of each problem",
+    ),
+    "a solution for the writer": (
+        {"name": "rubric", "writing": {}, "prompt": "{question}{reference}"},
+        {"solution": "s"},
+        "needs the solution of each problem",
+    ),
+    "an answer for the critic": ({"name": "critique"}, {"answer": "a"}, "needs the answer of each problem"),
+    "a solution for the critic": (
+        {"name": "critique", "truth": "solution", "prompt": "{trace}"},
+        {"solution": "s"},
+        "needs the solution of each problem",
+    ),
+    "a reference": ("reference", {"solution": "s"}, "needs the solution of each problem"),
+    "the answer": ({"name": "reference", "source": "answer"}, {"answer": "a"}, "needs the answer of each problem"),
+}
+"""Contexts that need something of the data, the fields of a problem that has it, and words of the refusal."""
+
+
+class FieldTask(NoChanceLevel):
+    """A task whose problems have what their fields hold."""
+
+    def reference(self, problem: Problem) -> str | None:
+        return problem.fields.get("solution")
+
+    def final_answer(self, problem: Problem) -> str | None:
+        return problem.fields.get("answer")
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "as the prompt of suffix"])
+@pytest.mark.parametrize("name", NEEDY)
+def test_a_context_whose_material_no_problem_has_is_refused(name: str, nested: bool):
+    context, fields, words = NEEDY[name]
+    context = {"name": "suffix", "prompt": context} if nested else context
+    config = build_config({"task": "sudoku", "model": RANDOM, "method": {"contexts": [context], "gate": "all"}})
+    config = replace(config, task=cast(Any, FieldTask()))
+    bare = [Problem(str(i), {}) for i in range(3)]
+    with pytest.raises(InputError) as caught:
+        check_data(config, bare)
+    assert words.replace("contexts.0.", f"contexts.0.{'prompt.' * nested}") in str(caught.value)
+    check_data(config, [*bare, Problem("has", fields)])  # the others are left out and counted

@@ -11,7 +11,7 @@ from dllm_sd.cli import compare
 from dllm_sd.cli.run_or_model import is_run, load, quiet_libraries, warn, warn_unknown_text
 from dllm_sd.config import to_tree
 from dllm_sd.errors import InputError, shown
-from dllm_sd.evaluation.evaluate import evaluate_into, test_problems
+from dllm_sd.evaluation.evaluate import about_counts, evaluate_into, test_problems
 from dllm_sd.evaluation.recording import recorded_model
 from dllm_sd.pairing import PROMPTS_CHECKED
 from dllm_sd.reports.tables import print_evaluation
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}
     if PartialState().is_main_process:
         if sentence := about_tests(config.task):
+            warn(sentence)
+        for sentence in about_counts(config.eval, [], test_problems(config)):
             warn(sentence)
         if config.decode.engine.remote:
             warn("decode.engine is for rollouts and evaluations in training; this evaluation decodes on this machine")

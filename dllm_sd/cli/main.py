@@ -16,9 +16,13 @@ from typing import NoReturn
 
 from dllm_sd import __version__
 from dllm_sd.arguments import COMMANDS
-from dllm_sd.config_files import read_config
+from dllm_sd.config_files import read_config, stored_config
 from dllm_sd.errors import InputError, Stopped, in_short, on_one_line, shortened, shown
 from dllm_sd.keys import check_names, nearest
+from dllm_sd.overrides import apply_overrides
+
+SETTINGS_OF = {"evaluate": "model", "sample": "model", "serve": "model", "export": "run", "grade": "file"}
+"""Commands whose settings change the config of a run or model, and the argument that names it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _warn_of_single_process()
     try:
         with _quiet_thread_failures():
-            if hasattr(options, "config"):
-                _refuse_misspelt(options.config, options.overrides)
+            _refuse_misspelt(options)
             command = import_module(f"dllm_sd.cli.{options.command}")  # imported here, since its libraries take seconds
             return command.run(options)
     except InputError as error:
@@ -64,12 +67,22 @@ def _unknown_arguments(unknown: Sequence[str]) -> str:
     return f"unrecognized arguments: {shortened(' '.join(unknown))}"
 
 
-def _refuse_misspelt(config: str, overrides: Sequence[str]) -> None:
+def _refuse_misspelt(options: argparse.Namespace) -> None:
     """Refuse misspelt keys before libraries are imported, unless somebody has added parts of their own by then."""
-    if "dllm_sd.methods" not in sys.modules:
-        tree = read_config(config, overrides)
-        if not tree.get("plugins"):
-            check_names(tree)
+    if "dllm_sd.methods" in sys.modules:
+        return
+    if hasattr(options, "config"):
+        tree = read_config(options.config, options.overrides)
+    elif options.overrides and (name := getattr(options, SETTINGS_OF.get(options.command, ""), None)):
+        tree = {} if options.command == "grade" else stored_config(name)
+        own, task = tree.get("task"), getattr(options, "task", None)
+        if task is not None and task != (own.get("name") if isinstance(own, dict) else own):
+            tree["task"] = {"name": task}
+        tree = apply_overrides(tree, options.overrides)
+    else:
+        return
+    if not tree.get("plugins"):
+        check_names(tree)
 
 
 def _end(sentence: str, status: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.generations import stream_generations
+from dllm_sd.evaluation.recording import VERDICTS
 from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 
 _BATCH = 2**22  # numbers drawn at a time
@@ -147,7 +148,8 @@ def _read(path: Path) -> tuple[dict[str, dict[str, list[bool]]], dict[str, Any]]
 
 
 def find_generations(path: Path) -> Path:
-    """Return the file of graded generations: ``path`` itself, or the one in the folder or in its ``eval/TASK``.
+    """Return the file of verdicts: ``path`` itself, the generations in the folder or in its ``eval/TASK``, or else the
+    verdicts of a run's final test.
 
     Raises:
         InputError: if the file does not exist, or there are several.
@@ -162,7 +164,11 @@ def find_generations(path: Path) -> Path:
             raise InputError(f"{path} holds {', '.join(str(file.relative_to(path)) for file in files)}; name one file")
         if files:
             return files[0]
-    raise InputError(f"{path} holds no generations.jsonl or graded.jsonl; evaluate it first: dllm-sd eval {path}")
+    if (tested := path / VERDICTS).is_file():
+        return tested
+    raise InputError(
+        f"{path} holds no generations.jsonl, graded.jsonl or {VERDICTS}; evaluate it first: dllm-sd eval {path}"
+    )
 
 
 def _counts(pairs: Sequence[tuple[bool, bool]]) -> ContingencyTable:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from dllm_sd.decoding.settings import Decoding, Meter
 from dllm_sd.errors import EmptySplit, InputError
 from dllm_sd.evaluation.estimates import wilson_interval
 from dllm_sd.evaluation.generations import measures, summarise
-from dllm_sd.evaluation.recording import GENERATIONS, SETTINGS, GradedAttempt, Record, begin, digest, finish
+from dllm_sd.evaluation.recording import GENERATIONS, SETTINGS, GradedAttempt, Record, Verdict, begin, digest, finish
 from dllm_sd.files.locking import FolderLock
 from dllm_sd.files.writing import writable, write_file
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.policies.policy import Policy
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.rules import encode_problem
-from dllm_sd.settings import USUAL_FINAL_PROBLEMS
+from dllm_sd.settings import USUAL_FINAL_PROBLEMS, Evaluation
 from dllm_sd.tasks.sources import final_split
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.trajectory import Trajectory
@@ -75,6 +75,8 @@ class Report:
     seconds: float
     extra: Mapping[str, float]
     """What the task measures beside accuracy, and its chance level."""
+    verdicts: tuple[Verdict, ...] = field(default=(), repr=False)
+    """The verdicts on each problem, in order; not part of `tree`."""
 
     def tree(self) -> dict[str, Any]:
         """Return the metrics as they are written to report.json."""
@@ -88,6 +90,11 @@ class Report:
             "time/tokens_per_second": self.tokens_per_second,
         }
         return tree | {"ci95": list(wilson_interval(tree["accuracy"], self.n))}  # of the task's own accuracy, if any
+
+
+def trees(reports: Mapping[str, Report]) -> dict[str, Any]:
+    """The metrics of reports by decoding schedule, as they are written to report.json."""
+    return {name: report.tree() for name, report in reports.items()}
 
 
 def evaluate(
@@ -284,6 +291,19 @@ def final_problems(config: Config) -> tuple[list[Problem], str | None]:
         return [], f"there will be no test results: {reason} Set eval.final_problems=0 to say so."
 
 
+def about_counts(
+    asked: Evaluation, dev: Sequence[Problem], test: Sequence[Problem], probed: Sequence[Problem] = ()
+) -> list[str]:
+    """Say where a config asks for more problems than a split holds; an empty split is not used, a default not meant."""
+    splits = {"problems": dev, "final_problems": test, "probe_problems": probed}
+    wanted = {name: count for name in splits if (count := getattr(asked, name)) != getattr(Evaluation(), name)}
+    return [
+        f"eval.{name} is {count:,}, but there are {len(splits[name]):,} such problems; all of them are taken"
+        for name, count in wanted.items()
+        if count is not None and 0 < len(splits[name]) < count
+    ]
+
+
 def check_ids(*splits: Sequence[Problem]) -> None:
     """Refuse two problems of a split with the same id, since attempts are stored and metrics computed by id.
 
@@ -364,6 +384,7 @@ def _report(
         unread=sum(line.parsed is None for line in lines),
         seconds=seconds,
         extra=extra,
+        verdicts=tuple(Verdict(g[0].id, g[0].digest, tuple(line.correct for line in g)) for g in groups),
     )
 
 

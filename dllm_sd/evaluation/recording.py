@@ -16,6 +16,10 @@ from dllm_sd.files.writing import replacing, write_file
 from dllm_sd.tasks.task import Grade, Problem
 
 GENERATIONS, SETTINGS = "generations.jsonl", "settings.json"
+VERDICTS = "verdicts.jsonl"
+"""The verdicts of a run's final test with its best weights, in the run folder."""
+MOST_VERDICTS = 20_000
+"""Problems of which a schedule's verdicts are kept."""
 REMEDY = "remove it, and what it held is decoded again"
 
 
@@ -43,6 +47,30 @@ class GradedAttempt:
     def grade(self) -> Grade:
         """The verdict."""
         return Grade(self.correct, self.score, self.parsed)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether each attempt at a problem was correct."""
+
+    id: str
+    digest: str
+    correct: tuple[bool, ...]
+
+
+def write_verdicts(file: Path, tests: Mapping[str, Sequence[Verdict]]) -> None:
+    """Write verdicts by schedule, in the form of generations without their text, so that two runs can be compared.
+
+    Nothing is written where there was no test.
+    """
+    lines = [
+        {"schedule": schedule, "id": verdict.id, "digest": verdict.digest, "attempt": attempt, "correct": correct}
+        for schedule, verdicts in tests.items()
+        for verdict in verdicts[:MOST_VERDICTS]
+        for attempt, correct in enumerate(verdict.correct)
+    ]
+    if lines:
+        write_file(file, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def digest(problem: Problem) -> str:

@@ -113,12 +113,15 @@ def model_card(
 
 
 def settings_of(run: Path) -> str:
-    """The resolved config of a run as YAML, without its folder and the folders of its plugins."""
-    plugins = read_run_config(run).get("plugins")  # raises if the file is not a config
+    """The resolved config of a run as YAML, without its folder, and of files on this machine only their names."""
+    read_run_config(run)  # raises if the file is not a config
     text = read_own(run / "config.yaml", "give another folder").decode("utf-8")
-    for plugin in plugins if isinstance(plugins, list) else []:
-        text = text.replace(f"\n- {plugin}\n", f"\n- {Path(plugin).name}\n")
-    return re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
+    return re.sub(rf"^( *(?:-|(?:{'|'.join(_PLACES)}):) ['\"]?)/.*/", r"\1", text, flags=re.MULTILINE)
+
+
+_PLACES = ("data", "data_test", "grader", "path", "tokenizer", "start", "cache")
+"""Keys whose values are paths, or may be."""
 
 
 def _license(path: str | None) -> str | None:

@@ -15,6 +15,11 @@ MAX_PATH_DEPTH = 200
 """Folders in a path, one within the other; making more is nobody's wish."""
 Place = Annotated[str, PLACE]
 """A file or folder in a config; a ``~`` at its start is the home folder."""
+FUNCTION = "a function in a file"
+Function = Annotated[str, FUNCTION]
+"""A function in a file of the user's own, ``FILE.py:NAME``, or another text."""
+MAX_PATH = 4096
+"""Characters of a path."""
 
 
 def write_file(path: Path, content: str | bytes, alone: bool = True) -> None:
@@ -87,13 +92,26 @@ def at_home(name: str, key: str) -> str:
     try:
         path = str(Path(name).expanduser()) if name.startswith("~") else name
         parts = path.split("/")
-        possible = "\0" not in path and all(len(os.fsencode(part)) < 256 for part in parts) and len(path) < 4096
+        possible = "\0" not in path and all(len(os.fsencode(part)) < 256 for part in parts) and len(path) < MAX_PATH
         possible = possible and len(parts) <= MAX_PATH_DEPTH
     except (RuntimeError, UnicodeEncodeError):
         possible, path = False, name
     if not possible:
         raise InputError(f"{key} is {shown(name)}, which no file can be named; give another path")
     return path
+
+
+def whole_path(name: str) -> str:
+    """The absolute path of a file or folder that is there; other names, such as those of a hub, as they are.
+
+    What may follow a colon (a function in a file, a configuration and a split of a data set) is kept.
+    """
+    path, colon, rest = name.partition(":")
+    try:
+        there = bool(path) and os.path.exists(path)
+    except ValueError:
+        there = False
+    return f"{os.path.abspath(path)}{colon}{rest}" if there else name
 
 
 def names_file(name: str) -> bool:

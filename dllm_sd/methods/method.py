@@ -165,10 +165,10 @@ def _check_prompt(method: Method) -> None:
 
 def _check_target(method: Method) -> None:
     target, count = method.target, len(method.contexts)
-    if target.asks_teachers and target.contexts is None and not count:
+    if target.asks_teachers and not count:
         raise InputError(
-            f"method.target {name_of(TARGETS, target)} distils every teacher, but method.contexts is empty; add a "
-            "context"
+            f"method.contexts is empty, but method.target {name_of(TARGETS, target)} learns from a teacher; list a "
+            "context, such as method.contexts=[reference], or choose a method without teachers, such as method=rft"
         )
     if target.contexts is not None and count != target.contexts:
         raise InputError(

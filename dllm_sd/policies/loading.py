@@ -218,7 +218,25 @@ def _refuse_generate(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], seed: int) -> PeftModel:
+def check_adapter(blueprint: Blueprint) -> None:
+    """Refuse what `model.lora` names and the model, or the machine, does not have, before any weight is read.
+
+    Raises:
+        InputError: naming the key.
+    """
+    lora = blueprint.model.lora
+    if lora is None:
+        return
+    if lora.targets is not None or lora.modules_to_save:
+        _targets(empty_network(blueprint), lora, blueprint.family.lora_targets)
+    if lora.start is not None and not Path(lora.start).is_dir():
+        raise InputError(
+            f"model.lora.start {lora.start!r} is no folder; give that of a run's checkpoint, or of a PEFT adapter"
+        )
+
+
+def _targets(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...]) -> list[str]:
+    """The kinds of linear layers that get adapters; ``targets`` are those of the family."""
     names = {name.rsplit(".", 1)[-1] for name, part in network.named_modules() if isinstance(part, nn.Linear)}
     wanted = targets if lora.targets is None else lora.targets
     if absent := [target for target in wanted if target not in names]:
@@ -234,11 +252,15 @@ def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], s
     modules = {name.rsplit(".", 1)[-1] for name, _ in network.named_modules()}
     if absent := [name for name in lora.modules_to_save if name not in modules]:
         raise InputError(f"model.lora.modules_to_save names {absent[0]!r}, which this model does not have")
+    return list(wanted)
+
+
+def _with_lora(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...], seed: int) -> PeftModel:
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(wanted),
+        target_modules=_targets(network, lora, targets),
         modules_to_save=list(lora.modules_to_save) or None,
     )
     with _seeded(seed), without_peft_warning():

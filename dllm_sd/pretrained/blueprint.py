@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from dllm_sd.errors import InputError, Unavailable, shortened, shown
+from dllm_sd.hub import why_offline
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.families import CAUSAL, MARK, Family, recognise
 from dllm_sd.pretrained.model import Model, Shape
@@ -61,9 +61,11 @@ class Blueprint:
         return model_folder(self.model.path)
 
 
-def _by_choice() -> str:
-    """Says that the user has switched the hub off, where that is so."""
-    return " (HF_HUB_OFFLINE forbids it)" if constants.HF_HUB_OFFLINE else ""
+def _unless_offline(source: str, otherwise: str) -> str:
+    """The end of the refusal of a missing file: of a hub name without a hub why only its cache was searched."""
+    is_path = source.count("/") > 1 or source[:1] in (".", "~", "/") or Path(model_folder(source)).is_dir()
+    why = None if is_path else why_offline()
+    return f"; {otherwise}" if why is None else f" in the local cache of the hub, and {why}, or name a folder"
 
 
 def read_blueprint(model: Model, text: bool = True) -> Blueprint:
@@ -166,10 +168,8 @@ def known_blueprint(model: Model) -> Blueprint | None:
 def _read_config(path: str) -> dict[str, Any]:
     file = find_file(path, "config.json")
     if file is None:
-        away = "" if Path(model_folder(path)).is_dir() else f", or the hub cannot be reached{_by_choice()}"
-        raise Unavailable(
-            f"there is no config.json at {path!r} (model.path){away}; give a checkpoint folder or a hub name"
-        )
+        remedy = _unless_offline(path, "give a checkpoint folder or a hub name")
+        raise Unavailable(f"there is no config.json at {path!r} (model.path){remedy}")
     if find_file(path, "adapter_config.json") is not None:  # transformers would load the model named in it
         raise InputError(
             f"{path!r} (model.path) holds an adapter_config.json; name the model itself, and give the adapter with "
@@ -193,10 +193,8 @@ def _read_tokenizer(model: Model, family: Family, needed: bool) -> Tokenizer | N
     if not _has_tokenizer(source):
         if not needed:
             return None
-        raise Unavailable(
-            f"no usable tokenizer at {source!r} (model.tokenizer): there is none, or the hub cannot be reached; make "
-            "it, or name another"
-        )
+        remedy = _unless_offline(source, "make it, or name another")
+        raise Unavailable(f"no usable tokenizer at {source!r} (model.tokenizer): there is none{remedy}")
     load: Any = family.tokenizer or AutoTokenizer
     check_tokenizer_files(source)
     try:

@@ -10,8 +10,9 @@ from typing import Any, TypeGuard
 
 from transformers.utils.hub import cached_file
 
-from dllm_sd.errors import InputError, os_reason
+from dllm_sd.errors import InputError, os_reason, shown
 from dllm_sd.files.reading import LARGEST_FILE, parse_json, read_whole
+from dllm_sd.hub import why_offline
 
 LARGEST_TOKENIZER = 2**28
 """Bytes of a tokenizer's file."""
@@ -23,6 +24,11 @@ MARK = "dllm_sd"
 
 def model_folder(name_or_path: str) -> str:
     """The folder of a shipped asset (``tiny``), else the argument itself (a folder or hub name)."""
+    if "://" in name_or_path:
+        raise InputError(
+            f"model.path {shown(name_or_path)} is a web address; give the name on the hub, as in Qwen/Qwen3-0.6B, or a "
+            "folder with the checkpoint"
+        )
     asset = Path(str(files("dllm_sd") / "assets" / name_or_path))
     if asset.is_dir() and not Path(name_or_path).exists():
         return str(asset)
@@ -36,6 +42,7 @@ def find_file(path: str, name: str) -> Path | None:
     folder = Path(model_folder(path))
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
+    why_offline()  # so that a hub that does not answer is not asked again and again
     try:
         cached = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:

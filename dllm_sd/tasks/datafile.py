@@ -11,6 +11,7 @@ from typing import Any, overload
 
 from dllm_sd.errors import EmptySplit, InputError, on_one_line, shortened, shown
 from dllm_sd.files.reading import open_unpacked, why_unread
+from dllm_sd.hub import why_offline
 from dllm_sd.randomness import make_key, permutation
 from dllm_sd.tasks.conversations import is_conversation
 from dllm_sd.tasks.formats import Row, plain_fields, rows_in
@@ -36,6 +37,7 @@ def read_rows(path: str, key: str) -> list[Row]:
 def hub_rows(name: str, config: str | None, split: str, key: str) -> list[Row]:
     """Load one split of a dataset from the Hugging Face hub (over the network or from its local cache) or a folder."""
     where = f"{key}: dataset {name}, split {split}"
+    offline = None if Path(name).is_dir() else why_offline()
     try:
         # Imported here, since it is slow and local files do not need it.
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
@@ -43,6 +45,10 @@ def hub_rows(name: str, config: str | None, split: str, key: str) -> list[Row]:
         dataset: Any = load_dataset(name, config, split=split)
         rows = [Row(f"{where}, row {number}", number, plain_fields(row)) for number, row in enumerate(dataset)]
     except Exception as error:  # the remedy is the same for every error of the hub client
+        if offline is not None:
+            raise InputError(
+                f"{where} is not in the local cache of the hub, and {offline}, or set {key} to the path of a local file"
+            ) from error
         reason = shortened(f"{type(error).__name__}: {on_one_line(error)}".removesuffix(": "), 160)
         raise InputError(f"{where} cannot be loaded ({reason}); set {key} to the path of a local file.") from error
     if not rows:

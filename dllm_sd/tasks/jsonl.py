@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dllm_sd.errors import InputError, shown
-from dllm_sd.files.writing import Place
+from dllm_sd.files.writing import Function, Place
 from dllm_sd.ranges import Natural, Positive, PositiveShare, Size
 from dllm_sd.tasks.choice import check_options, gold_letter, grade_letter, letters_of, right_letter
 from dllm_sd.tasks.conversations import is_conversation, read_conversation
@@ -71,7 +71,7 @@ class Jsonl(DatasetTask):
     """Field with the right answer, which the grader compares with."""
     reference_field: str | None = None
     """Field with the text that supervised training imitates and teachers may see; None has none."""
-    grader: str = "exact"
+    grader: Function = "exact"
     """How a completion is graded: `exact`, `number`, `expression`, `math`, `choice`, `rubric`, `regex`, or a function
     of your own, such as `my_reward.py:score`."""
     pattern: str | None = None

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dllm_sd.errors import EmptySplit, InputError
+from dllm_sd.errors import EmptySplit, InputError, shown
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Ranged
 from dllm_sd.tasks.datafile import (
@@ -198,6 +198,11 @@ def rows_of(source: str | None, split: str, key: str) -> list[Row]:
     """
     if source is None:
         return []
+    if "://" in source:
+        raise InputError(
+            f"{key} {shown(source)} is a web address; download the file and give its path, or name a data set of the "
+            "hub, as in owner/name"
+        )
     name, config, other = (*source.split(":"), "", "")[:3]
     if Path(name).expanduser().is_dir():
         return hub_rows(str(Path(name).expanduser()), config or None, other or split, key)

@@ -88,6 +88,14 @@ class Prompt(Ranged, ContextDefaults, ABC):
         """None: the data's reference is not needed."""
         return None
 
+    def lacks(self, task: Task, problem: Problem, key: str) -> str | None:
+        """The part of the reference that `needs_reference` names, where the problem does not have it."""
+        needed = self.needs_reference
+        if needed is None or (task.reference if needed == "solution" else task.final_answer)(problem) is not None:
+            return None
+        remedy = task.reference_remedy if needed == "solution" else "name other data"
+        return f"needs the {needed} of each problem, but the task's data has none; {remedy}, or another context"
+
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
         """No spans."""
         return []

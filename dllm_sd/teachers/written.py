@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, shown
 from dllm_sd.randomness import make_key
-from dllm_sd.tasks.datafile import render
-from dllm_sd.tasks.task import Problem
+from dllm_sd.tasks.datafile import fields_of, render
+from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import HintInputs, TeacherPrompt
 from dllm_sd.teachers.hints import Prompt, Sibling, check_slots, check_template, of_another
 from dllm_sd.teachers.writing import Message, Writing
@@ -94,6 +94,23 @@ class Rubric(Prompt):
         """`prompt`: Stage I of RCSD trains its writer on it."""
         return self.prompt
 
+    @property
+    def needs_reference(self) -> Literal["solution"] | None:
+        """The solution, if the prompt of the teacher or of the writer shows it."""
+        asked = self.source == "written" and "reference" in fields_of(self.prompt)
+        return "solution" if self.reference or asked else None
+
+    def lacks(self, task: Task, problem: Problem, key: str) -> str | None:
+        """Also a rubric in `field`, unless it is written or the same for all."""
+        if self.source in ("written", "generic") or self._of(problem) is not None:
+            return super().lacks(task, problem, key)
+        reason = parse_rubric(problem.fields[self.field]) if self.field in problem.fields else "there is no such field"
+        reason = str(reason).replace("_", " ")
+        return (
+            f"needs a rubric of each problem in the field {shown(self.field)}, but the task's data has none there "
+            f"({reason}); set {key}.field to the field that holds them, or {key}.source to written, with a writer"
+        )
+
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """The same for all rollouts of a problem, so that it is written once."""
         task, problem = inputs.task, inputs.rollout.problem
@@ -169,6 +186,11 @@ class Critique(Prompt):
             check_slots(self.prompt, "prompt", "trace", "question", "truth")
         if self.writing is None:
             raise InputError("a critique context needs somebody who writes it; set its writing")
+
+    @property
+    def needs_reference(self) -> Literal["solution", "answer"]:
+        """`truth`."""
+        return self.truth
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
         """None where the data has no such truth."""

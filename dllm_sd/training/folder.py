@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_sd.config import Config, to_tree, to_yaml
+from dllm_sd.config import Config, to_tree, to_yaml, with_whole_paths
 from dllm_sd.errors import InputError, Stopped, shown
+from dllm_sd.evaluation.recording import VERDICTS
 from dllm_sd.files.checkpoint_files import numbered_checkpoints
 from dllm_sd.files.locking import LOCK, FolderLock
 from dllm_sd.files.plain_yaml import read_yaml
 from dllm_sd.files.reading import read_own
 from dllm_sd.files.typed_json import build, own_json, read_json
-from dllm_sd.files.writing import names_file, remove, writable, write_file
+from dllm_sd.files.writing import MAX_PATH, names_file, remove, writable, write_file
 from dllm_sd.parallel.processes import on_main
 from dllm_sd.plugins import digest_of
 from dllm_sd.tasks.own_grader import file_and_function
@@ -30,7 +31,7 @@ TRACKED = "trackers"
 CONTENTS = (
     *("metrics.jsonl", "samples.jsonl", "traces.jsonl", REPORT, "nonfinite.json", "bank.json", "checkpoints", "tb"),
     *(TRACKED, "eval", "environment.jsonl", "report.html", "written", "engine", "students", "rounds", "rounds.json"),
-    *(CODE, CONFIG),
+    *(VERDICTS, CODE, CONFIG),
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
 REPLACED = {"fresh": CONTENTS, "force": ("engine", CONFIG)}
@@ -60,11 +61,12 @@ class RunFolder:
                 it) or files of another program.
         """
         self.config, self.run = config, Path(config.run)
+        self._stored = with_whole_paths(config)
         self._lock = FolderLock(self.run, "run folder", "give another run=...")
         self._before: dict[str, bytes | None] | None = None
-        self._code = code_of(config)
+        self._code = code_of(self._stored)
         self.notes: list[str] = on_main(self._claim)
-        """Sentences on code of the user's own that is another than when the run began."""
+        """Sentences on code of the user's own that has changed since the run began, and on a run that is extended."""
 
     def hold(self) -> None:
         """Lock the folder again after `release`."""
@@ -106,13 +108,14 @@ class RunFolder:
             try:
                 _refuse_foreign_files(run)
                 _settle(run)
-                self._check()
-                return [] if self.config.resume == "fresh" else code_changes(run, self._code)
+                extended = self._check()
+                return [] if self.config.resume == "fresh" else [*extended, *code_changes(run, self._code)]
             except BaseException:
                 self.release()
                 raise
 
-    def _check(self) -> None:
+    def _check(self) -> list[str]:
+        """Refuse a folder with another run or other files; return what to say of a run that gets more updates."""
         run, config = self.run, self.config
         former = read_run_config(run) if (run / CONFIG).exists() else {}
         in_use = any(path.name not in LEFT_OVER for path in run.iterdir())
@@ -120,13 +123,21 @@ class RunFolder:
             raise InputError(f"run folder {str(run)!r} is not empty and does not hold a run; give another run=...")
         logs = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
         begun = any(file.exists() for file in logs) or bool(numbered_checkpoints(run))  # else nothing is worth keeping
-        if begun and config.resume == "auto":
-            key = _first_difference(former, to_tree(config))
-            if key is not None:
-                raise InputError(
-                    f"run folder {str(run)!r} holds a run with another {key}; give another run=..., "
-                    "resume=force to continue it anyway, or resume=fresh to discard it"
-                )
+        if not begun or config.resume != "auto":
+            return []
+        extended = config.peers is None and isinstance(fewer := former.get("updates"), int) and fewer < config.updates
+        known = {**former, "updates": config.updates} if extended else former
+        key = _first_difference(known, to_tree(self._stored))
+        if key is not None:
+            raise InputError(
+                f"run folder {str(run)!r} holds a run with another {key}; give another run=..., "
+                "resume=force to continue it anyway, or resume=fresh to discard it"
+            )
+        if not extended:
+            return []
+        decays = config.optim.schedule != "constant"
+        schedule = f"; the learning rate now follows its {config.optim.schedule} schedule over all of them" * decays
+        return [f"the run in {str(run)!r} gets {config.updates} updates instead of {fewer}{schedule}"]
 
     def _begin(self) -> None:
         run = self.run
@@ -140,7 +151,7 @@ class RunFolder:
                     _move(run, run / FORMER, names)
                 if self._code:
                     write_file(run / CODE, json.dumps(self._code, indent=1))
-                write_file(run / CONFIG, to_yaml(self.config))
+                write_file(run / CONFIG, to_yaml(self._stored))
             except BaseException:
                 self._undo(before)
                 raise
@@ -298,6 +309,16 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str 
             inner = _first_difference(before, after, f"{path}{key}.")
             if inner is not None:
                 return inner
-        elif before != after:
+        elif before != after and not _same_place(before, after):
             return f"{path}{key} ({before!r:.80}, not {after!r:.80})"
     return None
+
+
+def _same_place(before: Any, after: Any) -> bool:
+    """Whether a stored path is one that earlier versions stored as it was given, or the files have moved since."""
+    if not isinstance(before, str) or not isinstance(after, str) or not after.startswith("/"):
+        return False
+    if not before.startswith("/"):
+        return os.path.abspath(before) == after
+    file = before.partition(":")[0]  # a function, a configuration or a split may follow
+    return len(file) < MAX_PATH and not os.path.exists(file) and Path(before).name == Path(after).name

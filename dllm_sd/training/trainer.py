@@ -12,7 +12,8 @@ from typing import Any
 
 from dllm_sd.config import Config, to_tree
 from dllm_sd.errors import InputError, Stopped
-from dllm_sd.evaluation.evaluate import Report, check_ids, evaluate_run, final_problems, first
+from dllm_sd.evaluation.evaluate import Report, about_counts, check_ids, evaluate_run, final_problems, first, trees
+from dllm_sd.evaluation.recording import VERDICTS, write_verdicts
 from dllm_sd.experience.pipeline import BegunBatch, RolloutPipeline
 from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.files.checkpoint_files import STATE, damaged_checkpoint
@@ -92,9 +93,10 @@ class Trainer:
             long_references = check_references(config, blueprint, problems)
             unknown_tokens = check_tokenizer(config, blueprint, problems)
             splits = (about_dev(config.task), about_tests(config.task) if self.test else untested)
+            counts = about_counts(config.eval, self.dev, self.test, self.probe_problems)
             self.rows_left_out, shared_rows = rows_left_out(config.task)
             check_servers(config)
-        self.notes = [*filter(None, (*splits, shared_rows, long_references, *unknown_tokens.values()))]
+        self.notes = [*filter(None, (*splits, *counts, shared_rows, long_references, *unknown_tokens.values()))]
         self.folder = RunFolder(config)
         self.notes += self.folder.notes
         try:
@@ -213,7 +215,7 @@ class Trainer:
         metrics = state.unevaluated or {"update": 0, **self.first_metrics}
         with self._evaluation(metrics):
             if not state.update and not state.before:
-                state.before = self._test("testing the initial weights")
+                state.before = trees(self._test("testing the initial weights"))
                 self.log.results("before", state.before, 0)
             self._evaluate(metrics)
         if self.resumed:
@@ -337,31 +339,30 @@ class Trainer:
         found = probe(self.probe_problems, controls=False).metrics
         return found | {"time/probe": time.perf_counter() - start}
 
-    def _test(self, phase: str, weights: str | None = None) -> dict[str, Any]:
+    def _test(self, phase: str, weights: str | None = None) -> dict[str, Report]:
         """Test reports by decoding schedule; `trained` is the run's own `decode` settings."""
         if not self.test:
             return {}
         self.progress.phase(phase)
-        schedules = (None, *self.config.eval.schedules)
-        return {name or "trained": self._accuracy(self.test, name, weights).tree() for name in schedules}
+        return {x or "trained": self._accuracy(self.test, x, weights) for x in (None, *self.config.eval.schedules)}
 
     def _report(self) -> dict[str, Any]:
         """Test initial, last and best weights, write report.json, and leave the best weights loaded."""
         state, best = self.state, best_checkpoint(self.run) if self.state.best_accuracy >= 0 else None
-        after = self._test("testing the last weights")
-        chosen = after
+        after = chosen = self._test("testing the last weights")
         if best is not None and state.best_update != state.update:
             load_weights(self.policy, best)
             chosen = self._test("testing the best weights", f"best-{state.best_update}")
-        self.log.results("after", after, state.update)
-        self.log.results("best", chosen, state.update)
-        final = chosen.get("trained", {})
+        on_main(lambda: write_verdicts(self.run / VERDICTS, {name: x.verdicts for name, x in chosen.items()}))
+        tests = {"after": trees(after), "best": trees(chosen)}
+        for which, tested in tests.items():
+            self.log.results(which, tested, state.update)
+        final = tests["best"].get("trained", {})
         report = {
             **self._facts(),
             **{key: final[key] for key in FINAL if key in final},
             **self._outcome(),
-            "after": after,
-            "best": chosen,
+            **tests,
             "settings": to_tree(self.config),
         }
         on_main(lambda: write_file(self.run / REPORT, json.dumps(report, indent=1)))

@@ -24,6 +24,7 @@ from dllm_sd.evaluation.comparison import (
     mcnemar,
     resample,
 )
+from dllm_sd.evaluation.recording import VERDICTS, Verdict, write_verdicts
 from tests.tiers import later
 
 Rows = list[tuple[str, bool]]
@@ -234,7 +235,7 @@ def test_the_folder_itself_comes_before_its_tasks(tmp_path: Path):
 
 def test_a_folder_with_a_choice_or_nothing_is_refused(tmp_path: Path):
     with pytest.raises(
-        InputError, match=r"holds no generations.jsonl or graded.jsonl; evaluate it first: dllm-sd eval"
+        InputError, match=r"holds no generations.jsonl, graded.jsonl or verdicts.jsonl; evaluate it first: dllm-sd eval"
     ):
         find_generations(tmp_path)
     for task in ("gsm8k", "sudoku"):
@@ -317,3 +318,26 @@ def test_different_problems_under_one_id_are_not_compared(tmp_path: Path):
     assert same.n == 1
     with pytest.raises(InputError, match=r"asked different problems under the id 'p0'; evaluate the same task"):
         compare_files(one, other)
+
+
+def test_runs_that_were_only_trained_are_compared_by_the_verdicts_of_their_final_test(tmp_path: Path):
+    tests = {"trained": [Verdict(f"p{i}", "d", (i % 3 == 0,)) for i in range(30)]}
+    other = {"trained": [Verdict(f"p{i}", "d", (i % 2 == 0,)) for i in range(30)]}
+    for name, verdicts in (("a", tests), ("b", other)):
+        (tmp_path / name).mkdir()
+        write_verdicts(tmp_path / name / VERDICTS, verdicts)
+    found = compare_files(tmp_path / "a", tmp_path / "b")["trained"]
+    assert found.counts == ContingencyTable(both=5, only_a=5, only_b=10, neither=10)
+    assert found.p_value == mcnemar(5, 10)
+    (tmp_path / "a" / "eval" / "sudoku").mkdir(parents=True)
+    line = {"id": "p0", "correct": True, "schedule": "trained"}
+    (tmp_path / "a" / "eval" / "sudoku" / "generations.jsonl").write_text(json.dumps(line) + "\n")
+    assert compare_files(tmp_path / "a", tmp_path / "b")["trained"].n == 1  # a later evaluation counts instead
+    write_verdicts(tmp_path / "none", {})
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_verdicts_that_a_run_keeps_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dllm_sd.evaluation.recording.MOST_VERDICTS", 3)
+    write_verdicts(tmp_path / "file", {name: [Verdict(str(i), "d", (True, False)) for i in range(9)] for name in "ab"})
+    assert len((tmp_path / "file").read_text().splitlines()) == 2 * 3 * 2

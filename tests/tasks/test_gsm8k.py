@@ -159,6 +159,8 @@ def test_the_hub_is_asked_only_without_paths(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_hub_that_cannot_be_reached_points_to_the_local_file(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dllm_sd.tasks.datafile.why_offline", lambda: None)
+
     def load_dataset(name: str, config: str, split: str) -> list[dict]:
         raise ConnectionError("offline")
 
