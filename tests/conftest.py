@@ -1,6 +1,7 @@
 """Which tests come first, and where the fixtures of all tests are."""
 
 import gc
+import os
 
 import pytest
 
@@ -11,6 +12,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures of `tests.random_policies`, but for the process that only deals the tests out to others."""
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
         gc.disable()  # what is imported and collected stays
+        os.fsync = lambda _: None  # no test cuts the power, and the disk is slow
         config.pluginmanager.import_plugin("tests.random_policies")
 
 

@@ -22,12 +22,6 @@ class Feed:
         self.seed, self.max_prompt = seed, max_prompt
         if not len(problems):
             raise InputError("the training split holds no problems; name other data in task")
-        self._order = lru_cache(maxsize=2)(self._epoch)
-
-    def _epoch(self, epoch: int) -> Tensor:
-        """The order of an epoch, int32: generated tasks have a million problems, and a list of these takes 36 MB."""
-        order = random_order(make_key(self.seed, "epoch", epoch), len(self.problems))
-        return order.to(torch.int32) if len(order) <= torch.iinfo(torch.int32).max else order
 
     def take(self, cursor: int, count: int) -> tuple[list[Prompted], int, int]:
         """The next ``count`` problems from position ``cursor``.
@@ -43,7 +37,7 @@ class Feed:
         dropped = dropped_in_a_row = 0
         while len(taken) < count:
             epoch, place = divmod(cursor, len(self.problems))
-            problem = self.problems[int(self._order(epoch)[place])]
+            problem = self.problems[int(order_of_epoch(self.seed, epoch, len(self.problems))[place])]
             prompted = encode_problem(self.policy, self.task, problem, self.max_prompt)
             cursor += 1
             if prompted is None:
@@ -54,3 +48,10 @@ class Feed:
                 taken.append(prompted)
                 dropped_in_a_row = 0
         return with_occurrences(taken), cursor, dropped
+
+
+@lru_cache(maxsize=2)
+def order_of_epoch(seed: int, epoch: int, size: int) -> Tensor:
+    """The order of an epoch, int32: generated tasks have a million problems, and a list of these takes 36 MB."""
+    order = random_order(make_key(seed, "epoch", epoch), size)
+    return order.to(torch.int32) if size <= torch.iinfo(torch.int32).max else order

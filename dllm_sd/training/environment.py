@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,9 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         device: the device of the model.
         processes: the number of processes of the run.
     """
-    installed = {dist.metadata["Name"]: dist.version for dist in map(_distribution, PACKAGES) if dist is not None}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **installed, "cuda": torch.version.cuda},
-        "commit": commit(_SOURCE),
+        **_program(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": _processor(),
@@ -34,6 +33,14 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": processes,
     }
+
+
+@cache
+def _program() -> dict[str, Any]:
+    """Versions and commit of what this process runs, as they are when its first run starts."""
+    installed = {dist.metadata["Name"]: dist.version for dist in map(_distribution, PACKAGES) if dist is not None}
+    versions = {"python": platform.python_version(), **installed, "cuda": torch.version.cuda}
+    return {"versions": versions, "commit": commit(_SOURCE)}
 
 
 def commit(source: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dllm_sd.errors import InputError
-from dllm_sd.experience.feed import Feed
+from dllm_sd.experience.feed import Feed, order_of_epoch
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.randomness import make_key, permutation
 from dllm_sd.tasks import Problem, Sudoku
@@ -36,8 +36,9 @@ def test_an_epoch_holds_every_problem_once(policy: MaskedDiffusion):
 def test_the_order_of_an_epoch_is_the_keyed_permutation_and_takes_four_bytes_a_problem(policy: MaskedDiffusion):
     source = feed(policy, lengths=(4,) * 50, seed=3)
     for epoch in range(3):
-        assert source._order(epoch).tolist() == permutation(make_key(3, "epoch", epoch), 50)
-        assert source._order(epoch).nbytes == 4 * 50
+        expected = permutation(make_key(3, "epoch", epoch), 50)
+        assert names(source, 50 * epoch, 50) == [f"p{i}" for i in expected]
+        assert order_of_epoch(3, epoch, 50).nbytes == 4 * 50
 
 
 def test_the_order_follows_from_the_seed(policy: MaskedDiffusion):
