@@ -288,11 +288,7 @@ def runs(first: Container[Pair]) -> pytest.MarkDecorator:
 
 
 IN_TURN = [pair for pair in PAIRS if pair in FIRST]
-"""Of two tests that train each pair once more the first tier has every second pair each."""
-
-
-SHARED = {*METHODS, "opsd reasoned", "opsd reasoned lora", "opsd reasoned by another checkpoint", "opsd progressive"}
-SHARED |= {"suffix and reference", "sdpo, several passes", "sdpo lora"}
+"""Of two tests that train each pair once more the first tier has every second pair each; two processes train all."""
 
 
 def model_of(case: str, kind: Backbone, seed: int = 1) -> dict[str, Any]:
@@ -832,23 +828,18 @@ def test_two_processes_learn_what_one_learns(teachers: Path, tmp_path: Path) -> 
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    for pair in shared():
+    for pair in IN_TURN:
         try:
             assert_same(seen(pair, teachers).run, tmp_path / "-".join(pair), updates_of(pair[0]))
         except AssertionError as error:
             raise AssertionError(f"{' on '.join(pair)}: {error}") from error
 
 
-def shared() -> list[Pair]:
-    """What two processes work on together."""
-    return [pair for pair in PAIRS if pair[0] in SHARED]
-
-
 def work(folder: Path, teachers: Path) -> None:
     """What two processes do together."""
     torch.set_num_threads(1)
     TASKS["parity"] = Parity
-    for pair in shared():
+    for pair in IN_TURN:
         # Few sequences: one at a time, so that a process may have nothing left while the other still works.
         tokens = 1 if pair[1] == "autoregressive" else 1000
         trainer = Trainer(config_at(folder / "-".join(pair), *pair, teachers, tokens))

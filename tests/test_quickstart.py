@@ -10,7 +10,7 @@ from dllm_sd.training.trainer import Trainer
 
 
 def test_the_quickstart_starts_where_it_says_and_learns(tmp_path: Path) -> None:
-    """The first update, of fewer problems; `-m slow` goes on."""
+    """The first update, of fewer problems; `-m slow` goes on to the end."""
     changes = ["updates=1", "eval={every: 2, problems: 32, final_problems: 0, schedules: {}}", "log.progress=false"]
     changes += ["method.rollout.problems=12"]
     Trainer(load_config("quickstart", [*changes, f"run={tmp_path / 'run'}"])).train()
@@ -27,23 +27,16 @@ def test_the_quickstart_starts_where_it_says_and_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_dozen_updates_of_the_quickstart_lift_greedy_accuracy(tmp_path: Path) -> None:
-    changes = ["updates=12", "eval.every=12", "eval.final_problems=0", "log.progress=false", f"run={tmp_path / 'run'}"]
-    Trainer(load_config("quickstart", changes)).train()
+def test_the_quickstart_lifts_test_accuracy_by_twenty_points(tmp_path: Path) -> None:
+    """A few minutes; its digits for three seeds are in docs/log.md. Evaluations change nothing, so that fewer do."""
+    changes = ["eval.every=20", "eval.problems=512", "eval.final_problems=1024", "eval.schedules={}"]
+    changes += ["log.progress=false", f"run={tmp_path / 'run'}"]
+    report = Trainer(load_config("quickstart", changes)).train()
+    assert report["updates"] == 60
+    assert report["n"] == 1024
+    assert report["accuracy"] > report["before"]["trained"]["accuracy"] + 0.20
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     accuracy = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
-    assert len(accuracy) == 2
+    assert len(accuracy) == 4
     assert 0.5 < accuracy[0] < 0.65
-    assert accuracy[1] > accuracy[0] + 0.03
-    assert (tmp_path / "run" / "samples.jsonl").stat().st_size > 0
-    assert list((tmp_path / "run" / "tb").iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_quickstart_lifts_test_accuracy_by_twenty_points(tmp_path: Path, seed: int) -> None:
-    """About three minutes a seed on two cores."""
-    changes = [f"seed={seed}", "eval.schedules={}", "log.progress=false", f"run={tmp_path / 'run'}"]
-    report = Trainer(load_config("quickstart", changes)).train()
-    assert report["n"] >= 1000
-    assert report["accuracy"] > report["before"]["trained"]["accuracy"] + 0.20
+    assert accuracy[1] > accuracy[0] + 0.05

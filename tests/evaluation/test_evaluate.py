@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dllm_sd.cli.main import main
 from dllm_sd.config import build_config
 from dllm_sd.decoding.denoising import Denoiser
 from dllm_sd.decoding.settings import Decoding
@@ -328,11 +329,15 @@ def test_separators_inside_a_generation_do_not_break_its_line(tmp_path: Path):
 def test_two_processes_report_what_one_reports(tmp_path: Path):
     reports = []
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    for prefix in ([sys.executable], [*launcher, "--main_process_port", "0"]):
-        out = tmp_path / str(len(reports))
-        command = ["-m", "dllm_sd", "eval", "tiny", "--out", str(out), "eval.final_problems=31", "decode.batch_size=8"]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        subprocess.run([*prefix, *command], check=True, env=environment, capture_output=True)
+    launcher += ["--main_process_port", "0", "-m", "dllm_sd"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = ["eval", "tiny", "--out", str(out), "eval.final_problems=31", "decode.batch_size=8"]
+        if processes == 1:
+            assert main(command) == 0
+        else:
+            subprocess.run([*launcher, *command], check=True, env=environment, capture_output=True)
         report = json.loads((out / "report.json").read_text())
         lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().split("\n") if line]
         reports.append(({key: report[key] for key in ("n", "accuracy", "score", "length", "cells")}, lines))

@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "lora_start": {"model": LORA, "optim": {**BASE["optim"], "lr": 3e-3}},  # from what one process trained as "lora"
 }
-GOING_ON = ("full_ema", "lora_ema", "lora_start")
+GOING_ON = ("full_ema", "lora_start")
 
 
 def start_of(run: Path) -> Path:

@@ -114,8 +114,7 @@ def start(*words: str, **environment: str) -> tuple[subprocess.Popen[str], int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_any_signal_ends_an_idle_or_a_busy_server_with_status_0(number: signal.Signals, times: int):
     process, port = start()
     try:

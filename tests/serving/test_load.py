@@ -18,7 +18,7 @@ from tests.serving.conftest import DECODE, service_of
 
 served = pytest.importorskip("tests.serving.served", exc_type=ImportError)
 
-CLIENTS, SECONDS = 64, 20
+CLIENTS, SECONDS = 64, 10
 
 
 def resident() -> int:

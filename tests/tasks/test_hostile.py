@@ -165,7 +165,7 @@ def check(spent: list[tuple[float, str, str]]) -> None:
     assert spent[-1][0] < 1, spent[-1]
 
 
-@pytest.mark.parametrize(("share", "step"), [(1 / 64, 6), *later((1 / 64, 1), (1, 1))])
+@pytest.mark.parametrize(("share", "step"), [(1 / 64, 6), *later((1 / 64, 1), (1, 6))])
 def test_crafted_texts_are_graded_quickly(share: float, step: int) -> None:
     """Beginnings of the texts in the first tier: what is quadratic shows there too, by a lower bound.
 
@@ -184,4 +184,4 @@ def test_random_texts_are_graded_quickly() -> None:
 
 @pytest.mark.slow
 def test_many_random_texts_are_graded_quickly() -> None:
-    check(seconds(scattered(100_000, seed=1)))
+    check(seconds(scattered(10_000, seed=1)))
