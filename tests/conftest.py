@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-HEAVY = ("training", "test_contract.py")
+HEAVY = ("test_quickstart.py", "parallel", "training", "test_contract.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +23,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Full collections of garbage, which transformers asks for, pass over what the tests and libraries consist of."""
-    gc.collect()
     gc.freeze()
     gc.enable()

@@ -114,6 +114,7 @@ def test_an_autoregressive_model_decodes_on_an_accelerator_as_on_the_cpu(acceler
 
 
 LORA = {"rank": 4, "targets": ["q_proj"]}
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 FEW = {"problems": 2, "attempts": 2}
 TREE: dict[str, Any] = {
     "seed": 3,
@@ -135,7 +136,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": {"name": "opsd", "rollout": {"problems": 2}, "teacher": {"name": "ema", "decay": 0.5}},
     },
     "suffix teacher, LoRA, EMA": {
-        "model": {"path": "tiny", "lora": LORA},
+        "model": {"random_init": True, "tokenizer": "tiny", "shape": SHAPE, "lora": LORA},
         "method": {"name": "d_opsd", "gate": "all", "rollout": FEW, "teacher": {"name": "ema", "decay": 0.5}},
     },
     "autoregressive, hint teacher": {**CAUSAL, "method": {"name": "opsd", "rollout": {"problems": 2}}},

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import dllm_sd
 from dllm_sd.canvases import CANVASES, CanvasRule
 from dllm_sd.config import Config, build_config, load_config, to_tree
 from dllm_sd.errors import InputError
@@ -30,8 +29,8 @@ from dllm_sd.tasks import TASKS, Task
 from dllm_sd.teachers import CONTEXTS, HINTS, Context, Hint
 from dllm_sd.teachers.writing import WRITERS, TextSource
 from dllm_sd.training.trainer import Trainer
+from tests.sources import PACKAGE, modules
 
-PACKAGE = Path(dllm_sd.__file__).resolve().parent
 SLOTS: list[tuple[dict[str, Any], type]] = [
     *((ROLLOUTS, RolloutRule), (ROLLING, RolloutPolicy), (HORIZONS, Horizon), (GATES, Gate), (CANVASES, CanvasRule)),
     *((CONTEXTS, Context), (HINTS, Hint), (WEIGHTS, Weights), (WRITERS, TextSource), (RETRIEVERS, Retriever)),
@@ -313,10 +312,7 @@ def asked(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_nobody_asks_a_part_for_its_class():
     parts = {part.__name__ for table, _ in SLOTS for part in table.values()}
     found = [
-        f"{file.relative_to(PACKAGE)}:{line} {name}"
-        for file in sorted(PACKAGE.rglob("*.py"))
-        for line, name in asked(ast.parse(file.read_text(encoding="utf-8")))
-        if name in parts
+        f"{module}:{line} {name}" for module, tree in modules().items() for line, name in asked(tree) if name in parts
     ]
     assert not found
 

@@ -5,15 +5,13 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import dllm_sd
+from tests.sources import FILES, modules, nodes
 
-PACKAGE = Path(dllm_sd.__file__).resolve().parent
-FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     "errors",
     "parts",
@@ -63,18 +61,6 @@ LAYERS = [
     "__main__",
 ]
 """From the lowest to the highest; the empty name is ``dllm_sd/__init__.py``, the public API."""
-
-
-def module_name(file: Path) -> str:
-    """The dotted name without ``dllm_sd``; a package's own file has the name of the package."""
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def modules() -> dict[str, ast.Module]:
-    """The parsed modules of the package."""
-    return {module_name(file): ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -129,12 +115,6 @@ def test_a_file_is_named_after_its_concept_and_stays_short():
     assert [str(file) for file in FILES if file.stem in vague] == []
     lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert {name: length for name, length in lengths.items() if length > 450} == {}
-
-
-@cache
-def nodes() -> list[tuple[str, ast.AST]]:
-    """Every piece of code with the name of its module."""
-    return [(name, node) for name, tree in modules().items() for node in ast.walk(tree)]
 
 
 def test_functions_stay_short():
@@ -216,7 +196,7 @@ def writes(node: ast.Call) -> str | None:
 
 
 def test_files_are_written_in_one_way_only():
-    calls = [(name, node) for name, tree in modules().items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [(name, node) for name, node in nodes() if isinstance(node, ast.Call)]
     found = {(name, way, node.lineno) for name, node in calls if (way := writes(node)) is not None}
     assert not [(name, way, line) for name, way, line in found if way not in MAY_WRITE.get(name, ())]
     assert {(name, way) for name, way, _ in found} >= {("training.log_files", "open a"), ("files.writing", "os.open")}

@@ -281,7 +281,7 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/file")
 
 
-@pytest.mark.parametrize("where", ["write_file", "save_run", *later("MetricsLog.write", "RecordWriter.write")])
+@pytest.mark.parametrize("where", ["save_run", *later("write_file", "MetricsLog.write", "RecordWriter.write")])
 def test_a_disk_that_is_full_ends_a_run_with_1_and_the_same_command_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
 ):

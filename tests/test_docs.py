@@ -27,6 +27,7 @@ from dllm_sd.methods.method import Average, Method
 from dllm_sd.teachers import CONTEXTS
 from dllm_sd.training.metric_table import described
 from dllm_sd.training.trainer import Trainer
+from tests import sources
 from tools.make_config_page import PAGE as CONFIG_PAGE
 from tools.make_config_page import config_page
 from tools.make_schema import SCHEMA, schema_text
@@ -338,7 +339,7 @@ def messages(node: ast.AST) -> Iterator[str]:
 
 
 def test_the_messages_that_are_explained_are_messages_of_the_program() -> None:
-    said = [text for file in PACKAGE.rglob("*.py") for text in messages(ast.parse(file.read_text()))]
+    said = [text for tree in sources.modules().values() for text in messages(tree)]
     explained = list(table((ROOT / "docs" / "troubleshooting.md").read_text()))
     assert len(explained) > 15
     for message in explained:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import dllm_sd
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.comparison import compare_files
@@ -25,6 +24,7 @@ from dllm_sd.training.folder import read_report, read_run_config
 from dllm_sd.training.log_files import LogSums, MetricsLog, check_logs
 from dllm_sd.training.peers import _read_rounds
 from dllm_sd.training.trainer import Trainer
+from tests.sources import nodes
 from tests.tiers import crossed, later
 
 TREE: dict[str, Any] = {
@@ -251,12 +251,10 @@ READ_DIRECTLY = {
 
 
 def test_nothing_else_reads_files_past_the_one_way_to_do_so():
-    package = Path(dllm_sd.__file__).parent
     found = set[str]()
-    for file in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute):
-                loads = node.attr in ("loads", "load") and getattr(node.value, "id", "") == "json"
-                if loads or node.attr in ("read_bytes", "read_text"):
-                    found.add(".".join(file.relative_to(package).with_suffix("").parts))
+    for module, node in nodes():
+        if isinstance(node, ast.Attribute):
+            loads = node.attr in ("loads", "load") and getattr(node.value, "id", "") == "json"
+            if loads or node.attr in ("read_bytes", "read_text"):
+                found.add(module)
     assert found == set(READ_DIRECTLY)

@@ -65,7 +65,7 @@ def methods() -> dict[str, Method]:
         ),
         (Plain(), Each(), Sampled(), PurifiedPMI(), Barycenter()),
         (Equal(), ImportanceCap(cap=1.2), GroupAdvantage(), GroupAdvantage(kl=0.3), OutcomeValidated(threshold=0.01)),
-        range(5),
+        range(4),
         (1, 3),
     )
     found = {}

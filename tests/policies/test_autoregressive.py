@@ -39,6 +39,12 @@ SAMPLING = {
     "more than there are": replace(WARM, top_k=1000),
 }
 
+
+def sampling(*first: str) -> pytest.MarkDecorator:
+    """All settings as cases of a test, of which some are in the first tier, each in some test."""
+    return pytest.mark.parametrize("name", [*first, *later(*(name for name in SAMPLING if name not in first))])
+
+
 Make = Callable[..., Autoregressive]
 
 
@@ -112,7 +118,7 @@ def test_greedy_tokens_are_those_of_plain_transformers(both):
     assert len(lengths) > 1, "some end early, some do not"
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@sampling("top k", "top p")
 def test_sampled_tokens_are_those_of_an_inverse_distribution_at_the_keyed_numbers(both, name):
     settings = SAMPLING[name]
     ours = both.decode(PROMPTS, settings, KEYS)
@@ -144,7 +150,7 @@ def test_neither_the_batch_nor_the_order_changes_a_row(both):
     same(both.decode(PROMPTS[2:3], WARM, KEYS[2:3]), whole.select(torch.tensor([2])))
 
 
-@pytest.mark.parametrize("name", [*SAMPLING, "greedy"])
+@sampling("temperature", "greedy")
 def test_log_probabilities_are_those_of_the_whole_vocabulary_at_the_temperature(both, name):
     settings = SAMPLING.get(name, Decoding(length=14))
     done = both.decode(PROMPTS, settings, KEYS)

@@ -54,7 +54,7 @@ def counts(settings: Decoding) -> list[int]:
     return out
 
 
-QUICK = ("a rest in each block", "idle steps", "entropy", "low threshold", "suppressed tokens")
+QUICK = ("a rest in each block", "low threshold", "suppressed tokens")
 
 
 @pytest.mark.parametrize("name", [*QUICK, *later(*(name for name in SCHEDULES if name not in QUICK))])

@@ -50,7 +50,7 @@ class Judge:
         return Grade(bool(completion) and ord(completion[-1]) % 2 == 0, 0.0, None)
 
 
-@pytest.fixture(scope="module", params=["denoiser", "blocks", "autoregressive"])
+@pytest.fixture(scope="module", params=["denoiser", "autoregressive", *later("blocks")])
 def each(request: pytest.FixtureRequest, make_policy: Callable[..., Any]) -> AnyPolicy:
     """A policy of each kind."""
     options: dict[str, Any] = {"denoiser": {}, "blocks": {"block_length": 4}}

@@ -127,7 +127,7 @@ def test_any_signal_ends_an_idle_or_a_busy_server_with_status_0(number: signal.S
                 time.sleep(0.5)
             began = time.monotonic()
             assert process.wait(60) == 0
-            assert time.monotonic() - began < (30 if times == 1 else 5)
+            assert time.monotonic() - began < (60 if times == 1 else 20)
     finally:
         process.kill()
         process.communicate()

@@ -462,7 +462,8 @@ def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments
     assert {score for entry in written for own in entry["scores"].values() for score in own.values()} - {0.0, 1.0}
 
 
-@pytest.mark.parametrize("rounds", [1, *later(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [1, 2])
 def test_where_nobody_has_solved_anything_nobody_comments(config, monkeypatch, rounds):
     monkeypatch.setattr(peers_module, "may_tutor", may_tutor)
     monkeypatch.setattr(Jsonl, "grade", lambda self, problem, completion: Grade(False, 0.0, None))

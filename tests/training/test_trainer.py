@@ -319,6 +319,7 @@ def test_nothing_is_saved_of_a_step_that_made_weights_useless(
     assert [line["update"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_at_a_non_finite_loss_removes_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +357,7 @@ def test_training_ends_when_accuracy_collapses_and_the_best_weights_stay(tmp_pat
     assert all(torch.equal(value, live[name]) for name, value in best.items())
 
 
+@pytest.mark.slow
 def test_patience_ends_training(tmp_path: Path) -> None:
     evaluation = {"every": 1, "problems": 4, "final_problems": 2, "patience": 2}
     config = config_at(tmp_path / "run", optim={"lr": 1e-30}, eval=evaluation, method=LEAST)
