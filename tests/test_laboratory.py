@@ -13,7 +13,8 @@ from dllm_sd.config import load_config
 from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
 from tools.lab import page
-from tools.lab.claims import BASE, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
+from tools.lab.bases import RECIPE, make_base
+from tools.lab.claims import BASE, Base, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
 from tools.lab.data import MAKERS, half_wrong, solutions
 from tools.lab.plot import Point, plot
 from tools.lab.records import RESULTS, Record, Records
@@ -209,6 +210,29 @@ def test_rank_correlation_is_that_of_hand_made_ranks() -> None:
     assert rank_correlation([(1, 1), (2, 1), (3, 1)]) is None
 
 
+def tuned(claim: Claim, records: Records) -> None:
+    """Add tuning runs, of which that with the smallest rate is the best."""
+    for setting in claim.settings("row"):
+        records.add(Record("row", "tune", "", setting.name, 1, {"accuracy": 50.0 - setting.rate}))
+
+
+def test_what_was_measured_by_another_command_is_measured_anew(tmp_path: Path) -> None:
+    records = Records(tmp_path / "x.json")
+    old = Record("row", "final", "train a=1", "lr 0.1", 11, {"accuracy": 1.0})
+    records.add(old)
+    assert records.find(old.name, "train a=1") == old
+    assert Records(tmp_path / "x.json").find(old.name, "train a=2") is None
+    records.add(Record("row", "final", "train a=2", "lr 0.1", 11, {"accuracy": 2.0}))
+    assert [one.values["accuracy"] for one in Records(tmp_path / "x.json").of("final", "row")] == [2.0]
+
+
+def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bases" / "mine").mkdir(parents=True)
+    (tmp_path / "bases" / "mine" / RECIPE).write_text("another", encoding="utf-8")
+    with pytest.raises(InputError, match="another recipe"):
+        make_base("mine", {"mine": Base("about", config="quickstart")}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("after", "promising", "said"),
     [
@@ -224,8 +248,10 @@ def test_a_verdict_follows_the_runs(tmp_path: Path, after: list[float], promisin
     records = Records(tmp_path / "x.json")
     records.add(Record(BASE, "base", "", values={"accuracy": 40.0}))
     records.add(Record("row", "probe", "", found={"verdict": {"promising": promising, "because": []}}))
+    tuned(claim, records)
     for seed, accuracy in zip(claim.seeds, after, strict=False):
-        records.add(Record("row", "final", str(seed), seed=seed, values={"accuracy": accuracy}))
+        records.add(Record("row", "final", "", "lr 0.0001", seed, {"accuracy": accuracy}))
+    records.add(Record("row", "final", "", "lr 0.001", claim.seeds[-1], {"accuracy": 99.0}))  # another setting
     assert verdict(statement, claim, Records(tmp_path / "x.json")) == said
 
 
@@ -235,8 +261,9 @@ def test_a_margin_lets_a_row_be_a_little_smaller_and_base_may_stand_first(tmp_pa
     claim = Claim("t", "s", "tiny", "quickstart", {"row": Row("opsd", gated=False)}, (loses, keeps), 100)
     records = Records(tmp_path / "x.json")
     records.add(Record(BASE, "base", "", values={"accuracy": 40.0}))
+    tuned(claim, records)
     for seed in claim.seeds:
-        records.add(Record("row", "final", str(seed), seed=seed, values={"accuracy": 39.0}))
+        records.add(Record("row", "final", "", "lr 0.0001", seed, {"accuracy": 39.0}))
     assert [verdict(one, claim, records) for one in (loses, keeps)] == ["reproduced", "reproduced"]
     keeps_less = Statement("it keeps", (Comparison("row", BASE, margin=0.5),))
     assert verdict(keeps_less, claim, records) == "not reproduced"

@@ -16,7 +16,8 @@ from tools.lab.records import RESULTS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if all that was asked for is done, 3 if the minutes were over before, 2 for wrong input."""
+    """Run a command; 0 if all that was asked for is done, 3 if the minutes were over before, 130 after Ctrl-C, 2 for
+    wrong input."""
     parser = argparse.ArgumentParser(prog="python -m tools.lab", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="probe, tune and train; goes on where it stopped")
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         (write_page if options.command == "table" else list_claims)(laboratory, RESULTS)
         return 0
+    except KeyboardInterrupt:
+        print("tools.lab: interrupted; the same command goes on from the last saved update", file=sys.stderr)
+        return 130
     except InputError as error:
         print(f"tools.lab: {error}", file=sys.stderr)
         return 2

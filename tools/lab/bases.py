@@ -5,6 +5,7 @@ from pathlib import Path
 
 import dllm_sd
 from dllm_sd.config import load_config
+from dllm_sd.errors import InputError
 from dllm_sd.export.exporting import export_policy
 from dllm_sd.files.writing import write_file
 from dllm_sd.policies.loading import build_policy
@@ -13,6 +14,9 @@ from tools.lab.claims import Base
 from tools.lab.data import MAKERS
 
 QUIET = ["log.progress=false", "log.trackers=[]", "eval.schedules={}", "eval.final_problems=0", "checkpoint.every=50"]
+
+RECIPE = "lab_recipe.txt"
+"""The file of a base that says how it was made."""
 
 
 def base_path(name: str, bases: Mapping[str, Base]) -> str:
@@ -23,7 +27,11 @@ def base_path(name: str, bases: Mapping[str, Base]) -> str:
 def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:
     """Make a base that does not ship, and those that it needs, unless it is there."""
     base, target = bases[name], folder / "bases" / name
-    if base.path is not None or target.is_dir():
+    if base.path is not None:
+        return
+    if target.is_dir():
+        if (target / RECIPE).read_text(encoding="utf-8") != repr(base):
+            raise InputError(f"the base {name} in {str(target)!r} was made by another recipe; remove that folder")
         return
     for needed in base.needs:
         make_base(needed, bases, folder)
@@ -39,6 +47,7 @@ def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:
     policy = build_policy(config.model)
     load_weights(policy, checkpoint)
     export_policy(policy, config.model, "merged", target)
+    write_file(target / RECIPE, repr(base))
     print(f"base {name} is made: {target}", flush=True)
 
 

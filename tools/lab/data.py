@@ -22,9 +22,9 @@ STYLES = {
     "plain/short": 130,
     "worked/steps": 90,
     "worked/turned": 70,
-    "answer/steps": 60,
-    "answer/turned": 40,
-    "answer/short": 50,
+    "answer/steps": 30,
+    "answer/turned": 20,
+    "answer/short": 100,
     "answer_alone/short": 40,
     "worked_alone/same": 20,
 }
@@ -58,10 +58,10 @@ def styled(puzzle: str, grid: str, kind: str, draws: Draws) -> tuple[str, str]:
 
 
 def make_styles(folder: Path) -> None:
-    """Puzzles solved in two styles and carelessly; behind an answer in steps or in short, behind it alone in short.
+    """Puzzles solved in two styles and carelessly; behind an answer mostly in short, behind it alone always.
 
     So a problem has different right solutions, free text mixes right and careless ones, and an answer in the prompt
-    invites to leave out the steps, which the answer alone, without the question, always does.
+    invites to leave out the steps (two times in three), which the answer alone, without the question, always does.
     """
     kinds = [kind for kind, share in STYLES.items() for _ in range(share)]
     _write_pairs(folder, kinds, "styles", styled)

@@ -1,7 +1,7 @@
 """What was measured, as data: one JSON file for every claim, in which each run is an entry.
 
-An entry is found again by its `key`, which is the whole command, so that a claim that was changed is measured anew and
-nothing is measured twice.
+An entry holds its whole command as `key`: what was measured with another command, before the claim was changed, is
+measured anew and replaced, and nothing is measured twice.
 """
 
 import json
@@ -14,6 +14,8 @@ from dllm_sd.files.writing import write_file
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 Stage = Literal["base", "probe", "cost", "tune", "final"]
+Name = tuple[Stage, str, str, int]
+"""Stage, row, setting and seed."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Record:
     found: Mapping[str, Any] = field(default_factory=dict)
     """Of a probe: its verdict and its premise."""
 
+    @property
+    def name(self) -> Name:
+        """What it is a measurement of."""
+        return self.stage, self.row, self.setting, self.seed
+
 
 class Records:
     """The records of a claim, in its file."""
@@ -43,24 +50,18 @@ class Records:
         """Read what the file holds, if it is there."""
         self.file = file
         lines = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        self._records = {(line["stage"], line["row"], line["key"]): Record(**line) for line in lines}
+        self._records = {record.name: record for record in (Record(**line) for line in lines)}
 
-    def find(self, stage: Stage, row: str, key: str) -> Record | None:
-        """The record of this very command."""
-        return self._records.get((stage, row, key))
+    def find(self, name: Name, key: str) -> Record | None:
+        """The record of this name, if it is of this very command."""
+        record = self._records.get(name)
+        return record if record is not None and record.key == key else None
 
     def add(self, record: Record) -> None:
         """Add or replace a record, and write the file."""
-        self._records[record.stage, record.row, record.key] = record
+        self._records[record.name] = record
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.file, json.dumps([asdict(one) for one in self._records.values()], indent=1) + "\n")
-
-    def keep(self, wanted: set[tuple[str, str, str]]) -> None:
-        """Drop records of commands that the claim no longer has."""
-        kept = {name: one for name, one in self._records.items() if name in wanted}
-        if len(kept) < len(self._records):
-            self._records = kept
-            write_file(self.file, json.dumps([asdict(one) for one in kept.values()], indent=1) + "\n")
 
     def of(self, stage: Stage, row: str) -> list[Record]:
         """All records of a stage of a row."""

@@ -29,6 +29,7 @@ from tools.lab.claims import BASE, Claim, Laboratory, Row, Setting
 from tools.lab.critic import running_critic
 from tools.lab.records import Record, Records, Stage, results_of
 from tools.lab.run_values import measured, values_of
+from tools.lab.verdicts import chosen, premise_met
 
 TUNING_SEED = 1
 FIRST = 2
@@ -119,33 +120,18 @@ class Work:
 
         self._once("probe", name, command, measure)
 
-    def premise_met(self, name: str) -> bool:
-        """Whether the row may be trained: its probe does not say that nothing can be learnt, or it is not gated."""
-        probes = self.records.of("probe", name)
-        return not self.claim.rows[name].gated or not probes or probes[-1].found["verdict"]["promising"] is not False
-
     def tune(self, name: str) -> None:
         """Try every setting of the grid with one seed."""
-        if self.premise_met(name):
+        if premise_met(self.claim, self.records, name) is not False:
             for setting in self.claim.settings(name):
                 self._trained("tune", name, setting, TUNING_SEED, "dev")
 
-    def best(self, name: str) -> Setting | None:
-        """The setting with the highest dev accuracy, the earlier one of two; None if it is not known yet."""
-        row = self.claim.rows[name]
-        if row.like is not None:
-            return self.best(row.like)
-        accuracies = {one.setting: one.values["accuracy"] for one in self.records.of("tune", name)}
-        settings = self.claim.settings(name)
-        if not all(setting.name in accuracies for setting in settings):
-            return None
-        return max(settings, key=lambda setting: accuracies[setting.name])
-
     def finish(self, name: str) -> None:
         """Train with fresh seeds at the best setting, and measure on the test split and elsewhere."""
-        setting = self.best(name) if self.premise_met(name) else None
-        for seed in self.claim.seeds if setting else ():
-            assert setting is not None
+        setting = chosen(self.claim, self.records, name)
+        if setting is None or premise_met(self.claim, self.records, name) is False:
+            return
+        for seed in self.claim.seeds:
             self._trained("final", name, setting, seed, "test")
 
     def command(self, row: Row | None, more: Sequence[str] = ()) -> list[str]:
@@ -211,7 +197,7 @@ class Work:
     ) -> Record:
         """The record of a command, measured unless it is there."""
         key = " ".join(command)
-        if (there := self.records.find(stage, row, key)) is not None:
+        if (there := self.records.find((stage, row, setting, seed), key)) is not None:
             return there
         start = time.process_time()
         measured = measure()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from statistics import mean, variance
 
-from tools.lab.claims import BASE, Claim, Comparison, Statement
+from tools.lab.claims import BASE, Claim, Comparison, Setting, Statement
 from tools.lab.records import Record, Records
 
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -60,11 +60,24 @@ def _quantile(freedom: int) -> float:
     return STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else 1.96 + 2.5 / freedom
 
 
+def chosen(claim: Claim, records: Records, row: str) -> Setting | None:
+    """The setting with the highest dev accuracy, the earlier one of two; None until all are tried."""
+    if (like := claim.rows[row].like) is not None:
+        return chosen(claim, records, like)
+    accuracies = {one.setting: one.values["accuracy"] for one in records.of("tune", row)}
+    settings = claim.settings(row)
+    if not all(setting.name in accuracies for setting in settings):
+        return None
+    return max(settings, key=lambda setting: accuracies[setting.name])
+
+
 def finals(claim: Claim, records: Records, row: str) -> list[Record]:
-    """The final runs of a row, in the order of seeds; of the base its one measurement."""
+    """The final runs of a row at its best setting, in the order of seeds; of the base its one measurement."""
     if row == BASE:
         return records.of("base", BASE)[:1]
-    by_seed = {one.seed: one for one in records.of("final", row)}
+    if (setting := chosen(claim, records, row)) is None:
+        return []
+    by_seed = {one.seed: one for one in records.of("final", row) if one.setting == setting.name}
     return [by_seed[seed] for seed in claim.seeds if seed in by_seed]
 
 
@@ -74,7 +87,7 @@ def is_finished(claim: Claim, records: Records, row: str) -> bool:
 
 
 def premise_met(claim: Claim, records: Records, row: str) -> bool | None:
-    """Whether a row may be trained; None if it was not probed yet and would have to be."""
+    """Whether a row may be trained; None if it has to be probed before."""
     if not claim.rows[row].gated:
         return True
     probes = records.of("probe", row)
