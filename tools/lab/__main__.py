@@ -1,6 +1,7 @@
 """The laboratory's command: runs the claims of the papers on small models, and writes what came out into the docs.
 
 python -m tools.lab run [CLAIM ...] [--minutes M] [--folder DIR]   # goes on where it stopped
+python -m tools.lab make BASE [--folder DIR]                       # trains a model that claims need, and no more
 python -m tools.lab table                                          # docs/results.md from docs/results/*.json
 python -m tools.lab list                                           # the claims, and what is left to do
 """
@@ -24,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument("claims", nargs="*", metavar="CLAIM", help="default: all, the most important first")
     running.add_argument("--minutes", type=float, help="stop after so many minutes; default: no limit")
     running.add_argument("--folder", type=Path, default=Path("runs/lab"), help="bases and unfinished runs")
+    making = commands.add_parser("make", help="train a model that claims need")
+    making.add_argument("base", metavar="BASE")
+    making.add_argument("--folder", type=Path, default=Path("runs/lab"), help="bases and unfinished runs")
     commands.add_parser("table", help="write docs/results.md and its plot")
     commands.add_parser("list", help="the claims, and how many of their measurements are there")
     options = parser.parse_args(arguments)
@@ -35,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
 
             claims = in_order(options.claims, laboratory)
             return 0 if Runner(laboratory, options.folder, RESULTS).run(claims, options.minutes) else 3
+        if options.command == "make":
+            from tools.lab.bases import make_base
+
+            make_base(options.base, laboratory.bases, options.folder.resolve())
+            return 0
         from tools.lab.page import list_claims, write_page
 
         (write_page if options.command == "table" else list_claims)(laboratory, RESULTS)

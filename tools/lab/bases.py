@@ -25,7 +25,13 @@ def base_path(name: str, bases: Mapping[str, Base]) -> str:
 
 
 def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:
-    """Make a base that does not ship, and those that it needs, unless it is there."""
+    """Make a base that does not ship, and those that it needs, unless it is there.
+
+    Raises:
+        InputError: if there is no such base, or one of another recipe lies in its place.
+    """
+    if name not in bases:
+        raise InputError(f"there is no base {name!r}; bases are {', '.join(bases)}")
     base, target = bases[name], folder / "bases" / name
     if base.path is not None:
         return
