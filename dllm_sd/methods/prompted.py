@@ -14,6 +14,7 @@ from dllm_sd.teachers import (
     Reference,
     Sibling,
 )
+from dllm_sd.teachers.hints import OWN_WORDS
 
 PROMPTED: dict[str, NamedMethod] = {
     "opsd": NamedMethod(
@@ -23,13 +24,13 @@ PROMPTED: dict[str, NamedMethod] = {
         "the clipped sum may be negative). One temperature of 1.1 for rollouts, student and teacher, as in the code.",
     ),
     "opsd_paper": NamedMethod(
-        replace(OPSD, divergence=ReverseKL(), temperature=1.0),
+        replace(OPSD, contexts=(Reference(template=OWN_WORDS),), divergence=ReverseKL(), temperature=1.0),
         "OPSD, arXiv 2601.18734, the text's reverse KL",
         "Reverse KL over the whole vocabulary without a clip.",
         parent="opsd",
     ),
     "opsd_reference": NamedMethod(
-        replace(OPSD, divergence=GeneralisedJSD(beta=0.5)),
+        replace(OPSD, contexts=(Reference(template=OWN_WORDS),), divergence=GeneralisedJSD(beta=0.5)),
         "github.com/siyan-zhao/OPSD, commit 590ec26",
         "The released snapshot, older than v3: JSD 0.5 without a clip.",
         parent="opsd",

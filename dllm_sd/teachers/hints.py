@@ -35,12 +35,21 @@ _DRAWS = 64
 REFERENCE = """\
 {question}
 
+The solution:
+{hint}
+
+Now write this solution."""
+
+OWN_WORDS = """\
+{question}
+
 A reference for this problem, for your eyes only:
 ---
 {hint}
 ---
 Work out why it is right. Then write a solution of your own, from the start and in your own words; you may try ideas \
 and take them back. Do not mention the reference."""
+"""Asks for a solution of the teacher's own, as the prompt of OPSD does (arXiv 2601.18734)."""
 
 SIBLING = """\
 {question}
