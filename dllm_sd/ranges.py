@@ -99,7 +99,7 @@ def check(hint: Any, value: Any, key: str, optional: bool = False) -> None:
     Raises:
         InputError: naming the key, or that of a tuple's entry, such as ``optim.betas.1``.
     """
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, arguments = _taken_apart(hint)
     if origin is Annotated and arguments[0] in (int, float):
         declared = next((extra for extra in arguments[1:] if isinstance(extra, Range)), Range())
         _check_number(arguments[0], declared, value, key, optional)
@@ -114,6 +114,11 @@ def check(hint: Any, value: Any, key: str, optional: bool = False) -> None:
     elif origin is tuple and isinstance(value, tuple | list):
         for i, item in enumerate(value):
             check(arguments[0 if arguments[-1] is ... else i], item, f"{key}.{i}")
+
+
+@cache
+def _taken_apart(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint), get_args(hint)
 
 
 def _check_number(number: type, declared: Range, value: Any, key: str, optional: bool) -> None:

@@ -1,7 +1,9 @@
 """Shared by all tests: tiny random policies in float64, and trajectories of a denoiser that knows nothing."""
 
+import io
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +21,18 @@ from tests.oracles.toy_denoiser import denoised
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 SHAPE = Shape(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
+
+
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """All that is logged during a test; pytest's own `caplog` would cost every test a millisecond."""
+    text, level = io.StringIO(), logging.root.level
+    handler = logging.StreamHandler(text)
+    logging.root.addHandler(handler)
+    logging.root.setLevel(logging.NOTSET)
+    yield text
+    logging.root.removeHandler(handler)
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

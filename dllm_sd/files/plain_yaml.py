@@ -4,6 +4,7 @@ Text stays text: nothing is interpolated, and neither dates nor times of day nor
 """
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,19 @@ def parse_yaml(text: str, name: str, remedy: str = "correct it") -> Any:
         InputError: naming what was read by ``name``, the line, and what is wrong there.
     """
     try:
-        return _Copy(name).of(_Reader(text).get_single_data())
+        return _Copy(name).of(_document(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f" in line {mark.line + 1}"
         raise InputError(f"{name} is not valid YAML: {on_one_line(_Said(error))}{line}; {remedy}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{name} is not valid YAML: {on_one_line(error)}; {remedy}") from error
+
+
+@lru_cache(maxsize=128)
+def _document(text: str) -> Any:
+    """The document as it is read; a process reads the same configs again and again, and each reader gets a copy."""
+    return _Reader(text).get_single_data()
 
 
 def write_yaml(tree: Any) -> str:

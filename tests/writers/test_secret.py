@@ -1,5 +1,6 @@
 """The secret goes into one header and nowhere else."""
 
+import io
 import re
 import traceback
 from collections.abc import Callable
@@ -28,10 +29,9 @@ def test_the_secret_is_sent_and_stands_nowhere_else(
     service: Service,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    logged: io.StringIO,
     capfd: pytest.CaptureFixture[str],
 ):
-    caplog.set_level(0)
     monkeypatch.setenv("MY_KEY", f"{SECRET}\n")
     server = writer(service, key_variable="MY_KEY", retries=1)
     service.faults.update({"b": [status(500)], "c": [drop], "d": [status(401)]})
@@ -44,7 +44,7 @@ def test_the_secret_is_sent_and_stands_nowhere_else(
     said = [
         *(file.read_text() for file in files),
         *traceback.format_exception(caught.value),
-        *(repr(server), str(server.identity), caplog.text, *capfd.readouterr()),
+        *(repr(server), str(server.identity), logged.getvalue(), *capfd.readouterr()),
     ]
     assert not any(SECRET in text for text in said)
 
