@@ -14,6 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
         gc.disable()  # what is imported and collected stays
         os.fsync = lambda _: None  # no test cuts the power, and the disk is slow
         config.pluginmanager.import_plugin("tests.random_policies")
+        config.pluginmanager.import_plugin("tests.learning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -328,6 +328,7 @@ def test_a_damaged_report_is_written_anew(home: Path, tmp_path: Path, content: s
     assert report["best"]["trained"]["accuracy"] == json.loads((home / "run" / "report.json").read_text())["accuracy"]
 
 
+@pytest.mark.learns_nothing
 def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     method = ["method={name: rft, rollout: {problems: 4, attempts: 1}}", "updates=1"]
     settings = [f"run={tmp_path / 'run'}", "eval={every: 0, final_problems: 0}"]

@@ -64,6 +64,7 @@ CASES: dict[str, tuple[dict[str, Any], Rows, Rows]] = {
 """A metric, and a run in which it counts something: changes of the config, the training rows, more test rows."""
 
 
+@pytest.mark.learns_nothing  # some cases leave out all that there is
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_run_leaves_out_is_counted_reported_and_told_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -463,6 +463,7 @@ def test_the_record_of_the_rounds_says_what_both_students_scored(config, moments
 
 
 @pytest.mark.slow
+@pytest.mark.learns_nothing
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_where_nobody_has_solved_anything_nobody_comments(config, monkeypatch, rounds):
     monkeypatch.setattr(peers_module, "may_tutor", may_tutor)

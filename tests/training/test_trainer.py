@@ -200,6 +200,7 @@ def test_a_finished_run_is_not_run_again(whole: Path, monkeypatch: pytest.Monkey
     assert Trainer(config_at(whole)).train()["updates"] == 6
 
 
+@pytest.mark.learns_nothing
 def test_updates_without_a_correct_rollout_are_skipped_and_counted(tmp_path: Path) -> None:
     model = {"random_init": True, "tokenizer": "tiny", "shape": {"hidden_size": 16, "num_hidden_layers": 1}}
     trainer = Trainer(config_at(tmp_path / "run", model=model, updates=3, eval__every=0))
