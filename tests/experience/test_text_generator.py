@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -63,14 +64,12 @@ def on(*first: str) -> pytest.MarkDecorator:
 DENOISER, AUTOREGRESSIVE = on("denoiser"), on("autoregressive")
 
 
-@pytest.mark.parametrize(
-    ("options", "weights"),
-    [
-        *((LORA, BaseWeights()), ({}, SnapshotWeights(5))),
-        *later(({}, BaseWeights()), (LORA, SnapshotWeights(5)), ({}, EmaWeights(0.9)), (LORA, EmaWeights(0.9))),
-    ],
-)
-@on(*BACKBONES)
+OLDER = [*product((LORA, {}), (BaseWeights(), SnapshotWeights(5), EmaWeights(0.9)))]
+SWITCHED = [("denoiser", LORA, BaseWeights()), ("autoregressive", {}, SnapshotWeights(5))]
+REST = [case for case in ((name, *older) for name in BACKBONES for older in OLDER) if case not in SWITCHED]
+
+
+@pytest.mark.parametrize(("build", "options", "weights"), [*SWITCHED, *later(*REST)], indirect=["build"])
 def test_the_teachers_weights_write_and_not_the_students(build, options, weights):
     policy = build(**options)
     move(policy, 1)  # adapters begin with nothing

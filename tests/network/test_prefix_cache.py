@@ -118,7 +118,7 @@ def test_a_position_sees_its_own_and_earlier_blocks_and_no_padding(block_length:
         assert seen[row, 0].any(1).all()  # a softmax over nothing is not a number
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*QUICK, *later(*(name for name in CASES if name not in QUICK))])
 def test_the_cache_changes_neither_logits_nor_tokens_nor_steps(policies: dict[int, MaskedDiffusion], name: str):
     block_length, changes = CASES[name]
     settings = settings_of(block_length, changes)

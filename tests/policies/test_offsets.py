@@ -13,6 +13,7 @@ from dllm_sd.policies.policy import offsets
 from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.model import Model
+from tests.tiers import later
 
 SAMPLE = "h\u00e9llo \U0001f600\U0001f469\u200d\U0001f469 \u4e2d\u6587 e\u0301\u0302 \ufffd\ufffd don't . ' ' ok" * 3
 
@@ -98,7 +99,10 @@ def chat_of(name: str) -> Chat:
     return BUILDERS[name]()
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+QUICK = ("sentencepiece", "word_pieces")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *later(*(name for name in BUILDERS if name not in QUICK))])
 def test_offsets_are_the_lengths_of_all_prefixes(name: str):
     chat, rng = chat_of(name), random.Random(name)
     every = range(len(chat.tokenizer))
