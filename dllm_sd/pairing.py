@@ -150,9 +150,11 @@ def _check_engine(config: Config, causal: bool) -> None:
             f"decode.guidance is not among the log-probabilities by which rollouts of {name} are checked; set it to 0, "
             "or decode.engine to local"
         )
-    held_out = replace(config.held_out(), temperature=config.eval.temperature)
-    for key, settings in (("method.rollout", rollouts), ("eval.decode", held_out)):
-        engine.check(asdict(settings), key)
+    held_out = {f"eval.schedules.{name}": config.held_out(name) for name in config.eval.schedules}
+    held_out = {"eval.decode": config.held_out(), **held_out}
+    engine.check(asdict(rollouts), "method.rollout")
+    for key, settings in held_out.items():
+        engine.check(asdict(replace(settings, temperature=config.eval.temperature)), key)
 
 
 def check_decodings(config: Config, blueprint: Blueprint) -> None:

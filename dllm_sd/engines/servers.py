@@ -68,7 +68,7 @@ class Servers:
         self.retried = 0
         """Attempts at completions that failed and were repeated."""
 
-    def check(self, prompt: int, completion: int, is_own: Callable[[str], bool]) -> None:
+    def check(self, prompt: int, completion: int, is_own: Callable[[str], bool]) -> list[str]:
         """Ask every server whether it is up, knows the model, reads enough tokens, and takes weights.
 
         Args:
@@ -76,10 +76,13 @@ class Servers:
             completion: positions of the longest completion.
             is_own: whether a name is that of weights of this run: a server that took all of them knows its model by it.
 
+        Returns:
+            A sentence for each server that would refuse the longest prompt, which the problems may not have.
+
         Raises:
             InputError: naming the server, and the remedy.
         """
-        client = replace(self._client, timeout=min(self.engine.timeout, 60.0))
+        client, notes = replace(self._client, timeout=min(self.engine.timeout, 60.0)), list[str]()
         for i, server in enumerate(self._servers):
             reply = client.send(self.engine.path(server.url, "/v1/models"))
             if (denied := self._denied(server, reply)) is not None:
@@ -96,8 +99,15 @@ class Servers:
                     f"{KEY}.model {self.engine.model!r} is not served at {server.url}, which has "
                     f"{shortened(', '.join(models)) or 'none'}; name one of these"
                 )
-            _refuse_short(server, models[names[0]], prompt, completion)
+            model = models[names[0]]
+            _refuse_short(server, model, prompt, completion)
             self._refuse_fixed(server, client)
+            if isinstance(most := model.get("max_prompt"), int) and most < prompt:
+                notes.append(
+                    f"the server at {server.url} reads prompts of {most} tokens, and longer ones, of up to max_prompt "
+                    f"{prompt}, would stop the run; start it with max_prompt={prompt}, or lower max_prompt"
+                )
+        return notes
 
     def load(self, name: str, folder: str, adapter: bool) -> list[bool]:
         """Load weights on all servers that are up; a server that comes back later gets them then.
@@ -315,16 +325,14 @@ def _refuse_short(server: _Server, model: Mapping[str, Any], prompt: int, comple
     """
     for name, wanted, keys, option in (
         ("max_model_len", prompt + completion, "max_prompt and decode.length are", "a larger --max-model-len"),
-        ("max_prompt", prompt, "max_prompt is", f"max_prompt={prompt}"),
         ("max_completion", completion, "decode.length is", f"--max-completion {completion}"),
     ):
         most = model.get(name)
         if isinstance(most, int) and most < wanted:
-            what = {"max_prompt": "prompts of ", "max_completion": "completions of "}.get(name, "")
-            both = " together" if name == "max_model_len" else ""
+            what, both, them = ("", " together", "them") if name == "max_model_len" else ("completions of ", "", "it")
             raise InputError(
                 f"the server at {server.url} reads {what}{most} tokens, but {keys} {wanted}{both}; start it with "
-                f"{option}, or lower {'them' if both else 'it'}"
+                f"{option}, or lower {them}"
             )
 
 

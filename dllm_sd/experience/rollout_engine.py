@@ -60,8 +60,11 @@ def tolerance(config: Config) -> float:
     return TOLERANCES["rounded" if rounds else "exact"]
 
 
-def check_servers(config: Config) -> None:
-    """Refuse servers that do not answer or do not have the model, before weights are read.
+def check_servers(config: Config) -> list[str]:
+    """Refuse servers that do not answer or cannot serve the run, before weights are read.
+
+    Returns:
+        What is to be said of them before the run begins.
 
     Raises:
         InputError: naming the server, and the remedy.
@@ -70,7 +73,10 @@ def check_servers(config: Config) -> None:
         lengths = [config.decode.length, *(config.held_out(name).length for name in (None, *config.eval.schedules))]
         folder, prefix = folder_of(config), weights_prefix(config)
         own = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-        Servers(engine).check(config.max_prompt, max(lengths), lambda name: name.startswith(prefix) or name in own)
+        return Servers(engine).check(
+            config.max_prompt, max(lengths), lambda name: name.startswith(prefix) or name in own
+        )
+    return []
 
 
 class RolloutEngine:

@@ -95,8 +95,9 @@ class Trainer:
             splits = (about_dev(config.task), about_tests(config.task) if self.test else untested)
             counts = about_counts(config.eval, self.dev, self.test, self.probe_problems)
             self.rows_left_out, shared_rows = rows_left_out(config.task)
-            check_servers(config)
+            about_servers = check_servers(config)
         self.notes = [*filter(None, (*splits, *counts, shared_rows, long_references, *unknown_tokens.values()))]
+        self.notes += about_servers
         self.folder = RunFolder(config)
         self.notes += self.folder.notes
         try:

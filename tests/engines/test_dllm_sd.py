@@ -8,6 +8,7 @@ import pytest
 
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
+from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.model import Model
 from dllm_sd.training.trainer import Trainer
@@ -56,6 +57,39 @@ def test_guidance_is_refused_since_the_check_of_rollouts_knows_none(tmp_path: Pa
     config = tree(tmp_path / "run", {**DIFFUSION, "decode": {**decode, "guidance": 0.5}})
     with pytest.raises(InputError, match=r"^decode\.guidance is not among the log-probabilities"):
         Trainer(build_config(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "allows", "words"),
+    [
+        ({}, False, r"takes no weights \(http_403: .*start it with --allow-loading"),
+        ({"max_prompt": 570}, True, r"reads 576 tokens, but max_prompt and decode\.length are 582 together"),
+        ({"max_prompt": 9, "decode": {"length": 516}}, True, r"reads completions of 512 tokens, but .* is 516; .* 516"),
+        ({"max_prompt": 65}, True, None),
+        ({}, True, None),
+    ],
+)
+def test_a_server_that_cannot_serve_the_run_is_refused_at_the_start(
+    diffusion_service: Any, tmp_path: Path, changes: dict[str, Any], allows: bool, words: str | None
+):
+    with served.serving(diffusion_service(), allow_loading=allows) as server:
+        engine = {"name": "dllm_sd", "url": [f"http://127.0.0.1:{server.port}"], "model": "served"}
+        settings: Any = {**tree(tmp_path / "run", DIFFUSION), "max_prompt": 64, **changes}
+        settings["decode"] = {**DIFFUSION["decode"], **changes.get("decode", {}), "engine": engine}
+        if words is None:
+            notes = check_servers(build_config(settings))
+            assert len(notes) == (settings["max_prompt"] == 65)
+            return
+        with pytest.raises(InputError, match=words):
+            check_servers(build_config(settings))
+
+
+@pytest.fixture(scope="module")
+def diffusion_service() -> Any:
+    """Makes services of one policy."""
+    model = Model(path="tiny")
+    policy = build_policy(model)
+    return lambda: service_of(policy, model, name="served")
 
 
 @pytest.mark.parametrize("case", [DIFFUSION, *later(CAUSAL)], ids=["diffusion, all weights", "autoregressive, LoRA"])
