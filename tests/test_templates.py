@@ -6,6 +6,8 @@ import pytest
 
 from dllm_sd.tasks import Problem, WordProblems
 from dllm_sd.teachers import HINTS as PARTS
+from dllm_sd.teachers import Reference
+from dllm_sd.teachers.written import COMMENT
 from dllm_sd.texts import parse_rubric
 from dllm_sd.texts.critique import parse_steps
 from tools.lab.templates import DATA, HINTS, feedback, read_rows, skills, table
@@ -56,9 +58,13 @@ def test_the_wording_that_was_best_is_the_default(name: str) -> None:
     rows = [row for row in read_rows(DATA) if row["hint"] == name]
     if len(rows) < len(HINTS[name].templates):
         pytest.skip("not all wordings are measured yet")
-    default = PARTS["reference" if name == "answer" else name]
-    shipped = default.__dataclass_fields__["template"].default
-    assert max(rows, key=lambda row: row["right"])["template"] == shipped
+    if name in ("reference", "answer"):
+        shipped = Reference(source="solution" if name == "reference" else "answer").wording
+    else:
+        shipped = PARTS[name].__dataclass_fields__["template"].default
+    shipped = shipped.replace("{hint}", COMMENT) if name == "feedback" else shipped
+    best = max(rows, key=lambda row: row["right"])
+    assert shipped == best["template"]
 
 
 def test_the_page_shows_what_was_measured() -> None:

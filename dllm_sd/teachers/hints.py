@@ -145,12 +145,18 @@ class Reference(Prompt):
     problem: Literal["own", "another"] = "own"
     """Whose reference it is: `another` shows that of a training problem drawn at random, a control with the form of a
     hint and nothing to learn from."""
-    template: str = REFERENCE
-    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
+    template: str | None = None
+    """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint. None takes one that
+    fits the `source`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_template(self.template)
+        check_template(self.wording)
+
+    @property
+    def wording(self) -> str:
+        """`template`, or for None what was best: to write the solution down, or to find one for the answer."""
+        return self.template or (REFERENCE if self.source == "solution" else OWN_WORDS)
 
     @property
     def needs_reference(self) -> Literal["solution", "answer"]:
@@ -165,9 +171,7 @@ class Reference(Prompt):
         else:
             key = make_key(inputs.key, "reference")
             text = of_another(inputs, key, lambda other: self._text(task, other))
-        return (
-            None if text is None else TeacherPrompt(tuple(task.messages(problem, self.question)), self.template, text)
-        )
+        return None if text is None else TeacherPrompt(tuple(task.messages(problem, self.question)), self.wording, text)
 
     def _text(self, task: Task, problem: Problem) -> str | None:
         return task.reference(problem) if self.source == "solution" else task.final_answer(problem)

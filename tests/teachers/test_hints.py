@@ -24,7 +24,7 @@ from dllm_sd.teachers import (
     Suffix,
 )
 from dllm_sd.teachers.context import HintInputs, TeacherPrompt
-from dllm_sd.teachers.hints import REFERENCE, SIBLING
+from dllm_sd.teachers.hints import OWN_WORDS, REFERENCE, SIBLING
 
 PROBLEM = Problem("p", {"question": "12+3", "solution": "12+3=15", "answer": "15"})
 KEY = make_key("hint")
@@ -84,10 +84,12 @@ def test_a_reference_is_the_datas_solution_or_its_answer_behind_the_tasks_own_me
     messages = tuple(TASK.messages(PROBLEM))
     assert Reference().prompt_for(HintInputs(one, [one], TASK, KEY)) == TeacherPrompt(messages, REFERENCE, "12+3=15")
     assert Reference(source="answer").prompt_for(HintInputs(one, [one], TASK, KEY)) == TeacherPrompt(
-        messages, REFERENCE, "15"
+        messages, OWN_WORDS, "15"
     )
-    assert "{question}" in REFERENCE
-    assert "{hint}" in REFERENCE
+    for template in (REFERENCE, OWN_WORDS):
+        assert "{question}" in template
+        assert "{hint}" in template
+        assert Reference(source="answer", template=template).wording == template
 
 
 def test_a_reference_without_the_question_leaves_all_else_as_it_is(group):
