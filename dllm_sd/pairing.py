@@ -96,8 +96,8 @@ def check_model(config: Config, known: Blueprint | None = None) -> Blueprint:
             )
         if context.shows_later_blocks:
             raise InputError(
-                "method.contexts reveals later blocks, which a block-causal model never sees, so the teacher would "
-                "know no more than the student; set the suffix context's scope to active_block"
+                "method.contexts reveals later blocks, to which a block-causal model cannot attend, so the teacher "
+                "would have no more information than the student; set the suffix context's scope to active_block"
             )
     return blueprint
 

@@ -176,7 +176,9 @@ def test_a_tokenizer_without_a_mask_or_end_token_is_refused_until_it_is_named(
     assert train(f"model.tokenizer={ends}", "model.mask_token='[MASK]'") == 0
 
 
-LATER = "method.contexts reveals later blocks, which a block-causal model never sees, so the teacher would know no more"
+LATER = (
+    "method.contexts reveals later blocks, to which a block-causal model cannot attend, so the teacher would have no"
+)
 
 
 @pytest.mark.parametrize(

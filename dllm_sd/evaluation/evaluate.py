@@ -288,7 +288,7 @@ def final_problems(config: Config) -> tuple[list[Problem], str | None]:
     except EmptySplit as reason:
         if wanted is not None:
             raise
-        return [], f"there will be no test results: {reason} Set eval.final_problems=0 to say so."
+        return [], f"there will be no test results: {reason} Set eval.final_problems=0 to skip the test."
 
 
 def about_counts(

@@ -308,15 +308,15 @@ def why_broken(line: str) -> str | None:
     line = line.strip()
     inside = line.removesuffix("}").rstrip()
     if inside.endswith(",") and _reads(inside[:-1] + "}"):
-        return "a comma stands behind the last field; take it out"
+        return "there is a comma after the last field; remove it"
     try:
         _, end = json.JSONDecoder().raw_decode(line)
     except (ValueError, RecursionError):
         return None
     rest = line[end:].strip()
     if rest.lstrip(", \t").startswith("{"):
-        return "two objects stand on one line; write each one on a line of its own, as jq -c . FILE does"
-    return "a comma stands behind the object; take it out" if rest == "," else None
+        return "there are two objects on one line; write each one on a line of its own, as jq -c . FILE does"
+    return "there is a comma after the object; remove it" if rest == "," else None
 
 
 def _reads(text: str) -> bool:

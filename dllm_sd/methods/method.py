@@ -243,7 +243,7 @@ def _check_outcome(method: Method) -> None:
     if not method.rollout.cuts:
         return
     gate, trust, hints = method.gate, method.trust, [context.hint for context in method.contexts]
-    cut = "whose outcome nobody knows under a horizon that cuts it"
+    cut = "whose outcome is unknown under a horizon that cuts it"
     whole = "or method.rollout.horizon to complete"
     if gate.needs_outcome:
         raise InputError(
@@ -360,7 +360,7 @@ def _check_roles(method: Method) -> None:
                 f"method.{slot} takes teacher {i} for {what}, but it is the student; set method.teacher.{i} to base"
             )
         if role == "rollouts" and not teachers[i].is_rollout_policy(rollout.policy, rollout.passes):
-            remedy = "nobody made demonstrations, so leave that context out"
+            remedy = "demonstrations were not sampled from a policy, so leave that context out"
             if rollout.decodes:
                 other = "" if method.rolling is None else " and method.rollout.policy to live"
                 remedy = f"set method.teacher.{i} to a snapshot with every {rollout.passes}{other}"

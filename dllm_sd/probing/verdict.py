@@ -8,7 +8,7 @@ from dllm_sd.probing.accuracy import Gap, Rate
 from dllm_sd.probing.signal import Group, Shares
 
 FEW = 8
-"""Problems below which nothing is said of accuracies."""
+"""Fewest problems on which accuracies are compared."""
 MIN_GAP = 0.02
 """By how much a teacher must be more often right than the student, and than with a spoilt hint."""
 MIN_RISE = 0.02

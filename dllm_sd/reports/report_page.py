@@ -190,14 +190,24 @@ def _results(runs: Sequence[RunReport]) -> str:
             parts.append(_table(("test split", *RESULTS.values(), "best minus initial", "problems"), rows, "figures"))
         if run.curve:
             best = dict(run.curve).get(run.best) if run.best is not None else None
-            cells = [percent(run.curve[0][1]), percent(run.curve[-1][1])]
-            cells.append("" if best is None else f"{percent(best)} <small>update {run.best}</small>")
-            parts.append(_table(("dev split", "first", "last", "best"), [("accuracy", *cells)], "figures"))
+            cells = [_dev_accuracy(run, accuracy) for accuracy in (run.curve[0][1], run.curve[-1][1])]
+            cells.append("" if best is None else f"{_dev_accuracy(run, best)} <small>update {run.best}</small>")
+            cells += [] if run.dev_problems is None else [str(run.dev_problems)]
+            head = ("dev split", "first", "last", "best", *(["problems"] * (run.dev_problems is not None)))
+            parts.append(_table(head, [("accuracy", *cells)], "figures"))
     note = (
-        "Test accuracies with their 95 % interval (Wilson). The dev split chose the best weights, so its best accuracy "
-        "is optimistic; before and after are the same problems, so their difference is surer than the intervals say."
+        "Accuracies with their 95 % interval (Wilson). The best weights were chosen by their dev accuracy, so that "
+        "accuracy is optimistic. Initial, last and best weights are tested on the same problems, so their differences "
+        "are more certain than the intervals suggest."
     )
     return _section("Results", *parts, _paragraph(note, "healthy")) if any(parts) else ""
+
+
+def _dev_accuracy(run: RunReport, accuracy: float) -> str:
+    """A dev accuracy, with its interval where the number of problems is known."""
+    return (
+        percent(accuracy) if run.dev_problems is None else _with_interval({"accuracy": accuracy, "n": run.dev_problems})
+    )
 
 
 def _result_row(report: Mapping[str, Any], schedule: str) -> list[str]:

@@ -55,6 +55,13 @@ class RunReport:
         return [(line["update"], line["eval/accuracy"]) for line in self.metrics if "eval/accuracy" in line]
 
     @property
+    def dev_problems(self) -> int | None:
+        """How many dev problems an evaluation graded; None where the report does not say."""
+        too_long = next((line["eval/too_long"] for line in reversed(self.metrics) if "eval/too_long" in line), 0)
+        problems = (self.report or {}).get("dev_problems")
+        return problems - too_long if isinstance(problems, int) and problems > too_long else None
+
+    @property
     def best(self) -> int | None:
         """The update of the best weights; None without an evaluation."""
         if self.report is not None and self.report.get("best_dev_accuracy", -1) >= 0:

@@ -30,7 +30,11 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
         for schedule, best in report["best"].items():
             cells = [in_percent(report[name][schedule]["accuracy"]) for name in ("before", "after")]
             low, high = best["ci95"]
-            table.add_row(schedule, *cells, f"{in_percent(best['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})")
+            table.add_row(
+                "as in training" if schedule == "trained" else schedule,
+                *cells,
+                f"{in_percent(best['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})",
+            )
             for name, (what, treatment) in EVALUATION_COUNTS.items():
                 if name in best:  # reports of earlier versions lack some
                     counts = (str(report[which][schedule][name]) for which in ("before", "after", "best"))
@@ -55,7 +59,7 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
     table.add_column("decoding")
     rows: dict[str, list[str]] = {}
     for name, tree in report["schedules"].items():
-        table.add_column(name, justify="right")
+        table.add_column("as configured" if name == "trained" else name, justify="right")
         low, high = tree["ci95"]
         cells = {"problems": str(tree["n"]), "accuracy": in_percent(tree["accuracy"])}
         cells["95 % interval"] = f"{100 * low:.1f} to {100 * high:.1f}"

@@ -244,4 +244,4 @@ def check_slots(text: str, name: str, needed: str, *others: str) -> None:
     slots = dict.fromkeys(others, "")
     first, second = (render(text, {**slots, needed: value}, f"the context's {name}") for value in "12")
     if first == second:
-        raise InputError(f"the context's {name} has no {{{needed}}}; say where it stands")
+        raise InputError(f"the context's {name} has no {{{needed}}}; add it where that text belongs")

@@ -107,7 +107,9 @@ METRICS = {
         "With method.rollout.lag: updates between the weights that made this batch and those that learn from it.",
         "once it changes",
     ),
-    "rollouts/behind_end": Metric("Share of the positions revealed in the kept rollouts that stand behind their end."),
+    "rollouts/behind_end": Metric(
+        "Share of the positions revealed in the kept rollouts that come after their end token."
+    ),
     "rollouts/unknown_prompts": _rare("Of tokenizers with an unknown token: its share in the prompts."),
     "rollouts/unknown_completions": _rare("Of tokenizers with an unknown token: its share in demonstrations."),
     "rollouts/unknown_hints": _rare("Of tokenizers with an unknown token: its share in the teachers' prompts."),

@@ -392,6 +392,7 @@ class Trainer:
         return {
             "left_out": sums.left_out,
             "outcome": outcome_of(self.state, sums.unchanged),
+            "dev_problems": len(self.dev),
             "warnings": [*warnings_of(self.state, sums), *self.log.warnings()],
         }
 

@@ -64,7 +64,7 @@ class Server(Ranged):
         super().__post_init__()
         _check_url(self.url)
         if not self.model:
-            raise InputError("a writer's model is empty; give the name under which the server knows it")
+            raise InputError("a writer's model is empty; give the name that the server uses for it")
         check_key_variable(self.key_variable, "a writer's key_variable")
 
     @property

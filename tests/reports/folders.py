@@ -61,7 +61,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
     }
     report = {
         **{"task": "sudoku", "updates": 2, "updates_skipped": 0, "stopped": None, "best_update": 1},
-        **{"best_dev_accuracy": 0.6, "left_out": {"rollouts/rejected": 7}, "warnings": []},
+        **{"best_dev_accuracy": 0.6, "left_out": {"rollouts/rejected": 7}, "warnings": [], "dev_problems": 100},
         **{name: {"trained": {**TEST, "accuracy": a}} for name, a in (("before", 0.5), ("after", 0.6), ("best", 0.7))},
     }
     start = {

@@ -11,6 +11,8 @@ import pytest
 from dllm_sd.cli.main import main
 from dllm_sd.config import load_config
 from dllm_sd.evaluation.comparison import mcnemar
+from dllm_sd.evaluation.estimates import wilson_interval
+from dllm_sd.evaluation.recording import VERDICTS, Verdict, write_verdicts
 from dllm_sd.reports.report_page import page, write_report
 from dllm_sd.reports.run_report import flat, read_runs, settings_of
 from dllm_sd.training.outcome import MUCH
@@ -68,6 +70,26 @@ def test_the_curves_and_the_traces_are_those_of_the_run(tmp_path: Path) -> None:
     assert (run["best"], run["collapse"]) == (1, None)
     assert run["teachers"] == ["suffix"]
     assert run["traces"] == [trace(1), trace(2)]
+
+
+def test_dev_accuracies_have_intervals_over_the_problems_that_were_graded(tmp_path: Path) -> None:
+    lines = [{**line, "eval/too_long": 10} for line in metrics(0.5, 0.6, 0.55)]
+    words = page_of(write_run(tmp_path / "mine", metrics=lines)).words
+    for accuracy in (0.5, 0.6, 0.55):
+        low, high = wilson_interval(accuracy, 90)
+        assert f"{100 * accuracy:.1f} % {100 * low:.1f} to {100 * high:.1f}" in words
+    report = {"updates": 2, "before": {}, "after": {}, "best": {}}  # of an earlier version
+    assert "55.0 %" in page_of(write_run(tmp_path / "older", report=[report])).words
+
+
+def test_two_runs_without_an_evaluation_are_compared_by_their_final_tests(tmp_path: Path) -> None:
+    one, two = (write_run(tmp_path / name, config={"seed": seed}) for name, seed in (("one", 1), ("two", 2)))
+    write_verdicts(one / VERDICTS, {"trained": [Verdict(f"p{i}", "d", (i < 2,)) for i in range(12)]})
+    write_verdicts(two / VERDICTS, {"trained": [Verdict(f"p{i}", "d", (i > 3,)) for i in range(12)]})
+    words = page_of(one, two).words
+    assert "cannot be compared" not in words
+    assert f"{mcnemar(2, 8):.2g}" in words
+    assert "2, 8" in words
 
 
 @pytest.mark.parametrize(

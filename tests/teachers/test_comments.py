@@ -153,7 +153,7 @@ def test_too_much_dropped_feedback_stops_the_run():
         ({"solution": "text"}, "the context's template has no {hint}"),
         ({"comment": "text"}, "the context's template has no {hint}"),
         ({"comment": "{hint}{response}"}, "asks for {response}"),
-        ({"prompt": "{question}"}, "the context's prompt has no {response}; say where it stands"),
+        ({"prompt": "{question}"}, "the context's prompt has no {response}; add it where that text belongs"),
         ({"prompt": "{response}{answer}"}, "the context's prompt asks for {answer}"),
         ({"prompt": "{response"}, "the context's prompt is not a template"),
         ({"longest": 0}, ".longest is 0; give a whole number of at least 1"),
