@@ -251,13 +251,23 @@ def _seconds(run: RunReport) -> float:
 
 
 def _differences(runs: Sequence[RunReport]) -> list[list[str]]:
-    settings = [{key: value for key, value, _ in (*run.method_changes, *run.changes)} for run in runs]
+    """Rows of the settings that differ; one that a run leaves as it is has the value of its method, or the default."""
+    methods = [{f"method.{key}": value for key, value, _ in run.method_changes} for run in runs]
+    others = [{key: value for key, value, _ in run.changes} for run in runs]
+    settings = [{**method, **other} for method, other in zip(methods, others, strict=True)]
     keys = dict.fromkeys(key for one in settings for key in one)
     unequal = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
     return [
-        [f"<code>{escape(key)}</code>", *(_value(one[key]) if key in one else "" for one in settings)]
+        [f"<code>{escape(key)}</code>", *(_set_in(run, one, key) for run, one in zip(runs, settings, strict=True))]
         for key in unequal
     ]
+
+
+def _set_in(run: RunReport, settings: Mapping[str, Any], key: str) -> str:
+    """The value of a setting in a run."""
+    if key in settings:
+        return _value(settings[key])
+    return f"<small>as in {escape(run.method or '')}</small>" if key.startswith("method.") else "<small>default</small>"
 
 
 def _paired(a: RunReport, b: RunReport) -> str:
@@ -269,13 +279,14 @@ def _paired(a: RunReport, b: RunReport) -> str:
         return _paragraph(why + " Evaluate both runs with dllm-sd eval first.", "missing")
     head = ("", *(results if len(results) > 1 else [f"{b.name} against {a.name}"]))
     labels: dict[str, Callable[[Comparison], str]] = {
-        "problems of both": lambda x: str(x.n),
+        "problems in both": lambda x: str(x.n),
         f"accuracy of {a.name}": lambda x: percent(x.accuracy_a),
         f"accuracy of {b.name}": lambda x: percent(x.accuracy_b),
         "difference, points": lambda x: f"{100 * x.difference:+.2f}",
         "95 % interval": lambda x: "{:+.2f} to {:+.2f}".format(*(100 * end for end in x.ci95)),
-        "only the first, only the second right": lambda x: f"{x.counts.only_a}, {x.counts.only_b}" if x.counts else "",
-        "McNemar's p": lambda x: "" if x.p_value is None else f"{x.p_value:.2g}",
+        f"right in {a.name} only": lambda x: str(x.counts.only_a) if x.counts else "",
+        f"right in {b.name} only": lambda x: str(x.counts.only_b) if x.counts else "",
+        "p-value (McNemar)": lambda x: "" if x.p_value is None else f"{x.p_value:.2g}",
     }
     rows = [(escape(label), *(escape(show(x)) for x in results.values())) for label, show in labels.items()]
     note = "Interval: paired bootstrap over the problems; p: McNemar's exact test, two-sided."

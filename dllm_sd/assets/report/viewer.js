@@ -249,7 +249,7 @@
     else if (state.color === "divergence") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "divergence 0", short(parts.most.divergence)));
     else if (state.color === "clip") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "clip takes nothing", "all"));
     else if (state.color === "trust") parts.legend.append(bar(`rgba(${parts.heat}, .7)`, `rgba(${parts.good}, .7)`, `trust ${short(-parts.most.trust)}`, short(parts.most.trust)));
-    if (!one.causal) parts.legend.append(sample("masked", "masked"));
+    parts.legend.append(sample("masked", one.causal ? "not generated yet" : "masked"));
     if (sees) parts.legend.append(sample("shown", `masked for the student, seen by ${teacherName(state.teacher)}`));
     if (one.sites.length) parts.legend.append(sample("graded", "graded here"));
   }
