@@ -205,6 +205,7 @@ def test_the_files_of_a_run_are_documented(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} <= documented
 
 
+@pytest.mark.slow
 def test_the_method_in_the_readme_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -306,6 +306,7 @@ def test_the_majority_of_attempts_is_reported(policy: MaskedDiffusion):
     assert report.pass_at_k.keys() == {1, 2, 4, 5}
 
 
+@pytest.mark.slow
 def test_slots_stay_busy_when_completions_end_early(make_policy: Callable[..., MaskedDiffusion]):
     class Many(Parity):
         def problems(self, split: str) -> Sequence[Problem]:

@@ -244,7 +244,7 @@ def test_equal_canvases_are_read_once(pair, monkeypatch):
     assert_same_gradients(results[0][1], results[1][1], 1e-12)
 
 
-@pytest.mark.parametrize("average", ["step_sums", "rollouts", *later("sites", "canvases", "steps")])
+@pytest.mark.parametrize("average", ["step_sums", *later("rollouts", "sites", "canvases", "steps")])
 def test_a_subset_of_the_steps_has_the_expected_loss_and_gradient_of_all(pair, average, monkeypatch):
     rollouts = rollouts_of(two_long(pair.trajectory))
     method = replace(METHODS["d_opsd"].method, average=average)

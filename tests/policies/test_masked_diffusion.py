@@ -128,7 +128,7 @@ def test_every_row_is_reported_once_when_it_ends_and_slots_are_refilled(policy, 
     assert meter.occupancy == meter.rows / (max(ends) * len(ends))
 
 
-@pytest.mark.parametrize("settings", [{"guidance": 1.5}, {"threshold": 0.4}], ids=str)
+@pytest.mark.parametrize("settings", [{"threshold": 0.4}, *later({"guidance": 1.5})], ids=str)
 def test_guidance_and_thresholds_do_not_depend_on_the_batch(policy, settings):
     settings = replace(SHORT, temperature=0.5, **settings)
     together = policy.decode(PROMPTS, settings, KEYS)
