@@ -22,7 +22,7 @@ from dllm_sd.arguments import COMMANDS
 from dllm_sd.arguments.listing import KINDS
 from dllm_sd.cli.evaluate import default_folder, refuse_other_model
 from dllm_sd.cli.main import main, parser
-from dllm_sd.cli.sample import _frame
+from dllm_sd.cli.sample import END, _frame, _status
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.recording import VERDICTS, begin
@@ -212,7 +212,9 @@ def test_sample_applies_the_prompt_of_the_task_and_judges_what_it_knows(capsys: 
         outs.append(capsys.readouterr().out.splitlines())
     assert outs[0] == outs[1]
     assert re.fullmatch(r"(right|wrong) \(sudoku/test/3; (no answer was read|answer read: \S+)\)", outs[0][-1])
-    told = re.fullmatch(r"probability of its (\d+) tokens: mean ([\d.]+); lowest: .* at step \d", outs[0][-2])
+    told = re.fullmatch(
+        r"probability of its (\d+) tokens: mean ([\d.]+); lowest [\d.]+ of '.*' at step \d", outs[0][-2]
+    )
     assert told is not None
     assert 0 < float(told[2]) <= 1
     assert main(["sample", "run", "0" * 16]) == 0
@@ -223,15 +225,18 @@ def test_sample_applies_the_prompt_of_the_task_and_judges_what_it_knows(capsys: 
 
 def test_a_canvas_shows_line_breaks_as_a_sign_and_a_growing_text_no_masks():
     class Policy:
-        causal, mask_id = False, 9
+        causal, mask_id, end_ids = False, 9, (4,)
 
         def text(self, tokens: list[int]) -> str:
             return {1: "a", 2: "\n", 3: ""}[tokens[0]]
 
     policy: Any = Policy()
-    assert _frame(policy, [[9, 9, 9, 9], [1, 2, 3, 9]]).plain == "a\u23ce\u25a1\u00b7"
+    frames = [[9, 9, 9, 9, 9], [1, 2, 3, 4, 9]]
+    assert _frame(policy, frames).plain == f"a\u23ce\u25a1{END}\u00b7"
+    assert _status(policy, frames).plain.strip() == "step 1: 4 of 5 positions"
     policy.causal = True
     assert _frame(policy, [[1, 2, 9, 9]]).plain == "a\u23ce"
+    assert _status(policy, frames).plain == ""
 
 
 def test_show_and_model_cards_can_tell_the_parts_of_every_method():

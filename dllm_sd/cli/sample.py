@@ -22,6 +22,8 @@ SEARCHED = 500
 """Problems of the test and dev split in which a prompt is looked for, to grade the answer."""
 NEW_LINE = "\u23ce"
 """Stands for a line break, which would break a canvas."""
+END = "\u220e"
+"""Stands for an end token."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
             def watch(canvas: Any) -> None:
                 frames.append(canvas[0].tolist())
-                live.update(_frame(policy, frames), refresh=True)
+                live.update(_frame(policy, frames) + _status(policy, frames), refresh=True)
 
             trajectory = policy.decode([prompt], settings, [key], watch)
     else:
@@ -98,8 +100,8 @@ def _probabilities(policy: Any, trajectory: Trajectory) -> str:
         return "no token was written"
     shares = trajectory.logp[0][written].exp().tolist()
     least = sorted(zip(shares, tokens, steps, strict=True))[:3]
-    told = ", ".join(f"{_piece(policy, token)} {share:.3f} at step {step}" for share, token, step in least)
-    return f"probability of its {len(tokens)} tokens: mean {sum(shares) / len(shares):.3f}; lowest: {told}"
+    told = ", ".join(f"{share:.3f} of {_piece(policy, token)!r} at step {step}" for share, token, step in least)
+    return f"probability of its {len(tokens)} tokens: mean {sum(shares) / len(shares):.3f}; lowest {told}"
 
 
 def _frame(policy: Any, frames: Sequence[Sequence[int]]) -> Text:
@@ -114,8 +116,16 @@ def _frame(policy: Any, frames: Sequence[Sequence[int]]) -> Text:
     return text
 
 
+def _status(policy: Any, frames: Sequence[Sequence[int]]) -> Text:
+    """A line below a canvas: the step, and how many positions are filled; nothing below a growing text."""
+    if policy.causal:
+        return Text()
+    filled = sum(token != policy.mask_id for token in frames[-1])
+    return Text(f"\n\nstep {len(frames) - 1}: {filled} of {len(frames[-1])} positions", style="dim")
+
+
 def _piece(policy: Any, token: int) -> str:
-    return _visible(policy.text([token])) or "\u25a1"
+    return END if token in policy.end_ids else _visible(policy.text([token])) or "\u25a1"
 
 
 def _visible(text: str) -> str:
