@@ -10,7 +10,7 @@ import pytest
 
 import dllm_sd
 from dllm_sd.config import load_config
-from dllm_sd.errors import InputError
+from dllm_sd.errors import InputError, Stopped
 from dllm_sd.methods import METHODS
 from tools.lab import page
 from tools.lab.bases import RECIPE, make_base
@@ -157,7 +157,7 @@ def test_a_claim_is_probed_tuned_and_run_with_fresh_seeds(finished: tuple[Labora
     assert generated == {32.0}
     assert all(one.values["generated"] == 0 and one.values["updates"] == 1 for one in records.of("final", "sft"))
     assert not list((folder / "work" / "runs" / "trivial").iterdir())
-    assert verdict(claim.statements[0], claim, records) in ("reproduced", "not reproduced")
+    assert verdict(claim.statements[0], claim, records) in ("reproduced", "not reproduced", "not reproduced, undecided")
 
 
 def test_what_is_measured_is_not_measured_again(
@@ -174,6 +174,27 @@ def test_when_the_minutes_are_over_the_rest_is_left_for_the_next_time(tmp_path: 
     lab = laboratory(tmp_path)
     assert not Runner(lab, tmp_path / "work", tmp_path / "results").run(lab.claims, minutes=0.0005)
     assert not Records(tmp_path / "results" / "trivial.json").of("final", "sft")
+
+
+def test_a_run_that_cannot_go_on_counts_with_its_last_weights(
+    finished: tuple[Laboratory, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, folder = finished
+    train = dllm_sd.train
+
+    def stopped(config: Any) -> None:
+        train(config)
+        raise Stopped("the loss is not finite")
+
+    monkeypatch.setattr(dllm_sd, "train", stopped)
+    claim = lab.claims["trivial"]
+    (tmp_path / "trivial.json").write_bytes((folder / "results" / "trivial.json").read_bytes())
+    records = Records(tmp_path / "trivial.json")
+    work = Work("trivial", claim, Runner(lab, tmp_path / "work", tmp_path), records, "")
+    work._trained("final", "sft", claim.settings("sft")[0], 99, "test")
+    [record] = [one for one in records.of("final", "sft") if one.seed == 99]
+    assert record.found == {"stopped": "the loss is not finite"}
+    assert record.values["n"] == 4
 
 
 def test_the_tables_tell_the_numbers_of_the_data(finished: tuple[Laboratory, Path]) -> None:
@@ -237,7 +258,8 @@ def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
     ("after", "promising", "said"),
     [
         ([50.0, 51.0, 52.0], True, "reproduced"),
-        ([40.2, 41.0, 45.0], True, "not reproduced"),
+        ([40.2, 41.0, 45.0], True, "not reproduced, undecided"),
+        ([30.0, 31.0, 32.0], True, "not reproduced"),
         ([50.0, 51.0], True, "not run yet"),
         ([50.0, 51.0, 52.0], False, "premise not met"),
     ],

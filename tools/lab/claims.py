@@ -49,6 +49,8 @@ class Row:
     """The second factor of the tuning grid: overrides by name; empty takes that of the claim."""
     share: float = 1.0
     """Of the claim's generated tokens, the share that this row may use."""
+    updates_like: str | None = None
+    """The row whose number of updates this one takes, whatever it generates; for shorter and growing rollouts."""
     like: str | None = None
     """The row whose best setting this one takes without tuning of its own; for controls that change one thing."""
     gated: bool = True
@@ -62,7 +64,7 @@ class Comparison:
     row: str
     against: str
     value: str = "accuracy"
-    """One of the values of a run, such as ``accuracy``, ``entropy``, ``length``, ``seconds`` or ``elsewhere/NAME``."""
+    """A value of a run: ``accuracy``, ``entropy``, ``length``, ``core_seconds``, ``elsewhere/NAME``, ..."""
     margin: float = 0.0
     """In the units of the value (points of accuracy); above 0 the row may be so much smaller ("not below")."""
 
@@ -206,7 +208,7 @@ def _check(name: str, claim: Claim, bases: Mapping[str, Base]) -> None:
         if base not in bases:
             raise InputError(f"claims.{name} needs the base {base!r}, which is not among bases; add it or correct it")
     named = {row for statement in claim.statements for row in statement.rows}
-    named |= {row.like for row in claim.rows.values() if row.like is not None}
+    named |= {other for row in claim.rows.values() for other in (row.like, row.updates_like) if other is not None}
     if missing := sorted(named - set(claim.rows)):
         raise InputError(f"claims.{name} speaks of the row {missing[0]!r}, which is not among its rows; correct it")
 

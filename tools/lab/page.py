@@ -84,9 +84,10 @@ def _about_probe(points: list[Point]) -> str:
     if not points:
         return head + "No row with a probe is finished yet.\n"
     correlation = rank_correlation([(point.gap, point.gain) for point in points])
-    told = "too few for a rank correlation" if correlation is None else f"rank correlation {correlation:.2f}"
+    told = "too few for a rank correlation" if correlation is None else f"a rank correlation of {correlation:.2f}"
     plotted = f"![gap and gain]({PLOT.relative_to(DOCS)})"
-    return f"{head}{len(points)} finished rows with a teacher, {told} between the gap and the gain.\n\n{plotted}\n"
+    rows = f"Finished rows whose teacher was probed: {len(points)}, {told} between the gap and the gain."
+    return f"{head}{rows}\n\n{plotted}\n"
 
 
 def _judged(statement: Statement, claim: Claim, records: Records) -> tuple[str, str]:
@@ -139,15 +140,13 @@ def _cells(row: str, claim: Claim, records: Records) -> list[str]:
     name = row if row == BASE else _named(row, claim.rows[row])
     width = len(COLUMNS) + len(claim.elsewhere)
     if not runs:
-        if row != BASE and premise_met(claim, records, row) is False:
-            return [name, "premise not met", *[""] * (width - 2)]
         return [name, _progress(row, claim, records), *[""] * (width - 2)]
     accuracies = [run.values["accuracy"] for run in runs]
     finished = is_finished(claim, records, row)
     gained = finished and row != BASE and is_finished(claim, records, BASE)
     return [
         name,
-        runs[0].setting,
+        runs[0].setting + (" (a run stopped early)" if any("stopped" in run.found for run in runs) else ""),
         ", ".join(f"{value:.1f}" for value in accuracies),
         str(interval(accuracies)) if finished else "not run yet",
         f"{_gain(claim, records, row):+.1f}" if gained else "",
@@ -155,7 +154,7 @@ def _cells(row: str, claim: Claim, records: Records) -> list[str]:
         _mean(runs, "entropy", ".3f"),
         _mean(runs, "generated", ",.0f"),
         _mean(runs, "updates", ".0f"),
-        _mean(runs, "seconds", ".0f"),
+        _mean(runs, "core_seconds", ".0f"),
         *(_mean(runs, f"elsewhere/{key}", ".1f") for key in claim.elsewhere),
     ]
 
@@ -165,10 +164,14 @@ def _named(name: str, row: Row) -> str:
 
 
 def _progress(row: str, claim: Claim, records: Records) -> str:
-    if row == BASE or claim.rows[row].like is not None:
-        return "not run yet"
-    tried, all_of = len(records.of("tune", row)), len(claim.settings(row))
-    return f"not run yet (tuned {tried} of {all_of})" if tried else "not run yet"
+    missing = "not run yet"
+    if row != BASE and premise_met(claim, records, row) is False:
+        missing = "premise not met"
+    tried = {one.setting: one.values["accuracy"] for one in records.of("tune", row)}
+    if not tried:
+        return missing
+    best = max(tried, key=lambda setting: tried[setting])
+    return f"{missing} ({len(tried)} of {len(claim.settings(row))} tuned; best on dev: {best}, {tried[best]:.1f})"
 
 
 def _mean(runs: list[Record], key: str, form: str) -> str:

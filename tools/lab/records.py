@@ -31,11 +31,11 @@ class Record:
     """The setting of the tuning grid."""
     seed: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
-    """What was measured, by name; accuracies in percent, entropy in nats a token, seconds of one core."""
+    """What was measured, by name; accuracies in percent, entropy in nats a token, ``seconds`` by the clock."""
     made: Mapping[str, Any] = field(default_factory=dict)
     """Date, commit and versions."""
     found: Mapping[str, Any] = field(default_factory=dict)
-    """Of a probe: its verdict and its premise."""
+    """Of a probe: its verdict and its premise; of a run that could not go on: why, as ``stopped``."""
 
     @property
     def name(self) -> Name:

@@ -20,6 +20,7 @@ import torch
 
 import dllm_sd
 from dllm_sd.config import Config, load_config
+from dllm_sd.errors import Stopped
 from dllm_sd.methods import METHODS
 from dllm_sd.probing.opening import opened
 from dllm_sd.tasks.task import Split
@@ -146,8 +147,8 @@ class Work:
     def _updates(self, name: str, setting: Setting, stage: Stage) -> int:
         """So many updates that the rollouts of the row generate its share of the tokens."""
         row = self.claim.rows[name]
-        if not decodes(row):
-            reference = next(iter(self.claim.rows))
+        if not decodes(row) or row.updates_like is not None:
+            reference = row.updates_like or next(iter(self.claim.rows))
             return self._updates(reference, self.claim.settings(reference)[0], stage)
         tokens = self._tokens(name, setting)
         rounds = 1 if (peers := self._config(self.command(row)).peers) is None else peers.rounds
@@ -160,8 +161,8 @@ class Work:
         command = self.command(row, [*setting.set, f"seed={TUNING_SEED}", f"updates={FIRST}"])
 
         def measure() -> dict[str, Any]:
-            with self._run(command) as run:
-                return {"values": values_of(run)}
+            with self._run(command) as (run, found):
+                return {"values": values_of(run), "found": found}
 
         return self._once("cost", name, command, measure, setting.variant).values["generated"] / FIRST
 
@@ -170,9 +171,12 @@ class Work:
         command = self.command(self.claim.rows[name], more)
 
         def measure() -> dict[str, Any]:
-            with self._run(command) as run:
+            with self._run(command) as (run, found):
                 values = {**values_of(run), **self._measured(command, run, split)}
-            return {"values": values if decodes(self.claim.rows[name]) else {**values, "generated": 0.0}}
+            return {
+                "values": values if decodes(self.claim.rows[name]) else {**values, "generated": 0.0},
+                "found": found,
+            }
 
         self._once(stage, name, command, measure, setting.name, seed)
 
@@ -209,13 +213,20 @@ class Work:
         return record
 
     @contextmanager
-    def _run(self, command: Sequence[str]) -> Iterator[Path]:
-        """The folder of the trained run, which is removed when its values are taken."""
+    def _run(self, command: Sequence[str]) -> Iterator[tuple[Path, dict[str, str]]]:
+        """The folder of the trained run, which is removed when its values are taken, and why it stopped if it did.
+
+        A run that could not go on, for example with a loss that is not finite, ends with the weights of that moment.
+        """
         name = hashlib.sha256(" ".join(command).encode()).hexdigest()[:16]
         folder = self.runner.folder / "runs" / self.name / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        dllm_sd.train(self._config(command, folder))
-        yield folder
+        found: dict[str, str] = {}
+        try:
+            dllm_sd.train(self._config(command, folder))
+        except (FloatingPointError, Stopped) as error:
+            found["stopped"] = str(error)
+        yield folder, found
         shutil.rmtree(folder)
 
     def _config(self, command: Sequence[str], run: Path | None = None) -> Config:

@@ -10,12 +10,9 @@ from tools.lab.records import Record, Records
 
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
-NOT_RUN, NO_PREMISE, REPRODUCED, NOT_REPRODUCED = (
-    "not run yet",
-    "premise not met",
-    "reproduced",
-    "not reproduced",
-)
+NOT_RUN, NO_PREMISE, REPRODUCED = "not run yet", "premise not met", "reproduced"
+NOT_REPRODUCED, UNDECIDED = "not reproduced", "not reproduced, undecided"
+"""An undecided statement may still be shown by more seeds or longer runs: no interval lies on the wrong side."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,11 @@ class Estimate:
     def low(self) -> float:
         """The lower end."""
         return self.value - self.half
+
+    @property
+    def high(self) -> float:
+        """The upper end."""
+        return self.value + self.half
 
     def __str__(self) -> str:
         return f"{self.value:.1f}" if self.half in (0, inf) else f"{self.value:.1f} ± {self.half:.1f}"
@@ -114,9 +116,10 @@ def verdict(statement: Statement, claim: Claim, records: Records) -> str:
     estimates = [compared(one, claim, records) for one in statement.holds]
     if any(estimate is None for estimate in estimates):
         return NOT_RUN
-    pairs = zip(statement.holds, estimates, strict=True)
-    holds = all(estimate is not None and estimate.low > -one.margin for one, estimate in pairs)
-    return REPRODUCED if holds else NOT_REPRODUCED
+    pairs = [(one.margin, estimate) for one, estimate in zip(statement.holds, estimates, strict=True) if estimate]
+    if all(estimate.low > -margin for margin, estimate in pairs):
+        return REPRODUCED
+    return NOT_REPRODUCED if any(estimate.high <= -margin for margin, estimate in pairs) else UNDECIDED
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
