@@ -16,4 +16,4 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("key", nargs="?", metavar="KEY", help="dotted; an end of a key, or * for anything, finds all")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of text")
-    parser.set_defaults(overrides=[])
+    parser.set_defaults(overrides=None)

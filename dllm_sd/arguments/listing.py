@@ -15,4 +15,4 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("what", choices=KINDS, metavar="|".join(KINDS))
     parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
-    parser.set_defaults(overrides=[])
+    parser.set_defaults(overrides=None)

@@ -12,4 +12,4 @@ dllm-sd schema --path           # where the installed file is
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("--path", action="store_true", help="print the path of the schema and not the schema")
-    parser.set_defaults(overrides=[])
+    parser.set_defaults(overrides=None)

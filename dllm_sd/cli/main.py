@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, arguments_left = commands.parse_known_args(arguments)
     if unknown := [argument for argument in arguments_left if argument.startswith("-") or "=" not in argument]:
         commands.error(_unknown_arguments(unknown))
-    options.overrides = [*options.overrides, *arguments_left]  # key=value pairs that follow an option
+    if arguments_left and options.overrides is None:
+        commands.error(f"this command takes no settings; leave out {shown(arguments_left[0])}")
+    options.overrides = [*(options.overrides or ()), *arguments_left]  # key=value pairs that follow an option
     _warn_of_single_process()
     try:
         with _quiet_thread_failures():
@@ -61,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _unknown_arguments(unknown: Sequence[str]) -> str:
     """What is wrong with arguments that no command has, such as ``--lr 1e-4``."""
     option, _, value = unknown[0].partition("=")
+    value = value or next((argument for argument in unknown[1:2] if not argument.startswith("-")), "VALUE")
     name = option.lstrip("-").replace("-", "_")
     if option.startswith("--") and name and (keys := nearest(name, "", [])):
-        return f"there is no option {shown(option)}; write settings as key=value, as in {keys[0]}={value or 'VALUE'}"
+        return f"there is no option {shown(option)}; write settings as key=value, as in {keys[0]}={shortened(value)}"
     return f"unrecognized arguments: {shortened(' '.join(unknown))}"
 
 

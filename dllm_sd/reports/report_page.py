@@ -187,7 +187,8 @@ def _results(runs: Sequence[RunReport]) -> str:
         report = run.report or {}
         if report.get("best"):
             rows = [_result_row(report, schedule) for schedule in report["best"]]
-            parts.append(_table(("test split", *RESULTS.values(), "best minus initial", "problems"), rows, "figures"))
+            split = f"{report.get('split', 'test')} split"
+            parts.append(_table((split, *RESULTS.values(), "best minus initial", "problems"), rows, "figures"))
         if run.curve:
             best = dict(run.curve).get(run.best) if run.best is not None else None
             cells = [_dev_accuracy(run, accuracy) for accuracy in (run.curve[0][1], run.curve[-1][1])]

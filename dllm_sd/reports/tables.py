@@ -23,7 +23,7 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
     """Print the accuracies before and after training, and the folder of the run."""
     console = Console()
     if report["best"]:
-        table = Table(title=f"{report['task']}: accuracy on {report['n']} test problems")
+        table = Table(title=f"{report['task']}: accuracy on {report['n']} {report.get('split', 'test')} problems")
         table.add_column("decoding")
         for name in ("before", "after", "best"):
             table.add_column(name, justify="right")

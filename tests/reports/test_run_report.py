@@ -61,6 +61,14 @@ def test_a_report_shows_results_warnings_settings_and_environment(tmp_path: Path
         assert expected in words, expected
 
 
+def test_results_on_the_dev_split_are_called_that(tmp_path: Path) -> None:
+    test = {"trained": {"n": 5, "accuracy": 0.4, "ci95": [0.1, 0.7]}}
+    report = {"split": "dev", "updates": 2, "before": test, "after": test, "best": test}
+    words = page_of(write_run(tmp_path, report=[report])).words
+    assert "test split" not in words
+    assert "dev split" in words
+
+
 def test_the_curves_and_the_traces_are_those_of_the_run(tmp_path: Path) -> None:
     data = page_of(write_run(tmp_path / "mine")).data
     (run,) = data["runs"]
