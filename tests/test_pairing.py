@@ -14,12 +14,20 @@ from transformers import PreTrainedTokenizerFast
 from dllm_sd.config import apply_overrides, build_config, load_config
 from dllm_sd.errors import InputError
 from dllm_sd.methods import METHODS
-from dllm_sd.pairing import REFERENCES_CHECKED, check_data, check_model, check_references, check_tokenizer
+from dllm_sd.pairing import (
+    REFERENCES_CHECKED,
+    _literal_texts,  # pyright: ignore[reportPrivateUsage]
+    check_data,
+    check_model,
+    check_references,
+    check_tokenizer,
+)
 from dllm_sd.policies import loading
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.pretrained.blueprint import Blueprint
 from dllm_sd.pretrained.model import Model, Shape
 from dllm_sd.tasks.task import NoChanceLevel, Problem
+from dllm_sd.teachers import Reference
 
 SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 RANDOM: dict[str, Any] = {"random_init": True, "tokenizer": "tiny", "shape": SHAPE}
@@ -516,3 +524,9 @@ def test_a_context_whose_material_no_problem_has_is_refused(name: str, nested: b
         check_data(config, bare)
     assert words.replace("contexts.0.", f"contexts.0.{'prompt.' * nested}") in str(caught.value)
     check_data(config, [*bare, Problem("has", fields)])  # the others are left out and counted
+
+
+@pytest.mark.parametrize(("given", "said"), [(None, "Now write this solution."), ("({hint}){question}", "()")])
+def test_the_words_of_a_template_are_read_also_where_it_is_left_out(given: str | None, said: str):
+    (text,) = _literal_texts(Reference(template=given))
+    assert text.endswith(said)
