@@ -14,7 +14,7 @@ from dllm_sd.teachers import (
     Reference,
     Sibling,
 )
-from dllm_sd.teachers.hints import OWN_WORDS
+from dllm_sd.teachers.hints import AFRESH, OWN_WORDS
 
 PROMPTED: dict[str, NamedMethod] = {
     "opsd": NamedMethod(
@@ -55,7 +55,14 @@ PROMPTED: dict[str, NamedMethod] = {
         "feedback.",
     ),
     "sdpo_paper": NamedMethod(
-        replace(SDPO, teacher=(LiveWeights(),), support=FullVocabulary(), divergence=ReverseKL(), trust=Equal()),
+        replace(
+            SDPO,
+            contexts=(Sibling(overflow="cut", template=AFRESH),),
+            teacher=(LiveWeights(),),
+            support=FullVocabulary(),
+            divergence=ReverseKL(),
+            trust=Equal(),
+        ),
         "SDPO, arXiv 2601.20802, its objective",
         "KL(student || the same weights with the hint) over the whole vocabulary.",
         parent="sdpo",

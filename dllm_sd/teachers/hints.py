@@ -54,11 +54,20 @@ and take them back. Do not mention the reference."""
 SIBLING = """\
 {question}
 
+A right solution:
+{hint}
+
+Now write your solution."""
+
+AFRESH = """\
+{question}
+
 An earlier attempt at this problem that reached the right answer:
 ---
 {hint}
 ---
 Solve the problem afresh and answer it correctly."""
+"""Asks for a solution that is worked out anew, as the prompt of SDPO does (arXiv 2601.20802)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from dllm_sd.skills import Mistake, Skill, SkillPair, format_pair
 from dllm_sd.tasks import Problem, WordProblems
 from dllm_sd.teachers import Reference
 from dllm_sd.teachers.context import TeacherPrompt
-from dllm_sd.teachers.hints import OWN_WORDS, SIBLING
+from dllm_sd.teachers.hints import AFRESH, OWN_WORDS
 from dllm_sd.teachers.prompts import encode_teacher_prompt
 from dllm_sd.teachers.skills import SKILLS
 from dllm_sd.teachers.written import COMMENT, TUTORED
@@ -120,7 +120,7 @@ HINTS: dict[str, Compared] = {
             "after, one line": "{question}\n\nThe answer is {hint}. Show the calculation.",
         },
     ),
-    "sibling": Compared(attempt, _wordings(SIBLING, "A right solution", "Now write your solution.")),
+    "sibling": Compared(attempt, _wordings(AFRESH, "A right solution", "Now write your solution.")),
     "critique": Compared(critique, _wordings(CRITIQUE_TEACHER, "The corrected solution", "Now write this solution.")),
     "feedback": Compared(
         feedback,
