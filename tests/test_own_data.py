@@ -11,7 +11,7 @@ import dllm_sd
 import dllm_sd.api
 from dllm_sd import InputError
 from dllm_sd.cli.main import main
-from dllm_sd.config import build_config, load_config, to_tree
+from dllm_sd.config import build_config, load_config, to_tree, with_whole_paths
 from dllm_sd.training import trainer
 from tests.test_docs import README, blocks
 
@@ -70,7 +70,7 @@ def test_training_from_python_is_training_from_the_command_line(own: Path, monke
     lines = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["eval/score"] >= 0.25  # what the reward of one's own gives at least
     config = build_config({**CONFIG, "optim": {"lr": 1e-3, "weight_decay": 0.0}, "run": "runs/a"})
-    assert load_config("runs/a") == config
+    assert load_config("runs/a") == with_whole_paths(config)
     monkeypatch.setattr(trainer.Trainer, "_train", lambda *given: pytest.fail("a finished run is not trained again"))
     assert dllm_sd.train("runs/a") == report
     assert dllm_sd.train(config) == report
