@@ -225,7 +225,8 @@ class Critique(Prompt):
 class Feedback(Sibling):
     """A peer's feedback on this rollout, beside a successful attempt (OPCoD, arXiv 2606.14368, Sec. 3.3, App. C).
 
-    Either may be missing; a rollout with neither is left out. Without a writer it equals `sibling`.
+    Either may be missing; a rollout with neither is left out. Without a writer it is a `sibling` whose
+    template asks for a solution that is worked out afresh.
     """
 
     template: str = TUTORED

@@ -8,6 +8,7 @@ from dllm_sd.errors import InputError, Stopped
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Feedback, Sibling
+from dllm_sd.teachers.hints import AFRESH
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.texts.feedback import FEEDBACK
 from dllm_sd.writers import Request, Written
@@ -130,10 +131,10 @@ def test_feedback_that_need_not_be_anchored_is_taken_as_it_is_without_its_thinki
 
 
 @pytest.mark.parametrize("options", [{}, {"own": True}, {"at_least": 0.5}, {"choice": "random"}])
-def test_without_a_writer_it_is_what_sibling_is_up_to_white_space(options: dict[str, Any]):
+def test_without_a_writer_it_is_the_sibling_worked_out_afresh_up_to_white_space(options: dict[str, Any]):
     group = rolled((WIRE, [("a", 0.0), ("b", 1.0), ("c", 0.5)]), (ROD, [("d", 1.0)]), (ROD, [("e", 0.0)]))
     alone = informed(group, Feedback(writing=None, **options), write=nobody)
-    sibling = informed(group, Sibling(**options), write=nobody)
+    sibling = informed(group, Sibling(template=AFRESH, **options), write=nobody)
     assert places(alone) == places(sibling) != []
     assert [one.split() for one in prompts(alone)] == [one.split() for one in prompts(sibling)]
     assert alone.counts == sibling.counts
