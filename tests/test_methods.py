@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
     "decoding steps of demonstrations": (lambda: Method(rollout=Demonstrations()), "random_masks"),
     "a teacher's choice without a teacher": (lambda: likelihood(sites=TeacherTop()), "contexts is empty"),
     "one target of two teachers": (lambda: Method(contexts=(Suffix(), Nothing())), "lists 2"),
-    "one target of no teacher": (lambda: Method(contexts=()), "lists 0"),
+    "one target of no teacher": (lambda: Method(contexts=()), "contexts is empty"),
     "counting rejected rollouts in a mean over sites": (
         lambda: Method(gate=Correct(count_rejected=True)),
         "set method.average to steps",
@@ -280,7 +280,7 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
             target=Each(),
             divergence=PolicyGradient(),
         ),
-        "nobody made demonstrations",
+        "demonstrations were not sampled",
     ),
     "the rollouts' support of an average": (
         lambda: Method(
