@@ -18,7 +18,7 @@ from dllm_sd.policies.teacher_weights import Weights
 from dllm_sd.pretrained.blueprint import Blueprint, known_blueprint, read_blueprint
 from dllm_sd.rollouts.rules import needed_length
 from dllm_sd.tasks.task import Problem
-from dllm_sd.teachers import CONTEXTS, HINTS, Hint, Reference
+from dllm_sd.teachers import CONTEXTS, HINTS, Hint
 
 REFERENCES_CHECKED = 1000
 """Number of references whose length is checked before a run begins."""
@@ -271,9 +271,8 @@ def check_tokenizer(config: Config, blueprint: Blueprint, problems: Sequence[Pro
 
 def _literal_texts(hint: Hint) -> list[str]:
     """The text of a hint's templates around their fields, and its instructions for an analysis by the teacher."""
-    values = [getattr(hint, f.name) for f in fields(hint)]
-    values += [hint.wording] if isinstance(hint, Reference) and hint.template is None else []
-    texts = [value for value in values if isinstance(value, str) and "{" in value]
+    values = [*(getattr(hint, f.name) for f in fields(hint)), hint.wording]
+    texts = dict.fromkeys(value for value in values if isinstance(value, str) and "{" in value)
     texts = ["".join(literal for literal, *_ in Formatter().parse(text)) for text in texts]
     return [*texts, *([hint.reasoning.instruction, hint.reasoning.transition] if hint.reasoning else [])]
 

@@ -265,7 +265,7 @@ def test_a_family_is_one_file_and_one_line(add: Callable[[str], ModuleType], tmp
     config = trained_once(tmp_path / "run", {"model": {"path": str(folder)}})
     assert check_model(config).family.name == "blockwise"
     says = refusal({"model": {"path": str(blocks)}})
-    assert says.startswith("method.contexts reveals later blocks, which a block-causal model never sees")
+    assert says.startswith("method.contexts reveals later blocks, to which a block-causal model cannot attend")
     (folder / "config.json").write_text(json.dumps({**written, "model_type": "blockwise_lm", "mlp_bias": True}))
     assert refusal({"model": {"path": str(folder)}}).endswith("loads blockwise checkpoints with False only")
 

@@ -174,6 +174,11 @@ class Hint(Part, Protocol):
         """The part of the data's reference that it needs: the worked solution or the final answer; None for neither."""
         ...
 
+    @property
+    def wording(self) -> str | None:
+        """The template of the teacher's prompt where other settings may choose it; None where `template` alone does."""
+        ...
+
     def lacks(self, task: Task, problem: Problem, key: str) -> str | None:
         """A clause on what the hint at config ``key`` needs and a problem does not have, and the remedy; None if all is
         there."""

@@ -106,6 +106,11 @@ class Prompt(Ranged, ContextDefaults, ABC):
         """None: the data's reference is not needed."""
         return None
 
+    @property
+    def wording(self) -> str | None:
+        """None: `template` is never left out."""
+        return None
+
     def lacks(self, task: Task, problem: Problem, key: str) -> str | None:
         """The part of the reference that `needs_reference` names, where the problem does not have it."""
         needed = self.needs_reference
