@@ -14,9 +14,13 @@ from torch import Tensor
 
 def make_key(*parts: int | str) -> int:
     """Hash ``parts`` (any integers and strings, in order) to a key in ``[0, 2**63)``."""
-    escaped = (str(part).replace("\\", "\\\\").replace("\x1f", "\\x1f") for part in parts)
-    text = "\x1f".join(f"{type(part).__name__}:{word}" for part, word in zip(parts, escaped, strict=True))
+    text = "\x1f".join([f"int:{part}" if type(part) is int else _escaped(part) for part in parts])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _escaped(part: int | str) -> str:
+    word = str(part).replace("\\", "\\\\").replace("\x1f", "\\x1f")
+    return f"{type(part).__name__}:{word}"
 
 
 def key_tensor(keys: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -139,6 +139,7 @@ def _interrupted(at: int) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.slow
 def test_a_claim_is_probed_tuned_and_run_with_fresh_seeds(finished: tuple[Laboratory, Path]) -> None:
     lab, folder = finished
     claim, records = lab.claims["trivial"], Records(folder / "results" / "trivial.json")
@@ -160,6 +161,7 @@ def test_a_claim_is_probed_tuned_and_run_with_fresh_seeds(finished: tuple[Labora
     assert verdict(claim.statements[0], claim, records) in ("reproduced", "not reproduced", "not reproduced, undecided")
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_measured_again(
     finished: tuple[Laboratory, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +178,7 @@ def test_when_the_minutes_are_over_the_rest_is_left_for_the_next_time(tmp_path: 
     assert not Records(tmp_path / "results" / "trivial.json").of("final", "sft")
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_on_counts_with_its_last_weights(
     finished: tuple[Laboratory, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +200,7 @@ def test_a_run_that_cannot_go_on_counts_with_its_last_weights(
     assert record.values["n"] == 4
 
 
+@pytest.mark.slow
 def test_the_tables_tell_the_numbers_of_the_data(finished: tuple[Laboratory, Path]) -> None:
     lab, folder = finished
     text = page.with_tables(f"head\n{page.START}\nold\n{page.END}\ntail\n", lab, folder / "results")

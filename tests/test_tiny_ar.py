@@ -80,6 +80,7 @@ def test_it_copies_a_final_answer_without_working_it_out(
     assert share([text == grid for text, grid in zip(complete(policy, prompts), grids, strict=True)]) > 0.98
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_sampled_by_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "tiny_ar", "--out", str(tmp_path), "eval.final_problems=32"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())

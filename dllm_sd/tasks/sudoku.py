@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count
 from typing import Any, ClassVar, Literal
 
@@ -223,20 +224,8 @@ class Sudoku(GeneratedTask):
         return Entry(row.number, puzzle, {"puzzle": puzzle, "solution": solution})
 
     def _generate_small(self, split: Split, index: int) -> Problem:
-        span = self.empties_max - self.empties_min + 1
-        empties = self.empties_min + make_key(self.seed, "sudoku", split, index) % span
-        for attempt in count():
-            draw = make_key(self.seed, "sudoku", split, index, attempt)  # one key for grid and empty cells
-            draw, number = divmod(draw, len(grids()))
-            solution = grids()[number]
-            puzzle, filled = list(solution), list(range(16))
-            for _ in range(empties):
-                draw, index_of_cell = divmod(draw, len(filled))
-                puzzle[filled.pop(index_of_cell)] = "0"
-            text = "".join(puzzle)
-            if completions(text).bit_count() == 1 and split_of(text) == split:
-                return Problem(f"sudoku/{split}/{index}", {"puzzle": text, "solution": solution})
-        raise AssertionError("count() does not end")
+        puzzle, solution = _small_puzzle(self.seed, self.empties_min, self.empties_max, split, index)
+        return Problem(f"sudoku/{split}/{index}", {"puzzle": puzzle, "solution": solution})
 
     def _generate_large(self, split: Split, index: int) -> Problem:
         span = self.empties_max - self.empties_min + 1
@@ -254,6 +243,24 @@ class Sudoku(GeneratedTask):
             if tried == _LARGE_ATTEMPTS:
                 break
         raise InputError(f"No 9x9 puzzle with {empties} empty cells was found; lower task.empties_max.")
+
+
+@lru_cache(maxsize=8192)  # the dev and test splits, which take tens of draws each, are asked for again and again
+def _small_puzzle(seed: int, empties_min: int, empties_max: int, split: Split, index: int) -> tuple[str, str]:
+    """The 4x4 puzzle ``index`` of a split with one solution, and that."""
+    empties = empties_min + make_key(seed, "sudoku", split, index) % (empties_max - empties_min + 1)
+    for attempt in count():
+        draw = make_key(seed, "sudoku", split, index, attempt)  # one key for grid and empty cells
+        draw, number = divmod(draw, len(grids()))
+        solution = grids()[number]
+        puzzle, filled = list(solution), list(range(16))
+        for _ in range(empties):
+            draw, index_of_cell = divmod(draw, len(filled))
+            puzzle[filled.pop(index_of_cell)] = "0"
+        text = "".join(puzzle)
+        if completions(text).bit_count() == 1 and split_of(text) == split:
+            return text, solution
+    raise AssertionError("count() does not end")
 
 
 def parse_grid(text: str, cells: int = 16) -> str | None:

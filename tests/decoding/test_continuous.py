@@ -191,6 +191,7 @@ def test_rows_that_give_their_pages_away_begin_anew_and_end_the_same(causal, mon
     assert restarted
 
 
+@pytest.mark.slow
 def test_passes_that_are_padded_and_warmed_up_as_for_cuda_graphs_change_nothing(causal, monkeypatch):
     made: Any = ModelRunner.__init__
     widths: list[tuple[int, int]] = []
@@ -254,6 +255,7 @@ def test_the_meter_counts_passes_and_busy_slots(causal, batch_size):
 # The network afterwards
 
 
+@pytest.mark.slow
 def test_logits_modes_and_settings_are_the_same_before_and_after(make):
     policy = make(lora=LORA)
     disturb(policy)

@@ -15,6 +15,7 @@ from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer
 from tests.engines.double import MODEL, Double
 from tests.engines.test_vllm import learnt, metrics, refuse, tree
+from tests.tiers import later
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ BEFORE_THE_LAST_EVALUATION = 2 + 4 + 4
 """The first evaluation, and two batches."""
 
 
-@pytest.mark.parametrize("count", [1, BEFORE_THE_LAST_EVALUATION + 1], ids=["the first", "the last"])
+@pytest.mark.parametrize("count", [BEFORE_THE_LAST_EVALUATION + 1, *later(1)], ids=["the last", "the first"])
 def test_servers_gone_in_an_evaluation_lose_neither_an_update_nor_a_completion(
     whole: list[dict[str, Any]], double: Double, tmp_path: Path, count: int
 ):
@@ -101,7 +102,7 @@ def test_an_evaluation_with_other_weights_stops_the_run_and_is_made_again(
     assert [line.get("engine/eval_logp_gap", 1.0) < 1e-4 for line in lines] == [True, False, True]
 
 
-@pytest.mark.parametrize("way", ["moved", "linked"])
+@pytest.mark.parametrize("way", ["moved", *later("linked")])
 def test_a_run_folder_that_is_found_elsewhere_keeps_its_completions(
     whole: list[dict[str, Any]], double: Double, tmp_path: Path, way: str
 ):
@@ -145,7 +146,7 @@ def test_a_run_that_is_forced_and_refused_keeps_its_completions(
     assert not journal.exists()
 
 
-@pytest.mark.parametrize("key", ["checked", "tolerance", "retries", "backoff", "timeout", "concurrency"])
+@pytest.mark.parametrize("key", ["tolerance", *later("checked", "retries", "backoff", "timeout", "concurrency")])
 def test_how_servers_are_asked_may_change_when_a_run_goes_on(double: Double, tmp_path: Path, key: str):
     stop_at(double, 1)
     with pytest.raises(Stopped, match="finished rollouts are kept"):

@@ -32,7 +32,7 @@ from dllm_sd.pretrained.blueprint import model_folder, read_blueprint
 from dllm_sd.pretrained.families import MARK
 from dllm_sd.pretrained.model import Lora, Model
 from tests.oracles.fixtures import checkpoints
-from tests.tiers import crossed
+from tests.tiers import crossed, later
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own use
 FOLDERS = {folder.name: folder for folder in checkpoints()}
@@ -434,7 +434,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "run"
 
 
-@pytest.mark.parametrize("to", ["peft", "merged", "original"])
+@pytest.mark.parametrize("to", ["merged", *later("peft", "original")])
 def test_a_run_is_exported_and_evaluated(to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "parent" / "out"
     assert main(["export", str(run), "--to", to, str(out)]) == 0

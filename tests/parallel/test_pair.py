@@ -1,7 +1,7 @@
 """Two processes in brief, without the launcher: they learn, evaluate, share weights and refuse as one process does.
 
-The same at length, as `accelerate launch` starts them, is in the second tier (`-m slow`): test_fsdp, test_nodes,
-test_refusing, test_zero, test_contract. Run as a script this file is both.
+At length, as `accelerate launch` starts them, the same is tested in test_fsdp, test_nodes, test_refusing, test_zero and
+test_contract. Run as a script this file is both processes.
 """
 
 import json
@@ -32,6 +32,7 @@ from tests import exact  # noqa: F401
 from tests.parallel.test_fsdp import BASE, EMA, ROOT, assert_same, config_of
 from tests.parallel.test_nodes import free_port
 
+pytestmark = pytest.mark.slow
 UPDATES = 2
 SHORT = {
     "decode": {"length": 16, "block_length": 8, "tokens_per_step": 4},

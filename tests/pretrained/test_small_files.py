@@ -78,9 +78,9 @@ def build(folder: Path) -> None:
 
 NATIVE = ("config.json", "generation_config.json", "tokenizer_config.json")
 FILES = [
-    *(pytest.param(ASSETS / "tiny", name, 5, id=f"tiny-{name}") for name in NATIVE),
+    *(pytest.param(ASSETS / "tiny", name, 13, id=f"tiny-{name}") for name in NATIVE),
     *(pytest.param(ASSETS / "tiny", name, 1, id=f"tiny-{name}-all", marks=pytest.mark.slow) for name in NATIVE),
-    *(pytest.param(ORIGINAL / name / "single", "config.json", 13, id=name) for name in FAMILIES),
+    *(pytest.param(ORIGINAL / name / "single", "config.json", 41, id=name) for name in FAMILIES),
     *(
         pytest.param(ORIGINAL / name / "single", file, 1, id=f"{name}-{file}-all", marks=pytest.mark.slow)
         for name in FAMILIES

@@ -12,7 +12,6 @@ from dllm_sd.config import build_config
 from dllm_sd.policies.weights import CheckpointWeights
 from dllm_sd.reports.memory import MemoryEstimate, estimate
 from dllm_sd.reports.tables import memory_table
-from tests.tiers import later
 from tools.check_memory import rows_of
 
 LLADA = {
@@ -159,7 +158,8 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("name", ["lora bfloat16, checkpointing", *later("full float32")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURED)
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(name, tmp_path: Path):
     for _, what, guess, truth in rows_of(name, {"model": MEASURED[name]}, "cpu", tmp_path):
         assert guess == pytest.approx(truth, rel=0.2), what

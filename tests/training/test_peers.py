@@ -500,6 +500,7 @@ def test_behind_a_shut_gate_a_student_learns_as_by_self_distillation_alone(confi
         assert equal(weights(students / name / last), weights(Path(alone.run) / last))
 
 
+@pytest.mark.slow
 def test_two_adapters_begin_with_what_other_runs_trained(config, moments, tmp_path):
     settings, starts = config(updates=1, rounds=1), []
     for seed in (1, 2):

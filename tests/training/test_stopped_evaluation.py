@@ -60,7 +60,7 @@ def failing(patch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: Exce
     return done
 
 
-FIRST = [("initial test", Stopped), ("probe 2", Stopped), ("eval 4", FloatingPointError)]
+FIRST = [("initial test", Stopped), ("eval 4", FloatingPointError)]
 EVERY = [(name, kind) for name in MEASURED for kind in (Stopped, FloatingPointError)]
 
 
@@ -128,6 +128,7 @@ def test_a_run_that_stops_again_and_again_in_evaluations_judges_each_once(
     assert_same_run_of(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_after_the_evaluation_was_made_up_for_goes_on(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

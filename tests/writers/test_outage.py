@@ -9,6 +9,7 @@ import pytest
 
 from dllm_sd.writers import Cache, Sampling, Server, Written
 from dllm_sd.writers.server import DOWN_AFTER
+from tests.tiers import later
 from tests.writers.service import BRIEF, FAULTS, Handler, Service, requests, slow, status, writer
 
 NAMES = "abcdefghij"
@@ -16,7 +17,7 @@ OUTAGES = ("slow", "dropped", "cut", "500", "503")
 ANSWERS = ("garbage", "invalid_utf8", "empty", "no_http", "429")
 
 
-@pytest.mark.parametrize("name", OUTAGES)
+@pytest.mark.parametrize("name", [*OUTAGES[1:], *later(OUTAGES[0])])
 def test_after_five_texts_in_a_row_the_rest_is_not_asked(service: Service, name: str):
     reason, fault = FAULTS[name]
     service.faults.update({text: [fault] * 2 for text in NAMES})
