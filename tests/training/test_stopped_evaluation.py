@@ -107,7 +107,7 @@ def test_a_run_that_stops_again_and_again_in_evaluations_judges_each_once(
     """Every measurement fails at its first try."""
     config = config_at(tmp_path / "run", **RUN)
     with monkeypatch.context() as patch:
-        tried: set[tuple[int, int]] = set()
+        tried: set[tuple[int, str]] = set()
         measures = {name: getattr(Trainer, name) for name in ("_accuracy", "_probe")}
 
         def once(name: str) -> Any:

@@ -13,6 +13,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.tasks.grids import worked_steps
 from dllm_sd.tasks.sources import Draws
 from dllm_sd.tasks.task import Problem, Split
+from dllm_sd.tasks.word_problems import WordProblems
 from tools.lab.makers import word_tokenizer
 
 TOOLS = Path(__file__).parents[1]
@@ -115,7 +116,7 @@ def half_wrong(bank: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_words(folder: Path) -> None:
     """A tokenizer of the words of word problems, one token a digit and a word."""
-    task = build_config({"task": {"name": "word_problems"}, "model": {"path": "tiny"}}).task
+    task = WordProblems()
     words = set(task.ALPHABET)
     for _, problem in zip(range(WORD_PROBLEMS), task.problems("train"), strict=False):
         words |= {word for field in ("question", "solution") for word in re.findall(WORD, problem.fields[field])}
