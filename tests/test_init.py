@@ -72,6 +72,7 @@ def test_a_model_that_is_not_here_is_known_by_its_shape(
 
 
 @pytest.mark.slow
+@pytest.mark.learns_nothing
 @pytest.mark.parametrize("model", ["tiny", "tiny_ar"])
 def test_what_init_writes_trains(model: str):
     assert main(["init", "--model", model, "--data", "own.jsonl"]) == 0

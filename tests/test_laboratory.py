@@ -1,6 +1,7 @@
 """The laboratory: every published method has a claim, claims are complete, runs resume, verdicts follow the data."""
 
 import json
+import time
 from collections.abc import Callable
 from math import inf, sqrt
 from pathlib import Path
@@ -12,7 +13,7 @@ import dllm_sd
 from dllm_sd.config import load_config
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.methods import METHODS
-from tools.lab import page
+from tools.lab import page, runner
 from tools.lab.bases import RECIPE, make_base
 from tools.lab.claims import BASE, Base, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
 from tools.lab.data import MAKERS, half_wrong, solutions
@@ -172,8 +173,11 @@ def test_what_is_measured_is_not_measured_again(
     assert (folder / "results" / "trivial.json").read_bytes() == before
 
 
-def test_when_the_minutes_are_over_the_rest_is_left_for_the_next_time(tmp_path: Path) -> None:
+def test_when_the_minutes_are_over_the_rest_is_left_for_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lab = laboratory(tmp_path)
+    monkeypatch.setattr(runner, "make_base", lambda *_: time.sleep(60))
     assert not Runner(lab, tmp_path / "work", tmp_path / "results").run(lab.claims, minutes=0.0005)
     assert not Records(tmp_path / "results" / "trivial.json").of("final", "sft")
 

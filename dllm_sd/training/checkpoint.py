@@ -169,6 +169,8 @@ def _build_state(tree: Mapping[str, Any], folder: Path) -> State:
             raise ValueError(f"update must be {int(folder.name)}, as the folder says, not {state.update}")
         if max(state.skipped, state.best_update) > state.update:
             raise ValueError(f"skipped and best_update cannot be above the {state.update} updates")
+        if state.unevaluated is not None and state.unevaluated.get("update") != state.update:
+            raise ValueError(f"unevaluated must hold the metrics of update {state.update}")
     except ValueError as error:
         raise damaged_checkpoint(folder / STATE, error) from error
     return state

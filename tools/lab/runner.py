@@ -20,7 +20,7 @@ import torch
 
 import dllm_sd
 from dllm_sd.config import Config, load_config
-from dllm_sd.errors import Stopped
+from dllm_sd.errors import InputError, Stopped
 from dllm_sd.methods import METHODS
 from dllm_sd.probing.opening import opened
 from dllm_sd.tasks.task import Split
@@ -56,7 +56,7 @@ class Runner:
             try:
                 for name, row in schedule(claims):
                     self._run_row(name, claims[name], row)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, InputError):  # an interrupt while a model is loaded ends as its error
                 if not over():
                     raise
                 return False
