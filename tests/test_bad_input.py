@@ -218,6 +218,7 @@ def test_what_the_model_cannot_do_is_refused(
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_block_causal_model_trains_with_a_suffix_of_the_active_block(train: Callable[..., int]):
     contexts = [{"name": "suffix", "scope": "active_block", "ratio": 0.5}]
     method = {"name": "d_opsd", "gate": "all", "contexts": contexts, "rollout": {"problems": 2, "attempts": 1}}
@@ -227,6 +228,7 @@ def test_a_block_causal_model_trains_with_a_suffix_of_the_active_block(train: Ca
     assert line["loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_from_left_to_right_trains_as_what_it_is_and_as_a_diffusion_model(
     refuse: Refuse, train: Callable[..., int], tmp_path: Path
 ):

@@ -17,6 +17,7 @@ from dllm_sd.losses.sites import TeacherTop
 from dllm_sd.policies.weights import BaseWeights, EmaWeights, PeerWeights
 from dllm_sd.rollouts.rules import PassAtK
 from dllm_sd.teachers import LaterStep, Suffix
+from tests.tiers import spread
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 TREE: dict[str, Any] = {
@@ -47,7 +48,7 @@ def test_a_shipped_config_says_how_it_is_run_and_whether_it_was_measured(file: P
     assert any("measured" in line.lower() or "not yet reproduced" in line.lower() for line in header)
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", spread(CONFIGS, 3), ids=lambda file: file.stem)
 def test_a_shipped_config_is_valid_and_comes_back_from_its_own_yaml(file: Path):
     config = load_config(str(file))
     assert build_config(yaml.safe_load(to_yaml(config))) == config
@@ -93,7 +94,7 @@ def test_every_shipped_config_is_found_by_name():
     assert set(shipped_configs()) == {file.stem for file in CONFIGS}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", spread(METHODS, 3))
 def test_every_named_method_comes_back_from_its_own_yaml(name: str):
     config = build(f"method={name}")
     assert config.method == METHODS[name].method

@@ -76,6 +76,7 @@ def test_training_from_python_is_training_from_the_command_line(own: Path, monke
     assert dllm_sd.train(config) == report
 
 
+@pytest.mark.slow
 def test_training_works_off_the_main_thread_and_in_another_precision(own: Path):
     reports: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: reports.append(dllm_sd.train(CONFIG, optim__autocast="bfloat16")))

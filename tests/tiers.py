@@ -11,6 +11,11 @@ def later(*cases: Any) -> list[Any]:
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
+def spread(cases: Iterable[Any], every: int) -> list[Any]:
+    """Cases of one kind, as parameters: one of ``every`` that many is in the first tier."""
+    return [pytest.param(case, marks=() if i % every == 0 else pytest.mark.slow) for i, case in enumerate(cases)]
+
+
 def crossed(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
     """All pairs of two lists, as parameters: in the first tier few that name each value once, else in the second."""
     rows, columns = [*rows], [*columns]

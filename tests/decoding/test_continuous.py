@@ -110,12 +110,14 @@ def test_the_number_of_slots_changes_nothing(causal, batch_size):
     same(in_turns(causal, replace(WARM, batch_size=batch_size)), causal.decode(PROMPTS, WARM, KEYS))
 
 
+@pytest.mark.slow
 def test_the_order_of_rows_changes_nothing(causal):
     order = [5, 0, 7, 2, 6, 1, 4, 3]
     ours = in_turns(causal, WARM, [PROMPTS[i] for i in order], [KEYS[i] for i in order])
     same(ours, causal.decode(PROMPTS, WARM, KEYS).select(torch.tensor(order)))
 
 
+@pytest.mark.slow
 def test_equal_prompts_share_nothing_but_the_prompt(causal):
     prompts, keys = [[4, 5, 6, 7] * 150] * 5, KEYS[:5]  # more than two pages, that transformers keeps once
     ours = in_turns(causal, replace(WARM, batch_size=2), prompts, keys)
@@ -147,6 +149,7 @@ def test_adapters_are_read_as_in_generate(make, merge_rollouts):
     assert not torch.equal(ours.tokens, bare.decode(PROMPTS, WARM, KEYS).tokens)
 
 
+@pytest.mark.slow
 def test_the_eager_attention_of_a_model_stays_its_own(make):
     policy = make(attention="eager", dtype="float32")
     same(in_turns(policy, WARM), policy.decode(PROMPTS, WARM, KEYS))
@@ -169,11 +172,13 @@ def test_autocast_reaches_the_thread_in_which_transformers_decodes(make):
     assert "forward" not in vars(policy.module.network)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_read_in_several_passes_changes_nothing(causal, monkeypatch):
     monkeypatch.setattr(continuous, "MAX_FORWARD_TOKENS", 11)
     same(in_turns(causal, replace(WARM, batch_size=4)), causal.decode(PROMPTS, WARM, KEYS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0.2, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_rows_that_give_their_pages_away_begin_anew_and_end_the_same(causal, monkeypatch, room):
     monkeypatch.setattr(continuous, "PAGE_TOKENS", 4)
@@ -337,6 +342,7 @@ def test_a_row_that_is_left_unfinished_is_an_error_here(causal, monkeypatch):
         in_turns(causal, replace(WARM, suppress=(END,)))
 
 
+@pytest.mark.slow
 def test_an_error_of_who_is_told_stops_the_thread(causal):
     def refuse(*_: Any) -> None:
         raise KeyError("told")
@@ -357,6 +363,7 @@ def test_a_model_that_transformers_does_not_take_is_refused(make, monkeypatch):
     assert policy.module.network.config._attn_implementation == "eager", "though nothing had started"
 
 
+@pytest.mark.slow
 def test_without_memory_for_all_rows_the_free_memory_is_taken(causal, monkeypatch):
     seen: list[Any] = []
     warmup = ContinuousBatchingManager.warmup

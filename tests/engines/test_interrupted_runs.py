@@ -102,7 +102,8 @@ def test_an_evaluation_with_other_weights_stops_the_run_and_is_made_again(
     assert [line.get("engine/eval_logp_gap", 1.0) < 1e-4 for line in lines] == [True, False, True]
 
 
-@pytest.mark.parametrize("way", ["moved", *later("linked")])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["moved", "linked"])
 def test_a_run_folder_that_is_found_elsewhere_keeps_its_completions(
     whole: list[dict[str, Any]], double: Double, tmp_path: Path, way: str
 ):

@@ -40,6 +40,7 @@ def plain(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("engine/retried", "engine/found")} for line in metrics(run)]
 
 
+@pytest.mark.slow
 def test_servers_work_while_the_trainer_learns_and_get_weights_only_when_they_rest(double: Double, tmp_path: Path):
     run = trainer(tmp_path / "run", double)
     step, complete, change = run.learner.step, double.complete, double.change

@@ -18,7 +18,6 @@ from dllm_sd.errors import InputError, Stopped
 from dllm_sd.experience.rollout_engine import RolloutEngine, check_servers, tolerance, weights_prefix
 from dllm_sd.training.trainer import Trainer
 from tests.engines.double import MODEL, Double, Handler
-from tests.tiers import later
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +153,8 @@ def drop(handler: Handler, body: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize("fault", [refuse(500), *later(refuse(429), drop)], ids=["500", "429", "dropped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [refuse(500), refuse(429), drop], ids=["500", "429", "dropped"])
 def test_a_passing_fault_changes_nothing(plain: Plain, double: Double, tmp_path: Path, fault: Any):
     double.faults = [fault] * 3
     faulty = train(tmp_path / "faulty", double.url)

@@ -174,6 +174,7 @@ BASIS = {"name": "subspace", "rank": 3, "calibration": 4}
 ADAPTED, CAUSAL = {"lora": {"rank": 2, "alpha": 8}}, {"as": "autoregressive"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "kind"),
     [("base", {}), *later((BASIS, ADAPTED), ("base", CAUSAL), ("base", ADAPTED), (BASIS, {}), (BASIS, CAUSAL))],

@@ -15,6 +15,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.files.plain_yaml import MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_VALUES, parse_yaml, read_yaml, write_yaml
 from dllm_sd.teachers import Suffix
 from dllm_sd.training.folder import read_run_config
+from tests.tiers import spread
 
 TREE: dict[str, Any] = {"task": {"name": "sudoku"}, "decode": {"length": 16, "block_length": 4}, "method": "d_opsd"}
 PIECES = [
@@ -116,7 +117,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", spread(HOSTILE, 3))
 def test_hostile_yaml_is_refused_in_one_short_sentence(name: str):
     text, message = HOSTILE[name]
     begin = monotonic()

@@ -40,7 +40,7 @@ from dllm_sd.pretrained.chat_templates import choose_template
 from dllm_sd.pretrained.families import LLADA_TEMPLATE
 from dllm_sd.pretrained.model import Model
 from dllm_sd.tasks.conversations import content_of
-from tests.tiers import crossed
+from tests.tiers import crossed, later
 
 ASSETS = Path(dllm_sd.__file__).parent / "assets"
 MESSAGES = [
@@ -304,7 +304,7 @@ def test_a_completion_survives_its_tokens_but_for_turn_marks(begins: str, templa
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "none"])
-@pytest.mark.parametrize("begins", ["nothing", "bos and eos by key"])
+@pytest.mark.parametrize("begins", ["nothing", *later("bos and eos by key")])
 def test_special_tokens_that_data_spells_are_text_and_end_no_turn(begins: str, template: str, tmp_path: Path):
     ours = Chat(made_tokenizer(begins, TEMPLATES[template], tmp_path), 1)
     for word in ("</s>", "<mask>", "<pad>", "<s>", "[user]", "[assistant]"):

@@ -119,6 +119,7 @@ def test_a_stream_says_piece_by_piece_what_the_whole_answer_says(server: Any):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, *later({"as_": "autoregressive"})], ids=["diffusion", "causal"])
 def test_a_long_stream_grows_while_it_is_decoded(make_policy: Callable[..., Any], options: dict[str, Any]):
     model = Model(random_init=True, tokenizer="tiny")

@@ -149,7 +149,8 @@ def damaged(folder: Path, adapter: Path, how: str) -> Path:
 HARM = ("not finite", "a tensor less", "a tensor more", "another shape", "no tensors", "half a file", "another kind")
 
 
-@pytest.mark.parametrize("kind", ["adapted", *later("plain")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapted", "plain"])
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     kind: str, request: pytest.FixtureRequest, adapters: list[Path], tmp_path: Path
 ):

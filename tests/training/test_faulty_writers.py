@@ -164,6 +164,7 @@ def passing(key: int, place: int, tries: int) -> str | None:
 
 
 @pairs(QUICK[1:2])
+@pytest.mark.slow
 def test_faults_that_pass_change_nothing_and_a_second_run_asks_for_nothing(
     pair: Pair, folder: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from dllm_sd.errors import InputError
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.folder import CONTENTS, RunFolder, read_report, read_run_config
 from dllm_sd.training.trainer import Trainer
-from tests.tiers import later, newest
+from tests.tiers import later, newest, spread
 
 TINY: dict[str, Any] = {
     "updates": 1,
@@ -329,7 +329,9 @@ def test_a_run_killed_before_its_first_config_stood_can_be_started(tmp_path: Pat
     assert number > 1
 
 
-@pytest.mark.parametrize("name", [*CONTENTS, "checkpoints/000001", "eval/sudoku/report.json", "students/one/tb"])
+@pytest.mark.parametrize(
+    "name", spread([*CONTENTS, "checkpoints/000001", "eval/sudoku/report.json", "students/one/tb"], 4)
+)
 @pytest.mark.parametrize("resume", ["auto", "fresh"])
 def test_links_out_of_the_folder_are_refused_and_not_followed(tmp_path: Path, name: str, resume: str):
     begin(tmp_path / "run")

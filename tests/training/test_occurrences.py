@@ -27,6 +27,7 @@ from dllm_sd.teachers.writing import Writing
 from dllm_sd.training.checkpoint import load_rollouts, rollout_tensors
 from dllm_sd.training.metrics import rollout_metrics, sample_entry
 from dllm_sd.writers import Request, Written
+from tests.tiers import spread
 
 SEED, BATCH, COUNT, ATTEMPTS = 5, 3, 6, 3
 DECODE = Decoding(length=12, block_length=4, tokens_per_step=2)
@@ -103,7 +104,7 @@ def taken_and_tried(rule: Any, policy: AnyPolicy, batch: int) -> tuple[list[Prom
     return taken, rule(policy, TASK, taken, DECODE, SEED, batch)
 
 
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name", spread(DECODED, 3))
 def test_every_rollout_of_a_batch_has_its_own_keys_group_and_hints(name: str, backbone: AnyPolicy):
     method, asked = DECODED[name], []
 

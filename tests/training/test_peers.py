@@ -407,8 +407,7 @@ def whole_weights(settings: Config) -> Config:
     ("kind", "freeze"),
     [
         ("lora", "round"),
-        ("full", "phase"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "phase"), ("full", "round"))),
+        *later(("lora", "phase"), ("full", "round"), ("full", "phase")),
     ],
 )
 def test_a_tutor_has_the_weights_of_the_rounds_start_or_of_the_phases(learnt, config, moments, kind, freeze):

@@ -25,7 +25,10 @@ def config(**keys: Any) -> Config:
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "lora"),
-    [*product(["float64", "float32", "bfloat16", "float16"], [None, "bfloat16"], LORAS)],
+    [
+        pytest.param(*case, marks=() if i % 5 == 0 else pytest.mark.slow)
+        for i, case in enumerate(product(["float64", "float32", "bfloat16", "float16"], [None, "bfloat16"], LORAS))
+    ],
 )
 def test_weights_that_lose_their_steps_are_refused_unless_asked_for(dtype, autocast, lora, name, pure):
     model = {"path": "tiny", "dtype": dtype, "lora": LORAS[lora]}

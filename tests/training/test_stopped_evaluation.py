@@ -161,6 +161,7 @@ def test_another_config_is_refused_where_only_the_initial_weights_were_saved(
         Trainer(config_at(tmp_path / "run", **RUN, seed=9))
 
 
+@pytest.mark.slow
 def test_an_update_that_stops_between_its_step_and_its_end_is_not_saved_as_the_one_before(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -147,7 +147,7 @@ def test_bfloat16_trains_to_finite_losses(tmp_path: Path, model: dict[str, Any])
     assert all(loss is not None and 0 < loss < 10 for loss in losses)
 
 
-@pytest.mark.parametrize("crash", [3, *(pytest.param(crash, marks=LONG) for crash in (1, 5))])
+@pytest.mark.parametrize("crash", [pytest.param(crash, marks=LONG) for crash in (1, 3, 5)])
 def test_a_crashed_run_goes_on_as_if_nothing_had_happened(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
 ) -> None:
