@@ -530,3 +530,13 @@ def test_a_context_whose_material_no_problem_has_is_refused(name: str, nested: b
 def test_the_words_of_a_template_are_read_also_where_it_is_left_out(given: str | None, said: str):
     (text,) = _literal_texts(Reference(template=given))
     assert text.endswith(said)
+
+
+@pytest.mark.parametrize("writer", [{"name": "server", "url": "http://127.0.0.1:9/v1", "model": "m"}, {"name": "base"}])
+def test_what_a_server_is_asked_is_not_read_by_the_tokenizer_of_the_run(writer: dict[str, Any]):
+    hint = {"name": "critique", "template": SLOTS, "prompt": "Correct {question}{truth}{trace}"}
+    method = {"name": "step_align", "contexts": [{**hint, "writing": {"writer": writer}}]}
+    config = build_config({"task": {"name": "sudoku"}, "model": RANDOM, "method": method})
+    (context,) = config.method.contexts
+    assert context.hint is not None
+    assert ("Correct " in _literal_texts(context.hint)) == (writer["name"] == "base")

@@ -21,6 +21,9 @@ TRACES_BYTES = 3_000_000
 Rows = list[tuple[str, Any, Any]]
 """Keys with their values in the run, and those that they are compared with."""
 
+UNREAD = {"prompts": "the prompts", "completions": "the references that it imitates", "hints": "the teachers' prompts"}
+"""The kinds of text whose unknown tokens a run counts, in words."""
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -89,7 +92,20 @@ class RunReport:
             sentences.append(f"The dev accuracy collapsed: at update {self.collapse} it is far below its best.")
         if left_out := in_words(report.get("left_out", {})):
             sentences.append(f"Left out: {', '.join(left_out)}.")
+        sentences += [_unread(kind, share) for kind in UNREAD if (share := self._most(f"rollouts/unknown_{kind}"))]
         return sentences
+
+    def _most(self, metric: str) -> float:
+        """The highest value of a metric; 0 where the run has none."""
+        return max((value for line in self.metrics if isinstance(value := line.get(metric), int | float)), default=0.0)
+
+
+def _unread(kind: str, share: float) -> str:
+    """The warning that a share of the tokens of a kind of text is the unknown token, which hides what stood there."""
+    return (
+        f"The model cannot read all of {UNREAD[kind]}: up to {max(100 * share, 0.1):.1f} % of their tokens are unknown "
+        f"to the tokenizer (rollouts/unknown_{kind})."
+    )
 
 
 def runs_in(folder: Path) -> list[Path]:

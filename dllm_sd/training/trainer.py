@@ -59,7 +59,7 @@ from dllm_sd.training.progress import Interrupt, Progress
 from dllm_sd.training.run_log import RunLog
 from dllm_sd.training.selection import add_loss, judge
 from dllm_sd.training.trackers import check_trackers
-from dllm_sd.training.unknown import Unknown
+from dllm_sd.training.unknown import Unknown, told_of
 from dllm_sd.trajectory import Trajectory
 
 
@@ -108,7 +108,7 @@ class Trainer:
         except BaseException:
             self.folder.release()
             raise
-        self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, unknown_tokens)
+        self.unknown = Unknown(self.policy.chat, config.method.rollout.decodes, told_of(config.method, unknown_tokens))
         notes = [*about_sources(config), *about_device(config, self.accelerator.device.type)]
         if self.main:
             for sentence in (*self.notes, *self.pipeline.notes, *notes):

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from dllm_sd.errors import shown
+from dllm_sd.methods.method import Method
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.rollouts.rollout import Rollouts
 
@@ -64,6 +65,11 @@ class Unknown:
             if lost := self.chat.lost(hint):
                 return f", such as {shown(lost[:20])} of the hint {shown(hint)}"
         return ""
+
+
+def told_of(method: Method, warnings: Collection[str]) -> set[str]:
+    """The kinds of text that ``warnings`` before the run say enough about: not of hints that are yet to be written."""
+    return {kind for kind in warnings if kind != "hints" or not method.writings}
 
 
 def _share(counts: Sequence[tuple[int, int]]) -> float:

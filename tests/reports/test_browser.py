@@ -280,6 +280,18 @@ def test_tokens_are_coloured_by_what_is_chosen(tmp_path: Path, show: Callable[..
     assert order[0] < order[-1]
 
 
+@pytest.mark.parametrize("spelled", [True, False])
+def test_a_hint_that_the_tokens_do_not_spell_is_shown_as_it_was_written(
+    spelled: bool, tmp_path: Path, show: Callable[..., Any]
+) -> None:
+    written, pieces = "<step_1>3</step_1>", {"1": "q", "2": "<step_1>3</step_1>" if spelled else "<unk>", "3": "three"}
+    entry = trace(1, prompt=[1], pieces=pieces, teachers=[{"prompt": [2, 1], "hint": written, "weight": 1.0}])
+    write_report([write_run(tmp_path / "run", traces=[entry])], tmp_path / "run.html")
+    page = show(tmp_path / "run.html")
+    assert page.locator(".teacher-prompt mark").inner_text() == pieces["2"]
+    assert page.locator(".written-hint").all_inner_texts() == ([] if spelled else [written])
+
+
 def test_text_of_a_model_does_no_harm(tmp_path: Path, show: Callable[..., Any]) -> None:
     pieces = {"1": HOSTILE, "2": HOSTILE, "3": "three"}
     hint = [{"prompt": [1, 2], "hint": HOSTILE, "weight": 1.0}]

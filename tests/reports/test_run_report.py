@@ -151,6 +151,17 @@ def test_text_of_data_is_never_a_part_of_the_page(tmp_path: Path) -> None:
     assert "</script><script>window" not in (tmp_path / "out.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("kind", ["prompts", "completions", "hints"])
+def test_a_report_warns_of_text_that_the_model_cannot_read(tmp_path: Path, kind: str) -> None:
+    lines = metrics(0.5, 0.6, 0.55)
+    shares = [{f"rollouts/unknown_{kind}": share} for share in (None, 0.71, 0.25)]
+    unread = [{**line, **share} for line, share in zip(lines, shares, strict=True)]
+    said = "up to 71.0 % of their tokens are unknown to the tokenizer"
+    for name, log, count in (("unread", unread, 1), ("read", [{**line, **shares[0]} for line in lines], 0)):
+        (run,) = read_runs([write_run(tmp_path / name, metrics=log)])
+        assert sum(said in warning and kind in warning for warning in run.warnings) == count
+
+
 def test_a_page_loads_nothing(tmp_path: Path) -> None:
     text = page(read_runs([write_run(tmp_path)]))
     elements = Elements(text).elements

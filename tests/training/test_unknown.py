@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_sd.methods import METHODS
 from dllm_sd.pretrained.blueprint import read_blueprint
 from dllm_sd.pretrained.chat import Chat
 from dllm_sd.pretrained.model import Model
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
 from dllm_sd.tasks.task import Grade, Problem
-from dllm_sd.training.unknown import Unknown
+from dllm_sd.training.unknown import Unknown, told_of
 
 UNKNOWN, ONE = 3, 5
 
@@ -58,3 +59,8 @@ def test_each_kind_is_said_once_with_an_example(chat: Chat, rollouts: Rollouts, 
     )
     unknown(rollouts, warn=True)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "told"), [("opsd", {"prompts", "hints"}), ("step_align", {"prompts"})])
+def test_what_is_said_before_a_run_does_not_hide_the_hints_that_are_written_in_it(name: str, told: set[str]):
+    assert told_of(METHODS[name].method, ("prompts", "hints")) == told

@@ -15,6 +15,7 @@ function short(value) {
 
 (function () {
   const several = DATA.runs.length > 1;
+  const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6].flatMap(power => [power, 2 * power, 5 * power]);  // there is no half an update
 
   /** The lines of a chart: one for each run and metric that the run has. */
   function linesOf(curve) {
@@ -84,7 +85,7 @@ function short(value) {
       legend: { live: true, markers: { width: 2, dash: (_, i) => i && series[i - 1].dash ? "dashed" : "solid" } },
       cursor: { y: false, drag: { x: true, y: false } },
       axes: [
-        { ...axis, label: "update", labelSize: 16, labelFont: "12px system-ui, sans-serif" },
+        { ...axis, incrs: WHOLE, label: "update", labelSize: 16, labelFont: "12px system-ui, sans-serif" },
         { ...axis, size: 58, values: (_, ticks) => ticks.map(tick => short(tick) + unit),
           ...(percent || !curve.unit ? {} : { label: curve.unit, labelSize: 16, labelFont: "12px system-ui, sans-serif" }) },
       ],

@@ -186,8 +186,15 @@
       const text = teacher.prompt.map(id => one.pieces[id]).join(""), [start, stop] = extra(one, teacher, text);
       return [element("div", { class: "part" }, `Prompt of ${teacherName(c)}; marked: what the student does not read`),
         element("div", { class: "tokens prompt teacher-prompt" }, text.slice(0, start),
-          element("mark", {}, text.slice(start, stop)), text.slice(stop))];
+          element("mark", {}, text.slice(start, stop)), text.slice(stop)), ...unreadHint(teacher, text)];
     });
+  }
+
+  /** The hint as it was written, where the tokens of the prompt do not spell it. */
+  function unreadHint(teacher, text) {
+    if (!teacher.hint || text.includes(teacher.hint)) return [];
+    return [element("div", { class: "part" }, "Its hint as it was written, which the prompt above does not hold word for word"),
+      element("div", { class: "tokens prompt written-hint" }, teacher.hint)];
   }
 
   /** Where the hint stands in a teacher's prompt; else what is left between the parts that both prompts share. */
@@ -278,7 +285,7 @@
     parts.panel.textContent = "";
     parts.panel.dataset.position = position;
     parts.panel.append(element("h3", {}, `${place}, ${where}`),
-      element("p", {}, "drawn token ", element("span", { class: "word drawn" }, piece(site.token))), numbers(site));
+      element("p", {}, "drawn token, bold below: ", element("span", { class: "word drawn" }, piece(site.token))), numbers(site));
     const names = ["student", ...site.teachers.map((_, c) => teacherName(c))];
     [site.student, ...site.teachers].forEach((one, i) => parts.panel.append(distribution(names[i], one, site.token, piece)));
     if (state.pinned === position) parts.panel.append(element("p", { class: "healthy" }, "Pinned; click the token again to let go."));
