@@ -73,14 +73,19 @@ class Double(ThreadingHTTPServer):
         self.blank = {name: value.clone() for name, value in self._adapter().items()}
         self.adapters: dict[str, dict[str, torch.Tensor]] = {}
         self.seen: list[tuple[str, Any]] = []
+        self.lock, self.released = Lock(), Event()
+        self.behave()
+        self.thread = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+
+    def behave(self) -> None:
+        """Serve as a server should, from now on."""
         self.faults: list[Fault] = []
         self.edit: Callable[[dict[str, Any]], Any] = lambda answer: answer
         """Changes every answer."""
         self.stale = self.deaf = False
         """Whether adapters are taken but not used; whether seeds are ignored."""
-        self.served, self.longest, self.lock, self.released = MODEL, 4096, Lock(), Event()
-        self.thread = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
+        self.served, self.longest = MODEL, 4096
 
     @property
     def url(self) -> str:

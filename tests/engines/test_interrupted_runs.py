@@ -1,7 +1,6 @@
 """Runs on servers that stop, move and go on: what was learnt and made is kept, and what is wrong is not."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,6 @@ from dllm_sd.training.trainer import Trainer
 from tests.engines.double import MODEL, Double
 from tests.engines.test_vllm import learnt, metrics, refuse, tree
 from tests.tiers import later
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Double]:
-    double = Double()
-    yield double
-    double.stop()
-
-
-@pytest.fixture
-def double(shared: Double) -> Iterator[Double]:
-    shared.seen.clear()
-    yield shared
-    shared.faults.clear()
-    shared.stale, shared.served, shared.edit = False, MODEL, lambda answer: answer
 
 
 @pytest.fixture(scope="module")

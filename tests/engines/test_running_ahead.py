@@ -1,7 +1,6 @@
 """Servers that make the next batch while one is learnt: beside learning, with whole weights, and without losing any."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,6 @@ from dllm_sd.errors import Stopped
 from dllm_sd.training.trainer import Trainer
 from tests.engines.double import Double
 from tests.engines.test_vllm import metrics, refuse, tree
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Double]:
-    double = Double()
-    yield double
-    double.stop()
-
-
-@pytest.fixture
-def double(shared: Double) -> Iterator[Double]:
-    shared.seen.clear()
-    yield shared
-    shared.faults.clear()
-    shared.stale, shared.edit = False, lambda answer: answer
 
 
 def trainer(run: Path, double: Double, **engine: Any) -> Trainer:

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +17,6 @@ from dllm_sd.errors import InputError, Stopped
 from dllm_sd.experience.rollout_engine import RolloutEngine, check_servers, tolerance, weights_prefix
 from dllm_sd.training.trainer import Trainer
 from tests.engines.double import MODEL, Double, Handler
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Double]:
-    double = Double()
-    yield double
-    double.stop()
 
 
 @dataclass
@@ -42,16 +34,6 @@ def plain(shared: Double, tmp_path_factory: pytest.TempPathFactory) -> Plain:
     run = tmp_path_factory.mktemp("plain") / "run"
     train(run, shared.url)
     return Plain(run, list(shared.seen), dict(shared.adapters))
-
-
-@pytest.fixture
-def double(shared: Double) -> Iterator[Double]:
-    shared.seen.clear()
-    yield shared
-    shared.faults.clear()
-    shared.stale = shared.deaf = False
-    shared.longest, shared.served = 4096, MODEL
-    shared.edit = lambda answer: answer
 
 
 def tree(run: Path, *urls: str, **engine: Any) -> dict[str, Any]:
