@@ -34,8 +34,8 @@ CONTENTS = (
     *(VERDICTS, CODE, CONFIG),
 )
 """Names that a run may write; the configuration marks the folder as a run and comes last."""
-REPLACED = {"fresh": CONTENTS, "force": ("engine", CONFIG)}
-"""What a run replaces that is begun with this `resume`; completions of servers may be those of other weights then."""
+COMPLETIONS = ("engine", CONFIG)
+"""What is replaced where completions of servers may be those of other weights than the run is going to have."""
 FORMER, DISCARDED = ".former_run", ".discarded_run"
 """What is replaced is moved to the first until the new run exists, then to the second until it is removed."""
 LEFT_OVER = {LOCK, f".{CONFIG}.partial", ".config.partial"}
@@ -54,7 +54,7 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         """Lock the folder and check that the run may start or resume there, without changing its content.
 
-        A replacement that was interrupted (`REPLACED`) is completed or undone first.
+        A replacement that was interrupted is completed or undone first.
 
         Raises:
             InputError: if the folder is in use, cannot be written, holds another configuration (unless `resume` allows
@@ -64,6 +64,7 @@ class RunFolder:
         self._stored = with_whole_paths(config)
         self._lock = FolderLock(self.run, "run folder", "give another run=...")
         self._before: dict[str, bytes | None] | None = None
+        self._replaced: Sequence[str] = {"fresh": CONTENTS, "force": COMPLETIONS}.get(config.resume, ())
         self._code = code_of(self._stored)
         self.notes: list[str] = on_main(self._claim)
         """Sentences on code of the user's own that has changed since the run began, and on a run that is extended."""
@@ -123,7 +124,11 @@ class RunFolder:
             raise InputError(f"run folder {str(run)!r} is not empty and does not hold a run; give another run=...")
         logs = [run / "metrics.jsonl", *run.glob("students/*/metrics.jsonl")]
         begun = any(file.exists() for file in logs) or bool(numbered_checkpoints(run))  # else nothing is worth keeping
-        if not begun or config.resume != "auto":
+        if config.resume != "auto":
+            return []
+        if not begun:
+            if former and _first_difference(former, to_tree(self._stored)) is not None:
+                self._replaced = COMPLETIONS
             return []
         extended = config.peers is None and isinstance(fewer := former.get("updates"), int) and fewer < config.updates
         known = {**former, "updates": config.updates} if extended else former
@@ -135,6 +140,7 @@ class RunFolder:
             )
         if not extended:
             return []
+        self._replaced = COMPLETIONS  # the learning rates of updates that are made again are others now
         decays = config.optim.schedule != "constant"
         schedule = f"; the learning rate now follows its {config.optim.schedule} schedule over all of them" * decays
         return [f"the run in {str(run)!r} gets {config.updates} updates instead of {fewer}{schedule}"]
@@ -147,8 +153,8 @@ class RunFolder:
             if CONFIG in before:
                 before[CONFIG] = (run / CONFIG).read_bytes()
             try:
-                if (names := REPLACED.get(self.config.resume)) is not None:
-                    _move(run, run / FORMER, names)
+                if self._replaced:
+                    _move(run, run / FORMER, self._replaced)
                 if self._code:
                     write_file(run / CODE, json.dumps(self._code, indent=1))
                 write_file(run / CONFIG, to_yaml(self._stored))
@@ -281,7 +287,7 @@ def _move(run: Path, former: Path, names: Sequence[str]) -> None:
 
 
 def _settle(run: Path) -> None:
-    """Finish a replacement of `REPLACED`: remove what was replaced if the new run exists, else move it back."""
+    """Finish a replacement: remove what was replaced if the new run exists, else move it back."""
     former, discarded = run / FORMER, run / DISCARDED
     if discarded.is_dir():
         shutil.rmtree(discarded)

@@ -108,6 +108,26 @@ def test_a_run_folder_that_is_found_elsewhere_keeps_its_completions(
     assert len(made) == len(set(made))
 
 
+@pytest.mark.slow
+def test_a_run_that_gets_more_updates_makes_the_completions_of_other_weights_again(double: Double, tmp_path: Path):
+    def run(name: str, updates: int) -> Trainer:
+        options = {"optim": {"lr": 0.05, "warmup": 0, "schedule": "linear"}, "checkpoint": {"every": 9}}
+        settings = tree(tmp_path / name, double.url, concurrency=1, retries=0, backoff=0.0)
+        return Trainer(build_config({**settings, **options, "updates": updates}))
+
+    run("whole", 4).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_write", lambda *_, **__: None)  # killed: nothing is saved beside the completions
+        stop_at(double, 2 + 4 + 4 + 1)
+        with pytest.raises(Stopped, match="finished rollouts are kept"):
+            run("run", 3).train()
+    double.faults, double.edit = [], lambda answer: answer
+    assert (tmp_path / "run" / "engine" / "rollouts.0.jsonl").stat().st_size
+    run("run", 4).train()
+    assert learnt(metrics(tmp_path / "run")) == learnt(metrics(tmp_path / "whole"))
+    assert all(line["engine/found"] == 0 for line in metrics(tmp_path / "run")[1:])
+
+
 def test_a_run_that_is_forced_and_refused_keeps_its_completions(
     double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -137,7 +157,8 @@ def test_how_servers_are_asked_may_change_when_a_run_goes_on(double: Double, tmp
     with pytest.raises(Stopped, match="finished rollouts are kept"):
         trainer_of(tmp_path / "run", double).train()
     double.faults = []
-    assert trainer_of(tmp_path / "run", double, **{key: 7}).resumed
+    changed: dict[str, Any] = {key: 7}
+    assert trainer_of(tmp_path / "run", double, **changed).resumed
 
 
 def test_a_completion_that_another_process_made_is_found(double: Double, tmp_path: Path):

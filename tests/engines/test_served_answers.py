@@ -75,7 +75,7 @@ def case_of(policy: AnyPolicy) -> Case:
     return request, {**trajectory_to_json(unended[0]), "model": "m"}, engine
 
 
-@pytest.fixture(scope="module", params=MODEL, ids=MODEL.values())
+@pytest.fixture(scope="module", params=MODEL, ids=[*MODEL.values()])
 def case(request: pytest.FixtureRequest) -> Case:
     return case_of(load_policy(request.param))
 
