@@ -144,7 +144,9 @@ def _whole(value: Any, hint: Any = None) -> Any:
         return replace(value, **changed) if changed else value
     if isinstance(value, tuple):
         return tuple(_whole(item, get_args(hint)[0] if get_args(hint) else None) for item in value)
-    marks = [mark for kind in (hint, *get_args(hint)) for mark in get_args(kind)] if isinstance(value, str) else []
+    if not isinstance(value, str):
+        return value
+    marks = [mark for kind in (hint, *get_args(hint)) for mark in get_args(kind)]
     return whole_path(value) if PLACE in marks or (FUNCTION in marks and ".py:" in value) else value
 
 

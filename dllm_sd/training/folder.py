@@ -130,7 +130,8 @@ class RunFolder:
             if former and _first_difference(former, to_tree(self._stored)) is not None:
                 self._replaced = COMPLETIONS
             return []
-        extended = config.peers is None and isinstance(fewer := former.get("updates"), int) and fewer < config.updates
+        fewer = former.get("updates")
+        extended = config.peers is None and isinstance(fewer, int) and fewer < config.updates
         known = {**former, "updates": config.updates} if extended else former
         key = _first_difference(known, to_tree(self._stored))
         if key is not None:
