@@ -45,6 +45,10 @@ class _Server:
         """Whether others get its requests."""
         return self.failed >= FAILURES_UNTIL_DOWN
 
+    def take(self, weights: str) -> None:
+        """Note that it has loaded weights, and so is up."""
+        self.weights, self.failed, self.asked = weights, 0, 0
+
 
 class Servers:
     """The servers of one engine; safe to use from several threads."""
@@ -133,7 +137,7 @@ class Servers:
         self._load = (name, folder, adapter)
         for server, took in zip(self._servers, taken, strict=True):
             if took:
-                server.weights, server.failed, server.asked = name, 0, 0
+                server.take(name)
             else:
                 self._leave(server)
 
@@ -242,9 +246,8 @@ class Servers:
             due = [server for server in down if server.ask_at <= monotonic()] if len(down) < len(self._servers) else []
             for server in due:
                 server.ask_at = monotonic() + 2 * LONGEST_QUESTION  # only one thread asks
-        client = replace(self._client, timeout=min(self.engine.timeout, LONGEST_QUESTION))
         for server in due:
-            reply = client.send(self.engine.path(server.url, "/v1/models"))
+            reply = self._ask_models(server)
             with self._lock:
                 if reply.failure is not None:
                     self._wait(server)
@@ -266,7 +269,7 @@ class Servers:
             return reply
         former = server.weights
         with self._lock:
-            server.weights, server.failed, server.asked = name, 0, 0  # it is up
+            server.take(name)
         if former not in (None, name) and (forgotten := self.engine.unload(str(former), adapter)) is not None:
             self._post(server, *forgotten)
         return Reply()
@@ -275,8 +278,12 @@ class Servers:
         """Whether a server did not load weights because it has them, by another process or before a lost answer."""
         if b"already been loaded" in reply.content:
             return True
+        return name in _models(self._ask_models(server).content)
+
+    def _ask_models(self, server: _Server) -> Reply:
+        """What a server says of its models, if it does soon."""
         client = replace(self._client, timeout=min(self.engine.timeout, LONGEST_QUESTION))
-        return name in _models(client.send(self.engine.path(server.url, "/v1/models")).content)
+        return client.send(self.engine.path(server.url, "/v1/models"))
 
     def _post(self, server: _Server, route: str, tree: Mapping[str, Any]) -> Reply:
         reply = self._client.send(self.engine.path(server.url, route), json.dumps(tree).encode())
