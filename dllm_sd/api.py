@@ -50,7 +50,7 @@ def train(
         resolved = build_config(apply_overrides(config, texts))
     if PartialState().num_processes == 1:
         AcceleratorState._reset_state()  # a former run of this process may have had another precision
-    reports = peers.train(resolved)
+    reports = peers.train_config(resolved)
     if PartialState().is_main_process:
         for folder in dict.fromkeys([*reports, Path(resolved.run)]):
             write_report([folder], folder / REPORT_PAGE)

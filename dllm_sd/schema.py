@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from dllm_sd.config import Config
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.methods import METHODS
-from dllm_sd.methods.differences import brief
+from dllm_sd.methods.differences import abridged
 from dllm_sd.methods.method import Method
 from dllm_sd.parts import key_of
 from dllm_sd.pretrained.families import CAUSAL, FAMILIES
@@ -135,7 +135,7 @@ class _Schema:
         default = f.default if f.default is not MISSING else f.default_factory()  # pyright: ignore[reportCallIssue]
         if is_dataclass(default) and not parts:
             return node  # each of its keys has its own
-        return {**node, "default": brief(default, parts)}
+        return {**node, "default": abridged(default, parts)}
 
     def _slot(self, f: Field[Any], hint: Any, table: Mapping[str, type]) -> dict[str, Any]:
         one = {"$ref": f"#/definitions/{self._table(f.name, table)}"}

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,21 @@ def test_a_file_is_named_after_its_concept_and_stays_short():
     assert [str(file) for file in FILES if file.stem in vague] == []
     lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_no_two_modules_give_one_name_to_different_things():
+    """Functions, classes and type aliases; each module of a command has `add` or `run`, each program `main`."""
+    where: dict[str, list[str]] = {}
+    for name, tree in modules().items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                where.setdefault(node.name, []).append(name)
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                alias = node.targets[0].id
+                if re.fullmatch(r"[A-Z]\w*[a-z]\w*", alias):
+                    where.setdefault(alias, []).append(name)
+    shared = {name: where for name, where in where.items() if len(where) > 1 and not name.startswith("_")}
+    assert shared.keys() <= {"add", "run", "main"}, shared
 
 
 def test_functions_stay_short():

@@ -20,7 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dllm_sd.arguments import COMMANDS
 from dllm_sd.arguments.listing import KINDS
-from dllm_sd.cli.evaluate import default_folder, refuse_other_model
+from dllm_sd.cli.evaluate import evaluation_folder, refuse_other_model
 from dllm_sd.cli.main import main, parser
 from dllm_sd.cli.sample import END, _frame, _status
 from dllm_sd.config import load_config, to_tree
@@ -185,10 +185,10 @@ def test_eval_of_a_model_writes_to_a_folder_of_its_own(tmp_path: Path, monkeypat
 
 def test_two_models_have_two_folders_and_none_replaces_the_results_of_another(tmp_path: Path):
     models = ("tiny", "Qwen/Qwen3-4B", "runs/a/merged", "/data/runs/a/merged", "b/merged")
-    folders = [default_folder(model, None, "sudoku") for model in models]
+    folders = [evaluation_folder(model, None, "sudoku") for model in models]
     assert folders[:3] == [Path("eval", name, "sudoku") for name in ("tiny", "Qwen-Qwen3-4B", "runs-a-merged")]
     assert len(set(folders)) == len(models)
-    assert default_folder("tiny", "runs/a/peft", "sudoku") == Path("eval", "tiny+runs-a-peft", "sudoku")
+    assert evaluation_folder("tiny", "runs/a/peft", "sudoku") == Path("eval", "tiny+runs-a-peft", "sudoku")
     refuse_other_model(tmp_path, "a-b")
     begin(tmp_path, {"evaluated": "a/b"})
     refuse_other_model(tmp_path, "a/b")

@@ -110,7 +110,9 @@ def test_the_code_on_the_pages_runs(page: str):
 
 def test_the_methods_on_the_page_are_configs(own: Path, monkeypatch: pytest.MonkeyPatch):
     trained: list[Any] = []
-    monkeypatch.setattr(dllm_sd.api.peers, "train", lambda config: trained.append(config) or {Path(config.run): {}})
+    monkeypatch.setattr(
+        dllm_sd.api.peers, "train_config", lambda config: trained.append(config) or {Path(config.run): {}}
+    )
     monkeypatch.setattr(dllm_sd.api, "write_report", lambda folders, out: None)
     monkeypatch.setitem(dllm_sd.METHODS, "half", dllm_sd.METHODS["d_opsd"])  # taken out again
     first, second = blocks(README.parent / "docs" / "python.md", "py")

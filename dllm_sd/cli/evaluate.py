@@ -18,7 +18,7 @@ from dllm_sd.reports.tables import print_evaluation
 from dllm_sd.tasks.sources import about_tests
 
 
-def default_folder(model: str, adapter: str | None, task: str) -> Path:
+def evaluation_folder(model: str, adapter: str | None, task: str) -> Path:
     """The folder of an evaluation: in the run folder of a run, else one of the model's name in the current folder."""
     if is_run(model):
         return Path(model, "eval", task)
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     config, policy, weights = load(options.model, overrides, options.task, options.adapter, refuse=test_problems)
     tree = to_tree(config)
     task = tree["task"]["name"]
-    out = Path(options.out or default_folder(options.model, options.adapter, task))
+    out = Path(options.out or evaluation_folder(options.model, options.adapter, task))
     if not is_run(options.model):
         refuse_other_model(out, options.model)
     settings = {key: tree[key] for key in ("model", "task", "decode", "eval", "optim", "seed", "max_prompt")}

@@ -13,7 +13,7 @@ from rich.table import Table
 from dllm_sd.config import apply_overrides, build_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import in_percent
-from dllm_sd.evaluation.generations import default_folder, grade_file
+from dllm_sd.evaluation.generations import grade_file, grades_folder
 from dllm_sd.tasks import TASKS
 
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     report = grade_file(
         path,
         config.task,
-        folder := Path(options.out) if options.out else default_folder(path),
+        folder := Path(options.out) if options.out else grades_folder(path),
         name=options.task,
         mode=tree.get("mode", "default"),
         settings={"file": options.file, "task": tree},

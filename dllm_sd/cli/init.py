@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         method = _asked("method", "dllm-sd list methods prints all", method)
         _check_method(method)
     text = Starter(str(out), out.stem, model, data, rows, columns, blueprint, weights, method).text()
-    check(text)
+    check_trainable(text)
     write_file(out, text)
     print(f"{out} trains {method} on {columns.rows} rows, graded by {columns.grader}; begin with: dllm-sd train {out}")
     return 0
@@ -93,7 +93,7 @@ def _blueprint(model: Model) -> Blueprint:
         return known
 
 
-def check(text: str) -> None:
+def check_trainable(text: str) -> None:
     """Refuse a config that `train` would refuse."""
     config = build_config(parse_yaml(text, "the config"))
     if any(weights.of_another_run or weights.other_model(config.model) for weights in config.method.models()):

@@ -13,7 +13,7 @@ from rich.table import Table
 from dllm_sd.config_files import shipped_configs
 from dllm_sd.keys import read_schema
 
-Row = dict[str, str]
+ListRow = dict[str, str]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,16 +30,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _methods() -> Iterator[Row]:
+def _methods() -> Iterator[ListRow]:
     for name, row in read_schema()["methods"].items():
         yield {"name": name, "source": row["source"], "what": row["note"]}
 
 
-def _tasks() -> Iterator[Row]:
+def _tasks() -> Iterator[ListRow]:
     yield from ({"name": row["name"], "what": row["what"]} for row in _parts() if row["slot"] == "task")
 
 
-def _configs() -> Iterator[Row]:
+def _configs() -> Iterator[ListRow]:
     for name, path in shipped_configs().items():
         yield {"name": name, "what": " ".join(_head(path)[1:2]), "command": _head(path)[0]}
 
@@ -50,7 +50,7 @@ def _head(path: Path) -> list[str]:
     return [line.removeprefix("# ") for line in lines if line.startswith("# ")]
 
 
-def _parts() -> Iterator[Row]:
+def _parts() -> Iterator[ListRow]:
     for name, node in read_schema()["definitions"].items():
         if not name.startswith("part of "):
             continue
@@ -61,12 +61,12 @@ def _parts() -> Iterator[Row]:
             yield {"slot": name.removeprefix("part of "), "name": part, "what": definition["description"]}
 
 
-def _families() -> Iterator[Row]:
+def _families() -> Iterator[ListRow]:
     for name, family in read_schema()["families"].items():
         yield {"name": name, "checkpoints": family["checkpoints"], "model_type": ", ".join(family["model_types"])}
 
 
-_LISTS: Mapping[str, Callable[[], Iterator[Row]]] = {
+_LISTS: Mapping[str, Callable[[], Iterator[ListRow]]] = {
     "methods": _methods,
     "tasks": _tasks,
     "configs": _configs,

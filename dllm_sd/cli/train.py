@@ -9,7 +9,7 @@ from dllm_sd.cli.run_or_model import quiet_libraries, warn
 from dllm_sd.config import load_config
 from dllm_sd.reports.report_page import REPORT_PAGE, write_report
 from dllm_sd.reports.tables import print_training
-from dllm_sd.training.peers import train
+from dllm_sd.training.peers import train_config
 
 NOT_LEARNT = 3
 """Exit status of a run that finished, but learnt nothing or collapsed."""
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     """
     quiet_libraries()
     config = load_config(options.config, options.overrides, warn)
-    reports = train(config)
+    reports = train_config(config)
     if PartialState().is_main_process:
         for folder, report in reports.items():
             print_training(report, folder)

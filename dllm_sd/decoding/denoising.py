@@ -17,7 +17,7 @@ from dllm_sd.decoding.decoder import Watch
 from dllm_sd.decoding.queue import Job, Queue
 from dllm_sd.decoding.sampling import banned_ids, draw
 from dllm_sd.decoding.settings import Decoding, Meter
-from dllm_sd.decoding.slots import CanvasLayout, Group, Slots
+from dllm_sd.decoding.slots import CanvasLayout, SlotGroup, Slots
 from dllm_sd.errors import InputError
 from dllm_sd.losses.sites import rank_descending
 from dllm_sd.network.merging import inference
@@ -193,11 +193,11 @@ class _Stepper:
         if self.cache is not None:
             self.cache.begin(begun)
 
-    def width(self, group: Group) -> int:
+    def width(self, group: SlotGroup) -> int:
         """Return how many positions per row one forward pass reads."""
         return self.settings.block_length if self.cache is not None else group.prompt + self.settings.length
 
-    def __call__(self, group: Group) -> None:
+    def __call__(self, group: SlotGroup) -> None:
         """Propose a token for every masked site of the active blocks, choose sites by score, and commit them."""
         slots, rows, length = self.slots, group.slots, self.settings.length
         place = (slots.block[rows] * self.settings.block_length - slots.prompt_tail[rows])[:, None] + self.place
@@ -214,7 +214,7 @@ class _Stepper:
             commit = masked & ((rank == 0) | (score.exp() >= self.settings.threshold))
         slots.commit(group, columns, commit, proposal.token, proposal.logp, masked & ~commit)
 
-    def _propose(self, group: Group, place: Tensor, columns: Tensor, masked: Tensor) -> Proposal:
+    def _propose(self, group: SlotGroup, place: Tensor, columns: Tensor, masked: Tensor) -> Proposal:
         """Return a `Proposal` of shape ``[n i]``, as ``columns``; entries outside ``masked`` have no meaning."""
         slots, rows = self.slots, group.slots
         keys = fold(slots.keys[rows], slots.step[rows])[:, None]
@@ -232,7 +232,7 @@ class _Stepper:
                 return Proposal(proposal.token, -place.float(), proposal.logp)
         return proposal
 
-    def _read(self, group: Group, columns: Tensor, masked: Tensor, u: Tensor) -> Proposal:
+    def _read(self, group: SlotGroup, columns: Tensor, masked: Tensor, u: Tensor) -> Proposal:
         """Run the network and return its proposals ``[m]``."""
         slots, rows, length = self.slots, group.slots, self.settings.length
         tokens = slots.tokens[rows, :-1]

@@ -35,7 +35,7 @@ class CanvasLayout:
 
 
 @dataclass(frozen=True)
-class Group:
+class SlotGroup:
     """Slots that one forward pass reads together."""
 
     slots: Tensor
@@ -108,7 +108,7 @@ class Slots:
                 self.reveal_step[slot, :-1] = torch.where(given == NEVER, NEVER, 0)
         return slots
 
-    def groups(self, static_shapes: bool, remembered: bool = False) -> list[Group]:
+    def groups(self, static_shapes: bool, remembered: bool = False) -> list[SlotGroup]:
         """Group the taken slots by prompt length; each group is one forward pass.
 
         Args:
@@ -119,15 +119,17 @@ class Slots:
         if static_shapes:
             rows = min(len(self.jobs), 1 << max(0, len(taken) - 1).bit_length())
             chosen = (taken + self.vacant)[:rows]
-            return [Group(torch.tensor(chosen, device=self.device), self.prompt_ids.shape[1])] if taken else []
+            return [SlotGroup(torch.tensor(chosen, device=self.device), self.prompt_ids.shape[1])] if taken else []
         sizes = {slot: len(job.prompt) for slot, job in enumerate(self.jobs) if job is not None}
         order = sorted(taken, key=lambda slot: -sizes[slot])
         budget = POSITIONS_PER_FORWARD.get(self.device.type, POSITIONS_PER_FORWARD_ELSEWHERE)
         read = [self.settings.block_length if remembered else sizes[x] + self.settings.length for x in order]
         ranges = split_by_budget(read, budget)
-        return [Group(torch.tensor(order[a:b], device=self.device), sizes[order[a]]) for a, b in ranges]
+        return [SlotGroup(torch.tensor(order[a:b], device=self.device), sizes[order[a]]) for a, b in ranges]
 
-    def commit(self, group: Group, columns: Tensor, commit: Tensor, token: Tensor, logp: Tensor, still: Tensor) -> None:
+    def commit(
+        self, group: SlotGroup, columns: Tensor, commit: Tensor, token: Tensor, logp: Tensor, still: Tensor
+    ) -> None:
         """Commit the tokens of one step, and advance each row.
 
         Args:

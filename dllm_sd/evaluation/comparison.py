@@ -16,7 +16,7 @@ from dllm_sd.randomness import fold, key_tensor, make_key, uniform
 
 _BATCH = 2**22  # numbers drawn at a time
 
-Verdicts = Mapping[str, Sequence[bool]]
+AttemptVerdicts = Mapping[str, Sequence[bool]]
 """Whether each attempt was correct, by the id of its problem."""
 
 
@@ -50,7 +50,7 @@ class Comparison:
     alone_b: int
 
 
-def compare(a: Verdicts, b: Verdicts, *, seed: int = 0, resamples: int = 10_000) -> Comparison:
+def compare(a: AttemptVerdicts, b: AttemptVerdicts, *, seed: int = 0, resamples: int = 10_000) -> Comparison:
     """Compare two evaluations problem by problem; the result depends on verdicts and ``seed``, not on their order.
 
     Raises:
@@ -181,5 +181,5 @@ def _share(correct: Sequence[bool]) -> float:
     return sum(correct) / len(correct)
 
 
-def _some(verdicts: Verdicts) -> str:
+def _some(verdicts: AttemptVerdicts) -> str:
     return next((repr(problem) for problem in verdicts), "nothing")

@@ -221,7 +221,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def default_folder(path: Path) -> Path:
+def grades_folder(path: Path) -> Path:
     """Return the folder for the grades of a file: beside it, ``runs/a.jsonl.gz`` to ``runs/a_graded``."""
     path = path.absolute() if not path.name else path
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + "_graded")

@@ -61,20 +61,20 @@ def _change(former: Any, now: Any, key: str, table: Mapping[str, type] | None) -
     elif is_dataclass(now) and type(now) is type(former):
         yield from _changes(former, now, f"{key}.")
     else:
-        yield Change(key, brief(former, table), brief(now, table))
+        yield Change(key, abridged(former, table), abridged(now, table))
 
 
-def brief(value: Any, table: Mapping[str, type] | None) -> Any:
+def abridged(value: Any, table: Mapping[str, type] | None) -> Any:
     """The plain tree of a value; of a part its name and the settings that are not the part's defaults."""
     if isinstance(value, tuple) and table is not None:
-        return [brief(item, table) for item in value]
+        return [abridged(item, table) for item in value]
     if not is_dataclass(value):
         return to_tree(value, table)
     tree, kept = to_tree(value, table), {}
     for f in fields(value):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if (held := getattr(value, f.name)) != default:
-            kept[key_of(f)] = brief(held, f.metadata.get("parts"))
+            kept[key_of(f)] = abridged(held, f.metadata.get("parts"))
     return {"name": tree["name"], **kept} if table is not None else kept
 
 

@@ -23,7 +23,7 @@ from dllm_sd.pretrained.small_files import (
     find_file,
     is_whole,
     model_folder,
-    read_config,
+    read_model_config,
     read_small_file,
 )
 
@@ -175,7 +175,7 @@ def _read_config(path: str) -> dict[str, Any]:
             f"{path!r} (model.path) holds an adapter_config.json; name the model itself, and give the adapter with "
             "--adapter or as model.lora.start"
         )
-    written = read_config(file)
+    written = read_model_config(file)
     if written.get("model_type") is None:
         raise InputError(f"{file} names no model_type; restore the checkpoint's config.json")
     return written

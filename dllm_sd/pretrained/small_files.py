@@ -56,7 +56,7 @@ def brief(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """The values that a key may have, as a description and as a test; null counts as an absent key."""
 
     words: str
@@ -72,51 +72,53 @@ def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(fits, value))
 
 
-_NAME = Kind("text of at most 200 characters", lambda value: isinstance(value, str) and len(value) <= 200)
-_SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-_SIZE = Kind("a whole number from 1 to 2^31", lambda value: is_whole(value, 1, 2**31))
-_TOKEN = Kind("a token's number", is_whole)
-_TOKENS = Kind("a token's number or a list of them", lambda value: is_whole(value) or _is_list(value, is_whole))
-_POSITIVE = Kind(
+_NAME = ValueKind("text of at most 200 characters", lambda value: isinstance(value, str) and len(value) <= 200)
+_SWITCH = ValueKind("true or false", lambda value: isinstance(value, bool))
+_SIZE = ValueKind("a whole number from 1 to 2^31", lambda value: is_whole(value, 1, 2**31))
+_TOKEN = ValueKind("a token's number", is_whole)
+_TOKENS = ValueKind("a token's number or a list of them", lambda value: is_whole(value) or _is_list(value, is_whole))
+_POSITIVE = ValueKind(
     "a number above 0", lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 )
-_SPECIAL = Kind("a token", lambda value: isinstance(value, str | dict))
-_ENDS: dict[str, Kind] = {"bos_token_id": _TOKENS, "eos_token_id": _TOKENS, "pad_token_id": _TOKEN}
+_SPECIAL = ValueKind("a token", lambda value: isinstance(value, str | dict))
+_ENDS: dict[str, ValueKind] = {"bos_token_id": _TOKENS, "eos_token_id": _TOKENS, "pad_token_id": _TOKEN}
 _LLADA_SIZES = ("embedding_size", "d_model", "n_heads", "n_kv_heads", "mlp_hidden_size", "max_sequence_length")
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("max_position_embeddings", "moe_intermediate_size"),
 )
 
-CONFIG: dict[str, Kind] = {
+CONFIG: dict[str, ValueKind] = {
     "model_type": _NAME,
     **dict.fromkeys((*_LLADA_SIZES, *_SIZES), _SIZE),
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "mlp_ratio", "partial_rotary_factor"), _POSITIVE),
     **dict.fromkeys(("is_causal", "tie_word_embeddings", "weight_tying", "multi_query_attention"), _SWITCH),
     **_ENDS,
     "mask_token_id": _TOKEN,
-    "block_size": Kind("a whole number", is_whole),
-    "transformers_weights": Kind("left out, since weights are read from model.safetensors", lambda value: False),
+    "block_size": ValueKind("a whole number", is_whole),
+    "transformers_weights": ValueKind("left out, since weights are read from model.safetensors", lambda value: False),
     f"{MARK}.block_length": _SIZE,
     f"{MARK}.thinking": _SWITCH,
-    f"{MARK}.end_ids": Kind("a list of tokens' numbers", lambda value: _is_list(value, is_whole)),
+    f"{MARK}.end_ids": ValueKind("a list of tokens' numbers", lambda value: _is_list(value, is_whole)),
 }
 """Keys of config.json."""
 GENERATION = _ENDS
 """Keys of generation_config.json."""
-TOKENIZER: dict[str, Kind] = {
+TOKENIZER: dict[str, ValueKind] = {
     **dict.fromkeys(("eos_token", "bos_token", "pad_token", "mask_token", "unk_token"), _SPECIAL),
-    "chat_template": Kind("text, or a list of templates", lambda value: isinstance(value, str | list | dict)),
-    "added_tokens_decoder": Kind("an object", lambda value: isinstance(value, dict)),
+    "chat_template": ValueKind("text, or a list of templates", lambda value: isinstance(value, str | list | dict)),
+    "added_tokens_decoder": ValueKind("an object", lambda value: isinstance(value, dict)),
     "tokenizer_class": _NAME,
 }
 """Keys of tokenizer_config.json."""
-ADAPTER: dict[str, Kind] = {"r": Kind("a whole number from 1 to 65536", lambda value: is_whole(value, 1, 2**16))}
+ADAPTER: dict[str, ValueKind] = {
+    "r": ValueKind("a whole number from 1 to 65536", lambda value: is_whole(value, 1, 2**16))
+}
 ADAPTER["lora_alpha"] = _POSITIVE
 """Keys of adapter_config.json."""
 
 
-def read_small_file(file: Path, kinds: Mapping[str, Kind], largest: int | None = 2**53) -> dict[str, Any]:
+def read_small_file(file: Path, kinds: Mapping[str, ValueKind], largest: int | None = 2**53) -> dict[str, Any]:
     """The object that a JSON file of a checkpoint holds.
 
     Args:
@@ -148,7 +150,7 @@ def read_small_file(file: Path, kinds: Mapping[str, Kind], largest: int | None =
     return tree
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_model_config(file: Path) -> dict[str, Any]:
     """The object that a checkpoint's config.json holds; see `read_small_file`.
 
     Raises:

@@ -19,7 +19,7 @@ from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.trajectory import NEVER
 
-Verdicts = Mapping[str, bool]
+VerdictById = Mapping[str, bool]
 """Whether the completion was right, by the problem's id."""
 
 
@@ -45,7 +45,7 @@ class Gap:
     """Of the gap, by paired bootstrap."""
 
 
-def rate(verdicts: Verdicts) -> Rate | None:
+def rate(verdicts: VerdictById) -> Rate | None:
     """The share that is right; None without problems."""
     if not verdicts:
         return None
@@ -53,7 +53,7 @@ def rate(verdicts: Verdicts) -> Rate | None:
     return Rate(len(verdicts), accuracy, wilson_interval(accuracy, len(verdicts)))
 
 
-def gap(student: Verdicts, teacher: Verdicts) -> Gap | None:
+def gap(student: VerdictById, teacher: VerdictById) -> Gap | None:
     """Compare them on the problems that both have; None without any."""
     shared = sorted(student.keys() & teacher.keys())
     own, other = rate({i: student[i] for i in shared}), rate({i: teacher[i] for i in shared})

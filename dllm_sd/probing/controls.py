@@ -15,7 +15,7 @@ from dllm_sd.rollouts.rollout import Rollout, Rollouts
 from dllm_sd.teachers import NoQuestion
 from dllm_sd.teachers.context import Context, ContextInputs, Hint, HintInputs, TeacherInputs, TeacherPrompt
 
-Kind = Literal["own", "another", "no_question"]
+ControlKind = Literal["own", "another", "no_question"]
 """The teacher itself; with the hint, or the revealed tokens, of another problem; without the question."""
 
 Name = tuple[str, int, int]
@@ -60,7 +60,7 @@ class ControlHint:
 
     skill_rank = None
 
-    def __init__(self, hint: Hint, kind: Kind, donors: Donors) -> None:
+    def __init__(self, hint: Hint, kind: ControlKind, donors: Donors) -> None:
         self.inner, self.kind, self.donors = hint, kind, donors
 
     def __getattr__(self, name: str) -> Any:
@@ -84,7 +84,7 @@ class ControlHint:
 class ControlContext:
     """A context with one thing exchanged; everything else is that of ``context``."""
 
-    def __init__(self, context: Context, hint: Hint | None, kind: Kind, donors: Donors) -> None:
+    def __init__(self, context: Context, hint: Hint | None, kind: ControlKind, donors: Donors) -> None:
         self.inner, self.hint, self.kind, self.donors = context, hint, kind, donors
 
     def __getattr__(self, name: str) -> Any:
@@ -100,8 +100,8 @@ class ControlContext:
         return self.inner(inputs)
 
 
-def control(context: Context, kind: Kind, donors: Donors) -> Any:
-    """The context with one thing exchanged (`Kind`)."""
+def control(context: Context, kind: ControlKind, donors: Donors) -> Any:
+    """The context with one thing exchanged (`ControlKind`)."""
     hint: Any = context.hint
     if hint is None and kind == "no_question":
         hint = NoQuestion()
@@ -111,7 +111,7 @@ def control(context: Context, kind: Kind, donors: Donors) -> Any:
     return ControlContext(changed, hint, kind, donors)
 
 
-def kinds_for(context: Context, rows: Donors, reads_prompt: bool) -> tuple[Kind, ...]:
+def kinds_for(context: Context, rows: Donors, reads_prompt: bool) -> tuple[ControlKind, ...]:
     """The controls that have a meaning for a context.
 
     Args:
@@ -121,5 +121,5 @@ def kinds_for(context: Context, rows: Donors, reads_prompt: bool) -> tuple[Kind,
     """
     if context.hint is None and not context.reveals:
         return ("own",)
-    kinds: tuple[Kind, ...] = ("own", "another") if rows.rollout else ("own",)
+    kinds: tuple[ControlKind, ...] = ("own", "another") if rows.rollout else ("own",)
     return (*kinds, "no_question") if reads_prompt else kinds

@@ -16,8 +16,8 @@ from dllm_sd.tasks.task import LocatesMistakes, Task
 from dllm_sd.teachers.context import Context
 from dllm_sd.trajectory import NEVER
 
-Place = Literal["before", "at", "after"]
-PLACES: tuple[Place, ...] = ("before", "at", "after")
+Position = Literal["before", "at", "after"]
+PLACES: tuple[Position, ...] = ("before", "at", "after")
 """Of a site, relative to the first deviation of its rollout, in the order of decoding."""
 UNKNOWN = -1
 _NONE = torch.iinfo(torch.int64).max

@@ -21,8 +21,8 @@ from dllm_sd.objective.plan import Plan, plan_update
 from dllm_sd.parallel.sharding import gathered
 from dllm_sd.parts import name_of
 from dllm_sd.policies.weights import TeacherModel, Weights
-from dllm_sd.probing.accuracy import Exam, Rate, Verdicts, gap, prompt_of, rate, revealed
-from dllm_sd.probing.controls import Kind, Name, control, find_donors, kinds_for, name_of_rollout
+from dllm_sd.probing.accuracy import Exam, Rate, VerdictById, gap, prompt_of, rate, revealed
+from dllm_sd.probing.controls import ControlKind, Name, control, find_donors, kinds_for, name_of_rollout
 from dllm_sd.probing.deviations import find_deviations
 from dllm_sd.probing.signal import (
     Models,
@@ -162,7 +162,7 @@ class Probe:
 
     def _verdicts(
         self, material: _Material, context: int, subjects: Sequence[int], teacher: TeacherModel
-    ) -> tuple[Verdicts, float | None]:
+    ) -> tuple[VerdictById, float | None]:
         """Let the teacher of a context decode, with what it sees at the first canvas of each rollout."""
         kept, given, share = material.rollouts.kept, None, None
         if material.method.contexts[context].reveals:
@@ -174,9 +174,9 @@ class Probe:
         return self._examine(problems, prompts, given=given, teacher=teacher), share
 
     def _teachers(
-        self, material: _Material, subjects: Sequence[int], teachers: Sequence[int], student: Verdicts
-    ) -> tuple[tuple[Teacher, ...], dict[int, Verdicts]]:
-        method, graded, verdicts = self.method, list[Teacher](), dict[int, Verdicts]()
+        self, material: _Material, subjects: Sequence[int], teachers: Sequence[int], student: VerdictById
+    ) -> tuple[tuple[Teacher, ...], dict[int, VerdictById]]:
+        method, graded, verdicts = self.method, list[Teacher](), dict[int, VerdictById]()
         for i in teachers:
             share = None
             if self.teachers[i].weights.is_student and not _adds(method, i):
@@ -200,7 +200,7 @@ class Probe:
         return measure_sites(material.method, material.plans, models, material.rollouts, deviations, observe)
 
     def _controls(
-        self, material: _Material, informed: int, passing: set[Name], verdicts: Verdicts, decode: bool
+        self, material: _Material, informed: int, passing: set[Name], verdicts: VerdictById, decode: bool
     ) -> dict[str, tuple[Control, dict[str, float | None]]]:
         """The first teacher that is shown something, with one thing exchanged at a time."""
         context, teacher = self.method.contexts[informed], self.teachers[informed]
@@ -221,7 +221,7 @@ class Probe:
             found[kind] = self._control(kind, trained, spoilt, verdicts), places[kind]
         return found
 
-    def _control(self, kind: Kind, sites: Sites, spoilt: Verdicts, verdicts: Verdicts) -> Control:
+    def _control(self, kind: ControlKind, sites: Sites, spoilt: VerdictById, verdicts: VerdictById) -> Control:
         shared = spoilt.keys() & verdicts.keys()
         accuracy: Rate | None = rate({name: spoilt[name] for name in shared})
         gained = sites.total("gained")

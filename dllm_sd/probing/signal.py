@@ -212,7 +212,7 @@ def measure_sites(
 
 
 @dataclass(frozen=True)
-class Group:
+class SiteGroup:
     """Means over the sites of a group; None where no site has a value."""
 
     sites: int
@@ -230,7 +230,7 @@ class Group:
     """Log-probability of the drawn token under the first teacher less the student's."""
 
 
-def groups(sites: Sites) -> dict[str, Group]:
+def groups(sites: Sites) -> dict[str, SiteGroup]:
     """Sites of all, of right and of wrong rollouts, of first wrong steps and of first deviations; no empty groups."""
     masks = {
         "all": torch.ones_like(sites.right),
@@ -242,10 +242,10 @@ def groups(sites: Sites) -> dict[str, Group]:
     total = sites.total("targeted")
     names = ("student_entropy", "teacher_entropy", "agreement", "overlap", "advantage")
 
-    def group(where: Tensor) -> Group:
+    def group(where: Tensor) -> SiteGroup:
         here = float(sites.columns["targeted"][where].nansum())
         means = {name: sites.mean(name, where) for name in names}
-        return Group(int(where.sum()), here / total if total else None, sites.mean("targeted", where), **means)
+        return SiteGroup(int(where.sum()), here / total if total else None, sites.mean("targeted", where), **means)
 
     return {name: group(where) for name, where in masks.items() if bool(where.any())}
 

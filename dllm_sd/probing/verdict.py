@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dllm_sd.probing.accuracy import Gap, Rate
-from dllm_sd.probing.signal import Group, Shares
+from dllm_sd.probing.signal import Shares, SiteGroup
 
 FEW = 8
 """Fewest problems on which accuracies are compared."""
@@ -38,7 +38,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Control:
-    """The first teacher with one thing exchanged (`controls.Kind`)."""
+    """The first teacher with one thing exchanged (`controls.ControlKind`)."""
 
     accuracy: Rate | None
     """None where it did not decode."""
@@ -61,7 +61,7 @@ class Findings:
     """Numbers: made, right, passing the gate, with a hint (of those that pass)."""
     teachers: tuple[Teacher, ...] = ()
     controls: Mapping[str, Control] = field(default_factory=dict)
-    groups: Mapping[str, Group] = field(default_factory=dict)
+    groups: Mapping[str, SiteGroup] = field(default_factory=dict)
     shares: Shares | None = None
     premise: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """Of the rollouts that pass the gate (`signal.premise`)."""

@@ -158,7 +158,7 @@ def _read(folder: Path, name: str, budget: int) -> RunReport:
     if not starts:
         missing.append("Versions and hardware are not known: the run has no environment.jsonl.")
     try:
-        settings = settings_of(build_config(tree))
+        settings = report_settings(build_config(tree))
     except InputError as error:  # a config of another version, or one that names a part of a plugin
         missing.append(f"The config is not compared with defaults: {error}.")
         settings = {}
@@ -249,7 +249,7 @@ def _spread(updates: Sequence[int], count: int) -> list[int]:
     return [updates[round(i * (len(updates) - 1) / (count - 1))] for i in range(count)]
 
 
-def settings_of(config: Config) -> dict[str, Any]:
+def report_settings(config: Config) -> dict[str, Any]:
     """The entries of `RunReport` on a config: its named method, and how it differs from that and from the defaults."""
     tree, changes = to_tree(config), Rows()
     for f in fields(config):

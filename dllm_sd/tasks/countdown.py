@@ -18,7 +18,7 @@ from dllm_sd.tasks.task import Grade, Mode, Problem, Split, check_mode, mean
 _ATTEMPTS = 20_000  # most draws for a generated problem
 _ENUMERABLE = 4  # most numbers for which all random expressions are enumerated
 
-Numbers = Annotated[int, Range(least=2, most=6)]
+HowMany = Annotated[int, Range(least=2, most=6)]
 Operand = Annotated[int, Range(least=1, most=10_000)]
 TargetNumber = Annotated[int, Range(least=1, most=1_000_000)]
 _PROMPT = """\
@@ -43,9 +43,9 @@ class Countdown(GeneratedTask):
     allowed, ``3.2`` uses the numbers 3 and 2, values may differ by 1e-5); see ``published``.
     """
 
-    numbers_min: Numbers = 3
+    numbers_min: HowMany = 3
     """Fewest numbers of a generated problem."""
-    numbers_max: Numbers = 4
+    numbers_max: HowMany = 4
     """Most numbers of a generated problem."""
     number_min: Operand = 1
     """Smallest number of a generated problem."""

@@ -19,7 +19,7 @@ from dllm_sd.tasks.task import Grade, Problem, Split
 _ATTEMPTS = 20_000  # most draws for a generated problem
 _EQUATION = re.compile(r"(?<![0-9.])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9.]*[0-9])")
 
-Operand = Annotated[int, Range(least=2, most=1000)]
+Number = Annotated[int, Range(least=2, most=1000)]
 _PROMPT = """\
 {question}
 
@@ -46,9 +46,9 @@ class WordProblems(GeneratedTask):
 
     steps: Literal[1, 2, 3] = 2
     """Calculations that a generated problem takes."""
-    number_min: Operand = 2
+    number_min: Number = 2
     """Smallest number in a generated problem."""
-    number_max: Operand = 12
+    number_max: Number = 12
     """Largest number in a generated problem."""
     size_train: SplitSize = 1_000_000
     size_dev: Natural = 1024

@@ -15,8 +15,8 @@ from dllm_sd.files.reading import damaged_file, open_regular, read_own
 from dllm_sd.files.typed_json import own_json
 from dllm_sd.training.left_out import is_left_out, left_out
 
-METRICS = "metrics.jsonl"
-LOG_FILES = (METRICS, "samples.jsonl", "traces.jsonl")
+METRICS_FILE = "metrics.jsonl"
+LOG_FILES = (METRICS_FILE, "samples.jsonl", "traces.jsonl")
 STARTS = "environment.jsonl"
 """Holds a line for each start of the run; it is no log of updates, so it is neither cut nor compared at a resume."""
 REMEDY = "correct it, remove the file, or discard the run with resume=fresh"
@@ -155,7 +155,7 @@ def log_sums(run: Path, update: int, logged: int | None = None) -> dict[str, str
 
 def _last(name: str, update: int, logged: int | None) -> int:
     """The last update in the log of this name."""
-    return update if logged is None or name != METRICS else logged
+    return update if logged is None or name != METRICS_FILE else logged
 
 
 def check_logs(run: Path, update: int, sums: Mapping[str, str] | None, logged: int | None = None) -> None:

@@ -47,7 +47,7 @@ Scores = Mapping[str, Mapping[str, float]]
 """Accuracy by name of the student and domain."""
 
 
-def train(config: Config) -> dict[Path, dict[str, Any]]:
+def train_config(config: Config) -> dict[Path, dict[str, Any]]:
     """Train the model of the config, or its two students; return the reports by run folder."""
     if config.peers is None:
         return {Path(config.run): Trainer(config).train()}

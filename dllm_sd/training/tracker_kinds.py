@@ -26,11 +26,11 @@ from PIL.Image import Image
 from dllm_sd.training.folder import TRACKED
 
 PROJECT = "dllm-sd"
-Numbers = Mapping[str, int | float]
+Scalars = Mapping[str, int | float]
 
 
 @dataclass(frozen=True)
-class Place:
+class TrackedRun:
     """Where a run appears in a tracker."""
 
     run: Path
@@ -64,23 +64,23 @@ class Tracker(ABC):
     writes_beside_log: ClassVar[bool] = False
     """Whether it writes files as metrics.jsonl is written, so that an error of the disk is one of the run."""
 
-    def __init__(self, place: Place) -> None:
-        self.place, self.tracker = place, self.open(place)
+    def __init__(self, run: TrackedRun) -> None:
+        self.run, self.tracker = run, self.open(run)
 
     @abstractmethod
-    def open(self, place: Place) -> GeneralTracker:
+    def open(self, run: TrackedRun) -> GeneralTracker:
         """Open the run, or go on with it."""
 
     @property
     def id(self) -> str:
         """What the tracker knows the run by."""
-        return self.place.id
+        return self.run.id
 
     def settings(self, values: Mapping[str, bool | int | float | str | None]) -> None:
         """Store the hyperparameters of a new run."""
         self.tracker.store_init_configuration(dict(values))
 
-    def numbers(self, values: Numbers, meanings: Mapping[str, str], update: int) -> None:
+    def numbers(self, values: Scalars, meanings: Mapping[str, str], update: int) -> None:
         """Store the values of an update; ``meanings`` has a sentence about each."""
         self.tracker.log(dict(values), step=update)
 
@@ -113,11 +113,11 @@ class TensorBoard(Tracker):
     HEADLINES = ("eval/accuracy", "train/loss", "test/before/accuracy", "test/after/accuracy", "test/best/accuracy")
     """The metrics beside the hyperparameters."""
 
-    def open(self, place: Place) -> GeneralTracker:
+    def open(self, run: TrackedRun) -> GeneralTracker:
         """Open a new event file in the folder that the run has in `tb/` already, else in one of its name."""
-        folder = place.run / "tb"
+        folder = run.run / "tb"
         former = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        tracker = TensorBoardTracker(former[0] if former else place.name, folder, purge_step=place.update + 1)
+        tracker = TensorBoardTracker(former[0] if former else run.name, folder, purge_step=run.update + 1)
         tracker.start()
         self.explained: set[str] = set()
         return tracker
@@ -131,7 +131,7 @@ class TensorBoard(Tracker):
             self.native.file_writer.add_summary(summary)
         self.native.flush()
 
-    def numbers(self, values: Numbers, meanings: Mapping[str, str], update: int) -> None:
+    def numbers(self, values: Scalars, meanings: Mapping[str, str], update: int) -> None:
         """Store the values, the first of each name with its sentence."""
         from torch.utils.tensorboard.summary import scalar
 
@@ -160,11 +160,11 @@ class WandB(Tracker):
 
     package = "wandb"
 
-    def open(self, place: Place) -> GeneralTracker:
+    def open(self, run: TrackedRun) -> GeneralTracker:
         """Go on with the run of the id, or begin it; without links, since the run folder holds none."""
         settings = {"symlink": False, "console": "off"}
-        where = {"dir": str(place.folder), "id": place.id, "name": place.name, "resume": "allow"}
-        tracker = WandBTracker(place.project_or("WANDB_PROJECT"), settings=settings, **where)
+        where = {"dir": str(run.folder), "id": run.id, "name": run.name, "resume": "allow"}
+        tracker = WandBTracker(run.project_or("WANDB_PROJECT"), settings=settings, **where)
         tracker.start()
         return tracker
 
@@ -181,11 +181,11 @@ class Trackio(Tracker):
 
     package = "trackio"
 
-    def open(self, place: Place) -> GeneralTracker:
+    def open(self, run: TrackedRun) -> GeneralTracker:
         """Go on with the run of the name, or begin one."""
-        os.environ.setdefault("TRACKIO_DIR", str(place.folder / "trackio"))
-        options = {"name": place.name if place.new else place.id, "resume": "never" if place.new else "allow"}
-        tracker = TrackioTracker(place.project_or("TRACKIO_PROJECT"), embed=False, **options)
+        os.environ.setdefault("TRACKIO_DIR", str(run.folder / "trackio"))
+        options = {"name": run.name if run.new else run.id, "resume": "never" if run.new else "allow"}
+        tracker = TrackioTracker(run.project_or("TRACKIO_PROJECT"), embed=False, **options)
         tracker.start()
         return tracker
 
@@ -206,16 +206,16 @@ class MLflow(Tracker):
 
     package = "mlflow"
 
-    def open(self, place: Place) -> GeneralTracker:
+    def open(self, run: TrackedRun) -> GeneralTracker:
         """Go on with the run of the id, or begin one."""
         import mlflow  # pyright: ignore[reportMissingImports]
 
         store = os.environ.get("MLFLOW_TRACKING_URI")
         if not store:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        mlflow.set_tracking_uri(store or (place.folder / "mlflow").as_uri())
-        known = None if place.new else place.id
-        tracker = MLflowTracker(place.project_or("MLFLOW_EXPERIMENT_NAME"), run_id=known, run_name=place.name)
+        mlflow.set_tracking_uri(store or (run.folder / "mlflow").as_uri())
+        known = None if run.new else run.id
+        tracker = MLflowTracker(run.project_or("MLFLOW_EXPERIMENT_NAME"), run_id=known, run_name=run.name)
         tracker.start()
         return tracker
 
@@ -236,17 +236,17 @@ class Comet(Tracker):
 
     package = "comet_ml"
 
-    def open(self, place: Place) -> GeneralTracker:
+    def open(self, run: TrackedRun) -> GeneralTracker:
         """Go on with the experiment of the key, or begin it."""
         from comet_ml import ExperimentConfig  # pyright: ignore[reportMissingImports]
 
         automatic = dict.fromkeys(("log_code", "log_git_patch", "parse_args", "auto_metric_logging"), False)
-        folder = str(place.folder / "comet_ml")
+        folder = str(run.folder / "comet_ml")
         config = ExperimentConfig(
-            **automatic, auto_output_logging="", display_summary_level=0, offline_directory=folder, name=place.name
+            **automatic, auto_output_logging="", display_summary_level=0, offline_directory=folder, name=run.name
         )
-        where = {"experiment_key": place.id, "experiment_config": config}
-        tracker = CometMLTracker(place.project_or("COMET_PROJECT_NAME"), **where)
+        where = {"experiment_key": run.id, "experiment_config": config}
+        tracker = CometMLTracker(run.project_or("COMET_PROJECT_NAME"), **where)
         tracker.start()
         return tracker
 
@@ -264,10 +264,10 @@ class SwanLab(Tracker):
 
     package = "swanlab"
 
-    def open(self, place: Place) -> GeneralTracker:
+    def open(self, run: TrackedRun) -> GeneralTracker:
         """Go on with the run of the id, or begin it."""
-        where = {"log_dir": str(place.folder / "swanlab"), "id": place.id, "name": place.name, "resume": "allow"}
-        tracker = SwanLabTracker(place.project_or("SWANLAB_PROJ_NAME"), **where)
+        where = {"log_dir": str(run.folder / "swanlab"), "id": run.id, "name": run.name, "resume": "allow"}
+        tracker = SwanLabTracker(run.project_or("SWANLAB_PROJ_NAME"), **where)
         tracker.start()
         return tracker
 

@@ -24,7 +24,7 @@ from dllm_sd.files.writing import write_file
 from dllm_sd.settings import Log
 from dllm_sd.training.folder import FREE, TRACKED
 from dllm_sd.training.metric_table import Sent, meaning, result_values, shown_name
-from dllm_sd.training.tracker_kinds import TRACKERS, Place, Tracker
+from dllm_sd.training.tracker_kinds import TRACKERS, TrackedRun, Tracker
 
 RUNS = "runs.json"
 """File in the folder of trackers: the name of the run, and what each tracker knows it by."""
@@ -118,7 +118,9 @@ class Trackers:
         for name in config.log.trackers:
             known = runs.ids.get(name)
             identity = (known or uuid4().hex, known is None, update)
-            tracker = self._open(name, Place(self.run, config.log.project, runs.name, *identity), begins=update < 0)
+            tracker = self._open(
+                name, TrackedRun(self.run, config.log.project, runs.name, *identity), begins=update < 0
+            )
             if tracker is None:
                 continue
             self.lines.append(_Line(name, tracker))
@@ -180,11 +182,11 @@ class Trackers:
             return _Runs(run_name(self.run), {})
         return read_json(file, _Runs, "remove it to begin new runs in the trackers")
 
-    def _open(self, name: str, place: Place, begins: bool) -> Tracker | None:
+    def _open(self, name: str, run: TrackedRun, begins: bool) -> Tracker | None:
         """Open a tracker; None if that fails for a run that goes on."""
         kind = TRACKERS[name]
         try:
-            return kind(place)
+            return kind(run)
         except Exception as error:
             if kind.writes_beside_log:
                 raise

@@ -11,7 +11,7 @@ import pytest
 from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import majority, pass_at_k, wilson_interval
-from dllm_sd.evaluation.generations import default_folder, grade_file, read_generations, summarise
+from dllm_sd.evaluation.generations import grade_file, grades_folder, read_generations, summarise
 from dllm_sd.tasks import TASKS, Grade, Gsm8k
 from tests.oracles.fixtures import fixture_folder
 
@@ -167,7 +167,7 @@ def test_compressed_files_are_read_alike(write: Write, tmp_path: Path):
 
 def test_the_folder_is_beside_the_file():
     names = ("a.jsonl", "a.jsonl.gz", "a.txt")
-    assert [str(default_folder(Path("x") / name)) for name in names] == [
+    assert [str(grades_folder(Path("x") / name)) for name in names] == [
         "x/a_graded",
         "x/a_graded",
         "x/a.txt_graded",

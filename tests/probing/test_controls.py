@@ -12,7 +12,7 @@ from dllm_sd.decoding.settings import Decoding
 from dllm_sd.methods.method import Method
 from dllm_sd.objective.plan import plan_update
 from dllm_sd.probing.accuracy import revealed
-from dllm_sd.probing.controls import Kind, control, find_donors, kinds_for
+from dllm_sd.probing.controls import ControlKind, control, find_donors, kinds_for
 from dllm_sd.probing.probe import controlled
 from dllm_sd.rollouts.gates import All
 from dllm_sd.rollouts.horizons import Truncated
@@ -26,7 +26,7 @@ from tests.stub_task import StubTask
 
 PROMPTED = [Prompted(Problem(f"p{i}", {"rubric": [f"{i}+", f"{i}{i}"]}), tuple(range(4, 6 + i))) for i in range(3)]
 DECODE = Decoding(length=16, block_length=4, tokens_per_step=1)
-KINDS: tuple[Kind, ...] = ("own", "another", "no_question")
+KINDS: tuple[ControlKind, ...] = ("own", "another", "no_question")
 
 
 class Own(StubTask):

@@ -14,7 +14,7 @@ from dllm_sd.evaluation.comparison import mcnemar
 from dllm_sd.evaluation.estimates import wilson_interval
 from dllm_sd.evaluation.recording import VERDICTS, Verdict, write_verdicts
 from dllm_sd.reports.report_page import page, write_report
-from dllm_sd.reports.run_report import flat, read_runs, settings_of
+from dllm_sd.reports.run_report import flat, read_runs, report_settings
 from dllm_sd.training.outcome import MUCH
 from tests.reports.folders import HOSTILE, metrics, trace, write_run
 
@@ -226,7 +226,7 @@ def test_the_traces_in_a_report_are_bounded(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_ar", "tiny_sft", "llada_8b_gsm8k"])
 def test_the_settings_of_a_report_are_what_the_config_changes(name: str) -> None:
     config = load_config(name)
-    shown = settings_of(config)
+    shown = report_settings(config)
     changed = {key: value for key, value, _ in shown["changes"]}
     assert changed.get("updates", 500) == config.updates
     assert changed.get("optim.lr", 5e-6) == config.optim.lr

@@ -11,7 +11,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from dllm_sd.config import Config, build_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.training import trackers
-from dllm_sd.training.tracker_kinds import TRACKERS, Place, Tracker
+from dllm_sd.training.tracker_kinds import TRACKERS, TrackedRun, Tracker
 from dllm_sd.training.trackers import Trackers, check_trackers, hyperparameters, run_name
 
 
@@ -26,7 +26,7 @@ class Spy(Tracker):
     opened: ClassVar[list["Spy"]] = []
     broken = False
 
-    def open(self, place: Place) -> Any:
+    def open(self, run: TrackedRun) -> Any:
         self.check()
         self.got: list[Any] = []
         self.opened.append(self)
@@ -141,9 +141,9 @@ def test_a_run_that_goes_on_is_the_same_run_in_the_tracker(tmp_path: Path, spy: 
     for update in (-1, 3, 5):
         Trackers(config(tmp_path, "wandb"), update).close()
     first, *others = spy.opened
-    assert first.place.new
-    assert [(other.place.id, other.place.name, other.place.new) for other in others] == [
-        (first.place.id, tmp_path.name, False)
+    assert first.run.new
+    assert [(other.run.id, other.run.name, other.run.new) for other in others] == [
+        (first.run.id, tmp_path.name, False)
     ] * 2
     assert [line.got for line in spy.opened] == [[first.got[0], "closed"], ["closed"], ["closed"]]
     assert first.got[0][0] == "settings"
