@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from dllm_sd.config import build_decoding
 from dllm_sd.decoding.denoising import check_denoising
@@ -16,7 +16,7 @@ from dllm_sd.errors import InputError, shown
 from dllm_sd.files.typed_json import build
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.pretrained.model import Model
-from dllm_sd.ranges import Count, Ranged, Size
+from dllm_sd.ranges import Count, Range, Ranged, Size
 from dllm_sd.serving.refusal import Refusal
 from dllm_sd.serving.scheduler import Completion, ExclusiveWork, RequestKind, Scheduler
 from dllm_sd.serving.weights import ServedWeights
@@ -36,6 +36,13 @@ class Limits(Ranged, key="serve"):
     """Completions that wait for a slot; one more is refused, to be asked for again."""
     body: Count = 2**22
     """Bytes of a request."""
+    requests: Annotated[int, Range(least=1, most=2**16)] = 256
+    """Requests in work at once; one more is refused, to be made again."""
+
+    @property
+    def connections(self) -> int:
+        """Connections that may be open at once, those between two requests too."""
+        return 4 * self.requests
 
 
 class Service:

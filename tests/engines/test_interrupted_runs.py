@@ -74,7 +74,7 @@ def test_an_evaluation_with_other_weights_stops_the_run_and_is_made_again(
         return answer
 
     double.edit = stale
-    with pytest.raises(Stopped, match=r"do not decode with the student's weights \S+-2: "):
+    with pytest.raises(Stopped, match=r"does not decode with the student's weights \S+-2: "):
         trainer_of(tmp_path / "run", double).train()
     assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]
     double.stale, double.edit = False, lambda answer: answer
