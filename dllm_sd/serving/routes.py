@@ -5,6 +5,7 @@ import hmac
 import json
 import sys
 import traceback
+from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -122,6 +123,15 @@ class Routes:
         return body
 
     async def _answer(self, request: Request, chat: bool) -> Response:
+        """Answer in the words of OpenAI's servers, whose status for all that is wrong with a request is 400."""
+        try:
+            return await self._answered(request, chat)
+        except Refusal as refusal:
+            if refusal.status != 422:
+                raise
+            raise Refusal(400, str(refusal)) from refusal
+
+    async def _answered(self, request: Request, chat: bool) -> Response:
         tree = await self._body(request)
         asked = await unless_gone(request, lambda: read_asked(self.service, tree, chat))
         if asked.stream:
@@ -145,7 +155,7 @@ class Routes:
             raise Refusal(GONE, "the client hung up") from None
         check_present(request)
         try:
-            tree = json_value(bytes(content))
+            tree = json_value(bytes(content).removeprefix(BOM_UTF8))
         except ValueError as error:
             raise Refusal(400, f"the request is not JSON ({error!s:.100}); send a JSON object") from None
         if not isinstance(tree, dict):

@@ -128,6 +128,9 @@ class Service:
         """
         if other := [name for name in tree if name not in SETTINGS]:
             raise Refusal(422, f"{key}.{other[0]:.60} is not a client's to choose; choose from {', '.join(SETTINGS)}")
+        for name, value in tree.items():
+            if isinstance(value, str) and not isinstance(getattr(self.decode, name), str):
+                raise Refusal(422, f"{key}.{name} must be a number, not text; leave out the quotation marks")
         with refusing():
             settings = build_decoding(tree, self.decode, key)
             if settings.length > self.limits.completion:

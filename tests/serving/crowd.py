@@ -26,6 +26,8 @@ class Seen:
     """How requests ended: ``200``, ``503``, ``left`` (the client hung up), or the name of an error."""
     slowest: dict[str, float] = field(default_factory=lambda: {"200": 0.0, "503": 0.0, "health": 0.0})
     """The longest wait in seconds, of answers, of refusals and of `/health`."""
+    health: list[float] = field(default_factory=list)
+    """Seconds that each question to `/health` took."""
     unsaid: int = 0
     """Refusals without Retry-After."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -101,6 +103,7 @@ def _watching(port: int, end: float, seen: Seen) -> None:
             connection.request("GET", "/health")
             assert connection.getresponse().status == 200
             seen.note("health", begun)
+            seen.health.append(time.monotonic() - begun)
         except OSError as error:
             seen.note(f"health {type(error).__name__}", begun)
         finally:
