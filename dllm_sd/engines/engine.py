@@ -34,7 +34,8 @@ class CompletionRequest:
     model: str
     """Name of the weights on the server."""
     version: str
-    """Which weights of the run these are; it stays when the run is started again, unlike the name."""
+    """Which weights of the run these are, with a hash of them; it stays when the run is started again, unlike the
+    name."""
     decode: Mapping[str, Any]
     """The keys of `decode` but the engine."""
     steps: int

@@ -27,6 +27,7 @@ from dllm_sd.files.writing import remove
 from dllm_sd.network.swapping import swapped
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gathered
+from dllm_sd.policies.fingerprint import fingerprint
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.saving import write_adapter, write_weights
 from dllm_sd.policies.weights import trained
@@ -95,7 +96,9 @@ class RolloutEngine:
         self.folder = folder_of(config)
         """As this process sees it; the servers are told how the main process does."""
         self.decoder: Decoder = policy.decoder
-        self.version = self.name = ""
+        self._frozen: str | None = None
+        """A hash of the weights below the adapter, once it was needed."""
+        self.version = self.name = self.digest = ""
         if self.engine.remote:
             self.start, self.shared = on_main(lambda: (f"{weights_prefix(config)}{token_hex(3)}-", str(self.folder)))
             rank, processes = accelerator.process_index, accelerator.num_processes
@@ -107,7 +110,7 @@ class RolloutEngine:
                 blocks_of_prompt=policy.block_length is not None,
                 causal=policy.causal,
             )
-            remote = RemoteDecoder(self.servers, ids, lambda: (self.name, self.version), self.journal, processes)
+            remote = RemoteDecoder(self.servers, ids, lambda: (self.name, self.digest), self.journal, processes)
             self.decoder, self.makers = remote, remote.makers
 
     @property
@@ -116,7 +119,8 @@ class RolloutEngine:
         if not self.engine.remote or not self.journal.found:
             return []
         return [
-            f"{self.journal.found} completions since the last checkpoint are kept, and not made again (engine/found)"
+            f"{self.journal.found} completions since the last checkpoint are kept; those of the same weights are not "
+            "made again (engine/found)"
         ]
 
     def use(self, version: str) -> None:
@@ -133,7 +137,7 @@ class RolloutEngine:
         name = f"{self.start}{version}"
         folder, adapter = f"{self.shared}/{name}", self.config.model.lora is not None
         with gathered(self.accelerator, self.module):
-            on_main(lambda: self._write(Path(folder)))
+            self.digest = on_main(lambda: self._written(Path(folder), version))
         taken = on_main(lambda: self.servers.load(name, folder, adapter))
         if not self.accelerator.is_main_process:
             self.servers.note(name, folder, adapter, taken)
@@ -241,7 +245,7 @@ class RolloutEngine:
         """
         generator = torch.Generator().manual_seed(make_key(self.config.seed, self.version, "checked"))
         drawn: dict[str, list[int]] = {}
-        for i in torch.randperm(len(rollouts), generator=generator).tolist():
+        for i in map(int, torch.randperm(len(rollouts), generator=generator)):
             drawn.setdefault(makers[i], []).append(i)
         in_turns = [i for turn in zip_longest(*drawn.values()) for i in turn if i is not None]
         chosen = in_turns[: max(self.engine.checked, len(drawn))]
@@ -264,6 +268,14 @@ class RolloutEngine:
         for folder in self.folder.iterdir():
             if folder.is_dir() and folder.name != self.name:
                 remove(folder)
+
+    def _written(self, folder: Path, version: str) -> str:
+        """Write the weights of now; return their version with a hash, so that completions of others are not reused."""
+        if self._frozen is None:
+            every = self.policy.module.named_parameters()  # adapters that are not trained are teachers'
+            self._frozen = fingerprint({n: x for n, x in every if not x.requires_grad and "lora_" not in n})
+        self._write(folder)
+        return f"{version} {self._frozen} {fingerprint(trained(self.policy))}"
 
     def _write(self, folder: Path) -> None:
         remove(folder)
