@@ -6,6 +6,7 @@ connection is accepted, and later before its request is read and before it is de
 """
 
 import asyncio
+import json
 import select
 import socket
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dllm_sd.serving.refusal import Refusal
+
 BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
 DROPPING = 0.05
@@ -21,9 +24,9 @@ DROPPING = 0.05
 SILENT = 60.0
 """Seconds that a new connection may stay open without a request."""
 _CLOSED = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # where there is no POLLRDHUP, asyncio notices it later
-_FULL = b"too many connections are open; ask again later"
+_FULL = json.dumps(Refusal(503, "too many connections are open; ask again later").tree).encode()
 _REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: text/plain\r\n"
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
     b"Content-Length: %d\r\n\r\n%b" % (len(_FULL), _FULL)
 )
 

@@ -41,8 +41,11 @@ class Limits(Ranged, key="serve"):
 
     @property
     def connections(self) -> int:
-        """Connections that may be open at once, those between two requests too."""
-        return 4 * self.requests
+        """Connections that may be open at once: those of requests in work, as many others, and some to ask how it is.
+
+        With the default fewer than 1024, the number of files that systems let a process open.
+        """
+        return 2 * self.requests + 64
 
 
 class Service:

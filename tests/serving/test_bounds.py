@@ -80,14 +80,15 @@ def test_the_rest_of_a_refused_request_is_read_so_that_the_refusal_arrives(polic
 
 def test_more_connections_than_the_server_holds_are_refused_until_one_ends(policy: Any):
     with served.serving(small(policy, 1)) as server:
-        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
+        most = server.service.limits.connections
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(most)]
         for line in held:  # the server has accepted it once it answers
             line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert line.recv(4096).startswith(b"HTTP/1.1 200")
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
             said = line.recv(4096)
         assert said.startswith(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n")
-        assert said.endswith(b"too many connections are open; ask again later")
+        assert b"too many connections are open; ask again later" in said
         held.pop().close()
         served.until(lambda: server.get("/health")[0] == 200)
         for line in held:
@@ -95,7 +96,7 @@ def test_more_connections_than_the_server_holds_are_refused_until_one_ends(polic
 
 
 def test_a_connection_without_a_request_is_closed(policy: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connections, "SILENT", 0.3)
+    monkeypatch.setattr(connections, "SILENT", 1.0)
     with served.serving(small(policy, 1)) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
             assert silent.recv(1) == b""
@@ -103,7 +104,7 @@ def test_a_connection_without_a_request_is_closed(policy: Any, monkeypatch: pyte
             for _ in range(3):
                 line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert line.recv(4096).startswith(b"HTTP/1.1 200")
-                time.sleep(0.2)
+                time.sleep(0.6)
 
 
 def test_connections_whose_clients_have_gone_are_not_accepted():
