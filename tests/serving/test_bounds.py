@@ -100,11 +100,14 @@ def test_a_connection_without_a_request_is_closed(policy: Any, monkeypatch: pyte
     with served.serving(small(policy, 1)) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
             assert silent.recv(1) == b""
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
-            for _ in range(3):
-                line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-                assert line.recv(4096).startswith(b"HTTP/1.1 200")
-                time.sleep(0.6)
+        asking = server.connect()
+        for _ in range(3):  # on one connection, which is older than that at the end
+            asking.request("GET", "/health")
+            answer = asking.getresponse()
+            assert (answer.status, bool(answer.read())) == (200, True)
+            assert asking.sock is not None
+            time.sleep(0.6)
+        asking.close()
 
 
 def test_connections_whose_clients_have_gone_are_not_accepted():
