@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
@@ -14,9 +13,11 @@ import pytest
 
 from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
 from dllm_sd.engines import CompletionRequest, DllmSd, Vllm
+from dllm_sd.engines import servers as module
 from dllm_sd.engines.engine import RemoteEngine
 from dllm_sd.engines.servers import FAILURES_UNTIL_DOWN, Servers
 from dllm_sd.errors import InputError, Stopped
+from dllm_sd.http_client import pause
 from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
 from dllm_sd.rollouts.journal import RolloutJournal
 from dllm_sd.training.folder import FREE
@@ -352,8 +353,11 @@ class Busy:
 
 
 @pytest.mark.parametrize("route", [COMPLETIONS, LOADING])
-def test_a_server_that_has_too_much_to_do_is_asked_again_and_is_not_down(pair: list[Scripted], route: str):
-    server = pair[0]
+def test_a_server_that_has_too_much_to_do_is_asked_again_and_is_not_down(
+    pair: list[Scripted], monkeypatch: pytest.MonkeyPatch, route: str
+):
+    server, waited = pair[0], list[float]()
+    monkeypatch.setattr(module, "pause", lambda *given: waited.append(pause(*given)) or 0.01)
     server.retry_after = "1"
     busy = Busy(server, route, FAILURES_UNTIL_DOWN)
     servers = servers_of(server, retries=0)
@@ -362,7 +366,7 @@ def test_a_server_that_has_too_much_to_do_is_asked_again_and_is_not_down(pair: l
     else:
         servers.complete(REQUEST)
     assert len(busy.at) == FAILURES_UNTIL_DOWN + 1
-    assert all(later - earlier >= 1 for earlier, later in pairwise(busy.at))
+    assert waited == [1.0] * FAILURES_UNTIL_DOWN
     assert not servers._servers[0].is_down
 
 
