@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_sd.engines.engine import KEY, CompletionRequest, RemoteEngine
 from dllm_sd.errors import InputError, Stopped, shortened
-from dllm_sd.http_client import HttpClient, Reply, json_headers, pause
+from dllm_sd.http_client import LONGEST_WAIT, HttpClient, Reply, json_headers, pause
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 
@@ -225,7 +225,7 @@ class Servers:
         """Count failures for an outage."""
         outage = reply.failure is not None and not reply.failure.startswith("http_4") and not reply.is_busy
         with self._lock:
-            server.busy_until = monotonic() + reply.retry_after if reply.is_busy else 0.0
+            server.busy_until = monotonic() + min(reply.retry_after, LONGEST_WAIT) if reply.is_busy else 0.0
             was_down, server.failed = server.is_down, server.failed + 1 if outage else 0
             if not outage:
                 server.asked = 0
