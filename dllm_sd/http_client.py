@@ -50,6 +50,11 @@ class Reply:
         """Whether a retry may succeed."""
         return is_temporary(self.failure or "")
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the server is up and has too much to do now: 503, with the time after which to ask again."""
+        return self.failure == "http_503" and self.retry_after > 0
+
 
 @dataclass(frozen=True)
 class HttpClient:

@@ -19,16 +19,18 @@ LIMIT = 2**53
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers from `least` to `most` that are also larger than `above` and smaller than `below`."""
+    """The numbers from `least` to `most` that are larger than `above` and smaller than `below`, and `also`."""
 
     least: float = -LIMIT
     most: float = LIMIT
     above: float = -math.inf
     below: float = math.inf
+    also: float | None = None
+    """One number outside of the range that is allowed too."""
 
     def holds(self, value: Any) -> bool:
         """Whether ``value`` is in the range."""
-        return self.least <= value <= self.most and self.above < value < self.below
+        return value == self.also or (self.least <= value <= self.most and self.above < value < self.below)
 
     def description(self, value: Any) -> str:
         """The range as it follows "a number" in the message that refuses ``value``.
@@ -42,7 +44,8 @@ class Range:
         if not high and (self.most < LIMIT or value > LIMIT):
             high = f"at most {_plain(self.most)}"
         if low.startswith("of") and high.startswith("at most"):
-            return f"from {_plain(self.least)} to {_plain(self.most)}"
+            also = "" if self.also is None else f", or {_plain(self.also)}"
+            return f"from {_plain(self.least)} to {_plain(self.most)}{also}"
         if not low and high.startswith("at most"):
             return f"of {high}"
         return " and ".join(bound for bound in (low, high) if bound) or "that is finite"
@@ -62,8 +65,8 @@ NonNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 ShareBelowOne = Annotated[float, Range(least=0, below=1)]
 PositiveShare = Annotated[float, Range(above=0, most=1)]
-Temperature = Annotated[float, Range(least=0, most=1000)]
-"""A sampling temperature; 0 is greedy."""
+Temperature = Annotated[float, Range(least=0.001, most=1000, also=0)]
+"""A sampling temperature; 0 is greedy. Logits divided by much smaller ones overflow, and nothing is left to sample."""
 
 
 class Ranged:

@@ -168,7 +168,9 @@ class _Schema:
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is Annotated:
             declared = next((extra for extra in arguments[1:] if isinstance(extra, Range)), None)
-            return {**self._type(arguments[0]), **(_bounds(declared) if declared else {})}
+            schema = {**self._type(arguments[0]), **(_bounds(declared) if declared else {})}
+            also = declared and declared.also
+            return schema if also is None else {"anyOf": [{"const": also}, schema]}
         if origin is Literal:
             return {"enum": list(arguments)}
         if origin in (Union, UnionType):

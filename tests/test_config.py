@@ -283,7 +283,7 @@ def test_a_wrong_value_is_refused_with_the_key(override: str, message: str):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("decode.temperature=-1", "decode.temperature is -1; give a number from 0 to 1000"),
+        ("decode.temperature=-1", "decode.temperature is -1; give a number from 0.001 to 1000, or 0"),
         ("decode={length: 16, block_length: 4, threshold: 0.9, steps: 8}", "set decode.steps to null"),
         ("decode={length: 16, block_length: 4, threshold: 0.9, order: random}", "set decode.order to confidence"),
         ("decode.top_p=0", "decode.top_p is 0; give a number above 0 and at most 1"),
@@ -314,7 +314,7 @@ def test_a_wrong_value_is_refused_with_the_key(override: str, message: str):
         ("optim.max_grad_norm=0", "optim.max_grad_norm is 0; give a number above 0, or null"),
         ("optim.final_lr=2", "optim.final_lr is 2; give a number from 0 to 1"),
         ("eval.attempts=4", "set eval.temperature above 0"),
-        ("eval.temperature=-1", "eval.temperature is -1; give a number from 0 to 1000"),
+        ("eval.temperature=-1", "eval.temperature is -1; give a number from 0.001 to 1000, or 0"),
         ("eval.collapse=10", "eval.collapse is 10; give a number from 0 to 1"),
         ("checkpoint.every=0", "checkpoint.every is 0; give a whole number of at least 1"),
         ("log.samples_every=0", "log.samples_every is 0; give a whole number of at least 1"),

@@ -104,7 +104,8 @@ def refusal(tree: dict[str, Any]) -> str:
 
 def borders(declared: Range, number: type) -> list[Any]:
     """The ends of a range and their neighbours."""
-    ends = [end for end in (declared.least, declared.most, declared.above, declared.below) if math.isfinite(end)]
+    every = (declared.least, declared.most, declared.above, declared.below, declared.also)
+    ends = [end for end in every if end is not None and math.isfinite(end)]
     if number is int:
         return [int(end) + step for end in ends for step in (-1, 0, 1)]
     return [
@@ -154,7 +155,7 @@ def test_a_refusal_says_what_may_be_given():
             {"method": {"name": "opsd", "rollout": {"top_p": 0}}},
             "method.rollout.top_p is 0; give a number above 0 and at most 1",
         ),
-        ({"decode": {"temperature": math.nan}}, "decode.temperature is nan; give a number from 0 to 1000"),
+        ({"decode": {"temperature": math.nan}}, "decode.temperature is nan; give a number from 0.001 to 1000, or 0"),
         ({"decode": {"suppress": [3, -5]}}, "decode.suppress.1 is -5; give a whole number of at least 0"),
         ({"optim": {"betas": [0.9, 1]}}, "optim.betas.1 is 1; give a number of at least 0 and below 1"),
         ({"optim": {"lr": math.inf}}, "optim.lr is inf; give a number above 0 and at most 1000"),

@@ -29,5 +29,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--max-completion", type=count, metavar="N", help="most positions of a completion; default 4096"
     )
     parser.add_argument("--max-waiting", type=count, metavar="N", help="most requests that wait; default 1024")
+    parser.add_argument(
+        "--max-requests",
+        type=count,
+        metavar="N",
+        help="most requests in work at once, others get 503 and Retry-After; default 256",
+    )
     parser.add_argument("--max-body", type=count, metavar="KIB", help="most KiB of a request; default 4096")
     add_overrides(parser, example="such as max_prompt=4096 decode.temperature=1")

@@ -102,6 +102,8 @@ def type_in_words(node: Mapping[str, Any]) -> str:
     """The type of a key, with its bounds or choices."""
     if "enum" in node:
         return "one of " + ", ".join("null" if value is None else str(value) for value in node["enum"])
+    if "const" in node:
+        return str(node["const"])
     if parts := part_names(node):
         several = any("items" in choice for choice in node.get("anyOf", ()))
         return f"{'a list of parts' if several else 'a part'}: {', '.join(parts)}"

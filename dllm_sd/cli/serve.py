@@ -30,7 +30,12 @@ def run(options: argparse.Namespace) -> int:
     config, policy, weights = load(options.model, options.overrides, options.task, options.adapter)
     limits = {"completion": max(Limits.completion, config.decode.length)}
     body = options.max_body and 1024 * options.max_body
-    given = {"completion": options.max_completion, "waiting": options.max_waiting, "body": body}
+    given = {
+        "completion": options.max_completion,
+        "waiting": options.max_waiting,
+        "requests": options.max_requests,
+        "body": body,
+    }
     limits |= {name: value for name, value in given.items() if value is not None}
     accelerator = Accelerator()
     service = Service(

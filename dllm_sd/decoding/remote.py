@@ -1,8 +1,10 @@
 """The decoder of engines on servers: many requests in flight, each finished completion handed back at once."""
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Protocol
 
 from dllm_sd.decoding.queue import Job, Queue
@@ -34,13 +36,44 @@ class TokenIds:
 class Journal(Protocol):
     """Completions on disk, so that none is made twice."""
 
-    def get(self, request: CompletionRequest) -> Trajectory | None:
-        """The completion of an equal request, if it is there."""
+    def get(self, request: CompletionRequest) -> tuple[Trajectory, str] | None:
+        """The completion of an equal request and the server that made it, if it is there."""
         ...
 
-    def put(self, request: CompletionRequest, trajectory: Trajectory) -> None:
-        """Keep a completion."""
+    def put(self, request: CompletionRequest, trajectory: Trajectory, server: str) -> None:
+        """Keep a completion that a server made."""
         ...
+
+
+class Makers:
+    """Which server made which completion, for those of the weights in use and of the ones before."""
+
+    def __init__(self) -> None:
+        self._now, self._before = dict[bytes, str](), dict[bytes, str]()
+
+    def note(self, trajectory: Trajectory, server: str) -> None:
+        """Remember who made a completion."""
+        self._now[_digest(trajectory)] = server
+
+    def turn(self) -> None:
+        """Other weights decode from now on."""
+        self._now, self._before = {}, self._now
+
+    @property
+    def entries(self) -> list[tuple[bytes, str]]:
+        """What is known, to be exchanged between processes and given to `named`."""
+        return [*self._before.items(), *self._now.items()]
+
+
+def makers_of(trajectories: Sequence[Trajectory], entries: Sequence[tuple[bytes, str]]) -> list[str]:
+    """Return the server that made each of some completions, by the `Makers.entries` of all processes; "" if unknown."""
+    known = dict(entries)
+    return [known.get(_digest(one), "") for one in trajectories]
+
+
+def _digest(trajectory: Trajectory) -> bytes:
+    prompt = trajectory.prompt_ids[0][trajectory.prompt_mask[0]].tolist()
+    return sha256(json.dumps([prompt, trajectory.tokens[0].tolist()]).encode()).digest()
 
 
 class RemoteDecoder:
@@ -64,6 +97,7 @@ class RemoteDecoder:
             processes: that share the servers, and so the requests that may be in flight (`RemoteEngine.concurrency`).
         """
         self.servers, self.ids, self.weights, self.journal = servers, ids, weights, journal
+        self.makers = Makers()
         self.most = -(-servers.engine.concurrency * len(servers.engine.url) // processes)
 
     def complete(
@@ -84,10 +118,10 @@ class RemoteDecoder:
 
     def completed(self, request: CompletionRequest) -> Trajectory:
         kept = self.journal.get(request)
-        if kept is not None:
-            return kept
-        trajectory = self.servers.complete(request)
-        self.journal.put(request, trajectory)
+        trajectory, server = kept or self.servers.complete(request)
+        if kept is None:
+            self.journal.put(request, trajectory, server)
+        self.makers.note(trajectory, server)
         return trajectory
 
     def request(self, job: Job, settings: Decoding, stop_after: StopAfter | None) -> CompletionRequest:

@@ -2,16 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar, Protocol
+from urllib.parse import urlsplit
 
 from dllm_sd.errors import InputError
 from dllm_sd.http_client import LONGEST_TRY, LONGEST_WAIT, check_key_variable, check_url
 from dllm_sd.parts import Part
-from dllm_sd.ranges import Natural, NonNegative, Range, Ranged
+from dllm_sd.ranges import Count, Natural, NonNegative, Range, Ranged
 from dllm_sd.trajectory import NO_MASK, Trajectory
 
 KEY = "decode.engine"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Names of this machine."""
 TOLERANCES = {"exact": 0.001, "rounded": 0.05}
 """Defaults of `RemoteEngine.tolerance`. In float32 servers and trainer differ by 1e-5 to 1e-4 nats a token
 (docs/benchmarks.md), and a few updates move an adapter further than 0.001; bfloat16 keeps 8 bits, so that a logit of 10
@@ -29,7 +34,8 @@ class CompletionRequest:
     model: str
     """Name of the weights on the server."""
     version: str
-    """Which weights of the run these are; it stays when the run is started again, unlike the name."""
+    """Which weights of the run these are, with a hash of them; it stays when the run is started again, unlike the
+    name."""
     decode: Mapping[str, Any]
     """The keys of `decode` but the engine."""
     steps: int
@@ -85,8 +91,9 @@ class RemoteEngine(Ranged, ABC, key=KEY):
     """Most seconds until the first retry; they double with every retry."""
     concurrency: Annotated[int, Range(least=1, most=4096)] = 64
     """Requests in flight at each server, of all processes together; those of a server that is down go to the others."""
-    checked: Natural = 4
-    """Rollouts of every batch that the trainer scores again (`engine/logp_gap`)."""
+    checked: Count = 4
+    """Rollouts of every batch that the trainer scores again (`engine/logp_gap`), spread evenly over the servers that
+    took part; at least one of each."""
     tolerance: NonNegative | None = None
     """Largest mean difference, in nats a token, between the log-probabilities of engine and trainer. null: 0.001 where
     the trainer computes in float32 or float64, 0.05 where it rounds to 16 bits or fewer (`TOLERANCES`)."""
@@ -104,8 +111,10 @@ class RemoteEngine(Ranged, ABC, key=KEY):
             raise InputError(f"{KEY}.url is empty; list the base URLs of the servers, such as [http://host:8000]")
         for i, url in enumerate(self.url):
             check_url(url, f"{KEY}.url.{i}", "http://host:8000")
-        if len({url.rstrip("/") for url in self.url}) < len(self.url):
-            raise InputError(f"{KEY}.url names a server twice; name each once")
+        first = dict[str, int]()
+        for i, url in enumerate(self.url):
+            if (former := first.setdefault(server_of(url), i)) != i:
+                raise InputError(f"{KEY}.url.{i} names the same server as {KEY}.url.{former}; name each once")
         check_key_variable(self.key_variable, f"{KEY}.key_variable")
         if not self.model:
             raise InputError(f"{KEY}.model is empty; give the name under which the servers know the model")
@@ -141,6 +150,17 @@ class RemoteEngine(Ranged, ABC, key=KEY):
     @abstractmethod
     def unload(self, name: str, adapter: bool) -> tuple[str, dict[str, Any]] | None:
         """Return the route and the JSON body that remove weights; None if loading others has removed them."""
+
+
+def server_of(url: str) -> str:
+    """Return a base URL in one spelling for each server, by which two are compared; requests go to the URL as given."""
+    parts = urlsplit(url)
+    host, port = (parts.hostname or "").rstrip("."), parts.port or {"http": 80, "https": 443}[parts.scheme]
+    with suppress(ValueError):  # a name
+        host = str(ip_address(host))
+    if host in LOOPBACK:
+        host = "localhost"
+    return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
 
 
 def integers(value: Any, name: str) -> list[int]:

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from threading import Lock
 from time import monotonic
 from typing import Any
 
 from dllm_sd.engines.engine import KEY, CompletionRequest, RemoteEngine
 from dllm_sd.errors import InputError, Stopped, shortened
-from dllm_sd.http_client import HttpClient, Reply, json_headers, pause
+from dllm_sd.http_client import LONGEST_WAIT, HttpClient, Reply, json_headers, pause
 from dllm_sd.randomness import make_key
 from dllm_sd.trajectory import Trajectory
 
@@ -35,6 +34,8 @@ class _Server:
     """Name of the weights that were loaded last."""
     asked: int = 0
     """Times that it was asked in vain whether it is up again."""
+    busy_until: float = 0.0
+    """When it will take requests again, by the monotonic clock, as it said when it had too many."""
     ask_at: float = 0.0
     """When it is to be asked again, by the monotonic clock, if it is down."""
     loading: Lock = field(default_factory=Lock)
@@ -141,8 +142,10 @@ class Servers:
             else:
                 self._leave(server)
 
-    def complete(self, request: CompletionRequest) -> Trajectory:
-        """Return the completion that a server made.
+    def complete(self, request: CompletionRequest) -> tuple[Trajectory, str]:
+        """Return the completion that a server made, and the URL of the server.
+
+        A server that has too much to do is no failed attempt, for as long as one attempt may take (`timeout`).
 
         Raises:
             WrongAnswer: if a server answered what must not be trained on.
@@ -150,20 +153,22 @@ class Servers:
         """
         route, tree = self.engine.ask(request)
         body, server = json.dumps(tree).encode(), None
-        for attempt in count():
+        failed, patience = 0, monotonic() + self.engine.timeout
+        while True:
             self._ask_again()
             server = self._choose(server)
             reply = self._attempt(server, route, body, request.model)
             if reply.failure is None:
-                return self._read(server, reply, request)
-            seconds = pause(self.engine.backoff, request.key, attempt, reply.retry_after)
-            if attempt == self.engine.retries or self._stop.wait(seconds):
+                return self._read(server, reply, request), server.url
+            seconds = pause(self.engine.backoff, request.key, failed, reply.retry_after)
+            failed += not (reply.is_busy and monotonic() < patience)
+            if failed > self.engine.retries or self._stop.wait(seconds):
                 raise Stopped(
-                    f"no server of {KEY}.url made a completion in {attempt + 1} attempts (the last at {server.url}: "
+                    f"no server of {KEY}.url made a completion in {failed} attempts (the last at {server.url}: "
                     f"{reply.failure}); finished rollouts are kept: start the servers, and run the same command again"
                 )
-            self.retried += 1
-        raise AssertionError("count() has no end")
+            with self._lock:
+                self.retried += 1
 
     def cancel(self) -> None:
         """Cancel all requests in flight; no request can be made afterwards."""
@@ -207,18 +212,20 @@ class Servers:
     def _choose(self, former: _Server | None) -> _Server:
         """Return the server with the fewest requests in flight, of those that are up if one is.
 
-        A request that the ``former`` server failed goes to another where that is possible.
+        A request that the ``former`` server failed goes to another where that is possible, and none to a server that
+        has too much to do while another has not.
         """
         with self._lock:
-            up = [server for server in self._order if not server.is_down] or self._order
-            server = min(up, key=lambda server: (server is former, server.running))
+            up, now = [server for server in self._order if not server.is_down] or self._order, monotonic()
+            server = min(up, key=lambda server: (server.busy_until > now, server is former, server.running))
             server.running += 1
             return server
 
     def _learn(self, server: _Server, reply: Reply) -> None:
         """Count failures for an outage."""
-        outage = reply.failure is not None and not reply.failure.startswith("http_4")
+        outage = reply.failure is not None and not reply.failure.startswith("http_4") and not reply.is_busy
         with self._lock:
+            server.busy_until = monotonic() + min(reply.retry_after, LONGEST_WAIT) if reply.is_busy else 0.0
             was_down, server.failed = server.is_down, server.failed + 1 if outage else 0
             if not outage:
                 server.asked = 0
@@ -286,7 +293,12 @@ class Servers:
         return client.send(self.engine.path(server.url, "/v1/models"))
 
     def _post(self, server: _Server, route: str, tree: Mapping[str, Any]) -> Reply:
-        reply = self._client.send(self.engine.path(server.url, route), json.dumps(tree).encode())
+        """Ask for something that is no completion; a server that has too much to do is asked again (`timeout`)."""
+        patience, reply = monotonic() + self.engine.timeout, None
+        while reply is None or (reply.is_busy and monotonic() < patience):
+            if reply is not None and self._stop.wait(pause(self.engine.backoff, 0, 0, reply.retry_after)):
+                break
+            reply = self._client.send(self.engine.path(server.url, route), json.dumps(tree).encode())
         if (denied := self._denied(server, reply, loading=True)) is not None:
             raise Stopped(f"{denied}, and run the same command again")
         return reply

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dllm_sd.config import Config
 from dllm_sd.decoding.decoder import Decoder
 from dllm_sd.decoding.queue import Queue
-from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
+from dllm_sd.decoding.remote import RemoteDecoder, TokenIds, makers_of
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.engines import RemoteEngine
 from dllm_sd.engines.engine import TOLERANCES
@@ -26,6 +27,7 @@ from dllm_sd.files.writing import remove
 from dllm_sd.network.swapping import swapped
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gathered
+from dllm_sd.policies.fingerprint import fingerprint
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.saving import write_adapter, write_weights
 from dllm_sd.policies.weights import trained
@@ -90,11 +92,13 @@ class RolloutEngine:
         """
         self.config, self.policy, self.module, self.accelerator = config, policy, module, accelerator
         self.engine: Any = config.decode.engine
-        self.gather = gather_object if accelerator.num_processes > 1 else list
+        self.gather: Callable[[Any], list[Any]] = gather_object if accelerator.num_processes > 1 else list
         self.folder = folder_of(config)
         """As this process sees it; the servers are told how the main process does."""
         self.decoder: Decoder = policy.decoder
-        self.version = self.name = ""
+        self._frozen: str | None = None
+        """A hash of the weights below the adapter, once it was needed."""
+        self.version = self.name = self.digest = ""
         if self.engine.remote:
             self.start, self.shared = on_main(lambda: (f"{weights_prefix(config)}{token_hex(3)}-", str(self.folder)))
             rank, processes = accelerator.process_index, accelerator.num_processes
@@ -106,7 +110,8 @@ class RolloutEngine:
                 blocks_of_prompt=policy.block_length is not None,
                 causal=policy.causal,
             )
-            self.decoder = RemoteDecoder(self.servers, ids, lambda: (self.name, self.version), self.journal, processes)
+            remote = RemoteDecoder(self.servers, ids, lambda: (self.name, self.digest), self.journal, processes)
+            self.decoder, self.makers = remote, remote.makers
 
     @property
     def notes(self) -> list[str]:
@@ -114,7 +119,8 @@ class RolloutEngine:
         if not self.engine.remote or not self.journal.found:
             return []
         return [
-            f"{self.journal.found} completions since the last checkpoint are kept, and not made again (engine/found)"
+            f"{self.journal.found} completions since the last checkpoint are kept; those of the same weights are not "
+            "made again (engine/found)"
         ]
 
     def use(self, version: str) -> None:
@@ -131,11 +137,12 @@ class RolloutEngine:
         name = f"{self.start}{version}"
         folder, adapter = f"{self.shared}/{name}", self.config.model.lora is not None
         with gathered(self.accelerator, self.module):
-            on_main(lambda: self._write(Path(folder)))
+            self.digest = on_main(lambda: self._written(Path(folder), version))
         taken = on_main(lambda: self.servers.load(name, folder, adapter))
         if not self.accelerator.is_main_process:
             self.servers.note(name, folder, adapter, taken)
         self.name, self.version = name, version
+        self.makers.turn()
         on_main(self._forget_former_weights)
 
     def begin(self, queue: Queue, decode: Decoding, stop_after: StopAfter | None) -> Callable[[], None]:
@@ -171,7 +178,8 @@ class RolloutEngine:
         held = swapped(self.policy.module, weights) if weights else nullcontext()
         with self._forgetting(), held, gathered(self.accelerator, self.module):  # once for all of them
             _refuse_equal(tried, decode.temperature)
-            gap = self._compare(self._gaps(self._sample(rollouts), decode.temperature))
+            makers = makers_of(rollouts, self.gather(self.makers.entries))
+            gap = self._compare(self._gaps(self._sample(rollouts, makers), decode.temperature))
         metrics = {"engine/retried": float(self.servers.retried), "engine/found": float(self.journal.used)}
         return metrics | ({} if gap is None else {"engine/logp_gap": gap[0], "engine/logp_gap_max": gap[1]})
 
@@ -187,9 +195,10 @@ class RolloutEngine:
         if not self.engine.remote or decode.guidance:  # the log-probabilities know no guidance
             return {}
         in_order = sorted(done, key=lambda one: (one.prompt_ids.tolist(), one.tokens.tolist()))
-        gaps = self._gaps(self._sample(in_order), decode.temperature)
+        makers = makers_of(in_order, self.makers.entries)
+        gaps = self._gaps(self._sample(in_order, makers), decode.temperature)
         with self._forgetting():
-            gap = self._compare(torch.tensor(self.gather(gaps.tolist())))
+            gap = self._compare(self.gather(gaps))
         return {} if gap is None else {"engine/eval_logp_gap": gap[0]}
 
     @contextmanager
@@ -201,23 +210,27 @@ class RolloutEngine:
             self.saved()
             raise
 
-    def _compare(self, gaps: Tensor) -> tuple[float, float] | None:
-        """Return the mean and the largest of some differences, None of none.
+    def _compare(self, gaps: Sequence[tuple[str, list[float]]]) -> tuple[float, float] | None:
+        """Return the mean and the largest of the differences of some completions (`_gaps`), None of none.
 
         Raises:
-            Stopped: if the mean is beyond the tolerance.
+            Stopped: if the mean of one server is beyond the tolerance.
         """
-        if not len(gaps):
-            return None
-        mean, largest = float(gaps.mean()), float(gaps.max())
-        if not mean <= (most := tolerance(self.config)):
-            raise Stopped(
-                f"the servers of decode.engine do not decode with the student's weights {self.name}: their "
-                f"log-probabilities differ from the trainer's by {mean:.3g} nats a token in the mean, more than "
-                f"decode.engine.tolerance {most:g}; look whether the adapter is active, the model and "
-                "its type are the same, and log-probabilities are those of the sampling temperature"
-            )
-        return mean, largest
+        of_server: dict[str, list[float]] = {}
+        for server, values in gaps:
+            of_server.setdefault(server, []).extend(values)
+        means = {server: sum(values) / len(values) for server, values in of_server.items() if values}
+        for server, mean in means.items():
+            if not mean <= (most := tolerance(self.config)):
+                raise Stopped(
+                    f"{f'the server at {server}' if server else 'a server'} of decode.engine does not decode with the "
+                    f"student's weights {self.name}: its log-probabilities differ from the trainer's by {mean:.3g} "
+                    f"nats a token in the mean, more than decode.engine.tolerance {most:g}; look whether the adapter "
+                    "is active, the model and its type are the same, and log-probabilities are those of the sampling "
+                    "temperature"
+                )
+        every = [value for values in of_server.values() for value in values]
+        return (sum(every) / len(every), max(every)) if every else None
 
     def saved(self) -> None:
         """Forget the completions, which a checkpoint has replaced."""
@@ -225,26 +238,44 @@ class RolloutEngine:
             with together():
                 self.journal.forget()
 
-    def _sample(self, rollouts: Sequence[Trajectory]) -> list[Trajectory]:
-        """Some completions of many, drawn at random, so that every server is looked at sooner or later."""
-        generator = torch.Generator().manual_seed(make_key(self.config.seed, self.version, "checked"))
-        drawn = torch.randperm(len(rollouts), generator=generator)[: self.engine.checked]
-        return [rollouts[i] for i in sorted(drawn.tolist())]
+    def _sample(self, rollouts: Sequence[Trajectory], makers: Sequence[str]) -> list[tuple[str, Trajectory]]:
+        """Some completions of many with their servers, drawn at random: as many of each server as of the others.
 
-    def _gaps(self, completions: Sequence[Trajectory], temperature: float) -> Tensor:
-        """Differences between the log-probabilities of engine and trainer, in nats, for the tokens that have both."""
-        gaps = [torch.zeros(0)]
-        for one in completions:
-            theirs = one.logp
-            if theirs is not None:
-                gap = (rescore(self.policy.module, one, temperature) - theirs).abs()
-                gaps.append(gap[~gap.isnan()])
-        return torch.cat(gaps)
+        They are `checked`, or one of each server if these are more.
+        """
+        generator = torch.Generator().manual_seed(make_key(self.config.seed, self.version, "checked"))
+        drawn: dict[str, list[int]] = {}
+        for i in map(int, torch.randperm(len(rollouts), generator=generator)):
+            drawn.setdefault(makers[i], []).append(i)
+        in_turns = [i for turn in zip_longest(*drawn.values()) for i in turn if i is not None]
+        chosen = in_turns[: max(self.engine.checked, len(drawn))]
+        return [(makers[i], rollouts[i]) for i in sorted(chosen)]
+
+    def _gaps(self, completions: Sequence[tuple[str, Trajectory]], temperature: float) -> list[tuple[str, list[float]]]:
+        """Differences between the log-probabilities of engine and trainer, in nats, for the tokens that have both.
+
+        Returns:
+            The server and the differences of each completion.
+        """
+        gaps = list[tuple[str, list[float]]]()
+        for server, one in completions:
+            if one.logp is not None:
+                gap = (rescore(self.policy.module, one, temperature) - one.logp).abs()
+                gaps.append((server, gap[~gap.isnan()].tolist()))
+        return gaps
 
     def _forget_former_weights(self) -> None:
         for folder in self.folder.iterdir():
             if folder.is_dir() and folder.name != self.name:
                 remove(folder)
+
+    def _written(self, folder: Path, version: str) -> str:
+        """Write the weights of now; return their version with a hash, so that completions of others are not reused."""
+        if self._frozen is None:
+            every = self.policy.module.named_parameters()  # adapters that are not trained are teachers'
+            self._frozen = fingerprint({n: x for n, x in every if not x.requires_grad and "lora_" not in n})
+        self._write(folder)
+        return f"{version} {self._frozen} {fingerprint(trained(self.policy))}"
 
     def _write(self, folder: Path) -> None:
         remove(folder)

@@ -40,8 +40,8 @@ class RolloutJournal:
         self.used = 0
         """Completions that were not asked for again."""
 
-    def get(self, request: CompletionRequest) -> Trajectory | None:
-        """The completion of an equal request, if it is there.
+    def get(self, request: CompletionRequest) -> tuple[Trajectory, str] | None:
+        """The completion of an equal request and the server that made it, if it is there.
 
         Raises:
             InputError: if what is there is not a completion of it.
@@ -58,11 +58,12 @@ class RolloutJournal:
             ) from error
         with self._lock:
             self.used += 1
-        return trajectory
+        return trajectory, str(tree.get("server", ""))
 
-    def put(self, request: CompletionRequest, trajectory: Trajectory) -> None:
-        """Append a completion to the file of this process."""
-        line = json.dumps({"request": request_digest(request), **trajectory_to_json(trajectory)}) + "\n"
+    def put(self, request: CompletionRequest, trajectory: Trajectory, server: str) -> None:
+        """Append a completion, and the server that made it, to the file of this process."""
+        entry = {"request": request_digest(request), "server": server, **trajectory_to_json(trajectory)}
+        line = json.dumps(entry) + "\n"
         with self._lock:
             if not self._is_whole:
                 self.folder.mkdir(parents=True, exist_ok=True)

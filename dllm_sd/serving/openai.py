@@ -21,17 +21,23 @@ from dllm_sd.serving.scoring import TokenScores, score
 from dllm_sd.serving.service import Service, refusing
 from dllm_sd.tasks.conversations import read_conversation
 
-IGNORED = {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "parallel_tool_calls"}
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
+    *("safety_identifier", "parallel_tool_calls"),
+}
 """Keys that change no text."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (0,)),
     **dict.fromkeys(("repetition_penalty", "best_of"), (1,)),
     **dict.fromkeys(("tools", "functions", "logit_bias"), ([], {})),
-    "tool_choice": ("none", "auto"),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 """Keys of what is not offered, and the values that ask for nothing."""
+STREAMED = ("include_usage", "include_obfuscation")
+"""Keys of `stream_options`; the second is about the size of chunks, which OpenAI pads."""
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 128, 16, 20
 LOCAL = tuple(name for name in SETTINGS if name != "length")
 """Keys of `decode` that may stand beside those of OpenAI."""
@@ -74,40 +80,65 @@ async def read_asked(service: Service, tree: Mapping[str, Any], chat: bool) -> A
 
     def take(name: str, kind: Any, otherwise: Any = None) -> Any:
         value = body.pop(name, None)
+        if kind is int and isinstance(value, float) and value.is_integer():  # as some languages write whole numbers
+            value = int(value)
         with refusing():
             return otherwise if value is None else build(kind, value, name)
 
     if chat:
-        if take("logprobs", bool, False):
-            raise Refusal(422, "logprobs are given by /v1/completions and not for chats; leave it out")
-        take("top_logprobs", int)
-        prompts, logprobs, echo = await _messages(service, take("messages", Any)), None, False
+        thinking = _thinking(service, take("chat_template_kwargs", dict[str, Any], {}), take("reasoning_effort", str))
+        if take("logprobs", bool, False) or take("top_logprobs", int, 0):
+            raise Refusal(422, "logprobs are given by /v1/completions and not for chats; leave out logprobs")
+        prompts, logprobs, echo = await _messages(service, take("messages", Any), thinking), None, False
     else:
         echo, logprobs = take("echo", bool, False), take("logprobs", int)
         prompts = _prompts(service, body.pop("prompt", None))
-    most = take("max_completion_tokens", int) if chat else None
-    most = most or take("max_tokens", int, service.decode.length)
+    most = _most(service, {name: take(name, int) for name in ("max_completion_tokens", "max_tokens")}, echo)
     n, stop = take("n", int, 1), take("stop", str | tuple[str, ...], ())
     stream, options = take("stream", bool, False), take("stream_options", dict[str, Any], {})
     model, seed = take("model", str), take("seed", int, secrets.randbits(62))
     settings = {name: body.pop(name) for name in LOCAL if body.get(name) is not None}
     if unknown := sorted(body.keys() - IGNORED - set(LOCAL)):
-        raise Refusal(422, f"unknown key {shown(unknown[0])}; leave it out")
+        raise Refusal(422, f"{shown(unknown[0])} is not offered here; leave it out")
+    if unknown := [name for name in options if name not in STREAMED]:
+        raise Refusal(422, f"stream_options.{unknown[0]:.60} is not offered here; leave it out")
     if stream and (echo or logprobs is not None):
         raise Refusal(422, "echo and logprobs are not streamed; leave them out, or set stream to false")
     stops = (stop,) if isinstance(stop, str) else stop
-    _check_numbers(service, most, n, len(prompts), stops, logprobs, echo)
+    _check_numbers(service, n, len(prompts), stops, logprobs, echo)
     kind = RequestKind(service.weights.check(model), _settings(service, settings, max(1, most)))
     counts = bool(options.get("include_usage"))
     return Asked(prompts, kind, most, n, seed, stops, stream, counts, logprobs, echo, chat)
 
 
-def _check_numbers(
-    service: Service, most: int, n: int, prompts: int, stops: Sequence[str], logprobs: int | None, echo: bool
-) -> None:
+def _most(service: Service, given: Mapping[str, int | None], echo: bool) -> int:
+    """Return how many tokens a completion may have: the smaller of two limits where both are given."""
     limit = service.limits.completion
-    if not (0 if echo else 1) <= most <= limit:
-        raise Refusal(422, f"max_tokens is {most}; give a number from 1 to {limit}")
+    for name, most in given.items():
+        if most is not None and not (0 if echo else 1) <= most <= limit:
+            raise Refusal(422, f"{name} is {most}; give a number from 1 to {limit}")
+    return min((most for most in given.values() if most is not None), default=service.decode.length)
+
+
+def _thinking(service: Service, template: Mapping[str, Any], effort: str | None) -> bool | None:
+    """Return the thinking switch that a request asks for, None if it asks for none."""
+    if unknown := [name for name in template if name != "enable_thinking"]:
+        raise Refusal(422, f"chat_template_kwargs.{unknown[0]:.60} is not offered here; leave it out")
+    if effort not in (None, "none"):
+        raise Refusal(422, "reasoning_effort is offered as none only, which turns thinking off; leave it out")
+    with refusing():
+        thinking = build(bool | None, template.get("enable_thinking"), "chat_template_kwargs.enable_thinking")
+    if thinking and effort == "none":
+        raise Refusal(422, "reasoning_effort is none, but chat_template_kwargs.enable_thinking is true; leave out one")
+    thinking = False if effort == "none" else thinking
+    if thinking and not (service.policy.chat and service.policy.chat.has_switch):
+        raise Refusal(422, "the model has no thinking switch; leave out chat_template_kwargs.enable_thinking")
+    return thinking
+
+
+def _check_numbers(
+    service: Service, n: int, prompts: int, stops: Sequence[str], logprobs: int | None, echo: bool
+) -> None:
     if not 1 <= n <= MOST_CHOICES:
         raise Refusal(422, f"n is {n}; give a number from 1 to {MOST_CHOICES}")
     if prompts * n > service.limits.waiting:
@@ -159,14 +190,20 @@ def _encode(service: Service, text: str) -> list[int]:
     return tokens if tokens[: len(opening)] == opening else [*opening, *tokens]
 
 
-async def _messages(service: Service, messages: Any) -> tuple[tuple[int, ...], ...]:
+async def _messages(service: Service, messages: Any, thinking: bool | None) -> tuple[tuple[int, ...], ...]:
+    """Read a conversation. A developer speaks as the system does; names of speakers stand in no chat template."""
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise Refusal(422, "messages must be a list of messages, each with a role and a content")
+    for number, message in enumerate(messages):
+        with refusing():
+            build(str | None, message.get("name"), f"messages, message {number}: name")
+    read = [{key: value for key, value in message.items() if key != "name"} for message in messages]
+    read = [{**message, "role": "system"} if message.get("role") == "developer" else message for message in read]
     with refusing():
-        conversation = read_conversation(messages, "messages")
+        conversation = read_conversation(read, "messages")
         _check_size(service, sum(len(message["content"]) for message in conversation))
         async with service.quiet():
-            prompt = service.policy.encode(conversation, service.thinking)
+            prompt = service.policy.encode(conversation, service.thinking if thinking is None else thinking)
     return (service.check_prompt(prompt),)
 
 

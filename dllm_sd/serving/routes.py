@@ -5,24 +5,28 @@ import hmac
 import json
 import sys
 import traceback
+from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllm_sd.files.reading import json_value
 from dllm_sd.files.typed_json import build
+from dllm_sd.serving.connections import hung_up
 from dllm_sd.serving.openai import ApiResponse, read_asked
 from dllm_sd.serving.refusal import Refusal
 from dllm_sd.serving.service import Service, refusing
 
 SLOWEST = 60.0
 """Seconds that a body may take to arrive."""
+GONE = 499
+"""Status, in nginx's words, of a request whose client hung up; nobody reads it."""
 NAME = 200
 """Characters of the name of loaded weights."""
 
@@ -75,7 +79,7 @@ class Routes:
     async def generate(self, request: Request) -> Response:
         """Decode token ids, and return the whole trajectory."""
         tree = await self._body(request)
-        return JSONResponse(await unless_gone(request, self.service.generate(tree)))
+        return JSONResponse(await unless_gone(request, lambda: self.service.generate(tree)))
 
     async def completions(self, request: Request) -> Response:
         """Complete texts."""
@@ -119,11 +123,21 @@ class Routes:
         return body
 
     async def _answer(self, request: Request, chat: bool) -> Response:
-        asked = await read_asked(self.service, await self._body(request), chat)
-        answer = ApiResponse(self.service, asked)
+        """Answer in the words of OpenAI's servers, whose status for all that is wrong with a request is 400."""
+        try:
+            return await self._answered(request, chat)
+        except Refusal as refusal:
+            if refusal.status != 422:
+                raise
+            raise Refusal(400, str(refusal)) from refusal
+
+    async def _answered(self, request: Request, chat: bool) -> Response:
+        tree = await self._body(request)
+        asked = await unless_gone(request, lambda: read_asked(self.service, tree, chat))
         if asked.stream:
-            return EventStream(answer)
-        return JSONResponse(await unless_gone(request, answer.whole()))
+            check_present(request)
+            return EventStream(ApiResponse(self.service, asked))
+        return JSONResponse(await unless_gone(request, lambda: ApiResponse(self.service, asked).whole()))
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """Read a JSON object, of a size and in a time that are bounded."""
@@ -137,8 +151,11 @@ class Routes:
                         raise Refusal(413, f"the request is larger than {limit} bytes; send less at once")
         except TimeoutError:
             raise Refusal(408, f"the request took more than {SLOWEST:g} seconds to arrive; send it again") from None
+        except ClientDisconnect:
+            raise Refusal(GONE, "the client hung up") from None
+        check_present(request)
         try:
-            tree = json_value(bytes(content))
+            tree = json_value(bytes(content).removeprefix(BOM_UTF8))
         except ValueError as error:
             raise Refusal(400, f"the request is not JSON ({error!s:.100}); send a JSON object") from None
         if not isinstance(tree, dict):
@@ -146,18 +163,29 @@ class Routes:
         return tree
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """Await an answer; cancel it when the client hangs up.
+def check_present(request: Request) -> None:
+    """Do nothing more for a client that has gone.
+
+    Raises:
+        Refusal: if it has, which nobody reads.
+    """
+    if hung_up(request.scope):
+        raise Refusal(GONE, "the client hung up")
+
+
+async def unless_gone(request: Request, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Begin to work for a client that is still there, and await the result; cancel the work when it hangs up.
 
     Raises:
         Refusal: if it hung up, which nobody reads.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_hung_up(request.receive))
+    check_present(request)
+    task, gone = asyncio.create_task(work()), asyncio.create_task(_hung_up(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise Refusal(499, "the client hung up")
+        raise Refusal(GONE, "the client hung up")
     finally:
         for one in (task, gone):
             one.cancel()
@@ -221,6 +249,34 @@ class Guarded:
         await self.app(scope, receive, send)
 
 
+class Bounded:
+    """An application that works on so many requests at once; another one is refused at once, to be made again.
+
+    What only asks how the server is does not count: it is answered at any time.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most, self.working = app, most, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or refuse."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        if hung_up(scope):
+            await _refused(Refusal(GONE, "the client hung up"))(scope, receive, send)
+            return
+        if self.working >= self.most:
+            refusal = Refusal(503, f"the server works on {self.most} requests already; ask again later", retry_after=1)
+            await _refused(refusal)(scope, receive, send)
+            return
+        self.working += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.working -= 1
+
+
 def _refused(refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
     wait = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
     return JSONResponse(refusal.tree, refusal.status, {**(headers or {}), **wait})
@@ -249,5 +305,6 @@ def application(service: Service, key: str | None = None, allow_loading: bool = 
         HTTPException: _on_http,
         Exception: _on_failure,
     }
-    app = Starlette(routes=Routes(service, allow_loading).table, exception_handlers=handlers)
+    answering = Starlette(routes=Routes(service, allow_loading).table, exception_handlers=handlers)
+    app = Bounded(answering, service.limits.requests)
     return app if key is None else Guarded(app, key)

@@ -212,9 +212,9 @@ class Scheduler:
         run.fail(Refusal(503, CLOSING, retry_after=5))
 
     def stand_still(self) -> None:
-        """Wait until the thread that asked for a pause is done; called between steps, without the lock."""
-        while self.pauses:
-            still, resume = self.pauses.pop(0)
+        """Wait until the threads that asked for a pause are done; called between steps, without the lock."""
+        due, self.pauses = self.pauses, []  # those that come meanwhile wait for the next step, which they cannot starve
+        for still, resume in due:
             with suppress(InvalidStateError):
                 still.set_result(None)
             resume.wait()

@@ -5,12 +5,15 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from dllm_sd.errors import InputError, os_reason
+from dllm_sd.serving.connections import BACKLOG, Connection, Listener
 from dllm_sd.serving.service import Service
 
 GRACE = 10
@@ -35,11 +38,11 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(
             f"--host {host!r} is not an address ({os_reason(error)}); give one of this machine's"
         ) from error
-    listener = socket.socket(family, kind, protocol)
+    listener = Listener(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = os_reason(error)
@@ -52,10 +55,12 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         """Serve an application; the ``service`` is closed at a signal, and stopped at the end."""
+        connection: Any = partial(Connection, most=service.limits.connections)
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=connection,
+                backlog=BACKLOG,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from dllm_sd.config import build_decoding
 from dllm_sd.decoding.denoising import check_denoising
@@ -16,7 +16,7 @@ from dllm_sd.errors import InputError, shown
 from dllm_sd.files.typed_json import build
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.pretrained.model import Model
-from dllm_sd.ranges import Count, Ranged, Size
+from dllm_sd.ranges import Count, Range, Ranged, Size
 from dllm_sd.serving.refusal import Refusal
 from dllm_sd.serving.scheduler import Completion, ExclusiveWork, RequestKind, Scheduler
 from dllm_sd.serving.weights import ServedWeights
@@ -36,6 +36,16 @@ class Limits(Ranged, key="serve"):
     """Completions that wait for a slot; one more is refused, to be asked for again."""
     body: Count = 2**22
     """Bytes of a request."""
+    requests: Annotated[int, Range(least=1, most=2**16)] = 256
+    """Requests in work at once; one more is refused, to be made again."""
+
+    @property
+    def connections(self) -> int:
+        """Connections that may be open at once: those of requests in work, as many others, and some to ask how it is.
+
+        With the default fewer than 1024, the number of files that systems let a process open.
+        """
+        return 2 * self.requests + 64
 
 
 class Service:
@@ -121,6 +131,9 @@ class Service:
         """
         if other := [name for name in tree if name not in SETTINGS]:
             raise Refusal(422, f"{key}.{other[0]:.60} is not a client's to choose; choose from {', '.join(SETTINGS)}")
+        for name, value in tree.items():
+            if isinstance(value, str) and not isinstance(getattr(self.decode, name), str):
+                raise Refusal(422, f"{key}.{name} must be a number, not text; leave out the quotation marks")
         with refusing():
             settings = build_decoding(tree, self.decode, key)
             if settings.length > self.limits.completion:

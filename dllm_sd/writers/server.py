@@ -11,8 +11,8 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from threading import Event, Lock
+from time import monotonic
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
@@ -103,16 +103,22 @@ class Server(Ranged):
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _retry(self, request: Request, sampling: Sampling, session: "_Session") -> Written:
-        """Send a request, and repeat it after temporary failures."""
+        """Send a request, and repeat it after temporary failures.
+
+        A server that has too much to do is no failed attempt, for as long as one attempt may take (`timeout`).
+        """
         body = json.dumps(self._body(request, sampling)).encode()
-        for tries in count():
+        failed, patience = 0, monotonic() + self.timeout
+        while True:
             written, asked = self._try(body, session)
-            if written.failure is None or not is_temporary(written.failure) or tries == self.retries:
+            is_busy = written.failure == "http_503" and asked > 0 and monotonic() < patience
+            if written.failure is None or not is_temporary(written.failure) or (failed == self.retries and not is_busy):
                 session.ended(written.failure)
                 return written
-            if session.stop.wait(pause(self.backoff, request.key, tries, asked)):
+            seconds = pause(self.backoff, request.key, failed, asked)
+            failed += not is_busy
+            if session.stop.wait(seconds):
                 return written
-        raise AssertionError("count() has no end")
 
     def _try(self, body: bytes, session: "_Session") -> tuple[Written, float]:
         """Return the result of one attempt, and the seconds that the server asks to wait."""

@@ -274,3 +274,23 @@ def test_filters_change_what_a_denoiser_writes_but_not_what_greedy_decoding_does
 def test_the_share_of_busy_slots_is_that_of_the_rows():
     assert Meter().occupancy == 0
     assert Meter(forwards=4, rows=6, slots=8).occupancy == 0.75
+
+
+@pytest.mark.parametrize("banned", [torch.tensor([3]), torch.tensor([True, False] * 4)])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9}])
+def test_the_smallest_temperature_draws_the_greedy_token_and_nothing_overflows(
+    banned: torch.Tensor, filters: dict[str, Any]
+):
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) * 1000
+    u = torch.rand(64, generator=torch.Generator().manual_seed(2)).clamp(1e-6, 1 - 1e-6)
+    greedy, cold = (
+        draw(logits.clone(), Decoding(temperature=temperature, **filters), banned, u) for temperature in (0.0, 0.001)
+    )
+    assert torch.equal(cold.token, greedy.token)
+    assert bool(cold.logp.isfinite().all())
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-38, 0.0009])
+def test_a_temperature_at_which_logits_overflow_is_refused(temperature: float):
+    with pytest.raises(InputError, match=r"decode\.temperature is .*; give a number from 0\.001 to 1000, or 0"):
+        Decoding(temperature=temperature)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dllm_sd.config import build_config
 from dllm_sd.errors import InputError, Stopped
@@ -74,7 +75,7 @@ def test_an_evaluation_with_other_weights_stops_the_run_and_is_made_again(
         return answer
 
     double.edit = stale
-    with pytest.raises(Stopped, match=r"do not decode with the student's weights \S+-2: "):
+    with pytest.raises(Stopped, match=r"does not decode with the student's weights \S+-2: "):
         trainer_of(tmp_path / "run", double).train()
     assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]
     double.stale, double.edit = False, lambda answer: answer
@@ -182,3 +183,21 @@ def test_names_of_weights_are_those_of_the_main_process(double: Double, tmp_path
         body for path, body in double.seen if path.endswith("load_lora_adapter") and body["lora_name"][-1] == "7"
     )
     assert body["lora_path"] == str(tmp_path / "run" / "engine" / body["lora_name"])
+
+
+@pytest.mark.parametrize("part", ["nothing", "the adapter", "the base model"])
+def test_completions_of_other_weights_are_not_reused(double: Double, tmp_path: Path, part: str):
+    """Another checkpoint was put in place, or the model at `model.path` was replaced."""
+    stop_at(double, 2 + 2)
+    with pytest.raises(Stopped, match="finished rollouts are kept"):
+        trainer_of(tmp_path / "run", double).train()
+    double.faults, double.edit = [], lambda answer: answer
+    resumed = trainer_of(tmp_path / "run", double)
+    engine, trained = resumed.pipeline.engine, part == "the adapter"
+    engine.version, engine._frozen = "", None  # as if these had been the weights from the start
+    if part != "nothing":
+        values = (x for x in resumed.policy.module.parameters() if x.requires_grad == trained)
+        with torch.no_grad():
+            next(values).view(-1)[:1] += 1e-6
+    resumed.train()
+    assert metrics(tmp_path / "run")[-1]["engine/found"] == (2 if part == "nothing" else 0)

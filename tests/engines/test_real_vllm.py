@@ -119,7 +119,7 @@ def test_a_run_whose_adapter_is_not_loaded_stops(tmp_path: Path, monkeypatch: py
                 value.copy_(kept[name])
 
     monkeypatch.setattr(RolloutEngine, "_write", write_first)
-    with pytest.raises(Stopped, match="do not decode with the student's weights"):
+    with pytest.raises(Stopped, match="does not decode with the student's weights"):
         Trainer(build_config(tree(tmp_path, 10))).train()
     print("stopped after", [line["update"] for line in metrics(tmp_path)])
     assert [line["update"] for line in metrics(tmp_path)] == [0, 1]

@@ -93,7 +93,7 @@ def test_an_adapter_that_is_not_active_stops_a_run_ahead_and_its_rollouts_are_ma
 ):
     trainer(tmp_path / "whole", double).train()
     double.stale = True
-    with pytest.raises(Stopped, match=r"do not decode with the student's weights \S+-1: "):
+    with pytest.raises(Stopped, match=r"does not decode with the student's weights \S+-1: "):
         trainer(tmp_path / "run", double).train()
     assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]  # the third batch has an adapter
     double.stale = False

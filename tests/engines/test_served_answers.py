@@ -48,7 +48,7 @@ class Nothing:
     def get(self, request: CompletionRequest) -> None:
         return None
 
-    def put(self, request: CompletionRequest, trajectory: Any) -> None:
+    def put(self, request: CompletionRequest, trajectory: Any, server: str) -> None:
         return None
 
 

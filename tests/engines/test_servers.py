@@ -13,9 +13,11 @@ import pytest
 
 from dllm_sd.decoding.remote import RemoteDecoder, TokenIds
 from dllm_sd.engines import CompletionRequest, DllmSd, Vllm
+from dllm_sd.engines import servers as module
 from dllm_sd.engines.engine import RemoteEngine
 from dllm_sd.engines.servers import FAILURES_UNTIL_DOWN, Servers
 from dllm_sd.errors import InputError, Stopped
+from dllm_sd.http_client import pause
 from dllm_sd.rollouts.attempt_queue import AttemptQueue, Workers
 from dllm_sd.rollouts.journal import RolloutJournal
 from dllm_sd.training.folder import FREE
@@ -48,6 +50,8 @@ class Scripted(ThreadingHTTPServer):
                 content = json.dumps(tree).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                if status == 503 and double.retry_after:
+                    self.send_header("Retry-After", double.retry_after)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -56,6 +60,8 @@ class Scripted(ThreadingHTTPServer):
 
         super().__init__(("127.0.0.1", 0), Handler)
         double = self
+        self.retry_after = ""
+        """Seconds that go with each status of 503."""
         self.seen: list[str] = []
         self.loaded: list[str] = []
         self.says: dict[str, Callable[[Any], Answer]] = {
@@ -308,3 +314,77 @@ def test_a_request_says_what_an_answer_must_be():
     """Defaults are those of an autoregressive model, whose requests vLLM gets."""
     request = CompletionRequest(**{entry.name: getattr(REQUEST, entry.name) for entry in fields(CompletionRequest)})
     assert (request.mask_id, request.block_length, request.blocks_of_prompt, request.causal) == (-1, 1, False, True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "http://127.0.0.1:8000/v1",
+        "HTTP://LocalHost:8000/",
+        "http://[::1]:8000/v1/",
+        "http://localhost.:8000",
+        "http://[0:0:0:0:0:0:0:1]:8000",
+    ],
+)
+def test_one_server_in_two_spellings_is_refused(other: str):
+    with pytest.raises(InputError, match=r"decode\.engine\.url\.1 names the same server as decode\.engine\.url\.0"):
+        Vllm(url=("http://localhost:8000", other), model="m")
+
+
+def test_a_default_port_is_the_same_as_none_and_other_servers_are_others():
+    for one, same in (("http://h", "http://H:80/v1"), ("https://h:443/x/", "https://h/x/v1")):
+        with pytest.raises(InputError, match="names the same server"):
+            Vllm(url=(one, "http://other", same), model="m")
+    different = ("http://h", "https://h", "http://h:8000", "http://h/a", "http://h/b", "http://localhost", "http://g")
+    assert Vllm(url=different, model="m").url == different
+
+
+class Busy:
+    """Refuses some requests as `dllm-sd serve` does that has too much to do, and then serves."""
+
+    def __init__(self, server: Scripted, route: str, times: int) -> None:
+        self.well, self.left, self.at = server.says[route], times, list[float]()
+        server.says[route] = self
+
+    def __call__(self, body: Any) -> Answer:
+        self.at.append(time.monotonic())
+        self.left -= 1
+        return self.well(body) if self.left < 0 else (503, {"error": "the server works on 256 requests already"})
+
+
+@pytest.mark.parametrize("route", [COMPLETIONS, LOADING])
+def test_a_server_that_has_too_much_to_do_is_asked_again_and_is_not_down(
+    pair: list[Scripted], monkeypatch: pytest.MonkeyPatch, route: str
+):
+    server, waited = pair[0], list[float]()
+    monkeypatch.setattr(module, "pause", lambda *given: waited.append(pause(*given)) or 0.01)
+    server.retry_after = "1"
+    busy = Busy(server, route, FAILURES_UNTIL_DOWN)
+    servers = servers_of(server, retries=0)
+    if route == LOADING:
+        assert servers.load("w", "/folder", True) == [True]
+    else:
+        servers.complete(REQUEST)
+    assert len(busy.at) == FAILURES_UNTIL_DOWN + 1
+    assert waited == [1.0] * FAILURES_UNTIL_DOWN
+    assert not servers._servers[0].is_down
+
+
+def test_a_server_that_has_too_much_to_do_leaves_requests_to_the_others(pair: list[Scripted]):
+    first, second = pair
+    first.retry_after = "30"
+    Busy(first, COMPLETIONS, 10**6)
+    servers, begun = servers_of(first, second, retries=0), time.monotonic()
+    servers._servers[0].busy_until = begun + 30
+    for _ in range(8):
+        assert servers.complete(REQUEST)[1] == second.url
+    assert time.monotonic() - begun < 10
+    assert first.count(COMPLETIONS) == 0
+
+
+def test_a_server_that_has_too_much_to_do_for_too_long_stops_the_run(pair: list[Scripted]):
+    server = pair[0]
+    server.retry_after = "1"
+    Busy(server, COMPLETIONS, 10**6)
+    with pytest.raises(Stopped, match=r"in 1 attempts \(the last at .*: http_503\)"):
+        servers_of(server, retries=0, timeout=0.5).complete(REQUEST)

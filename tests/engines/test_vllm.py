@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,17 +108,54 @@ def test_nothing_that_changes_the_distribution_is_left_to_the_servers_defaults(p
     )
 
 
+def drawn(batch: int, makers: list[str], checked: int = 4) -> list[tuple[str, Any]]:
+    """What `RolloutEngine` scores again of a batch, whose rollouts are numbers."""
+    version = f"run-{batch}"
+    engine: Any = SimpleNamespace(
+        engine=SimpleNamespace(checked=checked), config=SimpleNamespace(seed=1), version=version
+    )
+    rollouts: Any = [*range(len(makers))]
+    return RolloutEngine._sample(engine, rollouts, makers)
+
+
 def test_the_rollouts_that_are_checked_are_of_every_place_of_a_batch_sooner_or_later():
-    engine: Any = SimpleNamespace(engine=SimpleNamespace(checked=4), config=SimpleNamespace(seed=1))
-    rollouts: Any = [*range(16)]
     seen = set()
     for batch in range(40):
-        engine.version = f"run-{batch}"
-        drawn = RolloutEngine._sample(engine, rollouts)
-        assert len(set(drawn)) == 4
-        assert RolloutEngine._sample(engine, rollouts) == drawn  # on every process
-        seen |= set(drawn)
+        checked = drawn(batch, ["a"] * 16)
+        assert len(set(checked)) == 4
+        assert drawn(batch, ["a"] * 16) == checked  # on every process
+        seen |= {number for _, number in checked}
     assert seen == {*range(16)}
+
+
+@pytest.mark.parametrize(
+    ("checked", "counts"),
+    [(1, {"a": 1, "b": 1, "c": 1}), (4, {"a": 2, "b": 1, "c": 1}), (7, {"a": 4, "b": 2, "c": 1})],
+)
+def test_every_server_of_a_batch_is_checked_and_as_much_as_the_others(checked: int, counts: dict[str, int]):
+    makers = ["a"] * 13 + ["b"] * 2 + ["c"]
+    for batch in range(10):
+        chosen = drawn(batch, makers, checked)
+        assert all(makers[number] == server for server, number in chosen)
+        found = Counter(server for server, _ in chosen)
+        assert sorted(found.values()) == sorted(counts.values())
+        assert found.keys() == counts.keys()
+
+
+def test_one_server_of_two_that_lies_stops_the_run_at_once(double: Double, tmp_path: Path):
+    """With one check a batch it would be the other server's turn in half of them."""
+    liar = Double()
+    liar.stale = True
+    try:
+        settings = tree(tmp_path / "run", double.url, liar.url, checked=1, concurrency=1)
+        settings["eval"] = {"every": 0, "final_problems": 0}
+        settings["method"]["rollout"] |= {"problems": 8}
+        with pytest.raises(Stopped, match=f"server at {liar.url} .* does not decode with the student's weights"):
+            Trainer(build_config({**settings, "updates": 4})).train()
+        assert double.completions
+    finally:
+        liar.stop()
+    assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]  # the adapter of update 0 changes nothing
 
 
 def refuse(status: int) -> Any:
@@ -222,7 +260,7 @@ def test_half_an_answer_stops_the_run(double: Double, tmp_path: Path):
 
 def test_an_adapter_that_is_not_active_stops_the_run_and_its_rollouts_are_made_again(double: Double, tmp_path: Path):
     double.stale = True
-    words = r"do not decode with the student's weights .* nats a token .* than decode\.engine\.tolerance 0\.001"
+    words = r"does not decode with the student's weights .* nats a token .* than decode\.engine\.tolerance 0\.001"
     with pytest.raises(Stopped, match=words):
         train(tmp_path / "run", double.url)
     assert [line["update"] for line in metrics(tmp_path / "run")] == [0, 1]  # the adapter of update 0 changes nothing
@@ -365,6 +403,7 @@ def test_what_an_engine_cannot_do_is_refused(double: Double, tmp_path: Path, cha
         ({"model": "other"}, r"decode\.engine\.model 'other' is not served"),
         ({"key_variable": "sk-1"}, r"decode\.engine\.key_variable is not the name"),
         ({"tolerance": -1.0}, r"decode\.engine\.tolerance"),
+        ({"checked": 0}, r"decode\.engine\.checked is 0; give a whole number of at least 1"),
     ],
 )
 def test_wrong_keys_are_refused(double: Double, tmp_path: Path, engine: Any, words: str):

@@ -121,6 +121,8 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"settings": {"length": "8"}}, 422, r"settings\.length"),
     ({"settings": {"length": 10**400}}, 422, r"settings\.length"),
     ({"settings": {"temperature": -1}}, 422, r"settings\.temperature"),
+    ({"settings": {"temperature": "0.7"}}, 422, r"settings\.temperature must be a number, not text"),
+    ({"settings": {"temperature": 1e-320}}, 422, r"settings\.temperature is 1e-320; give a number from 0\.001 to 1000"),
     ({"settings": {"order": "backwards"}}, 422, r"settings\.order"),
     ({"settings": {"suppress": [10**9]}}, 422, r"settings\.suppress"),
     ({"settings": {"batch_size": 4}}, 422, "not a client's to choose"),

@@ -160,46 +160,64 @@ def test_given_text_is_scored_token_by_token(causal: Any):
 
 
 WRONG: list[tuple[dict[str, Any], int, str]] = [
-    ({"n": 0}, 422, "n is 0"),
-    ({"n": 1000}, 422, "n is 1000"),
-    ({"n": 100}, 422, "too many at once"),
-    ({"max_tokens": -1}, 422, "max_tokens is -1"),
-    ({"max_tokens": 10**6}, 422, "max_tokens is 1000000"),
-    ({"max_tokens": "5"}, 422, "max_tokens"),
-    ({"temperature": "hot"}, 422, r"decode\.temperature"),
-    ({"temperature": -1}, 422, r"decode\.temperature"),
-    ({"top_p": 0}, 422, r"decode\.top_p"),
-    ({"stop": [""]}, 422, "stop"),
-    ({"stop": ["x"] * 17}, 422, "stop"),
-    ({"stream": 1}, 422, "stream"),
-    ({"seed": "x"}, 422, "seed"),
+    ({"n": 0}, 400, "n is 0"),
+    ({"n": 1000}, 400, "n is 1000"),
+    ({"n": 100}, 400, "too many at once"),
+    ({"max_tokens": -1}, 400, "max_tokens is -1"),
+    ({"max_tokens": 10**6}, 400, "max_tokens is 1000000"),
+    ({"max_tokens": "5"}, 400, "max_tokens"),
+    ({"temperature": "hot"}, 400, r"decode\.temperature"),
+    ({"temperature": -1}, 400, r"decode\.temperature"),
+    ({"top_p": 0}, 400, r"decode\.top_p"),
+    ({"stop": [""]}, 400, "stop"),
+    ({"stop": ["x"] * 17}, 400, "stop"),
+    ({"stream": 1}, 400, "stream"),
+    ({"seed": "x"}, 400, "seed"),
     ({"model": "gpt"}, 404, "'gpt'"),
-    ({"temprature": 1}, 422, "unknown key 'temprature'"),
-    ({"tools": [{"type": "function"}]}, 422, "tools is not offered"),
-    ({"frequency_penalty": 0.5}, 422, "frequency_penalty is not offered"),
-    ({"response_format": {"type": "json_object"}}, 422, "response_format is not offered"),
+    ({"temprature": 1}, 400, "'temprature' is not offered"),
+    ({"temperature": "0.7"}, 400, r"decode\.temperature must be a number, not text"),
+    ({"temperature": 1e-320}, 400, r"decode\.temperature is 1e-320; give a number from 0\.001 to 1000, or 0"),
+    ({"max_tokens": 1.5}, 400, "max_tokens must be a whole number"),
+    ({"max_tokens": 0}, 400, "max_tokens is 0"),
+    ({"max_completion_tokens": 0}, 400, "max_completion_tokens is 0"),
+    ({"max_completion_tokens": 4, "max_tokens": 0}, 400, "max_tokens is 0"),
+    ({"modalities": ["text", "audio"]}, 400, "modalities is not offered"),
+    ({"stream_options": {"continuous_usage_stats": True}}, 400, r"stream_options\.continuous_usage_stats is not"),
+    ({"tools": [{"type": "function"}]}, 400, "tools is not offered"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty is not offered"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format is not offered"),
 ]
 OF_TEXTS = [
-    ({"prompt": None}, 422, "prompt must be"),
-    ({"prompt": []}, 422, "prompt"),
-    ({"prompt": {"a": 1}}, 422, "prompt must be"),
-    ({"prompt": [5, "x"]}, 422, "prompt"),
-    ({"prompt": [5, 10**6]}, 422, "token ids"),
+    ({"prompt": None}, 400, "prompt must be"),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": {"a": 1}}, 400, "prompt must be"),
+    ({"prompt": [5, "x"]}, 400, "prompt"),
+    ({"prompt": [5, 10**6]}, 400, "token ids"),
     ({"prompt": "1" * 100}, 413, "at most 64"),
     ({"prompt": "1" * 20000}, 413, "characters"),
     ({"prompt": "\ud800"}, 400, "surrogate"),
-    ({"logprobs": 100, "stream": False}, 422, "logprobs is 100"),
-    ({"logprobs": 1, "stream": True}, 422, "not streamed"),
-    ({"echo": True, "stream": True}, 422, "not streamed"),
+    ({"logprobs": 100, "stream": False}, 400, "logprobs is 100"),
+    ({"logprobs": 1, "stream": True}, 400, "not streamed"),
+    ({"echo": True, "stream": True}, 400, "not streamed"),
 ]
 OF_CHATS = [
-    ({"messages": None}, 422, "messages"),
-    ({"messages": []}, 422, "messages"),
-    ({"messages": ["hello"]}, 422, "messages"),
-    ({"messages": [{"role": "user", "content": 5}]}, 422, "messages, message 0"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, 422, "role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, "messages, message 0"),
-    ({"logprobs": True}, 422, "/v1/completions"),
+    ({"messages": None}, 400, "messages"),
+    ({"messages": []}, 400, "messages"),
+    ({"messages": ["hello"]}, 400, "messages"),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "messages, message 0"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages, message 0"),
+    ({"messages": [{"role": "user", "content": "x", "name": 5}]}, 400, "message 0: name must be text"),
+    ({"messages": [{"role": "user", "content": "x", "audio": {"id": "a"}}]}, 400, "'audio', which is not read"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "developer", "content": "y"}]}, 400, "put it first"),
+    ({"logprobs": True}, 400, "/v1/completions"),
+    ({"logprobs": True, "top_logprobs": 2}, 400, "/v1/completions"),
+    ({"top_logprobs": 2}, 400, "/v1/completions"),
+    ({"reasoning_effort": "high"}, 400, "reasoning_effort is offered as none only"),
+    ({"chat_template_kwargs": {"documents": []}}, 400, r"chat_template_kwargs\.documents is not offered"),
+    ({"chat_template_kwargs": {"enable_thinking": "no"}}, 400, r"enable_thinking must be true or false"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "no thinking switch"),
+    ({"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"}, 400, "leave out one"),
 ]
 
 
@@ -220,7 +238,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(server: Any, stream: bool)
 
 def test_a_diffusion_model_does_not_pretend_to_score_text(diffusion: Any):
     status, tree = diffusion.post("/v1/completions", {"prompt": "1", "echo": True, "logprobs": 1, "max_tokens": 0})
-    assert (status, "diffusion model" in tree["error"]["message"]) == (422, True)
+    assert (status, "diffusion model" in tree["error"]["message"]) == (400, True)
 
 
 def test_what_asks_for_nothing_changes_nothing(server: Any):
@@ -228,6 +246,60 @@ def test_what_asks_for_nothing_changes_nothing(server: Any):
     _, plain = server.post("/v1/chat/completions", CHAT)
     _, other = server.post("/v1/chat/completions", {**CHAT, **idle, "presence_penalty": 0.0, "store": False})
     assert plain["choices"] == other["choices"]
+
+
+REAL: list[dict[str, Any]] = [
+    {"max_tokens": 8, "max_completion_tokens": 6},
+    {"max_tokens": 6, "max_completion_tokens": 8},
+    {"max_tokens": 6.0},
+    {"max_tokens": 6, "seed": 7.0, "n": 1.0},
+    {"max_tokens": 6, "modalities": ["text"], "top_logprobs": 0, "logprobs": False},
+    {"max_tokens": 6, "reasoning_effort": "none"},
+    {"max_tokens": 6, "chat_template_kwargs": {"enable_thinking": False}},
+    {"max_tokens": 6, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+    {"max_tokens": 6, "parallel_tool_calls": True, "tool_choice": "auto", "function_call": "none"},
+    {"max_tokens": 6, "user": "u", "metadata": {"a": "b"}, "store": True, "prompt_cache_retention": "24h"},
+    {"max_tokens": 6, "messages": [{"role": "user", "content": PUZZLE, "name": "ann"}]},
+    {"max_tokens": 6, "messages": [{"role": "user", "content": [{"type": "text", "text": PUZZLE}]}]},
+]
+
+
+def test_what_real_clients_send_is_read(server: Any):
+    _, plain = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 6})
+    assert plain["usage"]["completion_tokens"] == 6
+    for change in REAL:
+        status, tree = server.post("/v1/chat/completions", {**CHAT, **change})
+        assert (status, tree.get("choices")) == (200, plain["choices"]), (change, tree)
+    body = json.dumps({**CHAT, "max_tokens": 6}).encode()
+    status, content, _ = server.raw("POST", "/v1/chat/completions", b"\xef\xbb\xbf" + body)
+    assert (status, json.loads(content)["choices"]) == (200, plain["choices"])
+
+
+def test_a_developer_is_read_as_the_system_is(server: Any):
+    answers = [
+        server.post("/v1/chat/completions", {**CHAT, "messages": [{"role": role, "content": "2"}, *CHAT["messages"]]})
+        for role in ("system", "developer")
+    ]
+    assert [status for status, _ in answers] in ([200, 200], [400, 400])
+    assert answers[0][1].get("choices") == answers[1][1].get("choices")
+    if answers[0][0] == 400:
+        assert answers[0][1] == answers[1][1]
+
+
+def test_a_chat_chooses_whether_the_model_thinks(causal: Any, monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool | None] = []
+    policy = causal.service.policy
+    encode = policy.encode
+
+    def note(messages: Any, thinking: bool | None = None) -> list[int]:
+        seen.append(thinking)
+        return encode(messages)
+
+    monkeypatch.setattr(policy, "encode", note)
+    monkeypatch.setattr(type(policy.chat), "has_switch", True)
+    for change in ({}, {"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "none"}):
+        assert causal.post("/v1/chat/completions", {**CHAT, **change})[0] == 200
+    assert seen == [None, True, False]
 
 
 def test_the_models_are_listed(server: Any):

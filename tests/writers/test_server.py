@@ -152,6 +152,16 @@ def test_a_retry_after_without_a_meaning_does_no_harm(service: Service, header: 
     assert write_one(service).text == "text of x"
 
 
+def test_a_server_that_has_too_much_to_do_is_no_failed_attempt(service: Service, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(http_client, "LONGEST_WAIT", 0.05)
+    service.faults["x"] = [status(503, Retry_After="1")] * 5
+    assert write_one(service, retries=0).text == "text of x"
+    service.faults["x"] = [status(503, Retry_After="1")] * 5
+    assert write_one(service, retries=0, timeout=0.01).failure in ("http_503", "timeout")
+    service.faults["x"] = [status(503)] * 5
+    assert write_one(service, retries=0).failure == "http_503"
+
+
 def test_pauses_double_with_a_jitter_of_their_own_and_have_a_bound():
     for tries in range(4):
         pauses = [http_client.pause(2.0, key, tries) for key in range(50)]
