@@ -61,7 +61,7 @@ class Makers:
 
     @property
     def entries(self) -> list[tuple[bytes, str]]:
-        """What is known, to be exchanged between processes and given to `named`."""
+        """What is known, to be exchanged between processes and given to `makers_of`."""
         return [*self._before.items(), *self._now.items()]
 
 
