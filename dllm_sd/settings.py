@@ -52,7 +52,7 @@ class Evaluation(Ranged, key="eval"):
     every: Natural = 25
     """Updates between evaluations on the dev split; 0 never evaluates."""
     problems: Size = 256
-    """Dev problems of each evaluation."""
+    """Dev problems of each evaluation in training; ``dllm-sd eval`` takes `final_problems` test problems."""
     final_problems: Natural | None = None
     """Test problems on which initial, last and best weights are compared at the end of a run; 0 skips the comparison.
     None takes up to 256, and none where the task has no test split. ``dllm-sd eval`` takes all where this is 0 or None.

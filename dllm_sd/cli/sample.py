@@ -29,7 +29,7 @@ END = "\u220e"
 def run(options: argparse.Namespace) -> int:
     """Decode one prompt, show how, and print the text, the probabilities of its tokens, and a verdict."""
     quiet_libraries()
-    config, policy, _ = load(options.model, options.overrides, options.task)
+    config, policy, _ = load("sample", options.model, options.overrides, options.task)
     problem, graded = _problem(config.task, options.prompt, options.raw)
     messages = config.task.messages(problem) if problem else [{"role": "user", "content": options.prompt}]
     settings = replace(config.held_out(), temperature=config.eval.temperature)

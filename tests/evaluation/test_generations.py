@@ -317,7 +317,7 @@ def test_nothing_else_is_overwritten(write: Write, tmp_path: Path, capsys: pytes
         (["given.jsonl", "--task", "gsm9k"], "task.name 'gsm9k' is unknown; did you mean 'gsm8k'?"),
         (["given.jsonl", "--task", "gsm9k", "--mode", "compatible"], "task.name 'gsm9k' is unknown"),
         (["given.jsonl", "--task", "jsonl", "--mode", "strict"], "--mode strict: task jsonl is graded in one way only"),
-        (["given.jsonl", "--task", "gsm8k", "seed=3"], "grade takes settings of the task only, as in task.key=value"),
+        (["given.jsonl", "--task", "gsm8k", "seed=3"], "seed has no effect in dllm-sd grade; leave it out"),
         (["given.jsonl", "--task", "gsm8k", "task.sead=3"], "unknown key 'task.sead'"),
     ],
 )
