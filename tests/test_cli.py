@@ -339,7 +339,8 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, capsys: pytest.Captur
     settings = [f"run={tmp_path / 'run'}", "eval={every: 0, final_problems: 0}"]
     assert main(["train", "small.yaml", *settings, *method]) == 3
     assert capsys.readouterr().err == (
-        "dllm-sd: nothing was learnt: all 1 updates were skipped (4 rollouts rejected by method.gate)\n"
+        "dllm-sd: nothing was learnt: all 1 updates were skipped (4 rollouts rejected by method.gate): take easier "
+        "problems, raise method.rollout.attempts, or begin with method=sft\n"
     )
 
 

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         for line in ("where", "meaning", "keys", "set_in"):
             if value := entry.get(line):
                 words = ", ".join(value) if isinstance(value, list) else value
-                console.print(Text(f"  {_LABELS[line]}{words}"))
+                console.print(Text(f"  {_LABELS[line]}{words}".replace("``", "`")))
     return 0
 
 

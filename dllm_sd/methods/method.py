@@ -32,24 +32,33 @@ def _slot(table: Mapping[str, type], default: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Method(Ranged, key="method"):
-    """One part per slot (see docs/concepts.md for the question that each slot answers).
+    """A method: one part for each slot (docs/concepts.md explains the slots).
 
-    A slot takes any part of its table; the checks ask parts for what they declare, never for their class.
+    A slot takes any part of its table. The checks rely on what parts declare, never on their classes.
     """
 
     name: str | None = field(default=None, compare=False)
     """The named method whose parts and settings are those that are not given; None is the default of each slot."""
     rollout: RolloutRule = _slot(ROLLOUTS, PassAtK)
+    """How an update gets its rollouts: how many problems and attempts, and how they are sampled."""
     gate: Gate = _slot(GATES, Correct)
+    """Which rollouts are learnt from."""
     canvases: CanvasRule = _slot(CANVASES, DecoderSteps)
+    """Which states of a rollout the student reads: the decoder's own steps, or random masks."""
     contexts: tuple[Context, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
+    """What each teacher sees beyond the student: later tokens of the rollout, or a hint in its prompt."""
     teacher: tuple[Weights, ...] = _slot(WEIGHTS, lambda: (BaseWeights(),))
     """The weights of the teachers: one for all contexts, or one for each."""
     sites: SiteRule = _slot(SITES, Revealed)
+    """At which positions of a canvas the loss is computed."""
     support: Support = _slot(SUPPORTS, FullVocabulary)
+    """On which entries of the vocabulary student and target are compared."""
     target: Target = _slot(TARGETS, Plain)
+    """How the distributions of the teachers become the distribution that the student is to match."""
     divergence: Divergence = _slot(DIVERGENCES, ReverseKL)
+    """The divergence between student and target, and its clip."""
     trust: Trust = _slot(TRUSTS, Equal)
+    """The weight of each target and rollout in the loss."""
     skill_bank: SkillBankConfig | None = None
     """The bank from which `skills` contexts take their pairs."""
     temperature: Annotated[float, Range(least=0.001, most=1000)] = 1.0

@@ -43,7 +43,12 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
     outcome = outcome_of(state, sums.unchanged)
     if outcome == "nothing learnt" and state.skipped == state.update:
         reasons = ", ".join(in_words(sums.left_out)) or "nothing was left out"
-        return [f"nothing was learnt: all {state.update} updates were skipped ({reasons})"]
+        remedy = (
+            ": take easier problems, raise method.rollout.attempts, or begin with method=sft"
+            if sums.left_out.get("rollouts/rejected")
+            else ""
+        )
+        return [f"nothing was learnt: all {state.update} updates were skipped ({reasons}){remedy}"]
     if outcome == "nothing learnt":
         return [
             f"nothing was learnt: none of {state.update} updates changed a weight; the steps were lost in rounding, or "
