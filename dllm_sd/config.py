@@ -47,7 +47,7 @@ class Config(Ranged, key=""):
     """One run."""
 
     task: Task = field(metadata={"parts": TASKS})
-    """What is learnt: where problems come from, and how completions are graded."""
+    """The task: where problems come from, and how completions are graded."""
     run: Place = "runs/unnamed"
     """Folder of the run."""
     seed: Seed = 0

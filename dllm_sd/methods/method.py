@@ -38,7 +38,7 @@ class Method(Ranged, key="method"):
     """
 
     name: str | None = field(default=None, compare=False)
-    """The named method whose parts and settings are those that are not given; None is the default of each slot."""
+    """The named method that gives the parts and settings which are not set; None takes the default of each slot."""
     rollout: RolloutRule = _slot(ROLLOUTS, PassAtK)
     """How an update gets its rollouts: how many problems and attempts, and how they are sampled."""
     gate: Gate = _slot(GATES, Correct)
