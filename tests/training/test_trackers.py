@@ -110,7 +110,7 @@ def test_tensorboard_has_the_runs_name_groups_meanings_hyperparameters_samples_a
         *((2, 1.0), (3, 1.5), (4, 2.0))
     ]
     assert events.SummaryMetadata("mine", "train/loss").summary_description == (
-        "What is minimised, over all processes; null if the update was skipped."
+        "The loss of the update, over all processes; null if the update was skipped."
     )
     assert events.Runs()["mine"]["images"] == ["rollouts/trajectory"]
     assert "samples/0/text_summary" in events.Runs()["mine"]["tensors"]

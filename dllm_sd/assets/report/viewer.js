@@ -263,7 +263,7 @@
     else if (state.color === "order") parts.legend.append(bar(`rgba(${parts.order}, .12)`, `rgba(${parts.order}, .8)`, "first", `step ${parts.last + 1}`));
     else if (state.color === "divergence") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "divergence 0",
       short(parts.most.divergence) + (parts.outliers ? ` or more (the highest 5 % of the sites)` : "")));
-    else if (state.color === "clip") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "clip takes nothing", "all"));
+    else if (state.color === "clip") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "clip removes nothing", "all"));
     else if (state.color === "trust") parts.legend.append(bar(`rgba(${parts.heat}, .7)`, `rgba(${parts.good}, .7)`, `trust ${short(-parts.most.trust)}`, short(parts.most.trust)), element("span", {}, TRUST));
     parts.legend.append(sample("masked", one.causal ? "not generated yet" : "masked"));
     if (sees) parts.legend.append(sample("shown", `masked for the student, seen by ${teacherName(state.teacher)}`));
