@@ -75,7 +75,7 @@ def _collapse(state: State, sums: LogSums) -> str:
 
 
 def _parted(sums: LogSums) -> str | None:
-    """The warning that the loss fell while the student became undecided, and no better on the dev split."""
+    """The warning that the loss fell while the student became less certain, and no better on the dev split."""
     loss, entropy, accuracy = (sums.courses.get(name) for name in WATCHED)
     if loss is None or entropy is None or loss.last >= loss.first:
         return None
@@ -88,9 +88,9 @@ def _parted(sums: LogSums) -> str | None:
         else f" and dev accuracy from {in_percent(accuracy.first)} to {in_percent(accuracy.last)}"
     )
     return (
-        f"loss and entropy part ways: the loss fell from {loss.first:.3g} to {loss.last:.3g}{fell}, while the "
-        f"student's entropy rose from {entropy.first:.2f} to {entropy.last:.2f} nats; it learns to be undecided: lower "
-        "optim.lr, take another method.divergence or no clip, or ask dllm-sd probe whether the teacher uses its hint"
+        f"loss and entropy diverge: the loss fell from {loss.first:.3g} to {loss.last:.3g}{fell}, while the "
+        f"student's entropy rose from {entropy.first:.2f} to {entropy.last:.2f} nats; it becomes less certain: "
+        "lower optim.lr, use another method.divergence or no clip, or check by dllm-sd probe whether the teacher uses its hint"
     )
 
 
@@ -158,7 +158,7 @@ def _differences(run: Path, learnt: Config, prompt: str, thinking: bool | None, 
         ("model.thinking", f"{key}.writing.sampling.thinking", "thinking"): learnt.model.thinking != thinking,
     }
     return [
-        f"the writer of {run} was trained with another {what} ({theirs} there) than it is asked with here "
+        f"the writer of {run} was trained with another {what} ({theirs} there) than this run gives it "
         f"({ours}); set both to the same value"
         for (theirs, ours, what), changed in has_changed.items()
         if changed

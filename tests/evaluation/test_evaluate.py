@@ -201,7 +201,7 @@ def test_two_problems_with_one_id_are_refused_before_anything_is_decoded(
 ):
     monkeypatch.setattr(MaskedDiffusion, "decode", None)
     problems = [Problem("a", {"prompt": "1"}), Problem("b", {"prompt": "1"}), Problem("a", fields)]
-    with pytest.raises(InputError, match=f"^problem 'a' is there twice, with .*{words}; give every problem an id of"):
+    with pytest.raises(InputError, match=f"^problem 'a' occurs twice, with .*{words}; give every problem an id of"):
         run(policy, problems=problems)
 
 

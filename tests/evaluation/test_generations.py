@@ -254,7 +254,7 @@ GOOD = line("7", id="a")
         ([line("7", id="a", schedule=3)], "given.jsonl:1: 'schedule' must be text, not 3; correct it or leave it out"),
         (
             [line("7", id="a", attempt=1), line("7", id="a", attempt=1)],
-            "given.jsonl:2: attempt 1 at 'a' is there twice",
+            "given.jsonl:2: attempt 1 at 'a' occurs twice",
         ),
         ([], "given.jsonl holds no generations; give a file with one JSON object on each line"),
         (["", " "], "given.jsonl holds no generations"),

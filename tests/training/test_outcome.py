@@ -221,7 +221,7 @@ def test_a_loss_that_falls_while_the_student_becomes_undecided_is_warned_of(
 ):
     values = {"loss": loss, "student/entropy": entropy, "eval/accuracy": accuracy}
     sums = LogSums(courses={name: Course(*pair) for name, pair in values.items() if pair is not None})
-    found = [said for said in warnings_of(State(9), sums) if said.startswith("loss and entropy part ways")]
+    found = [said for said in warnings_of(State(9), sums) if said.startswith("loss and entropy diverge")]
     assert len(found) == is_said
     if is_said and accuracy == (0.34, 0.0):
         assert "fell from 0.094 to 0.044 and dev accuracy from 34.00 % to 0.00 %" in found[0]
