@@ -69,7 +69,7 @@ def test_a_slot_of_a_method_is_explained_by_what_it_is_for(capsys: pytest.Captur
     meanings = {key.path: key.node.get("description", "") for key in slots}
     assert {path: text for path, text in meanings.items() if "Protocol of" in text or "Defaults" in text} == {}
     assert main(["explain", "method.gate"]) == 0
-    assert "Which rollouts are learnt from." in capsys.readouterr().out
+    assert "Which rollouts are trained on." in capsys.readouterr().out
 
 
 def test_every_key_has_a_meaning_in_a_whole_sentence():

@@ -1,4 +1,4 @@
-"""Methods without a privileged teacher: imitation, policy gradient, training on the model's own text."""
+"""Methods without privileged information: imitation, policy gradients, training on the model's own text."""
 
 from dataclasses import replace
 

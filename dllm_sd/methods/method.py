@@ -1,4 +1,4 @@
-"""A method: one part for every slot, and checks that the parts fit together."""
+"""A method: one part for each slot, and checks that the parts fit together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Method(Ranged, key="method"):
     rollout: RolloutRule = _slot(ROLLOUTS, PassAtK)
     """How an update gets its rollouts: how many problems and attempts, and how they are sampled."""
     gate: Gate = _slot(GATES, Correct)
-    """Which rollouts are learnt from."""
+    """Which rollouts are trained on."""
     canvases: CanvasRule = _slot(CANVASES, DecoderSteps)
     """Which states of a rollout the student reads: the decoder's own steps, or random masks."""
     contexts: tuple[Context, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
@@ -88,7 +88,7 @@ class Method(Ranged, key="method"):
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """What target and trust log about themselves, by name."""
+        """The names of what target and trust log."""
         return (*self.target.measured, *self.trust.measured)
 
     def weights(self) -> tuple[Weights, ...]:
@@ -102,7 +102,7 @@ class Method(Ranged, key="method"):
         return tuple(dict.fromkeys([*self.weights(), *local, *rolling]))
 
     def roles(self) -> tuple[Role, ...]:
-        """What the loss uses each context for; a context that some part takes for another policy is no teacher."""
+        """The role of each context in the loss; a context that a part uses as another policy is no teacher."""
         others: dict[int, Role] = {i: role for _, i, role in _other_policies(self)}
         return tuple(others.get(i, "teacher") for i in range(len(self.contexts)))
 

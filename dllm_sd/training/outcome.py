@@ -90,7 +90,8 @@ def _parted(sums: LogSums) -> str | None:
     return (
         f"loss and entropy diverge: the loss fell from {loss.first:.3g} to {loss.last:.3g}{fell}, while the "
         f"student's entropy rose from {entropy.first:.2f} to {entropy.last:.2f} nats; it becomes less certain: "
-        "lower optim.lr, use another method.divergence or no clip, or check by dllm-sd probe whether the teacher uses its hint"
+        "lower optim.lr, use another method.divergence or no clip, or check by dllm-sd probe whether the teacher uses "
+        "its hint"
     )
 
 
