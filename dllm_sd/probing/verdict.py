@@ -125,12 +125,16 @@ def nothing_passes(findings: Findings) -> tuple[str, bool | None] | None:
     counts = findings.rollouts
     if not findings.has_teacher or not counts["made"] or counts["hinted"]:
         return None
+    remedy = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
     if not counts["passing"]:
         return (
-            f"none of {counts['made']} rollouts passes method.gate, so every update would be skipped: take easier "
-            "problems, raise method.rollout.attempts, or begin with method=sft"
-        ), False
-    return f"none of the {counts['passing']} rollouts that pass method.gate has a hint, so nothing can be learnt", False
+            f"none of {counts['made']} rollouts passes method.gate, so every update would be skipped: {remedy}",
+            False,
+        )
+    without = f"none of the {counts['passing']} rollouts that pass method.gate has a hint"
+    if not counts["right"]:
+        return f"{without}, and none is correct, so every update would be skipped: {remedy}", False
+    return f"{without}, so every update would be skipped; see what the hints of method.contexts need", False
 
 
 def too_few(findings: Findings) -> tuple[str, bool | None] | None:

@@ -43,11 +43,13 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
     outcome = outcome_of(state, sums.unchanged)
     if outcome == "nothing learnt" and state.skipped == state.update:
         reasons = ", ".join(in_words(sums.left_out)) or "nothing was left out"
-        remedy = (
-            ": take easier problems, raise method.rollout.attempts, or begin with method=sft"
-            if sums.left_out.get("rollouts/rejected")
-            else ""
-        )
+        remedy = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
+        if sums.left_out.get("rollouts/rejected"):
+            remedy = f": {remedy}"
+        elif sums.left_out.get("rollouts/no_hint"):
+            remedy = f": see what the hints of method.contexts need; if it is a successful attempt, {remedy}"
+        else:
+            remedy = ""
         return [f"nothing was learnt: all {state.update} updates were skipped ({reasons}){remedy}"]
     if outcome == "nothing learnt":
         return [

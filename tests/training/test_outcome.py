@@ -161,6 +161,9 @@ def test_a_run_without_a_rollout_to_learn_from_says_that_alone():
     (sentence,) = warnings_of(State(3, skipped=3), sums)
     assert sentence.startswith("nothing was learnt: all 3 updates were skipped (5 rollouts ")
     assert "2 problems longer than max_prompt" in sentence
+    assert sentence.endswith("): take easier problems, raise method.rollout.attempts, or begin with method=sft")
+    (sentence,) = warnings_of(State(3, skipped=3), LogSums({"rollouts/no_hint": 5}, unchanged=True))
+    assert "): see what the hints of method.contexts need; if it is a successful attempt, take easier" in sentence
     assert warnings_of(State(), LogSums()) == []
 
 
