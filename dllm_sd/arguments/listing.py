@@ -2,7 +2,7 @@
 
 import argparse
 
-HELP = "what there is: methods, tasks, configs, parts, families of checkpoints"
+HELP = "list methods, tasks, configs, parts or families of checkpoints"
 EXAMPLES = """
 dllm-sd list
 dllm-sd list methods
