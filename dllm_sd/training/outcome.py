@@ -1,5 +1,6 @@
 """Warnings about a run: that it learnt nothing, or that weights or writers which it uses may not be the wanted ones."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Literal
@@ -43,14 +44,7 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
     outcome = outcome_of(state, sums.unchanged)
     if outcome == "nothing learnt" and state.skipped == state.update:
         reasons = ", ".join(in_words(sums.left_out)) or "nothing was left out"
-        remedy = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
-        if sums.left_out.get("rollouts/rejected"):
-            remedy = f": {remedy}"
-        elif sums.left_out.get("rollouts/no_hint"):
-            remedy = f": see what the hints of method.contexts need; if it is a successful attempt, {remedy}"
-        else:
-            remedy = ""
-        return [f"nothing was learnt: all {state.update} updates were skipped ({reasons}){remedy}"]
+        return [f"nothing was learnt: all {state.update} updates were skipped ({reasons}){_remedy(sums.left_out)}"]
     if outcome == "nothing learnt":
         return [
             f"nothing was learnt: none of {state.update} updates changed a weight; the steps were lost in rounding, or "
@@ -65,6 +59,18 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
     if state.update and state.best_accuracy >= 0 and state.best_update == 0:
         found.append(initial_are_best(state.update))
     return found
+
+
+def _remedy(left_out: Mapping[str, int]) -> str:
+    """What to do if these rollouts were left out and none was kept; empty where the counts say it themselves."""
+    if left_out.get("rollouts/grader_failed"):
+        return ""
+    easier = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
+    if left_out.get("rollouts/rejected"):
+        return f": {easier}"
+    if left_out.get("rollouts/no_hint"):
+        return f": see what the hints of method.contexts need; if it is a successful attempt, {easier}"
+    return ""
 
 
 def _collapse(state: State, sums: LogSums) -> str:

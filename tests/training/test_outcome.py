@@ -163,6 +163,8 @@ def test_a_run_without_a_rollout_to_learn_from_says_that_alone():
     assert "2 problems longer than max_prompt" in sentence
     assert sentence.endswith("): take easier problems, raise method.rollout.attempts, or begin with method=sft")
     (sentence,) = warnings_of(State(3, skipped=3), LogSums({"rollouts/no_hint": 5}, unchanged=True))
+    failed = {"rollouts/rejected": 5, "rollouts/grader_failed": 5}
+    assert warnings_of(State(3, skipped=3), LogSums(failed, unchanged=True))[0].endswith("grader failed)")
     assert "): see what the hints of method.contexts need; if it is a successful attempt, take easier" in sentence
     assert warnings_of(State(), LogSums()) == []
 
