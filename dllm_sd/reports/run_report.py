@@ -153,8 +153,8 @@ def _read(folder: Path, name: str, budget: int) -> RunReport:
     if former_end is not None:
         report = None
         missing.append(
-            f"The run has not ended again since it was continued at update {former_end}. The figures are those so far; "
-            "the test results of its former end are left out."
+            f"The run was given more updates after its end at update {former_end} and has not ended again. The figures "
+            "are those so far; the test results of its former end are left out."
         )
     if not any("eval/accuracy" in line for line in metrics):
         missing.append("The run has no evaluation on the dev split (eval.every 0, or none was reached).")

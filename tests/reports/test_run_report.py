@@ -224,19 +224,19 @@ def test_a_run_that_was_given_more_updates_has_not_ended(tmp_path: Path, shown: 
     lines = metrics(0.5, 0.6, 0.55, *([0.65] if shown == "after it" else []))
     folder = write_run(tmp_path / "mine", config={"updates": 4}, metrics=lines)
     words = page_of(folder).words
-    assert "continued at update 2" in words
+    assert "given more updates after its end at update 2" in words
     assert "not finished" in words
     assert "70.0 %" not in words  # the test result of the former end
     other = write_run(tmp_path / "other")
     for run in (folder, other):
         write_verdicts(run / VERDICTS, {"trained": [Verdict(f"p{i}", "d", (i < 2,)) for i in range(12)]})
-    assert "mine has been continued since its end at update 2" in page_of(folder, other).words
+    assert "mine was given more updates after its end at update 2" in page_of(folder, other).words
 
 
 def test_a_run_that_stopped_early_has_ended(tmp_path: Path) -> None:
     report = {"updates": 2, "before": {}, "after": {}, "best": {}, "stopped": "no new best"}
     words = page_of(write_run(tmp_path, config={"updates": 4}, report=[report])).words
-    assert "continued" not in words
+    assert "more updates" not in words
     assert "The run stopped early: no new best" in words
 
 
