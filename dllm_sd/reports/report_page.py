@@ -310,7 +310,8 @@ def _paired(a: RunReport, b: RunReport) -> str:
     rows = [(escape(label), *(escape(show(x)) for x in results.values())) for label, show in labels.items()]
     note = "Interval: paired bootstrap over the problems; p: McNemar's exact test, two-sided."
     former = [
-        f"{run.name} was given more updates after its end at update {run.former_end}; these are its results at that time."
+        f"{run.name} was given more updates after its end at update {run.former_end}; these are its results at that "
+        "time."
         for run in (a, b)
         if run.former_end is not None
     ]
