@@ -287,7 +287,7 @@ class RandomMasks(Ranged, CanvasDefaults, key="method.canvases"):
 
 @dataclass(frozen=True)
 class AllMaskedCanvas(Ranged, CanvasDefaults, key="method.canvases"):
-    """The whole completion masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
+    """The completion fully masked and the prompt masked at random: d1's one-step estimate (arXiv 2504.12216, sec. 3.2).
 
     Each pass over the same rollouts draws another prompt mask. Generated tokens are graded, padding after the end token
     is not.

@@ -34,6 +34,7 @@ __all__ = [
     "build_config",
     "build_decoding",
     "load_config",
+    "path_keys",
     "shipped_configs",
     "to_tree",
     "to_yaml",
@@ -46,7 +47,7 @@ class Config(Ranged, key=""):
     """One run."""
 
     task: Task = field(metadata={"parts": TASKS})
-    """What is learnt: where problems come from, and how completions are graded."""
+    """The task: where problems come from, and how completions are graded."""
     run: Place = "runs/unnamed"
     """Folder of the run."""
     seed: Seed = 0
@@ -148,6 +149,28 @@ def _whole(value: Any, hint: Any = None) -> Any:
         return value
     marks = [mark for kind in (hint, *get_args(hint)) for mark in get_args(kind)]
     return whole_path(value) if PLACE in marks or (FUNCTION in marks and ".py:" in value) else value
+
+
+def path_keys() -> frozenset[str]:
+    """The names of the keys of a config that hold paths, or may, by their types; those of plugins' parts included."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [Config]
+    while waiting:
+        cls = waiting.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        hints = hints_of(cls)
+        for f in fields(cls):
+            kinds = [hints[f.name]]
+            for kind in kinds:  # grows: the kinds that a union or a tuple is made of
+                kinds += get_args(kind)
+            if any(kind in (PLACE, FUNCTION) for kind in kinds):
+                found.add(key_of(f))
+            waiting += [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+            waiting += (f.metadata.get("parts") or {}).values()
+    return frozenset(found)
 
 
 def to_yaml(config: Config) -> str:

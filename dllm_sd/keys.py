@@ -1,4 +1,4 @@
-"""The keys of a config as `configs/schema.json` describes them: found, explained, and told from misspelt ones.
+"""The keys of a config as `configs/schema.json` describes them: found, explained, and checked for misspellings.
 
 Nothing here imports a model library, so that lists, explanations and refusals of misspelt keys take no time.
 """

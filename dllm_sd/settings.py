@@ -52,7 +52,7 @@ class Evaluation(Ranged, key="eval"):
     every: Natural = 25
     """Updates between evaluations on the dev split; 0 never evaluates."""
     problems: Size = 256
-    """Dev problems of each evaluation."""
+    """Dev problems of each evaluation in training; ``dllm-sd eval`` takes `final_problems` test problems."""
     final_problems: Natural | None = None
     """Test problems on which initial, last and best weights are compared at the end of a run; 0 skips the comparison.
     None takes up to 256, and none where the task has no test split. ``dllm-sd eval`` takes all where this is 0 or None.
@@ -77,7 +77,7 @@ class Evaluation(Ranged, key="eval"):
     collapse: Share = 0.0
     """Stop when accuracy falls this far below the best, such as 0.1; 0 disables it."""
     probe_every: Natural = 0
-    """Updates between probes of what the teacher has left to teach (`dllm-sd probe`); 0 never probes."""
+    """Updates between probes of the teacher (`dllm-sd probe`); 0 never probes."""
     probe_problems: Size = 64
     """Dev problems of a probe."""
 
@@ -169,7 +169,7 @@ class Peers(Ranged, key="peers"):
     temperature: Temperature = 1.0
     """Sampling temperature of these completions."""
     freeze: Literal["round", "phase"] = "round"
-    """Whether tutors have the weights of the start of the round (Algorithm 1) or of the phase (App. D.2)."""
+    """Whether tutors have the weights from the start of the round (Algorithm 1) or of the phase (App. D.2)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -454,9 +454,14 @@ def test_whatever_stands_in_a_section_of_a_runs_or_recipes_config_every_command_
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-@pytest.mark.parametrize("key", ["decode.suppress=[25]", "eval.schedules={slow: {suppress: [3, 99999999999]}}"])
 @pytest.mark.parametrize(
-    "command", [["eval", "tiny", "--task", "sudoku"], ["sample", "tiny", "hi", "--task", "sudoku"]]
+    ("command", "key"),
+    [
+        (["eval", "tiny", "--task", "sudoku"], "decode.suppress=[25]"),
+        (["eval", "tiny", "--task", "sudoku"], "eval.schedules={slow: {suppress: [3, 99999999999]}}"),
+        (["sample", "tiny", "hi", "--task", "sudoku"], "decode.suppress=[25]"),
+        (["sample", "tiny", "hi", "--task", "sudoku"], "eval.decode={suppress: [3, 99999999999]}"),
+    ],
 )
 def test_a_token_that_the_model_lacks_cannot_be_suppressed_wherever_a_model_is_loaded(
     command: list[str], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -268,7 +268,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
 
     monkeypatch.setattr(Trainer, "train", interrupted)
     assert main(["train", "small.yaml", f"run={tmp_path / 'run'}"]) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert "interrupted; the same command continues" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_with_1(
@@ -299,7 +299,7 @@ def test_a_disk_that_is_full_ends_a_run_with_1_and_the_same_command_goes_on(
     said = capsys.readouterr().err
     assert said == (
         "dllm-sd: cannot read or write '/full/file': No space left on device; fix that, and the same "
-        "command goes on from the last saved update\n"
+        "command continues from the last saved update\n"
     )
     assert main(command) == 0
     assert [line["update"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
@@ -339,7 +339,8 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, capsys: pytest.Captur
     settings = [f"run={tmp_path / 'run'}", "eval={every: 0, final_problems: 0}"]
     assert main(["train", "small.yaml", *settings, *method]) == 3
     assert capsys.readouterr().err == (
-        "dllm-sd: nothing was learnt: all 1 updates were skipped (4 rollouts rejected by method.gate)\n"
+        "dllm-sd: nothing was learnt: all 1 updates were skipped (4 rollouts rejected by method.gate): take easier "
+        "problems, raise method.rollout.attempts, or begin with method=sft\n"
     )
 
 

@@ -43,7 +43,13 @@ def found(*fields: dict[str, Any], **given: str) -> Columns:
 
 def test_a_model_and_a_file_become_a_config_that_is_valid(capsys: pytest.CaptureFixture[str]):
     assert main(["init", "--model", "tiny", "--data", "own.jsonl"]) == 0
-    assert "begin with: dllm-sd train own.yaml" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "begin with: dllm-sd train own.yaml" in said
+    assert "dllm-sd probe own.yaml shows how many the model makes" in said  # d_opsd needs correct rollouts
+    assert main(["init", "--model", "tiny", "--data", "own.jsonl", "--method", "sft", "--out", "sft.yaml"]) == 0
+    assert "dllm-sd probe" not in capsys.readouterr().out
+    assert main(["init", "--model", "tiny_ar", "--data", "own.jsonl", "--method", "sdpo", "--out", "ar.yaml"]) == 0
+    assert "sdpo needs correct rollouts" in capsys.readouterr().out  # its hints are successful attempts
     config, lines = load_config("own.yaml"), Path("own.yaml").read_text().splitlines()
     schema = next(line for line in lines if line.startswith("# yaml-language-server: $schema="))
     assert json.loads(Path(schema.partition("=")[2]).read_text()) == read_schema()

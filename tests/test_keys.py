@@ -64,6 +64,14 @@ def test_every_key_is_explained_with_its_type_and_what_it_means(capsys: pytest.C
     assert "Share of the positions in scope" in said
 
 
+def test_a_slot_of_a_method_is_explained_by_what_it_is_for(capsys: pytest.CaptureFixture[str]):
+    slots = [key for key in all_keys() if key.path.startswith("method.") and key.path.count(".") == 1]
+    meanings = {key.path: key.node.get("description", "") for key in slots}
+    assert {path: text for path, text in meanings.items() if "Protocol of" in text or "Defaults" in text} == {}
+    assert main(["explain", "method.gate"]) == 0
+    assert "Which rollouts are trained on." in capsys.readouterr().out
+
+
 def test_every_key_has_a_meaning_in_a_whole_sentence():
     assert len(all_keys()) > 500
     meanings = {key.path: key.node.get("description", "") for key in all_keys()}
@@ -116,7 +124,12 @@ def test_what_is_listed_is_what_there_is(capsys: pytest.CaptureFixture[str]):
         [row["name"] for row in listed["parts"]].index("jsd")
     ].items()
     assert main(["list", "tasks"]) == 0
-    assert "countdown" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "countdown" in said
+    assert "``" not in said
+    assert main(["list", "--json"]) == 0
+    counts = {row["name"]: int(row["number"]) for row in json.loads(capsys.readouterr().out)}
+    assert counts == {kind: len(rows) for kind, rows in listed.items()}
 
 
 def refusal(tree: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """From 50 lines of one's own to a trained model and an evaluation of it: two commands, at most five keys."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def test_fifty_lines_become_a_trained_model_and_an_evaluation(base: str, own: Pa
     assert "models are tested on the dev split" in capfd.readouterr().err
     report = json.loads(Path("runs", base, "eval", "jsonl", "report.json").read_text())
     assert (report["n"], report["split"], report["task"]) == (5, "dev", "jsonl")
+    assert main(["sample", f"runs/{base}", "test:0"]) == 0  # of the same problems as the evaluation
+    said = capfd.readouterr()
+    assert "models are tested on the dev split" in said.err
+    assert re.search(r"(right|wrong) \(jsonl/dev/\d+; ", said.out)
 
 
 CONFIG: dict[str, Any] = {

@@ -4,13 +4,17 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dllm_sd.cli.main import main
-from dllm_sd.config import build_config, load_config
+from dllm_sd.config import build_config, load_config, path_keys
 from dllm_sd.errors import InputError
+from dllm_sd.export.model_card import settings_of
+from dllm_sd.files.writing import Place
 from dllm_sd.methods import METHODS
 from dllm_sd.plugins import import_plugins
 from dllm_sd.tasks import TASKS
@@ -145,3 +149,38 @@ def test_a_file_is_imported_again_only_if_it_has_changed(tmp_path: Path):
     assert type(build_config(tree).task) is type(first.task)
     file.write_text(file.read_text() + "# changed\n")
     assert type(build_config(tree).task) is not type(first.task)
+
+
+def test_an_export_keeps_only_the_names_of_files_whatever_key_holds_their_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Elsewhere:
+        """A hint from a plugin, with a path of its own."""
+
+        store: Place | None = None
+        pattern: str = ""
+
+    monkeypatch.setitem(CONTEXTS, "elsewhere", Elsewhere)
+    assert path_keys() >= {
+        "run",
+        "plugins",
+        "data",
+        "data_test",
+        "grader",
+        "path",
+        "tokenizer",
+        "start",
+        "cache",
+        "store",
+    }
+    assert "pattern" not in path_keys()
+    values = {
+        "store": "/home/me/store.json",
+        "data": "/home/me/my.jsonl",
+        "pattern": "/kept/as/it/is",
+        "path": "org/model",
+    }
+    (tmp_path / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    expected = {**values, "store": "store.json", "data": "my.jsonl"}
+    assert yaml.safe_load(settings_of(tmp_path)) == expected

@@ -30,20 +30,21 @@ Start with what your data has:
 | rubrics | `rcsd` | `rcsd_reference` |
 | a model that can criticise solutions | `step_align` | `op_co_distill` |
 
-The table follows what methods need. Not all of them gained here: see the last column of the table below.
+This table follows from what the methods need. Not all of them gained accuracy here; see the last column of the table
+below.
 
-Always train `sft` or `rft` too, on the same problems: a method is worth its cost if it gains more than they do. Two
-runs are compared by `dllm-sd eval --compare RUN RUN`.
+Always train `sft` or `rft` on the same problems as well: another method is worth its cost only if it gains more.
+`dllm-sd eval --compare RUN RUN` compares two runs.
 
 ## All methods
 
 - *Data*: what a problem must have besides the question. *Answers* are graded by the task; *solutions* are written out.
-- *Correct rollouts*: what happens without any. "Needed": a problem that is never solved is left out. "In the group": a
-  rollout needs a correct sibling. "Both": a group of equal rewards teaches nothing. "Judged": right and wrong rollouts
-  are both used. "No": the outcome is not looked at.
+- *Correct rollouts*: whether the method needs them. "Needed": a problem that is never solved is left out. "In the
+  group": a rollout needs a correct sibling. "Both": a group whose rewards are all equal gives no gradient. "Judged":
+  correct and wrong rollouts are both used. "No": the outcome is not used.
 - *Cost*: seconds of rollouts and learning relative to `sft` on the same tiny model, masked diffusion / autoregressive,
-  with equal numbers of updates. `sft` decodes nothing, so the numbers are mostly the price of rollouts.
-- *Gain*: percentage points of greedy accuracy on 1,024 test puzzles (4x4 Sudoku), last weights less initial weights,
+  with equal numbers of updates. `sft` decodes nothing, so the numbers show mainly the cost of rollouts.
+- *Gain*: percentage points of greedy accuracy on 1,024 test puzzles (4x4 Sudoku), last weights minus initial weights,
   mean of three seeds after 30 updates at one learning rate for all methods, not tuned for any. The models are the
   shipped `tiny` / `tiny_ar` / a reader of rubrics and critiques. Where only a variant was measured, it is named (as in
   [the table of measurements](methods.md#measured)). In brackets: the model lacks what the method needs, as [the

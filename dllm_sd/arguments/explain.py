@@ -2,7 +2,7 @@
 
 import argparse
 
-HELP = "what a config key means: its type, default, choices, and the configs that set it"
+HELP = "explain a config key: its meaning, type, default and choices, and the configs that set it"
 EXAMPLES = """
 dllm-sd explain optim.lr
 dllm-sd explain method.contexts.0.ratio

@@ -4,7 +4,7 @@ import argparse
 
 from dllm_sd.arguments.values import add_overrides, place
 
-HELP = "a run's weights for other programs: adapter, native or original format"
+HELP = "export the weights of a run for other programs: as an adapter, or in the native or original format"
 EXAMPLES = """
 dllm-sd export runs/mine --to peft adapter
 dllm-sd export runs/mine --to merged model --weights last

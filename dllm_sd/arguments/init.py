@@ -17,12 +17,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("--model", type=place, help="folder or hub name of the model, or tiny, or tiny_ar")
     parser.add_argument(
-        "--as", dest="as_", choices=("diffusion", "autoregressive"), help="what the model is to be, if not what it is"
+        "--as",
+        dest="as_",
+        choices=("diffusion", "autoregressive"),
+        help="use the model as this kind instead of the kind that it is",
     )
     parser.add_argument("--data", type=place, help="JSON Lines, CSV or Parquet file, or a data set of the hub")
     parser.add_argument("--method", help="named method (dllm-sd list methods); by default one that fits model and data")
     parser.add_argument("--out", type=place, help="the config to write; by default it is named after the data")
-    parser.add_argument("--question", metavar="COLUMN", help="column of the questions, where its name does not tell")
+    parser.add_argument("--question", metavar="COLUMN", help="column of the questions, if its name is not recognised")
     parser.add_argument("--answer", metavar="COLUMN", help="column of the right answers")
     parser.add_argument("--reference", metavar="COLUMN", help="column of the worked solutions")
     parser.add_argument("--grader", help="how completions are graded (dllm-sd explain task.grader)")

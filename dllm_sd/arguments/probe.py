@@ -4,7 +4,7 @@ import argparse
 
 from dllm_sd.arguments.values import add_overrides, count, place
 
-HELP = "whether a method has anything to teach the model, before it trains"
+HELP = "measure, before training, whether the teacher of a method can teach the model anything"
 EXAMPLES = """
 dllm-sd probe quickstart_ar
 dllm-sd probe quickstart_ar method=opsd_pmi --problems 256

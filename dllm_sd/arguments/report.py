@@ -4,7 +4,10 @@ import argparse
 
 from dllm_sd.arguments.values import place
 
-HELP = "an HTML page of one or more runs: results, curves, settings, and what student and teacher saw at each step"
+HELP = (
+    "write an HTML page about one or more runs: results, curves, settings, and what student and teacher "
+    "saw at each step"
+)
 EXAMPLES = """
 dllm-sd report runs/mine
 dllm-sd report runs/a runs/b --out comparison.html

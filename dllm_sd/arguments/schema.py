@@ -2,7 +2,7 @@
 
 import argparse
 
-HELP = "the JSON schema of a config, by which editors complete and check keys"
+HELP = "print the JSON schema of a config, with which editors complete and check keys"
 EXAMPLES = """
 dllm-sd schema > schema.json
 dllm-sd schema --path           # where the installed file is

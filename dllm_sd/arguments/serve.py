@@ -4,7 +4,7 @@ import argparse
 
 from dllm_sd.arguments.values import add_overrides, count, place, port
 
-HELP = "a run or a model behind HTTP, for trainers and chat clients"
+HELP = "serve a run or a model over HTTP, for trainers and chat clients"
 EXAMPLES = """
 dllm-sd serve runs/mine --port 8000
 MY_KEY=... dllm-sd serve runs/mine --host 0.0.0.0 --api-key-variable MY_KEY

@@ -4,7 +4,7 @@ import argparse
 
 from dllm_sd.arguments.values import add_overrides, count, place
 
-HELP = "the resolved config, its method, the memory it needs, a prompt"
+HELP = "show the resolved config, its method, the memory that it needs, and a prompt"
 EXAMPLES = """
 dllm-sd show quickstart method=opsd_pmi
 dllm-sd show llada_8b_gsm8k --processes 8 --sharded

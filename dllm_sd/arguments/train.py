@@ -4,7 +4,7 @@ import argparse
 
 from dllm_sd.arguments.values import add_overrides, place
 
-HELP = "train a config (a path or a shipped name); continues a stopped run"
+HELP = "train a config (a path or a shipped name), or continue a stopped run"
 EXAMPLES = """
 dllm-sd train quickstart
 dllm-sd train quickstart seed=5 updates=12 optim.lr=1e-4 run=runs/mine

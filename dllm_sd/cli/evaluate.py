@@ -46,9 +46,11 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     if options.model is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --compare A B with two finished evaluations")
-    attempts = [f"eval.attempts={options.attempts}"] if options.attempts is not None else []
-    overrides = [*options.overrides, *attempts]
-    config, policy, weights = load(options.model, overrides, options.task, options.adapter, refuse=test_problems)
+    given = {"eval.attempts": options.attempts, "eval.final_problems": options.problems}
+    overrides = [*options.overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    config, policy, weights = load(
+        "eval", options.model, overrides, options.task, options.adapter, refuse=test_problems
+    )
     tree = to_tree(config)
     task = tree["task"]["name"]
     out = Path(options.out or evaluation_folder(options.model, options.adapter, task))

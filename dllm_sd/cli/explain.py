@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         for line in ("where", "meaning", "keys", "set_in"):
             if value := entry.get(line):
                 words = ", ".join(value) if isinstance(value, list) else value
-                console.print(Text(f"  {_LABELS[line]}{words}"))
+                console.print(Text(f"  {_LABELS[line]}{words}".replace("``", "`")))
     return 0
 
 
@@ -50,7 +50,7 @@ def _default(entry: Mapping[str, Any]) -> str:
 
 
 def _entry(keys: Sequence[Key], in_configs: bool) -> dict[str, Any]:
-    """What is said of a key, which may stand in several places."""
+    """The explanation of a key, which may occur in several places."""
     key = min(keys, key=lambda other: len(other.path))
     entry: dict[str, Any] = {"key": key.path, "type": type_in_words(key.node)}
     if "default" in key.node:

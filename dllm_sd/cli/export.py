@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     last = options.weights == "last"
     load_plugins(run, options.overrides)
     read_results(run)  # refuse a damaged report before the weights are read
-    config, policy, _ = load(options.run, options.overrides, last=last)
+    config, policy, _ = load("export", options.run, options.overrides, last=last)
     trained = Trained(run, chosen_checkpoint(run, last))
     export_policy(policy, config.model, options.to, folder, trained, options.push)
     Console().print(f"written to {folder}", highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dllm_sd.cli.used_keys import refuse_unused
 from dllm_sd.config import apply_overrides, build_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.estimates import in_percent
@@ -19,8 +20,6 @@ from dllm_sd.tasks import TASKS
 
 def run(options: argparse.Namespace) -> int:
     """Grade a file of generations; print a table, write ``report.json`` and ``graded.jsonl``."""
-    if others := [override for override in options.overrides if not override.startswith(("task.", "plugins"))]:
-        raise InputError(f"grade takes settings of the task only, as in task.key=value; leave out {others[0]!r}")
     task = {"name": options.task}
     part = TASKS.get(options.task)
     has_modes = part is not None and "mode" in {field.name for field in fields(part)}  # pyright: ignore[reportArgumentType]
@@ -29,6 +28,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.mode not in (None, "default") and part is not None:
         raise InputError(f"--mode {options.mode}: task {options.task} is graded in one way only; leave --mode out")
     config = build_config(apply_overrides({"task": task}, options.overrides))
+    refuse_unused("grade", options.overrides)
     tree, path = to_tree(config)["task"], Path(options.file)
     report = grade_file(
         path,

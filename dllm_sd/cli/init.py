@@ -49,6 +49,9 @@ def run(options: argparse.Namespace) -> int:
     check_trainable(text)
     write_file(out, text)
     print(f"{out} trains {method} on {columns.rows} rows, graded by {columns.grader}; begin with: dllm-sd train {out}")
+    hints = [context.hint for context in METHODS[method].method.contexts if context.hint is not None]
+    if METHODS[method].method.gate.needs_outcome or any(hint.needs_outcome for hint in hints):
+        print(f"{method} needs correct rollouts; dllm-sd probe {out} shows how many the model makes")
     return 0
 
 

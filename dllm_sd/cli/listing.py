@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dllm_sd.arguments.listing import KINDS
 from dllm_sd.config_files import shipped_configs
 from dllm_sd.keys import read_schema
 
@@ -18,16 +19,21 @@ ListRow = dict[str, str]
 
 def run(options: argparse.Namespace) -> int:
     """Print a table, or JSON."""
-    rows = list(_LISTS[options.what]())
+    rows = list(_kinds() if options.what is None else _LISTS[options.what]())
     if options.json:
         json.dump(rows, sys.stdout, indent=1, ensure_ascii=False)
         sys.stdout.write("\n")
         return 0
-    table = Table(*rows[0], title=options.what)
+    table = Table(*rows[0], title=options.what or "dllm-sd list ...")
     for row in rows:
-        table.add_row(*map(escape, row.values()))
+        table.add_row(*(escape(text.replace("``", "`")) for text in row.values()))
     Console().print(table)
     return 0
+
+
+def _kinds() -> Iterator[ListRow]:
+    for name, what in KINDS.items():
+        yield {"name": name, "number": str(len(list(_LISTS[name]()))), "what": what}
 
 
 def _methods() -> Iterator[ListRow]:

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _end(str(error), 2)
     except KeyboardInterrupt:
-        return _end("interrupted; the same command goes on from the last saved update", 130)
+        return _end("interrupted; the same command continues from the last saved update", 130)
     except (FloatingPointError, Stopped) as error:
         return _end(str(error), 1)
     except BrokenPipeError:  # the reader of the output is gone
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = "" if error.filename is None else f" {str(error.filename)!r:.200}"
         reason = error.strerror or on_one_line(error)[:200] or type(error).__name__
         return _end(
-            f"cannot read or write{where}: {reason}; fix that, and the same command goes on from the last saved update",
+            f"cannot read or write{where}: {reason}; fix that, and the same command continues from the last saved "
+            "update",
             1,
         )
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from dllm_sd.cli.run_or_model import quiet_libraries, warn
+from dllm_sd.cli.used_keys import refuse_unused
 from dllm_sd.config import load_config, to_tree
 from dllm_sd.errors import InputError, shown
 from dllm_sd.files.writing import writable, write_file
@@ -18,6 +19,7 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     number = [] if options.problems is None else [f"eval.probe_problems={options.problems}"]
     config = load_config(options.config, [*options.overrides, *number])
+    refuse_unused("probe", options.overrides)
     if config.peers is not None:
         student = config.peers.students[0]
         warn(f"of two peers the first, {student.name}, is probed, without the other's feedback")

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from dllm_sd.cli.used_keys import refuse_unused
 from dllm_sd.config import apply_overrides, build_config
 from dllm_sd.errors import InputError, shown
 from dllm_sd.files.writing import names_file
@@ -35,6 +36,7 @@ def quiet_libraries() -> None:
 
 
 def load(
+    command: str,
     name: str,
     overrides: Sequence[str],
     task: str | None = None,
@@ -45,6 +47,7 @@ def load(
     """Load a run (its best or last weights) or a model, in the precision that the run trained in.
 
     Args:
+        command: the command that loads it; overrides of keys that have no effect in it are refused.
         name: a run folder, or a model folder or hub name.
         overrides: ``key=value`` overrides of the config.
         task: name of the task; by default that of the run or recipe.
@@ -71,6 +74,7 @@ def load(
     if task is not None and task != (own_task.get("name") if isinstance(own_task, dict) else own_task):
         tree["task"] = {"name": task}
     config = build_config(apply_overrides(tree, overrides))
+    refuse_unused(command, overrides)
     if is_run(name):
         for sentence in code_changes(run, code_of(config)):
             warn(sentence)

@@ -15,6 +15,7 @@ from dllm_sd.cli.run_or_model import load, quiet_libraries, warn, warn_unknown_t
 from dllm_sd.errors import InputError
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.datafile import fields_of
+from dllm_sd.tasks.sources import about_tests, final_split
 from dllm_sd.tasks.task import Problem, Split, Task
 from dllm_sd.trajectory import Trajectory
 
@@ -29,7 +30,7 @@ END = "\u220e"
 def run(options: argparse.Namespace) -> int:
     """Decode one prompt, show how, and print the text, the probabilities of its tokens, and a verdict."""
     quiet_libraries()
-    config, policy, _ = load(options.model, options.overrides, options.task)
+    config, policy, _ = load("sample", options.model, options.overrides, options.task)
     problem, graded = _problem(config.task, options.prompt, options.raw)
     messages = config.task.messages(problem) if problem else [{"role": "user", "content": options.prompt}]
     settings = replace(config.held_out(), temperature=config.eval.temperature)
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
             line = Text(f"{step:>4} ") + _frame(policy, [*frames[max(0, step - 1) : step], frame])
             console.print(line, soft_wrap=True)
     text = policy.text(trajectory.tokens[0, : int(trajectory.length)].tolist())
-    console.print(Text(text, style="bold"), soft_wrap=True)
+    console.print(Text(text, style="bold") if text else Text("(no text)", style="dim"), soft_wrap=True)
     console.print(_probabilities(policy, trajectory), markup=False, soft_wrap=True)
     if graded and problem:
         grade = config.task.grade(problem, text)
@@ -73,9 +74,12 @@ def _problem(task: Task, prompt: str, raw: bool) -> tuple[Problem | None, bool]:
     if raw:
         return None, False
     if place := re.fullmatch(r"(train|dev|test):([0-9]{1,9})", prompt):
-        problems = task.problems(cast(Split, place[1]))
+        split = final_split(task) if place[1] == "test" else cast(Split, place[1])
+        if split != place[1] and (sentence := about_tests(task)):
+            warn(sentence)
+        problems = task.problems(split)
         if int(place[2]) >= len(problems):
-            raise InputError(f"{prompt} does not exist; the {place[1]} split holds {len(problems)} problems, from 0 on")
+            raise InputError(f"{prompt} does not exist; the {split} split holds {len(problems)} problems, from 0 on")
         return problems[int(place[2])], True
     for split in ("test", "dev"):
         try:
@@ -100,8 +104,8 @@ def _probabilities(policy: Any, trajectory: Trajectory) -> str:
         return "no token was written"
     shares = trajectory.logp[0][written].exp().tolist()
     least = sorted(zip(shares, tokens, steps, strict=True))[:3]
-    told = ", ".join(f"{share:.3f} of {_piece(policy, token)!r} at step {step}" for share, token, step in least)
-    return f"probability of its {len(tokens)} tokens: mean {sum(shares) / len(shares):.3f}; lowest {told}"
+    lowest = ", ".join(f"{share:.3f} of {_name(policy, token)} at step {step}" for share, token, step in least)
+    return f"probability of its {len(tokens)} tokens: mean {sum(shares) / len(shares):.3f}; lowest {lowest}"
 
 
 def _frame(policy: Any, frames: Sequence[Sequence[int]]) -> Text:
@@ -126,6 +130,12 @@ def _status(policy: Any, frames: Sequence[Sequence[int]]) -> Text:
 
 def _piece(policy: Any, token: int) -> str:
     return END if token in policy.end_ids else _visible(policy.text([token])) or "\u25a1"
+
+
+def _name(policy: Any, token: int) -> str:
+    """A token within a sentence: its text in quotes, or the name of one without a text."""
+    known = token in policy.end_ids or policy.text([token])
+    return repr(_piece(policy, token)) if known else str(policy.chat.tokenizer.convert_ids_to_tokens(token))
 
 
 def _visible(text: str) -> str:

@@ -20,7 +20,8 @@ class Decoding(Ranged, key="decode"):
     """
 
     length: Size = 256
-    """``l``, completion positions: a canvas's, or the most that an autoregressive model may write."""
+    """``l``, the number of completion positions: the length of the canvas, or the limit of an autoregressive
+    completion."""
     block_length: Size = 32
     """Positions of a block; blocks are denoised from left to right. Equal to `length` for a single block."""
     tokens_per_step: Size = 2
@@ -37,8 +38,8 @@ class Decoding(Ranged, key="decode"):
     """Which positions are committed first: by probability of the token, top-2 margin, negative entropy, at random,
     or from left to right."""
     threshold: PositiveShare | None = None
-    """Commit everything in the active block at least this probable, and at least one token, instead of a fixed
-    number (Fast-dLLM, arXiv 2505.22618). Another policy, not a faster equal one."""
+    """Commit everything in the active block at least this probable, and at least one token, instead of a fixed number
+    (Fast-dLLM, arXiv 2505.22618). This changes the policy; it is not a faster way to the same samples."""
     guidance: Annotated[float, Range(least=0, most=1000)] = 0.0
     """Classifier-free guidance scale (LLaDA's `cfg_scale`): logits = u + (1 + guidance) (l - u), u without prompt."""
     early_end: bool = True
@@ -58,7 +59,7 @@ class Decoding(Ranged, key="decode"):
     """Let a waiting row begin as soon as another one ends, by transformers' continuous batching (autoregressive models;
     meant for GPUs). Results are the same up to the rounding of attention kernels."""
     engine: Engine = field(default_factory=Local, metadata={"parts": ENGINES})
-    """Which machine decodes rollouts and the evaluations of a training run: the trainer's own (`local`), or servers."""
+    """What decodes the rollouts and evaluations of a training run: the trainer itself (`local`), or servers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

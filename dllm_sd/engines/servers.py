@@ -356,7 +356,7 @@ def _refuse_short(server: _Server, model: Mapping[str, Any], prompt: int, comple
 
 
 def _models(content: bytes) -> dict[str, Mapping[str, Any]]:
-    """Return what is said of each served model, by its name."""
+    """Return the description of each served model, by its name."""
     try:
         models = json.loads(content)["data"]
         return {str(entry["id"]): dict(entry) for entry in models}
@@ -365,5 +365,5 @@ def _models(content: bytes) -> dict[str, Mapping[str, Any]]:
 
 
 def _said(reply: Reply) -> str:
-    """Return what a server said of its refusal, on one line."""
+    """Return a server's explanation of its refusal, on one line."""
     return shortened(" ".join(reply.content.decode("utf-8", "replace").split())) or "nothing more"

@@ -125,7 +125,7 @@ def compare_files(a: Path, b: Path) -> dict[str, Comparison]:
     (left, digests_a), (right, digests_b) = (_read(find_generations(path)) for path in (a, b))
     for problem in digests_a.keys() & digests_b.keys():
         if digests_a[problem] != digests_b[problem]:
-            raise InputError(f"{a} and {b} asked different problems under the id {problem!r}; evaluate the same task")
+            raise InputError(f"{a} and {b} hold different problems with the id {problem!r}; evaluate the same task")
     if len(left) == len(right) == 1:
         (name_a, only_a), (name_b, only_b) = *left.items(), *right.items()
         return {name_a if name_a == name_b else f"{name_a} | {name_b}": compare(only_a, only_b)}

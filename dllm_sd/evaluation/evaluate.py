@@ -317,7 +317,7 @@ def check_ids(*splits: Sequence[Problem]) -> None:
                 names = [*{**earlier.fields, **problem.fields}]
                 differ = [name for name in names if earlier.fields.get(name) != problem.fields.get(name)]
                 words = f"with another {differ[0]!r:.60}" if differ else "with the same fields"
-                raise InputError(f"problem {problem.id!r} is there twice, {words}; give every problem an id of its own")
+                raise InputError(f"problem {problem.id!r} occurs twice, {words}; give every problem an id of its own")
             by_id[problem.id] = problem
 
 

@@ -94,7 +94,7 @@ class AttemptNames:
             attempt = seen.count(place)
         if not seen.add(place, attempt):
             raise InputError(
-                f"{line.where}: attempt {attempt} at {problem!r} is there twice; give every line of a problem an "
+                f"{line.where}: attempt {attempt} at {problem!r} occurs twice; give every line of a problem an "
                 "'attempt' of its own, or none at all"
             )
         return schedule, problem, place, attempt

@@ -75,7 +75,7 @@ class RolloutPipeline:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said before the run begins."""
+        """Sentences to print before the run begins."""
         corrected = not self.method.rollout.lag or self.method.trust.needs_old_logp
         lagging = [
             "rollouts are one batch older than the student (method.rollout.lag), and the loss takes them for its own; "

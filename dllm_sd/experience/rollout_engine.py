@@ -44,7 +44,7 @@ IMPROBABLE = math.log(1e-9)
 
 
 def folder_of(config: Config) -> Path:
-    """The folder of weights and completions, as the servers are told it."""
+    """The folder of weights and completions, by the path that is sent to the servers."""
     return Path(config.run).resolve() / FOLDER
 
 
@@ -94,7 +94,7 @@ class RolloutEngine:
         self.engine: Any = config.decode.engine
         self.gather: Callable[[Any], list[Any]] = gather_object if accelerator.num_processes > 1 else list
         self.folder = folder_of(config)
-        """As this process sees it; the servers are told how the main process does."""
+        """The folder as this process sees it; the servers get the path of the main process."""
         self.decoder: Decoder = policy.decoder
         self._frozen: str | None = None
         """A hash of the weights below the adapter, once it was needed."""
@@ -115,7 +115,7 @@ class RolloutEngine:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said before the run begins."""
+        """Sentences to print before the run begins."""
         if not self.engine.remote or not self.journal.found:
             return []
         return [

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from dllm_sd.config import build_config, to_tree
+from dllm_sd.config import build_config, path_keys, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.files.reading import damaged_file, read_own
 from dllm_sd.files.typed_json import read_json
@@ -117,11 +117,7 @@ def settings_of(run: Path) -> str:
     read_run_config(run)  # raises if the file is not a config
     text = read_own(run / "config.yaml", "give another folder").decode("utf-8")
     text = re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
-    return re.sub(rf"^( *(?:-|(?:{'|'.join(_PLACES)}):) ['\"]?)/.*/", r"\1", text, flags=re.MULTILINE)
-
-
-_PLACES = ("data", "data_test", "grader", "path", "tokenizer", "start", "cache")
-"""Keys whose values are paths, or may be."""
+    return re.sub(rf"^( *(?:-|(?:{'|'.join(path_keys())}):) ['\"]?)/.*/", r"\1", text, flags=re.MULTILINE)
 
 
 def _license(path: str | None) -> str | None:

@@ -258,7 +258,7 @@ def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (key := repeated_key(pairs)) is not None:
-        raise _Wrong(f"{key!r:.60} is there twice")
+        raise _Wrong(f"{key!r:.60} occurs twice")
     return dict(pairs)
 
 

@@ -1,8 +1,8 @@
-"""Losses: the parts that make the equation, one file per slot, and the pure functions that they call.
+"""Losses: the parts of the objective, one file for each slot, and the pure functions that they call.
 
-``sites -> support -> target -> divergence [t m] x trust [t m]``. Everything is log-space in, log-space out and
-float32 inside (float64 stays float64); nothing here sums over the sites ``m``: the objective does, once.
-"""
+``sites -> support -> target -> divergence [t m] x trust [t m]``. Inputs and outputs are log-probabilities, and
+computations are in float32 (float64 stays float64). No function here sums over the sites ``m``; the objective does this
+once."""
 
 from dllm_sd.losses.divergences import (
     DIVERGENCES,

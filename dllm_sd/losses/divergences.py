@@ -77,10 +77,10 @@ def clipped_sum(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
 
 
 def clip_share(entries: Tensor, clip: Clip, clip_at: float) -> Tensor:
-    """How many entries the clip cuts, ``[... u] -> [...]``: the share above it, or 0 or 1 for the whole token.
+    """The share of entries above the clip, ``[... u] -> [...]``; for a clip of the token 0 or 1.
 
-    The released code of d-OPSD logs this. It says little where the vocabulary is large: a clip that takes half of the
-    divergence may touch two entries in a hundred thousand. A run logs the share of the divergence instead.
+    The released code of d-OPSD logs this. It is uninformative for a large vocabulary, where a clip that removes half of
+    the divergence may affect two entries in a hundred thousand. A run logs the removed share of the divergence instead.
     """
     if clip == "entry":
         return (entries > clip_at).to(entries.dtype).mean(-1)
@@ -121,7 +121,7 @@ class _Clipped(Ranged, DivergenceDefaults, key="method.divergence"):
 
 @dataclass(frozen=True)
 class ForwardKL(_Clipped):
-    """``KL(target || student)``: the student must cover what the target allows."""
+    """``KL(target || student)``, which is mode-covering: the student must cover what the target allows."""
 
     @property
     def _beta(self) -> float:
@@ -134,7 +134,8 @@ class ForwardKL(_Clipped):
 
 @dataclass(frozen=True)
 class ReverseKL(_Clipped):
-    """``KL(student || target)``: the student must avoid what the target forbids (d-OPSD, equation 12)."""
+    """``KL(student || target)``, which is mode-seeking: the student avoids what the target makes improbable (d-OPSD,
+    Eq. 12)."""
 
     @property
     def _beta(self) -> float:
@@ -171,7 +172,7 @@ class GeneralisedJSD(_Clipped):
 
 @dataclass(frozen=True)
 class TokenNLL(DivergenceDefaults):
-    """Negative log-likelihood of the token that stands at the site in the rollout; the target is not read.
+    """Negative log-likelihood of the rollout's token at the site; the target is not used.
 
     ``token`` is a vocabulary id, so the support must be ``full``. With trust ``group_advantage`` this is diffu-GRPO.
     """

@@ -1,4 +1,4 @@
-"""The gap between a teacher and the student at the drawn token, and the loss that is made of it.
+"""The gap between a teacher and the student at the drawn token, and the loss on it.
 
 Skill-conditioned gated self-distillation (SGSD, arXiv 2605.28791): teachers that may be wrong are weighted by
 whether the outcome of the rollout agrees with them (`losses/trust.py`), and the gap is gated, so that no site can

@@ -1,4 +1,4 @@
-"""Policy gradient with the teacher's log-ratio as the reward: no divergence, but called like one.
+"""Policy gradient with the teacher's log-ratio as the reward. It is no divergence, but has the same interface.
 
 A surrogate with advantages ``log target - log rollout policy``, for supports whose entries need not sum to one. It
 clips ratios, not summands.
@@ -65,7 +65,7 @@ class PolicyGradient(Ranged, DivergenceDefaults, key="method.divergence"):
         tokens: ``support`` (every kept entry) or ``sampled`` (the token of the rollout, weight 1).
         weight: of the entries: softmax of the rollout policy's log-probabilities over the kept entries
             (``student``), of the teacher's (``teacher``), or equal (``uniform``).
-        ratio_clip: how far the ratio may leave 1 before PPO's clip acts.
+        ratio_clip: largest distance of the ratio from 1 before PPO's clip applies.
         dual_clip: bound on the ratio where the advantage is negative; None for no bound.
         surrogate: ``ratio`` (``-A r``, clipped) or ``log`` (``-A log s``, never clipped; on-policy the same gradient).
     """

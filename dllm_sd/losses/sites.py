@@ -1,4 +1,5 @@
-"""Where a canvas is graded: what the student revealed, the teacher's most confident positions, everything masked.
+"""Which positions of a canvas are graded: those that the student revealed, the teacher's most confident ones, or all
+masked ones.
 
 A rule names `candidates` and a `quota` from the canvas alone, so that the sites of a whole update are counted before
 any model runs. A rule that needs the teacher ranks the candidates by its `score` and keeps the quota; `score` is None
@@ -16,8 +17,8 @@ from dllm_sd.parts import Part
 from dllm_sd.ranges import Count, Ranged
 
 Covers = Literal["none", "step", "block", "masked"]
-"""What is graded on every canvas whatever the teacher predicts, so that no context may reveal it: nothing, the
-positions that the step commits, the masked positions of the active block, or all masked positions."""
+"""The positions that are graded on every canvas whatever the teacher predicts, so that no context may reveal them:
+none, those that the step reveals, the masked ones of the active block, or all masked ones."""
 
 
 class SiteRule(Part, Protocol):
@@ -35,7 +36,7 @@ class SiteRule(Part, Protocol):
 
     @property
     def covers(self) -> Covers:
-        """What is graded on every canvas whatever the teacher predicts."""
+        """The positions that are graded on every canvas whatever the teacher predicts."""
         ...
 
     @property
@@ -63,7 +64,7 @@ class SiteDefaults:
 
 @dataclass(frozen=True)
 class Revealed(SiteDefaults):
-    """The positions that the student commits at this step (the "student" row of arXiv 2606.18195, Table 7)."""
+    """The positions that the student reveals at this step (the "student" row of arXiv 2606.18195, Table 7)."""
 
     content: bool = False
     """Leave out tokens without content: special tokens, thinking tags, line breaks (SGSD, arXiv 2605.28791)."""
@@ -74,7 +75,7 @@ class Revealed(SiteDefaults):
 
     @property
     def covers(self) -> Covers:
-        """The same whatever is asked."""
+        """The same for all canvases."""
         return "step"
 
     def __call__(self, masked: Tensor, active: Tensor, revealed: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +112,8 @@ class TeacherTop(Ranged, key="method.sites"):
     """
 
     count: Count | None = None
-    """How many; None takes as many as the student commits at this step (on canvases that no decoder saw: all)."""
+    """Number of positions; None takes as many as the student reveals at this step (all, on canvases that are no
+    decoding step)."""
     by: Literal["probability", "logit"] = "probability"
     """Confidence: largest probability (paper), or largest raw logit (released code)."""
     content = False
@@ -119,7 +121,7 @@ class TeacherTop(Ranged, key="method.sites"):
 
     @property
     def covers(self) -> Covers:
-        """The same whatever is asked."""
+        """The same for all canvases."""
         return "none"
 
     follows_decoder = False

@@ -138,17 +138,17 @@ class FullVocabulary(SupportDefaults):
 
 @dataclass(frozen=True)
 class TopK(Ranged, SupportDefaults, key="method.support"):
-    """The ``k`` most probable entries of one distribution, for all distributions alike.
+    """The ``k`` most probable entries of one distribution; all distributions are restricted to them.
 
     Source: d-OPSD and OPSD (k = 20 of the teacher, renormalised); SDPO (of the student, with a tail bucket);
     thunlp/OPD (k = 16 of the policy that made the rollouts, kept). With ``k >= v`` this is the full vocabulary.
 
     Fields:
         k: entries kept.
-        of: whose entries: ``teacher`` (the first context), ``student`` (as it is now, without gradient) or
+        of: which distribution: ``teacher`` (the first context), ``student`` (as it is now, without gradient) or
             ``rollout`` (the last of several contexts: the policy that made the rollouts).
-        rest: what happens to the other entries: ``renormalise`` drops them (``u = k``; the loss does not see
-            probability that the student moves there), ``bucket`` sums them up in one more entry (``u = k + 1``),
+        rest: what happens to the other entries: ``renormalise`` drops them (``u = k``; the loss then ignores the
+            probability that the student puts there), ``bucket`` sums them up in one more entry (``u = k + 1``),
             ``keep`` leaves the kept log-probabilities as they were (``u = k``; no distribution).
     """
 

@@ -1,8 +1,8 @@
-"""Targets: how the teachers' distributions become what the student is pulled towards.
+"""Targets: how the distributions of the teachers become the distributions that the student is to match.
 
-A target is called as ``target(teacher_logp [c m u]) -> [t m u]``, log-probabilities in and out.
-``t = 1`` merges *distributions*; ``t = c`` keeps them apart, and the trust merges *values*. For the log,
-``target.measures(teacher_logp) -> {name: [m]}`` reports what merging did at each site.
+A target is called as ``target(teacher_logp [c m u]) -> [t m u]``, log-probabilities in and out. ``t = 1`` merges
+*distributions*; ``t = c`` keeps them apart, and the trust merges *values*. ``target.measures(teacher_logp) -> {name:
+[m]}`` gives what is logged about the merging at each site.
 
 Axes: ``m`` graded sites, ``c`` teacher contexts, ``t`` targets, ``u`` support, ``v`` vocabulary.
 """
@@ -37,7 +37,8 @@ class Target(Part, Protocol):
 
     @property
     def asks_teachers(self) -> bool:
-        """Whether it is made of teachers' distributions; False where the drawn token itself is the target."""
+        """Whether it is computed from the distributions of teachers; False where the drawn token itself is the
+        target."""
         ...
 
     @property
@@ -73,7 +74,7 @@ class TargetDefaults:
 
 @dataclass(frozen=True)
 class Plain(TargetDefaults):
-    """The one teacher's distribution, unchanged: ``c = t = 1``."""
+    """The distribution of the only teacher, unchanged: ``c = t = 1``."""
 
     contexts = 1
     keeps_contexts = True
@@ -90,7 +91,7 @@ class Plain(TargetDefaults):
 
 @dataclass(frozen=True)
 class Each(TargetDefaults):
-    """Every teacher's distribution is a target of its own: ``t = c``."""
+    """Each teacher's distribution is a separate target: ``t = c``."""
 
     contexts = None
     keeps_contexts = True
@@ -121,7 +122,7 @@ class Sampled(TargetDefaults):
 
 @dataclass(frozen=True)
 class PurifiedPMI(Ranged, TargetDefaults, key="method.target"):
-    """The plain base, moved by what the question adds to the reference: ``c = 3``, ``t = 1``.
+    """The plain base distribution, shifted by what the question adds to the reference: ``c = 3``, ``t = 1``.
 
     ``softmax(log plain + D / beta)`` with ``D = bound tanh(centred(log informed - log reference_only) / bound)``.
     The contexts come in the order informed (question and reference), reference only, plain (question only). What the
@@ -131,10 +132,11 @@ class PurifiedPMI(Ranged, TargetDefaults, key="method.target"):
     mean by 10000 / v.
 
     Fields:
-        beta: divides the shift; the larger, the closer the target stays to the plain base.
+        beta: the divisor of the shift; the larger it is, the closer the target stays to the plain base.
         bound: the paper's c, the largest size of ``D``; None for no tanh (then centring changes nothing).
         centre: the mean that is subtracted: ``uniform`` over the vocabulary (paper, so the support is ``full``), or
-            weighted by the plain ``base``'s probability (our ablation: the many improbable entries do not dominate it).
+            weighted by the plain ``base``'s probability (not in the paper: then the many improbable entries do not
+            dominate the mean).
     """
 
     beta: Positive = 1.0
@@ -188,7 +190,7 @@ class PurifiedPMI(Ranged, TargetDefaults, key="method.target"):
 
 @dataclass(frozen=True)
 class Barycenter(Ranged, TargetDefaults, key="method.target"):
-    """The informed teacher, pulled back to the plain one where the two disagree: ``c = 2``, ``t = 1``.
+    """The geometric barycenter of the teacher with the hint and the plain one: ``c = 2``, ``t = 1``.
 
     ``log_softmax((1 - a) log informed + a log plain)`` with ``a = 2 alpha_max (sigmoid(beta d) - 1/2)`` and ``d`` the
     Jensen-Shannon divergence of the two at the site. The contexts come in the order informed, plain. Everything is
@@ -196,7 +198,7 @@ class Barycenter(Ranged, TargetDefaults, key="method.target"):
     Source: DemoPSD (arXiv 2607.02502), equations 7 to 11, and the probability floor of its appendix B.
 
     Fields:
-        beta: how fast the pull grows with the disagreement.
+        beta: how fast the share of the plain distribution grows with the disagreement.
         alpha_max: the largest share of the plain distribution in the exponent, from 0 (never) to 1.
         floor: smaller probabilities of either distribution count as this, without renormalising.
     """

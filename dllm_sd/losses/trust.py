@@ -65,7 +65,7 @@ class Trust(Part, Protocol):
 
     @property
     def always_counts(self) -> bool:
-        """Whether a rollout of weight 0 still adds to the loss, so that its canvases must be read."""
+        """Whether a rollout of weight 0 still contributes to the loss, so that its canvases need a forward pass."""
         ...
 
     @property
@@ -203,7 +203,7 @@ def k3_factor(logp: Tensor, reference_logp: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Equal(TrustDefaults):
-    """Every rollout and every target counts the same: factor 1."""
+    """Every rollout and every target has the weight 1."""
 
     def rollout_weight(self, reward: Tensor, group: Tensor) -> Tensor:
         """``[b], [b] -> [b]``: ones."""
@@ -270,8 +270,8 @@ class GroupAdvantage(Ranged, TrustDefaults, key="method.trust"):
     Fields:
         normalise: divide advantages by the group's standard deviation.
         epsilon: added to that standard deviation.
-        ratio_clip: how far the ratio may leave 1 before the gradient stops.
-        kl: weight of the penalty towards the reference, 0 for none.
+        ratio_clip: largest distance of the ratio from 1; beyond it the gradient is 0.
+        kl: weight of the KL penalty to the reference policy; 0 for none.
     """
 
     normalise: bool = True
@@ -327,7 +327,8 @@ class GroupAdvantage(Ranged, TrustDefaults, key="method.trust"):
 
 @dataclass(frozen=True)
 class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
-    """Each teacher is weighted on a rollout by whether the rollout's outcome agrees with it: factor +1, -1 or 0.
+    """The weight of a teacher on a rollout is +1, -1 or 0, by whether the outcome of the rollout agrees with the
+    teacher.
 
     A teacher supports a canvas if its gap to the student at the drawn tokens, clipped to +-``clip``, is above
     ``threshold`` on average over the canvas's sites, and suppresses it below ``-threshold``. To support a correct
@@ -338,7 +339,7 @@ class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
 
     Fields:
         clip: largest absolute gap of a site in the average.
-        threshold: smallest absolute average that counts.
+        threshold: averages with a smaller absolute value give the weight 0.
         at_least: score from which a rollout counts as correct.
         local: as in divergence ``gated_gap``; set both to the same.
     """
@@ -369,7 +370,7 @@ class OutcomeValidated(Ranged, TrustDefaults, key="method.trust"):
         return drawn_gap(student_logp.detach(), target_logp, token, self.local).clamp(-self.clip, self.clip)
 
     def support(self, student_logp: Tensor, target_logp: Tensor, drawn: Drawn) -> Tensor:
-        """How far each target supports the canvas of each site, ``[m v], [t m v], drawn [m] -> [t m]``."""
+        """How much each target supports the canvas of each site, ``[m v], [t m v], drawn [m] -> [t m]``."""
         return _mean_over_canvas(self.evidence(student_logp, target_logp, drawn.token), drawn.canvas)
 
     def pooled(self, evidence: Tensor, canvas: Tensor, weight: Tensor) -> Tensor:

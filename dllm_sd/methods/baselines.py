@@ -1,4 +1,4 @@
-"""Methods without a privileged teacher: imitation, policy gradient, training on the model's own text."""
+"""Methods without privileged information: imitation, policy gradients, training on the model's own text."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ BASELINES: dict[str, NamedMethod] = {
             average="canvases",
         ),
         "LLaDA, arXiv 2502.09992, Eq. 3 and Alg. 2",
-        "Masked-diffusion cross-entropy with 1/t weights on the data set's references.",
+        "Cross-entropy on the references of the data; on masked diffusion with random masks and 1/t weights.",
     ),
     "rft": NamedMethod(
         Method(
@@ -41,13 +41,13 @@ BASELINES: dict[str, NamedMethod] = {
             average="canvases",
         ),
         "rejection fine-tuning (arXiv 2308.01825) with the loss of LLaDA",
-        "Random masks on the model's own correct rollouts.",
+        "Cross-entropy on the model's own correct rollouts, with random masks on masked diffusion.",
         parent="sft",
     ),
     "rft_trajectory": NamedMethod(
         Method(contexts=(), target=Sampled(), divergence=TokenNLL()),
         "rejection fine-tuning on the decoder's canvases",
-        "Hard labels on exactly the canvases and sites of d_opsd: the strong baseline.",
+        "Cross-entropy on the sampled tokens, on exactly the canvases and sites of d_opsd: a strong baseline.",
     ),
     "diffu_grpo": NamedMethod(
         Method(
@@ -61,8 +61,9 @@ BASELINES: dict[str, NamedMethod] = {
             trust=GroupAdvantage(normalise=False, kl=0.04),
         ),
         "d1, arXiv 2504.12216, Sec. 3.2 and github.com/dllm-reasoning/d1",
-        "Group advantage (not divided by its deviation, as the code does), one-step likelihood with 15 % of the prompt "
-        "masked, KL to the base. Set rollout.passes above 1 for d1's reuse of rollouts (add a snapshot context).",
+        "Group advantage, not divided by its standard deviation, as in the code; a one-step estimate of the "
+        "likelihood with 15 % of the prompt masked; KL penalty to the initial weights. For d1's reuse of "
+        "rollouts set rollout.passes above 1 and add a snapshot context.",
     ),
     "grpo": NamedMethod(
         Method(
@@ -74,17 +75,17 @@ BASELINES: dict[str, NamedMethod] = {
             trust=GroupAdvantage(ratio_clip=0.2, kl=0.04),
         ),
         "GRPO, arXiv 2402.03300",
-        "Group advantage on the likelihood of each token where it was chosen, KL to the base. On masked diffusion that "
-        "is the likelihood along the decoder's own path.",
+        "Group advantage on the likelihood of each token at the step where it was chosen, with a KL penalty "
+        "to the initial weights. On masked diffusion this is the likelihood along the decoder's own path.",
         parent="diffu_grpo",
     ),
     "spd": NamedMethod(
         SELF_TRAINING,
         "SPD, arXiv 2605.22675, Eq. 6 to 14, and github.com/gh540-svg/hahaha, commit e249fec",
-        "Cross-entropy on the model's own text, right or wrong, written by the initial weights with keys and values "
-        "held in the subspace that right answers depend on. One text is drawn for each "
-        "problem, and later epochs train on it again. Prompts are not trained on; in the paper they are "
-        "(method.sites.prompt).",
+        "Cross-entropy on the model's own text, correct or wrong. The text is written by the initial weights "
+        "with keys and values projected onto the subspace on which correct answers depend. One text is drawn "
+        "for each problem, and later epochs train on it again. Prompts are not trained on; in the paper they "
+        "are (method.sites.prompt).",
     ),
     "self_distillation": NamedMethod(
         replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=BaseWeights())),
@@ -95,7 +96,7 @@ BASELINES: dict[str, NamedMethod] = {
     "self_retraining": NamedMethod(
         replace(SELF_TRAINING, rollout=replace(SELF_TRAINING.rollout, policy=BaseWeights(), top_p=1.0)),
         "the comparison PSR of arXiv 2605.22675",
-        "spd without projection and top-p.",
+        "spd without the projection and without top-p.",
         parent="self_distillation",
     ),
 }

@@ -24,8 +24,10 @@ DENOISING: dict[str, NamedMethod] = {
     "d_opsd": NamedMethod(
         Method(contexts=(Suffix(),), sites=Revealed(), divergence=ReverseKL()),
         "arXiv 2606.18195, with the parts that its ablations and our tests support",
-        "Vetted default: pass@8, correct rollouts, every decoding step, later blocks at 25 %, the student's own sites, "
-        "full vocabulary, reverse KL without clip, base weights, mean over all sites.",
+        "The recommended default. It makes up to eight attempts at a problem and trains on correct rollouts, "
+        "at every decoding step. The teacher sees 25 % of the positions of later blocks. The loss is the "
+        "reverse KL divergence on the full vocabulary, without a clip, at the positions that the student "
+        "revealed, as a mean over all sites; the teacher has the initial weights.",
         parent=None,
     ),
     "d_opsd_paper": NamedMethod(
@@ -37,11 +39,12 @@ DENOISING: dict[str, NamedMethod] = {
             average="steps",
         ),
         "arXiv 2606.18195, Eq. 8 and 12, App. C",
-        "Suffix drawn from all masked positions, sites chosen by the teacher's probability (behind the end too, since "
-        "the sizes of K_t sum to the canvas's length), each entry of the vocabulary clipped at 0.05. That is no "
-        "divergence: it can be negative, its minimum is not at the teacher, and at 3e-4 it collapses on the tiny "
-        "model. method.divergence.clip=token, a variant of ours, bounds each site's divergence instead; a site beyond "
-        "the bound then has no gradient.",
+        "The suffix is drawn from all masked positions, and sites are chosen by the teacher's probability, "
+        "also behind the end of the answer, since the sizes of K_t sum to the length of the canvas. Each "
+        "entry of the vocabulary is clipped at 0.05. The clipped sum is not a divergence: it can be negative, "
+        "and its minimum is not at the teacher; at a learning rate of 3e-4 it collapses on the tiny model. "
+        "method.divergence.clip=token, which is not in the paper, clips the divergence of each site instead; "
+        "a site above the limit then has no gradient.",
     ),
     "d_opsd_reference": NamedMethod(
         Method(
@@ -57,19 +60,21 @@ DENOISING: dict[str, NamedMethod] = {
             average="step_sums",
         ),
         "github.com/xingzhejun/d-OPSD, commit 1b55cf3",
-        "The released code with its quirks: teacher's top-20 renormalised, clip per vocabulary entry (not a "
-        "divergence), two sites by raw logit, later blocks with the end rule, last block never graded, temporal "
-        "chunks as separate updates, failures in the denominator, padding behind the end graded.",
+        "The released code with its quirks: the teacher's top 20 renormalised; a clip per vocabulary entry, "
+        "which is not a divergence; two sites a step, by raw logit; later blocks with the end rule; the last "
+        "block is never graded; temporal chunks are separate updates; failures count in the denominator; "
+        "padding behind the end is graded.",
     ),
     "later_step": NamedMethod(
         Method(gate=All(), rollout=PassAtK(attempts=1), contexts=(LaterStep(),)),
         "after arXiv 2607.04428",
-        "The teacher reads a later step of the same trajectory; no label is used.",
+        "The teacher reads a later step of the same trajectory. No label is used.",
     ),
     "d_opsd_prompt": NamedMethod(
         Method(contexts=(Reference(),)),
         "the prompt-conditioned comparison of arXiv 2606.18195",
-        "d_opsd with the data's reference in the teacher's prompt instead of an answer on the canvas.",
+        "d_opsd, where the teacher reads the reference of the data in its prompt instead of a part of the "
+        "answer on the canvas.",
     ),
     "d_opsd_pmi": NamedMethod(
         Method(
@@ -78,21 +83,23 @@ DENOISING: dict[str, NamedMethod] = {
             divergence=GeneralisedJSD(beta=0.5),
         ),
         "d_opsd with the target of arXiv 2607.02234, Eq. 5 to 8; unpublished",
-        "Purified suffix teacher: what the suffix says only together with the question, added to the base.",
+        "A purified suffix teacher: what the suffix adds only together with the question is added to the base "
+        "distribution.",
     ),
     "d_demo_psd": NamedMethod(
         Method(contexts=(Suffix(), Nothing()), teacher=(EmaWeights(0.95),), target=Barycenter()),
         "d_opsd with the target of arXiv 2607.02502, Eq. 7 to 9; unpublished",
-        "Barycenter of the suffix teacher and the plain student, both with averaged weights.",
+        "The target is the barycenter of the suffix teacher and the plain student, both with EMA weights.",
     ),
     "d_rcsd": NamedMethod(
         Method(contexts=(Suffix(prompt=Rubric(source="data")),)),
         "d_opsd with the context of arXiv 2606.19327; unpublished",
-        "The data's rubric in the teacher's prompt, together with the suffix.",
+        "The teacher reads the rubric of the data in its prompt, together with the suffix.",
     ),
     "d_step_align": NamedMethod(
         Method(gate=All(), contexts=(Critique(),)),
         "d_opsd with the context of arXiv 2606.11173; unpublished",
-        "A critique of the rollout in the teacher's prompt instead of a suffix, on right and wrong rollouts.",
+        "The teacher reads a critique of the rollout in its prompt instead of a suffix, for correct and wrong "
+        "rollouts.",
     ),
 }

@@ -1,4 +1,4 @@
-"""A method: one part for every slot, and checks that the parts fit together."""
+"""A method: one part for each slot, and checks that the parts fit together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,24 +32,33 @@ def _slot(table: Mapping[str, type], default: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Method(Ranged, key="method"):
-    """One part per slot (see docs/concepts.md for the question that each slot answers).
+    """A method: one part for each slot (docs/concepts.md explains the slots).
 
-    A slot takes any part of its table; the checks ask parts for what they declare, never for their class.
+    A slot takes any part of its table. The checks rely on what parts declare, never on their classes.
     """
 
     name: str | None = field(default=None, compare=False)
-    """The named method whose parts and settings are those that are not given; None is the default of each slot."""
+    """The named method that gives the parts and settings which are not set; None takes the default of each slot."""
     rollout: RolloutRule = _slot(ROLLOUTS, PassAtK)
+    """How an update gets its rollouts: how many problems and attempts, and how they are sampled."""
     gate: Gate = _slot(GATES, Correct)
+    """Which rollouts are trained on."""
     canvases: CanvasRule = _slot(CANVASES, DecoderSteps)
+    """Which states of a rollout the student reads: the decoder's own steps, or random masks."""
     contexts: tuple[Context, ...] = _slot(CONTEXTS, lambda: (Suffix(),))
+    """What each teacher sees beyond the student: later tokens of the rollout, or a hint in its prompt."""
     teacher: tuple[Weights, ...] = _slot(WEIGHTS, lambda: (BaseWeights(),))
     """The weights of the teachers: one for all contexts, or one for each."""
     sites: SiteRule = _slot(SITES, Revealed)
+    """At which positions of a canvas the loss is computed."""
     support: Support = _slot(SUPPORTS, FullVocabulary)
+    """On which entries of the vocabulary student and target are compared."""
     target: Target = _slot(TARGETS, Plain)
+    """How the distributions of the teachers become the distribution that the student is to match."""
     divergence: Divergence = _slot(DIVERGENCES, ReverseKL)
+    """The divergence between student and target, and its clip."""
     trust: Trust = _slot(TRUSTS, Equal)
+    """The weight of each target and rollout in the loss."""
     skill_bank: SkillBankConfig | None = None
     """The bank from which `skills` contexts take their pairs."""
     temperature: Annotated[float, Range(least=0.001, most=1000)] = 1.0
@@ -79,7 +88,7 @@ class Method(Ranged, key="method"):
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """What target and trust log about themselves, by name."""
+        """The names of what target and trust log."""
         return (*self.target.measured, *self.trust.measured)
 
     def weights(self) -> tuple[Weights, ...]:
@@ -93,7 +102,7 @@ class Method(Ranged, key="method"):
         return tuple(dict.fromkeys([*self.weights(), *local, *rolling]))
 
     def roles(self) -> tuple[Role, ...]:
-        """What the loss uses each context for; a context that some part takes for another policy is no teacher."""
+        """The role of each context in the loss; a context that a part uses as another policy is no teacher."""
         others: dict[int, Role] = {i: role for _, i, role in _other_policies(self)}
         return tuple(others.get(i, "teacher") for i in range(len(self.contexts)))
 

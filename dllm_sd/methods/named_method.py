@@ -22,7 +22,7 @@ class NamedMethod:
     source: str
     note: str
     parent: str | None = "d_opsd"
-    """The named method that the documentation describes this one as a change of; None describes all of its parts."""
+    """The named method relative to which the documentation describes this one; None describes all of its parts."""
 
 
 GROUP = PassAtK(problems=32, attempts=8, keep="all", until_solved=False, temperature=1.0)

@@ -31,16 +31,17 @@ WRITTEN: dict[str, NamedMethod] = {
     "rcsd_writer": NamedMethod(
         replace(RCSD, contexts=(Reference(template=RUBRIC_GOLD),)),
         "RCSD, arXiv 2606.19327, Eq. 4, and github.com/carriegu0818/RCSD, commit 521b538",
-        "Stage I: the model learns to write rubrics; the teacher reads the data's. The task asks for a rubric and has "
-        "one as reference. Whether the student reads the reference answer is a matter of task.prompt: not in the "
-        "paper, in the code it does.",
+        "Stage I: the model learns to write rubrics, from a teacher that reads the rubric of the data. The "
+        "task asks for a rubric and has one as its reference. Whether the student reads the reference answer "
+        "is set by task.prompt: in the paper it does not, in the code it does.",
         parent="opsd",
     ),
     "rcsd": NamedMethod(
         replace(RCSD, contexts=(Rubric(writing=Writing(sampling=Sampling(temperature=0.7, top_p=0.95))),)),
         "RCSD, arXiv 2606.19327, Eq. 5",
-        "Stage II: the teacher reads a rubric that a writer makes of the question alone; name Stage I's checkpoint in "
-        "method.contexts.0.writing.writer. Forward KL to the initial weights.",
+        "Stage II: the teacher reads a rubric that a writer makes from the question alone; name the "
+        "checkpoint of Stage I in method.contexts.0.writing.writer. The loss is the forward KL divergence to "
+        "the initial weights.",
         parent="rcsd_writer",
     ),
     "rcsd_reference": NamedMethod(
@@ -58,15 +59,17 @@ WRITTEN: dict[str, NamedMethod] = {
             divergence=ForwardKL(clip="entry"),
         ),
         "github.com/carriegu0818/RCSD, commit f2035f8",
-        "The released Stage II: the data's rubric and the reference answer, an analysis first, teacher's top-20, clip "
-        "per entry. Here the teacher writes its own analysis; there, with vLLM, the student's weights did.",
+        "The released Stage II: the teacher reads the rubric of the data and the reference answer, and writes "
+        "an analysis first; the teacher's top 20, with a clip per entry. Here the teacher writes the "
+        "analysis; in the code, with vLLM, the student's weights do.",
         parent="rcsd_writer",
     ),
     "step_align": NamedMethod(
         replace(OPSD, contexts=(Critique(),), divergence=ForwardKL()),
         "step-aligned critique, arXiv 2606.11173, Eq. 3",
-        "The teacher reads the rollout's own steps, corrected from the first wrong one on; a critic writes them (32B "
-        "in the paper, which left its prompts unpublished). Sampling as in OPSD.",
+        "The teacher reads the steps of the rollout, corrected from the first wrong step on. A critic writes "
+        "this correction; it has 32B weights in the paper, which does not publish its prompts. Sampling is as "
+        "in OPSD.",
         parent="opsd",
     ),
     "sgsd": NamedMethod(
@@ -84,9 +87,10 @@ WRITTEN: dict[str, NamedMethod] = {
             skill_bank=SkillBankConfig(writing=Writing(sampling=Sampling(length=4096)), renewal=Sampling(length=2048)),
         ),
         "SGSD, arXiv 2605.28791, and github.com/walawalagoose/SGSD, commit f296a91",
-        "Eight teachers, each with a skill and a mistake from a bank in its prompt; the outcome of a rollout sets "
-        "the sign of each teacher's weight. Retrieval reads the whole prompt, in the code the bare problem "
-        "(set method.skill_bank.problem). On masked diffusion the gap is that of the all-masked canvas.",
+        "Eight teachers, each with one skill and one mistake from a bank in its prompt; the outcome of a "
+        "rollout sets the sign of each teacher's weight. Retrieval reads the whole prompt; in the code it "
+        "reads the problem alone (set method.skill_bank.problem). On masked diffusion the gap is computed on "
+        "the fully masked canvas.",
     ),
     "op_co_distill": NamedMethod(
         replace(
@@ -102,8 +106,9 @@ WRITTEN: dict[str, NamedMethod] = {
             ),
         ),
         "OPCoD, arXiv 2606.14368, Eq. 1 and 2, Algorithm 1, on the loss of SDPO",
-        "Two students in rounds (peers): each is its own teacher, which reads a successful sibling and what the other "
-        "student, frozen, says of the rollout. Dropped feedback leaves the sibling.",
+        "Two students that take turns (peers). Each is its own teacher, which reads a successful sibling and "
+        "the feedback of the other, frozen student on the rollout. Where feedback is dropped, the sibling is "
+        "left.",
         parent="sdpo",
     ),
 }

@@ -1,1 +1,1 @@
-"""The equation: what is graded in an update, and the loss of it."""
+"""The objective: which sites of an update are graded, and the loss."""

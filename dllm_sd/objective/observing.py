@@ -1,4 +1,4 @@
-"""How somebody looks on while a loss is computed: the equation shows what it computes, and nothing of it changes.
+"""Observers of the loss: they are shown what the equation computes, and change nothing.
 
 Axes: ``n`` canvases, ``l`` completion, ``i`` sites of a chunk, ``c`` contexts, ``t`` targets, ``u`` support,
 ``v`` vocabulary.
@@ -37,7 +37,7 @@ class Seen:
 
 
 class Observer(Protocol):
-    """Looks on at the sites of a micro-batch."""
+    """Observes the sites of a micro-batch."""
 
     def begin(self, sites: Tensor) -> None:
         """Learn where the micro-batch is graded, bool ``[n l]``; called once, before the first chunk."""

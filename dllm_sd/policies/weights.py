@@ -99,10 +99,10 @@ class EmaWeights(Ranged, WeightsDefaults, key="method.teacher"):
 
 @dataclass(frozen=True)
 class SnapshotWeights(Ranged, WeightsDefaults, key="method.teacher"):
-    """A copy of the student, renewed every `every` updates."""
+    """A copy of the student that is updated every `every` updates."""
 
     every: Count = 25
-    """Updates between two renewals."""
+    """Updates between two copies."""
     stored = True
     moves = True
 

@@ -68,13 +68,13 @@ class Shape(Ranged, key="model.shape"):
 
 @dataclass(frozen=True)
 class Model(Ranged, key="model"):
-    """Which model is trained (the keys of `model`)."""
+    """The model that is trained (the keys of `model`)."""
 
     path: Place | None = None
     """A folder, a hub name, or `tiny` for the shipped model. None with `random_init` builds `shape`."""
     as_: Literal["diffusion", "autoregressive"] | None = field(default=None, metadata={"key": "as"})
-    """None takes a checkpoint for what it is, and denoises with random weights. `autoregressive` makes random
-    weights causal. `diffusion` turns any causal language model of transformers bidirectional and gives it a mask
+    """None detects the kind of a checkpoint; random weights make a masked diffusion model. `autoregressive` makes
+    random weights causal. `diffusion` turns any causal language model of transformers bidirectional and gives it a mask
     token; it then has to learn denoising (method `sft`)."""
     tokenizer: Place | None = None
     """Folder or hub name of the tokenizer where it is not beside the model."""

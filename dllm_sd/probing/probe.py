@@ -202,7 +202,9 @@ class Probe:
     def _controls(
         self, material: _Material, informed: int, passing: set[Name], verdicts: VerdictById, decode: bool
     ) -> dict[str, tuple[Control, dict[str, float | None]]]:
-        """The first teacher that is shown something, with one thing exchanged at a time."""
+        """The first teacher with privileged information, with one of its inputs replaced at a time."""
+        if not material.rollouts.kept:  # no rollout has its hints
+            return {}
         context, teacher = self.method.contexts[informed], self.teachers[informed]
         donors = find_donors(material.rollouts, material.keys, informed)
         kinds = kinds_for(context, donors, self.policy.module.block_length is None)

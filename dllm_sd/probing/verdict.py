@@ -1,4 +1,4 @@
-"""What the findings mean, in plain words: the rules, and their thresholds, in one place."""
+"""The verdict of a probe: the rules that make it from the findings, and their thresholds."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,14 +10,14 @@ from dllm_sd.probing.signal import Shares, SiteGroup
 FEW = 8
 """Fewest problems on which accuracies are compared."""
 MIN_GAP = 0.02
-"""By how much a teacher must be more often right than the student, and than with a spoilt hint."""
+"""By how much the accuracy of a teacher must exceed that of the student, and its own with a wrong hint."""
 MIN_RISE = 0.02
-"""By how much the target must raise the probability of the right token at the first deviation."""
+"""By how much the target must raise the probability of the reference's token at the first deviation."""
 MOST = 0.5
-"""From which share of the signal on a part is "most" of it."""
+"""The share of the divergence from which a part of the loss is said to remove most of it."""
 FORM = 2 / 3
-"""From which share of what the teacher adds, added with the hint of another problem too, the signal is about form. In a
-vocabulary of few tokens two hints agree by chance."""
+"""The share of the probability added by the teacher from which, if the hint of another problem adds it too, the signal
+is said to concern form. In a vocabulary of few tokens two hints agree by chance."""
 SOLVED = 0.95
 """Accuracy of a student that has little left to learn."""
 
@@ -30,7 +30,7 @@ class Teacher:
     """Index in `method.contexts`."""
     name: str
     taught: bool
-    """Whether the student is pulled towards it; the others are read only to make the target."""
+    """Whether the loss pulls the student towards it; the others only take part in the target."""
     gap: Gap
     revealed: float | None
     """Mean share of the completion's positions that it is shown; None where none are."""
@@ -38,16 +38,16 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Control:
-    """The first teacher with one thing exchanged (`controls.ControlKind`)."""
+    """The first teacher with one of its inputs replaced (`controls.ControlKind`)."""
 
     accuracy: Rate | None
     """None where it did not decode."""
     against: Rate | None
-    """Of the teacher itself, on the same problems."""
+    """Accuracy of the teacher with its own inputs on the same problems."""
     divergence: float | None
     """KL(student || control), the mean over sites in nats."""
     form: float | None
-    """Share of the probability that the teacher adds to the student's, which the control adds too."""
+    """Of the probability that the teacher adds to the student's, the share that the control adds too."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Findings:
     student: Rate | None
     """On all problems."""
     rollouts: Mapping[str, int]
-    """Numbers: made, right, passing the gate, with a hint (of those that pass)."""
+    """How many rollouts were made, are correct, pass the gate, and have a hint (of those that pass)."""
     teachers: tuple[Teacher, ...] = ()
     controls: Mapping[str, Control] = field(default_factory=dict)
     groups: Mapping[str, SiteGroup] = field(default_factory=dict)
     shares: Shares | None = None
     premise: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    """Of the rollouts that pass the gate (`signal.premise`)."""
+    """Mean probabilities of the reference's token in rollouts that pass the gate (`signal.premise`)."""
     has_teacher: bool = True
 
     @property
@@ -75,7 +75,7 @@ class Findings:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The main numbers, as a run logs them; what is not known is left out."""
+        """The main numbers, as a run logs them, without those that are not known."""
         best, another, at = self.best, self.controls.get("another"), "mistake"
         reader = "target" if "target" in self.premise else f"teacher {best.context}" if best else ""
         numbers = {
@@ -102,12 +102,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What a rule says."""
+    """The sentence of a rule that applies."""
 
     rule: str
     says: str
     promising: bool | None
-    """What it settles: False, nothing can be learnt; True, the teacher knows more; None, neither."""
+    """What follows: False, nothing can be learnt; True, the teacher knows more; None, neither."""
 
 
 Rule = Callable[[Findings], tuple[str, bool | None] | None]
@@ -125,9 +125,16 @@ def nothing_passes(findings: Findings) -> tuple[str, bool | None] | None:
     counts = findings.rollouts
     if not findings.has_teacher or not counts["made"] or counts["hinted"]:
         return None
+    remedy = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
     if not counts["passing"]:
-        return f"none of {counts['made']} rollouts passes the gate: nothing to learn from", False
-    return f"none of the {counts['passing']} rollouts that pass the gate has a hint: nothing to learn from", False
+        return (
+            f"none of {counts['made']} rollouts passes method.gate, so every update would be skipped: {remedy}",
+            False,
+        )
+    without = f"none of the {counts['passing']} rollouts that pass method.gate has a hint"
+    if not counts["right"]:
+        return f"{without}, and none is correct, so every update would be skipped: {remedy}", False
+    return f"{without}, so every update would be skipped; see what the hints of method.contexts need", False
 
 
 def too_few(findings: Findings) -> tuple[str, bool | None] | None:
@@ -135,7 +142,7 @@ def too_few(findings: Findings) -> tuple[str, bool | None] | None:
     best = findings.best
     if best is None or best.gap.teacher.n >= FEW:
         return None
-    return f"only {best.gap.teacher.n} problems could be compared: give more problems", None
+    return f"only {best.gap.teacher.n} problems could be compared, which is too few: raise --problems", None
 
 
 def teacher_against_student(findings: Findings) -> tuple[str, bool | None] | None:
@@ -146,39 +153,41 @@ def teacher_against_student(findings: Findings) -> tuple[str, bool | None] | Non
     low, high = best.gap.ci95
     figures = (
         f"{_percent(best.gap.teacher.accuracy)} against {_percent(best.gap.student.accuracy)} of "
-        f"{best.gap.teacher.n} problems, gap {_points(best.gap.gap)} ({_points(low)} to {_points(high)})"
+        f"{best.gap.teacher.n} problems; difference {_points(best.gap.gap)} points, 95 % interval {_points(low)} to "
+        f"{_points(high)}"
     )
     if high < 0:
-        return f"the teacher is worse than the student: nothing to learn here ({figures})", False
+        return f"the teacher is less accurate than the student, so nothing can be learnt from it ({figures})", False
     if best.gap.gap < MIN_GAP:
-        return f"the teacher is no better than the student: nothing to learn here ({figures})", False
+        return f"the teacher is not more accurate than the student, so nothing can be learnt from it ({figures})", False
     if low <= 0:
         return (
-            f"the teacher may be better than the student, but this is not shown ({figures}): give more problems",
+            f"the teacher may be more accurate than the student, but the interval contains 0 ({figures}): raise "
+            "--problems",
             None,
         )
-    return f"the teacher is better than the student ({figures})", True
+    return f"the teacher is more accurate than the student ({figures})", True
 
 
 def hint_unused(findings: Findings) -> tuple[str, bool | None] | None:
-    """With the hint of another problem it is as good, within `MIN_GAP`."""
+    """With the hint of another problem the teacher is as accurate, within `MIN_GAP`."""
     pair = _accuracies(findings, "another")
     if pair is None or pair[1] < pair[0] - MIN_GAP:
         return None
     return (
-        f"the teacher does not use its hint: with that of another problem it is right as often ({_percent(pair[1])} "
-        f"against {_percent(pair[0])})"
+        "the teacher does not use its hint: with the hint of another problem it is as accurate "
+        f"({_percent(pair[1])} against {_percent(pair[0])})"
     ), False
 
 
 def hint_copied(findings: Findings) -> tuple[str, bool | None] | None:
-    """Without the question it is as good, within `MIN_GAP`, and better than the student."""
+    """Without the question the teacher is as accurate, within `MIN_GAP`, and more accurate than the student."""
     pair, best = _accuracies(findings, "no_question"), findings.best
     if pair is None or best is None or best.gap.gap < MIN_GAP or pair[1] < pair[0] - MIN_GAP:
         return None
     return (
-        f"the teacher needs no question: with the hint alone it is right as often ({_percent(pair[1])} against "
-        f"{_percent(pair[0])}), so it may copy what the student cannot know"
+        f"the teacher does not need the question: with the hint alone it is as accurate ({_percent(pair[1])} against "
+        f"{_percent(pair[0])}), so it may only copy the hint, which the student does not have"
     ), None
 
 
@@ -188,17 +197,21 @@ def about_form(findings: Findings) -> tuple[str, bool | None] | None:
     if control is None or control.form is None or control.form < FORM:
         return None
     return (
-        f"most of the signal is about form: {_percent(control.form)} of the probability that the teacher adds, it adds "
-        "with the hint of another problem too"
+        "most of the signal concerns the form of the answer, not its content: the hint of another problem adds "
+        f"{_percent(control.form)} of the probability that the teacher's own hint adds"
     ), None
 
 
 def target_against_student(findings: Findings) -> tuple[str, bool | None] | None:
-    """Where the student goes wrong the target must raise the right token by `MIN_RISE` at least.
+    """At the student's mistakes the target must raise the probability of the reference's token by `MIN_RISE` at least.
 
-    That is at the first deviation that is a mistake; if no rollout that counts has one, where the student doubts.
+    A mistake is a first deviation of a wrong rollout. If no rollout that passes the gate has one, the sites count at
+    which the student gives the reference's token less than one half.
     """
-    places = {"mistake": "first goes wrong", "doubts": "doubts the reference"}
+    places = {
+        "mistake": "at the student's first mistakes",
+        "doubts": "where the student gives the reference's token less than one half",
+    }
     readers, taught = findings.premise, [f"teacher {x.context}" for x in findings.teachers if x.taught]
     place = next((place for place in places if readers and readers["student"][place] is not None), None)
     if place is None:
@@ -211,28 +224,33 @@ def target_against_student(findings: Findings) -> tuple[str, bool | None] | None
     name, figures = "target" if "target" in readers else "teacher", f"{max(known):.3f} against {student:.3f}"
     if max(known) < student:
         return (
-            f"where the student {places[place]}, the {name} gives the reference's token less than the student does "
-            f"({figures}): the signal leads away from it"
+            f"{places[place]}, the {name} gives the reference's token a lower probability than the student does "
+            f"({figures}), so the loss pulls the student away from it"
         ), False
-    return f"where the student {places[place]}, the {name} hardly knows better ({figures})", None
+    return (
+        f"{places[place]}, the {name} gives the reference's token hardly more probability than the student does "
+        f"({figures})"
+    ), None
 
 
 def taken_away(findings: Findings) -> tuple[str, bool | None] | None:
-    """Support, purification or clip takes `MOST` of the divergence."""
+    """Support, purification or clip removes `MOST` of the divergence."""
     shares = findings.shares
     parts = {} if shares is None else {
         "support": shares.support, "purification": shares.purification, "clip": shares.clip
     }  # fmt: skip
-    most = [f"the {name} takes {_percent(share)}" for name, share in parts.items() if share >= MOST]
-    return (f"most of the signal is taken away: {' and '.join(most)} of the divergence", None) if most else None
+    most = [f"the {name} removes {_percent(share)}" for name, share in parts.items() if share >= MOST]
+    return (
+        (f"most of the signal does not reach the loss: {' and '.join(most)} of the divergence", None) if most else None
+    )
 
 
 def little_left(findings: Findings) -> tuple[str, bool | None] | None:
-    """The student is right in `SOLVED` of the problems."""
+    """The student solves `SOLVED` of the problems."""
     student = findings.student
     if student is None or student.n < FEW or student.accuracy < SOLVED:
         return None
-    return f"the student solves {_percent(student.accuracy)} of the problems: little is left to learn", None
+    return f"the student already solves {_percent(student.accuracy)} of the problems, so little is left to learn", None
 
 
 RULES: tuple[Rule, ...] = (
@@ -250,9 +268,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def verdict(findings: Findings) -> tuple[bool | None, list[Sentence]]:
-    """Whether the method can be expected to help, and what every rule that applies says.
+    """Whether the method can be expected to help, and the sentences of the rules that apply.
 
-    False if any rule settles that nothing can be learnt; else True if the teacher is better; else None.
+    False if a rule finds that nothing can be learnt; else True if the teacher is more accurate; else None.
     """
     said = [(rule.__name__, rule(findings)) for rule in RULES]
     sentences = [Sentence(name, *answer) for name, answer in said if answer is not None]
@@ -261,7 +279,7 @@ def verdict(findings: Findings) -> tuple[bool | None, list[Sentence]]:
 
 
 def _accuracies(findings: Findings, kind: str) -> tuple[float, float] | None:
-    """Of the first teacher and of a control, on the same problems."""
+    """The accuracies of the first teacher and of a control on the same problems."""
     control = findings.controls.get(kind)
     if control is None or control.accuracy is None or control.against is None or control.accuracy.n < FEW:
         return None

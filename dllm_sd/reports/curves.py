@@ -23,57 +23,64 @@ CURVES = (
     Curve(
         "Dev accuracy",
         {"eval/accuracy": "accuracy", "eval/score": "score (partial credit)"},
-        "Healthy: it rises and then stays. Self-distillation often peaks and falls again; the best point counts.",
+        "Healthy: it rises and then stays. Self-distillation often peaks and falls again; the best weights are kept.",
         "%",
         marks=True,
     ),
     Curve(
         "Loss",
         {"loss": "loss", "divergence": "divergence before the clip"},
-        "Healthy: it falls and levels off. It keeps falling when accuracy falls again, so it is no sign of success.",
+        "Healthy: it falls and levels off. It also keeps falling while the accuracy falls, so a low loss is no "
+        "success.",
     ),
     Curve(
         "Entropy",
         {"student/entropy": "student", "teacher/entropy": "teacher"},
-        "Healthy: the student's falls slowly towards the teacher's, which is lower because the teacher sees more. A "
-        "fast fall to 0 comes before a collapse; a rise means that the student loses what it knew.",
+        "Healthy: the student's entropy falls slowly towards the teacher's, which is lower because the teacher "
+        "sees more. "
+        "A fast fall to 0 precedes a collapse; a rise means that the student forgets.",
         "nats",
     ),
     Curve(
         "Agreement of student and teacher",
         {"teacher/agreement": "same first choice"},
-        "Healthy: it rises slowly and stays below 100 %. Near 100 % from the start there is little to learn.",
+        "Healthy: it rises slowly and stays below 100 %. If it is near 100 % from the start, little can be learnt.",
         "%",
     ),
     Curve(
         "Advantage of the drawn token",
         {"teacher/advantage": "teacher minus student"},
-        "Healthy: near 0 and shrinking. Far below 0 the teacher finds unlikely what the student draws.",
+        "Healthy: near 0, and closer to it over time. Far below 0 means that the student's tokens are unlikely "
+        "under the "
+        "teacher.",
         "nats",
     ),
     Curve(
         "Lengths",
         {"rollouts/length": "rollouts", "eval/length": "dev split"},
-        "Healthy: they stay about the same. A steady growth or shrinkage means that the style changes, not the skill.",
+        "Healthy: they stay about the same. If they grow or shrink steadily, the form of the answers changes.",
         "tokens",
     ),
     Curve(
         "Pass rate of the rollouts",
         {"rollouts/pass_rate": "solved in some attempt", "rollouts/first_try": "solved at the first"},
-        "Healthy: it rises with the dev accuracy, in between 0 and 100 %. At 0 or 100 % a gate or a group has nothing "
-        "to compare.",
+        "Healthy: it rises with the dev accuracy and stays between 0 and 100 %. At 0 no rollout passes a gate "
+        "for correct "
+        "ones, and at 0 or 100 % group advantages are 0.",
         "%",
     ),
     Curve(
         "Gradient norm",
-        {"grad_norm": "before it is limited"},
-        "Healthy: steady or falling. If it is always above optim.max_grad_norm, every step has the same length; single "
-        "peaks are harmless.",
+        {"grad_norm": "before it is clipped"},
+        "Healthy: steady or falling. If it is always above optim.max_grad_norm, every gradient is clipped; "
+        "single peaks are "
+        "harmless.",
     ),
     Curve(
         "Clip and trust",
-        {"clip_share": "share of the divergence that the clip takes", "trust/clipped": "sites where trust is capped"},
-        "Healthy: small. A clip that takes most of the divergence silences the sites where the teacher knows more.",
+        {"clip_share": "share of the divergence that the clip removes", "trust/clipped": "sites where trust is capped"},
+        "Healthy: small. A clip that removes most of the divergence removes the signal at the sites where the teacher "
+        "knows more.",
         "%",
     ),
     Curve(
@@ -84,7 +91,7 @@ CURVES = (
     Curve(
         "Time",
         {"time/rollouts": "rollouts", "time/learning": "learning", "time/eval": "evaluation"},
-        "Healthy: steady. Rollouts usually take most of it; a growth follows the lengths.",
+        "Healthy: steady. Rollouts usually take most of the time, and more as lengths grow.",
         "seconds an update",
     ),
 )

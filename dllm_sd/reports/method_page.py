@@ -14,7 +14,7 @@ from dllm_sd.parts import name_of
 
 HEAD = """# Methods
 
-A method is one part for every slot; [concepts](concepts.md) explains the slots, and [which method
+A method has one part for each slot; [concepts](concepts.md) explains the slots, and [which method
 when](which_method.md) compares methods by what they need, what they cost and what they gained. `dllm-sd train CONFIG
 method=NAME` trains any of them; a method that does not fit the model or the data is refused with the reason. Below,
 each method is described by its differences from another one; `dllm-sd show CONFIG method=NAME` prints all of its parts.
@@ -29,13 +29,13 @@ for each rollout.
 """
 MEASURED = """## Measured
 
-Greedy accuracy in percent on 1,024 test puzzles (4x4 Sudoku) of the shipped tiny models, `tiny` and `tiny_ar`, by
-`tools/measure_methods.py`, with the same updates, learning rate and schedule for all methods of a backbone; nothing was
-tuned for a single method. Best: the best weights on 512 dev puzzles. Words after the name of a method are overrides. A
-star marks rows that are no test of the method, since the model lacks what the method needs, as explained below the
-table. Seconds are those of rollouts and updates with one thread; tokens are those generated in rollouts. The
-autoregressive reader (`tools/make_tiny_reader.py`) writes its solution in tagged steps and was trained to read rubrics,
-critiques and skills. A row of two students shows the values of both.
+Greedy accuracy in percent on 1,024 test puzzles (4x4 Sudoku) of the shipped tiny models, `tiny` and `tiny_ar`, measured
+by `tools/measure_methods.py`. All methods of a backbone have the same number of updates, learning rate and schedule;
+nothing was tuned for a single method. "Best" are the best weights on 512 dev puzzles. Words after the name of a method
+are overrides. A star marks rows that do not test the method, because the model lacks what the method needs; the remarks
+below each table explain this. Seconds are those of rollouts and updates with one thread, and tokens are those generated
+in rollouts. The autoregressive reader (`tools/make_tiny_reader.py`) writes its solution in tagged steps and was trained
+to read rubrics, critiques and skills. A row of two students shows the values of both.
 
 """
 _COLUMNS = ("method", "seeds", "before", "last", "best", "updates (skipped)", "tokens", "seconds", "length", "entropy")
@@ -102,7 +102,7 @@ def measured(name: str) -> list[Mapping[str, Any]]:
 
 
 def is_premise_missing(record: Mapping[str, Any]) -> bool:
-    """Whether a measurement is no test of its method, since the model lacks what the method needs."""
+    """Whether a measurement does not test its method, because the model lacks what the method needs."""
     return _remark(record, "premise") is not None
 
 
@@ -110,7 +110,7 @@ def measured_line(record: Mapping[str, Any]) -> str:
     """A measurement as a sentence."""
     after = ", ".join(map(str, record["after"]))
     remark = _remark(record, "premise")
-    caveat = f"; no test of the method, since {remark['reason']}" if remark else ""
+    caveat = f"; this does not test the method, since {remark['reason']}" if remark else ""
     setting = _remark(record, "setting")
     caveat += f"; with another setting: {setting['reason']}" if setting else ""
     return (
@@ -157,7 +157,9 @@ def _measured_tables() -> str:
 
 
 def _remark_line(remark: Mapping[str, Any]) -> str:
-    word = {"withdrawn": "Withdrawn", "premise": "No test of the method", "setting": "Another setting"}[remark["kind"]]
+    word = {"withdrawn": "Withdrawn", "premise": "Does not test the method", "setting": "Another setting"}[
+        remark["kind"]
+    ]
     methods = ", ".join(f"`{name}`" for name in remark["methods"])
     line = f"- {word} ({remark['date']}), {methods}: {remark['reason']}."
     return fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) + "\n"

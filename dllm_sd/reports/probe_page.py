@@ -18,7 +18,7 @@ SIGNAL = {
     "advantage": "advantage",
 }
 """Rows of the table of signals: field of a group, and its name on the page."""
-PLACES = {"before": "before the first deviation", "at": "at it", "mistake": "at a mistake", "doubts": "in doubt"}
+PLACES = {"before": "before the first deviation", "at": "at it", "mistake": "at a mistake", "doubts": "below 0.5"}
 """Columns of the table of probabilities: place, and its name on the page."""
 PROMISE = {True: "promising", False: "not promising", None: "undecided"}
 
@@ -30,7 +30,7 @@ def print_probe(name: str, tree: Mapping[str, Any]) -> None:
     counts = tree["rollouts"]
     if counts["made"]:
         console.print(
-            f"{counts['made']} rollouts, {counts['right']} right; {counts['passing']} pass the gate, "
+            f"{counts['made']} rollouts, {counts['right']} of them correct; {counts['passing']} pass method.gate, and "
             f"{counts['hinted']} of these have their hints",
             highlight=False,
         )
@@ -38,8 +38,8 @@ def print_probe(name: str, tree: Mapping[str, Any]) -> None:
         console.print(_signal(tree["groups"]))
     if (shares := tree["shares"]) is not None:
         words = ", ".join(f"{part} {_percent(share)}" for part, share in shares.items())
-        console.print(f"of the divergence from the teacher on these rollouts: {words}", highlight=False)
-    if tree["premise"]:
+        console.print(f"shares of the divergence from the teacher on these rollouts: {words}", highlight=False)
+    if any(value is not None for places in tree["premise"].values() for value in places.values()):
         console.print(_premise(tree["premise"]))
     console.print(f"verdict: {PROMISE[tree['verdict']['promising']]}", highlight=False)
     for sentence in tree["verdict"]["because"]:
@@ -47,9 +47,9 @@ def print_probe(name: str, tree: Mapping[str, Any]) -> None:
 
 
 def _accuracies(name: str, tree: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{name}: right answers on held-out problems (95 % interval)")
-    for column in ("who", "problems", "right", "student on the same", "gap"):
-        table.add_column(column, justify="left" if column == "who" else "right")
+    table = Table(title=f"{name}: accuracy on dev problems (95 % interval)")
+    for column in ("", "problems", "accuracy", "student's on these", "difference"):
+        table.add_column(column, justify="right" if column else "left")
     if (student := tree["student"]) is not None:
         table.add_row("student", str(student["n"]), _rate(student), "", "")
     for teacher in tree["teachers"]:
@@ -67,7 +67,7 @@ def _accuracies(name: str, tree: Mapping[str, Any]) -> Table:
 
 def _signal(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="signal: means over graded sites, in nats")
-    table.add_column("sites of")
+    table.add_column("rollouts, or sites of them")
     for name in groups:
         table.add_column(name.replace("_", " "), justify="right")
     for field, words in SIGNAL.items():
@@ -76,9 +76,9 @@ def _signal(groups: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _premise(premise: Mapping[str, Mapping[str, float | None]]) -> Table:
-    table = Table(title="probability of the reference's token")
-    for column in ("reader", *PLACES.values()):
-        table.add_column(column, justify="left" if column == "reader" else "right")
+    table = Table(title="mean probability of the reference's token")
+    for column in ("under", *PLACES.values()):
+        table.add_column(column, justify="left" if column == "under" else "right")
     for reader, places in premise.items():
         words = f"  {CONTROLS[reader]}" if reader in CONTROLS else reader
         table.add_row(words, *(_number(places[place]) for place in PLACES))

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -149,8 +150,9 @@ def _tagline(runs: Sequence[RunReport]) -> str:
         task = (run.tree.get("task") or {}).get("name")
         model = (run.tree.get("model") or {}).get("path")
         state = "finished" if run.report else "not finished"
-        method = f"{run.method or 'unknown method'}{', changed' if run.method_changes else ''}"
-        words.append(f"{run.name}: {method}, {model} on {task}, {updates} updates, {state}")
+        method = f"{_method(run) or 'unknown'}, model {model}, task {task}"
+        name = f"{run.name}: method" if len(runs) > 1 else "Method"
+        words.append(f"{name} {method}, {updates} updates, {state}")
     return "".join(_paragraph(line, "tagline") for line in words)
 
 
@@ -225,22 +227,36 @@ def _result_row(report: Mapping[str, Any], schedule: str) -> list[str]:
 
 def _comparisons(runs: Sequence[RunReport]) -> str:
     rows = {
-        "method": lambda run: f"{run.method or ''}{', changed' if run.method_changes else ''}",
+        "method": _method,
         "model": lambda run: (run.tree.get("model") or {}).get("path"),
         "updates": lambda run: max((line["update"] for line in run.metrics), default=0),
+        "test accuracy, initial weights": partial(_tested, "before"),
+        "test accuracy, best weights": partial(_tested, "best"),
         "best dev accuracy": _best_dev,
         "tokens generated": lambda run: f"{sum(line.get('rollouts/generated', 0) for line in run.metrics):,}",
         "time of the updates": lambda run: f"{_seconds(run):,.0f} s",
     }
     cells = [(escape(label), *(escape(str(show(run))) for run in runs)) for label, show in rows.items()]
+    cells = [row for row in cells if any(row[1:])]
     parts = [_table(("", *(run.name for run in runs)), cells, "figures")]
     settings = _differences(runs)
-    if settings:
-        parts += ["<h3>Settings that differ</h3>", _table(("key", *(run.name for run in runs)), settings, "settings")]
     first, *others = runs
     parts.append("<h3>Problem by problem</h3>")
     parts += [_paired(first, other) for other in others]
+    if settings:
+        parts += ["<h3>Settings that differ</h3>", _table(("key", *(run.name for run in runs)), settings, "settings")]
     return _section("Side by side", *parts)
+
+
+def _method(run: RunReport) -> str:
+    """The named method, and whether the run changes it; empty if it is not known."""
+    return f"{run.method or ''}{' with changes' if run.method_changes else ''}"
+
+
+def _tested(which: str, run: RunReport) -> str:
+    """The test accuracy of the initial (`before`) or best weights as they were decoded in training."""
+    tree = (run.report or {}).get(which, {}).get("trained")
+    return "" if tree is None else percent(tree["accuracy"])
 
 
 def _best_dev(run: RunReport) -> str:
@@ -252,23 +268,25 @@ def _seconds(run: RunReport) -> float:
 
 
 def _differences(runs: Sequence[RunReport]) -> list[list[str]]:
-    """Rows of the settings that differ; one that a run leaves as it is has the value of its method, or the default."""
-    methods = [{f"method.{key}": value for key, value, _ in run.method_changes} for run in runs]
-    others = [{key: value for key, value, _ in run.changes} for run in runs]
-    settings = [{**method, **other} for method, other in zip(methods, others, strict=True)]
-    keys = dict.fromkeys(key for one in settings for key in one)
-    unequal = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
-    return [
-        [f"<code>{escape(key)}</code>", *(_set_in(run, one, key) for run, one in zip(runs, settings, strict=True))]
-        for key in unequal
+    """Rows of the settings that differ, with the value in each run; a dash where a run has no such key.
+
+    Of the keys that only some runs have, those are left out that stay as the part or the method has them.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    changed = {f"method.{key}" for run in runs for key, _, _ in run.method_changes}
+    changed |= {key for run in runs for key, _, _ in run.changes}
+    unequal = [
+        key
+        for key in keys
+        if any(_set_in(run, key) != _set_in(runs[0], key) for run in runs)
+        and (key in changed or key.endswith(".name") or all(key in run.settings for run in runs))
     ]
+    return [[f"<code>{escape(key)}</code>", *(_set_in(run, key) for run in runs)] for key in unequal]
 
 
-def _set_in(run: RunReport, settings: Mapping[str, Any], key: str) -> str:
+def _set_in(run: RunReport, key: str) -> str:
     """The value of a setting in a run."""
-    if key in settings:
-        return _value(settings[key])
-    return f"<small>as in {escape(run.method or '')}</small>" if key.startswith("method.") else "<small>default</small>"
+    return _value(run.settings[key]) or "<small>null</small>" if key in run.settings else "-"
 
 
 def _paired(a: RunReport, b: RunReport) -> str:
@@ -283,15 +301,23 @@ def _paired(a: RunReport, b: RunReport) -> str:
         "problems in both": lambda x: str(x.n),
         f"accuracy of {a.name}": lambda x: percent(x.accuracy_a),
         f"accuracy of {b.name}": lambda x: percent(x.accuracy_b),
-        "difference, points": lambda x: f"{100 * x.difference:+.2f}",
-        "95 % interval": lambda x: "{:+.2f} to {:+.2f}".format(*(100 * end for end in x.ci95)),
+        f"{b.name} minus {a.name}, points": lambda x: f"{100 * x.difference:+.2f}",
+        "its 95 % interval": lambda x: "{:+.2f} to {:+.2f}".format(*(100 * end for end in x.ci95)),
         f"right in {a.name} only": lambda x: str(x.counts.only_a) if x.counts else "",
         f"right in {b.name} only": lambda x: str(x.counts.only_b) if x.counts else "",
         "p-value (McNemar)": lambda x: "" if x.p_value is None else f"{x.p_value:.2g}",
     }
     rows = [(escape(label), *(escape(show(x)) for x in results.values())) for label, show in labels.items()]
     note = "Interval: paired bootstrap over the problems; p: McNemar's exact test, two-sided."
-    return _table(head, rows, "figures") + _paragraph(note, "healthy")
+    former = [
+        f"{run.name} was given more updates after its end at update {run.former_end}; these are its results at that "
+        "time."
+        for run in (a, b)
+        if run.former_end is not None
+    ]
+    return "".join(
+        [*(_paragraph(text, "missing") for text in former), _table(head, rows, "figures"), _paragraph(note, "healthy")]
+    )
 
 
 # Curves, settings, environment
@@ -307,20 +333,28 @@ def _curves() -> str:
 
 
 def _settings(runs: Sequence[RunReport]) -> str:
-    parts = []
+    """The settings of each run; those of several runs are folded, since their differences are shown side by side."""
+    if len(runs) == 1:
+        return _section("Settings", *_settings_of(runs[0]))
+    folded = ""
     for run in runs:
-        parts.append(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "")
-        if run.method_changes:
-            parts.append(_paragraph(f"The method is {run.method}, changed:"))
-            parts.append(_setting_table(run.method_changes, run.method or ""))
-        elif run.method:
-            parts.append(_paragraph(f"The method is {run.method} as it comes."))
-        if run.changes:
-            parts += [
-                _paragraph("Other settings that are not at their defaults:"),
-                _setting_table(run.changes, "default"),
-            ]
-    return _section("Settings", *parts)
+        summary = f"Settings of {run.name} that are not at their defaults"
+        folded += f"<details><summary>{escape(summary)}</summary>{''.join(_settings_of(run))}</details>"
+    return _section("Settings", folded)
+
+
+def _settings_of(run: RunReport) -> list[str]:
+    """How the method differs from its named one, and the other settings that are not at their defaults."""
+    parts = []
+    if run.method_changes:
+        parts.append(_paragraph(f"The method is {run.method}, changed:"))
+        parts.append(_setting_table(run.method_changes, run.method or ""))
+    elif run.method:
+        parts.append(_paragraph(f"The method is {run.method} as it comes."))
+    if run.changes:
+        parts.append(_paragraph("Other settings that are not at their defaults:"))
+        parts.append(_setting_table(run.changes, "default"))
+    return parts
 
 
 def _setting_table(rows: Rows, other: str) -> str:

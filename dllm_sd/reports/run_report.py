@@ -45,12 +45,16 @@ class RunReport:
     """Last line of environment.jsonl; empty without one."""
     missing: tuple[str, ...]
     """Sentences on what the run lacks."""
+    former_end: int | None = None
+    """The update at which the run ended before it was given more updates, if it has not ended again."""
     method: str | None = None
     """The named method that the run's was made from, or is closest to; None where the config cannot be read."""
     method_changes: Rows = field(default_factory=list)
     """Where the method differs from that one."""
     changes: Rows = field(default_factory=list)
     """Other settings that are not at their defaults."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """All settings by dotted key, except for the folder of the run; empty where the config cannot be read."""
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -145,6 +149,13 @@ def _read(folder: Path, name: str, budget: int) -> RunReport:
     tree, missing = read_run_config(folder), list[str]()
     metrics = [*_lines(folder / LOG_FILES[0])]
     report = _report(folder / REPORT, missing)
+    former_end = None if report is None else _former_end(tree, report, metrics)
+    if former_end is not None:
+        report = None
+        missing.append(
+            f"The run was given more updates after its end at update {former_end} and has not ended again. The figures "
+            "are those so far; the test results of its former end are left out."
+        )
     if not any("eval/accuracy" in line for line in metrics):
         missing.append("The run has no evaluation on the dev split (eval.every 0, or none was reached).")
     if report is not None and not report.get("best"):
@@ -163,7 +174,9 @@ def _read(folder: Path, name: str, budget: int) -> RunReport:
         missing.append(f"The config is not compared with defaults: {error}.")
         settings = {}
     start = starts[-1] if starts else {}
-    return RunReport(folder, name, tree, report, metrics, traces, updates, start, tuple(missing), **settings)
+    return RunReport(
+        folder, name, tree, report, metrics, traces, updates, start, tuple(missing), former_end, **settings
+    )
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -182,6 +195,14 @@ def _report(file: Path, missing: list[str]) -> dict[str, Any] | None:
         missing.append(f"The file report.json is damaged ({error}); its figures are left out.")
         return None
     return tree
+
+
+def _former_end(tree: Mapping[str, Any], report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """The update that a report is of, if the run is to go on after it, or has done so; else None."""
+    end, wanted = report["updates"], tree.get("updates", Config.updates)
+    logged = max((line["update"] for line in metrics), default=0)
+    extended = isinstance(wanted, int) and wanted > end and not report.get("stopped")
+    return end if extended or logged > end else None
 
 
 @dataclass(frozen=True)
@@ -257,7 +278,8 @@ def report_settings(config: Config) -> dict[str, Any]:
             changes += _unequal(flat(tree[f.name], f.name), flat(_defaults(getattr(config, f.name), f), f.name))
     named = named_differences(config.method)
     method: Rows = [(change.key, change.value, change.former) for change in named.changes]
-    return {"method": named.name, "method_changes": method, "changes": changes}
+    settings = {key: value for key, value in flat(tree).items() if key not in ("run", "resume")}
+    return {"method": named.name, "method_changes": method, "changes": changes, "settings": settings}
 
 
 def _unequal(now: Mapping[str, Any], former: Mapping[str, Any]) -> Rows:

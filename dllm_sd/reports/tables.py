@@ -36,9 +36,9 @@ def print_training(report: Mapping[str, Any], run: Path) -> None:
                 f"{in_percent(best['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})",
             )
             for name, (what, treatment) in EVALUATION_COUNTS.items():
-                if name in best:  # reports of earlier versions lack some
-                    counts = (str(report[which][schedule][name]) for which in ("before", "after", "best"))
-                    table.add_row(f"  {what} ({treatment})", *counts)
+                counts = [report[which][schedule].get(name) for which in ("before", "after", "best")]
+                if any(counts):  # reports of earlier versions lack some
+                    table.add_row(f"  {what} ({treatment})", *map(str, counts))
         console.print(table)
         console.print("before: initial weights; after: last weights; best: best on the dev split (95 % interval)")
     summary = f"{report['updates']} updates in {report['time/updates']:.0f} s ({report['updates_skipped']} skipped)"
@@ -67,7 +67,9 @@ def print_evaluation(title: str, report: Mapping[str, Any]) -> None:
             cells |= {f"{name}@{k}": in_percent(share) for k, share in tree[key].items() if k != "1"}
         cells |= {"tokens": f"{tree['length']:.1f}", "tokens per forward": f"{tree['tokens_per_step']:.2f}"}
         cells |= {"tokens per second": f"{tree['time/tokens_per_second']:.0f}"}
-        cells |= {f"{what} ({treatment})": str(tree[name]) for name, (what, treatment) in EVALUATION_COUNTS.items()}
+        for name, (what, treatment) in EVALUATION_COUNTS.items():
+            if any(other[name] for other in report["schedules"].values()):
+                cells |= {f"{what} ({treatment})": str(tree[name])}
         cells |= {"slots busy": f"{tree['occupancy']:.0%}"}
         known = {"n", "accuracy", "score", "length", "tokens_per_step", "occupancy"}
         extra = {key: value for key, value in tree.items() if isinstance(value, float) and key not in known}

@@ -1,4 +1,4 @@
-"""Gates: which rollouts of a problem are learnt from."""
+"""Gates: which rollouts of a problem are trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Gate(Part, Protocol):
 
     @property
     def mixes(self) -> bool:
-        """Whether right and wrong rollouts of a problem pass together."""
+        """Whether correct and wrong rollouts of a problem can pass together."""
         ...
 
     def __call__(self, attempts: Sequence[Rollout]) -> list[Rollout]:
@@ -47,7 +47,7 @@ class GateDefaults:
 
 @dataclass(frozen=True)
 class All(GateDefaults):
-    """Every rollout counts."""
+    """Every rollout passes."""
 
     count_rejected = False
     mixes = True
@@ -58,7 +58,7 @@ class All(GateDefaults):
 
 @dataclass(frozen=True)
 class Correct(GateDefaults):
-    """Correct rollouts only."""
+    """Only correct rollouts pass."""
 
     count_rejected: bool = False
     """True lets rejected rollouts count in the denominator, as the released d-OPSD does (its ``loss * 0``)."""
@@ -70,7 +70,7 @@ class Correct(GateDefaults):
 
 @dataclass(frozen=True)
 class Score(Ranged, GateDefaults, key="method.gate"):
-    """Rollouts that score at least `at_least` (partial credit)."""
+    """Rollouts pass that score at least `at_least` (partial credit)."""
 
     at_least: Share = 0.25
     """Score from which a rollout passes."""
@@ -84,7 +84,7 @@ class Score(Ranged, GateDefaults, key="method.gate"):
 
 @dataclass(frozen=True)
 class Mixed(GateDefaults):
-    """Whole groups whose scores differ: where all are equal, a group advantage is zero."""
+    """Whole groups pass whose scores differ; where all scores are equal, the group advantage is zero."""
 
     count_rejected: bool = False
     """Whether rejected rollouts count in the denominator of the loss."""

@@ -1,8 +1,7 @@
-"""Completions that servers made, on disk as soon as they end, so that a run that was killed goes on from them.
+"""A journal on disk of the completions that servers made, from which a killed run continues.
 
-A server's draws cannot be repeated. With the completions of the updates since the last checkpoint a run that is started
-again makes the same updates.
-"""
+Sampling on a server cannot be repeated. With the stored completions since the last checkpoint, a restarted run makes
+the same updates."""
 
 import json
 from dataclasses import asdict

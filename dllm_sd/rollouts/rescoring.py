@@ -1,4 +1,4 @@
-"""Log-probabilities that the trainer's network gives to tokens that another engine has drawn."""
+"""Log-probabilities of the trainer's network for tokens that another engine has sampled."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a rollout is: a graded completion of a problem, and the batch of them that an update learns from."""
+"""Rollouts: graded completions of problems, and the batch of them for one update."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -64,7 +64,8 @@ class Rollout:
     grade: Grade
     trajectory: Trajectory
     counted: bool = True
-    """False for an attempt that a serial retry loop would not have made: it began `ahead` of the first correct one."""
+    """False for an attempt that a serial loop would not have made, because it began `ahead` of the first correct
+    one."""
     briefs: tuple[TeacherBrief, ...] = ()
     """One for each teacher context; empty where no context has a hint, and all weigh the same."""
     occurrence: int = 0
@@ -89,7 +90,7 @@ class Rollouts:
     long_hint are all counted attempts where `keep` is all, else one for each problem without a long_reference. Where
     hints are written: written (texts asked for), cached (of them, not written again), and dropped/REASON."""
     chosen: tuple[Rollout, ...] = ()
-    """The kept rollouts and those that the gate rejected: for people to look at, and for hints from siblings."""
+    """The kept rollouts and those that the gate rejected: for logs, and for hints from siblings."""
 
     @property
     def size(self) -> int:
@@ -124,7 +125,7 @@ class Batch:
     number: int
     """Batches before it."""
     version: int
-    """Updates that the weights had had which decoded it."""
+    """Number of updates of the weights that decoded it."""
     attempts: tuple[tuple[Rollout, ...], ...]
     """Those at each problem, in order."""
     cursor: int
@@ -137,7 +138,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class UnfinishedBatch:
-    """A batch that servers did not complete, so that it is begun again, with the weights of then."""
+    """A batch that servers did not complete; it is begun again, with the weights that began it."""
 
     number: int
     """`Batch.number`."""

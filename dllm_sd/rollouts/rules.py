@@ -57,7 +57,7 @@ class RolloutRule(Part, Protocol):
 
     @property
     def policy(self) -> RolloutPolicy | None:
-        """Whose weights decode; None if nothing is decoded."""
+        """The weights that decode; None if nothing is decoded."""
         ...
 
     @property
@@ -127,11 +127,11 @@ class RolloutRule(Part, Protocol):
         ...
 
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        """What is kept of one problem's counted attempts."""
+        """Which of the counted attempts at one problem are kept."""
         ...
 
     def unselected(self) -> "RolloutRule":
-        """The rule for a look at the policy: complete rollouts, as often right and wrong as the policy makes them."""
+        """The rule for measuring the policy: complete rollouts, without a selection by their outcome."""
         ...
 
 
@@ -151,12 +151,13 @@ class PassAtK(Ranged, key="method.rollout"):
     attempts: Size = 8
     """Most attempts at each problem."""
     keep: Literal["first", "best", "all"] = "first"
-    """The first correct attempt (or the last one if none is), the best by score (the latest of equals), or all."""
+    """Which attempts are kept: the first correct one (or the last if none is correct), the one with the best score (the
+    latest of equals), or all."""
     until_solved: bool = True
-    """False makes every attempt, solved or not."""
+    """False makes all attempts, also after a correct one."""
     ahead: Natural = 0
     """Further attempts at an unsolved problem that may begin early where decoding slots would stay empty; those behind
-    the first correct one are dropped. Worth it only where few rows leave a device idle."""
+    the first correct one are dropped. Worth it only where a device is idle because few rows are left."""
     temperature: Temperature = 0.9
     """Sampling temperature of rollouts; 0 is greedy."""
     top_k: Natural = 0
@@ -164,7 +165,7 @@ class PassAtK(Ranged, key="method.rollout"):
     top_p: PositiveShare = 1.0
     """As in `decode`, which is for evaluations."""
     policy: RolloutPolicy = field(default_factory=LiveWeights, metadata={"parts": ROLLING})
-    """Whose weights decode: the student's, the initial ones, or the initial ones held in a subspace (SPD)."""
+    """The weights that decode: the student's, the initial ones, or the initial ones projected onto a subspace (SPD)."""
     horizon: Horizon = field(default_factory=Complete, metadata={"parts": HORIZONS})
     """How much of a completion is generated."""
     draw: Literal["fresh", "fixed"] = "fresh"
@@ -173,8 +174,9 @@ class PassAtK(Ranged, key="method.rollout"):
     passes: Size = 1
     """Updates that the same rollouts serve; each takes its own chunk of decoding steps, or draws its own masks."""
     lag: Annotated[int, Range(least=0, most=1)] = 0
-    """1: a batch is made beside learning from the one before (`decode.engine`), with the weights of then; trust
-    `importance_cap` corrects for these. Attempts that wait for the outcome of others are made after learning."""
+    """With 1 a batch is made while the trainer learns from the previous batch (`decode.engine`), with the weights of
+    that time; trust `importance_cap` corrects for the difference. Attempts that depend on the outcome of others are
+    made after learning."""
     decodes = True
 
     def __post_init__(self) -> None:
@@ -256,7 +258,7 @@ class PassAtK(Ranged, key="method.rollout"):
         return self.keep == "all" and self.attempts > 1
 
     def choose(self, attempts: Sequence[Rollout]) -> list[Rollout]:
-        """What is kept of one problem's counted attempts."""
+        """Which of the counted attempts at one problem are kept."""
         if self.keep == "all":
             return list(attempts)
         if self.keep == "best":
@@ -332,7 +334,8 @@ class Demonstrations(Ranged, key="method.rollout"):
 
 
 def needed_length(tokens: Sequence[int]) -> int:
-    """The least `decode.length` for a completion's ``tokens``: a canvas that it fills needs no end token."""
+    """The smallest `decode.length` for a completion's ``tokens``; a completion that fills the canvas needs no end
+    token."""
     return len(tokens) - 1
 
 

@@ -99,7 +99,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction(Ranged, key="extraction"):
-    """How attempts become skills and mistakes; the defaults are those of SGSD, except for `longest`."""
+    """How skills and mistakes are extracted from attempts; the defaults are those of SGSD, except for `longest`."""
 
     success: str = SUCCESS
     """The prompt for skills: `{problem}`, `{steps}`, `{excerpt}`, `{answer}`, `{truth}`."""

@@ -134,7 +134,7 @@ def check_options(options: Sequence[Any], where: str) -> None:
         if not text:
             raise InputError(f"{where}: an option is empty; fill it, or leave the row out.")
         if text in seen:
-            raise InputError(f"{where}: the option {shown(text)} is there twice; correct it, or leave the row out.")
+            raise InputError(f"{where}: the option {shown(text)} occurs twice; correct it, or leave the row out.")
         seen.add(text)
 
 

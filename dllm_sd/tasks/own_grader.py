@@ -95,7 +95,7 @@ class Worker:
             if self.failures == self.calls == _PATIENCE:
                 raise Stopped(
                     f"{self.name} failed on each of the first {_PATIENCE} completions ({error}); correct it, and the "
-                    "same command goes on"
+                    "same command continues"
                 ) from None
             if self.failures == 1:
                 print(

@@ -87,7 +87,7 @@ class Sudoku(GeneratedTask):
     size_dev: Natural = 1024
     size_test: Natural = 3072
     seed: Seed = 0
-    """Seed of the generated problems; it is apart from the seed of the run."""
+    """Seed of the generated problems, independent of the seed of the run."""
     system: str | None = None
     prompt: str = _PROMPT
     answer: str = "<answer>{solution}</answer>"

@@ -1,4 +1,4 @@
-"""What teachers see beyond the student."""
+"""Contexts: the privileged information of teachers."""
 
 from dllm_sd.teachers.context import Context, ContextDefaults, ContextInputs, Hint, Nothing, Reasoning, TeacherInputs
 from dllm_sd.teachers.hints import NoQuestion, Reference, Sibling

@@ -1,4 +1,4 @@
-"""What a teacher sees beyond the student: the protocol of a context, and the context that adds nothing.
+"""Contexts: a teacher's privileged information. The protocol, and the context that adds nothing.
 
 A context may change two things: the canvas (positions revealed, `suffix.py`) and the prompt (`hints.py`).
 """
@@ -51,13 +51,13 @@ class TeacherInputs:
 
 @dataclass(frozen=True)
 class Reasoning(Ranged):
-    """The teacher writes an analysis before it grades; it stands at the start of its turn, before the completion."""
+    """The teacher writes an analysis first, which is put at the start of its turn, before the completion."""
 
     instruction: str = (
         "Do not solve the problem yet. In a few sentences, say what the material above shows: what is asked, what a "
         "solution must respect, and which ideas lead to the answer. The material may contain mistakes."
     )
-    """Follows the hint in the prompt of the analysis."""
+    """The instruction that follows the hint in the prompt of the analysis."""
     transition: str = "\n\nNow I solve the problem on my own, step by step, and mention no such material.\n\n"
     """Text between the analysis and the completion."""
     length: Size = 1024
@@ -131,7 +131,7 @@ class Hint(Part, Protocol):
 
     @property
     def longest(self) -> int:
-        """Longest prompt of the teacher in tokens, without an analysis."""
+        """Longest prompt of the teacher in tokens, not counting an analysis."""
         ...
 
     @property
@@ -293,7 +293,7 @@ class ContextDefaults:
 
 @dataclass(frozen=True)
 class Nothing(ContextDefaults):
-    """The student's own canvas: a teacher that differs in its weights at most."""
+    """The student's own canvas: the teacher can differ from the student only in its weights."""
 
     def same_view(self, covers: Covers) -> bool:
         """Always true."""

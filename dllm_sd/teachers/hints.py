@@ -49,7 +49,7 @@ A reference for this problem, for your eyes only:
 ---
 Work out why it is right. Then write a solution of your own, from the start and in your own words; you may try ideas \
 and take them back. Do not mention the reference."""
-"""Asks for a solution of the teacher's own, as the prompt of OPSD does (arXiv 2601.18734)."""
+"""A template that asks the teacher for a solution in its own words, as the prompt of OPSD does (arXiv 2601.18734)."""
 
 SIBLING = """\
 {question}
@@ -67,7 +67,7 @@ An earlier attempt at this problem that reached the right answer:
 {hint}
 ---
 Solve the problem afresh and answer it correctly."""
-"""Asks for a solution that is worked out anew, as the prompt of SDPO does (arXiv 2601.20802)."""
+"""A template that asks for a new solution, as the prompt of SDPO does (arXiv 2601.20802)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,9 @@ class Prompt(Ranged, ContextDefaults, ABC):
     thinking: bool | None = None
     """The chat template's thinking switch for this teacher; None as for the student."""
     reasoning: Reasoning | None = None
-    """Set it (to ``{}`` for its defaults) and the teacher writes an analysis before it grades."""
+    """If it is set (to ``{}`` for its defaults), the teacher writes an analysis first."""
     longest: Count = 10240
-    """Longest prompt of the teacher in tokens, without an analysis."""
+    """Longest prompt of the teacher in tokens, not counting an analysis."""
     overflow: Literal["drop", "cut"] = "drop"
     """What happens to a longer one: the rollout is dropped and counted, or the hint is cut at its end."""
     needs_group = False
@@ -155,10 +155,10 @@ class Reference(Prompt):
     source: Literal["solution", "answer"] = "solution"
     """The whole reference completion, or the final answer alone."""
     question: bool = True
-    """False takes the question out of the prompt and leaves all else: the reference-only probe of arXiv 2607.02234."""
+    """False removes only the question from the prompt: the reference-only view of arXiv 2607.02234."""
     problem: Literal["own", "another"] = "own"
-    """Whose reference it is: `another` shows that of a training problem drawn at random, a control with the form of a
-    hint and nothing to learn from."""
+    """The problem whose reference is shown. `another` shows that of a training problem drawn at random, as a control:
+    it has the form of a hint, but nothing can be learnt from it."""
     template: str | None = None
     """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint. None takes one that
     fits the `source`."""
@@ -169,7 +169,8 @@ class Reference(Prompt):
 
     @property
     def wording(self) -> str:
-        """`template`, or for None what was best: to write the solution down, or to find one for the answer."""
+        """`template`; for None the instruction that was measured to be best: to write the solution down, or to find one
+        for the answer."""
         return self.template or (REFERENCE if self.source == "solution" else OWN_WORDS)
 
     @property
@@ -198,7 +199,7 @@ class Sibling(Prompt):
     at_least: Share = 1.0
     """Score from which an attempt counts as successful."""
     own: bool = False
-    """Whether the rollout itself may be its hint; else a lone success has none."""
+    """Whether a rollout may be its own hint; otherwise the only success of a group has none."""
     choice: Literal["first", "random"] = "first"
     """The first success, or one drawn at random, the same for all rollouts of the problem that may have it."""
     strip_thinking: bool = True

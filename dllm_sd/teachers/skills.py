@@ -1,4 +1,4 @@
-"""Skills in the teacher's prompt: what helped with other problems, and what went wrong there."""
+"""Skills and mistakes from other problems in the teacher's prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,11 +27,13 @@ mention them:
 
 @dataclass(frozen=True)
 class SkillBankConfig(Ranged, key="method.skill_bank"):
-    """The bank of skills that a run draws on (SGSD, arXiv 2605.28791)."""
+    """The bank of skills of a run (SGSD, arXiv 2605.28791)."""
 
     path: Place | None = None
-    """A bank's JSON file. None makes one first, from `memories` attempts of the model itself at training problems."""
+    """JSON file of the bank. None makes a bank at the start of the run, from `memories` attempts of the model at
+    training problems."""
     retriever: Retriever = field(default_factory=Lexical, metadata={"parts": RETRIEVERS})
+    """How the skills and mistakes that fit a problem are found."""
     count: Size = 8
     """Pairs of a skill and a mistake that are found for each problem; there must be a context for each."""
     problem: str | None = None
@@ -40,15 +42,15 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
     memories: Size = 256
     """Attempts at training problems from which the first bank is extracted."""
     attempt: Sampling | None = None
-    """How these attempts are decoded; None decodes as far as the run does, at temperature 1, with the student's
-    thinking. The released code: 38912 tokens, temperature 1, top-p 0.95, thinking on."""
+    """How these attempts are decoded; None decodes as many tokens as the run does, at temperature 1, with the student's
+    thinking switch. The released code: 38912 tokens, temperature 1, top-p 0.95, thinking on."""
     every: Natural = 25
     """Updates between two updates of the bank, from the rollouts of the last one; 0 leaves it as it is."""
     writing: Writing = field(default_factory=Writing)
     """Writer that extracts and merges skills."""
     renewal: Sampling | None = None
-    """How the texts of a renewal are written, by the same writer; None writes them as those of the first bank. The
-    released code: 4096 tokens for the first bank, 2048 for a renewal."""
+    """Sampling of the writer when it updates the bank; None takes the sampling of the first bank. The released code:
+    4096 tokens for the first bank, 2048 for a renewal."""
     extraction: Extraction = field(default_factory=Extraction)
 
     @property
@@ -92,10 +94,11 @@ class SkillBankConfig(Ranged, key="method.skill_bank"):
 
 @dataclass(frozen=True, kw_only=True)
 class Skills(Prompt):
-    """The pair of one rank among those that the run's bank holds for the problem: one teacher of a pool."""
+    """One of the pairs of a skill and a mistake that the run's bank has for the problem; each pair makes one
+    teacher."""
 
     rank: Natural = 0
-    """Which pair, 0 the best."""
+    """Rank of the pair; 0 is the best."""
     template: str = SKILLS
     """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
 

@@ -26,20 +26,22 @@ class Suffix(Ranged, ContextDefaults):
     """
 
     scope: Literal["later_blocks", "all_masked", "active_block"] = "later_blocks"
-    """Where to reveal: blocks after the active one, everything masked, or the rest of the active block."""
+    """Which positions may be revealed: the blocks after the active one, all masked positions, or the rest of the active
+    block."""
     ratio: Share = 0.25
     """Share of the positions in scope; ``floor(ratio * count)`` are revealed."""
     end_padding: bool = True
     """Whether the padding behind the end token may be revealed too."""
     nested: bool = False
-    """One fixed set for the whole trajectory, of which each step shows what is still masked; else a fresh draw per
-    step."""
+    """True draws one set of positions for the whole trajectory, of which each step reveals those that are still masked;
+    False draws a new set at each step."""
     answer_only: bool = False
     """Reveal tokens of the parsed final answer only."""
     stop_at_end: bool = False
     """Reveal nothing once the scope starts at or behind the end token (a rule of the released code)."""
     prompt: Hint | None = field(default=None, metadata={"parts": HINTS})
-    """A hint in the teacher's prompt beside the suffix, or `no_question` for the suffix without the question."""
+    """A hint in the teacher's prompt in addition to the suffix, or `no_question` for the suffix without the
+    question."""
     needs_steps = True
     reveals = True
 
@@ -121,7 +123,8 @@ class Suffix(Ranged, ContextDefaults):
 
 @dataclass(frozen=True)
 class LaterStep(Ranged, ContextDefaults):
-    """The canvas of a later step of the same trajectory, graded sites masked again (after arXiv 2607.04428)."""
+    """The canvas of a later step of the same trajectory, where graded sites are masked again (after arXiv
+    2607.04428)."""
 
     ahead: Natural | None = 8
     """How many decoding steps later; None shows the finished completion."""

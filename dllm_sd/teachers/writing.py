@@ -1,4 +1,4 @@
-"""The writers of the texts that hints are made of: a model's weights, or a server."""
+"""Writers of the texts of hints: the weights of a model, or a server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,10 +31,11 @@ class TextSource(Part, Protocol):
 
 @dataclass(frozen=True)
 class Writing(Ranged):
-    """A text is written for each rollout before its teacher runs; unusable texts are dropped, counted by reason."""
+    """A writer writes a text for each rollout before the teacher runs. Unusable texts are dropped, and counted by
+    reason."""
 
     writer: TextSource = field(default_factory=BaseWeights, metadata={"parts": WRITERS})
     """Weights as in `method.teacher`, or a server with an OpenAI-compatible interface."""
     sampling: Sampling = field(default_factory=Sampling)
     tolerance: Share = 0.5
-    """Largest share of an update's texts that may be dropped; beyond it the run stops, with its work saved."""
+    """Largest share of an update's texts that may be dropped; if more are dropped, the run saves and stops."""

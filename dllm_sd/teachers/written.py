@@ -1,4 +1,5 @@
-"""Hints that a writer writes: rubrics, critiques and a peer's feedback. The prompts are our own."""
+"""Hints that are written by a model: rubrics, critiques and a peer's feedback. The prompts are not those of the
+papers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -57,26 +58,27 @@ Source = Literal["data", "written", "generic", "random", "noisy", "reduced"]
 class Rubric(Prompt):
     """Criteria for a good solution in the prompt (RCSD, arXiv 2606.19327, Eq. 5), and its degraded variants (Table 6).
 
-    Those of the data and what is made of them are in the problem's field `field`.
-    """
+    Rubrics of the data are in the problem's field `field`; the degraded variants are made from them."""
 
     source: Source = "written"
-    """From the data, from a writer, one for all questions, another question's, half and half, or half of it."""
+    """Where the rubric comes from: `data`, the problem's field; `written`, a writer; `generic`, one rubric for all
+    questions; `random`, another problem's; `noisy`, half of the own and half of another's; `reduced`, half of the
+    own."""
     field: str = "rubric"
     """The field of the problem: a list, or a JSON text."""
     reference: bool = False
-    """Whether the reference answer stands in the prompt too (the released code)."""
+    """Whether the prompt also holds the reference answer (as in the released code)."""
     lines: bool = False
     """One criterion a line instead of JSON."""
     template: str = RUBRIC_TEACHER
     """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the rubric; with `reference`
     also `{reference}`."""
     prompt: str = RUBRIC_WRITER_PLAIN
-    """The writer's prompt: `{question}`, and optionally `{reference}`. Give what the writer was trained to answer, the
-    `task.prompt` of Stage I; the defaults of both are one."""
+    """The writer's prompt: `{question}`, and optionally `{reference}`. Set it to the `task.prompt` of Stage I, with
+    which the writer was trained; the defaults of both are the same."""
     question: str | None = None
     """The question as the writer reads it, a template over the problem's fields such as `{question}` (the paper's bare
-    question); None takes the whole prompt, with what the task demands of a solution."""
+    question); None takes the whole prompt, with the task's instructions."""
     writing: Writing | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     per_problem = True
 
@@ -163,15 +165,15 @@ class Rubric(Prompt):
 
 @dataclass(frozen=True, kw_only=True)
 class Critique(Prompt):
-    """The rollout itself in the prompt, corrected from its first wrong step on (arXiv 2606.11173).
+    """A critique in the prompt: the rollout itself, corrected from its first wrong step on (arXiv 2606.11173).
 
     The task's prompt must ask for tagged steps: ``<step_1>...</step_1>`` and so on, then ``<answer>...</answer>``.
     """
 
     truth: Literal["answer", "solution"] = "answer"
-    """What the critic knows: the right answer, or the whole reference."""
+    """What the critic is given: the correct answer, or the whole reference."""
     form: Form = "verbatim_prefix"
-    """The critique as it is, or what the paper compares it with: the wrong step quoted, or right ones left out."""
+    """The critique as it is, or an ablation of the paper: with the wrong step quoted, or without the correct steps."""
     template: str = CRITIQUE_TEACHER
     """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
     prompt: str | None = None
@@ -193,7 +195,7 @@ class Critique(Prompt):
         return self.truth
 
     def request(self, inputs: HintInputs) -> tuple[Message, ...] | None:
-        """None where the data has no such truth."""
+        """None where the data has no such answer or reference."""
         task, problem = inputs.task, inputs.rollout.problem
         truth = task.final_answer(problem) if self.truth == "answer" else task.reference(problem)
         if truth is None:
@@ -217,13 +219,13 @@ class Critique(Prompt):
         return None if inputs.text is None else TeacherPrompt(inputs.messages, self.template, inputs.text)
 
     def marks(self, text: str, note: str) -> Sequence[tuple[int, int, str]]:
-        """Where the rollout is right, where it first goes wrong, and what follows."""
+        """The spans before the first wrong step, of that step, and after it."""
         return regions(text, note)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback(Sibling):
-    """A peer's feedback on this rollout, beside a successful attempt (OPCoD, arXiv 2606.14368, Sec. 3.3, App. C).
+    """A peer's feedback on this rollout and a successful attempt (OPCoD, arXiv 2606.14368, Sec. 3.3, App. C).
 
     Either may be missing; a rollout with neither is left out. Without a writer it is a `sibling` whose
     template asks for a solution that is worked out afresh.
@@ -242,7 +244,7 @@ class Feedback(Sibling):
     student: str = ""
     """The student's domain."""
     anchored: bool = True
-    """Use only feedback that names a term of the problem, without what gives the answer away (App. C.2)."""
+    """Use only feedback that names a term of the problem, and remove what gives the answer away (App. C.2)."""
     writing: Writing | None = field(default_factory=Writing)  # pyright: ignore[reportIncompatibleVariableOverride]
     by_peer = True
 
@@ -267,7 +269,7 @@ class Feedback(Sibling):
         return ({"role": "user", "content": render(self.prompt, slots, "the context's prompt")},)
 
     def accept(self, inputs: HintInputs, text: str) -> tuple[str | None, str]:
-        """The feedback without its thinking and, if `anchored`, made safe."""
+        """The feedback without its thinking and, if `anchored`, without what gives the answer away."""
         text = without_thinking(text).strip()
         if self.anchored:
             return sanitise(text, inputs.question, inputs.task.final_answer(inputs.rollout.problem))

@@ -120,7 +120,7 @@ class Learner:
         if not any_process(self.accelerator, broken is not None):
             return
         last = latest_checkpoint(self.run)
-        on = f"goes on from update {int(last.name)}" if last else "begins again"
+        on = f"continues from update {int(last.name)}" if last else "begins again"
         raise BrokenStep(
             f"the step of update {update} made weights not finite, or as good as that ({broken or 'on another process'}"
             f"); nothing of it was saved: lower optim.lr or optim.max_grad_norm, and resume=force {on}"

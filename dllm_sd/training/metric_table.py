@@ -30,12 +30,12 @@ _OTHER_THAN_NAMES = re.compile(r"[^\w\-./ ]", re.ASCII)
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: what it means, in one sentence, and when trackers get it."""
+    """A metric: its meaning in one sentence, and when it is sent to trackers."""
 
     meaning: str
     sent: Literal["always", "once above 0", "once it changes"] = "always"
-    """Counts of rare events and values that follow from the config say nothing while they stay the same, so trackers
-    get them from the first update on at which they do not. `metrics.jsonl` has every value."""
+    """Counts of rare events, and values that follow from the config, are sent to trackers only from the first update
+    at which they change, since they say nothing before. `metrics.jsonl` has every value."""
 
 
 def _rare(meaning: str) -> Metric:
@@ -43,46 +43,48 @@ def _rare(meaning: str) -> Metric:
 
 
 METRICS = {
-    "loss": Metric("What is minimised, over all processes; null if the update was skipped."),
+    "loss": Metric("The loss of the update, over all processes; null if the update was skipped."),
     "sites": Metric("Graded sites of the update, over all processes."),
     "canvases": Metric("Canvases of the update that have a site."),
     "lr": Metric("Learning rate of the update."),
-    "grad_norm": Metric("Norm of the gradient before it is limited to optim.max_grad_norm."),
+    "grad_norm": Metric("Norm of the gradient before it is clipped to optim.max_grad_norm."),
     "divergence": Metric("Mean over sites of the divergence, before clip and trust, summed over targets; in nats."),
     "clip_share": Metric(
-        "Share of the divergence that its clip takes, of the sums over all sites. Above 1 where clip `entry` makes the "
-        "sum negative, below 0 where the ratio's clip raises the loss of `policy_gradient`."
+        "Share of the divergence that its clip removes, from the sums over all sites. It is above 1 where clip `entry` "
+        "makes the sum negative, and below 0 where the clip of the ratio raises the loss of `policy_gradient`."
     ),
-    "weights_unchanged": _rare("1 at an update whose step changed no weight (lost in rounding, or no gradient)."),
-    "updates_skipped": _rare("Updates since the start that had nothing to learn from."),
+    "weights_unchanged": _rare("1 for an update whose step changed no weight (lost in rounding, or a gradient of 0)."),
+    "updates_skipped": _rare("Updates since the start that were skipped because no rollout was left to train on."),
     "trust/clipped": Metric(
-        "Trust `group_advantage`: share of sites where the ratio's clip ends the gradient; `importance_cap`: where the "
-        "weight is above the cap."
+        "Share of sites where the clip of the ratio makes the gradient 0 (trust `group_advantage`), or where "
+        "the weight is above the cap (`importance_cap`)."
     ),
     "student/entropy": Metric("Mean over sites of the student's entropy over the full vocabulary, in nats."),
     "teacher/entropy": Metric("Mean over sites of the first teacher's entropy over the full vocabulary, in nats."),
     "teacher/agreement": Metric("Share of sites where student and first teacher rank the same token first."),
     "teacher/advantage": Metric(
-        "Mean over sites of the drawn token's log-probability under the first teacher less the student's."
+        "Mean over sites of the drawn token's log-probability under the first teacher minus that under the student."
     ),
-    "target/shift": Metric("Target `pmi`: mean over sites of the target's KL divergence from the plain distribution."),
+    "target/shift": Metric("Target `pmi`: mean over sites of KL(target || plain distribution)."),
     "target/bound_share": Metric("Target `pmi`: share of vocabulary entries whose log-ratio is beyond the bound."),
     "target/disagreement": Metric(
         "Target `barycenter`: mean over sites of the Jensen-Shannon divergence of its two teachers."
     ),
     "target/alpha": Metric("Target `barycenter`: mean share of the plain distribution in the exponent."),
-    "advantage/prefix": Metric("Of rollouts with a critique: mean advantage before the first wrong step."),
-    "advantage/error": Metric("The same in the first wrong step; a good critique makes it negative."),
-    "advantage/after": Metric("The same behind the first wrong step."),
-    "advantage/right": Metric("The same in right rollouts."),
-    "advantage/localisation": Metric("Size of the advantage in the first wrong step over that elsewhere."),
-    "writers/written": Metric("Texts that hints asked for."),
-    "writers/cached": _rare("Those of them that were on the disk."),
+    "advantage/prefix": Metric("Mean advantage before the first wrong step, of rollouts with a critique."),
+    "advantage/error": Metric("Mean advantage in the first wrong step; a good critique makes it negative."),
+    "advantage/after": Metric("Mean advantage after the first wrong step."),
+    "advantage/right": Metric("Mean advantage in correct rollouts."),
+    "advantage/localisation": Metric(
+        "Mean absolute advantage in the first wrong step, divided by that of all other sites."
+    ),
+    "writers/written": Metric("Texts that were requested for hints."),
+    "writers/cached": _rare("Requested texts that were found in the cache."),
     "bank/skills": Metric("Skills in the bank."),
     "bank/mistakes": Metric("Mistakes in the bank."),
     "bank/updated": Metric("1 if the bank of skills changed."),
-    "bank/successes": Metric("Right attempts that the bank was made or renewed from."),
-    "bank/failures": Metric("Wrong attempts that the bank was made or renewed from."),
+    "bank/successes": Metric("Correct attempts from which the bank was made or updated."),
+    "bank/failures": Metric("Wrong attempts from which the bank was made or updated."),
     "bank/candidates/": Metric("Entries that were proposed for the bank, by kind."),
     "bank/layers/": Metric("Entries that joined the bank, by layer."),
     "bank/unmerged/": _rare("Entries of the bank that could not be merged, by reason."),
@@ -95,52 +97,60 @@ METRICS = {
     ),
     "rollouts/pass_rate": Metric("Share of problems with a correct attempt."),
     "rollouts/first_try": Metric("Share of problems whose first attempt was correct."),
-    "rollouts/kept": Metric("Rollouts that passed the gate and have the hints they need."),
+    "rollouts/kept": Metric("Rollouts that passed the gate and have all hints."),
     "rollouts/cut_hint": _rare("Kept rollouts whose teacher reads a hint without its end (`overflow: cut`)."),
     "rollouts/generated": Metric("Tokens that were decoded, in all attempts, end tokens included."),
     "rollouts/horizon": Metric(
-        "Blocks, steps or tokens that these rollouts may reach, where the horizon is not `complete`.", "once it changes"
+        "Most blocks, steps or tokens of these rollouts, where the horizon is not `complete`.", "once it changes"
     ),
-    "rollouts/length": Metric("Mean tokens of the counted attempts, end token included, as far as the horizon goes."),
+    "rollouts/length": Metric("Mean tokens of the counted attempts up to the horizon, end token included."),
     "rollouts/steps": Metric("Mean decoding steps of the counted attempts."),
     "rollouts/lag": Metric(
-        "With method.rollout.lag: updates between the weights that made this batch and those that learn from it.",
+        "With method.rollout.lag: updates between the weights that made this batch and those that are trained on it.",
         "once it changes",
     ),
     "rollouts/behind_end": Metric(
         "Share of the positions revealed in the kept rollouts that come after their end token."
     ),
-    "rollouts/unknown_prompts": _rare("Of tokenizers with an unknown token: its share in the prompts."),
-    "rollouts/unknown_completions": _rare("Of tokenizers with an unknown token: its share in demonstrations."),
-    "rollouts/unknown_hints": _rare("Of tokenizers with an unknown token: its share in the teachers' prompts."),
-    "calibration/used": Metric("Of a subspace: examples that it was found by."),
-    "calibration/cut": _rare("Of a subspace: examples that were read in part."),
+    "rollouts/unknown_prompts": _rare("Share of the unknown token in the prompts, for tokenizers that have one."),
+    "rollouts/unknown_completions": _rare(
+        "Share of the unknown token in the references that are imitated, for tokenizers that have one."
+    ),
+    "rollouts/unknown_hints": _rare(
+        "Share of the unknown token in the teachers' prompts, for tokenizers that have one."
+    ),
+    "calibration/used": Metric("Examples from which the subspace was computed."),
+    "calibration/cut": _rare("Examples of the subspace that were cut."),
     "engine/retried": _rare("Requests to rollout servers that were sent again, since the start."),
-    "engine/found": _rare("Completions of a stopped run that were not made again."),
+    "engine/found": _rare("Completions of a stopped run that were found on disk and not made again."),
     "engine/logp_gap": Metric("Mean difference of the log-probabilities of servers and trainer, in nats a token."),
     "engine/logp_gap_max": Metric("Largest difference of the log-probabilities of servers and trainer, in nats."),
-    "engine/eval_logp_gap": Metric("As engine/logp_gap, of the completions of an evaluation."),
-    "eval/accuracy": Metric("Share of the dev split that is solved (mean over attempts)."),
-    "eval/accuracy/": Metric("Of two peers: accuracy by student and domain, before each round and after the last."),
+    "engine/eval_logp_gap": Metric("As engine/logp_gap, for the completions of an evaluation."),
+    "eval/accuracy": Metric("Accuracy on the dev split, as a mean over attempts."),
+    "eval/accuracy/": Metric("Accuracy of two peers by student and domain, before each round and after the last."),
     "eval/score": Metric("Mean score on the dev split, with partial credit."),
     "eval/length": Metric("Mean length on the dev split, in tokens."),
     "eval/cut": _rare("Attempts without an end token within decode.length, graded as they are."),
     "eval/unread": _rare("Attempts that no answer could be read from, which count as wrong."),
-    "probe/student": Metric("Probe: share of eval.probe_problems dev problems that the student solves."),
+    "probe/student": Metric("Probe: accuracy of the student on eval.probe_problems dev problems."),
     "probe/teacher": Metric(
-        "Probe: share that the best teacher solves under its hint, of problems with a rollout that counts and has one."
+        "Probe: accuracy of the best teacher with its hint, on problems with a rollout that passes the gate and "
+        "has a hint."
     ),
-    "probe/gap": Metric("Probe: accuracy of that teacher less the student's on the same problems."),
+    "probe/gap": Metric("Probe: accuracy of that teacher minus that of the student on the same problems."),
     "probe/divergence": Metric("Probe: mean over sites of the divergence from the target, before the clip."),
     "probe/form": Metric(
-        "Probe: share of the probability that the teacher adds, which it adds with another problem's hint too."
+        "Probe: of the probability that the teacher adds to the student's, the share that another problem's "
+        "hint adds too."
     ),
-    "probe/kept": Metric("Probe: share of the divergence from the teacher that support, purification and clip leave."),
+    "probe/kept": Metric(
+        "Probe: share of the divergence from the teacher that is left after support, purification and clip."
+    ),
     "probe/mistake/student": Metric(
-        "Probe: mean probability of the reference's token where a rollout first goes wrong, under the student."
+        "Probe: mean probability of the reference's token under the student, at the first mistakes of rollouts."
     ),
-    "probe/mistake/target": Metric("Probe: the same under the target."),
-    "time/rollouts": Metric("Seconds for rollouts, 0 or nearly so where they serve again."),
+    "probe/mistake/target": Metric("Probe: mean probability of the same tokens under the target."),
+    "time/rollouts": Metric("Seconds for rollouts; about 0 where the rollouts of the previous update are used again."),
     "time/learning": Metric("Seconds from the plan to the optimizer step."),
     "time/eval": Metric("Seconds for the evaluation."),
     "time/probe": Metric("Seconds for the probe."),
@@ -153,9 +163,9 @@ RESULTS = {
     "test/after/": "of the last weights",
     "test/best/": "of the weights that are best on the dev split",
 }
-"""Test results as trackers get them: the start of their names, and whose they are."""
+"""The beginnings of the names of test results in trackers, and the weights that they are of."""
 FIGURES = {"accuracy": "Accuracy on the test split", "score": "Mean score on the test split"}
-"""Which figures of a test report trackers get."""
+"""The figures of a test report that trackers get."""
 
 
 def described(name: str) -> Metric | None:

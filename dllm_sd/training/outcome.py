@@ -1,5 +1,6 @@
 """Warnings about a run: that it learnt nothing, or that weights or writers which it uses may not be the wanted ones."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Literal
@@ -43,7 +44,7 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
     outcome = outcome_of(state, sums.unchanged)
     if outcome == "nothing learnt" and state.skipped == state.update:
         reasons = ", ".join(in_words(sums.left_out)) or "nothing was left out"
-        return [f"nothing was learnt: all {state.update} updates were skipped ({reasons})"]
+        return [f"nothing was learnt: all {state.update} updates were skipped ({reasons}){_remedy(sums.left_out)}"]
     if outcome == "nothing learnt":
         return [
             f"nothing was learnt: none of {state.update} updates changed a weight; the steps were lost in rounding, or "
@@ -60,6 +61,18 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
     return found
 
 
+def _remedy(left_out: Mapping[str, int]) -> str:
+    """What to do if these rollouts were left out and none was kept; empty where the counts say it themselves."""
+    if left_out.get("rollouts/grader_failed"):
+        return ""
+    easier = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
+    if left_out.get("rollouts/rejected"):
+        return f": {easier}"
+    if left_out.get("rollouts/no_hint"):
+        return f": see what the hints of method.contexts need; if it is a successful attempt, {easier}"
+    return ""
+
+
 def _collapse(state: State, sums: LogSums) -> str:
     """The warning of a run whose last weights are much worse than its best ones."""
     best = f"eval, sample and export use the best weights, of update {state.best_update}"
@@ -70,7 +83,7 @@ def _collapse(state: State, sums: LogSums) -> str:
 
 
 def _parted(sums: LogSums) -> str | None:
-    """The warning that the loss fell while the student became undecided, and no better on the dev split."""
+    """The warning that the loss fell while the student became less certain, and no better on the dev split."""
     loss, entropy, accuracy = (sums.courses.get(name) for name in WATCHED)
     if loss is None or entropy is None or loss.last >= loss.first:
         return None
@@ -83,9 +96,10 @@ def _parted(sums: LogSums) -> str | None:
         else f" and dev accuracy from {in_percent(accuracy.first)} to {in_percent(accuracy.last)}"
     )
     return (
-        f"loss and entropy part ways: the loss fell from {loss.first:.3g} to {loss.last:.3g}{fell}, while the "
-        f"student's entropy rose from {entropy.first:.2f} to {entropy.last:.2f} nats; it learns to be undecided: lower "
-        "optim.lr, take another method.divergence or no clip, or ask dllm-sd probe whether the teacher uses its hint"
+        f"loss and entropy diverge: the loss fell from {loss.first:.3g} to {loss.last:.3g}{fell}, while the "
+        f"student's entropy rose from {entropy.first:.2f} to {entropy.last:.2f} nats; it becomes less certain: "
+        "lower optim.lr, use another method.divergence or no clip, or check by dllm-sd probe whether the teacher uses "
+        "its hint"
     )
 
 
@@ -153,7 +167,7 @@ def _differences(run: Path, learnt: Config, prompt: str, thinking: bool | None, 
         ("model.thinking", f"{key}.writing.sampling.thinking", "thinking"): learnt.model.thinking != thinking,
     }
     return [
-        f"the writer of {run} was trained with another {what} ({theirs} there) than it is asked with here "
+        f"the writer of {run} was trained with another {what} ({theirs} there) than this run gives it "
         f"({ours}); set both to the same value"
         for (theirs, ours, what), changed in has_changed.items()
         if changed

@@ -74,14 +74,14 @@ class RunLog:
         wanted = bool(log.trace and log.samples) and self.policy.chat is not None and self.logs_samples(update)
         return UpdateTrace(plan, rollouts, log.samples, log.trace) if wanted else None
 
-    def traces(self, update: int, trace: UpdateTrace | None) -> None:
-        """Log what was traced on all processes."""
+    def traces(self, update: int, trace: UpdateTrace | None, regions: Tensor | None) -> None:
+        """Log what was traced on all processes; ``regions`` are those of a critique (`region_map`)."""
         if trace is None:
             return
         found = gather_object(trace.found) if self.world > 1 else trace.found
         with together():
             if self.files is not None:
-                self.files.write_traces(trace.entries(update, found, self.pieces))
+                self.files.write_traces(trace.entries(update, found, self.pieces, regions))
 
     def pictures(self, update: int, parts: GradedPlans, regions: Tensor | None, rollouts: Rollouts) -> None:
         """Send pictures of rollouts to the trackers, if this update logs samples."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from dllm_sd.objective.plan import Plan
 from dllm_sd.objective.tracing import TracedSites, Tracer
 from dllm_sd.rollouts.rollout import Rollout, Rollouts, TeacherBrief
+from dllm_sd.training.advantage import REGIONS
 from dllm_sd.training.metrics import graded_entry
 from dllm_sd.trajectory import Trajectory
 
@@ -59,16 +60,19 @@ class UpdateTrace:
             length = self.rollouts.kept[0].trajectory.tokens.shape[1]
             self.found += _site_entries(traced, index[traced.canvas], traced.column - (tracer.width - length))
 
-    def entries(self, update: int, found: Sequence[dict[str, Any]], pieces: "Pieces") -> list[dict[str, Any]]:
+    def entries(
+        self, update: int, found: Sequence[dict[str, Any]], pieces: "Pieces", regions: Tensor | None = None
+    ) -> list[dict[str, Any]]:
         """The lines of traces.jsonl, one for each traced rollout.
 
         Args:
             update: number of the update.
             found: `found` of all processes.
             pieces: the texts of tokens.
+            regions: the region of each token by a critique (`region_map`), int64 ``[b l]``; None without one.
         """
         return [
-            self._entry(update, slot, rollout, row, found, pieces)
+            {**self._entry(update, slot, rollout, row, found, pieces), "blamed": _blamed(regions, row)}
             for slot, (rollout, row) in enumerate(zip(self.shown, self.rows, strict=True))
         ]
 
@@ -206,6 +210,11 @@ def _numbers(values: Tensor) -> list[float]:
 
 def _digits(value: Tensor, digits: int) -> float:
     return float(f"{float(value):.{digits}g}")
+
+
+def _blamed(regions: Tensor | None, row: int | None) -> list[int]:
+    """The positions of a rollout that are in the first wrong step of a critique, as ranges."""
+    return [] if regions is None or row is None else _ranges(regions[row] == REGIONS.index("error"), 0)
 
 
 def _ids(sites: Iterable[dict[str, Any]]) -> set[int]:

@@ -193,7 +193,7 @@ class Trackers:
             said = f"the tracker {name} cannot be opened ({_reason(error)})"
             if begins:
                 raise InputError(f"{said}; log in, choose its offline mode, or take it out of log.trackers") from error
-            self._warn(f"{said}; the run goes on without it, and metrics.jsonl has all values")
+            self._warn(f"{said}; the run continues without it, and metrics.jsonl has all values")
             self.left_out.append(said)
             return None
 
@@ -214,8 +214,8 @@ class Trackers:
                 raise
             if not line.missed:
                 self._warn(
-                    f"the tracker {line.name} failed ({_reason(error)}); the run goes on, tries it again from time to "
-                    "time, and counts what it misses"
+                    f"the tracker {line.name} failed ({_reason(error)}); the run continues, tries it again from time "
+                    "to time, and counts what it misses"
                 )
             line.missed += 1
             line.waits, line.pause = line.pause, min(2 * line.pause, LONGEST_PAUSE)

@@ -267,6 +267,7 @@ class Trainer:
         plan = plan_update(self.method, self.rollouts, keys, part, answers, self.policy.formatting)
         lr, trace = self.lr(update), self.log.trace(update, plan, self.rollouts)
         metrics: dict[str, Any] = {"update": update, "loss": None, "sites": 0, "lr": lr}
+        regions = region_map(self.policy, self.method.contexts, self.rollouts)
         if plan is None:
             self.state.skipped += 1
         else:
@@ -278,10 +279,9 @@ class Trainer:
             total = partial(sum_over_processes, self.accelerator)
             sums = total(site_sums([graded for _, graded in parts], names, self.accelerator.device))
             metrics |= site_metrics(sums, names) | {"canvases": plan.size, "grad_norm": norm}
-            regions = region_map(self.policy, self.method.contexts, self.rollouts)
             metrics |= region_metrics(total(region_sums(parts, regions, self.rollouts, self.accelerator.device)))
             self.log.pictures(update, parts, regions, self.rollouts)
-        self.log.traces(update, trace)
+        self.log.traces(update, trace, regions)
         for model in self.models.values():
             model.after_update(update, stepped=plan is not None)
         metrics |= rollout_metrics(self.rollouts) | self.unknown(self.rollouts, self.main)

@@ -316,7 +316,7 @@ def test_different_problems_under_one_id_are_not_compared(tmp_path: Path):
     other = generations(tmp_path / "b.jsonl", [("p0", True)], digest="bbbb")
     (same,) = compare_files(one, one).values()
     assert same.n == 1
-    with pytest.raises(InputError, match=r"asked different problems under the id 'p0'; evaluate the same task"):
+    with pytest.raises(InputError, match=r"hold different problems with the id 'p0'; evaluate the same task"):
         compare_files(one, other)
 
 

@@ -254,7 +254,7 @@ GOOD = line("7", id="a")
         ([line("7", id="a", schedule=3)], "given.jsonl:1: 'schedule' must be text, not 3; correct it or leave it out"),
         (
             [line("7", id="a", attempt=1), line("7", id="a", attempt=1)],
-            "given.jsonl:2: attempt 1 at 'a' is there twice",
+            "given.jsonl:2: attempt 1 at 'a' occurs twice",
         ),
         ([], "given.jsonl holds no generations; give a file with one JSON object on each line"),
         (["", " "], "given.jsonl holds no generations"),
@@ -317,7 +317,7 @@ def test_nothing_else_is_overwritten(write: Write, tmp_path: Path, capsys: pytes
         (["given.jsonl", "--task", "gsm9k"], "task.name 'gsm9k' is unknown; did you mean 'gsm8k'?"),
         (["given.jsonl", "--task", "gsm9k", "--mode", "compatible"], "task.name 'gsm9k' is unknown"),
         (["given.jsonl", "--task", "jsonl", "--mode", "strict"], "--mode strict: task jsonl is graded in one way only"),
-        (["given.jsonl", "--task", "gsm8k", "seed=3"], "grade takes settings of the task only, as in task.key=value"),
+        (["given.jsonl", "--task", "gsm8k", "seed=3"], "seed has no effect in dllm-sd grade; leave it out"),
         (["given.jsonl", "--task", "gsm8k", "task.sead=3"], "unknown key 'task.sead'"),
     ],
 )

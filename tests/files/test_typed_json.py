@@ -76,7 +76,7 @@ def test_a_wrong_value_is_named(key: str, value: Any, words: str):
     [
         (b"\xff", "no UTF-8 text"),
         (b"[" * 10**5, "nested more than 200 levels deep"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is there twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' occurs twice"),
         (b"1" * 5000, "a number has 5000 digits"),
         (b"{", "Expecting property name"),
         (b"", "Expecting value"),

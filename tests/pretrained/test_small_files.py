@@ -130,7 +130,7 @@ def test_a_key_that_is_there_twice_is_named(tmp_path: Path):
     (folder / "config.json").write_text(text.replace("{", '{"hidden_size": 64, ', 1))
     said = sentence(lambda: build(folder))
     assert (
-        said == f"{folder}/config.json is not JSON ('hidden_size' is there twice); restore the checkpoint's config.json"
+        said == f"{folder}/config.json is not JSON ('hidden_size' occurs twice); restore the checkpoint's config.json"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dllm_sd.cli.main import main
-from dllm_sd.config import load_config
+from dllm_sd.config import build_config, load_config
 from dllm_sd.methods import METHODS
 from dllm_sd.probing.opening import opened
 from dllm_sd.probing.verdict import verdict
@@ -44,6 +44,30 @@ def test_a_named_method_is_probed(pair: Pair, teachers: Path, tmp_path: Path) ->
     if tree["shares"] is not None:
         assert sum(tree["shares"].values()) == pytest.approx(1)
     assert {teacher["context"] for teacher in tree["teachers"]} <= set(range(len(config.method.contexts)))
+
+
+@pytest.mark.learns_nothing
+def test_a_teacher_without_any_hint_is_probed_too_also_within_a_run(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"question": "{n}", "answer": "none"}}\n' for n in range(20)))
+    tree = {
+        "run": str(tmp_path / "run"),
+        "updates": 1,
+        "model": {"path": "tiny_ar"},
+        "task": {"name": "jsonl", "data": str(tmp_path / "own.jsonl"), "size_dev": 4},
+        "decode": {"length": 4},
+        "method": {"name": "sdpo", "rollout": {"problems": 2, "attempts": 2}},
+        "eval": {"every": 0, "final_problems": 0, "probe_every": 1, "probe_problems": 2},
+        "log": {"progress": False, "trackers": []},
+    }
+    config = build_config(tree)
+    with opened(config) as (probe, problems):
+        found = probe(problems).tree()
+    assert found["rollouts"] == {"made": 4, "right": 0, "passing": 4, "hinted": 0}
+    (sentence,) = found["verdict"]["because"]
+    assert sentence["rule"] == "nothing_passes"
+    assert "4 rollouts that pass method.gate has a hint, and none is correct" in sentence["says"]
+    assert found["controls"] == {}
+    assert Trainer(config).train()["updates_skipped"] == 1
 
 
 def stripped(run: Path) -> list[dict[str, Any]]:

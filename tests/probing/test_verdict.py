@@ -76,7 +76,8 @@ def test_of_a_good_teacher_only_the_gap_is_said() -> None:
     assert promising is True
     assert [sentence.rule for sentence in sentences] == ["teacher_against_student"]
     assert sentences[0].says == (
-        "the teacher is better than the student (90.0 % against 40.0 % of 100 problems, gap +50.0 (+40.0 to +60.0))"
+        "the teacher is more accurate than the student (90.0 % against 40.0 % of 100 problems; difference +50.0 "
+        "points, 95 % interval +40.0 to +60.0)"
     )
 
 
@@ -123,7 +124,7 @@ def test_where_no_rollout_is_mistaken_the_doubts_count() -> None:
     known["student"]["doubts"], known["teacher 0"]["doubts"] = 0.3, 0.2
     promising, sentences = verdict(replace(GOOD, premise=known))
     assert promising is False
-    assert "doubts the reference" in sentences[-1].says
+    assert "gives the reference's token less than one half" in sentences[-1].says
 
 
 def test_the_findings_are_written_with_what_is_left_and_why() -> None:

@@ -57,6 +57,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
         "task": {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"},
         "method": {"name": "d_opsd", "divergence": {"name": "jsd", "beta": 0.5}},
         "optim": {"lr": 3e-4},
+        "updates": 2,
         **changes.get("config", {}),
     }
     report = {

@@ -225,6 +225,77 @@ def test_an_autoregressive_rollout_shows_its_numbers_and_the_hint(trained: Path,
         assert shown[0] == pytest.approx(float(student[entry["tokens"][position]]), rel=0.06, abs=6e-5)
 
 
+def test_a_legend_shows_the_last_values_until_the_pointer_is_on_its_chart(
+    tmp_path: Path, show: Callable[..., Any]
+) -> None:
+    lines = [
+        {"update": 0, "eval/accuracy": 0.25},
+        {"update": 1, "eval/accuracy": 0.5, "loss": 2},
+        {"update": 2, "loss": 1},
+    ]
+    write_report([write_run(tmp_path / "run", metrics=lines)], tmp_path / "run.html")
+    page = show(tmp_path / "run.html")
+    charts = page.locator(".chart:visible")
+    values = [charts.nth(i).locator(".u-legend .u-value").all_inner_texts() for i in range(2)]
+    assert values == [["2 (last)", "50 %"], ["2 (last)", "1"]]
+    plot = charts.nth(1).locator(".u-over")
+    box = plot.bounding_box()
+    plot.hover(position={"x": box["width"] / 2, "y": box["height"] / 2})
+    assert charts.nth(1).locator(".u-legend .u-value").all_inner_texts() == ["1", "2"]
+    page.mouse.move(0, 0)
+    assert charts.nth(1).locator(".u-legend .u-value").all_inner_texts() == ["2 (last)", "1"]
+
+
+def test_one_outlier_does_not_take_the_colour_of_the_other_sites(tmp_path: Path, show: Callable[..., Any]) -> None:
+    values = [0.01 * (i + 1) for i in range(19)] + [50.0]
+    changes = {"tokens": [1] * 20, "reveal_step": [*range(20)], "length": 20, "blocks": [0], "graded": 20}
+    canvases = [{"step": step, "masked": [step, 20], "shown": [[]]} for step in range(20)]
+    entry = trace(1, sites=[site(i, d) for i, d in enumerate(values)], canvases=canvases, **changes)
+    write_report([write_run(tmp_path / "run", traces=[entry])], tmp_path / "run.html")
+    page = show(tmp_path / "run.html")
+    page.keyboard.press("End")
+    colors = page.eval_on_selector_all("#canvas .token", "all => all.map(t => t.style.backgroundColor)")
+    shades = [float(color.rstrip(")").split(",")[3]) for color in colors]
+    assert shades == pytest.approx([0.85 * math.sqrt(min(1, d / 0.19)) for d in values], abs=4e-3)
+    assert "0.19 or more (the highest 5 % of the sites)" in page.locator(".legend").inner_text()
+    page.get_by_label("colour", exact=True).select_option("trust")
+    assert "Trust is the weight of a site in the loss" in page.locator(".legend").inner_text()
+
+
+def test_the_step_that_a_critique_blames_is_marked(tmp_path: Path, show: Callable[..., Any]) -> None:
+    student = ["<step_1>", "2", "</step_1>", "<step_2>", "7", "</step_2>", "<answer>", "9", "</answer>"]
+    critique = ["<step_1>", "2", "</step_1>", "<step_2>", "3", "</step_2>", "<answer>", "5", "</answer>"]
+    ids = {text: i for i, text in enumerate(dict.fromkeys(["puzzle", *student, *critique]))}
+    prompt, tokens, hint = [ids["puzzle"]], [ids[x] for x in student], [ids[x] for x in critique]
+    entry = trace(
+        1,
+        causal=True,
+        correct=False,
+        prompt=prompt,
+        tokens=tokens,
+        reveal_step=[*range(9)],
+        length=9,
+        blocks=[],
+        canvases=[{"step": 0, "masked": [0, 9], "shown": [[]]}],
+        sites=[site(p, canvas=0, step=p, token=tokens[p]) for p in range(9)],
+        graded=9,
+        teachers=[{"prompt": [*hint, *prompt], "hint": "".join(critique), "weight": 1.0}],
+        pieces={str(i): text for text, i in ids.items()},
+        blamed=[3, 6],
+    )
+    write_report([write_run(tmp_path / "run", traces=[entry])], tmp_path / "run.html")
+    page = show(tmp_path / "run.html")
+    assert page.locator("#canvas .blamed").count() == 0  # nothing is generated yet
+    page.keyboard.press("End")
+    assert page.locator("#canvas .blamed").all_inner_texts() == student[3:6]
+    assert page.locator(".teacher-prompt mark").inner_text() == "".join(critique)
+    note = page.locator(".site-panel .blame")
+    page.locator("#canvas .token[data-position='4']").hover()
+    assert note.inner_text() == "In the first wrong step, according to the critique."
+    page.locator("#canvas .token[data-position='2']").hover()
+    assert note.count() == 0
+
+
 def test_a_click_pins_a_token_and_the_keyboard_reaches_it(trained: Path, show: Callable[..., Any]) -> None:
     entry = graded(trained / "tiny")
     page = show(trained / "tiny.html")

@@ -199,6 +199,47 @@ def test_two_runs_stand_side_by_side_and_are_compared_problem_by_problem(tmp_pat
     assert "seed" in words
 
 
+def test_two_runs_show_the_settings_that_differ_and_fold_all_others(tmp_path: Path) -> None:
+    other: dict[str, Any] = {"method": {"name": "rft"}, "optim": {"lr": 3e-4, "warmup": 5}}
+    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "two", config=other)]
+    text = page(read_runs(folders))
+    differ, folded = (
+        text.split("Settings that differ")[1].split('<section id="curves">')[0],
+        text.split("<details>")[1:],
+    )
+    rows = re.findall(r"<tr><td><code>([^<]*)</code></td><td>([^<]*)</td><td>([^<]*)</td></tr>", differ)
+    values = {key: (one, two) for key, one, two in rows}
+    assert values["method.name"] == ("d_opsd", "rft")
+    assert values["method.divergence.name"] == ("jsd", "token_nll")
+    assert values["method.contexts.0.name"] == ("suffix", "-")
+    assert values["optim.warmup"] == ("0", "5")  # a default is shown as its value
+    assert not {"optim.lr", "method.contexts.0.nested"} & values.keys()  # equal; not set, and of a part of one run
+    assert len(folded) == 2
+    assert all("optim.lr" in one for one in folded)
+    assert "<details>" not in page(read_runs(folders[:1]))
+
+
+@pytest.mark.parametrize("shown", ["before its next evaluation", "after it"])
+def test_a_run_that_was_given_more_updates_has_not_ended(tmp_path: Path, shown: str) -> None:
+    lines = metrics(0.5, 0.6, 0.55, *([0.65] if shown == "after it" else []))
+    folder = write_run(tmp_path / "mine", config={"updates": 4}, metrics=lines)
+    words = page_of(folder).words
+    assert "given more updates after its end at update 2" in words
+    assert "not finished" in words
+    assert "70.0 %" not in words  # the test result of the former end
+    other = write_run(tmp_path / "other")
+    for run in (folder, other):
+        write_verdicts(run / VERDICTS, {"trained": [Verdict(f"p{i}", "d", (i < 2,)) for i in range(12)]})
+    assert "mine was given more updates after its end at update 2" in page_of(folder, other).words
+
+
+def test_a_run_that_stopped_early_has_ended(tmp_path: Path) -> None:
+    report = {"updates": 2, "before": {}, "after": {}, "best": {}, "stopped": "no new best"}
+    words = page_of(write_run(tmp_path, config={"updates": 4}, report=[report])).words
+    assert "more updates" not in words
+    assert "The run stopped early: no new best" in words
+
+
 def test_two_students_are_reported_together(tmp_path: Path) -> None:
     write_run(tmp_path / "pair")
     for name in ("a", "b"):

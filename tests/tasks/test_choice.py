@@ -123,9 +123,9 @@ def test_jsonl_grades_letters_and_latex_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["x", "x", "y"], "the option 'x' is there twice"),
-        (["x ", "x"], "the option 'x' is there twice"),
-        ([1, "1"], "the option '1' is there twice"),
+        (["x", "x", "y"], "the option 'x' occurs twice"),
+        (["x ", "x"], "the option 'x' occurs twice"),
+        ([1, "1"], "the option '1' occurs twice"),
         (["x", ""], "an option is empty"),
         (["x", " "], "an option is empty"),
         (["x", None], "an option must be text or a number"),

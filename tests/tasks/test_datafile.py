@@ -161,8 +161,8 @@ def test_a_file_of_another_kind_is_called_by_its_name(write, name: str, content:
         (b"question,answer\na,b\n", r"line 1 is not valid JSON: it looks like CSV; give the file a name .* \.csv"),
         (b"question\tanswer\na\tb\n", "line 1 is not valid JSON: it looks like a table with tabs"),
         (b'{"a": 1}\r{"a": 2}\r', "line 1 is not valid JSON: its lines end with carriage returns alone"),
-        (b'{"a": 1, "a": 2}\n', r"line 1 is not valid JSON \('a' is there twice\)"),
-        (b'{"a": {"b": 1, "b": 1}}\n', r"line 1 is not valid JSON \('b' is there twice\)"),
+        (b'{"a": 1, "a": 2}\n', r"line 1 is not valid JSON \('a' occurs twice\)"),
+        (b'{"a": {"b": 1, "b": 1}}\n', r"line 1 is not valid JSON \('b' occurs twice\)"),
         (
             b'{"a": 1} {"a": 2}\n',
             "line 1 is not valid JSON: there are two objects on one line; write each one on a line",

@@ -233,7 +233,7 @@ def test_a_system_text_stands_once(tmp_path: Path):
         (
             {"grader": "choice"},
             {"question": "?", "options": ["x", " x"], "answer": "A"},
-            "the option 'x' is there twice",
+            "the option 'x' occurs twice",
         ),
         ({"grader": "choice"}, {"question": "?", "options": ["x", ""], "answer": "A"}, "an option is empty"),
     ],

@@ -1,5 +1,6 @@
 """The teacher's advantage by what a critique says of each token: against sums by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from dllm_sd.tasks.task import Grade, Problem
 from dllm_sd.teachers import Nothing, Reference
 from dllm_sd.training.advantage import region_map, region_metrics, region_sums
 from dllm_sd.training.pictures import advantage_of_first
+from dllm_sd.training.traces import Pieces, UpdateTrace
 
 CANVAS = Decoding(length=12, block_length=4, tokens_per_step=2)
 
@@ -49,6 +51,14 @@ def test_tokens_are_told_apart_by_the_characters_that_they_begin_at(policy):
     assert found is not None
     assert found[0].tolist() == [0, 0, 0, 1, 1, 2, 2] + [-1] * 5
     assert found[1].tolist() == [-1] * 12
+
+
+def test_a_trace_names_the_positions_that_a_critique_blames(policy):
+    rollouts = rollouts_of(policy, "wrong", "unknown")
+    rollouts = replace(rollouts, chosen=rollouts.kept)
+    trace, regions = UpdateTrace(None, rollouts, 2, 8), region_map(policy, (Marked(),), rollouts)
+    assert [line["blamed"] for line in trace.entries(1, [], Pieces(policy), regions)] == [[3, 5], []]
+    assert [line["blamed"] for line in trace.entries(1, [], Pieces(policy))] == [[], []]
 
 
 def test_where_nothing_is_marked_there_is_no_map(policy):

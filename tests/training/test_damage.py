@@ -300,7 +300,7 @@ def test_a_state_that_is_odd_json_is_refused_even_without_checksums(saved: Saved
     edit(saved.last, lambda tree: None, checksums=False)
     text = (saved.last / "state.json").read_text()
     for changed, words in (
-        (text.replace('"update": 3', '"update": 3, "update": 3'), "'update' is there twice"),
+        (text.replace('"update": 3', '"update": 3, "update": 3'), "'update' occurs twice"),
         (text.replace('"update": 3', f'"update": {"3" * 5000}'), "a number has 5000 digits"),
         (text.replace('"update": 3', f'"update": {"[" * 9999}'), "nested more than 200 levels deep"),
         (text.replace('"seconds": 1.5', '"seconds": NaN'), "seconds must be a finite number"),

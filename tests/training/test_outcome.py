@@ -161,6 +161,11 @@ def test_a_run_without_a_rollout_to_learn_from_says_that_alone():
     (sentence,) = warnings_of(State(3, skipped=3), sums)
     assert sentence.startswith("nothing was learnt: all 3 updates were skipped (5 rollouts ")
     assert "2 problems longer than max_prompt" in sentence
+    assert sentence.endswith("): take easier problems, raise method.rollout.attempts, or begin with method=sft")
+    (sentence,) = warnings_of(State(3, skipped=3), LogSums({"rollouts/no_hint": 5}, unchanged=True))
+    failed = {"rollouts/rejected": 5, "rollouts/grader_failed": 5}
+    assert warnings_of(State(3, skipped=3), LogSums(failed, unchanged=True))[0].endswith("grader failed)")
+    assert "): see what the hints of method.contexts need; if it is a successful attempt, take easier" in sentence
     assert warnings_of(State(), LogSums()) == []
 
 
@@ -221,7 +226,7 @@ def test_a_loss_that_falls_while_the_student_becomes_undecided_is_warned_of(
 ):
     values = {"loss": loss, "student/entropy": entropy, "eval/accuracy": accuracy}
     sums = LogSums(courses={name: Course(*pair) for name, pair in values.items() if pair is not None})
-    found = [said for said in warnings_of(State(9), sums) if said.startswith("loss and entropy part ways")]
+    found = [said for said in warnings_of(State(9), sums) if said.startswith("loss and entropy diverge")]
     assert len(found) == is_said
     if is_said and accuracy == (0.34, 0.0):
         assert "fell from 0.094 to 0.044 and dev accuracy from 34.00 % to 0.00 %" in found[0]

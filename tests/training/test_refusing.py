@@ -61,7 +61,7 @@ def test_one_mechanism_tells_all_processes(said: list[dict[str, Any]]):
         ("in use", 2, "is in use by another process (pid "),
         ("data", 2, "dllm-sd: no references"),
         ("full disk", 1, "'/full/file': No space left on device"),
-        ("hung up", 130, "interrupted; the same command goes on from the last saved update"),
+        ("hung up", 130, "interrupted; the same command continues from the last saved update"),
         ("gone on", 0, ""),
         ("evaluation", 1, "'/full/file': No space left on device"),
         ("its end", 2, "dllm-sd: incomplete"),

@@ -110,7 +110,7 @@ def test_tensorboard_has_the_runs_name_groups_meanings_hyperparameters_samples_a
         *((2, 1.0), (3, 1.5), (4, 2.0))
     ]
     assert events.SummaryMetadata("mine", "train/loss").summary_description == (
-        "What is minimised, over all processes; null if the update was skipped."
+        "The loss of the update, over all processes; null if the update was skipped."
     )
     assert events.Runs()["mine"]["images"] == ["rollouts/trajectory"]
     assert "samples/0/text_summary" in events.Runs()["mine"]["tensors"]
@@ -163,8 +163,8 @@ def test_a_tracker_that_fails_is_told_once_tried_ever_less_and_counted(
     got = [update for update, _ in spy.opened[0].got[1:-1]]
     assert got == [0, 1, 2, *range(13, 20)]  # it fails at 3, 5 and 8, and is left alone for 1, 2 and 4 values
     assert capsys.readouterr().err == (
-        "dllm-sd: the tracker wandb failed (ConnectionError: no route to https://host/path); the run goes on, tries it "
-        "again from time to time, and counts what it misses\n"
+        "dllm-sd: the tracker wandb failed (ConnectionError: no route to https://host/path); the run continues, tries "
+        "it again from time to time, and counts what it misses\n"
     )
     assert log.warnings == ["the tracker wandb missed 10 of 22 writes; metrics.jsonl has all values"]
 
@@ -180,6 +180,6 @@ def test_a_tracker_that_cannot_be_opened_refuses_a_new_run_and_is_left_out_of_on
     log = Trackers(config(tmp_path, "wandb"), 3)
     log.numbers({"update": 4, "loss": 1.0})
     assert capsys.readouterr().err == (
-        f"dllm-sd: {said}; the run goes on without it, and metrics.jsonl has all values\n"
+        f"dllm-sd: {said}; the run continues without it, and metrics.jsonl has all values\n"
     )
     assert log.warnings == [said]

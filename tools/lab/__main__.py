@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         (write_page if options.command == "table" else list_claims)(laboratory, RESULTS)
         return 0
     except KeyboardInterrupt:
-        print("tools.lab: interrupted; the same command goes on from the last saved update", file=sys.stderr)
+        print("tools.lab: interrupted; the same command continues from the last saved update", file=sys.stderr)
         return 130
     except InputError as error:
         print(f"tools.lab: {error}", file=sys.stderr)

@@ -10,12 +10,15 @@ function color(name, alpha) {
 function short(value) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
-  return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(3) : String(Number(value.toPrecision(4)));
+  const rounded = Number(value.toPrecision(4));
+  return size !== 0 && (size < 1e-3 || size >= 1e6) ? rounded.toExponential() : String(rounded);
 }
 
 (function () {
   const several = DATA.runs.length > 1;
   const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6].flatMap(power => [power, 2 * power, 5 * power]);  // there is no half an update
+
+  const DASHES = [undefined, [6, 4], [2, 3]];
 
   /** The lines of a chart: one for each run and metric that the run has. */
   function linesOf(curve) {
@@ -61,6 +64,13 @@ function short(value) {
     });
   }
 
+  /** Without a pointer on the chart, the legend shows the last value of each line. */
+  function showLast(plot) {
+    if (plot.cursor.left >= 0) return;
+    const last = values => values.findLastIndex(value => value !== null);
+    plot.setLegend({ idxs: plot.data.map(last) });
+  }
+
   function draw(figure) {
     const curve = DATA.curves[figure.dataset.curve], place = figure.querySelector(".plot");
     const lines = linesOf(curve), percent = curve.unit === "%";
@@ -72,7 +82,7 @@ function short(value) {
       label: (several ? `${line.run.name}: ` : "") + curve.metrics[line.name],
       stroke: color(`--series-${(several ? line.r : line.m) % 5}`),
       width: 2,
-      dash: several && line.m ? [6, 4] : undefined,
+      dash: several ? DASHES[line.m % DASHES.length] : undefined,
       spanGaps: true,
       points: { show: line.values.filter(value => value !== null).length < 40, size: 5 },
       value: (_, value) => value === null ? "" : short(value) + unit,
@@ -82,15 +92,15 @@ function short(value) {
     new uPlot({
       width: place.clientWidth || 300, height: 200,
       scales: { x: { time: false } },
-      legend: { live: true, markers: { width: 2, dash: (_, i) => i && series[i - 1].dash ? "dashed" : "solid" } },
+      legend: { live: true, markers: { width: 2, dash: (_, i) => i && series[i - 1].dash ? series[i - 1].dash[0] > 2 ? "dashed" : "dotted" : "solid" } },
       cursor: { y: false, drag: { x: true, y: false } },
       axes: [
         { ...axis, incrs: WHOLE, label: "update", labelSize: 16, labelFont: "12px system-ui, sans-serif" },
         { ...axis, size: 58, values: (_, ticks) => ticks.map(tick => short(tick) + unit),
           ...(percent || !curve.unit ? {} : { label: curve.unit, labelSize: 16, labelFont: "12px system-ui, sans-serif" }) },
       ],
-      series: [{ label: "update" }, ...series],
-      hooks: { draw: [plot => drawMarks(plot, curve)] },
+      series: [{ label: "update", value: (plot, update) => plot.cursor.left >= 0 ? update : `${update} (last)` }, ...series],
+      hooks: { draw: [plot => drawMarks(plot, curve)], ready: [showLast], setCursor: [showLast] },
     }, aligned(lines, percent ? 100 : 1), place);
   }
 

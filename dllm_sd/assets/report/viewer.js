@@ -2,6 +2,8 @@
 "use strict";
 (function () {
   const root = document.getElementById("viewer");
+  const FULL_COLOR = 0.95;  // this share of a rollout's sites is coloured by its divergence, those above are all as dark
+  const TRUST = "Trust is the weight of a site in the loss: 1 counts in full, 0 not at all, and below 0 pushes the student away from the target.";
   const COLORS = { order: "reveal order", divergence: "divergence", clip: "clip", trust: "trust" };
   const state = { run: 0, update: null, entry: null, verdict: "all", sort: "logged", color: "divergence", teacher: 0,
     frame: 0, pinned: null };
@@ -77,6 +79,10 @@
 
   const isNow = (site, frame) => frame.step < 0 ? site.canvas === frame.canvas : site.step === frame.step;
 
+  /** The smallest of the values that at least this share of them does not exceed; 0 of no values. */
+  const quantile = (values, share) =>
+    values.length ? [...values].sort((a, b) => a - b)[Math.max(0, Math.ceil(share * values.length) - 1)] : 0;
+
   const clipShare = site => {
     const before = sum(site.divergence), after = sum(site.clipped);
     return before ? Math.min(1, Math.abs(before - after) / Math.abs(before)) : 0;
@@ -95,7 +101,7 @@
     }
     if (!site) return "";
     const value = MEASURES[state.color](site);
-    if (state.color === "divergence") return `rgba(${parts.heat}, ${(0.85 * Math.sqrt(Math.max(0, value) / parts.most.divergence)).toFixed(3)})`;
+    if (state.color === "divergence") return `rgba(${parts.heat}, ${(0.85 * Math.sqrt(Math.min(1, Math.max(0, value) / parts.most.divergence))).toFixed(3)})`;
     if (state.color === "clip") return `rgba(${parts.heat}, ${(0.85 * value).toFixed(3)})`;
     const tint = value < 0 ? parts.heat : parts.good;
     return value === 0 ? "" : `rgba(${tint}, ${(0.1 + 0.6 * Math.abs(value) / parts.most.trust).toFixed(3)})`;
@@ -113,8 +119,9 @@
     state.teacher = Math.min(state.teacher, Math.max(0, run().teachers.length - 1));
     const values = one.sites.map(MEASURES.divergence).filter(Number.isFinite);
     const trusts = one.sites.map(site => Math.abs(MEASURES.trust(site))).filter(Number.isFinite);
-    Object.assign(parts, { one, sites: siteIndex(one), last: Math.max(...one.reveal_step),
-      most: { divergence: Math.max(1e-12, ...values), trust: Math.max(1e-12, ...trusts) } });
+    Object.assign(parts, { one, sites: siteIndex(one), blamed: one.blamed || [], last: Math.max(...one.reveal_step),
+      most: { divergence: Math.max(1e-12, quantile(values, FULL_COLOR) || Math.max(0, ...values)), trust: Math.max(1e-12, ...trusts) } });
+    parts.outliers = values.some(value => value > parts.most.divergence);
     colors();
     const slider = element("input", { type: "range", min: 0, max: frames.length - 1, value: state.frame, step: 1,
       "aria-label": "decoding step", oninput: event => go(Number(event.target.value)) });
@@ -228,6 +235,7 @@
       if (now) name += " now";
       if (seen) name += " shown";
       if (graded) name += " graded";
+      if (!masked && within(parts.blamed, position)) name += " blamed";
       if (node.className !== name) node.className = name;
       const text = unknown || (masked && !now && !seen) ? "\u00a0" : node.dataset.text;
       if (node.textContent !== text) node.textContent = text;
@@ -253,12 +261,14 @@
     parts.legend.textContent = "";
     if (state.color !== "order" && !one.sites.length) parts.legend.append("no graded sites to colour");
     else if (state.color === "order") parts.legend.append(bar(`rgba(${parts.order}, .12)`, `rgba(${parts.order}, .8)`, "first", `step ${parts.last + 1}`));
-    else if (state.color === "divergence") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "divergence 0", short(parts.most.divergence)));
-    else if (state.color === "clip") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "clip takes nothing", "all"));
-    else if (state.color === "trust") parts.legend.append(bar(`rgba(${parts.heat}, .7)`, `rgba(${parts.good}, .7)`, `trust ${short(-parts.most.trust)}`, short(parts.most.trust)));
+    else if (state.color === "divergence") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "divergence 0",
+      short(parts.most.divergence) + (parts.outliers ? ` or more (the highest 5 % of the sites)` : "")));
+    else if (state.color === "clip") parts.legend.append(bar(`rgba(${parts.heat}, 0)`, `rgba(${parts.heat}, .85)`, "clip removes nothing", "all"));
+    else if (state.color === "trust") parts.legend.append(bar(`rgba(${parts.heat}, .7)`, `rgba(${parts.good}, .7)`, `trust ${short(-parts.most.trust)}`, short(parts.most.trust)), element("span", {}, TRUST));
     parts.legend.append(sample("masked", one.causal ? "not generated yet" : "masked"));
     if (sees) parts.legend.append(sample("shown", `masked for the student, seen by ${teacherName(state.teacher)}`));
     if (one.sites.length) parts.legend.append(sample("graded", "graded here"));
+    if (parts.blamed.length) parts.legend.append(sample("blamed", "the first wrong step, according to the critique"));
   }
 
   function describe(frame) {
@@ -286,6 +296,8 @@
     parts.panel.dataset.position = position;
     parts.panel.append(element("h3", {}, `${place}, ${where}`),
       element("p", {}, "drawn token, bold below: ", element("span", { class: "word drawn" }, piece(site.token))), numbers(site));
+    if (within(parts.blamed, position)) parts.panel.append(element("p", { class: "blame" }, "In the first wrong step, according to the critique."));
+    parts.panel.append(element("p", { class: "healthy" }, TRUST));
     const names = ["student", ...site.teachers.map((_, c) => teacherName(c))];
     [site.student, ...site.teachers].forEach((one, i) => parts.panel.append(distribution(names[i], one, site.token, piece)));
     if (state.pinned === position) parts.panel.append(element("p", { class: "healthy" }, "Pinned; click the token again to let go."));
