@@ -27,9 +27,9 @@ from dllm_sd.files.writing import remove
 from dllm_sd.network.swapping import swapped
 from dllm_sd.parallel.processes import on_main, together
 from dllm_sd.parallel.sharding import gathered
-from dllm_sd.policies.fingerprint import fingerprint
 from dllm_sd.policies.loading import AnyPolicy
 from dllm_sd.policies.saving import write_adapter, write_weights
+from dllm_sd.policies.weight_hash import weight_hash
 from dllm_sd.policies.weights import trained
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.journal import RolloutJournal
@@ -273,9 +273,9 @@ class RolloutEngine:
         """Write the weights of now; return their version with a hash, so that completions of others are not reused."""
         if self._frozen is None:
             every = self.policy.module.named_parameters()  # adapters that are not trained are teachers'
-            self._frozen = fingerprint({n: x for n, x in every if not x.requires_grad and "lora_" not in n})
+            self._frozen = weight_hash({n: x for n, x in every if not x.requires_grad and "lora_" not in n})
         self._write(folder)
-        return f"{version} {self._frozen} {fingerprint(trained(self.policy))}"
+        return f"{version} {self._frozen} {weight_hash(trained(self.policy))}"
 
     def _write(self, folder: Path) -> None:
         remove(folder)

@@ -12,7 +12,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def weight_hash(tensors: Mapping[str, Tensor]) -> str:
     """Return a hash of some tensors: another one if a bit, a name or a shape is another, on whatever device they are.
 
     Of the bits, read as integers, two sums modulo 2^64 are taken on the device: the plain one, and one with weights
