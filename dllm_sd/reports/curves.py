@@ -36,9 +36,8 @@ CURVES = (
     Curve(
         "Entropy",
         {"student/entropy": "student", "teacher/entropy": "teacher"},
-        "Healthy: the student's entropy falls slowly towards the teacher's, which is lower because the teacher "
-        "sees more. "
-        "A fast fall to 0 precedes a collapse; a rise means that the student forgets.",
+        "Healthy: the student's entropy falls slowly towards the teacher's, which is lower because the teacher sees "
+        "more. A fast fall to 0 precedes a collapse; a rise means that the student forgets.",
         "nats",
     ),
     Curve(
@@ -50,9 +49,8 @@ CURVES = (
     Curve(
         "Advantage of the drawn token",
         {"teacher/advantage": "teacher minus student"},
-        "Healthy: near 0, and closer to it over time. Far below 0 means that the student's tokens are unlikely "
-        "under the "
-        "teacher.",
+        "Healthy: near 0, and closer to it over time. Far below 0 means that the student's tokens are unlikely under "
+        "the teacher.",
         "nats",
     ),
     Curve(
@@ -64,23 +62,21 @@ CURVES = (
     Curve(
         "Pass rate of the rollouts",
         {"rollouts/pass_rate": "solved in some attempt", "rollouts/first_try": "solved at the first"},
-        "Healthy: it rises with the dev accuracy and stays between 0 and 100 %. At 0 no rollout passes a gate "
-        "for correct "
-        "ones, and at 0 or 100 % group advantages are 0.",
+        "Healthy: it rises with the dev accuracy and stays between 0 and 100 %. At 0 no rollout passes a gate for "
+        "correct ones, and at 0 or 100 % group advantages are 0.",
         "%",
     ),
     Curve(
         "Gradient norm",
         {"grad_norm": "before it is clipped"},
-        "Healthy: steady or falling. If it is always above optim.max_grad_norm, every gradient is clipped; "
-        "single peaks are "
-        "harmless.",
+        "Healthy: steady or falling. If it is always above optim.max_grad_norm, every gradient is clipped; single "
+        "peaks are harmless.",
     ),
     Curve(
         "Clip and trust",
         {"clip_share": "share of the divergence that the clip removes", "trust/clipped": "sites where trust is capped"},
-        "Healthy: small. A clip that removes most of the divergence removes the signal at the sites where the teacher "
-        "knows more.",
+        "Healthy: small. A clip that removes most of the divergence removes the signal at the sites where the "
+        "teacher knows more.",
         "%",
     ),
     Curve(
