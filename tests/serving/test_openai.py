@@ -359,6 +359,41 @@ def test_half_a_character_and_half_a_stop_text_are_held_back():
     assert [*filter(None, sent)] == ["ab", "é", "EN"]
 
 
+class Bytes(Letters):
+    """A policy that spells some characters in bytes (-256 to -511), as sentencepiece does: one invalid byte spoils
+    the whole run."""
+
+    byte_ids = frozenset(range(-511, -255))
+
+    def text(self, tokens: list[int]) -> str:
+        text, run = "", list[int]()
+        for token in [*tokens, ord(" ")]:
+            if token in self.byte_ids:
+                run.append(-256 - token)
+                continue
+            try:
+                text += bytes(run).decode()
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(run)
+            text, run = text + chr(token), []
+        return text[:-1]
+
+
+@pytest.mark.parametrize("stop", [(), ("é",)])
+def test_a_run_of_byte_tokens_is_sent_when_no_later_byte_can_spoil_it(stop: tuple[str, ...]):
+    spelled = {letter: [-256 - byte for byte in letter.encode()] for letter in "éè"}
+    tokens = [ord("a"), *spelled["é"], *spelled["è"][:1], *map(ord, "bc"), *spelled["è"], ord("d")]
+    policy: Any = Bytes()
+    one = Growth(policy, (0,), 100, stop)
+    sent = list[str]()
+    for count in range(1, len(tokens) + 1):
+        canvas = tokens[:count] + [-1] * (len(tokens) - count)
+        assert one.stopped(canvas) is None
+        sent.append((piece := one.piece(canvas)) and piece.text or "")
+    assert "".join(sent) == policy.text(tokens) == "a\ufffd\ufffd\ufffdbcèd"
+    assert [*filter(None, sent)] == ["a", "\ufffd\ufffd\ufffdb", "c", "èd"]
+
+
 def test_a_stop_text_is_counted_alike_while_and_after_it_grows(server: Any):
     """A completion with log-probabilities is decoded to its end, and cut then."""
     body = {"prompt": PUZZLE, "seed": 7}
