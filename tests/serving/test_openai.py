@@ -389,7 +389,7 @@ def test_a_run_of_byte_tokens_is_sent_when_no_later_byte_can_spoil_it(stop: tupl
     for count in range(1, len(tokens) + 1):
         canvas = tokens[:count] + [-1] * (len(tokens) - count)
         assert one.stopped(canvas) is None
-        sent.append((piece := one.piece(canvas)) and piece.text or "")
+        sent.append(((piece := one.piece(canvas)) and piece.text) or "")
     assert "".join(sent) == policy.text(tokens) == "a\ufffd\ufffd\ufffdbcèd"
     assert [*filter(None, sent)] == ["a", "\ufffd\ufffd\ufffdb", "c", "èd"]
 
