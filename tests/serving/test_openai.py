@@ -71,6 +71,16 @@ def test_max_tokens_cuts_what_a_whole_block_holds(diffusion: Any):
     assert tree["choices"][0]["finish_reason"] == "length"
 
 
+def test_blocks_that_do_not_fit_are_refused_in_the_words_of_the_request(diffusion: Any):
+    limit = diffusion.service.limits.completion
+    status, tree = diffusion.post("/v1/completions", {"prompt": PUZZLE, "max_tokens": limit, "block_length": limit - 1})
+    assert status == 400
+    assert tree["error"]["message"] == (
+        f"{limit} tokens take whole blocks of {limit - 1}, and so {2 * limit - 2} positions of at most {limit}; lower "
+        "max_tokens or block_length"
+    )
+
+
 def test_more_positions_take_more_steps_and_keys_of_decode_may_be_given(diffusion: Any):
     prompt = diffusion.service.policy.encode_completion(PUZZLE, ended=False)
     for extra in ({"tokens_per_step": 4}, {"order": "random", "top_k": 3}, {"block_length": 8, "threshold": 0.4}):
