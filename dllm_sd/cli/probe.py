@@ -24,6 +24,8 @@ def run(options: argparse.Namespace) -> int:
         student = config.peers.students[0]
         warn(f"of two peers the first, {student.name}, is probed, without the other's feedback")
         config = student_config(config, student, None)
+    if config.decode.engine.remote:
+        warn("decode.engine is for rollouts and evaluations in training; this probe decodes on this machine")
     out = None if options.out is None else Path(options.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--out {shown(str(out))} is a folder, or in none; name a file in a folder that exists")

@@ -26,14 +26,15 @@ USED: Mapping[str, tuple[str, ...]] = {
 TRAINING = ("model.gradient_checkpointing", "model.lora.dropout")
 """Keys below those that concern training alone."""
 UNUSED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("eval", "sample", "serve"), ("decode.engine", *TRAINING)),
-    **dict.fromkeys(("probe", "export"), TRAINING),
+    **dict.fromkeys(("eval", "sample", "serve", "probe"), ("decode.engine", *TRAINING)),
+    "export": TRAINING,
 }
 """Keys below those of `USED` that have no effect, by command."""
 INSTEAD: Mapping[tuple[str, str], str] = {
     ("eval", "eval.problems"): "set eval.final_problems, or --problems",
     ("eval", "decode.engine"): "leave it out, since this machine decodes",
     ("sample", "decode.engine"): "leave it out, since this machine decodes",
+    ("probe", "decode.engine"): "leave it out, since this machine decodes",
     ("serve", "eval.temperature"): "set decode.temperature, or let the requests set it",
     ("probe", "eval.problems"): "set eval.probe_problems, or --problems",
     ("probe", "eval.final_problems"): "set eval.probe_problems, or --problems",

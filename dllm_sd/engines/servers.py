@@ -15,6 +15,8 @@ from dllm_sd.trajectory import Trajectory
 
 FAILURES_UNTIL_DOWN = 3
 """After so many failed attempts in a row a server counts as down, and others get its requests."""
+TRAINED = "dllm-sd-"
+"""How the names of weights that a run trains begin on the servers."""
 LONGEST_QUESTION = 10.0
 """Most seconds in which a server that was down has to say that it is up."""
 
@@ -100,9 +102,15 @@ class Servers:
             models = _models(reply.content)
             names = [name for name in models if name == self.engine.model or is_own(name)]
             if not names:
+                is_taken = models and all(name.startswith(TRAINED) for name in models)
+                remedy = (
+                    "these are weights of another run, so wait until it has ended, and start the server again"
+                    if is_taken
+                    else "name one of these"
+                )
                 raise InputError(
                     f"{KEY}.model {self.engine.model!r} is not served at {server.url}, which has "
-                    f"{shortened(', '.join(models)) or 'none'}; name one of these"
+                    f"{shortened(', '.join(models)) or 'none'}; {remedy}"
                 )
             model = models[names[0]]
             _refuse_short(server, model, prompt, completion)
@@ -129,9 +137,20 @@ class Servers:
             reply = replies[0]
             raise Stopped(
                 f"no server of {KEY}.url takes the weights {name} from {folder} ({reply.failure}: {_said(reply)}); "
-                f"start them {self.engine.loading}, and so that they see this folder, and run the same command again"
+                f"start them {self.engine.loading}, so that they see this folder and have no adapters of another run, "
+                "and run the same command again"
             )
         return [reply.failure is None for reply in replies]
+
+    def unload(self) -> None:
+        """Let the servers forget the adapter that they have of the run, as far as they answer: it is not used again."""
+        for server in self._servers:
+            if self._load is None or server.weights is None:
+                continue
+            if (forgotten := self.engine.unload(server.weights, self._load[2])) is not None:
+                route, tree = forgotten
+                self._quick.send(self.engine.path(server.url, route), json.dumps(tree).encode())
+                server.weights = None
 
     def note(self, name: str, folder: str, adapter: bool, taken: Sequence[bool]) -> None:
         """Learn which servers have ``taken`` the weights that another process has loaded."""
@@ -289,8 +308,12 @@ class Servers:
 
     def _ask_models(self, server: _Server) -> Reply:
         """What a server says of its models, if it does soon."""
-        client = replace(self._client, timeout=min(self.engine.timeout, LONGEST_QUESTION))
-        return client.send(self.engine.path(server.url, "/v1/models"))
+        return self._quick.send(self.engine.path(server.url, "/v1/models"))
+
+    @property
+    def _quick(self) -> HttpClient:
+        """A client for what a server that is up answers soon."""
+        return replace(self._client, timeout=min(self.engine.timeout, LONGEST_QUESTION))
 
     def _post(self, server: _Server, route: str, tree: Mapping[str, Any]) -> Reply:
         """Ask for something that is no completion; a server that has too much to do is asked again (`timeout`)."""

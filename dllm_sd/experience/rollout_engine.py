@@ -21,7 +21,7 @@ from dllm_sd.decoding.remote import RemoteDecoder, TokenIds, makers_of
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.engines import RemoteEngine
 from dllm_sd.engines.engine import TOLERANCES
-from dllm_sd.engines.servers import Servers
+from dllm_sd.engines.servers import TRAINED, Servers
 from dllm_sd.errors import Stopped
 from dllm_sd.files.writing import remove
 from dllm_sd.network.swapping import swapped
@@ -50,7 +50,7 @@ def folder_of(config: Config) -> Path:
 
 def weights_prefix(config: Config) -> str:
     """How the names of a run's weights begin on the servers, while its folder is where it is."""
-    return f"dllm-sd-{sha256(str(folder_of(config)).encode()).hexdigest()[:8]}-"
+    return f"{TRAINED}{sha256(str(folder_of(config)).encode()).hexdigest()[:8]}-"
 
 
 def tolerance(config: Config) -> float:
@@ -149,6 +149,11 @@ class RolloutEngine:
         """Let servers begin the jobs of a queue, with the weights of now; what is returned completes the queue."""
         assert isinstance(self.decoder, RemoteDecoder)
         return self.decoder.begin(queue, decode, stop_after).finish
+
+    def end(self) -> None:
+        """Let the servers forget the adapter of a run that has ended, so that another run can use them."""
+        if self.engine.remote:
+            on_main(self.servers.unload)
 
     def cancel(self) -> None:
         """Cancel the requests in flight of a run that ends with an error."""

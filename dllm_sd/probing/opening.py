@@ -7,10 +7,10 @@ from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 from dllm_sd.config import Config
+from dllm_sd.engines import Local
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import check_ids, first
 from dllm_sd.experience.pipeline import RolloutPipeline
-from dllm_sd.experience.rollout_engine import check_servers
 from dllm_sd.pairing import check_data, check_model, check_tokenizer
 from dllm_sd.parallel.sharding import start_accelerator
 from dllm_sd.policies.loading import build_policy, make_teacher
@@ -22,6 +22,8 @@ from dllm_sd.tasks.task import Problem
 @contextmanager
 def opened(config: Config) -> Iterator[tuple[Probe, list[Problem]]]:
     """The probe of a config, and the held-out problems for it; the run folder is neither read nor written.
+
+    Everything is decoded by this process, whatever `decode.engine` is.
 
     Raises:
         InputError: if config, data or model are wrong, or no dev problem is there.
@@ -38,9 +40,9 @@ def opened(config: Config) -> Iterator[tuple[Probe, list[Problem]]]:
     blueprint = check_model(config)
     for warning in check_tokenizer(config, blueprint, training).values():
         print(warning, file=sys.stderr)
-    check_servers(config)
-    with TemporaryDirectory() as folder:  # for texts of writers and for weights that servers read
-        config = replace(config, run=folder, resume="fresh")
+    with TemporaryDirectory() as folder:  # for texts of writers
+        local = replace(config.decode, engine=Local())  # servers may have the weights of a run
+        config = replace(config, run=folder, resume="fresh", decode=local)
         policy = build_policy(blueprint, accelerator.device)
         adapters = {weights: add_adapter(weights, policy) for weights in config.method.models()}
         module = accelerator.prepare_model(policy.module, evaluation_mode=True)

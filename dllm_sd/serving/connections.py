@@ -23,6 +23,8 @@ DROPPING = 0.05
 """Seconds in which connections without a client are closed before something else has its turn."""
 SILENT = 60.0
 """Seconds that a new connection may stay open without a request."""
+UNREAD = 60.0
+"""Seconds that a client may leave unread what the buffers hold; then its connection ends, and its request with it."""
 _CLOSED = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # where there is no POLLRDHUP, asyncio notices it later
 _FULL = json.dumps(Refusal(503, "too many connections are open; ask again later").tree).encode()
 _REFUSAL = (
@@ -64,6 +66,7 @@ class Connection(H11Protocol):
         self.most = most
         self.app_state = {**self.app_state, "hung_up": self.hung_up}
         self._silence: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def hung_up(self) -> bool:
         """Whether the client has closed its side."""
@@ -80,9 +83,21 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
-        if self._silence is not None:
-            self._silence.cancel()
+        for timer in (self._silence, self._unread):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Let the answer wait until the client reads, or until it has not for too long."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD, self.transport.abort)  # closing would wait for the client
+
+    def resume_writing(self) -> None:
+        """Go on with the answer."""
+        if self._unread is not None:
+            self._unread.cancel()
+        super().resume_writing()
 
     def _end_silence(self) -> None:
         if self.cycle is None:  # pyright: ignore[reportUnnecessaryComparison]  # not a request yet

@@ -52,7 +52,8 @@ class Growth:
     """The text of one completion as it grows.
 
     A canvas is revealed in any order within its blocks; the tokens before the first masked position are settled. Their
-    text is held back where it ends in half a character, or as a stop text begins.
+    text is held back where it ends in half a character, in a run of byte tokens, which an invalid byte would turn into
+    replacement characters as a whole, or as a stop text begins.
     """
 
     def __init__(self, policy: Policy, end_ids: Sequence[int], most: int, stops: Sequence[str]) -> None:
@@ -63,7 +64,7 @@ class Growth:
 
     def piece(self, canvas: Sequence[int]) -> Piece | None:
         """Return what a canvas adds to the pieces before; None if nothing."""
-        text = self.policy.text(self._settled(canvas)).rstrip("\ufffd")
+        text = self._final_text(self._settled(canvas))
         shown = None if self.policy.causal else self._canvas(canvas)
         new = self._new(text[: self._held(text)])
         if not new and shown == self.shown:
@@ -74,7 +75,7 @@ class Growth:
     def stopped(self, canvas: Sequence[int]) -> Final | None:
         """Return the end of a completion that holds a stop text already, whatever would follow."""
         settled = self._settled(canvas)
-        text = self.policy.text(settled)
+        text = self._final_text(settled)
         if not any(stop in text for stop in self.stops):
             return None
         return Final(self._cut(text), tuple(settled[: self._count(settled, text)]), (), "stop")
@@ -108,6 +109,13 @@ class Growth:
                 break
             tokens.append(token)
         return tokens
+
+    def _final_text(self, settled: Sequence[int]) -> str:
+        """Return the text of settled tokens that no later token can change."""
+        count, open_ended = len(settled), self.policy.byte_ids | self.policy.non_text_ids
+        while count and settled[count - 1] in open_ended:
+            count -= 1
+        return self.policy.text(settled[:count]).rstrip("\ufffd")
 
     def _cut(self, text: str) -> str:
         return text[: min((text.index(stop) for stop in self.stops if stop in text), default=len(text))]

@@ -162,7 +162,13 @@ def _settings(service: Service, given: Mapping[str, Any], most: int) -> Decoding
     block = given.get("block_length", base.block_length)
     if not service.policy.causal and type(block) is int and block >= 1:
         blocks = -(-most // block)
-        tree["length"] = blocks * block
+        if (length := blocks * block) > (limit := service.limits.completion):
+            raise Refusal(
+                422,
+                f"{most} tokens take whole blocks of {block}, and so {length} positions of at most {limit}; lower "
+                "max_tokens or block_length",
+            )
+        tree["length"] = length
         if base.steps is not None and "steps" not in given:
             steps = max(blocks, base.steps * blocks * block // base.length)
             tree["steps"] = None if "tokens_per_step" in given else steps

@@ -206,7 +206,11 @@ class Trainer:
                     self._save()
                 if interrupted and not self.finished:
                     raise KeyboardInterrupt
-            return self._report() if self.finished else {}
+            if not self.finished:
+                return {}
+            report = self._report()
+            self.pipeline.engine.end()
+            return report
 
     def _catch_up(self) -> None:
         """Make the evaluation that has not ended yet: of the initial weights, or of the update where a run stopped."""

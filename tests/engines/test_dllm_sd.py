@@ -101,7 +101,8 @@ def test_a_run_through_a_server_is_the_local_run(tmp_path: Path, case: dict[str,
         engine = {"name": "dllm_sd", "url": [f"http://127.0.0.1:{server.port}"], "model": "served", "concurrency": 1}
         remote = {**case, "decode": {**case["decode"], "engine": engine}}
         Trainer(build_config(tree(tmp_path / "remote", remote))).train()
-        assert server.service.weights.names[-1].endswith("-2")
+        (name,) = server.service.weights.names  # an adapter is forgotten when the run ends
+        assert name == "served" if "lora" in case["model"] else name.endswith("-2")
     assert metrics(tmp_path / "remote") == metrics(tmp_path / "local")
     lines = [json.loads(line) for line in (tmp_path / "remote" / "metrics.jsonl").read_text().splitlines()]
     assert max(line["engine/logp_gap_max"] for line in lines[1:]) < 1e-4

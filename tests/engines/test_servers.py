@@ -196,6 +196,27 @@ def test_weights_that_a_server_has_already_are_not_refused(pair: list[Scripted])
     assert servers.load("w", "/folder", True) == [True, True]
 
 
+def test_servers_forget_the_adapter_of_a_run_that_has_ended(pair: list[Scripted]):
+    forgotten: list[str] = []
+
+    def forget(body: Any) -> Answer:
+        forgotten.append(body["lora_name"])
+        return 200, "removed"
+
+    for server in pair:
+        server.says["/v1/unload_lora_adapter"] = forget
+    servers = servers_of(*pair)
+    servers.unload()
+    assert not forgotten
+    servers.load("v1", "folder", True)
+    servers.load("v2", "folder", True)
+    assert forgotten == ["v1"] * 2
+    pair[1].stop()
+    servers.unload()
+    servers.unload()
+    assert forgotten == ["v1", "v1", "v2"]
+
+
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("route", [COMPLETIONS, LOADING])
 def test_a_server_that_denies_in_the_middle_stops_the_run_and_says_the_true_reason(

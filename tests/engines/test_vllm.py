@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from dllm_sd.config import build_config
 from dllm_sd.engines import CompletionRequest, Vllm
@@ -88,8 +89,11 @@ def test_a_run_through_a_server_scores_its_rollouts_as_the_trainer_does(plain: P
     assert max(gaps) < 1e-4
     names = [body["lora_name"] for path, body in plain.seen if path == "/v1/load_lora_adapter"]
     assert [name.rsplit("-", 1)[1] for name in names] == ["0", "1", "2"]
-    assert list(plain.adapters) == names[-1:]  # former versions are forgotten
-    assert max(float(value.abs().max()) for value in plain.adapters[names[-1]].values()) > 0.01
+    forgotten = [body["lora_name"] for path, body in plain.seen if path == "/v1/unload_lora_adapter"]
+    assert [name for name in forgotten if name in names] == names  # former versions, and at the end the last one
+    assert not plain.adapters
+    adapter = load_file(plain.run / "engine" / names[-1] / "adapter_model.safetensors")
+    assert max(float(value.abs().max()) for value in adapter.values()) > 0.01
 
 
 def test_every_attempt_has_a_seed_of_its_own(plain: Plain):
@@ -288,7 +292,9 @@ def test_the_tolerance_is_that_of_the_type_in_which_the_trainer_computes(
 
 def test_a_server_with_the_weights_of_another_run_is_refused(double: Double, tmp_path: Path):
     double.served = "dllm-sd-12345678-7"
-    with pytest.raises(InputError, match=r"decode\.engine\.model 'small' is not served at .*dllm-sd-12345678-7"):
+    with pytest.raises(
+        InputError, match=r"model 'small' is not served at .*dllm-sd-12345678-7; .* start the server again"
+    ):
         train(tmp_path / "run", double.url)
     double.served = f"{weights_prefix(build_config(tree(tmp_path / 'run', double.url)))}7"
     check_servers(build_config(tree(tmp_path / "run", double.url)))

@@ -9,6 +9,7 @@ import pytest
 
 from dllm_sd.cli.main import main
 from dllm_sd.config import build_config, load_config
+from dllm_sd.engines import DllmSd
 from dllm_sd.methods import METHODS
 from dllm_sd.probing.opening import opened
 from dllm_sd.probing.verdict import verdict
@@ -68,6 +69,17 @@ def test_a_teacher_without_any_hint_is_probed_too_also_within_a_run(tmp_path: Pa
     assert "4 rollouts that pass method.gate has a hint, and none is correct" in sentence["says"]
     assert found["controls"] == {}
     assert Trainer(config).train()["updates_skipped"] == 1
+
+
+def test_a_probe_leaves_the_servers_of_a_run_alone(teachers: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = config_at(tmp_path / "run", "d_opsd", "diffusion", teachers)
+    engine = DllmSd(url=("http://127.0.0.1:1",), model="tiny")  # where nothing listens
+    served = replace(config, decode=replace(config.decode, engine=engine))
+    trees: list[Any] = []
+    for one in (config, served):
+        with opened(replace(one, eval=replace(one.eval, probe_problems=3))) as (probe, problems):
+            trees.append(probe(problems).tree())
+    assert trees[0] == trees[1]
 
 
 def stripped(run: Path) -> list[dict[str, Any]]:

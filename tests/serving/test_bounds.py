@@ -110,6 +110,33 @@ def test_a_connection_without_a_request_is_closed(policy: Any, monkeypatch: pyte
         asking.close()
 
 
+def test_a_client_that_does_not_read_its_stream_loses_its_place(policy: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(connections, "UNREAD", 1.0)
+
+    async def endless(answer: Any, send: Any) -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            await send({"words": "x" * 2**16})
+
+    monkeypatch.setattr(routes.ApiResponse, "stream", endless)
+    body = json.dumps({**BODIES["/v1/completions"], "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with (
+        served.serving(small(policy, 1)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as unread,
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow,
+    ):
+        unread.sendall(head + body)
+        served.until(lambda: server.post("/generate", BODIES["/generate"])[0] == 503)
+        served.until(lambda: server.post("/generate", BODIES["/generate"])[0] == 200)
+        slow.sendall(head + body)
+        begun = time.monotonic()
+        while time.monotonic() - begun < 2.5:  # one that reads keeps it
+            assert slow.recv(2**20)
+            time.sleep(0.05)
+        assert server.post("/generate", BODIES["/generate"])[0] == 503
+
+
 def test_connections_whose_clients_have_gone_are_not_accepted():
     listener = bind("127.0.0.1", 0)
     listener.setblocking(False)

@@ -71,6 +71,16 @@ def test_max_tokens_cuts_what_a_whole_block_holds(diffusion: Any):
     assert tree["choices"][0]["finish_reason"] == "length"
 
 
+def test_blocks_that_do_not_fit_are_refused_in_the_words_of_the_request(diffusion: Any):
+    limit = diffusion.service.limits.completion
+    status, tree = diffusion.post("/v1/completions", {"prompt": PUZZLE, "max_tokens": limit, "block_length": limit - 1})
+    assert status == 400
+    assert tree["error"]["message"] == (
+        f"{limit} tokens take whole blocks of {limit - 1}, and so {2 * limit - 2} positions of at most {limit}; lower "
+        "max_tokens or block_length"
+    )
+
+
 def test_more_positions_take_more_steps_and_keys_of_decode_may_be_given(diffusion: Any):
     prompt = diffusion.service.policy.encode_completion(PUZZLE, ended=False)
     for extra in ({"tokens_per_step": 4}, {"order": "random", "top_k": 3}, {"block_length": 8, "threshold": 0.4}):
@@ -357,6 +367,41 @@ def test_half_a_character_and_half_a_stop_text_are_held_back():
         elif (piece := one.piece([*canvas])) is not None:
             sent.append(piece.text)
     assert [*filter(None, sent)] == ["ab", "é", "EN"]
+
+
+class Bytes(Letters):
+    """A policy that spells some characters in bytes (-256 to -511), as sentencepiece does: one invalid byte spoils
+    the whole run."""
+
+    byte_ids = frozenset(range(-511, -255))
+
+    def text(self, tokens: list[int]) -> str:
+        text, run = "", list[int]()
+        for token in [*tokens, ord(" ")]:
+            if token in self.byte_ids:
+                run.append(-256 - token)
+                continue
+            try:
+                text += bytes(run).decode()
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(run)
+            text, run = text + chr(token), []
+        return text[:-1]
+
+
+@pytest.mark.parametrize("stop", [(), ("é",)])
+def test_a_run_of_byte_tokens_is_sent_when_no_later_byte_can_spoil_it(stop: tuple[str, ...]):
+    spelled = {letter: [-256 - byte for byte in letter.encode()] for letter in "éè"}
+    tokens = [ord("a"), *spelled["é"], *spelled["è"][:1], *map(ord, "bc"), *spelled["è"], ord("d")]
+    policy: Any = Bytes()
+    one = Growth(policy, (0,), 100, stop)
+    sent = list[str]()
+    for count in range(1, len(tokens) + 1):
+        canvas = tokens[:count] + [-1] * (len(tokens) - count)
+        assert one.stopped(canvas) is None
+        sent.append(((piece := one.piece(canvas)) and piece.text) or "")
+    assert "".join(sent) == policy.text(tokens) == "a\ufffd\ufffd\ufffdbcèd"
+    assert [*filter(None, sent)] == ["a", "\ufffd\ufffd\ufffdb", "c", "èd"]
 
 
 def test_a_stop_text_is_counted_alike_while_and_after_it_grows(server: Any):
