@@ -24,10 +24,12 @@ USED: Mapping[str, tuple[str, ...]] = {
 }
 """The keys that have an effect, by command; a key stands for all keys below it."""
 TRAINING = ("model.gradient_checkpointing", "model.lora.dropout")
-"""Keys below those that concern training alone."""
+TRAIN_SPLIT = ("task.size_train",)
+"""Keys below those that concern training alone, and those that concern the train split alone."""
 UNUSED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("eval", "sample", "serve"), ("decode.engine", *TRAINING)),
+    **dict.fromkeys(("eval", "sample", "serve"), ("decode.engine", *TRAINING, *TRAIN_SPLIT)),
     **dict.fromkeys(("probe", "export"), TRAINING),
+    "grade": TRAIN_SPLIT,
 }
 """Keys below those of `USED` that have no effect, by command."""
 INSTEAD: Mapping[tuple[str, str], str] = {
@@ -37,6 +39,7 @@ INSTEAD: Mapping[tuple[str, str], str] = {
     ("serve", "eval.temperature"): "set decode.temperature, or let the requests set it",
     ("probe", "eval.problems"): "set eval.probe_problems, or --problems",
     ("probe", "eval.final_problems"): "set eval.probe_problems, or --problems",
+    ("probe", "eval.thinking"): "set model.thinking, since a probe reads the prompts of training",
 }
 """What to do instead of setting a key that has no effect."""
 
