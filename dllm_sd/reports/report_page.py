@@ -297,7 +297,8 @@ def _paired(a: RunReport, b: RunReport) -> str:
     except InputError as error:
         why = f"{b.name} against {a.name} cannot be compared problem by problem: {error}."
         return _paragraph(why + " Evaluate both runs with dllm-sd eval first.", "missing")
-    head = ("", *(results if len(results) > 1 else [f"{b.name} against {a.name}"]))
+    schedules = ["as in training" if name == "trained" else name for name in results]
+    head = ("", *(schedules if len(schedules) > 1 else [f"{b.name} against {a.name}"]))
     labels: dict[str, Callable[[Comparison], str]] = {
         "problems in both": lambda x: str(x.n),
         f"accuracy of {a.name}": lambda x: percent(x.accuracy_a),

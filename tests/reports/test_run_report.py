@@ -216,6 +216,10 @@ def test_two_runs_stand_side_by_side_and_are_compared_problem_by_problem(tmp_pat
     assert "+66.67" in words
     assert f"{mcnemar(1, 5):.2g}" in words
     assert "seed" in words
+    for folder in (one, two):  # with several schedules each heads a column
+        file = folder / "eval" / "sudoku" / "generations.jsonl"
+        file.write_text(file.read_text() + file.read_text().replace('"trained"', '"4 x 2"'))
+    assert "as in training4 x 2problems in both" in page_of(one, two).words
 
 
 def test_two_runs_show_the_settings_that_differ_and_fold_all_others(tmp_path: Path) -> None:
