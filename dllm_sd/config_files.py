@@ -68,7 +68,8 @@ def read_config(
 ) -> dict[str, Any]:
     """The plain tree of a config with overrides applied. A run's folder stands for its config, and stays its `run`.
 
-    ``say`` is that of `apply_overrides`.
+    The ``resume`` of a run's config was of its former start alone, so it is ``auto`` again. ``say`` is that of
+    `apply_overrides`.
 
     Raises:
         InputError: naming the file or the override, and the remedy.
@@ -78,7 +79,7 @@ def read_config(
     if not isinstance(tree, dict):
         raise InputError(f"config {shown(str(path))} must hold keys such as model, task and method")
     is_run = Path(name).is_dir()
-    run = {"run": name} if is_run else {}
+    run = {"run": name, "resume": "auto"} if is_run else {}
     tree = {"run": f"runs/{path.stem}", **tree, **run}
     tree = with_plugins(tree, (Path(),), not_in=Path(name)) if is_run else with_plugins(tree, (path.parent, Path()))
     return apply_overrides(tree, overrides, say)

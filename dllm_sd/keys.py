@@ -130,15 +130,17 @@ def find_keys(asked: str) -> list[Key]:
     """The keys that a question means: ``optim.lr``, ``method.contexts.0.ratio``, ``lr`` or ``*.lr``.
 
     An index may be left out; ``*`` stands for anything; a question that is no whole key is taken for the end of one.
+    An entry of a list, and the ``name`` of a part (``method.trust.name``), are explained by their slot.
 
     Raises:
         InputError: if there is no such key, with the nearest ones.
     """
     steps = asked.replace("[", ".").replace("]", "").strip(".").split(".")
-    whole = [key for key in all_keys() if re.fullmatch(_pattern(key.path), ".".join(steps))]
-    wanted = [step for step in steps if step != "*" and not step.isdigit()]
-    found = whole or [key for key in all_keys() if wanted and _named_steps(key)[-len(wanted) :] == wanted]
+    found = _matching(steps)
+    if not found and steps[-1] == "name":
+        found = [key for key in _matching(steps[:-1]) if part_names(key.node)]
     if not found:
+        wanted = [step for step in steps if step != "*" and not step.isdigit()]
         parent, _, name = asked.rpartition(".")
         close = nearest(name, parent, _siblings(parent)) if wanted else []
         raise InputError(
@@ -146,6 +148,13 @@ def find_keys(asked: str) -> list[Key]:
             + (f"did you mean {_either(close)}?" if close else "dllm-sd explain without a key lists those at the top")
         )
     return found
+
+
+def _matching(steps: Sequence[str]) -> list[Key]:
+    """The keys with this path; if there is none, those that end so."""
+    whole = [key for key in all_keys() if re.fullmatch(_pattern(key.path), ".".join(steps))]
+    wanted = [step for step in steps if step != "*" and not step.isdigit()]
+    return whole or [key for key in all_keys() if wanted and _named_steps(key)[-len(wanted) :] == wanted]
 
 
 def _pattern(path: str) -> str:

@@ -97,7 +97,8 @@ def test_the_metrics_hold_one_line_an_update(home: Path):
         assert math.isfinite(line["loss"])
         assert line["sites"] > 0
         assert {"lr", "grad_norm", "divergence", "student/entropy", "updates_skipped"} <= line.keys()
-        assert {"rollouts/kept", "rollouts/pass_rate", "rollouts/too_long"} <= line.keys()
+        assert {"rollouts/kept", "rollouts/length", "rollouts/too_long"} <= line.keys()
+        assert not {"rollouts/pass_rate", "rollouts/first_try"} & line.keys()  # references are not graded
         assert {"time/rollouts", "time/learning", "time/eval", "eval/accuracy"} <= line.keys()
 
 

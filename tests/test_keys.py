@@ -14,13 +14,13 @@ from dllm_sd.config_files import read_config
 from dllm_sd.errors import InputError
 from dllm_sd.keys import SYNONYMS, all_keys, check_names, find_keys, read_schema, unknown_key
 from dllm_sd.methods import METHODS
+from dllm_sd.reports.run_report import flat
 from dllm_sd.schema import field_docs
 
 PLAIN = sorted({key.path for key in all_keys() if "*" not in key.path and not key.parts})
 TASK = {"name": "sudoku", "prompt": "{puzzle}", "answer": "{solution}"}
 
 
-@cache
 @cache
 def resolved(name: str) -> dict[str, Any]:
     """A shipped config with all that it leaves out."""
@@ -97,6 +97,12 @@ def test_a_section_of_fields_in_a_docstring_gives_their_meanings():
     assert field_docs(Part) == {"wide": "How wide it is, in metres.", "high": "How high."}
 
 
+def test_every_key_that_show_prints_is_explained():
+    for name in ("quickstart", "qwen3_1.7b_sgsd", "llada_8b_rcsd", "tiny_opcod"):
+        for path in flat(resolved(name)):
+            assert find_keys(path), path
+
+
 @pytest.mark.parametrize(
     ("asked", "paths"),
     [
@@ -106,6 +112,11 @@ def test_a_section_of_fields_in_a_docstring_gives_their_meanings():
         ("method.contexts.answer_only", {"method.contexts.*.answer_only"}),
         ("eval.schedules.mine.length", {"eval.schedules.*.length"}),
         ("divergence.beta", {"method.divergence.beta"}),
+        ("method.trust.name", {"method.trust"}),
+        ("trust.name", {"method.trust"}),
+        ("task.name", {"task"}),
+        ("method.contexts.0.name", {"method.contexts"}),
+        ("method.name", {"method.name"}),
     ],
 )
 def test_a_key_is_found_by_its_end_and_without_indices(asked: str, paths: set[str]):

@@ -73,6 +73,8 @@ def test_the_keys_that_a_command_accepts_are_those_that_it_reads(
     acting = {key for key, modules in reads.items() if modules - CHECKING} - blocks
     if command == "eval":  # what is said of numbers of problems reads all of them
         acting -= {"eval.problems", "eval.probe_problems"}
+    if command == "probe":  # a sentence says that it has no effect
+        acting -= {"eval.thinking"}
     refused = {key for key in acting if not is_accepted(command, key)}
     assert refused == set(), f"{command} reads keys that it refuses"
     idle = set(USED[command]) - reads.keys() - ELSEWHERE
@@ -112,6 +114,9 @@ def test_every_key_of_a_config_is_accepted_or_refused_by_name(command: str) -> N
             ["sample", "tiny", "1", "eval.attempts=2", "eval.temperature=1"],
             "eval.attempts has no effect in dllm-sd sample",
         ),
+        (["eval", "tiny", "task.size_train=10"], "task.size_train has no effect in dllm-sd eval; leave it out"),
+        (["grade", "given.jsonl", "--task", "sudoku", "task.size_train=10"], "task.size_train has no effect"),
+        (["probe", "quickstart_ar", "eval.thinking=true"], "set model.thinking, since a probe reads the prompts of"),
         (["probe", "quickstart_ar", "updates=7"], "updates has no effect in dllm-sd probe"),
         (["probe", "quickstart_ar", "eval.problems=7"], "set eval.probe_problems, or --problems"),
         (["serve", "tiny", "--port", "0", "eval.temperature=1"], "set decode.temperature"),
@@ -137,6 +142,18 @@ def test_a_key_without_an_effect_is_refused_before_weights_are_read(
     (line,) = capsys.readouterr().err.splitlines()
     assert sentence in line
     assert [path.name for path in tmp_path.iterdir()] == ["given.jsonl"]
+
+
+def test_a_thinking_mode_of_evaluations_that_a_probe_does_not_use_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mine.yaml"
+    task = "task: {name: sudoku, prompt: '{puzzle}', answer: '{solution}'}"
+    config.write_text(f"model: {{path: tiny_ar}}\n{task}\nmethod: opsd\neval: {{thinking: true}}\n", encoding="utf-8")
+    assert main(["probe", str(config), "--problems", "1"]) == 2  # the template of tiny_ar has no switch
+    said, refused = capsys.readouterr().err.splitlines()
+    assert said.startswith("dllm-sd: eval.thinking is True, but a probe reads the prompts of training")
+    assert "no thinking switch" in refused
 
 
 def test_an_evaluation_takes_as_many_problems_as_are_asked_for(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def _table(comparisons: Mapping[str, Comparison]) -> Table:
     table = Table(title="B against A")
     table.add_column("decoding")
     for name in comparisons:
-        table.add_column(escape(name), justify="right")
+        table.add_column("as configured" if name == "trained" else escape(name), justify="right")
     rows = [_cells(result) for result in comparisons.values()]
     for label in rows[0]:
         table.add_row(label, *(cells[label] for cells in rows))

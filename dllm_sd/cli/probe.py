@@ -20,6 +20,11 @@ def run(options: argparse.Namespace) -> int:
     number = [] if options.problems is None else [f"eval.probe_problems={options.problems}"]
     config = load_config(options.config, [*options.overrides, *number])
     refuse_unused("probe", options.overrides)
+    if config.eval.thinking not in (None, config.model.thinking):
+        warn(
+            f"eval.thinking is {config.eval.thinking}, but a probe reads the prompts of training, in which "
+            f"model.thinking is {config.model.thinking}; its accuracies may differ from those of an evaluation"
+        )
     if config.peers is not None:
         student = config.peers.students[0]
         warn(f"of two peers the first, {student.name}, is probed, without the other's feedback")

@@ -24,10 +24,14 @@ USED: Mapping[str, tuple[str, ...]] = {
 }
 """The keys that have an effect, by command; a key stands for all keys below it."""
 TRAINING = ("model.gradient_checkpointing", "model.lora.dropout")
-"""Keys below those that concern training alone."""
+"""Keys that concern training alone."""
+TRAIN_SPLIT = ("task.size_train",)
+"""Keys that concern the train split alone."""
 UNUSED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("eval", "sample", "serve", "probe"), ("decode.engine", *TRAINING)),
+    **dict.fromkeys(("eval", "sample", "serve"), ("decode.engine", *TRAINING, *TRAIN_SPLIT)),
+    "probe": ("decode.engine", *TRAINING),
     "export": TRAINING,
+    "grade": TRAIN_SPLIT,
 }
 """Keys below those of `USED` that have no effect, by command."""
 INSTEAD: Mapping[tuple[str, str], str] = {
@@ -38,6 +42,7 @@ INSTEAD: Mapping[tuple[str, str], str] = {
     ("serve", "eval.temperature"): "set decode.temperature, or let the requests set it",
     ("probe", "eval.problems"): "set eval.probe_problems, or --problems",
     ("probe", "eval.final_problems"): "set eval.probe_problems, or --problems",
+    ("probe", "eval.thinking"): "set model.thinking, since a probe reads the prompts of training",
 }
 """What to do instead of setting a key that has no effect."""
 

@@ -49,7 +49,7 @@ def page(runs: Sequence[RunReport]) -> str:
             _notes(runs),
             _results(runs),
             _comparisons(runs) if len(runs) > 1 else "",
-            _curves(),
+            _curves(runs),
             '<section id="trajectories"><h2>Trajectories</h2><div id="viewer"></div></section>',
             _settings(runs),
             _environment(runs),
@@ -94,10 +94,11 @@ def _data(runs: Sequence[RunReport]) -> dict[str, Any]:
         "runs": [
             {
                 "name": run.name,
-                "metrics": _columns(run.metrics),
+                "metrics": _columns(run.drawn),
                 "best": run.best,
                 "collapse": run.collapse,
                 "teachers": _teacher_names(run),
+                "references": run.imitates_references,
                 "traced_updates": run.traced_updates,
                 "traces": run.traces,
             }
@@ -296,7 +297,8 @@ def _paired(a: RunReport, b: RunReport) -> str:
     except InputError as error:
         why = f"{b.name} against {a.name} cannot be compared problem by problem: {error}."
         return _paragraph(why + " Evaluate both runs with dllm-sd eval first.", "missing")
-    head = ("", *(results if len(results) > 1 else [f"{b.name} against {a.name}"]))
+    schedules = ["as in training" if name == "trained" else name for name in results]
+    head = ("", *(schedules if len(schedules) > 1 else [f"{b.name} against {a.name}"]))
     labels: dict[str, Callable[[Comparison], str]] = {
         "problems in both": lambda x: str(x.n),
         f"accuracy of {a.name}": lambda x: percent(x.accuracy_a),
@@ -323,7 +325,9 @@ def _paired(a: RunReport, b: RunReport) -> str:
 # Curves, settings, environment
 
 
-def _curves() -> str:
+def _curves(runs: Sequence[RunReport]) -> str:
+    if not any("loss" in line or "eval/accuracy" in line for run in runs for line in run.metrics):
+        return _section("Curves", _paragraph("No update and no evaluation has finished, so there is nothing to draw."))
     charts = "".join(
         f'<figure class="chart" data-curve="{i}"><figcaption>{escape(curve.title)}</figcaption>'
         f'<div class="plot"></div>{_paragraph(curve.healthy, "healthy")}</figure>'

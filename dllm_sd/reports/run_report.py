@@ -57,6 +57,13 @@ class RunReport:
     """All settings by dotted key, except for the folder of the run; empty where the config cannot be read."""
 
     @property
+    def imitates_references(self) -> bool:
+        """Whether it trains on the data's references, which count as correct without being graded."""
+        rollout = (self.tree.get("method") or {}).get("rollout")
+        name = rollout.get("name") if isinstance(rollout, Mapping) else rollout
+        return name == "demonstrations"
+
+    @property
     def curve(self) -> list[tuple[int, float]]:
         """Dev accuracy by update."""
         return [(line["update"], line["eval/accuracy"]) for line in self.metrics if "eval/accuracy" in line]
@@ -98,6 +105,12 @@ class RunReport:
             sentences.append(f"Left out: {', '.join(left_out)}.")
         sentences += [_unread(kind, share) for kind in UNREAD if (share := self._most(f"rollouts/unknown_{kind}"))]
         return sentences
+
+    @property
+    def drawn(self) -> list[Mapping[str, Any]]:
+        """The metrics without the pass rates that earlier versions logged of references."""
+        left_out = {"rollouts/pass_rate", "rollouts/first_try"} if self.imitates_references else set[str]()
+        return [{name: value for name, value in line.items() if name not in left_out} for line in self.metrics]
 
     def _most(self, metric: str) -> float:
         """The highest value of a metric; 0 where the run has none."""

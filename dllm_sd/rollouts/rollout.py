@@ -93,6 +93,11 @@ class Rollouts:
     """The kept rollouts and those that the gate rejected: for logs, and for hints from siblings."""
 
     @property
+    def are_references(self) -> bool:
+        """Whether they are the data's references, which count as correct without being graded."""
+        return "long_reference" in self.counts
+
+    @property
     def size(self) -> int:
         """``b``."""
         return len(self.kept)

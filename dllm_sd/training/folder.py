@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class RunFolder:
                 it) or files of another program.
         """
         self.config, self.run = config, Path(config.run)
-        self._stored = with_whole_paths(config)
+        self._stored = replace(with_whole_paths(config), resume="auto")  # a later start with this config continues
         self._lock = FolderLock(self.run, "run folder", "give another run=...")
         self._before: dict[str, bytes | None] | None = None
         self._replaced: Sequence[str] = {"fresh": CONTENTS, "force": COMPLETIONS}.get(config.resume, ())

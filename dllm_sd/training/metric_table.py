@@ -95,8 +95,8 @@ METRICS = {
     "rollouts/decoded": Metric(
         "Attempts that were decoded; more than rollouts/attempts only with method.rollout.ahead.", "once it changes"
     ),
-    "rollouts/pass_rate": Metric("Share of problems with a correct attempt."),
-    "rollouts/first_try": Metric("Share of problems whose first attempt was correct."),
+    "rollouts/pass_rate": Metric("Share of problems with a correct attempt; none for references."),
+    "rollouts/first_try": Metric("Share of problems whose first attempt was correct; none for references."),
     "rollouts/kept": Metric("Rollouts that passed the gate and have all hints."),
     "rollouts/cut_hint": _rare("Kept rollouts whose teacher reads a hint without its end (`overflow: cut`)."),
     "rollouts/generated": Metric("Tokens that were decoded, in all attempts, end tokens included."),

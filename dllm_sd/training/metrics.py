@@ -49,15 +49,15 @@ WRITING = ("written", "cached", "damaged")
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Metrics of the rollouts of an update; rates are shares of problems."""
+    """Metrics of the rollouts of an update; rates are shares of problems, and references have none."""
     counts = rollouts.counts
     problems, attempts = max(1.0, counts["problems"]), max(1.0, counts["attempts"])
+    solved = {"rollouts/pass_rate": counts["solved"], "rollouts/first_try": counts["first_try"]}
     return {
         "rollouts/problems": int(counts["problems"]),
         "rollouts/attempts": int(counts["attempts"]),
         "rollouts/decoded": int(counts["decoded"]),
-        "rollouts/pass_rate": counts["solved"] / problems,
-        "rollouts/first_try": counts["first_try"] / problems,
+        **{name: count / problems for name, count in solved.items() if not rollouts.are_references},
         "rollouts/kept": int(counts["kept"]),
         "rollouts/rejected": int(counts["rejected"]),
         "rollouts/no_hint": int(counts["no_hint"]),

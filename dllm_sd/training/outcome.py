@@ -58,6 +58,12 @@ def warnings_of(state: State, sums: LogSums) -> list[str]:
         found.append(sentence)
     if state.update and state.best_accuracy >= 0 and state.best_update == 0:
         found.append(initial_are_best(state.update))
+    if state.update and state.best_accuracy == 0 and sums.last_accuracy == 0:
+        found.append(
+            "no answer was right in any evaluation on the dev split, so accuracy cannot tell weights apart: read the "
+            "generations of dllm-sd eval, check task.grader, task.prompt and decode.length, train longer, or take "
+            "easier problems"
+        )
     return found
 
 

@@ -363,6 +363,34 @@ def test_a_hint_that_the_tokens_do_not_spell_is_shown_as_it_was_written(
     assert page.locator(".written-hint").all_inner_texts() == ([] if spelled else [written])
 
 
+def test_references_are_not_called_right(tmp_path: Path, show: Callable[..., Any]) -> None:
+    imitating = {"method": {"name": "sft", "rollout": {"name": "demonstrations"}}}
+    runs = [write_run(tmp_path / "run"), write_run(tmp_path / "sft", config=imitating)]
+    write_report(runs, tmp_path / "both.html")
+    page = show(tmp_path / "both.html")
+    page.get_by_label("rollouts", exact=True).select_option("wrong")
+    page.get_by_label("run", exact=True).select_option("1")
+    buttons = page.locator(".rollouts button")
+    assert buttons.count() > 0
+    assert {text.rpartition(", ")[2] for text in buttons.all_inner_texts()} == {"reference"}
+    assert page.locator(".rollouts .right, .rollouts .wrong").count() == 0
+    assert page.get_by_label("rollouts", exact=True).count() == 0
+
+
+@pytest.mark.parametrize(
+    ("shares", "ends"), [((1.0, 1.0), (0, 100)), ((0.0, 0.0), (0, 100)), ((0.5, 1.0), (None, 100))]
+)
+def test_an_axis_of_shares_ends_at_all_of_them(
+    shares: tuple[float, float], ends: tuple[float | None, float], tmp_path: Path, show: Callable[..., Any]
+) -> None:
+    lines = [{"update": i, "loss": 0.5, "eval/accuracy": share} for i, share in enumerate(shares)]
+    write_report([write_run(tmp_path / "run", metrics=lines)], tmp_path / "run.html")
+    page = show(tmp_path / "run.html")
+    low, high = page.evaluate("['min', 'max'].map(end => document.querySelector('.chart').chart.scales.y[end])")
+    assert high == ends[1]
+    assert (low == ends[0]) if ends[0] is not None else 0 < low < 50
+
+
 def test_text_of_a_model_does_no_harm(tmp_path: Path, show: Callable[..., Any]) -> None:
     pieces = {"1": HOSTILE, "2": HOSTILE, "3": "three"}
     hint = [{"prompt": [1, 2], "hint": HOSTILE, "weight": 1.0}]

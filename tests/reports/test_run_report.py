@@ -130,6 +130,25 @@ def test_a_report_opens_and_says_what_is_missing(tmp_path: Path, changes: dict[s
     assert elements.data["runs"]
 
 
+def test_a_run_without_any_figure_says_so_instead_of_showing_no_curve(tmp_path: Path) -> None:
+    sentence = "No update and no evaluation has finished"
+    assert sentence in page_of(write_run(tmp_path / "killed", report=None, metrics=None)).words
+    assert sentence not in page_of(write_run(tmp_path / "run")).words
+
+
+def test_references_have_no_pass_rate_in_a_report(tmp_path: Path) -> None:
+    lines = [{"update": 1, "loss": 0.5, "rollouts/pass_rate": 1.0, "rollouts/first_try": 1.0, "rollouts/length": 3.0}]
+    rates = {"rollouts/pass_rate", "rollouts/first_try"}
+    imitating = {"method": {"name": "sft", "rollout": {"name": "demonstrations"}}}
+    (run,) = page_of(write_run(tmp_path / "sft", metrics=lines, config=imitating)).data["runs"]
+    assert run["references"]
+    assert "rollouts/length" in run["metrics"]
+    assert not rates & run["metrics"].keys()
+    (run,) = page_of(write_run(tmp_path / "run", metrics=lines)).data["runs"]
+    assert not run["references"]
+    assert rates <= run["metrics"].keys()
+
+
 def test_text_of_data_is_never_a_part_of_the_page(tmp_path: Path) -> None:
     report = {"updates": 1, "before": {}, "after": {}, "best": {}, "warnings": [HOSTILE], "stopped": HOSTILE}
     pieces = {"1": HOSTILE, "2": "\ud800", "3": "three"}
@@ -197,6 +216,10 @@ def test_two_runs_stand_side_by_side_and_are_compared_problem_by_problem(tmp_pat
     assert "+66.67" in words
     assert f"{mcnemar(1, 5):.2g}" in words
     assert "seed" in words
+    for folder in (one, two):  # with several schedules each heads a column
+        file = folder / "eval" / "sudoku" / "generations.jsonl"
+        file.write_text(file.read_text() + file.read_text().replace('"trained"', '"4 x 2"'))
+    assert "as in training4 x 2problems in both" in page_of(one, two).words
 
 
 def test_two_runs_show_the_settings_that_differ_and_fold_all_others(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dllm_sd.config import build_config, to_tree
+from dllm_sd.config import build_config, load_config, to_tree
 from dllm_sd.errors import InputError
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.folder import CONTENTS, RunFolder, read_report, read_run_config
@@ -90,6 +90,18 @@ def test_what_cannot_change_the_outcome_may_change(tmp_path: Path, changes: dict
     begin(tmp_path)
     prepare_folder(config(tmp_path, **changes))
     assert read_run_config(tmp_path) == to_tree(config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("resume", ["fresh", "force"])
+def test_a_run_is_continued_by_its_folder_or_its_config_however_it_was_started(tmp_path: Path, resume: str):
+    begin(tmp_path, resume=resume)
+    for name in (tmp_path, tmp_path / "config.yaml"):
+        assert load_config(str(name)).resume == "auto"
+    assert load_config(str(tmp_path), ["resume=force"]).resume == "force"
+    stored = tmp_path / "config.yaml"  # earlier versions stored how a run was started
+    stored.write_text(stored.read_text().replace("resume: auto", f"resume: {resume}"))
+    prepare_folder(load_config(str(tmp_path)))
+    assert (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_folder_may_be_moved(tmp_path: Path):

@@ -9,6 +9,7 @@ from torch import nan
 
 from dllm_sd.objective.equation import Graded
 from dllm_sd.rollouts.rollout import Rollout, Rollouts
+from dllm_sd.rollouts.rules import COUNTS
 from dllm_sd.tasks import Grade, Problem
 from dllm_sd.training.metrics import rollout_metrics, sample_entry, site_metrics, site_sums
 
@@ -96,6 +97,13 @@ def test_cutting_an_update_into_parts_does_not_change_its_metrics():
     metrics = site_metrics(site_sums(parts, [alpha], device), [alpha])
     assert metrics == site_metrics(site_sums([whole], [alpha], device), [alpha])
     assert metrics[alpha] == 0.5
+
+
+def test_references_have_no_pass_rate():
+    counts = dict.fromkeys(COUNTS, 3.0)
+    rates = {"rollouts/pass_rate", "rollouts/first_try"}
+    assert rates <= rollout_metrics(Rollouts((), counts)).keys()
+    assert not rates & rollout_metrics(Rollouts((), {**counts, "long_reference": 0.0})).keys()
 
 
 def test_rollout_metrics_are_shares_of_problems_and_means_over_attempts():

@@ -71,6 +71,13 @@ function short(value) {
     plot.setLegend({ idxs: plot.data.map(last) });
   }
 
+  /** The range of an axis of shares, which ends at 0 and 100 % unless a value is beyond. */
+  function percentRange(_, low, high) {
+    if (low === null) return [0, 100];
+    const [start, end] = uPlot.rangeNum(low, high, 0.1, true);
+    return [low < 0 ? start : Math.max(0, start), high > 100 ? end : Math.min(100, end)];
+  }
+
   function draw(figure) {
     const curve = DATA.curves[figure.dataset.curve], place = figure.querySelector(".plot");
     const lines = linesOf(curve), percent = curve.unit === "%";
@@ -89,9 +96,9 @@ function short(value) {
     }));
     const axis = { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line") },
       font: "12px system-ui, sans-serif" };
-    new uPlot({
+    figure.chart = new uPlot({
       width: place.clientWidth || 300, height: 200,
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, ...(percent ? { y: { range: percentRange } } : {}) },
       legend: { live: true, markers: { width: 2, dash: (_, i) => i && series[i - 1].dash ? series[i - 1].dash[0] > 2 ? "dashed" : "dotted" : "solid" } },
       cursor: { y: false, drag: { x: true, y: false } },
       axes: [

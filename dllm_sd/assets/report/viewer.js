@@ -20,7 +20,7 @@
   }
 
   const run = () => DATA.runs[state.run];
-  const fits = trace => state.verdict === "all" || trace.correct === (state.verdict === "right");
+  const fits = trace => run().references || state.verdict === "all" || trace.correct === (state.verdict === "right");
   const updates = () => [...new Set(run().traces.filter(fits).map(trace => trace.update))];
   const sum = values => values.reduce((a, b) => a + (b === null ? NaN : b), 0);
   const words = piece => piece === "" ? "\u2205" : piece.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5").replace(/ /g, "\u00b7");
@@ -343,18 +343,21 @@
     if (DATA.runs.filter(one => one.traces.length).length > 1)
       row.append(choice("run", DATA.runs.map((one, i) => [i, one.name]), state.run, value => { state.update = null; redo("run")(Number(value)); }));
     row.append(choice("update", known.map(update => [update, update]), state.update, value => redo("update")(Number(value))),
-      choice("rollouts", [["all", "all"], ["right", "right"], ["wrong", "wrong"]], state.verdict, redo("verdict")),
+      run().references ? "" : choice("rollouts", [["all", "all"], ["right", "right"], ["wrong", "wrong"]], state.verdict, redo("verdict")),
       choice("order", [["logged", "as logged"], ["score", "by score"]], state.sort, redo("sort")),
       choice("colour", Object.entries(COLORS), state.color, value => { state.color = value; if (parts.one) go(state.frame); }));
     if (run().teachers.length > 1)
       row.append(choice("teacher", run().teachers.map((name, c) => [c, `${c + 1}: ${name}`]), state.teacher,
         value => { state.teacher = Number(value); go(state.frame); }));
     const list = element("div", { class: "rollouts" }, ...rollouts().map((one, i) => element("button", {
-      class: one.correct ? "right" : "wrong", "aria-pressed": i === state.entry,
+      class: run().references ? null : one.correct ? "right" : "wrong", "aria-pressed": i === state.entry,
       onclick: () => { state.entry = i; state.frame = 0; render(); },
-    }, `${one.problem}, attempt ${one.attempt + 1}, score ${short(one.score)}${one.gated ? ", rejected" : ""}`)));
+    }, `${one.problem}, ${graded(one)}`)));
     return [row, list];
   }
+
+  const graded = one => run().references ? "reference"
+    : `attempt ${one.attempt + 1}, score ${short(one.score)}${one.gated ? ", rejected" : ""}`;
 
   function colors() {
     Object.assign(parts, { order: color("--order"), heat: color("--heat"), good: color("--good") });
