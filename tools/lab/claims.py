@@ -27,7 +27,7 @@ class Base:
     about: str
     """What it is, and what makes it fit for the claims that use it."""
     path: str | None = None
-    """The name of a shipped model; a base without it has a recipe."""
+    """The name of a shipped model, or ``LAB/NAME`` for a folder that a user makes; a base without it has a recipe."""
     config: str | None = None
     """The config that trains it."""
     data: str | None = None
@@ -51,6 +51,8 @@ class Row:
     """Of the claim's generated tokens, the share that this row may use."""
     updates_like: str | None = None
     """The row whose number of updates this one takes, whatever it generates; for shorter and growing rollouts."""
+    rates: tuple[float, ...] = ()
+    """Learning rates of the tuning grid; empty takes those of the claim."""
     like: str | None = None
     """The row whose best setting this one takes without tuning of its own; for controls that change one thing."""
     gated: bool = True
@@ -123,10 +125,8 @@ class Claim:
         row = self.rows[name]
         if row.like is not None:
             return []
-        variants = row.variants or self.variants or {"": ()}
-        return [
-            Setting(rate, variant, tuple(texts)) for rate, (variant, texts) in product(self.rates, variants.items())
-        ]
+        rates, variants = row.rates or self.rates, row.variants or self.variants or {"": ()}
+        return [Setting(rate, variant, tuple(texts)) for rate, (variant, texts) in product(rates, variants.items())]
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,10 @@ class Work:
         self._once("probe", name, command, measure)
 
     def tune(self, name: str) -> None:
-        """Try every setting of the grid with one seed."""
-        if premise_met(self.claim, self.records, name) is not False:
-            for setting in self.claim.settings(name):
+        """Try every setting of the grid with one seed; one setting needs no trial."""
+        settings = self.claim.settings(name)
+        if len(settings) > 1 and premise_met(self.claim, self.records, name) is not False:
+            for setting in settings:
                 self._trained("tune", name, setting, TUNING_SEED, "dev")
 
     def finish(self, name: str) -> None:

@@ -63,11 +63,15 @@ def _quantile(freedom: int) -> float:
 
 
 def chosen(claim: Claim, records: Records, row: str) -> Setting | None:
-    """The setting with the highest dev accuracy, the earlier one of two; None until all are tried."""
+    """The setting with the highest dev accuracy, the earlier one of two; None until all are tried.
+
+    A row with one setting has no choice, and is not tuned.
+    """
     if (like := claim.rows[row].like) is not None:
         return chosen(claim, records, like)
+    if len(settings := claim.settings(row)) == 1:
+        return settings[0]
     accuracies = {one.setting: one.values["accuracy"] for one in records.of("tune", row)}
-    settings = claim.settings(row)
     if not all(setting.name in accuracies for setting in settings):
         return None
     return max(settings, key=lambda setting: accuracies[setting.name])
