@@ -153,7 +153,7 @@ class Work:
             return self._updates(reference, self.claim.settings(reference)[0], stage)
         tokens = self._tokens(name, setting)
         rounds = 1 if (peers := self._config(self.command(row)).peers) is None else peers.rounds
-        budget = self.claim.tokens * row.share * (self.claim.tuning if stage == "tune" else 1)
+        budget = self.claim.tokens * min(row.share, self.claim.tuning if stage == "tune" else 1.0)
         return rounds * max(1, round(budget / tokens / rounds))
 
     def _tokens(self, name: str, setting: Setting) -> float:
