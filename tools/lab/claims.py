@@ -108,7 +108,7 @@ class Claim:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The second factor of the tuning grid for rows that name none."""
     tuning: float = 1.0
-    """Share of the tokens that a run of the tuning may use at most; below 1 long runs' settings are judged by shorter ones."""
+    """Largest share of the tokens that a run of the tuning may use; below 1, shorter runs choose the setting."""
     seeds: tuple[int, ...] = (11, 12, 13)
     """Fresh seeds of the final runs; tuning has seed 1."""
     dev: int = 512
