@@ -114,7 +114,7 @@ class Claim:
     dev: int = 512
     test: int = 2048
     probe: int = 64
-    """Problems for tuning, for the final runs, and for the probe."""
+    """Problems for tuning, for the final runs, and for the probe; a claim with 0 problems for the probe has none."""
     elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Problems outside of the training domain: overrides of task and decoding by name."""
     critic: bool = False

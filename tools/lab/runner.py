@@ -107,6 +107,8 @@ class Work:
 
     def probe(self, name: str) -> None:
         """Ask whether the row's teacher has anything to teach."""
+        if self.claim.probe == 0:
+            return
         row = self.claim.rows[name]
         command = self.command(row, [f"seed={TUNING_SEED}", f"eval.probe_problems={self.claim.probe}"])
 

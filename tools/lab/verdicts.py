@@ -94,7 +94,7 @@ def is_finished(claim: Claim, records: Records, row: str) -> bool:
 
 def premise_met(claim: Claim, records: Records, row: str) -> bool | None:
     """Whether a row may be trained; None if it has to be probed before."""
-    if not claim.rows[row].gated:
+    if not claim.rows[row].gated or claim.probe == 0:
         return True
     probes = records.of("probe", row)
     return None if not probes else probes[-1].found["verdict"]["promising"] is not False
