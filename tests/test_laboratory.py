@@ -72,7 +72,7 @@ def test_every_setting_of_every_row_is_a_config(name: str, tmp_path: Path) -> No
     work = Work(name, claim, Runner(LABORATORY, tmp_path, tmp_path), Records(tmp_path / "none.json"), "http://x/v1")
     for key, row in claim.rows.items():
         settings = claim.settings(row.like or key)
-        assert len(settings) == 6
+        assert len(settings) == (1 if name == "collapse" else 6)  # one factor at a time is not tuned
         for setting in settings:
             config = work._config(work.command(row, [*setting.overrides, "updates=2"]), tmp_path / "run")
             assert config.method.name == row.method

@@ -34,6 +34,8 @@ def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:
         raise InputError(f"there is no base {name!r}; bases are {', '.join(bases)}")
     base, target = bases[name], folder / "bases" / name
     if base.path is not None:
+        if base.path.startswith("LAB/") and not (made := folder / base.path.removeprefix("LAB/")).is_dir():
+            raise InputError(f"the base {name} is not in {str(made)!r}; make it ({base.about})")
         return
     if target.is_dir():
         if (target / RECIPE).read_text(encoding="utf-8") != repr(base):

@@ -27,7 +27,7 @@ class Base:
     about: str
     """What it is, and what makes it fit for the claims that use it."""
     path: str | None = None
-    """The name of a shipped model; a base without it has a recipe."""
+    """The name of a shipped model, or ``LAB/NAME`` for a folder that a user makes; a base without it has a recipe."""
     config: str | None = None
     """The config that trains it."""
     data: str | None = None
@@ -51,6 +51,8 @@ class Row:
     """Of the claim's generated tokens, the share that this row may use."""
     updates_like: str | None = None
     """The row whose number of updates this one takes, whatever it generates; for shorter and growing rollouts."""
+    rates: tuple[float, ...] = ()
+    """Learning rates of the tuning grid; empty takes those of the claim."""
     like: str | None = None
     """The row whose best setting this one takes without tuning of its own; for controls that change one thing."""
     gated: bool = True
@@ -106,13 +108,13 @@ class Claim:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The second factor of the tuning grid for rows that name none."""
     tuning: float = 1.0
-    """Share of the tokens that a run of the tuning may use; below 1 the settings are judged by shorter runs."""
+    """Largest share of the tokens that a run of the tuning may use; below 1, shorter runs choose the setting."""
     seeds: tuple[int, ...] = (11, 12, 13)
     """Fresh seeds of the final runs; tuning has seed 1."""
     dev: int = 512
     test: int = 2048
     probe: int = 64
-    """Problems for tuning, for the final runs, and for the probe."""
+    """Problems for tuning, for the final runs, and for the probe; a claim with 0 problems for the probe has none."""
     elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Problems outside of the training domain: overrides of task and decoding by name."""
     critic: bool = False
@@ -123,10 +125,8 @@ class Claim:
         row = self.rows[name]
         if row.like is not None:
             return []
-        variants = row.variants or self.variants or {"": ()}
-        return [
-            Setting(rate, variant, tuple(texts)) for rate, (variant, texts) in product(self.rates, variants.items())
-        ]
+        rates, variants = row.rates or self.rates, row.variants or self.variants or {"": ()}
+        return [Setting(rate, variant, tuple(texts)) for rate, (variant, texts) in product(rates, variants.items())]
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ def _because(records: Records, row: str) -> str:
 
 def _claim(name: str, claim: Claim, laboratory: Laboratory, records: Records) -> str:
     base = laboratory.bases[claim.base]
-    tuned = f"{claim.dev} dev problems, seed 1"
-    if claim.tuning < 1:
+    tuned = "none" if _untuned(claim) else f"{claim.dev} dev problems, seed 1"
+    if claim.tuning < 1 and not _untuned(claim):
         tuned += f", runs of {claim.tuning:.0%} of the tokens"
     about = (
         f"Source: {claim.source}. Model: `{claim.base}`, {base.about}. {claim.tokens:,} generated tokens a run; "
@@ -128,6 +128,11 @@ def _claim(name: str, claim: Claim, laboratory: Laboratory, records: Records) ->
     head = f"| {' | '.join(COLUMNS)} |{elsewhere}\n|{'---|' * (len(COLUMNS) + len(claim.elsewhere))}\n"
     rows = "".join(f"| {' | '.join(_cells(row, claim, records))} |\n" for row in (BASE, *claim.rows))
     return f"\n## {claim.title} {{ #{name} }}\n\n{_filled(about)}\n{head}{rows}{_probes(claim, records)}"
+
+
+def _untuned(claim: Claim) -> bool:
+    """Whether every row has one setting."""
+    return all(len(claim.settings(row)) < 2 for row in claim.rows)
 
 
 def _filled(text: str) -> str:

@@ -107,6 +107,8 @@ class Work:
 
     def probe(self, name: str) -> None:
         """Ask whether the row's teacher has anything to teach."""
+        if self.claim.probe == 0:
+            return
         row = self.claim.rows[name]
         command = self.command(row, [f"seed={TUNING_SEED}", f"eval.probe_problems={self.claim.probe}"])
 
@@ -122,9 +124,10 @@ class Work:
         self._once("probe", name, command, measure)
 
     def tune(self, name: str) -> None:
-        """Try every setting of the grid with one seed."""
-        if premise_met(self.claim, self.records, name) is not False:
-            for setting in self.claim.settings(name):
+        """Try every setting of the grid with one seed; one setting needs no trial."""
+        settings = self.claim.settings(name)
+        if len(settings) > 1 and premise_met(self.claim, self.records, name) is not False:
+            for setting in settings:
                 self._trained("tune", name, setting, TUNING_SEED, "dev")
 
     def finish(self, name: str) -> None:
@@ -152,7 +155,7 @@ class Work:
             return self._updates(reference, self.claim.settings(reference)[0], stage)
         tokens = self._tokens(name, setting)
         rounds = 1 if (peers := self._config(self.command(row)).peers) is None else peers.rounds
-        budget = self.claim.tokens * row.share * (self.claim.tuning if stage == "tune" else 1)
+        budget = self.claim.tokens * min(row.share, self.claim.tuning if stage == "tune" else 1.0)
         return rounds * max(1, round(budget / tokens / rounds))
 
     def _tokens(self, name: str, setting: Setting) -> float:

@@ -63,11 +63,15 @@ def _quantile(freedom: int) -> float:
 
 
 def chosen(claim: Claim, records: Records, row: str) -> Setting | None:
-    """The setting with the highest dev accuracy, the earlier one of two; None until all are tried."""
+    """The setting with the highest dev accuracy, the earlier one of two; None until all are tried.
+
+    A row with one setting has no choice, and is not tuned.
+    """
     if (like := claim.rows[row].like) is not None:
         return chosen(claim, records, like)
+    if len(settings := claim.settings(row)) == 1:
+        return settings[0]
     accuracies = {one.setting: one.values["accuracy"] for one in records.of("tune", row)}
-    settings = claim.settings(row)
     if not all(setting.name in accuracies for setting in settings):
         return None
     return max(settings, key=lambda setting: accuracies[setting.name])
@@ -90,7 +94,7 @@ def is_finished(claim: Claim, records: Records, row: str) -> bool:
 
 def premise_met(claim: Claim, records: Records, row: str) -> bool | None:
     """Whether a row may be trained; None if it has to be probed before."""
-    if not claim.rows[row].gated:
+    if not claim.rows[row].gated or claim.probe == 0:
         return True
     probes = records.of("probe", row)
     return None if not probes else probes[-1].found["verdict"]["promising"] is not False
