@@ -213,7 +213,8 @@ def test_the_tables_tell_the_numbers_of_the_data(finished: tuple[Laboratory, Pat
     assert "old" not in text
     finals = Records(folder / "results" / "trivial.json").of("final", "sft")
     told = ", ".join(f"{one.values['accuracy']:.1f}" for one in finals)
-    assert f"| `sft` | {finals[0].setting} | {told} |" in text
+    assert finals[0].setting == "lr 0.001"
+    assert f"| `sft` | lr 0.001 (highest rate tried) | {told} |" in text
 
 
 def test_the_page_is_written_from_the_data() -> None:

@@ -56,7 +56,7 @@ def test_servers_work_while_the_trainer_learns_and_get_weights_only_when_they_re
         patch.setattr(double, "change", changed)
         run.train()
     assert seen == [8, 12, 12]
-    assert len(resting) == 2 * 3  # three versions loaded, and three unloaded
+    assert len(resting) == 3 + 4  # three versions loaded; all unloaded, after a name that no server knows at the start
     assert all(resting)
     lines = metrics(tmp_path / "run")[1:]
     assert [line["rollouts/lag"] for line in lines] == [0, 1, 1]

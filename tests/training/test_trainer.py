@@ -412,7 +412,7 @@ def test_ctrl_c_saves_and_exits_with_130(whole: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "goes on from the last saved update" in error
+    assert "continues from the last saved update" in error
     done = len(metrics_of(run)) - 1
     assert (run / "checkpoints" / f"{done:06d}" / "state.json").is_file()
     process = launch(run)
