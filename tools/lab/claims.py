@@ -103,7 +103,7 @@ class Claim:
     """Overrides of the rows that make rollouts."""
     needs: tuple[str, ...] = ()
     """Further bases, for teachers and peers."""
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     """Learning rates of the tuning grid."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The second factor of the tuning grid for rows that name none."""
