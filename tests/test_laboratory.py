@@ -275,7 +275,7 @@ def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
 )
 def test_a_verdict_follows_the_runs(tmp_path: Path, after: list[float], promising: bool, said: str) -> None:
     statement = Statement("it gains", (Comparison("row", BASE),))
-    claim = Claim("t", "s", "tiny", "quickstart", {"row": Row("opsd")}, (statement,), 100)
+    claim = Claim("t", "s", "tiny", "quickstart", {"row": Row("opsd")}, (statement,), 100, rates=(1e-4, 1e-3))
     records = Records(tmp_path / "x.json")
     records.add(Record(BASE, "base", "", values={"accuracy": 40.0}))
     records.add(Record("row", "probe", "", found={"verdict": {"promising": promising, "because": []}}))
@@ -289,7 +289,9 @@ def test_a_verdict_follows_the_runs(tmp_path: Path, after: list[float], promisin
 def test_a_margin_lets_a_row_be_a_little_smaller_and_base_may_stand_first(tmp_path: Path) -> None:
     loses = Statement("it loses", (Comparison(BASE, "row"),))
     keeps = Statement("it keeps", (Comparison("row", BASE, margin=2.0),))
-    claim = Claim("t", "s", "tiny", "quickstart", {"row": Row("opsd", gated=False)}, (loses, keeps), 100)
+    claim = Claim(
+        "t", "s", "tiny", "quickstart", {"row": Row("opsd", gated=False)}, (loses, keeps), 100, rates=(1e-4, 1e-3)
+    )
     records = Records(tmp_path / "x.json")
     records.add(Record(BASE, "base", "", values={"accuracy": 40.0}))
     tuned(claim, records)
