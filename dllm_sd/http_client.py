@@ -53,7 +53,7 @@ class Reply:
     @property
     def is_busy(self) -> bool:
         """Whether the server is up and has too much to do now: 503, with the time after which to ask again."""
-        return self.failure == "http_503" and self.retry_after > 0
+        return is_busy(self.failure, self.retry_after)
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ def pause(backoff: float, key: int, attempt: int, retry_after: float = 0.0) -> f
     """
     jitter = (1 + make_key("pause", key, attempt) / 2**63) / 2  # from 1/2 to 1
     return min(max(retry_after, backoff * 2.0 ** min(attempt, 10) * jitter), LONGEST_WAIT)
+
+
+def is_busy(failure: str | None, retry_after: float) -> bool:
+    """Whether a failure is that of a server which is up and has too much to do now (`Reply.is_busy`)."""
+    return failure == "http_503" and retry_after > 0
 
 
 def is_temporary(failure: str) -> bool:

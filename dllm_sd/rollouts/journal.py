@@ -1,7 +1,8 @@
 """A journal on disk of the completions that servers made, from which a killed run continues.
 
 Sampling on a server cannot be repeated. With the stored completions since the last checkpoint, a restarted run makes
-the same updates."""
+the same updates.
+"""
 
 import json
 from dataclasses import asdict

@@ -23,6 +23,7 @@ from dllm_sd.http_client import (
     HttpClient,
     check_key_variable,
     check_url,
+    is_busy,
     is_temporary,
     json_headers,
     pause,
@@ -111,12 +112,12 @@ class Server(Ranged):
         failed, patience = 0, monotonic() + self.timeout
         while True:
             written, asked = self._try(body, session)
-            is_busy = written.failure == "http_503" and asked > 0 and monotonic() < patience
-            if written.failure is None or not is_temporary(written.failure) or (failed == self.retries and not is_busy):
+            waits = is_busy(written.failure, asked) and monotonic() < patience
+            if written.failure is None or not is_temporary(written.failure) or (failed == self.retries and not waits):
                 session.ended(written.failure)
                 return written
             seconds = pause(self.backoff, request.key, failed, asked)
-            failed += not is_busy
+            failed += not waits
             if session.stop.wait(seconds):
                 return written
 
