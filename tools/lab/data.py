@@ -35,7 +35,8 @@ style of the completion."""
 DROPPED = 150
 """Rows per thousand without a question."""
 TESTING = 2048
-HARD = {"empties_min": 10, "empties_max": 12}
+EMPTIES = {"empties_min": 8, "empties_max": 10}
+DOMAINS = {"easy": {"empties_min": 4, "empties_max": 7}, "hard": {"empties_min": 8, "empties_max": 11}}
 WORD_PROBLEMS = 20_000
 """Problems from which the words of the tokenizer are taken."""
 WORD = r" ?[A-Za-z]+|[\s\S]"
@@ -76,25 +77,39 @@ def make_dropout(folder: Path) -> None:
 
 
 def make_rubrics(folder: Path) -> None:
-    """Puzzles with many empty cells, solved in steps; some behind the worked solution, some behind four of its steps.
+    """Puzzles of 8 to 10 empty cells, solved in steps; some behind the worked solution, some behind half of its steps.
 
     Also the data of the methods: `train.jsonl` and `test.jsonl` with worked solution and rubric of each puzzle.
     """
     sizes: Mapping[Split, int] = {"train": ROWS, "test": TESTING}
     for split, count in sizes.items():
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for problem in _puzzles(count, split, HARD):
+            for problem in _puzzles(count, split, EMPTIES):
                 puzzle, grid = problem.fields["puzzle"], problem.fields["solution"]
                 steps = worked_steps(puzzle, grid).split("\n")
-                row = {"puzzle": puzzle, "answer": grid, "worked": "\n".join([*steps, grid]), "rubric": steps[-4:]}
+                row = {"puzzle": puzzle, "answer": grid, "worked": "\n".join([*steps, grid]), "rubric": steps[1::2]}
                 file.write(json.dumps(row) + "\n")
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
     with (folder / "imitated.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(map(json.loads, lines)):
             draws = Draws(make_key("laboratory", "rubrics", i))
-            rubric = "\n".join(row["rubric"][j] for j in draws.shuffled(4))
-            hint = ("", "", f"({rubric})", f"({row['worked']})")[draws.below(4)]
+            rubric = "\n".join(row["rubric"][j] for j in draws.shuffled(len(row["rubric"])))
+            hint = ("", f"({rubric})", f"({rubric})", f"({row['worked']})")[draws.below(4)]
             file.write(json.dumps({"prompt": f"{hint}{row['puzzle']}:", "answer": row["worked"]}) + "\n")
+
+
+def make_specialists(folder: Path) -> None:
+    """Puzzles with few and with many empty cells, solved in steps, half of them behind the worked solution.
+
+    A specialist that is trained on one of the two files still reads a solution that a peer or sibling wrote.
+    """
+    for name, empties in DOMAINS.items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for i, problem in enumerate(_puzzles(ROWS // 2, keys=empties)):
+                puzzle, grid = problem.fields["puzzle"], problem.fields["solution"]
+                worked = solutions(puzzle, grid)["steps"]
+                hint = f"({worked})" if i % 2 else ""
+                file.write(json.dumps({"prompt": f"{hint}{puzzle}:", "answer": worked}) + "\n")
 
 
 def make_reader(folder: Path) -> None:
@@ -123,18 +138,13 @@ def make_words(folder: Path) -> None:
     word_tokenizer(sorted(words), WORD).save_pretrained(str(folder / "tokenizer"))
 
 
-def make_tiny_ar(folder: Path) -> None:
-    """The data of the shipped autoregressive model."""
-    _tool("make_tiny_asset.py", "data", str(folder))
-
-
 MAKERS: Mapping[str, Callable[[Path], None]] = {
     "styles": make_styles,
     "dropout": make_dropout,
     "rubrics": make_rubrics,
+    "specialists": make_specialists,
     "reader": make_reader,
     "words": make_words,
-    "tiny_ar": make_tiny_ar,
 }
 
 
