@@ -2,10 +2,12 @@
 
 import sys
 
-from dllm_sd.cli.main import close_process_group, main
+from dllm_sd.cli.main import main
 
 if __name__ == "__main__":
     status = main()
-    if status == 0:
+    if status == 0 and "torch" in sys.modules:  # a command that needed no model has loaded no torch
+        from dllm_sd.parallel.processes import close_process_group
+
         close_process_group()
     sys.exit(status)

@@ -26,6 +26,16 @@ def shipped_configs() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
+def maker_of(path: str) -> str | None:
+    """The command that makes a checkpoint in the run folder of a shipped config, ``runs/NAME``; None elsewhere."""
+    place = Path(path).parts[:2]
+    return (
+        f"dllm-sd train {place[1]}"
+        if len(place) == 2 and place[0] == "runs" and place[1] in shipped_configs()
+        else None
+    )
+
+
 def find_config(name: str) -> Path:
     """The path of a config: a file, the config of a run folder, or a shipped config.
 

@@ -45,6 +45,7 @@ def test_the_named_methods_are_frozen():
         "opsd_paper",
         "opsd_pmi",
         "opsd_reference",
+        "opsd_v3",
         "popd",
         "rcsd",
         "rcsd_reference",

@@ -13,6 +13,7 @@ import pytest
 import dllm_sd
 from tests.sources import FILES, modules, nodes
 
+GUARD = 'if __name__ == "__main__":'
 LAYERS = [
     "errors",
     "parts",
@@ -242,6 +243,18 @@ def test_the_module_can_be_run():
     assert done.returncode == 0, done.stderr
     for command in ("train", "probe", "eval", "grade", "sample", "serve", "show", "export"):
         assert command in done.stdout
+
+
+def test_scripts_of_several_processes_close_the_process_group():
+    """A process that exits with the group's threads running is sometimes aborted."""
+    root = Path(__file__).parent
+    scripts = [
+        text
+        for file in root.rglob("*.py")
+        if "accelerate.commands.launch" in (text := file.read_text()) and GUARD in text
+    ]
+    assert len(scripts) >= 3
+    assert [text.splitlines()[0] for text in scripts if "close_process_group()" not in text] == []
 
 
 def test_no_two_files_of_tests_have_one_name():

@@ -377,13 +377,12 @@ LIGHT = [
 def test_help_and_usage_errors_load_no_library_of_models():
     program = """
 import sys
-from dllm_sd.cli.main import close_process_group, main
+from dllm_sd.cli.main import main
 for words in {words}:
     try:
         main(words)
     except SystemExit:
         pass
-    close_process_group()
 print([name for name in ("torch", "transformers", "numpy") if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run(

@@ -35,6 +35,7 @@ from dllm_sd.methods.method import Method
 from dllm_sd.network.site_head import SiteHead
 from dllm_sd.objective.plan import MicroBatch
 from dllm_sd.pairing import check_model
+from dllm_sd.parallel.processes import close_process_group
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.weights import (
     BaseWeights,
@@ -845,6 +846,7 @@ def work(folder: Path, teachers: Path) -> None:
         trainer = Trainer(config_at(folder / "-".join(pair), *pair, teachers, tokens))
         assert trainer.world == 2
         trainer.train()
+    close_process_group()
 
 
 def test_the_first_tier_has_every_part_on_some_backbone() -> None:

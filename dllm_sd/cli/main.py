@@ -112,17 +112,6 @@ def _quiet_thread_failures() -> Iterator[None]:
         threading.excepthook = former
 
 
-def close_process_group() -> None:
-    """Close the process group; a process that exits while its threads run is sometimes aborted."""
-    if "torch" not in sys.modules:  # the command needed no model
-        return
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
-
-
 def _warn_of_single_process() -> None:
     """Warn about `accelerate launch --cpu --num_processes N`, which starts a single process without a warning."""
     if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ and "RANK" not in os.environ:

@@ -159,7 +159,7 @@ def fitting_method(columns: Columns, causal: bool) -> str:
         return "sft"
     if not causal:
         return "d_opsd"
-    return "opsd_paper" if columns.worked else "sdpo"
+    return "opsd" if columns.worked else "sdpo"
 
 
 def _power(count: int, least: int) -> int:

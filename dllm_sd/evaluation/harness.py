@@ -25,6 +25,7 @@ from dllm_sd.decoding.denoising import check_denoising
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.likelihood import batches, log_likelihoods, written_greedily
+from dllm_sd.parallel.processes import close_process_group
 from dllm_sd.policies.loading import DTYPES, AnyPolicy, load_adapter, load_policy
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained.chat import Chat
@@ -285,6 +286,7 @@ def main() -> int:
             raise InputError("lm-eval is not installed; run pip install 'dllm-sd[lm-eval]'")
         register()
         import_module("lm_eval.__main__").cli_evaluate()
+        close_process_group()
     except InputError as error:
         print(f"dllm-sd: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ OPSD = Method(
     rollout=PassAtK(problems=32, attempts=1, temperature=1.1, top_k=20, top_p=0.95),
     gate=All(),
     contexts=(Reference(),),
-    divergence=ForwardKL(clip="entry"),
+    divergence=GeneralisedJSD(beta=0.5),
     temperature=1.1,
 )
 SDPO = Method(

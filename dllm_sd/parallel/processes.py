@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from torch import Tensor
+from torch import Tensor, distributed
 
 from dllm_sd.errors import sendable
 
@@ -17,6 +17,17 @@ T = TypeVar("T")
 def processes() -> PartialState:
     """The processes as `accelerate launch` laid them out, those on CPUs too, whoever asks first."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def close_process_group() -> None:
+    """Close the process group at the end of a script, all processes together.
+
+    A process that exits while the group's threads run is sometimes aborted ("terminate called without an active
+    exception") although its work is done.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from dllm_sd.config_files import maker_of
 from dllm_sd.errors import InputError
 from dllm_sd.network.view import View
 from dllm_sd.policies.autoregressive import Autoregressive
@@ -230,9 +231,9 @@ def check_adapter(blueprint: Blueprint) -> None:
     if lora.targets is not None or lora.modules_to_save:
         _targets(empty_network(blueprint), lora, blueprint.family.lora_targets)
     if lora.start is not None and not Path(lora.start).is_dir():
-        raise InputError(
-            f"model.lora.start {lora.start!r} is no folder; give that of a run's checkpoint, or of a PEFT adapter"
-        )
+        maker = maker_of(lora.start)
+        remedy = "give that of a run's checkpoint, or of a PEFT adapter" if maker is None else f"{maker} makes it"
+        raise InputError(f"model.lora.start {lora.start!r} is no folder; {remedy}")
 
 
 def _targets(network: PreTrainedModel, lora: Lora, targets: tuple[str, ...]) -> list[str]:

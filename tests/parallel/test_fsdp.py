@@ -22,6 +22,7 @@ from dllm_sd.config import build_config
 from dllm_sd.errors import InputError
 from dllm_sd.network.lazy_logits import LOSS_CHUNK_LOGITS
 from dllm_sd.parallel import sharding
+from dllm_sd.parallel.processes import close_process_group
 from dllm_sd.parallel.sharding import gather_tensors
 from dllm_sd.training import learner as learner_module
 from dllm_sd.training.trainer import Trainer
@@ -143,6 +144,7 @@ def work(folder: Path) -> None:
         Trainer(config_of(case, folder / "one_then_two" / case)).train()
         stop_after(config_of(case, folder / "two_then_one" / case), 2)
     check_refusal(folder / "refused")
+    close_process_group()
 
 
 def launch(*arguments: str) -> None:

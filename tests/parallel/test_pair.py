@@ -20,11 +20,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import FSDPModule
 
-from dllm_sd.cli.main import close_process_group, main
+from dllm_sd.cli.main import main
 from dllm_sd.config import Config
 from dllm_sd.errors import InputError
 from dllm_sd.evaluation.evaluate import evaluate_into
-from dllm_sd.parallel.processes import on_main, processes, together
+from dllm_sd.parallel.processes import close_process_group, on_main, processes, together
 from dllm_sd.policies.loading import build_policy
 from dllm_sd.training import trainer as trainer_module
 from dllm_sd.training.trainer import Trainer

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_sd.cli.main import close_process_group, main
+from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError
+from dllm_sd.parallel.processes import close_process_group
 from dllm_sd.parallel.zero import ZeroOptimizer, read_stage
 from dllm_sd.training import learner as learner_module
 from dllm_sd.training.trainer import Trainer

@@ -1,6 +1,7 @@
 """Loading: whole checkpoints in the right format only, bidirectional, with a tokenizer that fits."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from dllm_sd import load_policy
 from dllm_sd.decoding.settings import Decoding
 from dllm_sd.errors import InputError
 from dllm_sd.network.view import View
-from dllm_sd.policies.loading import AnyPolicy, build_policy
+from dllm_sd.policies.loading import AnyPolicy, build_policy, check_adapter
 from dllm_sd.policies.masked_diffusion import MaskedDiffusion
 from dllm_sd.pretrained import blueprint
 from dllm_sd.pretrained.model import Lora, Model, Shape
@@ -201,6 +202,22 @@ def test_a_missing_folder_or_name_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert refusal(random_init=True, tokenizer=None).startswith("model.tokenizer is missing")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert refusal(path="nobody/nothing").startswith("there is no config.json at 'nobody/nothing'")
+
+
+@pytest.mark.parametrize(
+    ("start", "remedy"),
+    [
+        ("runs/tiny_opcod_specialist_easy/checkpoints/000100", "dllm-sd train tiny_opcod_specialist_easy makes it"),
+        ("runs/mine/checkpoints/000100", "give that of a run's checkpoint, or of a PEFT adapter"),
+        ("nowhere", "give that of a run's checkpoint, or of a PEFT adapter"),
+    ],
+)
+def test_a_missing_adapter_is_refused_with_the_command_that_makes_it(
+    start: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=re.escape(f"model.lora.start {start!r} is no folder; {remedy}")):
+        check_adapter(blueprint.read_blueprint(Model(path="tiny", lora=Lora(start=start))))
 
 
 def test_an_unknown_option_of_load_policy_is_refused():

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from dllm_sd.cli.main import close_process_group, main
+from dllm_sd.cli.main import main
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.evaluation import evaluate as evaluation
 from dllm_sd.evaluation.recording import Record
-from dllm_sd.parallel.processes import on_main, processes, together
+from dllm_sd.parallel.processes import close_process_group, on_main, processes, together
 from dllm_sd.training import trainer
 from dllm_sd.training.log_files import MetricsLog
 

@@ -70,7 +70,7 @@ def _launch(work: Path, environment: Mapping[str, str]) -> int | None:
 
 def main() -> int:
     """One of the two processes."""
-    from dllm_sd.cli.main import close_process_group
+    from dllm_sd.parallel.processes import close_process_group
     from tools.attacks import child
 
     rank, pids, number = os.environ["RANK"], Path(os.environ[PIDS]), int(os.environ.get(NUMBER, -1))
