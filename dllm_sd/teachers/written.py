@@ -34,21 +34,17 @@ TUTORED = """\
 {question}
 {hint}
 
-Solve the problem afresh and answer it correctly."""
+Now write your solution."""
 
 SOLUTION = """
 
-An earlier attempt at this problem that reached the right answer:
----
-{hint}
----"""
+A right solution:
+{hint}"""
 
 COMMENT = """
 
-What a reviewer said about your last attempt:
----
-{hint}
----"""
+A reviewer's advice:
+{hint}"""
 
 
 Source = Literal["data", "written", "generic", "random", "noisy", "reduced"]
@@ -227,8 +223,7 @@ class Critique(Prompt):
 class Feedback(Sibling):
     """A peer's feedback on this rollout and a successful attempt (OPCoD, arXiv 2606.14368, Sec. 3.3, App. C).
 
-    Either may be missing; a rollout with neither is left out. Without a writer it is a `sibling` whose
-    template asks for a solution that is worked out afresh.
+    Either may be missing; a rollout with neither is left out. Without a writer it is a `sibling`.
     """
 
     template: str = TUTORED

@@ -62,13 +62,10 @@ CRITIC_REFERENCE = _CRITIC.replace("TRUTH:", "A solution that is right (the stud
 CRITIQUE_TEACHER = """\
 {question}
 
-A solution to this problem that has been gone through step by step. What was right in it stands as it was; what was \
-wrong or missing has been put right:
----
+The corrected solution:
 {hint}
----
 
-Now give the solution, in the same steps."""
+Now write this solution."""
 """The teacher's prompt. It does not ask for a paraphrase, since the critique copies the student's words."""
 
 WRONG_STEP = "That was wrong. The right step:"

@@ -108,11 +108,10 @@ prompt of the student, one of the two above; ``{hint}`` is the rubric of the dat
 RUBRIC_TEACHER = """\
 {question}
 
-What a marker will look for, as a JSON list. Only you can see it, and a point may be mistaken:
+What a right solution does:
 {hint}
 
-Keep these points in mind and solve the problem from the start, so that the solution stands on its own. Leave the list \
-unmentioned."""
+Now write such a solution."""
 """The teacher's prompt for training on solutions, with the rubric alone (Eq. 5): ``{question}``, ``{hint}``."""
 
 RUBRIC_TEACHER_REFERENCE = """\

@@ -8,7 +8,6 @@ from dllm_sd.errors import InputError, Stopped
 from dllm_sd.randomness import make_key
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import Feedback, Sibling
-from dllm_sd.teachers.hints import AFRESH
 from dllm_sd.teachers.writing import Writing
 from dllm_sd.texts.feedback import FEEDBACK
 from dllm_sd.writers import Request, Written
@@ -88,9 +87,9 @@ def test_the_whole_prompt_of_a_teacher_with_both_parts():
     rollouts = informed(group, Feedback(), write=Script(lambda asked: "<concept>rod</concept> Step 2 fails."))
     assert prompts(rollouts)[0] == (
         "How long is the rod?\n"
-        "\n\nAn earlier attempt at this problem that reached the right answer:\n---\nb\n---"
-        "\n\nWhat a reviewer said about your last attempt:\n---\nStep 2 fails.\n---"
-        "\n\nSolve the problem afresh and answer it correctly."
+        "\n\nA right solution:\nb"
+        "\n\nA reviewer's advice:\nStep 2 fails."
+        "\n\nNow write your solution."
     )
 
 
@@ -131,10 +130,10 @@ def test_feedback_that_need_not_be_anchored_is_taken_as_it_is_without_its_thinki
 
 
 @pytest.mark.parametrize("options", [{}, {"own": True}, {"at_least": 0.5}, {"choice": "random"}])
-def test_without_a_writer_it_is_the_sibling_worked_out_afresh_up_to_white_space(options: dict[str, Any]):
+def test_without_a_writer_it_is_the_sibling_up_to_white_space(options: dict[str, Any]):
     group = rolled((WIRE, [("a", 0.0), ("b", 1.0), ("c", 0.5)]), (ROD, [("d", 1.0)]), (ROD, [("e", 0.0)]))
     alone = informed(group, Feedback(writing=None, **options), write=nobody)
-    sibling = informed(group, Sibling(template=AFRESH, **options), write=nobody)
+    sibling = informed(group, Sibling(**options), write=nobody)
     assert places(alone) == places(sibling) != []
     assert [one.split() for one in prompts(alone)] == [one.split() for one in prompts(sibling)]
     assert alone.counts == sibling.counts

@@ -29,12 +29,39 @@ from dllm_sd.teachers.hints import AFRESH, OWN_WORDS
 from dllm_sd.teachers.prompts import encode_teacher_prompt
 from dllm_sd.teachers.skills import SKILLS
 from dllm_sd.teachers.written import COMMENT, TUTORED
-from dllm_sd.texts.critique import CRITIQUE_TEACHER
-from dllm_sd.texts.rubric import RUBRIC_TEACHER
 
 DATA = Path(__file__).resolve().parents[2] / "docs" / "results" / "templates.json"
 BEFORE = "{intro}\n{{hint}}\n\n{{question}}"
 AFTER = "{{question}}\n\n{intro}\n{{hint}}\n\n{order}"
+FIRST_CRITIQUE = """\
+{question}
+
+A solution to this problem that has been gone through step by step. What was right in it stands as it was; what was \
+wrong or missing has been put right:
+---
+{hint}
+---
+
+Now give the solution, in the same steps."""
+FIRST_FEEDBACK = """\
+{question}
+
+
+What a reviewer said about your last attempt:
+---
+{hint}
+---
+
+Solve the problem afresh and answer it correctly."""
+FIRST_RUBRIC = """\
+{question}
+
+What a marker will look for, as a JSON list. Only you can see it, and a point may be mistaken:
+{hint}
+
+Keep these points in mind and solve the problem from the start, so that the solution stands on its own. Leave the list \
+unmentioned."""
+"""The defaults before this comparison."""
 _VERBS = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
 
 
@@ -121,12 +148,15 @@ HINTS: dict[str, Compared] = {
         },
     ),
     "sibling": Compared(attempt, _wordings(AFRESH, "A right solution", "Now write your solution.")),
-    "critique": Compared(critique, _wordings(CRITIQUE_TEACHER, "The corrected solution", "Now write this solution.")),
+    "critique": Compared(critique, _wordings(FIRST_CRITIQUE, "The corrected solution", "Now write this solution.")),
     "feedback": Compared(
         feedback,
-        _wordings(TUTORED.replace("{hint}", COMMENT), "A reviewer's advice", "Now solve it with this advice."),
+        {
+            **_wordings(FIRST_FEEDBACK, "A reviewer's advice", "Now solve it with this advice."),
+            "after, in parts": TUTORED.replace("{hint}", COMMENT),
+        },
     ),
-    "rubric": Compared(rubric, _wordings(RUBRIC_TEACHER, "What a right solution does", "Now write such a solution.")),
+    "rubric": Compared(rubric, _wordings(FIRST_RUBRIC, "What a right solution does", "Now write such a solution.")),
     "skills": Compared(skills, _wordings(SKILLS, "Advice", "Now solve the problem.")),
 }
 
