@@ -33,18 +33,18 @@ Start with what your data has:
 | rubrics | `rcsd` | `rcsd_reference` |
 | a model that can criticise solutions | `step_align` | `op_co_distill` |
 
-This table follows from what the methods need, and from what [the laboratory](results.md) measured with tuned settings on
-models of 0.2 million weights and one of 135 million:
+This table follows from what the methods need, and from what [the laboratory](results.md) measured with tuned settings
+on models of 0.2 million weights and one of 135 million:
 
 - **Worked solutions**: `opsd` gains more than `sft`, `rft_trajectory` and `grpo` at equal tokens on the tiny model, and
   nothing without the reference. On the pretrained one it gains too, but `sft` gains far more. So train `sft` as well.
-- **Answers, masked diffusion**: `d_opsd` gains, and only by the answer that the teacher sees. `rft_trajectory`, hard labels
-  on the same canvases, gains slightly more.
-- **A stronger model**: `opd` and `popd` gain most, and come near `sft` on worked solutions without needing any. Grade all
-  of each completion in the end: the first tenth alone (`topd`) gains a quarter of it.
-- **Siblings in the prompt** (`sdpo`, `demo_psd`, `op_co_distill`): lost accuracy at every rate tried.
-- **Rubrics, critiques, skills**: what a rubric says matters, and a critique of the own steps loses less than the reference
-  does, but none of these gained on the readers that we could train. Probe first.
+- **Answers, masked diffusion**: `d_opsd` gains, only by the answer that the teacher sees, and passes `diffu_grpo` with a
+  tenth of its tokens. `rft_trajectory`, hard labels on the same canvases, gains slightly more.
+- **A stronger model**: `opd` and `popd` gain most, and come near `sft` on worked solutions without needing any. The
+  first tenth of each completion alone (`topd`) gains a quarter of that.
+- **Siblings in the prompt** (`sdpo`, `demo_psd`, `op_co_distill`) lost accuracy at every rate tried.
+- **Rubrics, critiques, skills**: what a rubric says matters, and a critique of the own steps loses less than the
+  reference does, but none of these gained on the readers that we could train. Probe first.
 
 Always train `sft` or `rft` on the same problems as well: another method is worth its cost only if it gains more.
 `dllm-sd eval --compare RUN RUN` compares two runs.
@@ -58,7 +58,7 @@ Always train `sft` or `rft` on the same problems as well: another method is wort
 - *Cost*: seconds of rollouts and learning relative to `sft` on the same tiny model, masked diffusion / autoregressive,
   with equal numbers of updates. `sft` decodes nothing, so the numbers show mainly the cost of rollouts.
 - *Tuned*: percentage points of greedy accuracy gained in [the laboratory](results.md), the mean and its 95 % interval
-  over three seeds, each row at the best of six settings, with equal generated tokens within a claim. Claims have
+  over the seeds, each row at its best setting, with equal generated tokens within a claim. Claims have
   different models and tasks: compare a number with those of the same claim only.
 - *Gain*: percentage points of greedy accuracy on 1,024 test puzzles (4x4 Sudoku), last weights minus initial weights,
   mean of three seeds after 30 updates at one learning rate for all methods, not tuned for any. The models are the

@@ -73,7 +73,7 @@ def make_styles(folder: Path) -> None:
 def make_dropout(folder: Path) -> None:
     """Puzzles and grids for the denoiser, some without the puzzle, so that it knows what a grid is like by itself."""
     kinds = ["alone"] * DROPPED + ["plain"] * (1000 - DROPPED)
-    _write_pairs(folder, kinds, "dropout", lambda puzzle, grid, kind, _: ("" if kind == "alone" else puzzle, grid))
+    _write_pairs(folder, kinds, "dropout", lambda puzzle, grid, kind, _: (f"{puzzle * (kind == 'plain')}:", grid))
 
 
 def make_rubrics(folder: Path) -> None:
