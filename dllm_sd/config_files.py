@@ -28,12 +28,10 @@ def shipped_configs() -> dict[str, Path]:
 
 def maker_of(path: str) -> str | None:
     """The command that makes a checkpoint in the run folder of a shipped config, ``runs/NAME``; None elsewhere."""
-    place = Path(path).parts[:2]
-    return (
-        f"dllm-sd train {place[1]}"
-        if len(place) == 2 and place[0] == "runs" and place[1] in shipped_configs()
-        else None
-    )
+    parts = Path(path).parts
+    if len(parts) > 1 and parts[0] == "runs" and parts[1] in shipped_configs():
+        return f"dllm-sd train {parts[1]}"
+    return None
 
 
 def find_config(name: str) -> Path:
