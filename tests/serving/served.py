@@ -57,7 +57,7 @@ class Served:
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", self.port)) as line:
                 line.sendall(head + body)
-                until(lambda: after() or bool(select.select([line], [], [], 0)[0]))  # noqa: B023
+                until(lambda: after() or bool(select.select([line], [], [], 0)[0]))
                 if after():
                     return
         raise AssertionError("every answer was there first")
