@@ -108,7 +108,7 @@ SIZES["popd"]["rollout"]["horizon"] = {"initial_ratio": 0.25, "ratio_step": 0.25
 OTHER = {"name": "checkpoint", "path": "OTHER", "dtype": "float64"}
 for _name in ("opd", "opd_sampled", "topd", "popd"):
     SIZES[_name]["teacher"] = [OTHER]
-for _name in ("d_opsd_prompt", "opsd", "opsd_paper", "opsd_reference", "sdpo", "sdpo_paper"):
+for _name in ("d_opsd_prompt", "opsd", "opsd_v3", "opsd_paper", "opsd_reference", "sdpo", "sdpo_paper"):
     SIZES[_name]["contexts"] = {"0": HINTED}
 SIZES["demo_psd"]["contexts"] = {"0": HINTED}
 for _name in ("sdpo", "demo_psd"):  # the vocabulary has 25 entries
