@@ -401,6 +401,19 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         lambda: Method(temperature=-1.0),
         "method.temperature is .*; give a number from 0.001 to 1000",
     ),
+    "a weight of a context that is merged with others": (
+        lambda: Method(contexts=(Reference(), Nothing(weight=0.5)), target=Barycenter()),
+        "contexts.1.weight is 0.5, but method.target barycenter",
+    ),
+    "a weight of a context that is no teacher": (
+        lambda: Method(
+            contexts=(Suffix(), Nothing(weight=0.5)),
+            teacher=(BaseWeights(), LiveWeights()),
+            target=Each(),
+            divergence=PolicyGradient(),
+        ),
+        "contexts.1.weight is 0.5, but the loss uses this context as rollouts",
+    ),
     # Accepted, these fail at the first update or skip all of them.
     "each of no teachers": (lambda: Method(contexts=(), target=Each()), "context"),
     "the end of the trajectory with a teacher's choice": (

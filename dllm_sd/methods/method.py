@@ -82,8 +82,15 @@ class Method(Ranged, key="method"):
             _check_target,
             _check_divergence,
             _check_gap,
+            _check_outcome,
+            _check_group,
+            _check_cap,
+            _check_lag,
+            _check_roles,
+            _check_weights,
+            _check_student,
         )
-        for check in (*checks, _check_outcome, _check_group, _check_cap, _check_lag, _check_roles, _check_student):
+        for check in checks:
             check(self)
 
     @property
@@ -374,6 +381,21 @@ def _check_roles(method: Method) -> None:
                 other = "" if method.rolling is None else " and method.rollout.policy to live"
                 remedy = f"set method.teacher.{i} to a snapshot with every {rollout.passes}{other}"
             raise InputError(f"method.{slot} takes teacher {i} for {what}, which it is not; {remedy}")
+
+
+def _check_weights(method: Method) -> None:
+    """Refuse weights of contexts that do not enter the loss."""
+    for i, (context, role) in enumerate(zip(method.contexts, method.roles(), strict=True)):
+        if context.weight == 1:
+            continue
+        key = f"method.contexts.{i}.weight is {context.weight:g}"
+        if not method.target.keeps_contexts:
+            raise InputError(
+                f"{key}, but method.target {name_of(TARGETS, method.target)} does not make a target of each context; "
+                "leave the weight out, or set method.target to each"
+            )
+        if role != "teacher":
+            raise InputError(f"{key}, but the loss uses this context as {role}, not as a teacher; leave the weight out")
 
 
 def _check_student(method: Method) -> None:

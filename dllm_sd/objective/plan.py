@@ -203,8 +203,9 @@ def plan_update(
     weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
     mean = _mean(method.average, places.rows, quota.double(), counted)
-    context_weights = torch.tensor([[brief.weight for brief in row] for row in briefs], dtype=torch.float64)
-    context_weight = context_weights.reshape(rollouts.size, len(method.contexts))[places.rows]
+    of_contexts = torch.tensor([context.weight for context in method.contexts], dtype=torch.float64)
+    of_briefs = torch.tensor([[brief.weight for brief in row] for row in briefs], dtype=torch.float64)
+    context_weight = (of_contexts * of_briefs.reshape(rollouts.size, len(method.contexts)))[places.rows]
     coefficient = canvas_weight.double() * mean
     plan = Plan(
         *(builder, places, quota, coefficient, weight[places.rows], context_weight, first, last),

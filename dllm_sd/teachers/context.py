@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm_sd.canvases import Canvases
 from dllm_sd.losses.sites import Covers
 from dllm_sd.parts import Part
-from dllm_sd.ranges import Ranged, Size, Temperature
+from dllm_sd.ranges import Positive, Ranged, Size, Temperature
 from dllm_sd.rollouts.rollout import Rollout
 from dllm_sd.skills.retrieval import SkillPair
 from dllm_sd.tasks.task import Problem, Task
@@ -211,6 +211,11 @@ class Context(Part, Protocol):
     the call."""
 
     @property
+    def weight(self) -> float:
+        """Weight of its target in the loss; other than 1 only where each context is a target of its own."""
+        ...
+
+    @property
     def needs_answer_span(self) -> bool:
         """Whether it needs `ContextInputs.answer`."""
         ...
@@ -260,8 +265,9 @@ class Context(Part, Protocol):
 
 
 class ContextDefaults:
-    """Defaults of a context that reveals nothing and has no hint."""
+    """Defaults of a context of weight 1 that reveals nothing and has no hint."""
 
+    weight: float = 1.0
     needs_steps: bool = False
     reveals: bool = False
     by_peer: bool = False
@@ -292,8 +298,16 @@ class ContextDefaults:
 
 
 @dataclass(frozen=True)
-class Nothing(ContextDefaults):
-    """The student's own canvas: the teacher can differ from the student only in its weights."""
+class Nothing(Ranged, ContextDefaults, key="method.contexts"):
+    """The student's own canvas: the teacher can differ from the student only in its weights.
+
+    Beside an informed teacher, with target `each` and teacher `base`, it holds the student near the initial weights, as
+    a KL penalty to the reference policy does (`beta` in TRL): the loss is the divergence to the informed teacher plus
+    ``weight`` times that to the initial model.
+    """
+
+    weight: Positive = 1.0
+    """Weight of this teacher in the loss, relative to the others."""
 
     def same_view(self, covers: Covers) -> bool:
         """Always true."""

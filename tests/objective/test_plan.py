@@ -174,6 +174,18 @@ def test_any_partition_of_the_canvases_sums_to_the_same_loss_and_gradient(pair, 
         assert_same_gradients(pair.gradient(torch.stack(losses).sum()), gradient, 1e-12)
 
 
+def test_the_weight_of_a_context_is_the_weight_of_its_target(pair):
+    """OPSD with a penalty: the divergence to the informed teacher, and a share of that to the initial model."""
+    method, rollouts = METHODS["d_opsd"].method, rollouts_of(pair.trajectory)
+    held = replace(method, contexts=(Suffix(), Nothing(weight=0.3)), target=Each())
+    alone = [replace(method, contexts=(context,)) for context in (Suffix(), Nothing())]
+    informed, initial = (pair.loss(one, planned(one, rollouts)) for one in alone)
+    assert initial.item() > 0  # the student has moved
+    expected, loss = informed + 0.3 * initial, pair.loss(held, planned(held, rollouts))
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-10)
+    assert_same_gradients(pair.gradient(loss), pair.gradient(expected), 1e-10)
+
+
 @dataclass(frozen=True)
 class Hellinger(DivergenceDefaults):
     """The divergence of docs/adding_a_part.md: what a fork writes, and no more."""
