@@ -3,6 +3,7 @@ parts and from measurements."""
 
 import re
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,9 +14,9 @@ from dllm_sd.policies.weights import WEIGHTS
 from dllm_sd.reports.method_page import is_premise_missing, measured
 from dllm_sd.teachers import HINTS
 from dllm_sd.teachers.writing import WRITERS
-from tools.lab.claims import BASE, read_laboratory
+from tools.lab.claims import Row, read_laboratory
 from tools.lab.records import results_of
-from tools.lab.verdicts import difference, finals, is_finished
+from tools.lab.verdicts import gain
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = """# Which method when
@@ -150,12 +151,15 @@ def _tuned(name: str) -> Iterator[str]:
     """The gain of a method in each claim of the laboratory that has finished its row, with a link to the claim."""
     for title, claim in LABORATORY.claims.items():
         records = results_of(title)
-        rows = [row for row, one in claim.rows.items() if one.method == name and one.like is None and not one.share < 1]
-        for row in rows[:1]:
-            runs, base = finals(claim, records, row), finals(claim, records, BASE)
-            if base and is_finished(claim, records, row) and len(runs) == len(claim.seeds) > 1:
-                gain = difference([run.values["accuracy"] for run in runs], [base[0].values["accuracy"]], exact=True)
-                yield f"{gain.value:+.1f} ± {gain.half:.1f} [{title}](results.md#{title})"
+        rows = [row for row, one in claim.rows.items() if one.method == name and _is_tested(row, one)]
+        gained = gain(claim, records, rows[0]) if rows else None
+        if gained is not None and isfinite(gained.half):
+            yield f"{gained.value:+.1f} ± {gained.half:.1f} [{title}](results.md#{title})"
+
+
+def _is_tested(name: str, row: Row) -> bool:
+    """Whether a row tests its method with all of the tokens, and is no control that stands beside another method."""
+    return (row.gated or name == row.method) and row.like is None and row.share == 1
 
 
 def _gain(name: str, backbone: str) -> str:

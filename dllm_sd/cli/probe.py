@@ -11,7 +11,7 @@ from dllm_sd.errors import InputError, shown
 from dllm_sd.files.writing import writable, write_file
 from dllm_sd.probing.opening import opened
 from dllm_sd.reports.probe_page import print_probe
-from dllm_sd.training.peers import student_config
+from dllm_sd.training.peers import first_student
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,9 +26,8 @@ def run(options: argparse.Namespace) -> int:
             f"model.thinking is {config.model.thinking}; its accuracies may differ from those of an evaluation"
         )
     if config.peers is not None:
-        student = config.peers.students[0]
-        warn(f"of two peers the first, {student.name}, is probed, without the other's feedback")
-        config = student_config(config, student, None)
+        warn(f"of two peers the first, {config.peers.students[0].name}, is probed, without the other's feedback")
+        config = first_student(config)
     if config.decode.engine.remote:
         warn("decode.engine is for rollouts and evaluations in training; this probe decodes on this machine")
     out = None if options.out is None else Path(options.out)

@@ -241,6 +241,11 @@ def student_config(config: Config, student: PeerStudent, tutor: PeerWeights | No
     )
 
 
+def first_student(config: Config) -> Config:
+    """The config of the first of two peers, without the other's feedback; the config itself where there are none."""
+    return config if config.peers is None else student_config(config, config.peers.students[0], None)
+
+
 def _tutored(config: Config, context: Context, student: PeerStudent, tutor: PeerWeights | None) -> Context:
     if not context.by_peer:
         return context

@@ -14,6 +14,7 @@ from tools.lab.verdicts import (
     NOT_RUN,
     compared,
     finals,
+    gain,
     interval,
     is_finished,
     premise_met,
@@ -70,13 +71,8 @@ def all_points(laboratory: Laboratory, results: Path) -> Iterator[Point]:
         records = results_of(name, results)
         for row in claim.rows:
             gap = next((one.values.get("gap") for one in records.of("probe", row)), None)
-            if gap is not None and is_finished(claim, records, row) and is_finished(claim, records, BASE):
-                yield Point(name, row, 100 * gap, _gain(claim, records, row))
-
-
-def _gain(claim: Claim, records: Records, row: str) -> float:
-    trained, base = (mean(one.values["accuracy"] for one in finals(claim, records, of)) for of in (row, BASE))
-    return trained - base
+            if gap is not None and (gained := gain(claim, records, row)) is not None:
+                yield Point(name, row, 100 * gap, gained.value)
 
 
 def _about_probe(points: list[Point]) -> str:
@@ -148,13 +144,13 @@ def _cells(row: str, claim: Claim, records: Records) -> list[str]:
         return [name, _progress(row, claim, records), *[""] * (width - 2)]
     accuracies = [run.values["accuracy"] for run in runs]
     finished = is_finished(claim, records, row)
-    gained = finished and row != BASE and is_finished(claim, records, BASE)
+    gained = None if row == BASE else gain(claim, records, row)
     return [
         name,
         runs[0].setting + _at_edge(row, claim, runs[0]) + _stopped(runs),
         ", ".join(f"{value:.1f}" for value in accuracies),
         str(interval(accuracies)) if finished else "not run yet",
-        f"{_gain(claim, records, row):+.1f}" if gained else "",
+        "" if gained is None else f"{gained.value:+.1f}",
         _mean(runs, "length", ".1f"),
         _mean(runs, "entropy", ".3f"),
         _mean(runs, "generated", ",.0f"),

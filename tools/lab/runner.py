@@ -25,7 +25,7 @@ from dllm_sd.methods import METHODS
 from dllm_sd.probing.opening import opened
 from dllm_sd.tasks.task import Split
 from dllm_sd.training.environment import environment
-from dllm_sd.training.peers import student_config
+from dllm_sd.training.peers import first_student
 from tools.lab.bases import base_path, make_base
 from tools.lab.claims import BASE, Claim, Laboratory, Row, Setting
 from tools.lab.critic import running_critic
@@ -114,10 +114,7 @@ class Work:
         command = self.command(row, [f"seed={TUNING_SEED}", f"eval.probe_problems={self.claim.probe}"])
 
         def measure() -> dict[str, Any]:
-            config = self._config(command)
-            if (peers := config.peers) is not None:  # the first student, without the other's feedback
-                config = student_config(config, peers.students[0], None)
-            with opened(config) as (probe, problems):
+            with opened(first_student(self._config(command))) as (probe, problems):
                 found = probe(problems)
             tree = found.tree()
             return {

@@ -92,6 +92,11 @@ def is_finished(claim: Claim, records: Records, row: str) -> bool:
     return len(finals(claim, records, row)) == (1 if row == BASE else len(claim.seeds))
 
 
+def gain(claim: Claim, records: Records, row: str) -> Estimate | None:
+    """Accuracy that a row gained over the model before training; None unless both are measured."""
+    return compared(Comparison(row, BASE), claim, records)
+
+
 def premise_met(claim: Claim, records: Records, row: str) -> bool | None:
     """Whether a row may be trained; None if it has to be probed before."""
     if not claim.rows[row].gated or claim.probe == 0:
