@@ -79,7 +79,9 @@ def summed_up(sites: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     places = {
         "before": [site for site in sites if site["known"] and not site["at"]],
         "at": wanted["first_deviation"],
-        "doubts": [site for site in sites if site["known"] and site["p/student"] < 0.5],
+        "doubts": [
+            site for site in sites if site["known"] and not (site["at"] and site["right"]) and site["p/student"] < 0.5
+        ],
     }
     found["premise"] = {
         reader[2:]: {place: fmean(site[reader] for site in chosen) for place, chosen in places.items()}
