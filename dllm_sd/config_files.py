@@ -27,11 +27,11 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def maker_of(path: str) -> str | None:
-    """The command that makes a checkpoint in the run folder of a shipped config, ``runs/NAME``; None elsewhere."""
+    """The command that makes an adapter in the run folder of a shipped config, ``runs/NAME``; None elsewhere."""
     parts = Path(path).parts
-    if len(parts) > 1 and parts[0] == "runs" and parts[1] in shipped_configs():
-        return f"dllm-sd train {parts[1]}"
-    return None
+    if len(parts) < 2 or parts[0] != "runs" or parts[1] not in shipped_configs():
+        return None
+    return f"dllm-sd train {parts[1]}" if read_config(parts[1])["model"].get("lora") else None
 
 
 def find_config(name: str) -> Path:

@@ -214,7 +214,7 @@ def unknown_key(path: str, key: str, known: Iterable[str]) -> InputError:
         return InputError(f"unknown key {shown(whole)}; put a space after the colon: {{{colon[0]}: {colon[2]}}}")
     if parts := _parts_with(path, key):
         names = f"the part {parts[0]} has" if len(parts) == 1 else f"the parts {', '.join(parts)} have"
-        return InputError(f"unknown key {shown(whole)}; {names} it: set {path}.name to {parts[0]} as well")
+        return InputError(f"unknown key {shown(whole)}; {names} it: leave it out, or set {path}.name to {parts[0]}")
     close = nearest(key, path, known)
     named = f"known keys: {', '.join(known)}" if known else f"{path} takes no keys; leave it out"
     return InputError(f"unknown key {shown(whole)}; {f'did you mean {_either(close)}?' if close else named}")

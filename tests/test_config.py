@@ -218,7 +218,7 @@ def test_a_part_of_another_name_starts_from_its_own_defaults():
         ),
         (
             "method.teacher.0.decay=0.9",
-            "unknown key 'method.teacher.0.decay'; the part ema has it: set method.teach",
+            "unknown key 'method.teacher.0.decay'; the part ema has it: leave it out, or set method.teach",
         ),
         ("method.gate=corect", "method.gate.name 'corect' is unknown; did you mean 'correct'?"),
         ("method.gate.name=[1]", "method.gate.name [1] is unknown; choose from all, correct, score, mixed"),

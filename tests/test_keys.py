@@ -190,7 +190,7 @@ def test_the_names_of_other_trainers_lead_to_keys_that_exist():
         ({"batch_size": 4}, "unknown key 'batch_size'; did you mean 'method.rollout.problems' or 'optim."),
         (
             {"method": {"divergence": {"name": "token_nll", "beta": 1}}},
-            "the part jsd has it: set method.diverg",
+            "the part jsd has it: leave it out, or set method.diverg",
         ),
         ({"method": "D-OPSD"}, "method 'D-OPSD' is unknown; did you mean 'd_opsd'?"),
         ({"method": {"divergence": "kl"}}, "method.divergence.name 'kl' is unknown; did you mean 'forward_kl' or 'rev"),

@@ -20,9 +20,11 @@ from dllm_sd.losses import (
     Equal,
     ForwardKL,
     FullVocabulary,
+    GatedGap,
     GeneralisedJSD,
     GroupAdvantage,
     ImportanceCap,
+    OutcomeValidated,
     Plain,
     PolicyGradient,
     PurifiedPMI,
@@ -198,9 +200,9 @@ def test_methods_read_only_the_rollouts_that_their_gate_lets_pass(policy):
 def test_contexts_share_one_set_of_weights_or_have_one_each():
     contexts = (Suffix(), Nothing())
     assert Method(contexts=contexts, target=Each()).weights() == (BaseWeights(), BaseWeights())
-    assert Method(contexts=contexts, target=Each(), teacher=(EmaWeights(), LiveWeights())).weights() == (
+    assert Method(contexts=contexts, target=Each(), teacher=(EmaWeights(), BaseWeights())).weights() == (
         EmaWeights(),
-        LiveWeights(),
+        BaseWeights(),
     )
 
 
@@ -413,6 +415,28 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
             divergence=PolicyGradient(),
         ),
         "contexts.1.weight is 0.5, but the loss uses this context as rollouts",
+    ),
+    "a weight of a policy that is no teacher": (
+        lambda: group(trust=GroupAdvantage(kl=0.1), contexts=(Nothing(weight=0.5),)),
+        "target sampled asks no teacher",
+    ),
+    "a weight of the only context": (
+        lambda: Method(contexts=(Nothing(weight=0.5),), target=Each()),
+        "no other context",
+    ),
+    "a penalty to the student itself": (
+        lambda: Method(contexts=(Reference(), Nothing()), teacher=(LiveWeights(),), target=Each()),
+        "contexts.1 shows nothing, .*; set it to base",
+    ),
+    "a penalty that is not least at its target": (
+        lambda: Method(contexts=(Reference(), Nothing()), target=Each(), divergence=ForwardKL(clip="entry")),
+        "contexts.1 shows nothing, .* set method.divergence.clip to none",
+    ),
+    "a penalty whose sign the outcome turns": (
+        lambda: Method(
+            contexts=(Reference(), Nothing()), target=Each(), divergence=GatedGap(), trust=OutcomeValidated()
+        ),
+        "contexts.1 shows nothing, .* outcome_validated turns its sign",
     ),
     # Accepted, these fail at the first update or skip all of them.
     "each of no teachers": (lambda: Method(contexts=(), target=Each()), "context"),

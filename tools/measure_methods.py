@@ -47,6 +47,7 @@ _SHARED: dict[str, list[str]] = {
     "rft_trajectory": _RETRY,
     "grpo": _GROUP,
     "opsd": [*_ONE, *_AT_ONE, *_hints(0)],
+    "opsd_v3": [*_ONE, *_AT_ONE, *_hints(0)],
     "opsd_paper": [*_ONE, *_AT_ONE, *_hints(0)],
     "opsd_reference": [*_ONE, *_AT_ONE, *_hints(0)],
     "opsd_pmi": [*_ONE, *_AT_ONE, *_hints(0, 1)],

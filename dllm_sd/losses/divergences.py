@@ -104,6 +104,11 @@ class _Clipped(Ranged, DivergenceDefaults, key="method.divergence"):
             raise InputError(f"divergence.clip is {self.clip!r}: choose 'none', 'token' or 'entry'.")
 
     @property
+    def least_at_target(self) -> bool:
+        """False with a clip per entry (see the top of this file)."""
+        return self.clip != "entry"
+
+    @property
     @abstractmethod
     def _beta(self) -> float:
         """``beta`` of `jsd_entries`."""

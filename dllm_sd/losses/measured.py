@@ -47,6 +47,11 @@ class Divergence(Part, Protocol):
         ...
 
     @property
+    def least_at_target(self) -> bool:
+        """Whether it is smallest where the student equals the target, so that it holds the student near any target."""
+        ...
+
+    @property
     def gap_entries(self) -> int | None:
         """For a part that judges each teacher: the target entries that its gap is computed on; None for all of them."""
         ...
@@ -88,6 +93,11 @@ class DivergenceDefaults(AllTeachers, ABC):
     def reads_drawn_token(self) -> bool:
         """False: it reads distributions."""
         return False
+
+    @property
+    def least_at_target(self) -> bool:
+        """True, as for every divergence."""
+        return True
 
     @property
     def gap_entries(self) -> int | None:

@@ -89,6 +89,7 @@ class Method(Ranged, key="method"):
             _check_roles,
             _check_weights,
             _check_student,
+            _check_penalty,
         )
         for check in checks:
             check(self)
@@ -385,17 +386,46 @@ def _check_roles(method: Method) -> None:
 
 def _check_weights(method: Method) -> None:
     """Refuse weights of contexts that do not enter the loss."""
+    target = method.target
     for i, (context, role) in enumerate(zip(method.contexts, method.roles(), strict=True)):
         if context.weight == 1:
             continue
-        key = f"method.contexts.{i}.weight is {context.weight:g}"
-        if not method.target.keeps_contexts:
+        key = f"method.contexts.{i}.weight is {context.weight:g}, but"
+        if not target.asks_teachers:
+            raise InputError(f"{key} method.target {name_of(TARGETS, target)} asks no teacher; leave the weight out")
+        if not target.keeps_contexts:
             raise InputError(
-                f"{key}, but method.target {name_of(TARGETS, method.target)} does not make a target of each context; "
-                "leave the weight out, or set method.target to each"
+                f"{key} method.target {name_of(TARGETS, target)} does not make a target of each context; leave the "
+                "weight out, or set method.target to each"
             )
         if role != "teacher":
-            raise InputError(f"{key}, but the loss uses this context as {role}, not as a teacher; leave the weight out")
+            raise InputError(f"{key} the loss uses this context as {role}, not as a teacher; leave the weight out")
+        if len(method.contexts) == 1:
+            raise InputError(f"{key} there is no other context to weigh it against; leave the weight out")
+
+
+def _check_penalty(method: Method) -> None:
+    """Refuse a plain teacher beside informed ones that does not hold the student near its weights."""
+    contexts, covers = method.contexts, method.sites.covers
+    plain = [context.same_view(covers) for context in contexts]
+    if not method.target.asks_teachers or not method.target.keeps_contexts or all(plain):
+        return
+    for i, (weights, role) in enumerate(zip(method.weights(), method.roles(), strict=True)):
+        if not plain[i] or role != "teacher":
+            continue
+        penalty = f"method.contexts.{i} shows nothing, so it holds the student near the weights of its teacher, but"
+        if weights.is_student:
+            raise InputError(f"{penalty} method.teacher.{i} is the student itself; set it to base")
+        if not method.divergence.least_at_target:
+            raise InputError(
+                f"{penalty} method.divergence with a clip per entry is not least there; set method.divergence.clip to "
+                "none or token"
+            )
+        if method.trust.judges_each_teacher:
+            raise InputError(
+                f"{penalty} method.trust {name_of(TRUSTS, method.trust)} turns its sign by the outcome; leave this "
+                "context out, or set method.trust to equal"
+            )
 
 
 def _check_student(method: Method) -> None:

@@ -192,7 +192,8 @@ def plan_update(
     places = method.canvases.places(trajectory, part, method.rollout.passes)
     if places.size == 0:
         return None
-    briefs = [rollout.briefs or (TeacherBrief(),) * len(method.contexts) for rollout in rollouts.kept]
+    plain = tuple(TeacherBrief(weight=context.weight) for context in method.contexts)
+    briefs = [rollout.briefs or plain for rollout in rollouts.kept]
     prompts = tuple(
         _prompts([brief.prompt for brief in column], trajectory.pad_id) for column in zip(*briefs, strict=True)
     )
@@ -203,9 +204,8 @@ def plan_update(
     weight = method.trust.rollout_weight(rollouts.reward, rollouts.group)
     counted = rollouts.size + (int(rollouts.counts["rejected"]) if method.gate.count_rejected else 0)
     mean = _mean(method.average, places.rows, quota.double(), counted)
-    of_contexts = torch.tensor([context.weight for context in method.contexts], dtype=torch.float64)
-    of_briefs = torch.tensor([[brief.weight for brief in row] for row in briefs], dtype=torch.float64)
-    context_weight = (of_contexts * of_briefs.reshape(rollouts.size, len(method.contexts)))[places.rows]
+    context_weights = torch.tensor([[brief.weight for brief in row] for row in briefs], dtype=torch.float64)
+    context_weight = context_weights.reshape(rollouts.size, len(method.contexts))[places.rows]
     coefficient = canvas_weight.double() * mean
     plan = Plan(
         *(builder, places, quota, coefficient, weight[places.rows], context_weight, first, last),

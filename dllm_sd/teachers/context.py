@@ -303,7 +303,7 @@ class Nothing(Ranged, ContextDefaults, key="method.contexts"):
 
     Beside an informed teacher, with target `each` and teacher `base`, it holds the student near the initial weights, as
     a KL penalty to the reference policy does (`beta` in TRL): the loss is the divergence to the informed teacher plus
-    ``weight`` times that to the initial model.
+    ``weight`` times that to the initial model, both by the divergence of the method.
     """
 
     weight: Positive = 1.0

@@ -71,7 +71,11 @@ def build_teacher_prompts(
     }
     kept: list[Rollout] = []
     for place, rollout in enumerate(rollouts.kept):
-        briefs = _briefs([(hint, inputs[hint][place]) if hint else None for hint in hints], policy, counts)
+        given = [
+            (hint, inputs[hint][place]) if hint else context.weight
+            for hint, context in zip(hints, contexts, strict=True)
+        ]
+        briefs = _briefs(given, policy, counts)
         if briefs is not None:
             kept.append(replace(rollout, briefs=briefs))
     for context, hint in enumerate(hints):
@@ -97,16 +101,19 @@ def _hint_inputs(rollouts: Rollouts, task: Task, batch: tuple[int, int], sources
 
 
 def _briefs(
-    hints: Sequence[tuple[Hint, HintInputs] | None], policy: Policy, counts: dict[str, float]
+    given: Sequence[tuple[Hint, HintInputs] | float], policy: Policy, counts: dict[str, float]
 ) -> tuple[TeacherBrief, ...] | None:
-    """The briefs of a rollout, one for each context; None, and counted, where a context has no usable hint."""
+    """The briefs of a rollout, one for each context, from its hint and inputs or, without a hint, from its weight.
+
+    None, and counted, where a context has no usable hint.
+    """
     briefs: list[TeacherBrief] = []
     cut_any = False
-    for pair in hints:
-        if pair is None:
-            briefs.append(TeacherBrief())
+    for one in given:
+        if not isinstance(one, tuple):
+            briefs.append(TeacherBrief(weight=one))
             continue
-        hint, inputs = pair
+        hint, inputs = one
         prompt = hint.prompt_for(inputs)
         tokens, cut = encode_teacher_prompt(prompt, hint, policy) if prompt else (None, False)
         if prompt is None or tokens is None:

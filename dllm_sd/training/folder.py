@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dllm_sd.config import Config, to_tree, to_yaml, with_whole_paths
+from dllm_sd.config import Config, build_config, to_tree, to_yaml, with_whole_paths
 from dllm_sd.errors import InputError, Stopped, shown
 from dllm_sd.evaluation.recording import VERDICTS
 from dllm_sd.files.checkpoint_files import numbered_checkpoints
@@ -118,7 +118,7 @@ class RunFolder:
     def _check(self) -> list[str]:
         """Refuse a folder with another run or other files; return what to say of a run that gets more updates."""
         run, config = self.run, self.config
-        former = read_run_config(run) if (run / CONFIG).exists() else {}
+        former: Mapping[str, Any] = read_run_config(run) if (run / CONFIG).exists() else {}
         in_use = any(path.name not in LEFT_OVER for path in run.iterdir())
         if in_use and not {"task", "method"} <= former.keys():
             raise InputError(f"run folder {str(run)!r} is not empty and does not hold a run; give another run=...")
@@ -126,6 +126,7 @@ class RunFolder:
         begun = any(file.exists() for file in logs) or bool(numbered_checkpoints(run))  # else nothing is worth keeping
         if config.resume != "auto":
             return []
+        former = _with_later_keys(former) if former else former
         if not begun:
             if former and _first_difference(former, to_tree(self._stored)) is not None:
                 self._replaced = COMPLETIONS
@@ -307,11 +308,21 @@ def _move_back(run: Path, former: Path) -> None:
     former.rmdir()
 
 
+def _with_later_keys(former: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored config with the defaults of keys that did not exist when it was written; unchanged if it is refused."""
+    try:
+        return to_tree(build_config(former))
+    except InputError:
+        return former  # the first key that differs is named
+
+
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str | None:
     for key in [*new, *(key for key in old if key not in new)]:
         if f"{path}{key}" in FREE:
             continue
         before, after = old.get(key), new.get(key)
+        if _are_parts(before) and _are_parts(after) and len(before) == len(after):
+            before, after = ({str(i): part for i, part in enumerate(parts)} for parts in (before, after))
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             inner = _first_difference(before, after, f"{path}{key}.")
             if inner is not None:
@@ -319,6 +330,10 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str 
         elif before != after and not _same_place(before, after):
             return f"{path}{key} ({before!r:.80}, not {after!r:.80})"
     return None
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
 
 
 def _same_place(before: Any, after: Any) -> bool:

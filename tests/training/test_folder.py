@@ -104,6 +104,18 @@ def test_a_run_is_continued_by_its_folder_or_its_config_however_it_was_started(t
     assert (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_run_of_before_a_key_existed_goes_on_with_the_default_of_that_key(tmp_path: Path):
+    begin(tmp_path)
+    stored = tmp_path / "config.yaml"
+    tree = yaml.safe_load(stored.read_text())
+    for part, key in ((tree["method"]["contexts"][0], "ratio"), (tree["optim"], "autocast"), (tree, "cache")):
+        assert key in part
+        del part[key]
+    stored.write_text(yaml.safe_dump(tree))
+    prepare_folder(config(tmp_path))
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_folder_may_be_moved(tmp_path: Path):
     begin(tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / "new")
@@ -119,6 +131,7 @@ def test_a_folder_may_be_moved(tmp_path: Path):
         ({"method": {"name": "d_opsd", "rollout": {"attempts": 2}}}, "method.rollout.attempts (8, not 2)"),
         ({"model": {"lora": {"rank": 2}}}, "model.lora (None, not {'rank': 2, "),
         ({"optim": {"betas": [0.9, 0.9]}}, "optim.betas ([0.9, 0.99], not [0.9, 0.9])"),
+        ({"method": {"contexts": [{"name": "suffix", "ratio": 0.5}]}}, "method.contexts.0.ratio (0.25, not 0.5)"),
         ({"eval": {"schedules": {"a": {"block_length": 8}}}}, "eval.schedules.a (None, not {'block_length': 8})"),
     ],
 )
