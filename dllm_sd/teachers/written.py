@@ -223,7 +223,8 @@ class Critique(Prompt):
 class Feedback(Sibling):
     """A peer's feedback on this rollout and a successful attempt (OPCoD, arXiv 2606.14368, Sec. 3.3, App. C).
 
-    Either may be missing; a rollout with neither is left out. Without a writer it shows a successful attempt alone, as `sibling` does.
+    Either may be missing; a rollout with neither is left out. Without a writer it shows a successful attempt alone, as
+    `sibling` does.
     """
 
     template: str = TUTORED
