@@ -405,7 +405,7 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
     ),
     "a weight of a context that is merged with others": (
         lambda: Method(contexts=(Reference(), Nothing(weight=0.5)), target=Barycenter()),
-        "contexts.1.weight is 0.5, but method.target barycenter",
+        "contexts.1 has the weight 0.5, but method.target barycenter",
     ),
     "a weight of a context that is no teacher": (
         lambda: Method(
@@ -414,7 +414,7 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
             target=Each(),
             divergence=PolicyGradient(),
         ),
-        "contexts.1.weight is 0.5, but the loss uses this context as rollouts",
+        "contexts.1 has the weight 0.5, but the loss uses this context as rollouts",
     ),
     "a weight of a policy that is no teacher": (
         lambda: group(trust=GroupAdvantage(kl=0.1), contexts=(Nothing(weight=0.5),)),

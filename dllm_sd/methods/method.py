@@ -390,7 +390,7 @@ def _check_weights(method: Method) -> None:
     for i, (context, role) in enumerate(zip(method.contexts, method.roles(), strict=True)):
         if context.weight == 1:
             continue
-        key = f"method.contexts.{i}.weight is {context.weight:g}, but"
+        key = f"method.contexts.{i} has the weight {context.weight:g}, but"
         if not target.asks_teachers:
             raise InputError(f"{key} method.target {name_of(TARGETS, target)} asks no teacher; leave the weight out")
         if not target.keeps_contexts:
