@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dllm_sd.config import Config, build_config, to_tree, to_yaml, with_whole_paths
 from dllm_sd.errors import InputError, Stopped, shown
@@ -332,7 +332,7 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str 
     return None
 
 
-def _are_parts(value: Any) -> bool:
+def _are_parts(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
     return isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
 
 
