@@ -221,8 +221,7 @@ def test_a_mistake_is_a_deviation_of_a_wrong_rollout_in_its_first_wrong_step() -
     right, place = torch.tensor([True, False, False, False]), torch.tensor([1, 1, 1, 0])
     rows, located = torch.arange(4), torch.tensor([False, True, False, False])
     known = premise(Sites(columns, rows, right, place, located))["student"]
-    assert known == pytest.approx(
-        {"before": 0.9, "at": 0.2, "mistake": 0.2, "doubts": 0.25}
-    )  # the right rollout is another solution
+    # No doubt at the deviation of the right rollout, which is another solution.
+    assert known == pytest.approx({"before": 0.9, "at": 0.2, "mistake": 0.2, "doubts": 0.25})
     unknown = Sites(columns, rows, right, place, torch.zeros_like(right))
     assert premise(unknown)["student"]["mistake"] == pytest.approx(0.25)

@@ -159,7 +159,8 @@ def test_what_stands_before_the_last_message_stays(policy):
 
 
 def test_each_context_has_its_own_prompt_and_those_without_a_hint_none(policy):
-    rollouts = informed(policy, Suffix(), Reference(template=BRIEF), Nothing(), NoQuestion())
+    rollouts = informed(policy, Suffix(), Reference(template=BRIEF), Nothing(weight=0.3), NoQuestion())
+    assert {tuple(brief.weight for brief in rollout.briefs) for rollout in rollouts.kept} == {(1.0, 1.0, 0.3, 1.0)}
     assert [len(prompts_of(rollout)) for rollout in rollouts.kept] == [4] * 6
     assert prompts(policy, rollouts, 0) == prompts(policy, rollouts, 2) == [None] * 6
     assert prompts(policy, rollouts, 1)[3] == "10+20=(888888)"
