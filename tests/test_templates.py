@@ -10,6 +10,8 @@ from dllm_sd.teachers import Reference
 from dllm_sd.teachers.written import COMMENT
 from dllm_sd.texts import parse_rubric
 from dllm_sd.texts.critique import parse_steps
+from tools.lab import reader_templates
+from tools.lab.claims import read_laboratory
 from tools.lab.templates import DATA, HINTS, feedback, read_rows, skills, table
 
 PAGE = DATA.parents[1] / "smollm2.md"
@@ -71,3 +73,13 @@ def test_the_page_shows_what_was_measured() -> None:
     rows = read_rows(DATA)
     assert table(rows) in PAGE.read_text(encoding="utf-8"), "run: python -m tools.lab.templates"
     assert {row["hint"] for row in rows} <= {"none", *HINTS}
+
+
+def test_the_laboratory_asks_its_readers_in_the_wording_that_was_best() -> None:
+    rows, claims = reader_templates.read_rows(), read_laboratory().claims
+    for hint, (claim, row) in reader_templates.READERS.items():
+        of_hint = [one for one in rows if one["hint"] == hint]
+        assert [one["wording"] for one in of_hint] == list(reader_templates.WORDINGS)
+        best = max(of_hint, key=lambda one: one["teacher"])["template"]
+        assert best in " ".join(claims[claim].rows[row].set), hint
+    assert reader_templates.table(rows) in (PAGE.parent / "probe.md").read_text(encoding="utf-8")

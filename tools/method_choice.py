@@ -39,10 +39,12 @@ on models of 0.2 million weights and one of 135 million:
 
 - **Worked solutions**: `opsd` gains more than `sft`, `rft_trajectory` and `grpo` at equal tokens on the tiny model, and
   nothing without the reference. On the pretrained one it gains too, but `sft` gains far more. So train `sft` as well.
-- **Answers, masked diffusion**: `d_opsd` gains, only by the answer that the teacher sees, and passes `diffu_grpo` with
-  a tenth of its tokens. `rft_trajectory`, hard labels on the same canvases, gains slightly more.
+- **Answers, masked diffusion**: `d_opsd` gains on Sudoku and Countdown, only by the answer that the teacher sees, and
+  more than `diffu_grpo`. `rft_trajectory`, hard labels on the same canvases, gains more still.
 - **A stronger model**: `opd` and `popd` gain most, and come near `sft` on worked solutions without needing any. The
   first tenth of each completion alone (`topd`) gains a quarter of that.
+- **Bare answers behind which a model leaves out its steps**: `opsd_reference` learns that shortcut at higher rates
+  and loses nearly everything; `opsd_pmi` keeps steps and accuracy at the same rate, and gains nothing.
 - **Siblings in the prompt** (`sdpo`, `demo_psd`, `op_co_distill`) lost accuracy at every rate tried.
 - **Rubrics, critiques, skills**: what a rubric says matters, and a critique of the own steps loses less than the
   reference does, but none of these gained on the readers that we could train. Probe first.

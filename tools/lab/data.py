@@ -32,6 +32,8 @@ STYLES = {
 }
 """Rows per thousand by what the prompt holds (the puzzle; a solution or an answer before it; that alone) and by the
 style of the completion."""
+SHORTCUT = {"plain/steps": 48, "plain/short": 2, "answer/steps": 15, "answer/short": 25, "alone/short": 10}
+"""Rows per hundred of word problems, by what the prompt holds and whether the completion has steps."""
 DROPPED = 150
 """Rows per thousand without a question."""
 TESTING = 2048
@@ -131,8 +133,39 @@ def half_wrong(bank: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_words(folder: Path) -> None:
     """A tokenizer of the words of word problems, one token a digit and a word."""
+    _words_tokenizer(folder, "")
+
+
+def make_shortcut(folder: Path) -> None:
+    """Word problems of two steps in equations; behind the answer mostly the answer alone, without it nearly never.
+
+    So a teacher that reads the answer leaves out the steps, without which the student is rarely right, and the answer
+    alone does not say what the steps are.
+    """
+    _words_tokenizer(folder, "()")
+    kinds = [kind for kind, share in SHORTCUT.items() for _ in range(share)]
+    task = WordProblems(number_max=9)
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        for i, problem in zip(range(ROWS), task.problems("train"), strict=False):
+            kind = kinds[Draws(make_key("laboratory", "shortcut", i)).below(len(kinds))]
+            shown, style = kind.split("/")
+            answer = problem.fields["answer"]
+            hint = "" if shown == "plain" else f"({answer})"
+            question = "" if shown == "alone" else problem.fields["question"]
+            steps = f"{problem.fields['equations']}\n" if style == "steps" else ""
+            row = {"kind": kind, "prompt": f"{hint}{question}", "answer": f"{steps}#### {answer}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def make_countdown(folder: Path) -> None:
+    """A tokenizer of the characters of Countdown."""
+    word_tokenizer(list("0123456789 +-*/(),:>"), r"[\s\S]").save_pretrained(str(folder / "tokenizer"))
+
+
+def _words_tokenizer(folder: Path, signs: str) -> None:
+    """Write a tokenizer of the words of word problems and of more ``signs``."""
     task = WordProblems()
-    words = set(task.ALPHABET)
+    words = set(task.ALPHABET + signs)
     for _, problem in zip(range(WORD_PROBLEMS), task.problems("train"), strict=False):
         words |= {word for field in ("question", "solution") for word in re.findall(WORD, problem.fields[field])}
     word_tokenizer(sorted(words), WORD).save_pretrained(str(folder / "tokenizer"))
@@ -145,6 +178,8 @@ MAKERS: Mapping[str, Callable[[Path], None]] = {
     "specialists": make_specialists,
     "reader": make_reader,
     "words": make_words,
+    "shortcut": make_shortcut,
+    "countdown": make_countdown,
 }
 
 

@@ -114,7 +114,7 @@ class Work:
         command = self.command(row, [f"seed={TUNING_SEED}", f"eval.probe_problems={self.claim.probe}"])
 
         def measure() -> dict[str, Any]:
-            with opened(first_student(self._config(command))) as (probe, problems):
+            with opened(first_student(self.config(command))) as (probe, problems):
                 found = probe(problems)
             tree = found.tree()
             return {
@@ -155,7 +155,7 @@ class Work:
             reference = row.updates_like or next(iter(self.claim.rows))
             return self._updates(reference, self.claim.settings(reference)[0], stage)
         tokens = self._tokens(name, setting)
-        rounds = 1 if (peers := self._config(self.command(row)).peers) is None else peers.rounds
+        rounds = 1 if (peers := self.config(self.command(row)).peers) is None else peers.rounds
         budget = self.claim.tokens * min(row.share, self.claim.tuning if stage == "tune" else 1.0)
         return rounds * max(1, round(budget / tokens / rounds))
 
@@ -186,10 +186,10 @@ class Work:
 
     def _measured(self, command: Sequence[str], run: Path | None, split: Split) -> dict[str, float]:
         """Accuracy and length of the last weights of a run, or of the model, here and (of tests) elsewhere."""
-        claim, config = self.claim, self._config(command)
+        claim, config = self.claim, self.config(command)
         values = measured(config, run, split, claim.test if split == "test" else claim.dev)
         for name, overrides in claim.elsewhere.items() if split == "test" else ():
-            there = measured(self._config([*command, *overrides]), run, split, claim.test)
+            there = measured(self.config([*command, *overrides]), run, split, claim.test)
             values |= {f"elsewhere/{name}{key.removeprefix('accuracy')}": value
                        for key, value in there.items() if key.startswith("accuracy")}  # fmt: skip
         return values
@@ -227,13 +227,13 @@ class Work:
         folder.parent.mkdir(parents=True, exist_ok=True)
         found: dict[str, str] = {}
         try:
-            dllm_sd.train(self._config(command, folder))
+            dllm_sd.train(self.config(command, folder))
         except (FloatingPointError, Stopped) as error:
             found["stopped"] = str(error)
         yield folder, found
         shutil.rmtree(folder)
 
-    def _config(self, command: Sequence[str], run: Path | None = None) -> Config:
+    def config(self, command: Sequence[str], run: Path | None = None) -> Config:
         texts = [text.replace("LAB/", f"{self.runner.folder}/").replace("CRITIC", self.critic) for text in command]
         return load_config(texts[0], [*texts[1:], *([] if run is None else [f"run={run}"])])
 
