@@ -19,13 +19,21 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+_closed: list[distributed.ProcessGroup] = []
+"""Groups that were closed, kept until the process ends (`close_process_group`)."""
+
+
 def close_process_group() -> None:
     """Close the process group at the end of a script, all processes together.
 
     A process that exits while the group's threads run is sometimes aborted ("terminate called without an active
-    exception") although its work is done.
+    exception") although its work is done. The group itself is kept: were the reducer of a model under
+    DistributedDataParallel its last owner, that would join these threads while it holds Python's lock, and one of them
+    may need the lock to let go of the last tensors, so that the process would never end.
     """
     if distributed.is_available() and distributed.is_initialized():
+        if (group := distributed.group.WORLD) is not None:
+            _closed.append(group)
         distributed.barrier()
         distributed.destroy_process_group()
 
