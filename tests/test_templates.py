@@ -76,7 +76,7 @@ def test_the_page_shows_what_was_measured() -> None:
 
 
 def test_the_laboratory_asks_its_readers_in_the_wording_that_was_best() -> None:
-    rows, claims = reader_templates.read_rows(), read_laboratory().claims
+    rows, claims = read_rows(reader_templates.DATA), read_laboratory().claims
     for hint, (claim, row) in reader_templates.READERS.items():
         of_hint = [one for one in rows if one["hint"] == hint]
         assert [one["wording"] for one in of_hint] == list(reader_templates.WORDINGS)

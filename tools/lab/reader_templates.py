@@ -10,7 +10,6 @@ was not trained on. `docs/results/reader_templates.json` has the rows, and docs/
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 from dllm_sd.cli.run_or_model import quiet_libraries
 from dllm_sd.files.writing import write_file
 from dllm_sd.probing.opening import opened
-from tools.lab.bases import make_base
 from tools.lab.claims import Laboratory, read_laboratory
-from tools.lab.critic import running_critic
-from tools.lab.records import RESULTS, results_of
-from tools.lab.runner import TUNING_SEED, Runner, Work
+from tools.lab.records import RESULTS
+from tools.lab.runner import TUNING_SEED, Runner
+from tools.lab.templates import read_rows
 
 DATA = RESULTS / "reader_templates.json"
 WORDINGS = {
@@ -63,10 +61,7 @@ def measure(hint: str, wording: str, laboratory: Laboratory, folder: Path, probl
     """Probe the row of a hint with all of its contexts behind one wording."""
     name, row = READERS[hint]
     claim, template = laboratory.claims[name], WORDINGS[wording]
-    for base in (claim.base, *claim.needs):
-        make_base(base, laboratory.bases, folder)
-    with running_critic() if claim.critic else nullcontext("") as critic:
-        work = Work(name, claim, Runner(laboratory, folder, RESULTS), results_of(name, RESULTS), critic)
+    with Runner(laboratory, folder, RESULTS).work(name, claim) as work:
         seed = [f"seed={TUNING_SEED}", f"eval.probe_problems={problems}"]
         config = work.config(work.command(claim.rows[row], seed))
         contexts = tuple(_worded(context, template) for context in config.method.contexts)
@@ -81,11 +76,6 @@ def _worded(context: Any, template: str | None) -> Any:
     """A hint with another template; None takes the default of its kind."""
     default = next(one.default for one in fields(context) if one.name == "template")
     return replace(context, template=default if template is None else template)
-
-
-def read_rows(file: Path = DATA) -> list[dict[str, Any]]:
-    """What was measured so far."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -114,13 +104,13 @@ def main() -> None:
     laboratory = read_laboratory()
     for hint in READERS:
         for wording in WORDINGS:
-            rows = read_rows()
+            rows = read_rows(DATA)
             if any(row["hint"] == hint and row["wording"] == wording for row in rows):
                 continue
-            measured = measure(hint, wording, laboratory, options.folder.resolve(), options.problems)
+            measured = measure(hint, wording, laboratory, options.folder, options.problems)
             print(measured, flush=True)
             write_file(DATA, json.dumps([*rows, vars(measured)], indent=1) + "\n")
-    print(table(read_rows()))
+    print(table(read_rows(DATA)))
 
 
 if __name__ == "__main__":

@@ -64,15 +64,20 @@ class Runner:
         return True
 
     def _run_row(self, name: str, claim: Claim, row: str) -> None:
-        """Make the bases, measure the model, then take a row through probe, tuning and fresh seeds."""
-        for base in (claim.base, *claim.needs):
-            make_base(base, self.laboratory.bases, self.folder)
-        with running_critic() if claim.critic else nullcontext("") as critic:
-            work = Work(name, claim, self, results_of(name, self.results), critic)
+        """Measure the model, then take a row through probe, tuning and fresh seeds."""
+        with self.work(name, claim) as work:
             work.measure_base()
             work.probe(row)
             work.tune(row)
             work.finish(row)
+
+    @contextmanager
+    def work(self, name: str, claim: Claim) -> Iterator["Work"]:
+        """The work on a claim, with its bases made and its critic running."""
+        for base in (claim.base, *claim.needs):
+            make_base(base, self.laboratory.bases, self.folder)
+        with running_critic() if claim.critic else nullcontext("") as critic:
+            yield Work(name, claim, self, results_of(name, self.results), critic)
 
 
 def schedule(claims: Mapping[str, Claim]) -> list[tuple[str, str]]:
@@ -234,6 +239,7 @@ class Work:
         shutil.rmtree(folder)
 
     def config(self, command: Sequence[str], run: Path | None = None) -> Config:
+        """The config of a command, for a run in this folder, with the laboratory's folder and critic filled in."""
         texts = [text.replace("LAB/", f"{self.runner.folder}/").replace("CRITIC", self.critic) for text in command]
         return load_config(texts[0], [*texts[1:], *([] if run is None else [f"run={run}"])])
 

@@ -168,7 +168,7 @@ class Comparison:
         """Go on with the rows of ``out``, if it is there."""
         self.policy, self.task, self.problems, self.out = policy, task, problems, out
         self.exam = Exam(task, Decoding(length=length, batch_size=32), seed=0)
-        self.rows = read_rows(out) if out.exists() else []
+        self.rows = read_rows(out)
 
     def measure(self, hint: str, wording: str, template: str, text: Callable[[Problem], str]) -> None:
         """Let the model answer behind a hint, and write down how often it is right."""
@@ -195,7 +195,7 @@ class Comparison:
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """What was measured so far."""
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
