@@ -164,14 +164,21 @@ def read_laboratory(path: Path = CLAIMS) -> Laboratory:
     """
     tree = read_yaml(path, path.name)
     bases = {name: _build(Base, entry, f"bases.{name}") for name, entry in tree["bases"].items()}
-    claims = {name: _claim(entry, f"claims.{name}") for name, entry in tree["claims"].items()}
+    baselines = {name: _row(entry, f"baselines.{name}") for name, entry in tree.get("baselines", {}).items()}
+    claims = {name: _claim(entry, baselines, f"claims.{name}") for name, entry in tree["claims"].items()}
     for name, claim in claims.items():
         _check(name, claim, bases)
     return Laboratory(bases, claims)
 
 
-def _claim(entry: Mapping[str, Any], where: str) -> Claim:
+def _claim(entry: Mapping[str, Any], baselines: Mapping[str, Row], where: str) -> Claim:
+    """A claim of the file, with the baselines that it lists as its last rows."""
+    entry = dict(entry)
     rows = {name: _row(row, f"{where}.rows.{name}") for name, row in entry["rows"].items()}
+    for name in entry.pop("baselines", ()):
+        if name not in baselines:
+            raise InputError(f"{where}.baselines has {name!r}, which is none of {', '.join(baselines)}; correct it")
+        rows[name] = baselines[name]
     statements = tuple(
         Statement(
             one["says"], tuple(_build(Comparison, each, f"{where}.statements.{i}.holds") for each in one["holds"])
