@@ -189,6 +189,14 @@ def format_pair(pair: SkillPair, template: str = PAIR) -> str:
     return render(template, entries, "the pair's template")
 
 
+def check_pair(template: str) -> None:
+    """Refuse a template of pairs that names a text which they have not, or none at all."""
+    pairs = [SkillPair(Skill("", *[text] * 3), Mistake("", *[text] * 3), None, 1.0) for text in "12"]
+    first, second = (format_pair(pair, template) for pair in pairs)
+    if first == second:
+        raise InputError("the pair's template shows no text of the skill or the mistake; add {principle}, or another")
+
+
 def _unit(word_counts: Counter[str], document_counts: Counter[str], documents: int) -> dict[str, float]:
     """Return the weights of the words of one text, scaled to length 1."""
     weights = {

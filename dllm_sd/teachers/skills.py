@@ -7,7 +7,18 @@ from dllm_sd.errors import InputError
 from dllm_sd.files.writing import Place
 from dllm_sd.randomness import make_key
 from dllm_sd.ranges import Natural, Ranged, Size
-from dllm_sd.skills import RETRIEVERS, Bank, Extraction, Lexical, Retriever, SkillPair, format_pair, retrieve
+from dllm_sd.skills import (
+    PAIR,
+    RETRIEVERS,
+    Bank,
+    Extraction,
+    Lexical,
+    Retriever,
+    SkillPair,
+    check_pair,
+    format_pair,
+    retrieve,
+)
 from dllm_sd.tasks.datafile import Generated, render
 from dllm_sd.tasks.task import Problem, Task
 from dllm_sd.teachers.context import HintInputs, TeacherPrompt
@@ -101,10 +112,14 @@ class Skills(Prompt):
     """Rank of the pair; 0 is the best."""
     template: str = SKILLS
     """Template of the teacher's prompt; `{question}` is the student's prompt, `{hint}` the hint."""
+    pair: str = PAIR
+    """Template of the hint: `{title}`, `{principle}`, `{when_to_apply}` of the skill, `{description}`,
+    `{how_to_avoid}` and `{why_it_happens}` of the mistake."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template)
+        check_pair(self.pair)
 
     @property
     def skill_rank(self) -> int:
@@ -117,4 +132,4 @@ class Skills(Prompt):
         if self.rank >= len(pairs):
             return None
         pair = pairs[self.rank]
-        return TeacherPrompt(inputs.messages, self.template, format_pair(pair), weight=pair.weight)
+        return TeacherPrompt(inputs.messages, self.template, format_pair(pair, self.pair), weight=pair.weight)

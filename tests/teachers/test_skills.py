@@ -105,6 +105,14 @@ def test_skills_stand_before_the_question_unless_told_otherwise():
     assert text.endswith(f"\n---\n{shown('circle', 0, 'circle area', 1)}\n---\n\nDraw a circle")
 
 
+def test_the_wording_of_a_pair_is_that_of_the_config():
+    (text, *_) = prompts(informed(ROLLOUTS, Skills(template="({hint}){question}", pair="{principle}!"), pairs=found))
+    assert text == "(p0!)Draw a circle"
+    for wording, problem in (("{id}", "asks for {id}"), ("the rule", "shows no text of the skill or the mistake")):
+        with pytest.raises(InputError, match=problem):
+            Skills(pair=wording)
+
+
 def test_weights_and_notes_survive_a_checkpoint_exactly():
     contexts = (skills(0), Nothing(), Reference(template="{question}{hint}"), skills(1))
     rollouts = informed(ROLLOUTS, *contexts, pairs=found)

@@ -15,6 +15,7 @@ from dllm_sd.tasks.sources import Draws
 from dllm_sd.tasks.task import Problem, Split
 from dllm_sd.tasks.word_problems import WordProblems
 from tools.lab.makers import word_tokenizer
+from tools.lab.operators import write_operators
 
 TOOLS = Path(__file__).parents[1]
 ROWS = 40_000
@@ -162,6 +163,12 @@ def make_countdown(folder: Path) -> None:
     word_tokenizer(list("0123456789 +-*/(),:>"), r"[\s\S]").save_pretrained(str(folder / "tokenizer"))
 
 
+def make_operators(folder: Path) -> None:
+    """Countdown whose hints may be a solution, its operator or a wrong attempt, and a bank of the four operators."""
+    word_tokenizer(list("0123456789 +-*/()[],:>"), r"[\s\S]").save_pretrained(str(folder / "tokenizer"))
+    write_operators(folder, ROWS)
+
+
 def _words_tokenizer(folder: Path, signs: str) -> None:
     """Write a tokenizer of the words of word problems and of more ``signs``."""
     task = WordProblems()
@@ -180,6 +187,7 @@ MAKERS: Mapping[str, Callable[[Path], None]] = {
     "words": make_words,
     "shortcut": make_shortcut,
     "countdown": make_countdown,
+    "operators": make_operators,
 }
 
 
