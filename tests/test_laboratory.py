@@ -17,10 +17,10 @@ from tools.lab import page, runner
 from tools.lab.bases import RECIPE, make_base
 from tools.lab.claims import BASE, Base, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
 from tools.lab.data import MAKERS, half_wrong, solutions
-from tools.lab.plot import Point, plot
+from tools.lab.plot import Point, digest, plot_gains, plot_gaps, save
 from tools.lab.records import RESULTS, Record, Records
 from tools.lab.runner import Runner, Work, schedule
-from tools.lab.verdicts import difference, interval, rank_correlation, verdict
+from tools.lab.verdicts import Estimate, difference, interval, rank_correlation, verdict
 from tools.method_choice import DOCS, _names
 
 LABORATORY = read_laboratory()
@@ -306,10 +306,27 @@ def test_a_margin_lets_a_row_be_a_little_smaller_and_base_may_stand_first(tmp_pa
     assert verdict(keeps_less, claim, records) == "not reproduced"
 
 
-def test_a_plot_has_a_point_for_every_row() -> None:
-    drawn = plot([Point("a", "x", 10.0, 2.0), Point("b", "y & z", -5.0, -30.0)])
-    assert drawn.count("<title>") == 2
-    assert "y &amp; z" in drawn
+def test_the_plots_are_of_the_data() -> None:
+    """Each file holds the digest of the numbers that it shows; ``python -m tools.lab table`` draws them anew."""
+    shown = {page.GAPS: digest(list(page.all_points(LABORATORY, RESULTS))),
+             page.GAINS: digest(page.all_gains(LABORATORY, RESULTS))}  # fmt: skip
+    for file, numbers in shown.items():
+        assert numbers.encode() in file.read_bytes(), file
+
+
+def test_a_plot_shows_every_row(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    points = [Point("a", "x", 10.0, 2.0), Point("b", "y", -5.0, -30.0), Point("b", "z", 0.0, 1.0)]
+    [axes] = plot_gaps(points).axes
+    drawn = [tuple(place) for group in axes.collections for place in group.get_offsets().tolist()]
+    assert drawn == [(10.0, 2.0), (-5.0, -30.0), (0.0, 1.0)]
+    gains = {"a": {"x": Estimate(2.0, 0.5)}, "b": {"y": Estimate(-30.0, inf), "z": Estimate(1.0, 0.25)}}
+    figure = plot_gains(gains)
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
+    assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["y", "z"]
+    save(figure, tmp_path / "gains.png", digest(gains))
+    assert digest(gains).encode() in (tmp_path / "gains.png").read_bytes()
+    assert digest(gains) != digest({**gains, "a": {"x": Estimate(2.1, 0.5)}})
 
 
 def test_half_of_the_bank_says_what_is_wrong() -> None:

@@ -115,6 +115,11 @@ class Method(Ranged, key="method"):
         return tuple(others.get(i, "teacher") for i in range(len(self.contexts)))
 
     @property
+    def imitates_rollouts(self) -> bool:
+        """Whether the tokens of rollouts are themselves what is learnt, without a teacher or an advantage."""
+        return self.rollout.decodes and not self.target.asks_teachers and not self.trust.weights_likelihoods
+
+    @property
     def rolling(self) -> Weights | None:
         """The weights that decode rollouts instead of the student's (of a subspace, the initial ones)."""
         return self.rollout.rolling

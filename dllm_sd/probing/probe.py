@@ -37,7 +37,7 @@ from dllm_sd.probing.signal import (
 from dllm_sd.probing.verdict import Control, Findings, Teacher
 from dllm_sd.randomness import make_key
 from dllm_sd.rollouts.gates import All
-from dllm_sd.rollouts.rollout import Rollout, Rollouts, with_occurrences
+from dllm_sd.rollouts.rollout import Prompted, Rollout, Rollouts, with_occurrences
 from dllm_sd.rollouts.rules import RolloutRule, encode_problem, gather
 from dllm_sd.tasks.task import Problem
 from dllm_sd.teachers import CONTEXTS, HINTS
@@ -100,8 +100,7 @@ class Probe:
         roles = self.method.roles()
         teachers = [i for i, role in enumerate(roles) if role == "teacher"]
         if not teachers or not self.method.rollout.decodes or not self.method.target.asks_teachers:
-            none: dict[str, int] = dict.fromkeys(("made", "right", "passing", "hinted"), 0)
-            return Findings(len(prompted), rate(student), none, has_teacher=False)
+            return self._without_teacher(prompted, student)
         rule = self.method.rollout.unselected()
         tried = self.pipeline.attempts(rule, prompted, self.seed, 0)
         rollouts = gather(rule, All(), tried)
@@ -142,6 +141,21 @@ class Probe:
     def _passing(self, rule: RolloutRule, group: Sequence[Rollout]) -> list[Rollout]:
         counted = [rollout for rollout in group if rollout.counted]
         return self.method.gate(rule.choose(counted)) if counted else []
+
+    def _without_teacher(self, prompted: Sequence[Prompted], student: VerdictById) -> Findings:
+        """Of a method that imitates rollouts, the first of each problem that passes the gate, against the student."""
+        rule, tried = self.method.rollout.unselected(), list[list[Rollout]]()
+        if self.method.imitates_rollouts:
+            tried = self.pipeline.attempts(rule, prompted, self.seed, 0)
+        passing = [kept for group in tried if (kept := self._passing(rule, group))]
+        counts = {
+            "made": sum(map(len, tried)),
+            "right": sum(one.grade.correct for group in tried for one in group),
+            "passing": sum(map(len, passing)),
+            "hinted": sum(map(len, passing)),
+        }
+        text = gap(student, {kept[0].problem.id: kept[0].grade.correct for kept in passing})
+        return Findings(len(prompted), rate(student), counts, has_teacher=False, text=text)
 
     def _material(self, method: Method, rollouts: Rollouts, informed: int | None = None) -> _Material:
         """Add the briefs, and lay out the canvases of all passes."""

@@ -66,6 +66,8 @@ class Findings:
     premise: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """Mean probabilities of the reference's token in rollouts that pass the gate (`signal.premise`)."""
     has_teacher: bool = True
+    text: Gap | None = None
+    """Of a method without a teacher: the rollouts that it imitates, against the student's answers."""
 
     @property
     def best(self) -> Teacher | None:
@@ -82,6 +84,7 @@ class Findings:
             "probe/student": self.student and self.student.accuracy,
             "probe/teacher": best and best.gap.teacher.accuracy,
             "probe/gap": best and best.gap.gap,
+            "probe/text": self.text and self.text.teacher.accuracy,
             "probe/divergence": (group := self.groups.get("all")) and group.divergence,
             "probe/form": another and another.form,
             "probe/kept": self.shares and self.shares.left,
@@ -114,16 +117,33 @@ Rule = Callable[[Findings], tuple[str, bool | None] | None]
 
 
 def no_teacher(findings: Findings) -> tuple[str, bool | None] | None:
-    """The method has no teacher."""
-    if findings.has_teacher:
+    """The method has no teacher, and does not imitate rollouts either."""
+    if findings.has_teacher or findings.rollouts["made"]:
         return None
     return "this method has no teacher, so there is nothing to compare the student with", None
+
+
+def text_against_student(findings: Findings) -> tuple[str, bool | None] | None:
+    """The text that a method without a teacher imitates, against the student's answers to the same problems."""
+    if (text := findings.text) is None:
+        return None
+    if text.teacher.n < FEW:
+        return f"the text that it imitates is that of {text.teacher.n} problems only: raise --problems", None
+    figures = _figures(text)
+    if text.ci95[1] < 0:
+        return (
+            "the text that it imitates is less often right than the student's answers, so the student would learn "
+            f"mistakes that it does not make ({figures})"
+        ), False
+    if text.ci95[0] > 0:
+        return f"the text that it imitates is more often right than the student's answers ({figures})", True
+    return f"the text that it imitates is about as often right as the student's answers ({figures})", None
 
 
 def nothing_passes(findings: Findings) -> tuple[str, bool | None] | None:
     """No rollout passes the gate, or none of those that do has a hint."""
     counts = findings.rollouts
-    if not findings.has_teacher or not counts["made"] or counts["hinted"]:
+    if not counts["made"] or counts["hinted"]:
         return None
     remedy = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
     if not counts["passing"]:
@@ -151,11 +171,7 @@ def teacher_against_student(findings: Findings) -> tuple[str, bool | None] | Non
     if best is None or best.gap.teacher.n < FEW:
         return None
     low, high = best.gap.ci95
-    figures = (
-        f"{_percent(best.gap.teacher.accuracy)} against {_percent(best.gap.student.accuracy)} of "
-        f"{best.gap.teacher.n} problems; difference {_points(best.gap.gap)} points, 95 % interval {_points(low)} to "
-        f"{_points(high)}"
-    )
+    figures = _figures(best.gap)
     if high < 0:
         return f"the teacher is less accurate than the student, so nothing can be learnt from it ({figures})", False
     if best.gap.gap < MIN_GAP:
@@ -255,6 +271,7 @@ def little_left(findings: Findings) -> tuple[str, bool | None] | None:
 
 RULES: tuple[Rule, ...] = (
     no_teacher,
+    text_against_student,
     nothing_passes,
     too_few,
     teacher_against_student,
@@ -284,6 +301,15 @@ def _accuracies(findings: Findings, kind: str) -> tuple[float, float] | None:
     if control is None or control.accuracy is None or control.against is None or control.accuracy.n < FEW:
         return None
     return control.against.accuracy, control.accuracy.accuracy
+
+
+def _figures(compared: Gap) -> str:
+    low, high = compared.ci95
+    return (
+        f"{_percent(compared.teacher.accuracy)} against {_percent(compared.student.accuracy)} of "
+        f"{compared.teacher.n} problems; difference {_points(compared.gap)} points, 95 % interval {_points(low)} to "
+        f"{_points(high)}"
+    )
 
 
 def _percent(share: float) -> str:

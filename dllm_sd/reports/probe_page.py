@@ -52,17 +52,23 @@ def _accuracies(name: str, tree: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right" if column else "left")
     if (student := tree["student"]) is not None:
         table.add_row("student", str(student["n"]), _rate(student), "", "")
+    if (text := tree["text"]) is not None:
+        table.add_row("rollouts that it imitates", *_gap(text))
     for teacher in tree["teachers"]:
-        gap = teacher["gap"]
         shown = "" if teacher["revealed"] is None else f", {_percent(teacher['revealed'])} revealed"
         who = f"teacher {teacher['context']} ({teacher['name']}{shown})"
-        low, high = gap["ci95"]
-        points = f"{100 * gap['gap']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        table.add_row(who, str(gap["teacher"]["n"]), _rate(gap["teacher"]), _rate(gap["student"]), points)
+        table.add_row(who, *_gap(teacher["gap"]))
     for kind, control in tree["controls"].items():
         if (accuracy := control["accuracy"]) is not None:
             table.add_row(f"  {CONTROLS[kind]}", str(accuracy["n"]), _rate(accuracy), "", "")
     return table
+
+
+def _gap(gap: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Problems, both accuracies, and the difference in points with its interval."""
+    low, high = gap["ci95"]
+    points = f"{100 * gap['gap']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return str(gap["teacher"]["n"]), _rate(gap["teacher"]), _rate(gap["student"]), points
 
 
 def _signal(groups: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -138,6 +138,9 @@ METRICS = {
         "has a hint."
     ),
     "probe/gap": Metric("Probe: accuracy of that teacher minus that of the student on the same problems."),
+    "probe/text": Metric(
+        "Probe: share of right answers in the rollouts that a method without a teacher imitates, one a problem."
+    ),
     "probe/divergence": Metric("Probe: mean over sites of the divergence from the target, before the clip."),
     "probe/form": Metric(
         "Probe: of the probability that the teacher adds to the student's, the share that another problem's "

@@ -1,11 +1,29 @@
-"""A plot of what the probe promised against what training gained, as SVG written by hand."""
+"""Plots of what the laboratory measured, as PNG; they need matplotlib, which the extra `docs` has.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+Each file holds a digest of the numbers that it shows, so that a test can tell whether it is of the data of now.
+"""
 
-WIDTH, HEIGHT, EDGE = 640, 420, 56
-COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#b8860b", "#34495e", "#d35400", "#16a085", "#7f8c8d", "#2c3e50")
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_sd.errors import InputError
+from dllm_sd.files.writing import write_file
+from tools.lab.verdicts import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+WIDTH, HEIGHT = 8.0, 5.0
+"""Of a plot, in inches."""
+COLUMNS, ROW, HEAD = 2, 0.24, 0.75
+"""Of the plot of gains: panels side by side, and the inches of a row and around a panel."""
+DOTS = 110
+"""Dots an inch."""
 
 
 @dataclass(frozen=True)
@@ -18,60 +36,58 @@ class Point:
     gain: float
 
 
-def plot(points: Sequence[Point]) -> str:
-    """The SVG: a point for each row, coloured by claim, with its name as tooltip."""
-    x_low, x_high = _range([point.gap for point in points])
-    y_low, y_high = _range([point.gain for point in points])
-
-    def x(value: float) -> float:
-        return EDGE + (value - x_low) / (x_high - x_low) * (WIDTH - 2 * EDGE)
-
-    def y(value: float) -> float:
-        return HEIGHT - EDGE - (value - y_low) / (y_high - y_low) * (HEIGHT - 2 * EDGE)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-    ]
-    for value in _ticks(x_low, x_high):
-        parts.append(_line(x(value), EDGE, x(value), HEIGHT - EDGE, value == 0))
-        parts.append(_text(x(value), HEIGHT - EDGE + 18, f"{value:g}", "middle"))
-    for value in _ticks(y_low, y_high):
-        parts.append(_line(EDGE, y(value), WIDTH - EDGE, y(value), value == 0))
-        parts.append(_text(EDGE - 8, y(value) + 4, f"{value:g}", "end"))
-    claims = list(dict.fromkeys(point.claim for point in points))
-    for point in points:
-        colour = COLOURS[claims.index(point.claim) % len(COLOURS)]
-        told = escape(f"{point.claim}, {point.row}: gap {point.gap:+.1f}, gain {point.gain:+.1f}")
-        circle = f'<circle cx="{x(point.gap):.1f}" cy="{y(point.gain):.1f}" r="5" fill="{colour}">'
-        parts.append(f"{circle}<title>{told}</title></circle>")
-    for i, claim in enumerate(claims):
-        parts.append(f'<circle cx="{EDGE + 8}" cy="{18 + 16 * i}" r="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
-        parts.append(_text(EDGE + 18, 22 + 16 * i, claim, "start"))
-    below = "probe: accuracy of the teacher less that of the student (points)"
-    parts.append(_text(WIDTH / 2, HEIGHT - 12, below, "middle"))
-    turn = f'transform="rotate(-90 16 {HEIGHT / 2})"'
-    parts.append(_text(16, HEIGHT / 2, "gain of accuracy by training (points)", "middle", turn))
-    return "\n".join([*parts, "</svg>", ""])
+def digest(shown: Sequence[Point] | Mapping[str, Mapping[str, Estimate]]) -> str:
+    """The digest of the numbers of a plot."""
+    return hashlib.sha256(json.dumps(shown, default=asdict).encode()).hexdigest()
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """The smallest and largest of the values and 0, widened."""
-    low, high = min([0.0, *values]), max([0.0, *values])
-    room = 0.08 * (high - low) or 1.0
-    return low - room, high + room
+def plot_gaps(points: Sequence[Point]) -> "Figure":
+    """A point for each row, what the probe promised against what training gained, by claim."""
+    figure = _figure(WIDTH, HEIGHT)
+    axes = figure.add_subplot()
+    for i, claim in enumerate(dict.fromkeys(point.claim for point in points)):
+        of_claim = [point for point in points if point.claim == claim]
+        xs, ys = [point.gap for point in of_claim], [point.gain for point in of_claim]
+        axes.scatter(xs, ys, label=claim, marker="os^Dv"[i // 10 % 5], color=f"C{i % 10}")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("probe: accuracy of the teacher less that of the student (points)")
+    axes.set_ylabel("gain of accuracy by training (points)")
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    step = next(step for step in (1, 2, 5, 10, 20, 25, 50, 100) if (high - low) / step <= 8)
-    return [float(i * step) for i in range(int(low // step), int(high // step) + 1) if low <= i * step <= high]
+def plot_gains(gains: Mapping[str, Mapping[str, Estimate]]) -> "Figure":
+    """A panel for each claim: the gain of every row over the model before training, with its 95 % interval."""
+    names = list(gains)
+    lines = [names[i : i + COLUMNS] for i in range(0, len(names), COLUMNS)]
+    heights = [HEAD + ROW * max(len(gains[name]) for name in line) for line in lines]
+    figure = _figure(WIDTH * 1.5, sum(heights))
+    grid = figure.add_gridspec(len(lines), COLUMNS, height_ratios=heights)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(grid[i // COLUMNS, i % COLUMNS])
+        rows = gains[name]
+        values, halves = [one.value for one in rows.values()], [one.half for one in rows.values()]
+        for at, (value, half) in enumerate(zip(values, halves, strict=True)):
+            error = None if half == float("inf") else half  # of one seed nothing is known
+            axes.errorbar(value, at, xerr=error, fmt="o", color=f"C{at % 10}", capsize=3)
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(name, fontsize=9)
+    return figure
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, strong: bool) -> str:
-    colour = "#555555" if strong else "#dddddd"
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
+def save(figure: "Figure", file: Path, shown: str) -> None:
+    """Write a plot as PNG, with the digest of what it shows."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=DOTS, metadata={"Description": shown, "Software": None})
+    write_file(file, drawn.getvalue())
 
 
-def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(text)}</text>'
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError("plots are drawn by matplotlib; install it, as in pip install -e '.[docs]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
