@@ -1,6 +1,5 @@
 """The laboratory: every published method has a claim, claims are complete, runs resume, verdicts follow the data."""
 
-import json
 import time
 from collections.abc import Callable
 from math import inf, sqrt
@@ -16,7 +15,7 @@ from dllm_sd.methods import METHODS
 from tools.lab import page, runner
 from tools.lab.bases import RECIPE, make_base
 from tools.lab.claims import BASE, Base, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
-from tools.lab.data import MAKERS, half_wrong, solutions
+from tools.lab.data import MAKERS
 from tools.lab.plot import Point, digest, plot_gains, plot_gaps, save
 from tools.lab.records import RESULTS, Record, Records
 from tools.lab.runner import Runner, Work, schedule
@@ -327,20 +326,3 @@ def test_a_plot_shows_every_row(tmp_path: Path) -> None:
     save(figure, tmp_path / "gains.png", digest(gains))
     assert digest(gains).encode() in (tmp_path / "gains.png").read_bytes()
     assert digest(gains) != digest({**gains, "a": {"x": Estimate(2.1, 0.5)}})
-
-
-def test_half_of_the_bank_says_what_is_wrong() -> None:
-    skills = [{"principle": f"right {i}"} for i in range(4)]
-    mistakes = [{"description": f"wrong {i}", "how_to_avoid": f"right {i}"} for i in range(4)]
-    bank = half_wrong({"skills": skills, "mistakes": mistakes, "metadata": {}})
-    assert [skill["principle"] for skill in bank["skills"]] == ["right 0", "wrong 1", "right 2", "wrong 3"]
-    assert bank["mistakes"][1] == {"description": "right 1", "how_to_avoid": "wrong 1"}
-    assert json.dumps(bank)
-
-
-def test_styles_solve_the_same_puzzle() -> None:
-    grid = "1234341221434321"
-    written = solutions("0" + grid[1:15] + "0", grid)
-    assert {text.split("\n")[-1] for text in written.values()} == {grid}
-    assert written["steps"].split("\n")[0][::-1].replace("=", ":")[:2] == written["turned"].split("\n")[0][:2]
-    assert written["short"] == grid

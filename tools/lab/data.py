@@ -14,6 +14,7 @@ from dllm_sd.tasks.grids import worked_steps
 from dllm_sd.tasks.sources import Draws
 from dllm_sd.tasks.task import Problem, Split
 from dllm_sd.tasks.word_problems import WordProblems
+from tools.lab.draws import by_share
 from tools.lab.makers import word_tokenizer
 from tools.lab.operators import write_operators
 
@@ -69,13 +70,12 @@ def make_styles(folder: Path) -> None:
     So a problem has different right solutions, free text mixes right and careless ones, and an answer in the prompt
     invites to leave out the steps (two times in three), which the answer alone, without the question, always does.
     """
-    kinds = [kind for kind, share in STYLES.items() for _ in range(share)]
-    _write_pairs(folder, kinds, "styles", styled)
+    _write_pairs(folder, STYLES, "styles", styled)
 
 
 def make_dropout(folder: Path) -> None:
     """Puzzles and grids for the denoiser, some without the puzzle, so that it knows what a grid is like by itself."""
-    kinds = ["alone"] * DROPPED + ["plain"] * (1000 - DROPPED)
+    kinds = {"alone": DROPPED, "plain": 1000 - DROPPED}
     _write_pairs(folder, kinds, "dropout", lambda puzzle, grid, kind, _: (f"{puzzle * (kind == 'plain')}:", grid))
 
 
@@ -144,11 +144,10 @@ def make_shortcut(folder: Path) -> None:
     alone does not say what the steps are.
     """
     _words_tokenizer(folder, "()")
-    kinds = [kind for kind, share in SHORTCUT.items() for _ in range(share)]
     task = WordProblems(number_max=9)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for i, problem in zip(range(ROWS), task.problems("train"), strict=False):
-            kind = kinds[Draws(make_key("laboratory", "shortcut", i)).below(len(kinds))]
+            kind = by_share(SHORTCUT, Draws(make_key("laboratory", "shortcut", i)))
             shown, style = kind.split("/")
             answer = problem.fields["answer"]
             hint = "" if shown == "plain" else f"({answer})"
@@ -192,12 +191,12 @@ MAKERS: Mapping[str, Callable[[Path], None]] = {
 
 
 def _write_pairs(
-    folder: Path, kinds: list[str], purpose: str, write: Callable[[str, str, str, Draws], tuple[str, str]]
+    folder: Path, kinds: Mapping[str, int], purpose: str, write: Callable[[str, str, str, Draws], tuple[str, str]]
 ) -> None:
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for i, problem in enumerate(_puzzles(ROWS)):
             draws = Draws(make_key("laboratory", purpose, i))
-            kind = kinds[draws.below(len(kinds))]
+            kind = by_share(kinds, draws)
             prompt, answer = write(problem.fields["puzzle"], problem.fields["solution"], kind, draws)
             file.write(json.dumps({"kind": kind, "prompt": prompt, "answer": answer}) + "\n")
 

@@ -7,7 +7,7 @@ leaves both. A problem's domain is that of its operator: ``sums`` (``+ -``) or `
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dllm_sd.randomness import make_key
 from dllm_sd.tasks.datafile import split_of
 from dllm_sd.tasks.sources import Draws
 from dllm_sd.tasks.task import Split
+from tools.lab.draws import by_share, one_of
 
 OPERATORS = "+-*/"
 DOMAINS = {"+": "sums", "-": "sums", "*": "products", "/": "products"}
@@ -95,20 +96,14 @@ def wrong_attempts(problem: Sum) -> list[str]:
     return [text for text in texts if text not in problem.forms]
 
 
-def one_of(texts: Sequence[str], draws: Draws) -> str:
-    """One of the texts at random."""
-    return texts[draws.below(len(texts))]
-
-
 def write_operators(folder: Path, rows: int) -> None:
     """The training data of the three models, and the problems of the methods, with solution, rubric and domain."""
-    kinds = [kind for kind, share in KINDS.items() for _ in range(share)]
     for name, sums in SHARES.items():
         small, all_of_them = (problems("train", name, sums, most=most) for most in (PLAIN, LARGEST_ELSEWHERE))
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for i in range(rows):
                 draws = Draws(make_key("laboratory", "operators", name, i))
-                kind = kinds[draws.below(len(kinds))]
+                kind = by_share(KINDS, draws)
                 problem = next(small if kind == "plain" else all_of_them)
                 file.write(json.dumps(row(problem, kind, draws)) + "\n")
     write_problems(folder / "train.jsonl", problems("train", "methods"), rows // 2)
