@@ -272,10 +272,10 @@ def check_tokenizer(config: Config, blueprint: Blueprint, problems: Sequence[Pro
 def _literal_texts(hint: Hint) -> list[str]:
     """The text of a hint's templates around their fields, and its instructions for an analysis by the teacher.
 
-    The request to a writer on a server, which has a tokenizer of its own, is not among them.
+    The request to a writer on a server, which has a tokenizer of its own, is not among them, nor one that nobody reads.
     """
-    elsewhere = hint.writing is not None and hint.writing.writer.weights is None
-    names = [f.name for f in fields(hint) if not (elsewhere and f.name == "prompt")]
+    asked = hint.writing is not None and hint.writing.writer.weights is not None
+    names = [f.name for f in fields(hint) if asked or f.name != "prompt"]
     values = [*(getattr(hint, name) for name in names), hint.wording]
     texts = dict.fromkeys(value for value in values if isinstance(value, str) and "{" in value)
     texts = ["".join(literal for literal, *_ in Formatter().parse(text)) for text in texts]
