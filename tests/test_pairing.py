@@ -440,6 +440,12 @@ def test_the_quickstarts_use_words_that_their_models_know(name: str):
             ["hints"],
         ),
         ("sdpo", "{puzzle}", ["hints"]),
+        ({"name": "rcsd", "contexts": [{"name": "rubric", "writing": {}, "template": SLOTS}]}, "{puzzle}", ["hints"]),
+        (
+            {"name": "rcsd", "contexts": [{"name": "rubric", "source": "data", "writing": None, "template": SLOTS}]},
+            "{puzzle}",
+            [],
+        ),
     ],
 )
 def test_words_that_the_tokenizer_does_not_know_are_said_before_a_run(method: Any, prompt: str, kinds: list[str]):
