@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -253,8 +254,13 @@ def test_what_was_measured_by_another_command_is_measured_anew(tmp_path: Path) -
     records = Records(tmp_path / "x.json")
     old = Record("row", "final", "train a=1", "lr 0.1", 11, {"accuracy": 1.0})
     records.add(old)
-    assert records.find(old.name, "train a=1") == old
-    assert Records(tmp_path / "x.json").find(old.name, "train a=2") is None
+    bases = {"tiny": "1f"}
+    assert records.find(old.name, "train a=1", bases) == old  # from before bases were noted
+    assert Records(tmp_path / "x.json").find(old.name, "train a=2", bases) is None
+    noted = replace(old, made={"bases": bases})
+    records.add(noted)
+    assert records.find(old.name, "train a=1", bases) == noted
+    assert records.find(old.name, "train a=1", {"tiny": "2e"}) is None
     records.add(Record("row", "final", "train a=2", "lr 0.1", 11, {"accuracy": 2.0}))
     assert [one.values["accuracy"] for one in Records(tmp_path / "x.json").of("final", "row")] == [2.0]
 

@@ -1,6 +1,7 @@
 """The rollout pipeline: the processes share the problems, decode, grade and gate, and teacher prompts are added."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,11 @@ class RolloutPipeline:
         analyse: Analyse = generator if of is None else lambda _, *asked: generator(of, *asked)
         return build_teacher_prompts(rollouts, contexts, self.config.task, self.policy, analyse, batch, sources)
 
-    def attempts(self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int) -> list[list[Rollout]]:
-        """The attempts at each problem, by all processes together."""
-        with self.rollout_weights.applied(self.module):
+    def attempts(
+        self, rule: RolloutRule, prompted: Sequence[Prompted], seed: int, batch: int, by_student: bool = False
+    ) -> list[list[Rollout]]:
+        """The attempts at each problem, by all processes together; ``by_student`` by its own weights in any case."""
+        with nullcontext() if by_student else self.rollout_weights.applied(self.module):
             decoder = self.engine.decoder
             return rule(self.policy, self.config.task, prompted, self.config.decode, seed, batch, self.workers, decoder)
 

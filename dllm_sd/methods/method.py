@@ -115,9 +115,10 @@ class Method(Ranged, key="method"):
         return tuple(others.get(i, "teacher") for i in range(len(self.contexts)))
 
     @property
-    def imitates_rollouts(self) -> bool:
-        """Whether the tokens of rollouts are themselves what is learnt, without a teacher or an advantage."""
-        return self.rollout.decodes and not self.target.asks_teachers and not self.trust.weights_likelihoods
+    def imitates_other_weights(self) -> bool:
+        """Whether it learns the tokens of rollouts that other weights than the student's write, as in SPD."""
+        likelihood = not self.target.asks_teachers and not self.trust.weights_likelihoods
+        return likelihood and self.rolling is not None
 
     @property
     def rolling(self) -> Weights | None:

@@ -143,19 +143,20 @@ class Probe:
         return self.method.gate(rule.choose(counted)) if counted else []
 
     def _without_teacher(self, prompted: Sequence[Prompted], student: VerdictById) -> Findings:
-        """Of a method that imitates rollouts, the first of each problem that passes the gate, against the student."""
-        rule, tried = self.method.rollout.unselected(), list[list[Rollout]]()
-        if self.method.imitates_rollouts:
-            tried = self.pipeline.attempts(rule, prompted, self.seed, 0)
-        passing = [kept for group in tried if (kept := self._passing(rule, group))]
-        counts = {
-            "made": sum(map(len, tried)),
-            "right": sum(one.grade.correct for group in tried for one in group),
-            "passing": sum(map(len, passing)),
-            "hinted": sum(map(len, passing)),
-        }
-        text = gap(student, {kept[0].problem.id: kept[0].grade.correct for kept in passing})
-        return Findings(len(prompted), rate(student), counts, has_teacher=False, text=text)
+        """If other weights write what is imitated: their rollouts, against the student's with the same sampling."""
+        none: dict[str, int] = dict.fromkeys(("made", "right", "passing", "hinted"), 0)
+        found = Findings(len(prompted), rate(student), none, has_teacher=False)
+        if not self.method.imitates_other_weights:
+            return found
+        rule = self.method.rollout.unselected()
+        own, other = (
+            {group[0].problem.id: group[0].grade.correct for group in tried if group}
+            for tried in (
+                self.pipeline.attempts(rule, prompted, self.seed, 0, by_student=by_student)
+                for by_student in (True, False)
+            )
+        )
+        return replace(found, imitated=gap(own, other))
 
     def _material(self, method: Method, rollouts: Rollouts, informed: int | None = None) -> _Material:
         """Add the briefs, and lay out the canvases of all passes."""

@@ -66,8 +66,8 @@ class Findings:
     premise: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """Mean probabilities of the reference's token in rollouts that pass the gate (`signal.premise`)."""
     has_teacher: bool = True
-    text: Gap | None = None
-    """Of a method without a teacher: the rollouts that it imitates, against the student's answers."""
+    imitated: Gap | None = None
+    """Of a method that imitates what other weights write: these in the place of the teacher, against the student."""
 
     @property
     def best(self) -> Teacher | None:
@@ -84,7 +84,8 @@ class Findings:
             "probe/student": self.student and self.student.accuracy,
             "probe/teacher": best and best.gap.teacher.accuracy,
             "probe/gap": best and best.gap.gap,
-            "probe/text": self.text and self.text.teacher.accuracy,
+            "probe/imitated": self.imitated and self.imitated.teacher.accuracy,
+            "probe/imitated_gap": self.imitated and self.imitated.gap,
             "probe/divergence": (group := self.groups.get("all")) and group.divergence,
             "probe/form": another and another.form,
             "probe/kept": self.shares and self.shares.left,
@@ -117,33 +118,38 @@ Rule = Callable[[Findings], tuple[str, bool | None] | None]
 
 
 def no_teacher(findings: Findings) -> tuple[str, bool | None] | None:
-    """The method has no teacher, and does not imitate rollouts either."""
-    if findings.has_teacher or findings.rollouts["made"]:
+    """The method has no teacher, and imitates no other weights either."""
+    if findings.has_teacher or findings.imitated is not None:
         return None
     return "this method has no teacher, so there is nothing to compare the student with", None
 
 
-def text_against_student(findings: Findings) -> tuple[str, bool | None] | None:
-    """The text that a method without a teacher imitates, against the student's answers to the same problems."""
-    if (text := findings.text) is None:
+def writer_against_student(findings: Findings) -> tuple[str, bool | None] | None:
+    """Rollouts of the weights that a method without a teacher imitates, against the student's, sampled alike."""
+    if (imitated := findings.imitated) is None:
         return None
-    if text.teacher.n < FEW:
-        return f"the text that it imitates is that of {text.teacher.n} problems only: raise --problems", None
-    figures = _figures(text)
-    if text.ci95[1] < 0:
+    if imitated.teacher.n < FEW:
+        return _too_few(imitated.teacher.n), None
+    figures = _figures(imitated)
+    if imitated.ci95[1] < 0:
         return (
-            "the text that it imitates is less often right than the student's answers, so the student would learn "
-            f"mistakes that it does not make ({figures})"
+            "the weights that write the rollouts are less accurate than the student with the same sampling, so it "
+            f"would learn mistakes that are not its own ({figures})"
         ), False
-    if text.ci95[0] > 0:
-        return f"the text that it imitates is more often right than the student's answers ({figures})", True
-    return f"the text that it imitates is about as often right as the student's answers ({figures})", None
+    if imitated.ci95[0] > 0:
+        return (
+            f"the weights that write the rollouts are more accurate than the student with the same sampling ({figures})"
+        ), True
+    return (
+        "the weights that write the rollouts are hardly more accurate than the student with the same sampling "
+        f"({figures})"
+    ), None
 
 
 def nothing_passes(findings: Findings) -> tuple[str, bool | None] | None:
     """No rollout passes the gate, or none of those that do has a hint."""
     counts = findings.rollouts
-    if not counts["made"] or counts["hinted"]:
+    if not findings.has_teacher or not counts["made"] or counts["hinted"]:
         return None
     remedy = "take easier problems, raise method.rollout.attempts, or begin with method=sft"
     if not counts["passing"]:
@@ -162,7 +168,7 @@ def too_few(findings: Findings) -> tuple[str, bool | None] | None:
     best = findings.best
     if best is None or best.gap.teacher.n >= FEW:
         return None
-    return f"only {best.gap.teacher.n} problems could be compared, which is too few: raise --problems", None
+    return _too_few(best.gap.teacher.n), None
 
 
 def teacher_against_student(findings: Findings) -> tuple[str, bool | None] | None:
@@ -271,7 +277,7 @@ def little_left(findings: Findings) -> tuple[str, bool | None] | None:
 
 RULES: tuple[Rule, ...] = (
     no_teacher,
-    text_against_student,
+    writer_against_student,
     nothing_passes,
     too_few,
     teacher_against_student,
@@ -301,6 +307,10 @@ def _accuracies(findings: Findings, kind: str) -> tuple[float, float] | None:
     if control is None or control.accuracy is None or control.against is None or control.accuracy.n < FEW:
         return None
     return control.against.accuracy, control.accuracy.accuracy
+
+
+def _too_few(problems: int) -> str:
+    return f"only {problems} problems could be compared, which is too few: raise --problems"
 
 
 def _figures(compared: Gap) -> str:

@@ -52,8 +52,8 @@ def _accuracies(name: str, tree: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right" if column else "left")
     if (student := tree["student"]) is not None:
         table.add_row("student", str(student["n"]), _rate(student), "", "")
-    if (text := tree["text"]) is not None:
-        table.add_row("rollouts that it imitates", *_gap(text))
+    if (imitated := tree["imitated"]) is not None:
+        table.add_row("rollouts that it imitates", *_gap(imitated))
     for teacher in tree["teachers"]:
         shown = "" if teacher["revealed"] is None else f", {_percent(teacher['revealed'])} revealed"
         who = f"teacher {teacher['context']} ({teacher['name']}{shown})"

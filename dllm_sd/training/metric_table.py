@@ -138,9 +138,10 @@ METRICS = {
         "has a hint."
     ),
     "probe/gap": Metric("Probe: accuracy of that teacher minus that of the student on the same problems."),
-    "probe/text": Metric(
-        "Probe: share of right answers in the rollouts that a method without a teacher imitates, one a problem."
+    "probe/imitated": Metric(
+        "Probe: accuracy of rollouts that other weights than the student's write for a method that imitates them (SPD)."
     ),
+    "probe/imitated_gap": Metric("Probe: that accuracy minus that of the student's rollouts with the same sampling."),
     "probe/divergence": Metric("Probe: mean over sites of the divergence from the target, before the clip."),
     "probe/form": Metric(
         "Probe: of the probability that the teacher adds to the student's, the share that another problem's "

@@ -42,13 +42,13 @@ def spoilt(kind: str, **changes: Any) -> Mapping[str, Control]:
     return {**GOOD.controls, kind: replace(GOOD.controls[kind], **changes)}
 
 
-TEXT: dict[str, Any] = {"has_teacher": False, "teachers": (), "controls": {}, "premise": {}, "shares": None}
+UNTAUGHT: dict[str, Any] = {"has_teacher": False, "teachers": (), "controls": {}, "premise": {}, "shares": None}
 CASES: dict[str, tuple[dict[str, Any], str, bool | None]] = {
-    "no teacher": ({**TEXT, "rollouts": {"made": 0, "right": 0, "passing": 0, "hinted": 0}}, "no_teacher", None),
-    "worse text": ({**TEXT, "text": teacher(10, 40, -0.4, -0.2).gap}, "text_against_student", False),
-    "equal text": ({**TEXT, "text": teacher(41, 40, -0.1, 0.12).gap}, "text_against_student", None),
-    "better text": ({**TEXT, "text": teacher(100, 40, 0.5, 0.7).gap}, "text_against_student", True),
-    "little text": ({**TEXT, "text": teacher(7, 1, 0.5, 1.0, n=7).gap}, "text_against_student", None),
+    "no teacher": (UNTAUGHT, "no_teacher", None),
+    "worse writer": ({**UNTAUGHT, "imitated": teacher(10, 40, -0.4, -0.2).gap}, "writer_against_student", False),
+    "equal writer": ({**UNTAUGHT, "imitated": teacher(41, 40, -0.1, 0.12).gap}, "writer_against_student", None),
+    "better writer": ({**UNTAUGHT, "imitated": teacher(100, 40, 0.5, 0.7).gap}, "writer_against_student", True),
+    "few of a writer": ({**UNTAUGHT, "imitated": teacher(7, 1, 0.5, 1.0, n=7).gap}, "writer_against_student", None),
     "nothing passes": (
         {"rollouts": {"made": 64, "right": 0, "passing": 0, "hinted": 0}, "teachers": (), "controls": {}},
         "nothing_passes",

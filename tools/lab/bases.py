@@ -1,5 +1,6 @@
 """The models on which claims are tested; those that do not ship are trained once and kept in a folder."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,13 @@ RECIPE = "lab_recipe.txt"
 def base_path(name: str, bases: Mapping[str, Base]) -> str:
     """What `model.path` is for a base; ``LAB`` stands for the laboratory's folder."""
     return bases[name].path or f"LAB/bases/{name}"
+
+
+def digest(name: str, bases: Mapping[str, Base]) -> str:
+    """A short digest of the recipe of a base and of those that it needs."""
+    base = bases[name]
+    recipes = [repr(base), *(digest(needed, bases) for needed in base.needs)]
+    return hashlib.sha256("".join(recipes).encode()).hexdigest()[:12]
 
 
 def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:

@@ -175,9 +175,14 @@ def _claim(entry: Mapping[str, Any], baselines: Mapping[str, Row], where: str) -
     """A claim of the file, with the baselines that it lists as its last rows."""
     entry = dict(entry)
     rows = {name: _row(row, f"{where}.rows.{name}") for name, row in entry["rows"].items()}
-    for name in entry.pop("baselines", ()):
+    listed = entry.pop("baselines", [])
+    if not isinstance(listed, list):
+        raise InputError(f"{where}.baselines is {listed!r}; give a list, such as [sft]")
+    for name in listed:
         if name not in baselines:
             raise InputError(f"{where}.baselines has {name!r}, which is none of {', '.join(baselines)}; correct it")
+        if name in rows:
+            raise InputError(f"{where} has {name!r} both among its rows and its baselines; leave out one of them")
         rows[name] = baselines[name]
     statements = tuple(
         Statement(

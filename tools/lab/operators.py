@@ -1,14 +1,15 @@
 """Data of Countdown with two numbers, where a hint may be a solution, its operator, or an attempt that is wrong.
 
 Without a hint the models are trained on small numbers only, with one on all, so that a hint helps with larger ones.
-
-A problem mostly has two right answers, ``3+15`` and ``15+3``: a solution in the prompt fixes one of them, its operator
+Sums and products have two right forms, ``3+15`` and ``15+3``: a solution in the prompt fixes one of them, its operator
 leaves both. A problem's domain is that of its operator: ``sums`` (``+ -``) or ``products`` (``* /``).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations_with_replacement, cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,25 @@ from tools.lab.draws import by_share, one_of
 
 OPERATORS = "+-*/"
 DOMAINS = {"+": "sums", "-": "sums", "*": "products", "/": "products"}
-PLAIN, LARGEST, LARGEST_ELSEWHERE = 30, 60, 99
+PLAIN, LARGEST, LARGEST_ELSEWHERE = 30, 99, 199
 """Largest number of a question without a hint in training, of the problems of the methods, and of those elsewhere."""
-TARGETS = range(2, 101)
+LEAST_TARGET = 2
+SHARE_OF = {"+": 33, "-": 33, "*": 31, "/": 3}
+"""Problems of the methods per hundred by operator; two numbers rarely have a whole quotient."""
 KINDS = {"plain": 40, "solution": 15, "operator": 15, "attempt": 15, "solution and comment": 15}
 """Rows of the training data per hundred, by what stands before the question."""
 SAME = 3
 """Behind a solution, this many of four rows repeat it; the others have its other form, where there is one."""
-SHARES = {"mixed": 50, "sums": 85, "products": 15}
-"""Rows per hundred with a sum, by the model that is trained on them."""
-TESTING = 2048
+TRAINED_ON = {
+    "mixed": SHARE_OF,
+    "sums": {"+": 43, "-": 43, "*": 13, "/": 1},
+    "products": {"+": 7, "-": 7, "*": 78, "/": 8},
+}
+"""Rows per hundred by operator, by the model that is trained on them."""
 
 
 @dataclass(frozen=True)
-class Sum:
+class CountdownProblem:
     """Two numbers as the prompt shows them, and the right expressions of them."""
 
     numbers: tuple[int, int]
@@ -48,32 +54,45 @@ class Sum:
 
 
 def reached(a: int, b: int, operator: str) -> int | None:
-    """The value of an expression if it is a target, else None."""
+    """The value of an expression if it is whole and large enough for a target, else None."""
     quotient = a // b if a % b == 0 else 0
     value = {"+": a + b, "-": a - b, "*": a * b, "/": quotient}[operator]
-    return value if value in TARGETS else None
+    return value if value >= LEAST_TARGET else None
 
 
-def problems(split: Split, purpose: str, sums: int = 50, least: int = 1, most: int = LARGEST) -> Iterator[Sum]:
-    """Problems of a split without end, ``sums`` of a hundred with + or -, numbers from 1 of which the larger one is
-    from ``least`` to ``most``."""
-    i = 0
+@cache
+def distinct(split: Split, operator: str, least: int, most: int) -> tuple[CountdownProblem, ...]:
+    """All problems of a split that the operator solves, each once, with a larger number from ``least`` to ``most``."""
+    found = []
+    for b, a in combinations_with_replacement(range(1, most + 1), 2):
+        target = reached(a, b, operator)
+        if a < least or target is None or split_of(b, a, target) != split:
+            continue
+        orders = list(dict.fromkeys([(a, b), (b, a)]))
+        forms = [f"{x}{op}{y}" for op in OPERATORS for x, y in orders if reached(x, y, op) == target]
+        numbers = orders[make_key("laboratory", "order", a, b, target) % len(orders)]
+        found.append(CountdownProblem(numbers, target, operator, tuple(forms)))
+    return tuple(found)
+
+
+def problems(
+    split: Split, purpose: str, shares: Mapping[str, int] = SHARE_OF, least: int = 1, most: int = LARGEST
+) -> Iterator[CountdownProblem]:
+    """Problems of a split without end, by ``shares`` of operators; one comes again only after all of its operator."""
+    turns = {
+        operator: cycle(_shuffled(distinct(split, operator, least, most), purpose, operator)) for operator in shares
+    }
+    draws = Draws(make_key("laboratory", "operators", purpose, split))
     while True:
-        draws = Draws(make_key("laboratory", "operators", purpose, split, i))
-        i += 1
-        operator = ("+-" if draws.below(100) < sums else "*/")[draws.below(2)]
-        while True:
-            a, b = 1 + draws.below(most), 1 + draws.below(most)
-            target = reached(a, b, operator)
-            if max(a, b) >= least and target is not None and split_of(min(a, b), max(a, b), target) == split:
-                break
-        numbers = (a, b) if draws.below(2) else (b, a)
-        forms = [f"{x}{op}{y}" for op in OPERATORS for x, y in dict.fromkeys([(a, b), (b, a)])
-                 if reached(x, y, op) == target]  # fmt: skip
-        yield Sum(numbers, target, operator, tuple(forms))
+        yield next(turns[by_share(shares, draws)])
 
 
-def row(problem: Sum, kind: str, draws: Draws) -> dict[str, str]:
+def _shuffled(found: Sequence[CountdownProblem], *purpose: str) -> list[CountdownProblem]:
+    order = Draws(make_key("laboratory", "operators", *purpose)).shuffled(len(found))
+    return [found[i] for i in order]
+
+
+def row(problem: CountdownProblem, kind: str, draws: Draws) -> dict[str, str]:
     """A prompt and its completion of one of the kinds."""
     shown = one_of(problem.forms, draws)
     wrong = one_of(wrong_attempts(problem), draws)
@@ -89,7 +108,7 @@ def row(problem: Sum, kind: str, draws: Draws) -> dict[str, str]:
     return {"prompt": f"{hint}{problem.question}", "answer": shown if repeats else one_of(right, draws)}
 
 
-def wrong_attempts(problem: Sum) -> list[str]:
+def wrong_attempts(problem: CountdownProblem) -> list[str]:
     """All expressions of the two numbers that miss the target."""
     a, b = problem.numbers
     texts = [f"{x}{operator}{y}" for operator in OPERATORS for x, y in ((a, b), (b, a))]
@@ -98,34 +117,34 @@ def wrong_attempts(problem: Sum) -> list[str]:
 
 def write_operators(folder: Path, rows: int) -> None:
     """The training data of the three models, and the problems of the methods, with solution, rubric and domain."""
-    for name, sums in SHARES.items():
-        small, all_of_them = (problems("train", name, sums, most=most) for most in (PLAIN, LARGEST_ELSEWHERE))
+    for name, shares in TRAINED_ON.items():
+        small, all_of_them = (problems("train", name, shares, most=most) for most in (PLAIN, LARGEST_ELSEWHERE))
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for i in range(rows):
                 draws = Draws(make_key("laboratory", "operators", name, i))
                 kind = by_share(KINDS, draws)
                 problem = next(small if kind == "plain" else all_of_them)
                 file.write(json.dumps(row(problem, kind, draws)) + "\n")
-    write_problems(folder / "train.jsonl", problems("train", "methods"), rows // 2)
-    write_problems(folder / "test.jsonl", problems("test", "methods"), TESTING)
-    elsewhere = problems("test", "elsewhere", least=LARGEST + 1, most=LARGEST_ELSEWHERE)
-    write_problems(folder / "larger.jsonl", elsewhere, TESTING)
+    sets = {"train": ("train", 1, LARGEST), "test": ("test", 1, LARGEST),
+            "larger": ("test", LARGEST + 1, LARGEST_ELSEWHERE)}  # fmt: skip
+    for name, (split, least, most) in sets.items():
+        write_problems(folder / f"{name}.jsonl", once(split, least, most))
     (folder / "bank.json").write_text(json.dumps(bank(), indent=1) + "\n", encoding="utf-8")
 
 
-def bank() -> dict[str, Any]:
-    """Four skills, to try each of the operators: for a problem one is right, or with the number 1 two."""
-    skills = [{"id": f"gen_{i}", "title": operator, "principle": operator, "when_to_apply": operator}
-              for i, operator in enumerate(OPERATORS)]  # fmt: skip
-    mistakes = [{"id": f"err_{i}", "description": operator, "why_it_happens": operator, "how_to_avoid": operator}
-                for i, operator in enumerate(OPERATORS)]  # fmt: skip
-    return {"skills": skills, "mistakes": mistakes, "metadata": {}}
+def once(split: Split, least: int, most: int) -> list[CountdownProblem]:
+    """Distinct problems of a split, as many as the shares of the operators allow."""
+    found = {operator: distinct(split, operator, least, most) for operator in OPERATORS}
+    size = min(len(found[operator]) / share for operator, share in SHARE_OF.items())
+    kept = [problem for operator, share in SHARE_OF.items()
+            for problem in _shuffled(found[operator], "once", split)[: int(size * share)]]  # fmt: skip
+    return list({problem.question: problem for problem in _shuffled(kept, "all", split)}.values())
 
 
-def write_problems(file: Path, drawn: Iterator[Sum], count: int) -> None:
+def write_problems(file: Path, kept: Sequence[CountdownProblem]) -> None:
     """Problems for the methods, a line each."""
     with file.open("w", encoding="utf-8") as lines:
-        for i, problem in zip(range(count), drawn, strict=False):
+        for i, problem in enumerate(kept):
             draws = Draws(make_key("laboratory", "operators", "shown", i))
             entry = {
                 "question": problem.question,
@@ -136,3 +155,12 @@ def write_problems(file: Path, drawn: Iterator[Sum], count: int) -> None:
                 "domain": DOMAINS[problem.operator],
             }
             lines.write(json.dumps(entry) + "\n")
+
+
+def bank() -> dict[str, Any]:
+    """Four skills, to try each of the operators, of which mostly one fits a problem."""
+    skills = [{"id": f"gen_{i}", "title": operator, "principle": operator, "when_to_apply": operator}
+              for i, operator in enumerate(OPERATORS)]  # fmt: skip
+    mistakes = [{"id": f"err_{i}", "description": operator, "why_it_happens": operator, "how_to_avoid": operator}
+                for i, operator in enumerate(OPERATORS)]  # fmt: skip
+    return {"skills": skills, "mistakes": mistakes, "metadata": {}}

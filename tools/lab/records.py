@@ -52,10 +52,12 @@ class Records:
         lines = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         self._records = {record.name: record for record in (Record(**line) for line in lines)}
 
-    def find(self, name: Name, key: str) -> Record | None:
-        """The record of this name, if it is of this very command."""
+    def find(self, name: Name, key: str, bases: Mapping[str, str]) -> Record | None:
+        """The record of this name, if it is of this very command, and of these bases (by digest) where it names them."""
         record = self._records.get(name)
-        return record if record is not None and record.key == key else None
+        if record is None or record.key != key or record.made.get("bases", bases) != bases:
+            return None
+        return record
 
     def add(self, record: Record) -> None:
         """Add or replace a record, and write the file."""

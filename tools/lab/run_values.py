@@ -12,6 +12,7 @@ from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.policy import Policy
 from dllm_sd.tasks.task import Split
 from dllm_sd.training.checkpoint import latest_checkpoint, load_weights
+from dllm_sd.training.peers import ROUNDS
 
 LAST = 5
 """Updates over which the entropy at the end of a run is averaged."""
@@ -24,7 +25,10 @@ def run_folders(run: Path) -> dict[str, Path]:
 
 
 def values_of(run: Path) -> dict[str, float]:
-    """Updates, generated tokens, seconds and the student's entropy at the end, of peers the mean over both."""
+    """Updates, generated tokens, seconds and the student's entropy at the end, of peers the mean over both.
+
+    Of peers also ``tutored``, the share of phases in which the other one was allowed to comment.
+    """
     logs = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for folder in run_folders(run).values()
@@ -37,6 +41,9 @@ def values_of(run: Path) -> dict[str, float]:
     entropies = [[line["student/entropy"] for line in log if line.get("student/entropy") is not None] for log in logs]
     if all(entropies):
         values["entropy"] = mean(mean(one[-LAST:]) for one in entropies)
+    if (rounds := run / ROUNDS).is_file():
+        tutors = [may for one in json.loads(rounds.read_text(encoding="utf-8")) for may in one["tutors"].values()]
+        values["tutored"] = mean(map(float, tutors))
     return {key: round(value, 4) for key, value in values.items()}
 
 

@@ -26,7 +26,7 @@ from dllm_sd.probing.opening import opened
 from dllm_sd.tasks.task import Split
 from dllm_sd.training.environment import environment
 from dllm_sd.training.peers import first_student
-from tools.lab.bases import base_path, make_base
+from tools.lab.bases import base_path, digest, make_base
 from tools.lab.claims import BASE, Claim, Laboratory, Row, Setting
 from tools.lab.critic import running_critic
 from tools.lab.records import Record, Records, Stage, results_of
@@ -158,7 +158,8 @@ class Work:
         row = self.claim.rows[name]
         if not decodes(row) or row.updates_like is not None:
             reference = row.updates_like or next(iter(self.claim.rows))
-            return self._updates(reference, self.claim.settings(reference)[0], stage)
+            its_own = setting if row.like == reference else self.claim.settings(reference)[0]
+            return self._updates(reference, its_own, stage)
         tokens = self._tokens(name, setting)
         rounds = 1 if (peers := self.config(self.command(row)).peers) is None else peers.rounds
         budget = self.claim.tokens * min(row.share, self.claim.tuning if stage == "tune" else 1.0)
@@ -210,11 +211,12 @@ class Work:
     ) -> Record:
         """The record of a command, measured unless it is there."""
         key = " ".join(command)
-        if (there := self.records.find((stage, row, setting, seed), key)) is not None:
+        bases = {name: digest(name, self.runner.laboratory.bases) for name in (self.claim.base, *self.claim.needs)}
+        if (there := self.records.find((stage, row, setting, seed), key, bases)) is not None:
             return there
         start = time.process_time()
         measured = measure()
-        record = Record(row, stage, key, setting, seed, made=_made(), **measured)
+        record = Record(row, stage, key, setting, seed, made={**_made(), "bases": bases}, **measured)
         record = replace(record, values={**record.values, "core_seconds": round(time.process_time() - start, 1)})
         self.records.add(record)
         told = ", ".join(f"{key} {value:.4g}" for key, value in record.values.items() if "/" not in key)
