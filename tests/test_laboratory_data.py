@@ -7,12 +7,27 @@ from itertools import islice
 import pytest
 
 from dllm_sd.randomness import make_key
+from dllm_sd.skills import build_bank, format_pair, retrieve
 from dllm_sd.tasks.datafile import split_of
 from dllm_sd.tasks.sources import Draws
 from tools.lab.countdown_score import score
 from tools.lab.data import half_wrong, solutions
 from tools.lab.draws import by_share
-from tools.lab.operators import DOMAINS, KINDS, PLAIN, TARGETS, bank, problems, row, wrong_attempts
+from tools.lab.operators import (
+    DOMAINS,
+    KINDS,
+    LARGEST,
+    LARGEST_ELSEWHERE,
+    LEAST_TARGET,
+    OPERATORS,
+    PLAIN,
+    SHARE_OF,
+    bank,
+    once,
+    problems,
+    row,
+    wrong_attempts,
+)
 
 
 def test_half_of_the_bank_says_what_is_wrong() -> None:
@@ -42,7 +57,7 @@ def test_forms_of_a_countdown_problem_are_all_that_reach_the_target() -> None:
     """The grader, which evaluates the text, agrees with the maker on every expression of the two numbers."""
     for problem in islice(problems("train", "test"), 300):
         fields = {"numbers": list(problem.numbers), "target": problem.target}
-        assert problem.target in TARGETS
+        assert problem.target >= LEAST_TARGET
         assert split_of(*sorted(problem.numbers), problem.target) == "train"
         assert any(problem.operator in form for form in problem.forms)
         assert [score(fields, form) for form in problem.forms] == [1.0] * len(problem.forms)
@@ -52,12 +67,22 @@ def test_forms_of_a_countdown_problem_are_all_that_reach_the_target() -> None:
 
 
 def test_shares_and_sizes_of_countdown_problems_are_as_asked() -> None:
-    mostly_sums = list(islice(problems("test", "test", sums=85, most=PLAIN), 400))
+    mostly_sums = list(islice(problems("train", "test", {"+": 43, "-": 43, "*": 14}, most=PLAIN), 400))
     assert max(max(problem.numbers) for problem in mostly_sums) <= PLAIN
     sums = sum(DOMAINS[problem.operator] == "sums" for problem in mostly_sums)
-    assert sums / 400 == pytest.approx(0.85, abs=0.05)
-    larger = islice(problems("test", "test", least=61, most=99), 50)
-    assert all(60 < max(problem.numbers) <= 99 for problem in larger)
+    assert sums / 400 == pytest.approx(0.86, abs=0.05)
+
+
+@pytest.mark.parametrize(("least", "most", "fewest"), [(1, LARGEST, 600), (LARGEST + 1, LARGEST_ELSEWHERE, 1000)])
+def test_test_problems_are_distinct_and_of_every_operator(least: int, most: int, fewest: int) -> None:
+    kept = once("test", least, most)
+    assert len({(*sorted(problem.numbers), problem.target) for problem in kept}) == len(kept) >= fewest
+    assert all(least <= max(problem.numbers) <= most for problem in kept)
+    found = Counter(problem.operator for problem in kept)
+    for operator, share in SHARE_OF.items():
+        assert found[operator] / len(kept) == pytest.approx(share / 100, abs=0.02)
+    train = {(*sorted(problem.numbers), problem.target) for problem in once("train", least, most)}
+    assert not train & {(*sorted(problem.numbers), problem.target) for problem in kept}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,6 +108,7 @@ def test_the_hint_of_a_countdown_row_is_of_its_kind_and_the_answer_is_right(kind
         assert 60 < comments[False] < 140
 
 
-def test_the_bank_has_a_skill_for_every_operator() -> None:
-    assert [skill["principle"] for skill in bank()["skills"]] == list(DOMAINS)
-    assert len(bank()["mistakes"]) == len(DOMAINS)
+def test_the_bank_offers_every_operator_once() -> None:
+    read = build_bank(bank(), "bank")
+    offered = [format_pair(pair, "{principle}") for pair in retrieve(read, "15 3 > 45:", len(OPERATORS))]
+    assert sorted(offered) == sorted(OPERATORS)

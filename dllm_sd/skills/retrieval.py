@@ -26,6 +26,8 @@ Where it helps: {when_to_apply}
 A mistake others made here: {description}
 How to stay clear of it: {how_to_avoid}"""
 
+PAIR_KEY = "pair of a context skills (method.contexts)"
+
 Rank = Callable[[str, int], Sequence[tuple[int, float | None]]]
 """``rank(query, key)`` returns the indices of all entries, best first, each with its score (None without scores)."""
 
@@ -186,7 +188,7 @@ def format_pair(pair: SkillPair, template: str = PAIR) -> str:
     """
     entries = {**vars(pair.skill), **vars(pair.mistake)}
     del entries["id"]
-    return render(template, entries, "the pair's template")
+    return render(template, entries, PAIR_KEY)
 
 
 def check_pair(template: str) -> None:
@@ -194,7 +196,7 @@ def check_pair(template: str) -> None:
     pairs = [SkillPair(Skill("", *[text] * 3), Mistake("", *[text] * 3), None, 1.0) for text in "12"]
     first, second = (format_pair(pair, template) for pair in pairs)
     if first == second:
-        raise InputError("the pair's template shows no text of the skill or the mistake; add {principle}, or another")
+        raise InputError(f"{PAIR_KEY} shows no text of the skill or the mistake; add {{principle}}, or another of them")
 
 
 def _unit(word_counts: Counter[str], document_counts: Counter[str], documents: int) -> dict[str, float]:

@@ -252,5 +252,7 @@ def test_a_pair_shows_what_to_do_and_what_to_avoid_and_not_why_it_happens():
     for hidden in ("Because", "i1", "i2"):
         assert hidden not in text
     assert format_pair(pair, "{title}|{why_it_happens}") == "T{0}|Because"
-    with pytest.raises(InputError, match=r"the pair's template asks for {id}; use plain fields only"):
+    with pytest.raises(
+        InputError, match=r"pair of a context skills \(method\.contexts\) asks for {id}; use plain fields only"
+    ):
         format_pair(pair, "{id}")

@@ -1,15 +1,14 @@
-"""The grader of the laboratory's Countdown with hints, which is read from files: `task.grader` names `score`."""
+"""The grader of the laboratory's Countdown with hints, whose problems are read from files: `task.grader` names `score`."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_sd.tasks.grading import evaluate_expression
+from dllm_sd.tasks.countdown import Countdown
+from dllm_sd.tasks.task import Problem
+
+TASK = Countdown()
 
 
 def score(problem: Mapping[str, Any], completion: str) -> float:
-    """1 for an expression that reaches the target with every number once, else 0."""
-    evaluated = evaluate_expression(completion.strip())
-    if evaluated is None:
-        return 0.0
-    value, used = evaluated
-    return float(value == problem["target"] and sorted(used) == sorted(problem["numbers"]))
+    """The score that the task countdown gives."""
+    return TASK.grade(Problem("", problem), completion).score

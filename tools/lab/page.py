@@ -32,12 +32,12 @@ COLUMNS = ("row", "setting", "seeds", "mean, 95 %", "gain", "length", "entropy",
 
 def write_page(laboratory: Laboratory, results: Path) -> None:
     """Replace the generated part of the page, and write the plots."""
-    former = PAGE.read_text(encoding="utf-8")
-    write_file(PAGE, with_tables(former, laboratory, results))
     if points := list(all_points(laboratory, results)):
         save(plot_gaps(points), GAPS, digest(points))
     if gains := all_gains(laboratory, results):
         save(plot_gains(gains), GAINS, digest(gains))
+    former = PAGE.read_text(encoding="utf-8")
+    write_file(PAGE, with_tables(former, laboratory, results))
 
 
 def with_tables(page: str, laboratory: Laboratory, results: Path) -> str:
@@ -55,7 +55,8 @@ def tables(laboratory: Laboratory, results: Path) -> str:
         for statement in claim.statements:
             cells = (f"[{claim.title}](#{name})", statement.says, *_judged(statement, claim, records[name]))
             parts.append(f"| {' | '.join(cells)} |\n")
-    parts.append(f"\n![gain of every row]({GAINS.relative_to(DOCS)})\n")
+    if all_gains(laboratory, results):
+        parts.append(f"\nThe gain of every row:\n\n![gain of every row]({GAINS.relative_to(DOCS)})\n")
     parts.append(_about_probe(list(all_points(laboratory, results))))
     parts += [_claim(name, claim, laboratory, records[name]) for name, claim in laboratory.claims.items()]
     return "".join(parts)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 8.0, 5.0
 """Of a plot, in inches."""
-COLUMNS, ROW, HEAD = 2, 0.24, 0.75
+COLUMNS, ROW, HEAD = 2, 0.24, 0.9
 """Of the plot of gains: panels side by side, and the inches of a row and around a panel."""
+COMPARED_WITH = ("sft", "rft", "rft_trajectory", "grpo", "diffu_grpo")
 DOTS = 110
 """Dots an inch."""
 
@@ -58,7 +60,10 @@ def plot_gaps(points: Sequence[Point]) -> "Figure":
 
 
 def plot_gains(gains: Mapping[str, Mapping[str, Estimate]]) -> "Figure":
-    """A panel for each claim: the gain of every row over the model before training, with its 95 % interval."""
+    """A panel for each claim: the gain of every row over the model before training, with its 95 % interval.
+
+    Baselines are grey; rows of one seed, of which no interval is known, are hollow.
+    """
     names = list(gains)
     lines = [names[i : i + COLUMNS] for i in range(0, len(names), COLUMNS)]
     heights = [HEAD + ROW * max(len(gains[name]) for name in line) for line in lines]
@@ -67,14 +72,16 @@ def plot_gains(gains: Mapping[str, Mapping[str, Estimate]]) -> "Figure":
     for i, name in enumerate(names):
         axes = figure.add_subplot(grid[i // COLUMNS, i % COLUMNS])
         rows = gains[name]
-        values, halves = [one.value for one in rows.values()], [one.half for one in rows.values()]
-        for at, (value, half) in enumerate(zip(values, halves, strict=True)):
-            error = None if half == float("inf") else half  # of one seed nothing is known
-            axes.errorbar(value, at, xerr=error, fmt="o", color=f"C{at % 10}", capsize=3)
+        for at, (row, one) in enumerate(rows.items()):
+            known = one.half != inf
+            colour = "grey" if row in COMPARED_WITH else "C0"
+            face = colour if known else "none"
+            axes.errorbar(one.value, at, xerr=one.half if known else None, fmt="o", color=colour, mfc=face, capsize=3)
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(name, fontsize=9)
+        axes.set_xlabel("points of accuracy", fontsize=7)
     return figure
 
 

@@ -53,7 +53,10 @@ class Records:
         self._records = {record.name: record for record in (Record(**line) for line in lines)}
 
     def find(self, name: Name, key: str, bases: Mapping[str, str]) -> Record | None:
-        """The record of this name, if it is of this very command, and of these bases (by digest) where it names them."""
+        """The record of this name, if it is of this very command and of these bases, given by digest.
+
+        A record from before bases were noted counts.
+        """
         record = self._records.get(name)
         if record is None or record.key != key or record.made.get("bases", bases) != bases:
             return None
