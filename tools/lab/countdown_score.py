@@ -1,4 +1,4 @@
-"""The grader of the laboratory's Countdown with hints, whose problems are read from files: `task.grader` names `score`."""
+"""The grader of Countdown with hints, whose problems are read from files; `task.grader` names `score`."""
 
 from collections.abc import Mapping
 from typing import Any
