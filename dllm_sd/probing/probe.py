@@ -148,15 +148,11 @@ class Probe:
         found = Findings(len(prompted), rate(student), none, has_teacher=False)
         if not self.method.imitates_other_weights:
             return found
-        rule = self.method.rollout.unselected()
-        own, other = (
-            {group[0].problem.id: group[0].grade.correct for group in tried if group}
-            for tried in (
-                self.pipeline.attempts(rule, prompted, self.seed, 0, by_student=by_student)
-                for by_student in (True, False)
-            )
-        )
-        return replace(found, imitated=gap(own, other))
+        rule, verdicts = self.method.rollout.unselected(), list[VerdictById]()
+        for by_student in (True, False):
+            tried = self.pipeline.attempts(rule, prompted, self.seed, 0, by_student=by_student)
+            verdicts.append({group[0].problem.id: group[0].grade.correct for group in tried if group})
+        return replace(found, imitated=gap(*verdicts))
 
     def _material(self, method: Method, rollouts: Rollouts, informed: int | None = None) -> _Material:
         """Add the briefs, and lay out the canvases of all passes."""

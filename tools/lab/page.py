@@ -72,11 +72,13 @@ def list_claims(laboratory: Laboratory, results: Path) -> None:
 
 
 def all_points(laboratory: Laboratory, results: Path) -> Iterator[Point]:
-    """Every finished row that has a probe: the gap that it found, and the gain."""
+    """Every finished row whose teacher, or what writes its rollouts, was probed: the gap, and the gain."""
     for name, claim in laboratory.claims.items():
         records = results_of(name, results)
         for row in claim.rows:
-            gap = next((one.values.get("gap") for one in records.of("probe", row)), None)
+            gap = next(
+                (one.values.get("gap", one.values.get("imitated_gap")) for one in records.of("probe", row)), None
+            )
             if gap is not None and (gained := gain(claim, records, row)) is not None:
                 yield Point(name, row, 100 * gap, gained.value)
 
