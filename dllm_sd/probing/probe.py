@@ -130,6 +130,7 @@ class Probe:
             groups={} if sites is None else groups(sites),
             shares=None if trained is None else shares(trained, self.method),
             premise=found_premise | {kind: places for kind, (_, places) in spoilt.items()},
+            judged_by_outcome=self.method.trust.judges_each_teacher,
         )
 
     def _examine(

@@ -1,7 +1,7 @@
 """The verdict of a probe: the rules that make it from the findings, and their thresholds."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dllm_sd.probing.accuracy import Gap, Rate
@@ -66,6 +66,8 @@ class Findings:
     premise: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """Mean probabilities of the reference's token in rollouts that pass the gate (`signal.premise`)."""
     has_teacher: bool = True
+    judged_by_outcome: bool = False
+    """Whether the outcome of each rollout decides if the student is pulled towards a teacher or away from it (SGSD)."""
     imitated: Gap | None = None
     """Of a method that imitates what other weights write: these in the place of the teacher, against the student."""
 
@@ -267,6 +269,16 @@ def taken_away(findings: Findings) -> tuple[str, bool | None] | None:
     )
 
 
+def judged_by_outcome(findings: Findings) -> tuple[str, bool | None] | None:
+    """The outcome gives each teacher its sign, so that teachers may teach which are no better than the student."""
+    if not findings.judged_by_outcome or not findings.teachers:
+        return None
+    return (
+        "the outcome of each rollout decides whether a teacher is followed or avoided, so one that is wrong, or whose "
+        "hint is the same for every problem, can teach as well"
+    ), None
+
+
 def little_left(findings: Findings) -> tuple[str, bool | None] | None:
     """The student solves `SOLVED` of the problems."""
     student = findings.student
@@ -286,8 +298,11 @@ RULES: tuple[Rule, ...] = (
     target_against_student,
     about_form,
     taken_away,
+    judged_by_outcome,
     little_left,
 )
+ABOUT_TEACHERS = {"teacher_against_student", "hint_unused", "target_against_student"}
+"""Rules that find that teachers teach nothing; they settle nothing where the outcome judges each teacher."""
 
 
 def verdict(findings: Findings) -> tuple[bool | None, list[Sentence]]:
@@ -297,6 +312,11 @@ def verdict(findings: Findings) -> tuple[bool | None, list[Sentence]]:
     """
     said = [(rule.__name__, rule(findings)) for rule in RULES]
     sentences = [Sentence(name, *answer) for name, answer in said if answer is not None]
+    if findings.judged_by_outcome:
+        sentences = [
+            replace(one, promising=None) if one.rule in ABOUT_TEACHERS and one.promising is False else one
+            for one in sentences
+        ]
     settled = {sentence.promising for sentence in sentences}
     return (False if False in settled else True if True in settled else None), sentences
 

@@ -71,6 +71,7 @@ CASES: dict[str, tuple[dict[str, Any], str, bool | None]] = {
     "clipped": ({"shares": Shares(0.0, 0.0, 0.5)}, "taken_away", True),
     "truncated": ({"shares": Shares(0.8, 0.0, 0.0)}, "taken_away", True),
     "purified": ({"shares": Shares(0.0, 0.6, 0.0)}, "taken_away", True),
+    "judged": ({"judged_by_outcome": True}, "judged_by_outcome", True),
     "solved": ({"student": rate(95)}, "little_left", True),
 }
 """What differs from `GOOD`; the rule that speaks, beside that of the gap; and what the verdict is."""
@@ -148,3 +149,21 @@ def test_a_gap_is_that_of_the_shared_problems() -> None:
     assert found.ci95[0] < found.gap <= found.ci95[1]
     assert gap({"a": True}, {"b": True}) is None
     assert rules.MIN_GAP > 0
+
+
+def test_where_the_outcome_judges_each_teacher_a_bad_one_settles_nothing() -> None:
+    bad = replace(
+        GOOD,
+        teachers=(teacher(10, 40, -0.4, -0.2),),
+        controls=spoilt("another", accuracy=rate(90)),
+        premise=premise(0.4, 0.1),
+    )
+    settling = {"teacher_against_student", "hint_unused", "target_against_student"}
+    promising, sentences = verdict(bad)
+    assert promising is False
+    assert {one.rule for one in sentences if one.promising is False} == settling
+    promising, sentences = verdict(replace(bad, judged_by_outcome=True))
+    assert promising is None
+    assert {one.rule for one in sentences} == {*settling, "judged_by_outcome"}
+    skipped = replace(bad, judged_by_outcome=True, rollouts={"made": 9, "right": 0, "passing": 0, "hinted": 0})
+    assert verdict(skipped)[0] is False  # nothing passes the gate

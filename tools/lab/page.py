@@ -133,9 +133,10 @@ def _claim(name: str, claim: Claim, laboratory: Laboratory, records: Records) ->
     tuned = "none" if _untuned(claim) else f"{claim.dev} dev problems, seed 1"
     if claim.tuning < 1 and not _untuned(claim):
         tuned += f", runs of {claim.tuning:.0%} of the tokens"
+    tested = next((int(one.values["n"]) for one in records.of("base", BASE) if "n" in one.values), claim.test)
     about = (
         f"Source: {claim.source}. Model: `{claim.base}`, {base.about}. {claim.tokens:,} generated tokens a run; "
-        f"tuning: {tuned}; final runs: seeds {', '.join(map(str, claim.seeds))}, {claim.test:,} test problems, last "
+        f"tuning: {tuned}; final runs: seeds {', '.join(map(str, claim.seeds))}, {tested:,} test problems, last "
         f"weights. "
         f"Command: `python -m tools.lab run {name}`."
     )
