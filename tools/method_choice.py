@@ -35,21 +35,25 @@ Start with what your data has:
 | a model that can criticise solutions | `step_align` | `op_co_distill` |
 
 This table follows from what the methods need, and from what [the laboratory](results.md) measured with tuned settings
-on models of 0.2 million weights and one of 135 million:
+on models of 0.2 to 1.1 million weights and one of 135 million ([what was learnt](results.md#what-was-learnt)):
 
 - **Worked solutions**: `opsd` gains more than `sft`, `rft_trajectory` and `grpo` at equal tokens on the tiny model, and
   nothing without the reference. On the pretrained one it gains too, but `sft` gains far more. So train `sft` as well.
 - **Answers, masked diffusion**: `d_opsd` gains on Sudoku and Countdown, only by the answer that the teacher sees, and
   more than `diffu_grpo`. `rft_trajectory`, hard labels on the same canvases, gains more still.
-- **A stronger model**: `opd` and `popd` gain most, and come near `sft` on worked solutions without needing any. The
-  first tenth of each completion alone (`topd`) gains a quarter of that.
+- **A stronger model**: `opd` and `popd` gain most, and come near `sft` on worked solutions without needing any. Cutting
+  rollouts short (`topd`) loses: 3 points at three quarters of a completion, most of the gain at a fifth.
 - **Bare answers behind which a model leaves out its steps**: `opsd_reference` learns that shortcut at higher rates
   and loses nearly everything; `opsd_pmi` keeps steps and accuracy at the same rate, and gains nothing.
-- **Siblings in the prompt** (`sdpo`, `demo_psd`, `op_co_distill`) lost accuracy at every rate tried.
-- **Rubrics, critiques, skills**: what a rubric says matters, and a critique of the own steps loses less than the
-  reference does, but none of these gained on the readers that we could train. Probe first.
+- **Siblings in the prompt** (`sdpo`, `demo_psd`): where the model reads them well (Countdown) as good as `grpo`, and better
+  on problems unlike those of training; on Sudoku they lost accuracy at every rate tried.
+- **Rubrics, critiques, skills**: where the model uses the hint and is weak without it, a rubric teaches about as much as
+  a solution, and `sgsd` gains without knowing which skill is right. Where it is strong already, none of these gained.
+- **Training domain and beyond**: `sft` on worked solutions gains most in its own domain, and lost half of its accuracy on
+  larger numbers, where methods on the model's own rollouts gained.
 
-Always train `sft` or `rft` on the same problems as well: another method is worth its cost only if it gains more.
+Always train `sft` or `rft` on the same problems as well: another method is worth its cost only if it gains more, or keeps
+more of what `sft` forgets.
 `dllm-sd eval --compare RUN RUN` compares two runs.
 
 ## All methods
