@@ -7,6 +7,7 @@ from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import dllm_sd
@@ -323,7 +324,7 @@ def test_a_plot_shows_every_row(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     points = [Point("a", "x", 10.0, 2.0), Point("b", "y", -5.0, -30.0), Point("b", "z", 0.0, 1.0)]
     [axes] = plot_gaps(points).axes
-    drawn = [tuple(place) for group in axes.collections for place in group.get_offsets().tolist()]
+    drawn = [(float(x), float(y)) for group in axes.collections for x, y in np.asarray(group.get_offsets())]
     assert drawn == [(10.0, 2.0), (-5.0, -30.0), (0.0, 1.0)]
     gains = {"a": {"x": Estimate(2.0, 0.5)}, "b": {"y": Estimate(-30.0, inf), "z": Estimate(1.0, 0.25)}}
     figure = plot_gains(gains)

@@ -125,8 +125,11 @@ def write_operators(folder: Path, rows: int) -> None:
                 kind = by_share(KINDS, draws)
                 problem = next(small if kind == "plain" else all_of_them)
                 file.write(json.dumps(row(problem, kind, draws)) + "\n")
-    sets = {"train": ("train", 1, LARGEST), "test": ("test", 1, LARGEST),
-            "larger": ("test", LARGEST + 1, LARGEST_ELSEWHERE)}  # fmt: skip
+    sets: Mapping[str, tuple[Split, int, int]] = {
+        "train": ("train", 1, LARGEST),
+        "test": ("test", 1, LARGEST),
+        "larger": ("test", LARGEST + 1, LARGEST_ELSEWHERE),
+    }
     for name, (split, least, most) in sets.items():
         write_problems(folder / f"{name}.jsonl", once(split, least, most))
     (folder / "bank.json").write_text(json.dumps(bank(), indent=1) + "\n", encoding="utf-8")
