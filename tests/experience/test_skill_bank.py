@@ -61,17 +61,18 @@ class Author:
 
     def __call__(self, writing: Any, requests: Sequence[Request]) -> list[Written]:
         texts = [request.messages[-1]["content"] for request in requests]
+        first = len(self.asked)
         self.asked += texts
-        return [Written(self.answer(text, len(self.asked)), None) for text in texts]
+        return [Written(self.answer(text, number), None) for number, text in enumerate(texts, first)]
 
     def answer(self, text: str, number: int) -> str:
         if "Somebody solved" in text:
-            entry = {"title": f"t{number}", "principle": "p", "when_to_apply": "w"}
+            entry = {"title": "t", "principle": "p", "when_to_apply": "w"}
         elif "went wrong" in text:
-            entry = {"description": f"d{number}", "why_it_happens": "y", "how_to_avoid": "h"}
+            entry = {"description": "d", "why_it_happens": "y", "how_to_avoid": "h"}
         else:
             return "nothing shorter"
-        return json.dumps([{key: f"{value} {hash(text) % 1000}" for key, value in entry.items()}])
+        return json.dumps([{key: f"{value} {number}" for key, value in entry.items()}])
 
 
 def nobody(*_: Any) -> Any:
