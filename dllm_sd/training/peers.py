@@ -290,13 +290,15 @@ def same_start(students: Sequence[PeerStudent]) -> str | None:
     )
 
 
-def by_domain(problems: Sequence[Problem], field: str, count: int) -> dict[str, list[Problem]]:
-    """The first problems of each domain, the same number of each, ``count`` in all."""
+def by_domain(problems: Sequence[Problem], field: str, count: int | None = None) -> dict[str, list[Problem]]:
+    """The problems of each domain; with a count the first ones, the same number of each, ``count`` in all."""
     domains: dict[str, list[Problem]] = {}
     for problem in problems:
         domains.setdefault(str(problem.fields[field]), []).append(problem)
-    share = max(1, min(count // len(domains), *map(len, domains.values())))
-    return {domain: first(members, share) for domain, members in sorted(domains.items())}
+    if count is not None:
+        share = max(1, min(count // len(domains), *map(len, domains.values())))
+        domains = {domain: first(members, share) for domain, members in domains.items()}
+    return dict(sorted(domains.items()))
 
 
 def _snapshot(run: Path, number: int, student: PeerStudent) -> Path:

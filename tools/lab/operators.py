@@ -1,6 +1,7 @@
 """Data of Countdown with two numbers, where a hint may be a solution, its operator, or an attempt that is wrong.
 
-Without a hint the models are trained on small numbers only, with one on all, so that a hint helps with larger ones.
+Without a hint the first model is trained on small numbers only, with one on all, so that a hint helps with larger ones;
+two others go on from it with larger numbers of one domain.
 Sums and products have two right forms, ``3+15`` and ``15+3``: a solution in the prompt fixes one of them, its operator
 leaves both. A problem's domain is that of its operator: ``sums`` (``+ -``) or ``products`` (``* /``).
 """
@@ -30,12 +31,24 @@ KINDS = {"plain": 40, "solution": 15, "operator": 15, "attempt": 15, "solution a
 """Rows of the training data per hundred, by what stands before the question."""
 SAME = 3
 """Behind a solution, this many of four rows repeat it; the others have its other form, where there is one."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The questions without a hint of a data set; those behind hints are the same kinds in all."""
+
+    plain: Mapping[str, int]
+    """Rows per hundred by operator."""
+    most: int
+    """Largest number of a question."""
+
+
 TRAINED_ON = {
-    "mixed": SHARE_OF,
-    "sums": {"+": 43, "-": 43, "*": 13, "/": 1},
-    "products": {"+": 7, "-": 7, "*": 78, "/": 8},
+    "mixed": Training(SHARE_OF, PLAIN),
+    "sums": Training({"+": 50, "-": 50}, LARGEST),
+    "products": Training({"+": 3, "-": 3, "*": 86, "/": 8}, LARGEST),
 }
-"""Rows per hundred by operator, by the model that is trained on them."""
+"""By data set; the model trained on the first is trained further on one of the others, to know one domain better."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +130,14 @@ def wrong_attempts(problem: CountdownProblem) -> list[str]:
 
 def write_operators(folder: Path, rows: int) -> None:
     """The training data of the three models, and the problems of the methods, with solution, rubric and domain."""
-    for name, shares in TRAINED_ON.items():
-        small, all_of_them = (problems("train", name, shares, most=most) for most in (PLAIN, LARGEST_ELSEWHERE))
+    for name, training in TRAINED_ON.items():
+        plain = problems("train", name, training.plain, most=training.most)
+        hinted = problems("train", name, most=LARGEST_ELSEWHERE)
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for i in range(rows):
                 draws = Draws(make_key("laboratory", "operators", name, i))
                 kind = by_share(KINDS, draws)
-                problem = next(small if kind == "plain" else all_of_them)
+                problem = next(plain if kind == "plain" else hinted)
                 file.write(json.dumps(row(problem, kind, draws)) + "\n")
     sets: Mapping[str, tuple[Split, int, int]] = {
         "train": ("train", 1, LARGEST),

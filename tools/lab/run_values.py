@@ -12,7 +12,7 @@ from dllm_sd.policies.loading import build_policy
 from dllm_sd.policies.policy import Policy
 from dllm_sd.tasks.task import Split
 from dllm_sd.training.checkpoint import latest_checkpoint, load_weights
-from dllm_sd.training.peers import ROUNDS
+from dllm_sd.training.peers import ROUNDS, by_domain
 
 LAST = 5
 """Updates over which the entropy at the end of a run is averaged."""
@@ -52,14 +52,22 @@ def _total(log: list[Mapping[str, float]], key: str) -> float:
 
 
 def measured(config: Config, run: Path | None, split: Split, count: int) -> dict[str, float]:
-    """Accuracy in percent and mean length of the last weights of a run, else of the model; of peers also of each."""
-    found = {}
+    """Accuracy in percent and mean length of the last weights of a run, else of the model.
+
+    Of peers these are means over both; their accuracies follow by student, and by student and domain.
+    """
+    problems = first(config.task.problems(split), count)
+    accuracies, lengths = dict[str, float](), list[float]()
+    domains = by_domain(problems, config.peers.field) if config.peers else {}
     for name, policy in _policies(config, run):
-        report = evaluate_run(policy, config, first(config.task.problems(split), count), 0, 1)
-        found[name] = {"accuracy": round(100 * report.accuracy, 2), "length": round(report.length, 2)}
-    values = {key: round(mean(one[key] for one in found.values()), 2) for key in ("accuracy", "length")}
-    named = {f"accuracy/{name}": one["accuracy"] for name, one in found.items() if name}
-    return values | named | {"n": float(min(count, len(config.task.problems(split))))}
+        for domain, asked in {"": problems, **domains}.items():
+            report = evaluate_run(policy, config, asked, 0, 1)
+            accuracies["/".join(filter(None, ("accuracy", name, domain)))] = round(100 * report.accuracy, 2)
+            if not domain:
+                lengths.append(report.length)
+    of_students = [accuracy for key, accuracy in accuracies.items() if key.count("/") < 2]
+    means = {"accuracy": round(mean(of_students), 2), "length": round(mean(lengths), 2)}
+    return {**accuracies, **means, "n": float(len(problems))}
 
 
 def _policies(config: Config, run: Path | None) -> Iterator[tuple[str, Policy]]:

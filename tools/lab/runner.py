@@ -35,7 +35,7 @@ from tools.lab.verdicts import chosen, premise_met
 
 TUNING_SEED = 1
 FIRST = 2
-"""Updates from which the tokens of an update are counted."""
+"""Updates from which the tokens of an update are counted; peers make at least one in each round."""
 QUIET = ["log.progress=false", "log.trackers=[]", "eval.schedules={}", "eval.every=0", "eval.final_problems=0"]
 KEPT = ["eval.collapse=0", "checkpoint.every=10", "checkpoint.keep=1"]
 
@@ -160,21 +160,26 @@ class Work:
             reference = row.updates_like or next(iter(self.claim.rows))
             its_own = setting if row.like == reference else self.claim.settings(reference)[0]
             return self._updates(reference, its_own, stage)
-        tokens = self._tokens(name, setting)
-        rounds = 1 if (peers := self.config(self.command(row)).peers) is None else peers.rounds
+        tokens, rounds = self._tokens(name, setting), self._rounds(row)
         budget = self.claim.tokens * min(row.share, self.claim.tuning if stage == "tune" else 1.0)
         return rounds * max(1, round(budget / tokens / rounds))
 
     def _tokens(self, name: str, setting: Setting) -> float:
         """Tokens that the rollouts of one update generate, at the start of a run; the rate does not matter."""
         row = self.claim.rows[name]
-        command = self.command(row, [*setting.set, f"seed={TUNING_SEED}", f"updates={FIRST}"])
+        updates = max(FIRST, self._rounds(row))
+        command = self.command(row, [*setting.set, f"seed={TUNING_SEED}", f"updates={updates}"])
 
         def measure() -> dict[str, Any]:
             with self._run(command) as (run, found):
                 return {"values": values_of(run), "found": found}
 
-        return self._once("cost", name, command, measure, setting.variant).values["generated"] / FIRST
+        return self._once("cost", name, command, measure, setting.variant).values["generated"] / updates
+
+    def _rounds(self, row: Row) -> int:
+        """The number that must divide the updates of a row."""
+        peers = self.config(self.command(row)).peers
+        return 1 if peers is None else peers.rounds
 
     def _trained(self, stage: Stage, name: str, setting: Setting, seed: int, split: Split) -> None:
         more = [*setting.overrides, f"updates={self._updates(name, setting, stage)}", f"seed={seed}"]
