@@ -79,7 +79,7 @@ def test_every_setting_of_every_row_is_a_config(name: str, tmp_path: Path) -> No
         settings = claim.settings(row.like or key)
         assert len(settings) == (1 if name in UNTUNED else 6)
         for setting in settings:
-            config = work.config(work.command(row, [*setting.overrides, "updates=4"]), tmp_path / "run")
+            config = work.config(work.command(row, [*setting.overrides, "updates=10"]), tmp_path / "run")
             assert config.method.name == row.method
             assert config.optim.lr == setting.rate
     for overrides in claim.elsewhere.values():
