@@ -158,8 +158,9 @@ class Peers(Ranged, key="peers"):
     students: tuple[PeerStudent, ...]
     rounds: Size = 2
     """Number of rounds; each student makes `updates` updates in all of them together."""
-    tolerance: NonNegative = 0.2
-    """Largest relative lag of a tutor behind the better student, summed over domains (Eq. 2)."""
+    tolerance: NonNegative | None = 0.2
+    """Largest relative lag of a tutor behind the better student, summed over domains (Eq. 2); with null nobody
+    comments, which is SDPO for each student (the ablation "never" of Fig. 7)."""
     field: str = "domain"
     """The field of a problem that holds its domain."""
     problems: Size = 60

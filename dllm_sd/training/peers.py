@@ -269,13 +269,13 @@ def lags(scores: Scores) -> dict[str, float]:
     }
 
 
-def may_tutor(accuracies: Mapping[str, float], lag: float, tolerance: float) -> bool:
+def may_tutor(accuracies: Mapping[str, float], lag: float, tolerance: float | None) -> bool:
     """Whether a student may comment on the other's rollouts in a round (Eq. 2).
 
     A student that has solved no problem may not. If neither has solved one, the paper's lag is 0 / 0; it is 0 here. Two
-    equally good students have a lag of 0, so both may.
+    equally good students have a lag of 0, so both may. Without a tolerance nobody may.
     """
-    return lag <= tolerance and any(accuracies.values())
+    return tolerance is not None and lag <= tolerance and any(accuracies.values())
 
 
 def same_start(students: Sequence[PeerStudent]) -> str | None:

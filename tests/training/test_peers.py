@@ -114,6 +114,7 @@ def test_who_has_solved_nothing_comments_on_nobody_and_equals_comment_on_each_ot
         assert found == {name: any(own.values()) for name, own in scores.items()}
     assert all(may_tutor({"x": 0.5, "y": 0.1}, lag, 0.0) for lag in lags({key: {"x": 0.5} for key in "ab"}).values())
     assert [may_tutor({"x": 0.5}, lag, 0.2) for lag in (0.2, 0.200001)] == [True, False]
+    assert not may_tutor({"x": 0.5}, 0.0, None)
 
 
 def test_students_that_begin_alike_are_told_so():
