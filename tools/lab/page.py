@@ -143,7 +143,21 @@ def _claim(name: str, claim: Claim, laboratory: Laboratory, records: Records) ->
     elsewhere = "".join(f" {key} |" for key in claim.elsewhere)
     head = f"| {' | '.join(COLUMNS)} |{elsewhere}\n|{'---|' * (len(COLUMNS) + len(claim.elsewhere))}\n"
     rows = "".join(f"| {' | '.join(_cells(row, claim, records))} |\n" for row in (BASE, *claim.rows))
-    return f"\n## {claim.title} {{ #{name} }}\n\n{_filled(about)}\n{head}{rows}{_probes(claim, records)}"
+    parts = f"{head}{rows}{_students(claim, records)}{_probes(claim, records)}"
+    return f"\n## {claim.title} {{ #{name} }}\n\n{_filled(about)}\n{parts}"
+
+
+def _students(claim: Claim, records: Records) -> str:
+    """The mean accuracies of two peers, of each and by domain; nothing of other claims."""
+    runs = {row: finals(claim, records, row) for row in (BASE, *claim.rows)}
+    keys = {key for row in runs.values() for run in row for key in run.values if key.startswith("accuracy/")}
+    if not keys:
+        return ""
+    columns = sorted(keys)
+    names = [key.removeprefix("accuracy/").replace("/", ", ") for key in columns]
+    head = f"\n| row | {' | '.join(names)} |\n|{'---|' * (1 + len(columns))}\n"
+    cells = {row: [_mean(of_row, key, ".1f") for key in columns] for row, of_row in runs.items() if of_row}
+    return head + "".join(f"| `{row}` | {' | '.join(values)} |\n" for row, values in cells.items())
 
 
 def _untuned(claim: Claim) -> bool:
