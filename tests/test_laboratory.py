@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf, sqrt
 from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ import dllm_sd
 from dllm_sd.config import load_config
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.methods import METHODS
-from tools.lab import page, runner
+from dllm_sd.tasks.task import Problem
+from tools.lab import page, run_values, runner
 from tools.lab.bases import RECIPE, make_base
 from tools.lab.claims import BASE, Base, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
 from tools.lab.data import MAKERS
@@ -207,6 +210,29 @@ def test_a_run_that_cannot_go_on_counts_with_its_last_weights(
     [record] = [one for one in records.of("final", "sft") if one.seed == 99]
     assert record.found == {"stopped": "the loss is not finite"}
     assert record.values["n"] == 4
+
+
+def test_accuracies_of_peers_are_told_by_student_and_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three problems of one domain and one of the other, a student that solves the latter alone has a quarter."""
+    problems = [Problem(str(i), {"domain": domain}) for i, domain in enumerate("aaab")]
+    solved = {"first": "a", "second": "b"}
+
+    def report(student: str, config: Any, asked: list[Problem], *_: Any) -> SimpleNamespace:
+        right = [problem.fields["domain"] == solved[student] for problem in asked]
+        return SimpleNamespace(accuracy=mean(right), length=3.0)
+
+    monkeypatch.setattr(run_values, "_policies", lambda *_: [(name, name) for name in solved])
+    monkeypatch.setattr(run_values, "evaluate_run", report)
+    config: Any = SimpleNamespace(
+        task=SimpleNamespace(problems=lambda split: problems), peers=SimpleNamespace(field="domain")
+    )
+    assert run_values.measured(config, None, "test", 9) == {
+        "accuracy": 50.0,
+        "length": 3.0,
+        "n": 4.0,
+        **{"accuracy/first": 75.0, "accuracy/first/a": 100.0, "accuracy/first/b": 0.0},
+        **{"accuracy/second": 25.0, "accuracy/second/a": 0.0, "accuracy/second/b": 100.0},
+    }
 
 
 @pytest.mark.slow

@@ -22,10 +22,12 @@ from tools.lab.operators import (
     OPERATORS,
     PLAIN,
     SHARE_OF,
+    TRAINED_ON,
     bank,
     once,
     problems,
     row,
+    training_rows,
     wrong_attempts,
 )
 
@@ -112,3 +114,23 @@ def test_the_bank_offers_every_operator_once() -> None:
     read = build_bank(bank(), "bank")
     offered = [format_pair(pair, "{principle}") for pair in retrieve(read, "15 3 > 45:", len(OPERATORS))]
     assert sorted(offered) == sorted(OPERATORS)
+
+
+@pytest.mark.parametrize("name", TRAINED_ON)
+def test_a_data_set_asks_without_a_hint_what_its_model_is_to_know(name: str) -> None:
+    seen: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+    largest = 0
+    for entry in islice(training_rows(name), 1500):
+        hinted = entry["prompt"][0] in "(["
+        numbers, _, target = entry["prompt"].rpartition(")")[2].rpartition("]")[2].rstrip(":").partition(" > ")
+        small, large = sorted(map(int, numbers.split()))
+        assert split_of(small, large, int(target)) == "train"
+        assert score({"numbers": [small, large], "target": int(target)}, entry["answer"]) == 1
+        seen[hinted][next(operator for operator in OPERATORS if operator in entry["answer"])] += 1
+        largest = max(largest, 0 if hinted else large)
+    assert seen[True].keys() == set(OPERATORS)
+    training = TRAINED_ON[name]
+    assert training.most - 5 < largest <= training.most
+    for operator in OPERATORS:
+        share = 100 * seen[False][operator] / seen[False].total()
+        assert share == pytest.approx(training.plain.get(operator, 0), abs=6)

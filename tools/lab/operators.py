@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations_with_replacement, cycle
+from itertools import combinations_with_replacement, count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +128,23 @@ def wrong_attempts(problem: CountdownProblem) -> list[str]:
     return [text for text in texts if text not in problem.forms]
 
 
+def training_rows(name: str) -> Iterator[dict[str, str]]:
+    """Prompts and completions without end, of a data set in `TRAINED_ON`."""
+    training = TRAINED_ON[name]
+    plain = problems("train", name, training.plain, most=training.most)
+    hinted = problems("train", name, most=LARGEST_ELSEWHERE)
+    for i in count():
+        draws = Draws(make_key("laboratory", "operators", name, i))
+        kind = by_share(KINDS, draws)
+        yield row(next(plain if kind == "plain" else hinted), kind, draws)
+
+
 def write_operators(folder: Path, rows: int) -> None:
     """The training data of the three models, and the problems of the methods, with solution, rubric and domain."""
-    for name, training in TRAINED_ON.items():
-        plain = problems("train", name, training.plain, most=training.most)
-        hinted = problems("train", name, most=LARGEST_ELSEWHERE)
+    for name in TRAINED_ON:
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for i in range(rows):
-                draws = Draws(make_key("laboratory", "operators", name, i))
-                kind = by_share(KINDS, draws)
-                problem = next(plain if kind == "plain" else hinted)
-                file.write(json.dumps(row(problem, kind, draws)) + "\n")
+            for entry in islice(training_rows(name), rows):
+                file.write(json.dumps(entry) + "\n")
     sets: Mapping[str, tuple[Split, int, int]] = {
         "train": ("train", 1, LARGEST),
         "test": ("test", 1, LARGEST),
