@@ -146,6 +146,8 @@ class PeerStudent:
     """Its own checkpoint; None takes `model.path`."""
     start: Place | None = None
     """The adapter to start from (`model.lora.start`)."""
+    tutor: bool = True
+    """Whether it may comment on the other's rollouts; false for one of the two makes the distillation one-way."""
 
 
 @dataclass(frozen=True)

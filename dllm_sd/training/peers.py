@@ -104,7 +104,10 @@ def _train_rounds(
             }
             accepted()
             lag = lags(scores)
-            tutors = {name: may_tutor(scores[name], value, peers.tolerance) for name, value in lag.items()}
+            tutors = {
+                student.name: student.tutor and may_tutor(scores[student.name], lag[student.name], peers.tolerance)
+                for student in peers.students
+            }
             for former in rounds[-1:]:
                 former["after"] = scores
             rounds.append({"round": number, "scores": scores, "too_long": too_long, "lag": lag, "tutors": tutors})

@@ -478,6 +478,20 @@ def test_where_nobody_has_solved_anything_nobody_comments(config, monkeypatch, r
         assert [line.get("rollouts/no_hint") for line in lines[1:]] == [4] * rounds
 
 
+def test_a_student_that_is_no_tutor_never_comments(config):
+    settings = config(updates=1, rounds=1)
+    assert settings.peers is not None
+    one, two = settings.peers.students
+    settings = replace(settings, peers=replace(settings.peers, students=(one, replace(two, tutor=False))))
+    report = train_peers(settings)
+    assert [entry["tutors"] for entry in report["rounds"]] == [{"one": True, "two": False}]
+    written = {
+        name: any("writers/written" in line for line in metrics(Path(settings.run) / "students" / name))
+        for name in ("one", "two")
+    }
+    assert written == {"one": False, "two": True}
+
+
 @pytest.mark.slow
 def test_behind_a_shut_gate_a_student_learns_as_by_self_distillation_alone(config, moments, monkeypatch):
     monkeypatch.setattr(peers_module, "lags", lambda scores: {"one": 9.1, "two": 9.1})
