@@ -70,8 +70,8 @@ def test_every_published_method_has_a_claim() -> None:
     assert tested <= set(METHODS)
 
 
-UNTUNED = ("collapse", "d_opsd_tenth", "purified_shortcut", "smollm2", "smollm2_long")
-"""One factor at a time, and settings that another claim has found."""
+SETTINGS = {"d_opsd_tenth": 3, **dict.fromkeys(("collapse", "purified_shortcut", "smollm2", "smollm2_long"), 1)}
+"""Fewer than six: only rates, one factor at a time, and settings that another claim has found."""
 
 
 @pytest.mark.parametrize("name", LABORATORY.claims)
@@ -80,7 +80,7 @@ def test_every_setting_of_every_row_is_a_config(name: str, tmp_path: Path) -> No
     work = Work(name, claim, Runner(LABORATORY, tmp_path, tmp_path), Records(tmp_path / "none.json"), "http://x/v1")
     for key, row in claim.rows.items():
         settings = claim.settings(row.like or key)
-        assert len(settings) == (1 if name in UNTUNED else 6)
+        assert len(settings) == SETTINGS.get(name, 6)
         for setting in settings:
             config = work.config(work.command(row, [*setting.overrides, "updates=10"]), tmp_path / "run")
             assert config.method.name == row.method
