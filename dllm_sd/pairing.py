@@ -375,7 +375,10 @@ def _check_teachers(config: Config, blueprint: Blueprint) -> None:
             check_denoising(blueprint.block_length, text, f"the texts of method.skill_bank.{name} with decode")
     for weights in config.method.models():
         if weights.of_another_run and weights.source is None and config.peers is None:
-            raise InputError("the writer peer of a context has no path; name a checkpoint or adapter of another run")
+            raise InputError(
+                "the writer peer of a context has no path; list two students in peers.students, as the config "
+                "tiny_opcod does, or name a checkpoint or adapter of another run in the writer's path"
+            )
         model = weights.other_model(config.model)
         if model is None:
             continue

@@ -19,11 +19,12 @@ from dllm_sd.methods import METHODS
 from dllm_sd.tasks.task import Problem
 from tools.lab import page, run_values, runner
 from tools.lab.bases import RECIPE, make_base
+from tools.lab.bases import digest as digest_of_base
 from tools.lab.claims import BASE, Base, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
 from tools.lab.data import MAKERS
 from tools.lab.plot import Point, digest, plot_gains, plot_gaps, save
 from tools.lab.records import RESULTS, Record, Records
-from tools.lab.runner import Runner, Work, schedule
+from tools.lab.runner import TUNING_SEED, Runner, Work, schedule
 from tools.lab.verdicts import Estimate, difference, interval, rank_correlation, verdict
 from tools.method_choice import DOCS, _names
 
@@ -87,6 +88,31 @@ def test_every_setting_of_every_row_is_a_config(name: str, tmp_path: Path) -> No
             assert config.optim.lr == setting.rate
     for overrides in claim.elsewhere.values():
         work.config(work.command(None, overrides))
+
+
+@pytest.mark.parametrize("name", LABORATORY.claims)
+def test_the_data_are_of_the_commands_that_the_claims_give_today(name: str, tmp_path: Path) -> None:
+    """A row whose setting has changed is run again before the page is written: ``python -m tools.lab run CLAIM``."""
+    claim, records = LABORATORY.claims[name], Records(RESULTS / f"{name}.json")
+    work = Work(name, claim, Runner(LABORATORY, tmp_path, tmp_path), records, "")
+    bases = {base: digest_of_base(base, LABORATORY.bases) for base in (claim.base, *claim.needs)}
+    for one in records.of("base", BASE):
+        assert one.key == " ".join(work.command(None, [f"seed={claim.seeds[0]}"]))
+    for key, row in claim.rows.items():
+        overrides = {setting.name: setting.overrides for setting in claim.settings(row.like or key)}
+        seeds = {"tune": [TUNING_SEED], "final": list(claim.seeds)}
+        shown = [one for stage in ("tune", "final") for one in records.of(stage, key)
+                 if one.setting in overrides and one.seed in seeds[stage]]  # fmt: skip
+        for one in shown:
+            updates = one.key.rpartition(" updates=")[2].partition(" ")[0]
+            more = [*overrides[one.setting], f"updates={updates}", f"seed={one.seed}"]
+            assert one.key == " ".join(work.command(row, more)), one.name
+        probes = records.of("probe", key) if claim.probe else []
+        for one in probes:
+            more = [f"seed={TUNING_SEED}", f"eval.probe_problems={claim.probe}"]
+            assert one.key == " ".join(work.command(row, more)), one.name
+        for one in (*shown, *probes):
+            assert one.made.get("bases", bases) == bases, one.name
 
 
 def test_every_base_is_shipped_or_has_a_recipe(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from dllm_sd.probing.signal import (
     of_controls,
     of_method,
     premise,
+    premise_places,
     shares,
 )
 from dllm_sd.probing.verdict import Control, Findings, Teacher
@@ -121,6 +122,7 @@ class Probe:
         informed = next((i for i in teachers if _adds(self.method, i)), teachers[0])
         spoilt = self._controls(material, informed, passing, verdicts.get(informed, {}), controls)
         found_premise = {} if trained is None else premise(trained)
+        places = {} if trained is None else premise_places(trained)
         return Findings(
             problems=len(prompted),
             student=rate(student),
@@ -129,7 +131,8 @@ class Probe:
             controls={kind: one for kind, (one, _) in spoilt.items()},
             groups={} if sites is None else groups(sites),
             shares=None if trained is None else shares(trained, self.method),
-            premise=found_premise | {kind: places for kind, (_, places) in spoilt.items()},
+            premise=found_premise | {kind: probabilities for kind, (_, probabilities) in spoilt.items()},
+            premise_sites={place: int(where.sum()) for place, where in places.items()},
             judged_by_outcome=self.method.trust.judges_each_teacher,
         )
 

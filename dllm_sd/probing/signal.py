@@ -278,20 +278,25 @@ def shares(sites: Sites, method: Method) -> Shares | None:
     return Shares(*steps)
 
 
-def premise(sites: Sites) -> dict[str, dict[str, float | None]]:
-    """The mean probability of the reference's token, by reader.
+def premise_places(sites: Sites) -> dict[str, Tensor]:
+    """Where a method's premise is looked at, bool ``[m]`` each.
 
     ``before`` and ``at`` the first deviation of a rollout; where that is a ``mistake``: in wrong rollouts and, where
     first wrong steps are known, in these, since another order of steps deviates too; and where the student ``doubts``:
     before deviations and, in wrong rollouts, at them, where it gives the token less than `DOUBT`. A right rollout that
     deviates is another solution, whose token a good teacher prefers to the reference's.
     """
-    names = [name for name in sites.columns if name.startswith("p/")]
     places = {place: sites.at(place) for place in ("before", "at")}
     located = sites.wrong_step if bool(sites.wrong_step.any()) else ~sites.right
     places["mistake"] = places["at"] & ~sites.right & located
     in_question = places["before"] | places["at"] & ~sites.right
     places["doubts"] = in_question & (sites.columns["p/student"] < DOUBT)
+    return places
+
+
+def premise(sites: Sites) -> dict[str, dict[str, float | None]]:
+    """The mean probability of the reference's token at each of `premise_places`, by reader."""
+    names, places = [name for name in sites.columns if name.startswith("p/")], premise_places(sites)
     return {
         name.removeprefix("p/"): {place: sites.mean(name, where) for place, where in places.items()} for name in names
     }

@@ -8,7 +8,7 @@ from dllm_sd.probing.accuracy import Gap, Rate
 from dllm_sd.probing.signal import Shares, SiteGroup
 
 FEW = 8
-"""Fewest problems on which accuracies are compared."""
+"""Fewest problems on which accuracies are compared, and fewest sites at which probabilities are."""
 MIN_GAP = 0.02
 """By how much the accuracy of a teacher must exceed that of the student, and its own with a wrong hint."""
 MIN_RISE = 0.02
@@ -65,6 +65,8 @@ class Findings:
     shares: Shares | None = None
     premise: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """Mean probabilities of the reference's token in rollouts that pass the gate (`signal.premise`)."""
+    premise_sites: Mapping[str, int] = field(default_factory=dict)
+    """Over how many sites these are taken, by place."""
     has_teacher: bool = True
     judged_by_outcome: bool = False
     """Whether the outcome of each rollout decides if the student is pulled towards a teacher or away from it (SGSD)."""
@@ -143,8 +145,8 @@ def writer_against_student(findings: Findings) -> tuple[str, bool | None] | None
             f"the weights that write the rollouts are more accurate than the student with the same sampling ({figures})"
         ), True
     return (
-        "the weights that write the rollouts are hardly more accurate than the student with the same sampling "
-        f"({figures})"
+        "the weights that write the rollouts are neither clearly more nor clearly less accurate than the student with "
+        f"the same sampling ({figures})"
     ), None
 
 
@@ -230,7 +232,7 @@ def target_against_student(findings: Findings) -> tuple[str, bool | None] | None
     """At the student's mistakes the target must raise the probability of the reference's token by `MIN_RISE` at least.
 
     A mistake is a first deviation of a wrong rollout. If no rollout that passes the gate has one, the sites count at
-    which the student gives the reference's token less than one half.
+    which the student gives the reference's token less than one half. Fewer than `FEW` sites settle nothing.
     """
     places = {
         "mistake": "at the student's first mistakes",
@@ -246,6 +248,12 @@ def target_against_student(findings: Findings) -> tuple[str, bool | None] | None
     if student is None or not known or max(known) >= student + MIN_RISE:
         return None
     name, figures = "target" if "target" in readers else "teacher", f"{max(known):.3f} against {student:.3f}"
+    sites = findings.premise_sites.get(place, 0)
+    if sites < FEW:
+        return (
+            f"{places[place]}, the {name} does not give the reference's token clearly more probability than the "
+            f"student does ({figures}), but there are only {sites} such sites, which is too few: raise --problems"
+        ), None
     if max(known) < student:
         return (
             f"{places[place]}, the {name} gives the reference's token a lower probability than the student does "

@@ -34,6 +34,7 @@ GOOD = Findings(
     controls={"another": Control(rate(5), rate(90), 1.0, 0.3), "no_question": Control(rate(30), rate(90), 1.0, 0.3)},
     shares=Shares(support=0.1, purification=0.2, clip=0.3),
     premise=premise(0.4, 0.9),
+    premise_sites=dict.fromkeys(("before", "at", "mistake", "doubts"), 60),
 )
 """A teacher that is better, uses its hint and the question, and knows where the student goes wrong."""
 
@@ -68,6 +69,11 @@ CASES: dict[str, tuple[dict[str, Any], str, bool | None]] = {
     "form": ({"controls": spoilt("another", form=0.67)}, "about_form", True),
     "away": ({"premise": premise(0.421, 0.079, "target")}, "target_against_student", False),
     "hardly": ({"premise": premise(0.421, 0.440)}, "target_against_student", True),
+    "away, at few sites": (
+        {"premise": premise(0.421, 0.079), "premise_sites": {"mistake": rules.FEW - 1}},
+        "target_against_student",
+        True,
+    ),
     "clipped": ({"shares": Shares(0.0, 0.0, 0.5)}, "taken_away", True),
     "truncated": ({"shares": Shares(0.8, 0.0, 0.0)}, "taken_away", True),
     "purified": ({"shares": Shares(0.0, 0.6, 0.0)}, "taken_away", True),

@@ -8,7 +8,10 @@ from statistics import mean, variance
 from tools.lab.claims import BASE, Claim, Comparison, Setting, Statement
 from tools.lab.records import Record, Records
 
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+STUDENT_95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 """Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 NOT_RUN, NO_PREMISE, REPRODUCED = "not run yet", "premise not met", "reproduced"
 NOT_REPRODUCED, UNDECIDED = "not reproduced", "not reproduced, undecided"
