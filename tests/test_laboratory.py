@@ -17,9 +17,8 @@ from dllm_sd.config import load_config
 from dllm_sd.errors import InputError, Stopped
 from dllm_sd.methods import METHODS
 from dllm_sd.tasks.task import Problem
-from tools.lab import page, run_values, runner
+from tools.lab import bases, page, run_values, runner
 from tools.lab.bases import RECIPE, make_base
-from tools.lab.bases import digest as digest_of_base
 from tools.lab.claims import BASE, Base, Claim, Comparison, Laboratory, Row, Statement, in_order, read_laboratory
 from tools.lab.data import MAKERS
 from tools.lab.plot import Point, digest, plot_gains, plot_gaps, save
@@ -95,7 +94,7 @@ def test_the_data_are_of_the_commands_that_the_claims_give_today(name: str, tmp_
     """A row whose setting has changed is run again before the page is written: ``python -m tools.lab run CLAIM``."""
     claim, records = LABORATORY.claims[name], Records(RESULTS / f"{name}.json")
     work = Work(name, claim, Runner(LABORATORY, tmp_path, tmp_path), records, "")
-    bases = {base: digest_of_base(base, LABORATORY.bases) for base in (claim.base, *claim.needs)}
+    digests = {base: bases.digest(base, LABORATORY.bases) for base in (claim.base, *claim.needs)}
     for one in records.of("base", BASE):
         assert one.key == " ".join(work.command(None, [f"seed={claim.seeds[0]}"]))
     for key, row in claim.rows.items():
@@ -112,7 +111,7 @@ def test_the_data_are_of_the_commands_that_the_claims_give_today(name: str, tmp_
             more = [f"seed={TUNING_SEED}", f"eval.probe_problems={claim.probe}"]
             assert one.key == " ".join(work.command(row, more)), one.name
         for one in (*shown, *probes):
-            assert one.made.get("bases", bases) == bases, one.name
+            assert one.made.get("bases", digests) == digests, one.name
 
 
 def test_every_base_is_shipped_or_has_a_recipe(tmp_path: Path) -> None:
@@ -323,6 +322,31 @@ def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bases" / "mine" / RECIPE).write_text("another", encoding="utf-8")
     with pytest.raises(InputError, match="another recipe"):
         make_base("mine", {"mine": Base("about", config="quickstart")}, tmp_path)
+
+
+def test_data_of_other_code_are_made_anew_and_a_base_of_other_data_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, made = tmp_path / "code.py", list[str]()
+
+    def maker(folder: Path) -> None:
+        made.append(code.read_text())
+        (folder / "train.jsonl").write_text(code.read_text())
+
+    monkeypatch.setattr(bases, "SOURCES", [code])
+    monkeypatch.setattr(bases, "MAKERS", {"numbers": maker})
+    mine = {"mine": Base("about", config="quickstart", data="numbers")}
+    code.write_text("1")
+    data = bases.make_data("numbers", tmp_path)
+    target = tmp_path / "bases" / "mine"
+    target.mkdir(parents=True)
+    (target / RECIPE).write_text(f"{mine['mine']!r}\n{bases.contents(data)}", encoding="utf-8")
+    make_base("mine", mine, tmp_path)
+    assert made == ["1"]
+    code.write_text("2")
+    with pytest.raises(InputError, match="from other data"):
+        make_base("mine", mine, tmp_path)
+    assert made == ["1", "2"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from tools.lab.data import MAKERS
 QUIET = ["log.progress=false", "log.trackers=[]", "eval.schedules={}", "eval.final_problems=0", "checkpoint.every=50"]
 
 RECIPE = "lab_recipe.txt"
-"""The file of a base that says how it was made."""
+"""The file of a base that says how it was made, and from which data."""
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("data", "draws", "makers", "operators")]
+"""The files that make data."""
 
 
 def base_path(name: str, bases: Mapping[str, Base]) -> str:
@@ -45,14 +47,15 @@ def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:
         if base.path.startswith("LAB/") and not (made := folder / base.path.removeprefix("LAB/")).is_dir():
             raise InputError(f"the base {name} is not in {str(made)!r}; make it ({base.about})")
         return
+    recipe = repr(base) if base.data is None else f"{base!r}\n{contents(make_data(base.data, folder))}"
     if target.is_dir():
-        if (target / RECIPE).read_text(encoding="utf-8") != repr(base):
-            raise InputError(f"the base {name} in {str(target)!r} was made by another recipe; remove that folder")
+        if (target / RECIPE).read_text(encoding="utf-8") != recipe:
+            raise InputError(
+                f"the base {name} in {str(target)!r} was made by another recipe or from other data; remove that folder"
+            )
         return
     for needed in base.needs:
         make_base(needed, bases, folder)
-    if base.data is not None:
-        make_data(base.data, folder)
     assert base.config is not None, f"the base {name} has neither a path nor a config"
     run = folder / "bases" / f".{name}_run"
     overrides = [text.replace("LAB/", f"{folder}/") for text in base.set]
@@ -63,15 +66,23 @@ def make_base(name: str, bases: Mapping[str, Base], folder: Path) -> None:
     policy = build_policy(config.model)
     load_weights(policy, checkpoint)
     export_policy(policy, config.model, "merged", target)
-    write_file(target / RECIPE, repr(base))
+    write_file(target / RECIPE, recipe)
     print(f"base {name} is made: {target}", flush=True)
 
 
 def make_data(name: str, folder: Path) -> Path:
-    """Make training data, unless it is there; the folder that holds it."""
+    """Make training data, unless it is there as today's code makes it; the folder that holds it."""
     data, done = folder / "data" / name, folder / "data" / name / ".done"
-    if not done.is_file():
+    made_by = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES)).hexdigest()
+    if not done.is_file() or done.read_text(encoding="utf-8") != made_by:
         data.mkdir(parents=True, exist_ok=True)
         MAKERS[name](data)
-        write_file(done, "")
+        write_file(done, made_by)
     return data
+
+
+def contents(data: Path) -> str:
+    """A digest of the files of a folder of training data."""
+    files = sorted(file for file in data.rglob("*") if file.is_file() and file.name != ".done")
+    told = b"".join(str(file.relative_to(data)).encode() + file.read_bytes() for file in files)
+    return hashlib.sha256(told).hexdigest()
