@@ -12,6 +12,7 @@ from tools.lab.records import Record, Records, results_of
 from tools.lab.verdicts import (
     NO_PREMISE,
     NOT_RUN,
+    REPRODUCED,
     Estimate,
     compared,
     finals,
@@ -113,7 +114,16 @@ def _judged(statement: Statement, claim: Claim, records: Records) -> tuple[str, 
         return said, "; ".join(f"`{row}`: {_because(records, row)}" for row in failed)
     if said == NOT_RUN:
         return said, ""
-    return f"**{said}**", "; ".join(_compared(one, claim, records) for one in statement.holds)
+    figures = [_compared(one, claim, records) for one in statement.holds]
+    if said != REPRODUCED:
+        unmet = [row for row in dict.fromkeys(one.row for one in statement.holds) if _unmet(records, row)]
+        figures += [f"the probe of `{row}` had said that nothing can be learnt" for row in unmet]
+    return f"**{said}**", "; ".join(figures)
+
+
+def _unmet(records: Records, row: str) -> bool:
+    """Whether the probe of a row, which was trained all the same, found that nothing can be learnt."""
+    return any(one.found["verdict"]["promising"] is False for one in records.of("probe", row)[-1:])
 
 
 def _compared(one: Comparison, claim: Claim, records: Records) -> str:
@@ -148,15 +158,19 @@ def _claim(name: str, claim: Claim, laboratory: Laboratory, records: Records) ->
 
 
 def _students(claim: Claim, records: Records) -> str:
-    """The mean accuracies of two peers, of each and by domain; nothing of other claims."""
+    """The mean accuracies of two peers, of each and by domain, and how often one could comment; nothing of others."""
     runs = {row: finals(claim, records, row) for row in (BASE, *claim.rows)}
     keys = {key for row in runs.values() for run in row for key in run.values if key.startswith("accuracy/")}
     if not keys:
         return ""
-    columns = sorted(keys)
-    names = [key.removeprefix("accuracy/").replace("/", ", ") for key in columns]
+    columns = [*sorted(keys), "tutored"]
+    names = [key.removeprefix("accuracy/").replace("/", ", ") for key in columns[:-1]] + ["phases with comments"]
     head = f"\n| row | {' | '.join(names)} |\n|{'---|' * (1 + len(columns))}\n"
-    cells = {row: [_mean(of_row, key, ".1f") for key in columns] for row, of_row in runs.items() if of_row}
+    cells = {
+        row: [_mean(of_row, key, ".0%" if key == "tutored" else ".1f") for key in columns]
+        for row, of_row in runs.items()
+        if of_row
+    }
     return head + "".join(f"| `{row}` | {' | '.join(values)} |\n" for row, values in cells.items())
 
 
