@@ -50,8 +50,8 @@ on models of 0.2 to 1.1 million weights and one of 135 million ([what was learnt
 - **Rubrics, critiques, skills**: where the model uses the hint and is weak without it, a rubric teaches about as much
   as a solution, and `sgsd` gains without knowing which skill is right. Where it is strong already, none of these
   gained.
-- **Training domain and beyond**: `sft` on worked solutions gains most in its own domain, and lost half of its accuracy
-  on larger numbers, where methods on the model's own rollouts gained.
+- **Training domain and beyond**: on Countdown with hints `sft` on worked solutions gained most in its own domain, and
+  lost half of its accuracy on larger numbers, where methods on the model's own rollouts gained.
 
 Always train `sft` or `rft` on the same problems as well: another method is worth its cost only if it gains more, or
 keeps more of what `sft` forgets.
