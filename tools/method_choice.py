@@ -42,14 +42,16 @@ on models of 0.2 to 1.1 million weights and one of 135 million ([what was learnt
 - **Answers, masked diffusion**: `d_opsd` gains on Sudoku and Countdown, only by the answer that the teacher sees, and
   more than `diffu_grpo`. `rft_trajectory`, hard labels on the same canvases, gains more still.
 - **A stronger model**: `opd` and `popd` gain most, and come near `sft` on worked solutions without needing any. Cutting
-  rollouts short (`topd`) loses: 3 points at three quarters of a completion, most of the gain at a fifth.
+  rollouts short (`topd`) loses: 4 points at three quarters of a completion, most of the gain at a fifth.
 - **Bare answers behind which a model leaves out its steps**: `opsd_reference` learns that shortcut at higher rates
   and loses nearly everything; `opsd_pmi` keeps steps and accuracy at the same rate, and gains nothing.
 - **Siblings in the prompt** (`sdpo`, `demo_psd`): where the model reads them well (Countdown) as good as `grpo`, and
-  better on problems unlike those of training; on Sudoku they lost accuracy at every rate tried.
+  `demo_psd` keeps more accuracy on larger numbers than `sdpo`; on Sudoku both lost accuracy.
 - **Rubrics, critiques, skills**: where the model uses the hint and is weak without it, a rubric teaches about as much
   as a solution, and `sgsd` gains without knowing which skill is right. Where it is strong already, none of these
   gained.
+- **Two specialists** (`op_co_distill`): both gained on Countdown, and more still by what their own siblings teach
+  (`peers.tolerance=null`, or `sdpo` for each), since a peer's comment there is right only as often as the peer is.
 - **Training domain and beyond**: on Countdown with hints `sft` on worked solutions gained most in its own domain, and
   lost half of its accuracy on larger numbers, where methods on the model's own rollouts gained.
 
