@@ -289,7 +289,8 @@ def test_only_who_is_at_most_the_tolerance_behind_may_tutor(scores, lag, tutors)
     found = lags({name: {"a": own[0], "b": own[1]} for name, own in zip(("one", "two"), scores, strict=True)})
     assert [*found.values()] == pytest.approx(lag, abs=1e-6)
     pair = (PeerStudent(name="one", domain="a"), PeerStudent(name="two", domain="b"))
-    assert [value <= Peers(students=pair).tolerance for value in found.values()] == tutors
+    tolerance = Peers(students=pair).tolerance
+    assert [may_tutor({"a": 1.0}, value, tolerance) for value in found.values()] == tutors
 
 
 def test_a_domain_with_few_problems_bounds_the_share_of_all():
