@@ -144,8 +144,9 @@ def _claim(name: str, claim: Claim, laboratory: Laboratory, records: Records) ->
     if claim.tuning < 1 and not _untuned(claim):
         tuned += f", runs of {claim.tuning:.0%} of the tokens"
     tested = next((int(one.values["n"]) for one in records.of("base", BASE) if "n" in one.values), claim.test)
+    needed = "".join(f" `{other}`: {laboratory.bases[other].about}." for other in claim.needs)
     about = (
-        f"Source: {claim.source}. Model: `{claim.base}`, {base.about}. {claim.tokens:,} generated tokens a run; "
+        f"Source: {claim.source}. Model: `{claim.base}`, {base.about}.{needed} {claim.tokens:,} generated tokens a run; "
         f"tuning: {tuned}; final runs: seeds {', '.join(map(str, claim.seeds))}, {tested:,} test problems, last "
         f"weights. "
         f"Command: `python -m tools.lab run {name}`."
