@@ -146,9 +146,9 @@ def _claim(name: str, claim: Claim, laboratory: Laboratory, records: Records) ->
     tested = next((int(one.values["n"]) for one in records.of("base", BASE) if "n" in one.values), claim.test)
     needed = "".join(f" `{other}`: {laboratory.bases[other].about}." for other in claim.needs)
     about = (
-        f"Source: {claim.source}. Model: `{claim.base}`, {base.about}.{needed} {claim.tokens:,} generated tokens a run; "
-        f"tuning: {tuned}; final runs: seeds {', '.join(map(str, claim.seeds))}, {tested:,} test problems, last "
-        f"weights. "
+        f"Source: {claim.source}. Model: `{claim.base}`, {base.about}.{needed} "
+        f"{claim.tokens:,} generated tokens a run; tuning: {tuned}; final runs: seeds "
+        f"{', '.join(map(str, claim.seeds))}, {tested:,} test problems, last weights. "
         f"Command: `python -m tools.lab run {name}`."
     )
     elsewhere = "".join(f" {key} |" for key in claim.elsewhere)
