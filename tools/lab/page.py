@@ -16,6 +16,7 @@ from tools.lab.verdicts import (
     Estimate,
     compared,
     finals,
+    found_nothing,
     gain,
     interval,
     is_finished,
@@ -116,14 +117,9 @@ def _judged(statement: Statement, claim: Claim, records: Records) -> tuple[str, 
         return said, ""
     figures = [_compared(one, claim, records) for one in statement.holds]
     if said != REPRODUCED:
-        unmet = [row for row in dict.fromkeys(one.row for one in statement.holds) if _unmet(records, row)]
+        unmet = [row for row in dict.fromkeys(one.row for one in statement.holds) if found_nothing(records, row)]
         figures += [f"the probe of `{row}` had said that nothing can be learnt" for row in unmet]
     return f"**{said}**", "; ".join(figures)
-
-
-def _unmet(records: Records, row: str) -> bool:
-    """Whether the probe of a row, which was trained all the same, found that nothing can be learnt."""
-    return any(one.found["verdict"]["promising"] is False for one in records.of("probe", row)[-1:])
 
 
 def _compared(one: Comparison, claim: Claim, records: Records) -> str:

@@ -104,8 +104,14 @@ def premise_met(claim: Claim, records: Records, row: str) -> bool | None:
     """Whether a row may be trained; None if it has to be probed before."""
     if not claim.rows[row].gated or claim.probe == 0:
         return True
+    nothing = found_nothing(records, row)
+    return None if nothing is None else not nothing
+
+
+def found_nothing(records: Records, row: str) -> bool | None:
+    """Whether the last probe of a row found that nothing can be learnt; None without a probe."""
     probes = records.of("probe", row)
-    return None if not probes else probes[-1].found["verdict"]["promising"] is not False
+    return probes[-1].found["verdict"]["promising"] is False if probes else None
 
 
 def compared(one: Comparison, claim: Claim, records: Records) -> Estimate | None:
